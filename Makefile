@@ -1,0 +1,48 @@
+# Everything runs from .venv, which the first target that needs it makes.
+#   make demo                 a coordinator and four nodes train a small language model, here
+#   make run CONFIG=file      launch a run: coordinator, and PEERS local nodes (default 1)
+#   make join INVITE=psyche1… join somebody's run with this machine
+#   make test | test-slow | lint | bench | clean
+PYTHON ?= python3
+PEERS  ?= 1
+BIN    := .venv/bin
+PIP    := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo run join test test-slow lint bench clean
+
+# Stamps make set-up idempotent: nothing is installed again until the pins change.
+.venv/run.stamp: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing psyche into .venv (torch is large; the first time takes a minute or more)"
+	@$(PIP) torch==2.13.0 && $(PIP) -e .
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: .venv/run.stamp
+	@$(BIN)/psyche demo $(ARGS)
+
+run: .venv/run.stamp
+	@test -n "$(CONFIG)" || { echo "make run needs CONFIG=configs/….yaml"; exit 2; }
+	@$(BIN)/psyche run $(CONFIG) --peers $(PEERS) $(ARGS)
+
+join: .venv/run.stamp
+	@test -n "$(INVITE)" || { echo "make join needs INVITE=psyche1…, the string the operator gave you"; exit 2; }
+	@$(BIN)/psyche join $(INVITE) $(ARGS)
+
+test: .venv/dev.stamp
+	@$(BIN)/pytest -m 'not slow' $(ARGS)
+
+test-slow: .venv/dev.stamp
+	@$(BIN)/pytest -m slow --timeout=3600 $(ARGS)
+
+lint: .venv/dev.stamp
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .venv/run.stamp
+	@$(BIN)/psyche bench convergence --json runs/bench/convergence.json $(ARGS)
+
+clean:
+	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,3 @@
+from psyche.cli import main
+
+main()

@@ -1,0 +1,323 @@
+"""Configuration: what a researcher writes, what every node must agree on, and what a node decides alone.
+
+A configuration file has two parts. ``run:`` fixes everything that must be equal on all nodes; launched, it
+becomes the *run manifest* (:class:`Manifest`), whose hash is the run id. ``node:`` is one machine's own
+business and never leaves it. Every key is live: an unknown one is an error that names its path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import msgspec
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from psyche.errors import ConfigError
+from psyche.numerics.digest import digest
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Seconds = Positive
+HexDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+PeerId = Annotated[str, StringConstraints(pattern=r"^12D3Koo[1-9A-HJ-NP-Za-km-z]{45}$")]
+
+
+class Strict(BaseModel):
+    """Unknown keys, implicit conversions and later changes are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+class Model(Strict):
+    """A causal language model of ``transformers``: its architecture and that architecture's own settings."""
+
+    architecture: str = "llama"
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.settings.get("vocab_size", 0))
+
+
+class StdlibSource(Strict):
+    """The Python standard library's own source text: a real corpus that every machine has."""
+
+    kind: Literal["stdlib"] = "stdlib"
+
+
+class TextSource(Strict):
+    """Plain text files; ``paths`` are files, directories or glob patterns. One file is one document."""
+
+    kind: Literal["text"]
+    paths: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+
+
+class HubSource(Strict):
+    """Anything ``datasets.load_dataset(path, name, data_files=…, split=…, streaming=True)`` reads."""
+
+    kind: Literal["dataset"]
+    path: str
+    name: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    data_files: str | None = None
+
+
+class BpeTokenizer(Strict):
+    """A byte-level BPE, trained on the corpus itself."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=260)] = 4096
+
+
+class NamedTokenizer(Strict):
+    """A tokenizer that ``transformers.AutoTokenizer.from_pretrained`` loads: a hub name or a directory."""
+
+    kind: Literal["pretrained"]
+    name: str
+
+
+class Data(Strict):
+    """What the run trains on. The token store that comes of it is fixed by hash in the manifest."""
+
+    source: Annotated[StdlibSource | TextSource | HubSource, Field(discriminator="kind")] = StdlibSource()
+    tokenizer: Annotated[BpeTokenizer | NamedTokenizer, Field(discriminator="kind")] = BpeTokenizer()
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    heldout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.02
+    max_documents: Count | None = None
+
+
+class CodecSpec(Strict):
+    """How pseudo-gradients are encoded. ``error_feedback`` is β of DESIGN §5; 1 is plain error feedback."""
+
+    name: str = "int8"
+    error_feedback: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        from psyche.numerics.codecs.names import CODECS  # torch-free: `psyche --help` must stay fast
+
+        if self.name not in CODECS:
+            raise ValueError(f"codec {self.name!r} is unknown; this version has {', '.join(CODECS)}")
+        return self
+
+
+class Inner(Strict):
+    """AdamW on each node. Defaults are DiLoCo's (arXiv 2311.08105, table 5) with β₂ and clip of 2503.09799."""
+
+    lr: Positive = 4e-4
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.99), strict=False)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip: Positive | None = 1.0
+    batch_size: Count = 8
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    final_lr: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Share of ``lr`` left at the end of a cosine or WSD schedule."""
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """WSD only: the share of all steps over which the lr decays at the end."""
+
+
+class Outer(Strict):
+    """SGD with Nesterov momentum on pseudo-gradients. Defaults are DiLoCo's (arXiv 2311.08105, §3)."""
+
+    lr: Positive = 0.7
+    momentum: Fraction = 0.9
+
+
+class Deadlines(Strict):
+    """Bounds in seconds. Within them a deadline is median + ``spread`` × MAD of what was observed."""
+
+    round_min: Seconds = 20.0
+    round_max: Seconds = 1800.0
+    exchange_min: Seconds = 10.0
+    exchange_max: Seconds = 600.0
+    silence: Seconds = 15.0
+    """A member not heard from for this long is counted as gone."""
+    spread: Positive = 5.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.round_min > self.round_max:
+            raise ValueError(f"round_min ({self.round_min}) is above round_max ({self.round_max})")
+        if self.exchange_min > self.exchange_max:
+            raise ValueError(f"exchange_min ({self.exchange_min}) is above exchange_max ({self.exchange_max})")
+        return self
+
+
+class Rounds(Strict):
+    """How many rounds, of how many inner steps (H), from how many members on."""
+
+    total: Count = 100
+    inner_steps: Count = 100
+    min_members: Count = 1
+
+
+class Resolved(Strict):
+    """What a launch adds: facts that follow from the rest but that a joiner must be able to check."""
+
+    coordinators: Annotated[tuple[PeerId, ...], Field(min_length=1, strict=False)]
+    store: HexDigest
+    """Root of the token store's index (the training split's shards, the held-out shards, the tokenizer)."""
+    layout: HexDigest
+    genesis: HexDigest
+    """state_root before the first round."""
+    parameters: Count
+
+
+class Run(Strict):
+    """The part of a configuration that is equal on all nodes, as a researcher writes it."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: Model
+    data: Data = Data()
+    codec: CodecSpec = CodecSpec()
+    inner: Inner = Inner()
+    outer: Outer = Outer()
+    rounds: Rounds = Rounds()
+    deadlines: Deadlines = Deadlines()
+    heldout_sequences: Count = 64
+    """Sequences of the held-out split on which the outer parameters are judged after each round."""
+
+    @model_validator(mode="after")
+    def _vocabulary(self) -> Self:
+        wanted = self.data.tokenizer
+        if not self.model.vocab_size:
+            raise ValueError("model.settings.vocab_size is missing")
+        if isinstance(wanted, BpeTokenizer) and self.model.vocab_size < wanted.vocab_size:
+            raise ValueError(
+                f"model.settings.vocab_size ({self.model.vocab_size}) is smaller than "
+                f"data.tokenizer.vocab_size ({wanted.vocab_size})"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Inner steps of one member over the whole run."""
+        return self.rounds.total * self.rounds.inner_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one inner step of one member."""
+        return self.inner.batch_size * self.data.sequence_length
+
+
+class Manifest(Strict):
+    """The run manifest (DESIGN §2): the run, and what its launch resolved."""
+
+    run: Run
+    resolved: Resolved
+
+    def encode(self) -> bytes:
+        """Canonical msgpack: keys sorted, defaults written out. Equal manifests give equal bytes."""
+        return msgspec.msgpack.encode(self.model_dump(mode="json"), order="sorted")
+
+    @property
+    def run_id(self) -> bytes:
+        """32 bytes; the identity of the run everywhere."""
+        return digest("manifest", self.encode())
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Inverse of :meth:`encode`. Raises :class:`ConfigError` on anything else."""
+        try:
+            tree = msgspec.msgpack.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ConfigError(f"the run manifest is not valid msgpack: {error}") from None
+        manifest = _validated(cls, tree, "the run manifest")
+        if manifest.encode() != data:
+            raise ConfigError("the run manifest is not in canonical form; its author runs another version of psyche")
+        return manifest
+
+
+# --------------------------------------------------------------------------------------------- node
+
+
+class Wandb(Strict):
+    """``auto`` is online where a key is configured and offline elsewhere; volunteers need no account."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "psyche"
+    entity: str | None = None
+    own_run: bool = False
+    """Also log this node's own run, in the training run's group."""
+
+
+class Node(Strict):
+    """One machine's own settings."""
+
+    listen: tuple[str, ...] = Field(default=("/ip4/0.0.0.0/tcp/0",), min_length=1, strict=False)
+    announce: tuple[str, ...] = Field(default=(), strict=False)
+    """Addresses others can reach this node at, where those differ from ``listen`` (port forwarding)."""
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: Count | None = None
+    """CPU threads for training; all cores when absent."""
+    micro_batch: Count | None = None
+    """Sequences in one forward pass; the rest of a batch is accumulated. The whole batch when absent."""
+    cache: Path = Field(default=Path("~/.cache/psyche"), strict=False)
+    checkpoint_every: Count = 5
+    """Rounds between checkpoints."""
+    checkpoints_kept: Annotated[int, Field(ge=1)] = 3
+    wandb: Wandb = Wandb()
+
+
+class Config(Strict):
+    """One configuration file."""
+
+    run: Run
+    node: Node = Node()
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a configuration file. Raises :class:`ConfigError` naming field and reason."""
+    return _validated(Config, _read_yaml(path), str(path))
+
+
+def load_node(path: Path | None) -> Node:
+    """The ``node:`` part of a file (other parts are ignored by a joiner), or the defaults."""
+    if path is None:
+        return Node()
+    tree = _read_yaml(path)
+    return _validated(Node, tree.get("node") or {}, f"{path}: node")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping with the keys run: and node:")
+    return tree
+
+
+def _validated(kind: type[T], tree: Any, where: str) -> T:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """Every failure as ``field.path: reason``, joined by ``; ``."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"]) or "file"
+        reason = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        lines.append(f"{path}: {reason}")
+    return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""What every node must compute to the same bits: layout, codecs, aggregation, outer step, digests."""
