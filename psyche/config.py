@@ -154,11 +154,20 @@ class Deadlines(Strict):
 
 
 class Rounds(Strict):
-    """How many rounds, of how many inner steps (H), from how many members on."""
+    """How many rounds, of how many inner steps (H), among how many members."""
 
     total: Count = 100
     inner_steps: Count = 100
+    start_members: Count = 1
+    """Members that must be there before the first round."""
     min_members: Count = 1
+    """Members without which no later round opens: with fewer, the run pauses and says for whom it waits."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_members > self.start_members:
+            raise ValueError(f"min_members ({self.min_members}) is above start_members ({self.start_members})")
+        return self
 
 
 class Resolved(Strict):
@@ -171,6 +180,8 @@ class Resolved(Strict):
     genesis: HexDigest
     """state_root before the first round."""
     parameters: Count
+    flat_size: Count
+    """Elements of the flat vector; with the codec it fixes the sizes of all payloads."""
 
 
 class Run(Strict):

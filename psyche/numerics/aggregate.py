@@ -1,0 +1,37 @@
+"""From many payloads to one outer gradient, the same bits on every node (DESIGN §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+
+from torch import Tensor
+from typing_extensions import Buffer
+
+from psyche.numerics.codecs.base import Codec
+
+
+def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tensor) -> None:
+    """``out ← Σ weight · D(payload)`` over one range, in the order given, as separate multiplies and adds.
+
+    ``payloads`` are (weight, slice) pairs in ascending node id; weights are fp32 values from :func:`share`.
+    Raises ``MalformedPayload``; ``out`` is then undefined.
+    """
+    out.zero_()
+    for weight, payload in payloads:
+        codec.decode_add(payload, weight, out)
+
+
+def share(part: int, whole: int) -> float:
+    """``part / whole`` as the nearest fp32 value (ties to even), rounded once from the exact quotient.
+
+    Needs 0 ≤ part ≤ whole, whole > 0. Rounding through fp64 would round twice.
+    """
+    if part == 0:
+        return 0.0
+    exact = Fraction(part, whole)
+    exponent = exact.numerator.bit_length() - exact.denominator.bit_length()
+    if exact < Fraction(2) ** exponent:
+        exponent -= 1
+    ulp = Fraction(2) ** (max(exponent, -126) - 23)  # 23 fraction bits; −126 is the least normal exponent
+    return float(round(exact / ulp) * ulp)  # Fraction rounds half to even

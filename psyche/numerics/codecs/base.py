@@ -1,0 +1,111 @@
+"""The codec interface, and the header every slice of a payload starts with."""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Buffer
+
+_HEADER = struct.Struct("<4sBB10sQ")  # magic, version, reserved, codec name, element count
+_MAGIC = b"psyc"
+_VERSION = 1
+HEADER_BYTES = _HEADER.size
+
+
+class NonFinite(ValueError):
+    """A value to encode is NaN or infinite. ``position`` is its index within the range given."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"value {position} of the range is NaN or infinite")
+        self.position = position
+
+
+class MalformedPayload(ValueError):
+    """Bytes that are not a payload of this codec for this many elements. Nothing was written."""
+
+
+class Codec(ABC):
+    """A pure pair of functions between a flat fp32 range and the bytes of one slice (DESIGN §5).
+
+    A codec knows nothing of peers, rounds, files or layouts. Tensors are contiguous fp32 of shape ``[n]``,
+    ``n`` a multiple of 4096. This class holds what all codecs share; a codec defines ``_quantize`` and
+    ``_values``, and a faster backend overrides ``encode`` and ``decode_add`` whole: the four public methods
+    are all that callers use, and the PyTorch code here and in the subclasses is their definition, to the bit.
+    """
+
+    name: ClassVar[str]
+    error_feedback: ClassVar[bool]
+    """Whether what quantization loses is kept for the next round. Off where nothing is lost."""
+
+    # ------------------------------------------------------------------------------ for callers
+
+    def encode(self, base: Tensor, local: Tensor, residual: Tensor | None, beta: float) -> bytes:
+        """Encode the pseudo-gradient Δ = base − local of one range, with error feedback.
+
+        With ``residual`` e: e ← βe + Δ; payload = Q(e); e ← e − D(payload), in place. Without: Q(Δ).
+        Raises :class:`NonFinite`; the residual is then unchanged.
+        """
+        delta = torch.sub(base, local)
+        if residual is not None:
+            delta = residual.mul(beta).add_(delta)
+        _require_finite(delta)
+        body = self._quantize(delta)
+        if residual is not None:
+            residual.copy_(delta.sub_(self._values(memoryview(body), delta.numel())))
+        return self._header(delta.numel()) + body
+
+    def decode_add(self, payload: Buffer, weight: float, out: Tensor) -> None:
+        """``out += weight · D(payload)``, one rounding for the product and one for the sum.
+
+        ``weight`` must be an fp32 value. Raises :class:`MalformedPayload` before anything is written.
+        """
+        out.add_(self._values(self.check(payload, out.numel()), out.numel()).mul_(weight))
+
+    def check(self, payload: Buffer, count: int) -> memoryview:
+        """The payload's body, if it is one of this codec for ``count`` elements with sane content.
+
+        Raises :class:`MalformedPayload` with the reason.
+        """
+        view = memoryview(payload).cast("B")
+        if view.nbytes != self.payload_bytes(count):
+            raise MalformedPayload(f"{view.nbytes} bytes where {self.payload_bytes(count)} were due")
+        if bytes(view[:HEADER_BYTES]) != self._header(count):
+            raise MalformedPayload(f"the header is not that of {self.name} for {count} elements")
+        body = view[HEADER_BYTES:]
+        self._check_body(body, count)
+        return body
+
+    @abstractmethod
+    def payload_bytes(self, count: int) -> int:
+        """Bytes of a slice of ``count`` elements, header included."""
+
+    @abstractmethod
+    def squared_norm(self, payload: Buffer, count: int) -> float:
+        """‖D(payload)‖², the same fp64 value on every node (DESIGN §5). Checks the payload first."""
+
+    # --------------------------------------------------------------------------- for subclasses
+
+    @abstractmethod
+    def _quantize(self, values: Tensor) -> bytes:
+        """Q: finite fp32 ``[n]`` to the body's bytes."""
+
+    @abstractmethod
+    def _values(self, body: memoryview, count: int) -> Tensor:
+        """D: a checked body to a new fp32 tensor ``[count]``."""
+
+    @abstractmethod
+    def _check_body(self, body: memoryview, count: int) -> None:
+        """Raise :class:`MalformedPayload` where the body, of the right size, cannot be decoded safely."""
+
+    def _header(self, count: int) -> bytes:
+        return _HEADER.pack(_MAGIC, _VERSION, 0, self.name.encode(), count)
+
+
+def _require_finite(values: Tensor) -> None:
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        raise NonFinite(int(torch.argmin(finite.to(torch.uint8))))

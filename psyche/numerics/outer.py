@@ -1,0 +1,57 @@
+"""The outer state and the step that ends a round."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psyche.numerics.digest import BlobIndex, index_blob
+
+
+class OuterState:
+    """θ and m of a run (DESIGN §2): one contiguous fp32 tensor ``[2, n]`` on the CPU.
+
+    Being contiguous makes it a blob as it lies in memory: its address is the ``state_root``.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        if tensor.dtype != torch.float32 or tensor.dim() != 2 or tensor.shape[0] != 2 or not tensor.is_contiguous():
+            raise ValueError("the outer state is one contiguous fp32 tensor [2, n]")
+        self.tensor = tensor
+
+    @classmethod
+    def initial(cls, theta: Tensor) -> OuterState:
+        """θ as given (``[n]`` fp32, copied) and no momentum."""
+        return cls(torch.stack([theta, torch.zeros_like(theta)]))
+
+    @property
+    def theta(self) -> Tensor:
+        """Parameters, ``[n]`` fp32, a view."""
+        return self.tensor[0]
+
+    @property
+    def momentum(self) -> Tensor:
+        """Outer momentum m, ``[n]`` fp32, a view."""
+        return self.tensor[1]
+
+    @property
+    def buffer(self) -> memoryview:
+        """The state's bytes, θ then m, without a copy; writable."""
+        return self.tensor.numpy().data.cast("B")
+
+    def index(self) -> BlobIndex:
+        """The state as a blob; ``index().root`` is the state_root."""
+        return index_blob(self.buffer)
+
+    def clone(self) -> OuterState:
+        return OuterState(self.tensor.clone())
+
+
+def outer_step(theta: Tensor, momentum: Tensor, gradient: Tensor, *, lr: float, mu: float) -> None:
+    """SGD with Nesterov momentum, in place: m ← μm + g; θ ← θ − η(g + μm) (DiLoCo, arXiv 2311.08105, §3).
+
+    All ``[n]`` fp32. Each operation is a separate tensor operation, hence rounded on its own: no
+    ``alpha=``, no ``addcmul``, which may contract to a fused multiply-add on some hardware.
+    """
+    momentum.mul_(mu).add_(gradient)
+    theta.sub_(momentum.mul(mu).add_(gradient).mul_(lr))

@@ -1,0 +1,89 @@
+"""When a member votes: the rules of an acceptor, pure.
+
+One coordinator proposes today; the rules already hold for several. A member never votes for two records in
+one term, never goes back to an earlier term, and votes only for what it has checked itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from psyche.protocol.messages import Contribution, Plan, Proposal
+from psyche.protocol.rounds import contribution_fault, round_seed
+from psyche.protocol.state import Rules
+
+
+@dataclass(frozen=True)
+class Acceptor:
+    """What a member remembers of its voting: the highest term it voted in, and for which record hash."""
+
+    term: int = 0
+    record: bytes = b""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where a member stands: what it has applied, and so what the next plan must build on."""
+
+    rounds: int
+    head: bytes
+    state_root: bytes
+    position: int
+
+
+def plan_fault(plan: Plan, chain: Chain) -> str | None:
+    """Why a plan cannot be the next round for a member standing at ``chain``, or None."""
+    if plan.round != chain.rounds + 1 or plan.previous != chain.head:
+        return "the plan does not follow this node's last record"
+    if plan.base_root != chain.state_root:
+        return "the plan starts from another state"
+    if plan.seed != round_seed(chain.head) or plan.position != chain.position:
+        return "the plan's data is not what follows from the last record"
+    nodes = [member.node for member in plan.members]
+    return None if nodes == sorted(set(nodes)) else "the plan's members are not in ascending order"
+
+
+class Refusal(ValueError):
+    """Why a proposal gets no vote from this member."""
+
+
+def consider(
+    acceptor: Acceptor,
+    proposal: Proposal,
+    *,
+    rules: Rules,
+    chain: Chain,
+    opened: Mapping[str, Contribution],
+    held: frozenset[str],
+) -> Acceptor:
+    """The acceptor after voting for ``proposal``. Raises :class:`Refusal` where it must not.
+
+    ``chain`` is this member's own; ``opened`` are the contributions whose
+    signed commitment and opening it has checked; ``held`` those whose whole payload it has fetched and
+    checked.
+    """
+    record, plan = proposal.record, proposal.record.plan
+    if proposal.term < acceptor.term:
+        raise Refusal(f"term {proposal.term} is over; this node voted in term {acceptor.term}")
+    if proposal.term == acceptor.term and record.hash != acceptor.record:
+        raise Refusal(f"two different records in term {proposal.term}")
+    if fault := plan_fault(plan, chain):
+        raise Refusal(fault)
+    members = {member.node for member in plan.members}
+    if not set(record.electorate) <= members or (set(record.electorate) != members) != record.reconfiguration:
+        raise Refusal("the electorate is not that of the round, and the record is not marked as a reconfiguration")
+    nodes = [accepted.node for accepted in record.accepted]
+    if nodes != sorted(set(nodes)):
+        raise Refusal("accepted contributions are not in ascending order of node")
+    for accepted in record.accepted:
+        member = plan.member(accepted.node)
+        if member is None:
+            raise Refusal(f"{accepted.node[-6:]} is no member of the round")
+        if opened.get(accepted.node) != accepted.contribution:
+            raise Refusal(f"the contribution of {accepted.node[-6:]} is not the one it committed to")
+        if fault := contribution_fault(rules, plan, member, accepted.contribution):
+            raise Refusal(f"the contribution of {accepted.node[-6:]}: {fault}")
+        if accepted.node not in held:
+            raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
+    return Acceptor(proposal.term, record.hash)

@@ -1,0 +1,83 @@
+"""Which sequences a member trains on: O(1) to compute, O(1) to check, disjoint between members.
+
+The run has one endless order of sequences. Position ``p`` is sequence ``π(p mod N)`` of epoch ``p div N``,
+where π is a keyed permutation of ``[0, N)`` by (seed, epoch). A round takes the next stretch of positions
+and cuts it into one piece for each member, in an order drawn from the round's seed, so that nobody can
+choose data by choosing a name.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psyche.numerics.digest import digest
+from psyche.protocol.messages import Plan
+
+_FEISTEL_ROUNDS = 4
+"""As many as Luby and Rackoff (1988) need for a strong pseudo-random permutation."""
+
+
+def positions(plan: Plan, node: str, batch_size: int) -> range:
+    """The positions of one member's sequences in round ``plan``: ``inner_steps × batch_size`` of them.
+
+    Step ``s`` of the member takes ``positions[s * batch_size : (s + 1) * batch_size]``. Raises ``KeyError``
+    for a node that is no member.
+    """
+    start = plan.position
+    for member in sorted(plan.members, key=lambda m: digest("order", plan.seed, m.node.encode())):
+        stop = start + member.inner_steps * batch_size
+        if member.node == node:
+            return range(start, stop)
+        start = stop
+    raise KeyError(node)
+
+
+def next_position(plan: Plan, batch_size: int) -> int:
+    """Where the round after ``plan`` starts, whoever of its members delivered."""
+    return plan.position + sum(member.inner_steps for member in plan.members) * batch_size
+
+
+def sequences(span: range, count: int, seed: int) -> NDArray[np.int64]:
+    """The sequence indices, in ``[0, count)``, at the positions of ``span``."""
+    result = np.empty(len(span), np.int64)
+    at, done = span.start, 0
+    while at < span.stop:
+        epoch, offset = divmod(at, count)
+        length = min(count - offset, span.stop - at)
+        result[done : done + length] = permute(np.arange(offset, offset + length, dtype=np.uint64), count, seed, epoch)
+        at, done = at + length, done + length
+    return result
+
+
+def permute(values: NDArray[np.uint64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """π of each value: a permutation of ``[0, count)`` keyed by (seed, epoch), 0 < count ≤ 2^62.
+
+    A balanced Feistel network on the next even number of bits, walked along its cycle until the value is in
+    range again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, §3: cycle walking). Less
+    than 4 steps on average, since the domain is less than 4 × count.
+    """
+    half = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
+    key = digest("permutation", seed.to_bytes(8, "little"), epoch.to_bytes(8, "little"))
+    keys = np.frombuffer(key, "<u8", _FEISTEL_ROUNDS)
+    out = values.copy()
+    walking = np.ones(len(out), bool)
+    while walking.any():
+        out[walking] = _feistel(out[walking], half, keys)
+        walking = out >= np.uint64(count)
+    return out.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << half) | right
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014). Wraps modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,266 @@
+"""Everything nodes say to each other, as bounded, typed, canonical msgpack.
+
+A message travels as the ``body`` of a signed envelope (``protocol/envelope.py``), which carries the run id,
+the round and the author; the envelope's domain is the message's ``DOMAIN``. Bounds here are part of the
+format: what does not fit is refused while decoding.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from psyche.numerics.digest import digest
+
+MAX_MEMBERS = 4096
+MAX_SLICES = 16384
+"""2^14 slices of 2^22 parameters: 68 billion."""
+
+NodeId = Annotated[str, Meta(pattern=r"^12D3Koo[1-9A-HJ-NP-Za-km-z]{45}$")]
+"""A base58 PeerID of an Ed25519 key. Ascending order of these strings is the order of summation."""
+Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Natural = Annotated[int, Meta(ge=0, le=2**62)]
+Positive = Annotated[int, Meta(ge=1, le=2**62)]
+Reason = Annotated[str, Meta(max_length=200)]
+Nodes = Annotated[tuple[NodeId, ...], Meta(max_length=MAX_MEMBERS)]
+Signed = Annotated[bytes, Meta(max_length=1 << 20)]
+"""An encoded envelope inside another message."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages and of what they contain."""
+
+
+class Body(Message, frozen=True):
+    """A message that is sent on its own, under its own domain."""
+
+    DOMAIN: ClassVar[str]
+
+    def encode(self) -> bytes:
+        """Canonical msgpack: fields in order of definition, no names, one form for each value."""
+        return msgspec.msgpack.encode(self)
+
+
+class MalformedBody(ValueError):
+    """Bytes that are not the message they claim to be."""
+
+
+B = TypeVar("B", bound=Body)
+
+
+def decode(kind: type[B], data: bytes) -> B:
+    """Inverse of ``encode``. Raises :class:`MalformedBody`, and nothing else, on any other bytes."""
+    try:
+        body = msgspec.msgpack.decode(data, type=kind)
+        canonical = body.encode() == data
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
+        raise MalformedBody(f"not a {kind.DOMAIN} message: {error}") from None
+    if not canonical:
+        raise MalformedBody(f"not a {kind.DOMAIN} message in canonical form")
+    return body
+
+
+# ------------------------------------------------------------------------------- what a round is
+
+
+class Member(Message, frozen=True):
+    """One node's part in a round: how many inner steps it owes, and how much its vote counts."""
+
+    node: NodeId
+    inner_steps: Positive
+    votes: Natural
+
+
+class Plan(Message, frozen=True):
+    """What round ``round`` is to be. ``position`` is the first sequence of the data order it consumes."""
+
+    round: Positive
+    term: Positive
+    previous: Hash
+    """Hash of the last certified record; the run id before the first."""
+    base_root: Hash
+    seed: Hash
+    position: Natural
+    members: Annotated[tuple[Member, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
+
+    def member(self, node: str) -> Member | None:
+        return next((m for m in self.members if m.node == node), None)
+
+
+class Slice(Message, frozen=True):
+    """The address and size in bytes of one encoded slice of a payload."""
+
+    root: Hash
+    size: Positive
+
+
+class Contribution(Body, frozen=True):
+    """A node's work in one round. Its hash is committed before it is shown (DESIGN §6)."""
+
+    DOMAIN = "contribution"
+
+    base_root: Hash
+    data_digest: Hash
+    trace_root: Hash
+    slices: Annotated[tuple[Slice, ...], Meta(min_length=1, max_length=MAX_SLICES)]
+    inner_steps: Positive
+    tokens: Positive
+    salt: Hash
+
+    def commitment(self, node: str, run_id: bytes, round: int) -> bytes:
+        """H(node, run, round, everything above), 32 bytes."""
+        return digest("commitment", node.encode(), run_id, round.to_bytes(8, "little"), self.encode())
+
+
+class Accepted(Message, frozen=True):
+    """A contribution that takes part in the outer step, weighted by its tokens."""
+
+    node: NodeId
+    contribution: Contribution
+
+
+class Excluded(Message, frozen=True):
+    """A member that does not, and why."""
+
+    node: NodeId
+    reason: Reason
+
+
+class Record(Body, frozen=True):
+    """What happened in a round. Chained by ``plan.previous``; final once certified."""
+
+    DOMAIN = "record"
+
+    plan: Plan
+    accepted: Annotated[tuple[Accepted, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
+    excluded: Annotated[tuple[Excluded, ...], Meta(max_length=MAX_MEMBERS)]
+    electorate: Nodes
+    """Whose votes are counted: all members, or the survivors of a reconfiguration."""
+    reconfiguration: bool
+
+    @property
+    def hash(self) -> bytes:
+        return digest("record", self.encode())
+
+
+# ---------------------------------------------------------------------- member to coordinator
+
+
+class Certificate(Body, frozen=True):
+    """A certified record: the coordinator's signed proposal and the signed votes for it."""
+
+    DOMAIN = "certificate"
+
+    proposal: Signed
+    votes: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+
+
+class Present(Body, frozen=True):
+    """I am here, with this state. Sent on joining and after every resynchronisation."""
+
+    DOMAIN = "present"
+
+    rounds: Natural
+    """Certified rounds this node has applied."""
+    head: Hash
+    state_root: Hash
+    device: Annotated[str, Meta(max_length=64)]
+    certificate: Certificate | None
+    """That of the last round applied, for a coordinator that starts again; none before the first."""
+
+
+class Commitment(Body, frozen=True):
+    DOMAIN = "commitment"
+
+    digest: Hash
+
+
+class Holding(Body, frozen=True):
+    """Whose payloads of this round the sender has fetched, checked, and serves to others."""
+
+    DOMAIN = "holding"
+
+    nodes: Nodes
+
+
+class Vote(Body, frozen=True):
+    DOMAIN = "vote"
+
+    term: Positive
+    record: Hash
+
+
+class Attestation(Body, frozen=True):
+    """The sender's state_root after the certified round."""
+
+    DOMAIN = "attestation"
+
+    state_root: Hash
+
+
+class Leave(Body, frozen=True):
+    DOMAIN = "leave"
+
+    reason: Reason
+
+
+class Metrics(Body, frozen=True):
+    """What a member measured of its round; for people to read, and for nothing else."""
+
+    DOMAIN = "metrics"
+
+    train_loss: float
+    heldout_loss_sum: float
+    heldout_tokens: Natural
+    tokens: Natural
+    inner_steps: Natural
+    train_seconds: float
+    exchange_seconds: float
+    round_seconds: float
+    lr: float
+    pseudo_gradient_norm: float
+    momentum_norm: float
+    bytes_up: Natural
+    bytes_down: Natural
+    payload_bytes: Natural
+
+
+# ---------------------------------------------------------------------- coordinator to members
+
+
+class Proposal(Body, frozen=True):
+    """A record put to the vote in a term. Higher terms supersede lower ones."""
+
+    DOMAIN = "proposal"
+
+    term: Positive
+    record: Record
+
+
+class Board(Body, frozen=True):
+    """All that a member needs to know of the run now. Members ask for it; nothing is pushed to them."""
+
+    DOMAIN = "board"
+
+    version: Natural
+    phase: Annotated[str, Meta(max_length=16)]
+    rounds: Natural
+    """Certified so far."""
+    state_root: Hash
+    """What a node must hold after those rounds; the genesis root before the first."""
+    plan: Plan | None
+    commitments: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+    contributions: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+    proposal: Signed | None
+    certificate: Certificate | None
+    """Of round ``rounds``."""
+    note: Annotated[str, Meta(max_length=500)]
+    """What is waited for, or why the run is paused or finished, in words."""
+
+
+SUBMISSIONS: dict[str, type[Body]] = {
+    kind.DOMAIN: kind for kind in (Present, Commitment, Contribution, Holding, Vote, Attestation, Leave, Metrics)
+}
+"""What a member may send to a coordinator, by domain."""

@@ -1,0 +1,236 @@
+"""The coordinator's state, what can happen to it, and what it asks to be done. Data only; rules in rounds.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from psyche.protocol.messages import Contribution, Plan, Record
+
+
+class Phase(StrEnum):
+    WAITING = "waiting"
+    """For enough members to open a round."""
+    TRAINING = "training"
+    COMMITTING = "committing"
+    """The first commitment is in; closes when all living members have committed, or at the deadline."""
+    CERTIFYING = "certifying"
+    """Contributions are opened, fetched, proposed, voted on, applied and attested."""
+    PAUSED = "paused"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the state machine takes from the manifest."""
+
+    run_id: bytes
+    genesis: bytes
+    rounds: int
+    inner_steps: int
+    batch_size: int
+    tokens_per_step: int
+    slice_bytes: tuple[int, ...]
+    """The most bytes each slice of a payload may have."""
+    start_members: int
+    min_members: int
+    round_bounds: tuple[float, float]
+    exchange_bounds: tuple[float, float]
+    silence: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A node that is here. Only one whose ``state_root`` is the run's is given work."""
+
+    seen: float
+    state_root: bytes
+    device: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round in progress. Mappings go from node id; ``bytes`` after a value is its signed envelope."""
+
+    plan: Plan
+    opened: float
+    deadline: float
+    """Of the stage the round is in: commitments, then openings and holdings, then votes, then attestations."""
+    commitments: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    closed: float | None = None
+    contributions: Mapping[str, tuple[Contribution, bytes]] = field(default_factory=dict)
+    holdings: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    term: int = 0
+    proposal: Record | None = None
+    votes: Mapping[str, bytes] = field(default_factory=dict)
+    certified: bool = False
+    attestations: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    phase: Phase
+    rounds: int
+    """Certified and settled."""
+    head: bytes
+    """Hash of the last certified record; the run id before the first."""
+    state_root: bytes
+    """What members must hold now. Empty after a restart, until two thirds of the electorate are back and agree."""
+    position: int
+    term: int
+    electorate: tuple[str, ...] = ()
+    """Of the last certified record."""
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    round: Round | None = None
+    commit_seconds: tuple[float, ...] = ()
+    exchange_seconds: tuple[float, ...] = ()
+    note: str = ""
+
+    @classmethod
+    def initial(cls, rules: Rules) -> State:
+        return cls(Phase.WAITING, 0, rules.run_id, rules.genesis, 0, 0)
+
+
+# --------------------------------------------------------------------------------------- events
+# Signatures, run id and envelope round were checked by the role before an event is made.
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    node: str
+    state_root: bytes
+    device: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    node: str
+
+
+@dataclass(frozen=True)
+class Left:
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Committed:
+    node: str
+    round: int
+    digest: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True)
+class Opened:
+    node: str
+    round: int
+    contribution: Contribution
+    proof: bytes
+
+
+@dataclass(frozen=True)
+class Held:
+    node: str
+    round: int
+    nodes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Voted:
+    node: str
+    round: int
+    term: int
+    record: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True)
+class Attested:
+    node: str
+    round: int
+    state_root: bytes
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A member proved a later certified record than this coordinator knows; it started again, say."""
+
+    record: Record
+
+
+Event = Tick | Arrived | Seen | Left | Committed | Opened | Held | Voted | Attested | Restored
+
+
+# -------------------------------------------------------------------------------------- effects
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The event changed nothing; its sender is told why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """The round ended without a record and will be planned again."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Proposed:
+    term: int
+    record: Record
+
+
+@dataclass(frozen=True)
+class Certified:
+    record: Record
+    votes: tuple[bytes, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Settled:
+    """More than two thirds attested the same state after round ``round``."""
+
+    round: int
+    state_root: bytes
+
+
+@dataclass(frozen=True)
+class Diverged:
+    node: str
+    round: int
+    expected: bytes
+    found: bytes
+
+
+@dataclass(frozen=True)
+class Departed:
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    rounds: int
+
+
+Effect = Rejected | Planned | Abandoned | Proposed | Certified | Settled | Diverged | Departed | Finished

@@ -1,0 +1,29 @@
+"""What the state machine needs to know of a manifest."""
+
+from __future__ import annotations
+
+from psyche.config import Manifest
+from psyche.numerics.codecs.registry import codec
+from psyche.numerics.flat import SLICE
+from psyche.protocol.state import Rules
+
+
+def rules_of(manifest: Manifest) -> Rules:
+    """The manifest as the protocol sees it."""
+    run, resolved = manifest.run, manifest.resolved
+    counts = [min(SLICE, resolved.flat_size - start) for start in range(0, resolved.flat_size, SLICE)]
+    return Rules(
+        run_id=manifest.run_id,
+        genesis=bytes.fromhex(resolved.genesis),
+        rounds=run.rounds.total,
+        inner_steps=run.rounds.inner_steps,
+        batch_size=run.inner.batch_size,
+        tokens_per_step=run.tokens_per_step,
+        slice_bytes=tuple(codec(run.codec.name).payload_bytes(count) for count in counts),
+        start_members=run.rounds.start_members,
+        min_members=run.rounds.min_members,
+        round_bounds=(run.deadlines.round_min, run.deadlines.round_max),
+        exchange_bounds=(run.deadlines.exchange_min, run.deadlines.exchange_max),
+        silence=run.deadlines.silence,
+        spread=run.deadlines.spread,
+    )

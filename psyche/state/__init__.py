@@ -1,0 +1,1 @@
+"""What outlives a process: checkpoints, state for joiners, exports."""

@@ -1,0 +1,44 @@
+"""From outer parameters to a directory that ``transformers`` loads, and a few words out of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from psyche.config import Model
+from psyche.numerics.flat import FlatLayout
+from psyche.training.models import build
+
+
+def export(spec: Model, theta: Tensor, tokenizer: Path, directory: Path) -> None:
+    """Write model (safetensors) and tokenizer so that ``AutoModelForCausalLM.from_pretrained`` loads them.
+
+    ``theta`` is the flat vector of the model's layout.
+    """
+    model = build(spec)
+    layout = FlatLayout.of_model(model)
+    with torch.no_grad():
+        views = layout.views(theta)
+        for name, parameter in model.named_parameters():
+            if name in views:
+                parameter.copy_(views[name])
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)  # type: ignore[operator]
+    for file in tokenizer.iterdir():
+        shutil.copy2(file, directory / file.name)
+
+
+def sample(directory: Path, prompt: str, *, tokens: int = 60, seed: int = 0) -> str:
+    """Continue ``prompt`` by up to ``tokens`` tokens with an exported model: top-40, temperature 0.8."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, top_k=40, temperature=0.8)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,67 @@
+"""Causal language models of ``transformers``, from nothing but their configuration."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psyche import config
+from psyche.errors import ConfigError
+from psyche.numerics.flat import FlatLayout
+
+
+def build(spec: config.Model, *, device: str = "cpu", seed: int = 0) -> nn.Module:
+    """The model with freshly initialised fp32 parameters, by ``seed``; ``device="meta"`` allocates nothing.
+
+    Raises :class:`ConfigError` for an architecture that is unknown or settings it does not have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = _settings(spec)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"run.model: transformers cannot build it: {error}") from None
+    return model
+
+
+def layout(spec: config.Model) -> FlatLayout:
+    """The flat layout of the model, without allocating its parameters."""
+    return FlatLayout.of_model(build(spec, device="meta"))
+
+
+def initial_parameters(spec: config.Model, seed: int) -> tuple[FlatLayout, Tensor]:
+    """Layout and θ before the first round (``[layout.size]`` fp32, padding zero)."""
+    model = build(spec, seed=seed)
+    flat_layout = FlatLayout.of_model(model)
+    flat = torch.zeros(flat_layout.size)
+    with torch.no_grad():
+        flat_layout.gather(dict(model.named_parameters()), flat)
+    return flat_layout, flat
+
+
+def _settings(spec: config.Model) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        known = _known_settings(spec.architecture)
+    except ValueError:
+        raise ConfigError(f"run.model.architecture: transformers has no causal LM {spec.architecture!r}") from None
+    if unknown := sorted(set(spec.settings) - known):
+        raise ConfigError(f"run.model.settings.{unknown[0]}: {spec.architecture} has no such setting")
+    try:
+        return AutoConfig.for_model(spec.architecture, **spec.settings)
+    except Exception as error:  # transformers validates with several libraries' exceptions
+        raise ConfigError(f"run.model.settings: {' '.join(str(error).split())}") from None
+
+
+@cache
+def _known_settings(architecture: str) -> frozenset[str]:
+    from transformers import AutoConfig
+
+    return frozenset(AutoConfig.for_model(architecture).to_dict())
