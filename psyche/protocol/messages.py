@@ -13,12 +13,13 @@ import msgspec
 from msgspec import Meta
 
 from psyche.numerics.digest import digest
+from psyche.protocol.envelope import MalformedMessage
 
 MAX_MEMBERS = 4096
 MAX_SLICES = 16384
 """2^14 slices of 2^22 parameters: 68 billion."""
 
-NodeId = Annotated[str, Meta(pattern=r"^12D3Koo[1-9A-HJ-NP-Za-km-z]{45}$")]
+NodeId = Annotated[str, Meta(pattern=r"\A12D3Koo[1-9A-HJ-NP-Za-km-z]{45}\Z")]
 """A base58 PeerID of an Ed25519 key. Ascending order of these strings is the order of summation."""
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Natural = Annotated[int, Meta(ge=0, le=2**62)]
@@ -43,22 +44,18 @@ class Body(Message, frozen=True):
         return msgspec.msgpack.encode(self)
 
 
-class MalformedBody(ValueError):
-    """Bytes that are not the message they claim to be."""
-
-
 B = TypeVar("B", bound=Body)
 
 
 def decode(kind: type[B], data: bytes) -> B:
-    """Inverse of ``encode``. Raises :class:`MalformedBody`, and nothing else, on any other bytes."""
+    """Inverse of ``encode``. Raises :class:`MalformedMessage`, and nothing else, on any other bytes."""
     try:
         body = msgspec.msgpack.decode(data, type=kind)
         canonical = body.encode() == data
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
-        raise MalformedBody(f"not a {kind.DOMAIN} message: {error}") from None
+        raise MalformedMessage(f"not a {kind.DOMAIN} message: {str(error)[:120]}") from None
     if not canonical:
-        raise MalformedBody(f"not a {kind.DOMAIN} message in canonical form")
+        raise MalformedMessage(f"not a {kind.DOMAIN} message in canonical form")
     return body
 
 

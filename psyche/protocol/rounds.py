@@ -291,7 +291,7 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
 def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> Step:
     record = current.proposal
     assert record is not None
-    if _weight(current.plan, current.votes, record.electorate):
+    if carries_quorum(current.plan, current.votes, record.electorate):
         certified = replace(current, certified=True, deadline=now + _exchange_allowed(rules, state))
         seconds = now - current.opened
         effect = Certified(record, tuple(current.votes[node] for node in sorted(current.votes)), seconds)
@@ -313,7 +313,9 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     if waiting and now < current.deadline:
         return state, []
     roots = set(current.attestations.values())
-    agreed = [root for root in roots if _weight(current.plan, _having(current.attestations, root), record.electorate)]
+    agreed = [
+        root for root in roots if carries_quorum(current.plan, _having(current.attestations, root), record.electorate)
+    ]
     if not agreed:
         note = f"no two thirds of the members agree on the state after round {current.plan.round}"
         if (state.phase, state.note) == (Phase.PAUSED, note):
@@ -392,7 +394,7 @@ def _living(state: State, current: Round) -> list[str]:
     ]
 
 
-def _weight(plan: Plan, voters: Iterable[str], electorate: tuple[str, ...]) -> bool:
+def carries_quorum(plan: Plan, voters: Iterable[str], electorate: tuple[str, ...]) -> bool:
     """Whether ``voters`` carry more than two thirds of the electorate's voting weight."""
     votes = {member.node: member.votes for member in plan.members}
     return quorum(sum(votes[n] for n in set(voters) & set(electorate)), sum(votes[n] for n in electorate))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from psyche.config import Manifest
 from psyche.data.store import TokenStore
+from psyche.errors import PsycheError
 from psyche.numerics.aggregate import aggregate, share
 from psyche.numerics.codecs.base import NonFinite
 from psyche.numerics.codecs.registry import codec
@@ -35,8 +36,8 @@ class Interrupted(Exception):
     """Training was stopped before the round's last inner step; nothing of it was encoded."""
 
 
-class Diverged(Exception):
-    """The loss or a parameter became NaN or infinite. The message names the tensor or the step."""
+class Exploded(PsycheError):
+    """A parameter became NaN or infinite. The message names the tensor."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Work:
     payload: Payload
     loss: float
     """Mean over the inner steps, nats a token."""
+    lr: float
+    """Of the last inner step."""
 
 
 class Replica:
@@ -60,7 +63,9 @@ class Replica:
         self._secret = secret
         self.codec = codec(self.run.codec.name)
         self.residual = torch.zeros_like(outer.theta) if self.codec.error_feedback else None
-        self.chain = Chain(0, manifest.run_id, outer.index().root, 0)
+        self.index = outer.index()
+        """The outer state's chunk hashes; their root is ``chain.state_root``."""
+        self.chain = Chain(0, manifest.run_id, self.index.root, 0)
 
     # ------------------------------------------------------------------------------- one round
 
@@ -74,7 +79,7 @@ class Replica:
         """H inner steps from θ on this node's part of the data; then encode Δ = θ − θ_local.
 
         Calls ``progress(step, loss, lr)`` after each inner step. Raises :class:`Interrupted` once ``stop()``
-        is true, and :class:`Diverged`.
+        is true, and :class:`Exploded`.
         """
         member = plan.member(self.node)
         assert member is not None, "only members train"
@@ -87,7 +92,7 @@ class Replica:
             if stop():
                 raise Interrupted
             tokens = train.batch(indices[step * batch : (step + 1) * batch])
-            lr = learning_rate(self.run.inner, self._global_step(plan) + step, self.run.total_steps)
+            lr = learning_rate(self.run.inner, self.global_step(plan) + step, self.run.total_steps)
             losses.append(self.engine.step(tokens, lr))
             trace.saw(tokens)
             progress(step, losses[-1], lr)
@@ -104,7 +109,7 @@ class Replica:
             tokens=member.inner_steps * self.run.tokens_per_step,
             salt=self._salt(plan),
         )
-        return Work(contribution, payload, sum(losses) / len(losses))
+        return Work(contribution, payload, sum(losses) / len(losses), lr)
 
     def apply(self, record: Record, payloads: Mapping[str, Payload]) -> None:
         """The outer step of a certified record, from the payloads of all it accepted.
@@ -119,8 +124,12 @@ class Replica:
             gradient = torch.empty(part.stop - part.start)
             aggregate(self.codec, ((weights[node], payloads[node][number]) for node in sorted(weights)), gradient)
             outer_step(theta[part], momentum[part], gradient, lr=self.run.outer.lr, mu=self.run.outer.momentum)
-        position = next_position(record.plan, self.run.inner.batch_size)
-        self.chain = Chain(record.plan.round, record.hash, self.outer.index().root, position)
+        self._stand_at(record)
+
+    def adopt(self, outer: OuterState, record: Record | None) -> None:
+        """Take over an outer state fetched from others: that after ``record``, or that before the first round."""
+        self.outer = outer
+        self._stand_at(record)
 
     def give_back(self, payload: Payload) -> None:
         """e ← e + D(payload): a contribution that was not accepted loses nothing it has learned."""
@@ -151,6 +160,14 @@ class Replica:
 
     # --------------------------------------------------------------------------------- helpers
 
+    def _stand_at(self, record: Record | None) -> None:
+        self.index = self.outer.index()
+        if record is None:
+            self.chain = Chain(0, self.manifest.run_id, self.index.root, 0)
+        else:
+            position = next_position(record.plan, self.run.inner.batch_size)
+            self.chain = Chain(record.plan.round, record.hash, self.index.root, position)
+
     def _encode(self, local: Tensor) -> list[bytes]:
         payload = []
         for part in self.engine.layout.slices():
@@ -161,11 +178,12 @@ class Replica:
                 )
             except NonFinite as error:
                 name = self.engine.layout.name_at(part.start + error.position)
-                raise Diverged(f"{name} became NaN or infinite: lower run.inner.lr or clip gradients") from None
+                raise Exploded(f"{name} became NaN or infinite: lower run.inner.lr or clip gradients") from None
             payload.append(encoded)
         return payload
 
-    def _global_step(self, plan: Plan) -> int:
+    def global_step(self, plan: Plan) -> int:
+        """Inner steps of a member before round ``plan``, whether this node took them or not."""
         return (plan.round - 1) * self.run.rounds.inner_steps
 
     def _salt(self, plan: Plan) -> bytes:

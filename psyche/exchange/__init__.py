@@ -1,0 +1,1 @@
+"""How payloads reach everyone who needs them (DESIGN §7)."""

@@ -1,0 +1,252 @@
+"""The coordinator: it closes rounds. It holds no tensors and no secret but its key, and pushes nothing.
+
+Members submit signed messages and watch the board; the pure state machine of ``protocol/rounds.py`` decides;
+this module checks signatures, keeps time, and turns effects into bytes and events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from psyche.config import Manifest
+from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Refused
+from psyche.protocol import envelope as envelopes
+from psyche.protocol import state as protocol
+from psyche.protocol.certificates import BadCertificate, check_certificate
+from psyche.protocol.envelope import Envelope, MalformedMessage
+from psyche.protocol.messages import (
+    SUBMISSIONS,
+    Attestation,
+    Board,
+    Body,
+    Certificate,
+    Commitment,
+    Contribution,
+    Holding,
+    Leave,
+    Metrics,
+    Present,
+    Proposal,
+    Record,
+    Vote,
+    decode,
+)
+from psyche.protocol.rounds import tick
+from psyche.protocol.state import Phase, State
+from psyche.roles.rules import rules_of
+from psyche.telemetry import events
+from psyche.telemetry.events import EventLog
+
+WATCH_SECONDS = 4.0
+"""How long a watcher's question is left open when nothing changes; well under any ``silence`` bound."""
+TICK_SECONDS = 0.2
+UNKNOWN = "present yourself first"
+"""What a watcher hears whom the coordinator does not know, or no longer: after a restart, or a long silence."""
+MAX_SUBMISSION = 1 << 20
+MAX_BOARD = 8 << 20
+
+
+class Coordinator:
+    """Runs the rounds of one manifest until the last one is certified."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        identity: Identity,
+        network: NetworkNode,
+        log: EventLog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.manifest, self.identity, self.network, self.log, self._clock = manifest, identity, network, log, clock
+        self.rules = rules_of(manifest)
+        self.state = State.initial(self.rules)
+        self._proposal: bytes | None = None
+        self._certificate: Certificate | None = None
+        self._certified: protocol.Certified | None = None
+        self._version = 0
+        self._board = b""
+        self._changed = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Serve until the run is finished and its members have said goodbye (or gone silent)."""
+        await self._publish()
+        await self.network.rpc.serve("watch", self._watch, max_request=16)
+        await self.network.rpc.serve("submit", self._submit, max_request=MAX_SUBMISSION)
+        while self.state.phase is not Phase.FINISHED or self.state.peers:
+            await self._dispatch(protocol.Tick())
+            await asyncio.sleep(TICK_SECONDS)
+
+    # ---------------------------------------------------------------------------- what members ask
+
+    async def _watch(self, peer: str, request: bytes) -> bytes:
+        """The board, as soon as its version is not the one the caller has seen. Asking is a sign of life."""
+        if peer not in self.state.peers:
+            raise Refused(UNKNOWN)
+        seen = int.from_bytes(request, "little")
+        await self._dispatch(protocol.Seen(peer))
+        async with self._changed:
+            try:
+                async with asyncio.timeout(WATCH_SECONDS):
+                    await self._changed.wait_for(lambda: self._version != seen)
+            except TimeoutError:
+                pass
+        return self._board
+
+    async def _submit(self, peer: str, request: bytes) -> bytes:
+        try:
+            envelope = envelopes.decode(request, MAX_SUBMISSION)
+            kind = SUBMISSIONS.get(envelope.domain)
+            if kind is None:
+                raise WrongContext(f"{envelope.domain!r} is nothing a member submits")
+            open_envelope(envelope, domain=envelope.domain, run_id=self.manifest.run_id)
+            if envelope.author != peer:
+                raise BadSignature(f"signed by {envelope.author}, sent by {peer}")
+            await self._take(envelope, decode(kind, envelope.body), request)
+        except (MalformedMessage, WrongContext, BadSignature, BadCertificate) as error:
+            self._refuse(peer, str(error))
+        return b""
+
+    async def _take(self, envelope: Envelope, body: Body, proof: bytes) -> None:
+        node, round = envelope.author, envelope.round
+        match body:
+            case Present():
+                await self._greet(node, body)
+            case Leave():
+                await self._dispatch(protocol.Left(node, body.reason))
+            case Metrics():
+                self.log.emit(_metrics_event(node, round, body))
+            case Commitment():
+                await self._dispatch(protocol.Committed(node, round, body.digest, proof))
+            case Contribution():
+                await self._dispatch(protocol.Opened(node, round, body, proof))
+            case Holding():
+                await self._dispatch(protocol.Held(node, round, frozenset(body.nodes)))
+            case Vote():
+                await self._dispatch(protocol.Voted(node, round, body.term, body.record, proof))
+            case Attestation():
+                self.log.emit(events.Attested(round=round, peer=node, state_root=body.state_root.hex()))
+                await self._dispatch(protocol.Attested(node, round, body.state_root))
+
+    async def _greet(self, node: str, body: Present) -> None:
+        if body.certificate is not None and body.rounds > self.state.rounds:
+            record = self._checked(body.certificate)
+            await self._dispatch(protocol.Restored(record))
+            if self.state.head == record.hash:
+                self._certificate = body.certificate
+        if node not in self.state.peers:
+            self.log.emit(events.PeerJoined(peer=node, device=body.device, round=self.state.rounds + 1))
+        await self._dispatch(protocol.Arrived(node, body.state_root, body.device))
+
+    def _checked(self, certificate: Certificate) -> Record:
+        return check_certificate(
+            certificate,
+            run_id=self.manifest.run_id,
+            coordinators=self.manifest.resolved.coordinators,
+            open_envelope=open_envelope,
+        )
+
+    # ------------------------------------------------------------------------ the machine's effects
+
+    async def _dispatch(self, event: protocol.Event) -> None:
+        """Feed the machine; publish where something changed; raise Refused where the sender was refused."""
+        before = self.state
+        self.state, effects = tick(self.rules, before, event, self._clock())
+        refusals = [effect for effect in effects if isinstance(effect, protocol.Rejected)]
+        for effect in effects:
+            self._perform(effect)
+        if effects or _visible(before) != _visible(self.state):
+            await self._publish()
+        for refusal in refusals:
+            self._refuse(refusal.node, refusal.reason)
+
+    def _perform(self, effect: protocol.Effect) -> None:
+        match effect:
+            case protocol.Planned(plan):
+                self._proposal = None
+                members = tuple(member.node for member in plan.members)
+                self.log.emit(
+                    events.RoundStarted(round=plan.round, members=members, inner_steps=self.rules.inner_steps)
+                )
+            case protocol.Abandoned(round, reason):
+                self.log.emit(events.Notice(level="warning", text=f"round {round} starts again: {reason}"))
+            case protocol.Proposed(term, record):
+                self._proposal = self._seal(Proposal(term, record), record.plan.round)
+            case protocol.Certified(_, votes):
+                assert self._proposal is not None
+                self._certificate = Certificate(self._proposal, votes)
+                self._certified = effect
+            case protocol.Settled(round, state_root):
+                self._report_round(round, state_root)
+            case protocol.Diverged(node, round, expected, found):
+                self.log.emit(events.Diverged(peer=node, round=round, expected=expected.hex(), found=found.hex()))
+            case protocol.Departed(node, reason):
+                self.log.emit(events.PeerLeft(peer=node, reason=reason, round=self.state.rounds + 1))
+            case protocol.Finished(rounds):
+                self.log.emit(events.RunFinished(rounds=rounds, reason="all rounds are done"))
+            case protocol.Rejected():
+                pass  # answered to its sender by _dispatch
+
+    def _report_round(self, round: int, state_root: bytes) -> None:
+        assert self._certified is not None
+        record = self._certified.record
+        self.log.emit(
+            events.RoundCertified(
+                round=round,
+                accepted=tuple(accepted.node for accepted in record.accepted),
+                excluded=tuple((excluded.node, excluded.reason) for excluded in record.excluded),
+                state_root=state_root.hex(),
+                seconds=self._certified.seconds,
+            )
+        )
+
+    def _refuse(self, peer: str, reason: str) -> None:
+        self.log.emit(events.Rejected(peer=peer, reason=reason, what="submission"))
+        raise Refused(reason)
+
+    # ------------------------------------------------------------------------------------ the board
+
+    async def _publish(self) -> None:
+        async with self._changed:
+            self._version += 1
+            self._board = self._seal(self._compose(), self.state.rounds)
+            self._changed.notify_all()
+
+    def _compose(self) -> Board:
+        state, current = self.state, self.state.round
+        closed = current is not None and current.closed is not None
+        return Board(
+            version=self._version,
+            phase=state.phase.value,
+            rounds=state.rounds,
+            state_root=state.state_root or bytes(32),
+            plan=current.plan if current else None,
+            commitments=tuple(proof for _, proof in current.commitments.values()) if current and closed else (),
+            contributions=tuple(proof for _, proof in current.contributions.values()) if current else (),
+            proposal=self._proposal if current and current.proposal else None,
+            certificate=self._certificate,
+            note=state.note[:500],
+        )
+
+    def _seal(self, body: Body, round: int) -> bytes:
+        return envelopes.encode(self.identity.seal(body.DOMAIN, self.manifest.run_id, round, body.encode()))
+
+
+def _visible(state: State) -> tuple[object, ...]:
+    """What of the state members can see: a change in it is worth a new board."""
+    current = state.round
+    seen: tuple[object, ...] = (state.phase, state.rounds, state.note)
+    if current is None:
+        return seen
+    return (*seen, current.plan, current.closed, len(current.contributions), current.term, current.certified)
+
+
+def _metrics_event(node: str, round: int, body: Metrics) -> events.MemberMetrics:
+    fields = {name: getattr(body, name) for name in body.__struct_fields__}
+    seconds = body.train_seconds
+    return events.MemberMetrics(
+        round=round, peer=node, tokens_per_second=body.tokens / seconds if seconds > 0 else None, **fields
+    )

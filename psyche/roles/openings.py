@@ -1,0 +1,47 @@
+"""What a member believes of the others' contributions: only what they signed, and committed to beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from psyche.network.identity import BadSignature, WrongContext, open_envelope
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.envelope import Envelope, MalformedMessage
+from psyche.protocol.messages import Board, Commitment, Contribution, Plan, decode
+
+
+class Openings:
+    """The contributions of one round whose commitment and opening were both checked here."""
+
+    def __init__(self, run_id: bytes, plan: Plan) -> None:
+        self._run_id, self._plan = run_id, plan
+        self._seen: set[bytes] = set()
+        self._commitments: dict[str, bytes] = {}
+        self.contributions: dict[str, Contribution] = {}
+
+    def update(self, board: Board) -> list[str]:
+        """Take in what a board shows; the nodes whose contribution is new. Ignores whatever does not hold up."""
+        for envelope in self._fresh(board.commitments, Commitment.DOMAIN):
+            self._commitments[envelope.author] = decode(Commitment, envelope.body).digest
+        new = []
+        for envelope in self._fresh(board.contributions, Contribution.DOMAIN):
+            given, node = decode(Contribution, envelope.body), envelope.author
+            if self._commitments.get(node) == given.commitment(node, self._run_id, self._plan.round):
+                self.contributions[node] = given
+                new.append(node)
+        return new
+
+    def _fresh(self, items: Iterable[bytes], domain: str) -> list[Envelope]:
+        fresh = []
+        for item in items:
+            if item in self._seen:
+                continue
+            self._seen.add(item)
+            try:
+                envelope = envelopes.decode(item)
+                open_envelope(envelope, domain=domain, run_id=self._run_id, round=self._plan.round)
+            except (MalformedMessage, BadSignature, WrongContext):
+                continue
+            if self._plan.member(envelope.author) is not None:
+                fresh.append(envelope)
+        return fresh

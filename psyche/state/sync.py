@@ -1,0 +1,31 @@
+"""The outer state as a blob: every member serves its own, a joiner fetches it and checks it chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from psyche.network.blobs import fetch_into
+from psyche.network.node import NetworkNode
+from psyche.numerics.digest import CHUNK, BlobIndex
+from psyche.numerics.outer import OuterState
+
+
+def serve_state(network: NetworkNode, outer: OuterState, index: BlobIndex, previous: bytes) -> None:
+    """Serve ``outer`` as it is now, whose chunk hashes are ``index``, in place of what was served as ``previous``.
+
+    Chunks are read from live memory; the server checks each before sending, and answers "gone" once the next
+    outer step has changed it.
+    """
+    if previous != index.root:
+        network.blobs.remove(previous)
+    view = outer.buffer
+    network.blobs.add(index.root, index, lambda number: view[number * CHUNK : (number + 1) * CHUNK])
+
+
+async def fetch_state(network: NetworkNode, root: bytes, size: int, sources: Sequence[str]) -> OuterState:
+    """The outer state whose state_root is ``root``, for a flat vector of ``size``. Raises ``FetchError``."""
+    outer = OuterState(torch.empty(2, size))
+    await fetch_into(network.streams, root, outer.buffer, sources=sources, caller=network.peer_id)
+    return outer
