@@ -1,0 +1,54 @@
+"""Files that are whole or absent, and disk errors that a person can act on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from psyche.errors import PsycheError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace ``path`` in one step: after a crash or power loss it holds the old content or the new, never a mix."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)  # the new name is on disk only when its directory is
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an :class:`OSError` while writing below ``path`` into a :class:`PsycheError` naming disk and mend."""
+    try:
+        yield
+    except OSError as error:
+        mend = "choose another place with node.cache"
+        if error.errno not in FULL:
+            raise PsycheError(f"cannot write {error.filename or path} ({error.strerror or error}): {mend}") from error
+        disk = _mount(path)
+        free = shutil.disk_usage(disk).free / 2**20
+        raise PsycheError(
+            f"no space left for {path} on the disk mounted at {disk} ({error.strerror}; {free:.0f} MiB free): free "
+            f"some and run the command again, it goes on where it stopped, or {mend}"
+        ) from error
+
+
+def _mount(path: Path) -> Path:
+    """Mount point of the disk that holds ``path``, which need not exist yet."""
+    path = path.absolute()
+    while not os.path.ismount(path):
+        path = path.parent
+    return path

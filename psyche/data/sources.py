@@ -1,0 +1,129 @@
+"""Where documents come from. A document is one non-empty string; the order is the same every time."""
+
+from __future__ import annotations
+
+import glob
+import sysconfig
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from psyche.config import HubSource, StdlibSource, TextSource
+from psyche.errors import PsycheError
+
+MAX_FILE_BYTES = 16 << 20
+"""A file is encoded in one piece, which takes 119 times its size in memory (measured on 32 MiB of Python)."""
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize", "python-config")
+
+
+def documents(source: StdlibSource | TextSource | HubSource, max_documents: int | None) -> Iterator[str]:
+    """The first ``max_documents`` documents of ``source`` (all of them if None), read as they are asked for.
+
+    Raises :class:`PsycheError` where nothing matches, a file or column cannot be read, or a dataset does not load.
+    """
+    match source:
+        case StdlibSource():
+            texts = _stdlib()
+        case TextSource():
+            texts = _text(source)
+        case HubSource():
+            texts = _dataset(source)
+    return islice(filter(None, texts), max_documents)
+
+
+def _stdlib() -> Iterator[str]:
+    """Library modules only: distributions leave the tests out, and build configuration names the machine."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in _sorted_below(root, root.rglob("*.py")):
+        if _NOT_LIBRARY.isdisjoint(path.relative_to(root).parts) and not path.name.startswith(_LOCAL):
+            try:
+                yield path.read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                continue  # a few modules are in other encodings on purpose
+
+
+def _text(source: TextSource) -> Iterator[str]:
+    for path in _files(source.paths):
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise PsycheError(
+                    f"{path} is one document of more than {MAX_FILE_BYTES >> 20} MiB: split it, or read it line by "
+                    f"line with data.source {{kind: dataset, path: text, data_files: {path}}}"
+                )
+            yield path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise PsycheError(
+                f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out of data.source.paths"
+            ) from None
+        except OSError as error:
+            raise PsycheError(f"cannot read {path} of data.source.paths: {error.strerror}") from error
+
+
+def _files(paths: Iterable[str]) -> list[Path]:
+    """Every file behind ``paths``, once: in the order of ``paths``, sorted below each, wherever the tree is mounted."""
+    found: dict[Path, None] = {}
+    for pattern in paths:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            visible = (file for file in path.rglob("*") if not _hidden(file.relative_to(path)))
+            files = _sorted_below(path, visible)
+        elif path.is_file():
+            files = [path]
+        else:
+            files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise PsycheError(f"data.source.paths: no file matches {pattern!r} (looked from {Path.cwd()}): correct it")
+        found.update((file.resolve(), None) for file in files)
+    return list(found)
+
+
+def _sorted_below(root: Path, paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _dataset(source: HubSource) -> Iterator[str]:
+    rows = _rows(source)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # readers of twenty formats raise what they like
+            raise _unreadable(source, error) from error
+        if row is None:
+            return
+        text = row.get(source.text_column)
+        if source.text_column not in row or not isinstance(text, str | None):
+            kind = f"holds {type(text).__name__}, not text" if source.text_column in row else "is not there"
+            raise PsycheError(
+                f"data.source.text_column: column {source.text_column!r} of {source.path} {kind}; its columns are "
+                f"{', '.join(sorted(row))}"
+            )
+        yield text or ""
+
+
+def _rows(source: HubSource) -> Iterator[dict[str, Any]]:
+    import datasets  # a second to import, and only this source needs it
+
+    try:
+        return iter(
+            datasets.load_dataset(
+                source.path, source.name, data_files=source.data_files, split=source.split, streaming=True
+            )
+        )
+    except Exception as error:  # unknown name, split, configuration, no network: each its own type
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: HubSource, error: Exception) -> PsycheError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return PsycheError(
+        f"data.source: dataset {source.path!r} (name {source.name}, split {source.split}, data_files "
+        f"{source.data_files}) cannot be read: {reason[:300]}; check these fields and the network"
+    )
