@@ -40,7 +40,9 @@ SWARM = (
     Metric("throughput/compute_utilisation", "compute_utilisation", OUTER_STEP, "throughput", "Time spent training"),
     Metric("throughput/round_seconds", "seconds", OUTER_STEP, "throughput", "Round duration (s)"),
     Metric("throughput/exchange_seconds", "exchange_seconds", OUTER_STEP, "throughput", "Exchange, median (s)"),
-    Metric("throughput/exchange_seconds_max", "exchange_seconds_max", OUTER_STEP, "throughput", "Exchange, slowest (s)"),
+    Metric(
+        "throughput/exchange_seconds_max", "exchange_seconds_max", OUTER_STEP, "throughput", "Exchange, slowest (s)"
+    ),
     Metric("wire/bytes_up", "bytes_up", OUTER_STEP, "wire", "Bytes sent in the round"),
     Metric("wire/bytes_down", "bytes_down", OUTER_STEP, "wire", "Bytes received in the round"),
     Metric("wire/bytes_up_total", "bytes_up_total", OUTER_STEP, "wire", "Bytes sent so far"),
