@@ -305,6 +305,20 @@ def load_node(path: Path | None) -> Node:
     return _validated(Node, tree.get("node") or {}, f"{path}: node")
 
 
+def override_node(
+    node: Node, *, device: str | None = None, threads: int | None = None, port: int | None = None
+) -> Node:
+    """``node`` with what was said on the command line in place of what its file says."""
+    changes: dict[str, Any] = {}
+    if device is not None:
+        changes["device"] = device
+    if threads is not None:
+        changes["threads"] = threads
+    if port is not None:
+        changes["listen"] = [address.rpartition("/tcp/")[0] + f"/tcp/{port}" for address in node.listen]
+    return _validated(Node, node.model_dump() | changes, "command line")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -34,7 +34,7 @@ def prepare_command(config: ConfigFile) -> None:
     from psyche.data.prepare import prepare
 
     loaded = load_config(config)
-    with _progress() as report:
+    with progress_display() as report:
         store = prepare(loaded.run.data, loaded.node.cache, vocab_limit=loaded.run.model.vocab_size, progress=report)
     _describe(store)
 
@@ -71,7 +71,7 @@ def _describe(store: TokenStore) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def progress_display() -> Iterator[Callable[[Progress], None]]:
     """A live bar on a terminal, a line now and then elsewhere; both on stderr, so that stdout is the result."""
     if not sys.stderr.isatty():
         yield _lines()

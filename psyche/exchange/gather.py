@@ -57,8 +57,4 @@ class Gather:
 
     async def _fetch(self, part: Slice, sources: Sequence[str]) -> bytes:
         network = self._network
-        return bytes(
-            await fetch(
-                network.streams, part.root, sources=sources, caller=network.peer_id, size=part.size, max_size=part.size
-            )
-        )
+        return bytes(await fetch(network.streams, part.root, sources=sources, size=part.size, max_size=part.size))

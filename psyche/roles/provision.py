@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import mmap
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -39,7 +41,7 @@ async def serve_provisions(network: NetworkNode, manifest: bytes, store: TokenSt
     await network.rpc.serve("manifest", give_manifest, max_request=0)
     await network.rpc.serve("store", give_index, max_request=0)
     for path, root in _files(store):
-        await asyncio.to_thread(_serve_file, network, path, root)
+        await asyncio.to_thread(serve_file, network, path, root)
 
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> bytes:
@@ -83,14 +85,9 @@ async def obtain_store(
 
     ``progress`` gets bytes received and bytes in all. What was fetched before an interruption is kept.
     """
+    with contextlib.suppress(PsycheError):
+        return local_store(manifest, cache)
     root = bytes.fromhex(manifest.resolved.store)
-    for path in (store_path(cache, manifest.run.data), cache / "data" / f"run-{root.hex()[:16]}"):
-        try:
-            store = TokenStore.open(path, root)
-            if store.whole():
-                return store
-        except PsycheError:
-            continue  # not there, or made from other text than the run's: fetch the run's own
 
     async def ask(peer: str) -> bytes:
         data = await network.rpc.call(peer, "store", b"", timeout=CALL_SECONDS, max_reply=MAX_INDEX_BYTES)
@@ -100,6 +97,7 @@ async def obtain_store(
         return data
 
     encoded = await _first(sources, ask, "the token store's index")
+    path = _fetched_path(cache, root)
     store = TokenStore(path, decode_index(encoded, "the token store's index"))
     with disk_errors(path):
         await _fetch_files(network, store, sources, progress)
@@ -107,17 +105,31 @@ async def obtain_store(
     return store
 
 
+def local_store(manifest: Manifest, cache: Path) -> TokenStore:
+    """The run's token store on this machine, prepared or fetched. Raises :class:`PsycheError` if it is not here."""
+    root = bytes.fromhex(manifest.resolved.store)
+    for path in (store_path(cache, manifest.run.data), _fetched_path(cache, root)):
+        with contextlib.suppress(PsycheError):  # not there, or prepared here from other text than the run's
+            store = TokenStore.open(path, root)
+            if store.whole():
+                return store
+    raise PsycheError(f"the run's token store is not under {cache}: join the run once to fetch it")
+
+
+def _fetched_path(cache: Path, root: bytes) -> Path:
+    return cache / "data" / f"run-{root.hex()[:16]}"
+
+
 async def _fetch_files(
     network: NetworkNode, store: TokenStore, sources: Sequence[str], progress: Callable[[int, int], None]
 ) -> None:
     index, received = store.index, 0
-    sizes = {item.root: item.bytes for item in (*index.tokenizer, *index.train, *index.heldout)}
+    sizes = {item.root: item.bytes for item in index.tokenizer}
+    sizes |= {shard.root: shard.bytes for shard in (*index.train, *index.heldout)}
     for path, root in _files(store):
         size = sizes[root.hex()]
         if not (path.is_file() and path.stat().st_size == size):
-            data = await fetch(
-                network.streams, root, sources=sources, caller=network.peer_id, size=size, max_size=size
-            )
+            data = await fetch(network.streams, root, sources=sources, size=size, max_size=size)
             path.parent.mkdir(parents=True, exist_ok=True)
             await asyncio.to_thread(write_durably, path, bytes(data))
         received += size
@@ -139,15 +151,16 @@ async def _first(sources: Sequence[str], ask: Callable[[str], Awaitable[T]], wha
 
 
 def _files(store: TokenStore) -> list[tuple[Path, bytes]]:
+    """Path and root of every file of a store but its index."""
     index = store.index
     files = [(store.path / TOKENIZER / item.file, bytes.fromhex(item.root)) for item in index.tokenizer]
     return files + [(store.path / s.file, bytes.fromhex(s.root)) for s in (*index.train, *index.heldout)]
 
 
-def _serve_file(network: NetworkNode, path: Path, root: bytes) -> None:
-    """Serve a file without keeping it in memory. One that is not what it should be is not served."""
-    with path.open("rb") as file:
-        index = index_blob(file.read())
+def serve_file(network: NetworkNode, path: Path, root: bytes) -> None:
+    """Serve a file as a blob without keeping it in memory. One whose content is not ``root`` is not served."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        index = index_blob(content)
     if index.root != root:
         return
 

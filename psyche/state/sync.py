@@ -27,5 +27,5 @@ def serve_state(network: NetworkNode, outer: OuterState, index: BlobIndex, previ
 async def fetch_state(network: NetworkNode, root: bytes, size: int, sources: Sequence[str]) -> OuterState:
     """The outer state whose state_root is ``root``, for a flat vector of ``size``. Raises ``FetchError``."""
     outer = OuterState(torch.empty(2, size))
-    await fetch_into(network.streams, root, outer.buffer, sources=sources, caller=network.peer_id)
+    await fetch_into(network.streams, root, outer.buffer, sources=sources)
     return outer

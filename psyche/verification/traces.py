@@ -22,11 +22,11 @@ class Trace:
 
     def saw(self, batch: NDArray[np.int64]) -> None:
         """Record the token ids ``[sequences, length]`` of one inner step."""
-        self._data.update(batch.astype("<i8", copy=False).data)
+        self._data.update(batch.astype("<i8", copy=False).data.cast("B"))
 
     def mark(self, step: int, parameters: Tensor) -> None:
         """Record a trace point: the flat fp32 parameters after ``step`` inner steps of this round."""
-        values = parameters.numpy().data
+        values = parameters.numpy().data.cast("B")
         self._points.append(digest("trace-point", step.to_bytes(8, "little"), blake3(values).digest()))
 
     @property

@@ -1,0 +1,43 @@
+"""The command line. Commands only: what they do lives in the packages they import, when they run."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from psyche.cli import bench, config, data, runs
+from psyche.cli.dashboard import dashboard
+from psyche.errors import PsycheError
+
+app = typer.Typer(
+    help="LLM pretraining over permissionless, low-bandwidth nodes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(runs.demo)
+app.command()(runs.run)
+app.command()(runs.join)
+app.command()(runs.coordinator)
+app.command()(runs.export)
+app.command()(dashboard)
+app.add_typer(config.app, name="config")
+app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Entry point: a :class:`PsycheError` is one sentence for the person concerned, never a traceback."""
+    try:
+        app()
+    except PsycheError as error:
+        print(f"psyche: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("psyche: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away: `psyche … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,30 @@
+"""``psyche bench``: measurements, with the rival in the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure, with the rival in the same run.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``convergence`` a subcommand while it is the only one."""
+
+
+@app.command()
+def convergence(
+    json: Annotated[Path | None, typer.Option(help="Write the rows here, too.", show_default=False)] = None,
+    full: Annotated[bool, typer.Option("--full", help="20 tokens per parameter; takes hours.")] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Run only rows whose name contains this text.", show_default=False),
+    ] = None,
+) -> None:
+    """Held-out loss of large-batch AdamW, DiLoCo fp32 and DiLoCo int8, at equal tokens and at equal steps."""
+    from psyche.bench.convergence import main
+
+    main(json, full=full, only=only)

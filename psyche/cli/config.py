@@ -1,0 +1,26 @@
+"""``psyche config``: look at a configuration before it costs anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Check configuration files.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``check`` a subcommand while it is the only one."""
+
+
+@app.command("check")
+def check(config: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]) -> None:
+    """Check a file and print what its run would cost: parameters, memory per node, bytes per round, tokens."""
+    from psyche.config import load_config
+    from psyche.roles.costs import costs_of
+
+    loaded = load_config(config)
+    for label, value in costs_of(loaded.run).lines():
+        typer.echo(f"{label:28} {value}")

@@ -1,0 +1,108 @@
+"""Running a coordinator or a node as this process: signals, the terminal, the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psyche.errors import PsycheError
+
+if TYPE_CHECKING:
+    from psyche.config import Config, Node
+    from psyche.network.invite import Invite
+
+PARENT = "PSYCHE_PARENT"
+"""Environment: the pid of a launcher that this process must not outlive."""
+INVITE_SECONDS = 900.0
+"""How long ``join @FILE`` waits for the file: a coordinator may have a corpus to prepare."""
+
+
+def read_invite(text: str) -> Invite:
+    """An invite, or the one in ``@FILE``, which is waited for. Raises ``PsycheError``."""
+    from psyche.network.invite import Invite
+
+    if not text.startswith("@"):
+        return Invite.parse(text)
+    path, started = Path(text[1:]), time.monotonic()
+    _warm_up()
+    while not path.exists():
+        if time.monotonic() - started > INVITE_SECONDS:
+            raise PsycheError(f"no invite appeared at {path} for {INVITE_SECONDS / 60:.0f} minutes; is its run up?")
+        _stay_with_parent()
+        time.sleep(0.1)
+    return Invite.parse(path.read_text())
+
+
+def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
+    """Be a node until the run ends or Ctrl-C."""
+    _stay_with_parent()
+    os.environ.setdefault("OMP_NUM_THREADS", str(node.threads or os.cpu_count() or 1))
+    from psyche.roles.processes import join
+    from psyche.telemetry.events import Listener
+    from psyche.telemetry.view import ContributorView, live
+
+    where = directory or Path("~/.local/share/psyche").expanduser() / invite.run_id.hex()[:16]
+    with contextlib.ExitStack() as stack:
+
+        def listener(me: str) -> Listener:
+            return stack.enter_context(live(ContributorView(me)))
+
+        _run(join(invite, node, where, listener))
+
+
+def run_coordinator(config: Config, directory: Path) -> None:
+    """Be the coordinator until the run ends or Ctrl-C."""
+    _stay_with_parent()
+    from psyche.cli.data import progress_display
+    from psyche.roles.processes import coordinate
+    from psyche.telemetry.view import SwarmView, live
+
+    with live(SwarmView()) as listener, progress_display() as progress:
+        _run(coordinate(config, directory, listener, progress))
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end. Ctrl-C and SIGTERM cancel once, so that goodbyes are said; a second one kills."""
+
+    async def main() -> None:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+        try:
+            await task
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+    asyncio.run(main())
+
+
+def _stay_with_parent() -> None:
+    """Where a launcher started us, end when it ends, whatever ended it."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):
+        sys.exit("psyche: the launcher is gone")
+
+
+def _warm_up() -> None:
+    """Import what takes seconds while there is nothing else to do."""
+
+    import psyche.roles.processes  # noqa: F401

@@ -1,0 +1,92 @@
+"""``psyche demo | run | join | coordinator | export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEMO = Path("configs/demo.yaml")
+
+ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
+Directory = Annotated[
+    Path | None,
+    typer.Option(help="Where this process keeps its key, log and checkpoints.", show_default=False),
+]
+
+
+def demo(
+    peers: Annotated[int | None, typer.Option(help="Local nodes; as many as the run waits for.", min=1)] = None,
+    config: Annotated[Path, typer.Option(help="Configuration file.")] = DEMO,
+    directory: Annotated[Path, typer.Option(help="Where the run's files go; emptied first.")] = Path("runs/demo"),
+) -> None:
+    """Train a small language model here: a coordinator and four nodes, as they would be anywhere else."""
+    from psyche.roles.local import run_locally
+
+    run_locally(config, peers, directory, fresh=True, report=True)
+
+
+def run(
+    config: ConfigFile,
+    peers: Annotated[int, typer.Option(help="Nodes to run on this machine besides the coordinator.", min=0)] = 1,
+    directory: Directory = None,
+) -> None:
+    """Launch a run: a coordinator and local nodes, with an invite for everybody else. Started again, it goes on."""
+    from psyche.config import load_config
+    from psyche.roles.local import run_locally
+
+    where = directory or Path("runs") / load_config(config).run.name
+    run_locally(config, peers, where, fresh=False, report=True)
+
+
+def join(
+    invite: Annotated[str, typer.Argument(help="The string the run's operator gave you, or @FILE that holds it.")],
+    directory: Directory = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A file whose node: part holds this machine's settings.", show_default=False),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:n].", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for training.", min=1, show_default=False)] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="TCP port to listen at; a free one by default.", min=1, max=65535, show_default=False),
+    ] = None,
+) -> None:
+    """Join a run with this machine, and train until it ends. Ctrl-C leaves cleanly; the same line comes back."""
+    from psyche.cli.process import read_invite, run_node
+    from psyche.config import load_node, override_node
+
+    settings = override_node(load_node(config), device=device, threads=threads, port=port)
+    run_node(read_invite(invite), settings, directory)
+
+
+def coordinator(
+    config: ConfigFile,
+    directory: Directory = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="TCP port to listen at; a free one by default.", min=1, max=65535, show_default=False),
+    ] = None,
+) -> None:
+    """Lead a run: prepare it, print the invite, close its rounds. Trains nothing itself."""
+    from psyche.cli.process import run_coordinator
+    from psyche.config import load_config, override_node
+
+    loaded = load_config(config)
+    settings = loaded.model_copy(update={"node": override_node(loaded.node, port=port)})
+    run_coordinator(settings, directory or Path("runs") / loaded.run.name / "coordinator")
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(help="A node's directory, with a checkpoint in it.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Where the model and its tokenizer go.", show_default=False)],
+) -> None:
+    """Write a node's outer parameters as a directory that transformers loads."""
+    from psyche.roles.export import export_node
+
+    rounds = export_node(directory, output)
+    typer.echo(
+        f"{output}: the model after round {rounds}; AutoModelForCausalLM.from_pretrained({str(output)!r}) loads it"
+    )

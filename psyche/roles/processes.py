@@ -1,0 +1,208 @@
+"""What a process of a run does from start to end: the coordinator's, and a node's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from psyche.config import Config, Manifest, Node
+from psyche.data.durable import disk_errors, write_durably
+from psyche.data.prepare import Progress, prepare
+from psyche.data.store import TokenStore
+from psyche.errors import PsycheError
+from psyche.network.address import split_address
+from psyche.network.identity import Identity
+from psyche.network.invite import MAX_ADDRESSES, Invite
+from psyche.network.node import NetworkNode
+from psyche.numerics.outer import OuterState
+from psyche.roles.coordinator import Coordinator
+from psyche.roles.launch import Launch, launch
+from psyche.roles.presence import KINDS, announce, sources
+from psyche.roles.provision import fetch_manifest, obtain_store, serve_file, serve_provisions, sign_manifest
+from psyche.roles.replica import Replica
+from psyche.roles.worker import Worker
+from psyche.state.checkpoint import load_latest
+from psyche.telemetry import events
+from psyche.telemetry.events import LOG_NAME, EventLog, Listener
+from psyche.telemetry.monitor import Monitor
+from psyche.telemetry.wandb_run import own_run, swarm_run
+from psyche.training.engine import TorchEngine
+from psyche.training.models import build
+
+MANIFEST = "manifest.msgpack"
+GENESIS = "genesis.bin"
+INVITE = "invite"
+IDENTITY = "identity.key"
+
+
+# ---------------------------------------------------------------------------------- the coordinator
+
+
+async def coordinate(
+    config: Config, directory: Path, listener: Listener, progress: Callable[[Progress], None] | None = None
+) -> None:
+    """Launch the configured run, or take up again the one in ``directory``, and lead it to its end.
+
+    The invite is written to ``directory/invite`` once others can join. Raises ``PsycheError``.
+    """
+    identity = Identity.load_or_create(directory / IDENTITY)
+    manifest, store, heldout = await asyncio.to_thread(_launched, config, directory, identity, progress)
+    network = await NetworkNode.create(
+        identity,
+        run_id=manifest.run_id,
+        kinds=KINDS,
+        listen=config.node.listen,
+        announce=config.node.announce,
+    )
+    log = EventLog(directory / LOG_NAME, identity.peer_id, (listener,))
+    wandb = swarm_run(config.node.wandb, directory, manifest, log.emit)
+    log.subscribe(Monitor(manifest.run, manifest.resolved.parameters, log.emit))
+    log.subscribe(wandb)
+    async with network, _background(announce(network, "coordinator")):
+        await serve_provisions(network, sign_manifest(manifest, identity), store)
+        # Nodes whose random numbers differ from ours fetch the initial state.
+        serve_file(network, directory / GENESIS, bytes.fromhex(manifest.resolved.genesis))
+        invite = Invite(manifest.run_id, tuple((await network.addresses())[:MAX_ADDRESSES])).encode()
+        with disk_errors(directory):
+            write_durably(directory / INVITE, invite.encode())
+        log.emit(_run_started(manifest, invite))
+        if heldout is not None:
+            log.emit(events.GenesisJudged(heldout_loss=heldout[0] / heldout[1], heldout_tokens=heldout[1]))
+        try:
+            await Coordinator(manifest, identity, network, log).run()
+        finally:
+            await asyncio.to_thread(wandb.close)
+            log.close()
+
+
+def _launched(
+    config: Config, directory: Path, identity: Identity, progress: Callable[[Progress], None] | None
+) -> tuple[Manifest, TokenStore, tuple[float, int] | None]:
+    """The manifest and store of this directory's run; launched now if it is new."""
+    path = directory / MANIFEST
+    if path.exists():
+        manifest = Manifest.decode(path.read_bytes())
+        if manifest.run != config.run or identity.peer_id not in manifest.resolved.coordinators:
+            raise PsycheError(
+                f"{directory} holds another run ({manifest.run.name}, with other settings or another key); "
+                "choose another --directory, or remove it to start anew"
+            )
+        run = config.run
+        store = prepare(run.data, config.node.cache.expanduser(), vocab_limit=run.model.vocab_size, progress=progress)
+        return manifest, TokenStore.open(store.path, bytes.fromhex(manifest.resolved.store)), None
+    new: Launch = launch(config, identity.peer_id, progress)
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_durably(directory / GENESIS, bytes(new.genesis.buffer))
+        write_durably(path, new.manifest.encode())
+    return new.manifest, new.store, new.heldout
+
+
+# ------------------------------------------------------------------------------------------- a node
+
+
+async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[str], Listener]) -> None:
+    """Join a run and take part until it ends. ``listener`` makes the event listener from this node's PeerID.
+
+    Goes on from the checkpoint in ``directory`` if there is one. Raises ``PsycheError``.
+    """
+    identity = Identity.load_or_create(directory / IDENTITY)
+    log = EventLog(directory / LOG_NAME, identity.peer_id, (listener(identity.peer_id),))
+    log.emit(events.PhaseChanged(round=0, phase="joining"))
+    network = await NetworkNode.create(
+        identity,
+        run_id=invite.run_id,
+        kinds=KINDS,
+        listen=node.listen,
+        announce=node.announce,
+        bootstrap=invite.addresses,
+    )
+    async with network, _background(announce(network, "member")):
+        hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
+        manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
+        log.emit(_run_started(manifest, ""))
+
+        def downloading(received: int, total: int) -> None:
+            log.emit(events.Downloading(what="the text to train on", received=received, total=total))
+
+        store = await obtain_store(network, manifest, node.cache.expanduser(), hosts, downloading)
+        await serve_provisions(network, signed, store)
+        with disk_errors(directory):
+            write_durably(directory / MANIFEST, manifest.encode())
+        warn: Callable[[str], None] = lambda text: log.emit(events.Notice(level="warning", text=text))  # noqa: E731
+        replica, certificates = await asyncio.to_thread(_replica, manifest, store, node, directory, identity, warn)
+        wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
+        if wandb is not None:
+            log.subscribe(wandb)
+        try:
+            await Worker(replica, node, directory, identity, network, log, certificates).run()
+        finally:
+            if wandb is not None:
+                await asyncio.to_thread(wandb.close)
+            log.close()
+
+
+def _replica(
+    manifest: Manifest,
+    store: TokenStore,
+    node: Node,
+    directory: Path,
+    identity: Identity,
+    warn: Callable[[str], None],
+) -> tuple[Replica, tuple[bytes, ...]]:
+    """This node's tensors, as the last checkpoint left them or as the run begins; and the chain so far."""
+    if node.threads is not None:
+        torch.set_num_threads(node.threads)
+    engine = TorchEngine(build(manifest.run.model, seed=manifest.run.seed), manifest.run.inner, node)
+    if engine.layout.digest.hex() != manifest.resolved.layout:
+        raise PsycheError(
+            "this machine's transformers lays the model out differently from the run's: "
+            "install the versions in psyche's constraints.txt"
+        )
+    theta = torch.empty(engine.layout.size)
+    engine.read(theta)
+    secret = identity.secret_digest(b"salt")
+    checkpoint = load_latest(directory / "checkpoints", manifest.run_id, warn)
+    if checkpoint is None:
+        return Replica(manifest, engine, store, OuterState.initial(theta), identity.peer_id, secret), ()
+    replica = Replica(manifest, engine, store, OuterState(checkpoint.outer), identity.peer_id, secret)
+    if replica.chain.state_root != checkpoint.chain.state_root:
+        raise PsycheError("the checkpoint's tensors are not those its state_root names; remove it and join again")
+    replica.chain = checkpoint.chain
+    if replica.residual is not None and checkpoint.residual is not None:
+        replica.residual.copy_(checkpoint.residual)
+    engine.load_state(checkpoint.inner)
+    return replica, checkpoint.certificates
+
+
+# -------------------------------------------------------------------------------------------- both
+
+
+def _run_started(manifest: Manifest, invite: str) -> events.RunStarted:
+    run = manifest.run
+    return events.RunStarted(
+        run_id=manifest.run_id.hex(),
+        name=run.name,
+        parameters=manifest.resolved.parameters,
+        peers=run.rounds.start_members,
+        rounds=run.rounds.total,
+        inner_steps=run.rounds.inner_steps,
+        codec=run.codec.name,
+        invite=invite,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run ``work`` beside the block, and stop it at the block's end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
