@@ -95,9 +95,10 @@ def _named(name: str) -> dict[str, bytes]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a wrong name, no network, a broken file: each its own type
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:200]
         raise PsycheError(
-            f"data.tokenizer.name: {name!r} is no directory or hub name that AutoTokenizer loads here: {reason}"
+            f"data.tokenizer.name: {name!r} is no directory or hub name that AutoTokenizer loads ({reason}): correct "
+            "it, or copy the tokenizer to this machine and name its directory"
         ) from error
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)

@@ -219,7 +219,9 @@ def test_what_cannot_be_resumed_starts_over(data: Data, corpus: Path, tmp_path: 
         case "journal":
             os.truncate(path / "journal.json", 100)
     fresh = prepare(data, tmp_path / "fresh", vocab_limit=400, shard_bytes=4096)
-    assert prepare(data, tmp_path / "killed", vocab_limit=400, shard_bytes=4096).root == fresh.root
+    again = prepare(data, tmp_path / "killed", vocab_limit=400, shard_bytes=4096)
+    assert again.root == fresh.root
+    again.verify()
 
 
 def test_two_processes_at_once(data: Data, tmp_path: Path, spawn: Spawn) -> None:
