@@ -1,0 +1,390 @@
+"""Typed events and the local JSON-lines log they are written to.
+
+One event is one line, for example::
+
+    {"type":"PeerLeft","peer":"12D3Koo…","reason":"silent for 15 s","round":3,"time":1700000000.5,"node":"12D3Koo…"}
+
+Rounds count from 0, as in the protocol (the views and W&B show people ``round + 1``, the number of outer steps
+taken once the round is closed). Peers are PeerIDs, hashes are lower-case hex, times are unix seconds, durations
+are seconds, sizes are bytes, losses are nats a predicted token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from psyche.errors import PsycheError
+
+LOG_NAME = "events.jsonl"
+"""The log's file name inside a node's run directory."""
+
+Measured = float | None
+"""A measurement; ``None`` where there is none. JSON has no NaN or infinity: they too come back as ``None``."""
+
+Phase = Literal["joining", "waiting", "training", "committing", "exchanging", "certifying", "paused", "finished"]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
+    """What every event carries. :class:`EventLog` fills both fields in."""
+
+    time: float = 0.0
+    """When it was logged, unix seconds."""
+    node: str = ""
+    """PeerID of the node that logged it."""
+
+
+class RunStarted(Event, frozen=True):
+    """A node entered a run (again, after a restart)."""
+
+    run_id: str
+    name: str
+    parameters: int
+    peers: int
+    """Members that must be there before the first round starts."""
+    rounds: int
+    inner_steps: int
+    """H: inner steps a round."""
+    codec: str
+    invite: str = ""
+    """What others type to join; empty on a node that is not to hand it out."""
+
+
+class GenesisJudged(Event, frozen=True):
+    """Held-out loss of the outer parameters before the first round: where the loss curve starts."""
+
+    heldout_loss: Measured
+    heldout_tokens: int
+
+
+class PeerJoined(Event, frozen=True):
+    """A member is there."""
+
+    peer: str
+    device: str
+    """What it trains on, in its own words."""
+    round: int
+
+
+class PeerLeft(Event, frozen=True):
+    """A member is gone, and why."""
+
+    peer: str
+    reason: str
+    round: int
+
+
+class PhaseChanged(Event, frozen=True):
+    """What this node does now."""
+
+    round: int
+    phase: Phase
+
+
+class Downloading(Event, frozen=True):
+    """How far this node is with a big download (the model's state, a data shard)."""
+
+    what: str
+    received: int
+    total: int
+
+
+class RoundStarted(Event, frozen=True):
+    """A round was opened for these members."""
+
+    round: int
+    members: tuple[str, ...]
+    inner_steps: int
+    """H; in a worker's own log, its quota."""
+
+
+class StepDone(Event, frozen=True):
+    """This node's own inner step. The emitter limits the rate: about one a second is plenty."""
+
+    round: int
+    step: int
+    """Inner steps done in this round, from 1."""
+    global_step: int
+    """Inner steps this node has done in the run, from 1."""
+    loss: Measured
+    lr: float
+    tokens_per_second: Measured
+
+
+class RoundCertified(Event, frozen=True):
+    """A round is closed for good."""
+
+    round: int
+    accepted: tuple[str, ...]
+    excluded: tuple[tuple[str, str], ...]
+    """(peer, reason) of each member whose work was not used."""
+    state_root: str
+    """Hash of the outer state after this round."""
+    seconds: float
+    """From the end of the round before to this one's, on the emitter's clock."""
+
+
+class Attested(Event, frozen=True):
+    """A member says which outer state it holds after a round."""
+
+    round: int
+    peer: str
+    state_root: str
+
+
+class MemberMetrics(Event, frozen=True):
+    """What one member measured in one round. Self-reported: signed, so attributable, but not true by that."""
+
+    round: int
+    peer: str
+    train_loss: Measured
+    """Mean over the tokens of its inner steps."""
+    heldout_loss_sum: Measured
+    """Summed over ``heldout_tokens`` predicted tokens: its part of the held-out set, judged on the outer parameters."""
+    heldout_tokens: int
+    tokens: int
+    """Tokens it trained on in this round."""
+    inner_steps: int
+    train_seconds: Measured
+    """In inner steps."""
+    exchange_seconds: Measured
+    """From its payload being ready to the outer step being taken."""
+    round_seconds: Measured
+    tokens_per_second: Measured
+    lr: Measured
+    """Of its last inner step."""
+    pseudo_gradient_norm: Measured
+    momentum_norm: Measured
+    """Of the outer momentum, L2; equal on all honest nodes."""
+    bytes_up: int
+    bytes_down: int
+    payload_bytes: int
+    """Size of its own encoded pseudo-gradient."""
+
+
+class RoundSummary(Event, frozen=True):
+    """A round in numbers, over all members: see :func:`psyche.telemetry.monitor.summarise`."""
+
+    round: int
+    state_root: str
+    members: int
+    """Members whose work was accepted."""
+    excluded: int
+    """Members whose work was not used."""
+    reports: int
+    """Members' metrics that went into this summary."""
+    refused: int
+    """Members' metrics that were impossible and left out."""
+    seconds: Measured
+    train_loss: Measured
+    heldout_loss: Measured
+    tokens: int
+    tokens_total: int
+    tokens_per_second: Measured
+    lr: Measured
+    pseudo_gradient_norm: Measured
+    momentum_norm: Measured
+    bytes_up: int
+    bytes_down: int
+    bytes_up_total: int
+    bytes_down_total: int
+    payload_ratio: Measured
+    """Size of the parameters in fp32 over the median payload."""
+    bytes_per_token: Measured
+    """Bytes sent by all members over tokens trained on, both since the run's start."""
+    exchange_seconds: Measured
+    """Median over members."""
+    exchange_seconds_max: Measured
+    compute_utilisation: Measured
+    """Mean over members of the share of the round spent in inner steps, 0 to 1."""
+    rejections_total: int
+    divergences_total: int
+
+
+class Rejected(Event, frozen=True):
+    """Something a peer sent was refused."""
+
+    peer: str
+    reason: str
+    what: str
+
+
+class Diverged(Event, frozen=True):
+    """A member holds another outer state than the certified one."""
+
+    peer: str
+    round: int
+    expected: str
+    found: str
+
+
+class Resynchronised(Event, frozen=True):
+    """This node fetched the certified outer state from a donor."""
+
+    round: int
+    state_root: str
+    donor: str
+
+
+class Checkpointed(Event, frozen=True):
+    """A checkpoint is on disk."""
+
+    round: int
+    path: str
+
+
+class Notice(Event, frozen=True):
+    """Something for a person to read."""
+
+    level: Literal["info", "warning", "error"]
+    text: str
+
+
+class RunFinished(Event, frozen=True):
+    """The run is over for this node."""
+
+    rounds: int
+    reason: str
+
+
+AnyEvent = (
+    RunStarted
+    | GenesisJudged
+    | PeerJoined
+    | PeerLeft
+    | PhaseChanged
+    | Downloading
+    | RoundStarted
+    | StepDone
+    | RoundCertified
+    | Attested
+    | MemberMetrics
+    | RoundSummary
+    | Rejected
+    | Diverged
+    | Resynchronised
+    | Checkpointed
+    | Notice
+    | RunFinished
+)
+
+Listener = Callable[[Event], None]
+"""Called with every event, in order, one at a time. It must be quick: the emitter waits for it."""
+
+
+class EventLog:
+    """Appends events to a file and passes them on to listeners. Thread-safe; :meth:`emit` never raises.
+
+    A listener may itself emit: its event comes after the one it was called with, for every listener.
+    Raises :class:`PsycheError` where the file cannot be opened at all.
+    """
+
+    def __init__(
+        self, path: Path, node: str, listeners: tuple[Listener, ...] = (), clock: Callable[[], float] = time.time
+    ) -> None:
+        self.dropped = 0
+        """Events that listeners saw and the file did not get (disk full)."""
+        self._node = node
+        self._listeners = list(listeners)
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._pending: deque[Event] = deque()
+        self._draining = False
+        self._failed: set[int] = set()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: one write is one whole line, and a crash loses nothing that was emitted.
+            self._file = path.open("ab", buffering=0)
+            self._torn = _ends_torn(path)
+        except OSError as error:
+            raise PsycheError(f"cannot write the event log {path}: {error.strerror}") from None
+
+    def subscribe(self, listener: Listener) -> None:
+        """Pass later events to ``listener`` too."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def emit(self, event: Event) -> None:
+        """Stamp, write and fan out ``event``."""
+        with self._lock:
+            self._pending.append(msgspec.structs.replace(event, time=self._clock(), node=self._node))
+            if self._draining:  # a listener of ours emits: the loop below, further up this stack, takes it
+                return
+            self._draining = True
+            try:
+                while self._pending:
+                    self._deliver(self._pending.popleft())
+            finally:
+                self._draining = False
+
+    def close(self) -> None:
+        """Close the file. Later events reach the listeners only."""
+        with self._lock:
+            self._file.close()
+
+    def _deliver(self, event: Event) -> None:
+        self._write(event)
+        for listener in tuple(self._listeners):
+            try:
+                listener(event)
+            except Exception as error:  # a broken screen must not stop the training behind it
+                if id(listener) not in self._failed:
+                    self._failed.add(id(listener))
+                    name = type(error).__name__
+                    self.emit(Notice("error", f"telemetry: {name} in a listener, at {type(event).__name__}: {error}"))
+
+    def _write(self, event: Event) -> None:
+        if self._file.closed:
+            return
+        # A line that was cut short stays a line of its own, so that it costs no other.
+        line = (b"\n" if self._torn else b"") + msgspec.json.encode(event) + b"\n"
+        try:
+            self._torn = self._file.write(line) < len(line)
+            reason = "no space left" if self._torn else ""
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
+            self.dropped += 1
+            if self.dropped == 1:
+                self.emit(Notice("warning", f"the event log cannot be written ({reason}); the run goes on without it"))
+
+
+def _ends_torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, 2) == 0:
+            return False
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
+
+
+class EventReader(Iterator[Event]):
+    """A log's events, oldest first. Lines that are not events are passed over and counted in ``skipped``."""
+
+    def __init__(self, path: Path) -> None:
+        self.skipped = 0
+        """Lines so far that a crash tore or a newer version wrote."""
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise PsycheError(f"cannot read the event log {path}: {error.strerror}") from None
+        self._decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
+
+    def __next__(self) -> Event:
+        for line in self._file:
+            try:
+                return self._decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                self.skipped += line != b"\n"
+        self._file.close()
+        raise StopIteration
+
+
+def read_events(path: Path) -> EventReader:
+    """Read a log, also one that is still being written. Raises :class:`PsycheError` where that cannot be done."""
+    return EventReader(path)

@@ -1,0 +1,281 @@
+"""From members' metrics to one summary a round.
+
+Metrics are self-reported, so they are treated as claims. Three rules keep a lie from breaking the picture:
+
+1. A report with an impossible value (negative, not finite where it counts, more tokens or bytes than the run
+   allows) is refused as a whole, with a reason: who lies in one number is not believed in the others.
+2. Sums (tokens, bytes) are bounded by those limits; everything that can be a median is one.
+3. Losses are means, weighted by tokens. With three reports or more, a loss is clamped to within a factor
+   ``LOSS_SPREAD`` of the median and a held-out weight to twice the median weight, so one member moves the mean
+   by a bounded amount and an honest outlier still counts.
+
+Numbers for people, then; nothing here decides about acceptance, credits or weights (DESIGN §8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, median
+
+import msgspec
+
+from psyche.config import Run
+from psyche.telemetry.events import (
+    Diverged,
+    Event,
+    MemberMetrics,
+    Rejected,
+    RoundCertified,
+    RoundStarted,
+    RoundSummary,
+    RunFinished,
+)
+
+LOSS_SPREAD = 4.0
+LOSS_MAX = 1e4
+"""Nats a token; an untrained model is near ln(vocabulary), about 10."""
+SECONDS_MAX = 30 * 24 * 3600.0
+NORM_MAX = 1e15
+CONTROL_BYTES = 64 * 2**20
+"""What a member may spend in a round on messages that are neither payloads nor state."""
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """What a run has added up before a round."""
+
+    tokens: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    rejections: int = 0
+    divergences: int = 0
+
+    @classmethod
+    def after(cls, summary: RoundSummary) -> Totals:
+        """The totals a summary ends with."""
+        return cls(
+            tokens=summary.tokens_total,
+            bytes_up=summary.bytes_up_total,
+            bytes_down=summary.bytes_down_total,
+            rejections=summary.rejections_total,
+            divergences=summary.divergences_total,
+        )
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The largest values one member can have in one round of this run."""
+
+    inner_steps: int
+    tokens: int
+    heldout_tokens: int
+    payload_bytes: int
+    bytes_each_way: int
+
+    @classmethod
+    def of(cls, run: Run, parameters: int, members: int) -> Limits:
+        """Limits that follow from the run itself, for a model of ``parameters`` and ``members`` in the round."""
+        steps = 2 * run.rounds.inner_steps  # overlap: a node goes on training while a round is on the wire
+        return cls(
+            inner_steps=steps,
+            tokens=steps * run.tokens_per_step,
+            heldout_tokens=run.heldout_sequences * run.data.sequence_length,
+            payload_bytes=4 * parameters + CONTROL_BYTES,
+            # At worst: everybody's fp32 payload, and the whole outer state (θ and m) to or from everybody.
+            bytes_each_way=12 * parameters * (members + 1) + CONTROL_BYTES,
+        )
+
+
+def refusal(report: MemberMetrics, limits: Limits) -> str:
+    """Why ``report`` cannot be true, or ``""``. ``None`` (not measured) is always possible."""
+    counts = {
+        "heldout_tokens": limits.heldout_tokens,
+        "tokens": limits.tokens,
+        "inner_steps": limits.inner_steps,
+        "bytes_up": limits.bytes_each_way,
+        "bytes_down": limits.bytes_each_way,
+        "payload_bytes": limits.payload_bytes,
+    }
+    measures = {
+        "train_loss": LOSS_MAX,
+        "heldout_loss_sum": LOSS_MAX * max(report.heldout_tokens, 1),
+        "train_seconds": SECONDS_MAX,
+        "exchange_seconds": SECONDS_MAX,
+        "round_seconds": SECONDS_MAX,
+        "tokens_per_second": 1e9,
+        "lr": 1e3,
+        "pseudo_gradient_norm": NORM_MAX,
+        "momentum_norm": NORM_MAX,
+    }
+    for field, most in (counts | measures).items():
+        value = getattr(report, field)
+        if value is not None and not 0 <= value <= most:  # NaN is between nothing
+            return f"{field} is not between 0 and {most:g}"
+    return ""
+
+
+def summarise(
+    round: int,
+    metrics: Sequence[MemberMetrics],
+    *,
+    parameters: int,
+    limits: Limits,
+    certified: RoundCertified | None = None,
+    totals: Totals | None = None,
+) -> RoundSummary:
+    """One round in numbers. Pure; reports of other rounds and impossible ones are left out, all may be missing.
+
+    ``train_loss`` is weighted by tokens; ``heldout_loss`` is the sum of sums over the sum of tokens, as members
+    each judge a part of the held-out set. ``tokens_per_second`` is the swarm's: all tokens over the round's
+    duration on the coordinator's clock (``certified.seconds``), or the members' median without it. ``lr``, norms,
+    payload size and exchange time are medians; ``compute_utilisation`` is the plain mean of members' shares.
+    """
+    before = totals or Totals()
+    reports = [report for report in metrics if report.round == round and not refusal(report, limits)]
+    seconds = certified.seconds if certified and certified.seconds > 0 else _median(reports, "round_seconds")
+    tokens = sum(report.tokens for report in reports)
+    bytes_up = sum(report.bytes_up for report in reports)
+    bytes_down = sum(report.bytes_down for report in reports)
+    exchanges = [min(value, seconds or value) for value in _values(reports, "exchange_seconds")]
+    payloads = [report.payload_bytes for report in reports if report.payload_bytes > 0]
+    tokens_total, bytes_up_total = before.tokens + tokens, before.bytes_up + bytes_up
+    return RoundSummary(
+        round=round,
+        state_root=certified.state_root if certified else "",
+        members=len(certified.accepted) if certified else len(reports),
+        excluded=len(certified.excluded) if certified else 0,
+        reports=len(reports),
+        refused=len(metrics) - len(reports),
+        seconds=seconds,
+        train_loss=_train_loss(reports),
+        heldout_loss=_heldout_loss(reports),
+        tokens=tokens,
+        tokens_total=tokens_total,
+        tokens_per_second=tokens / seconds if seconds else None,
+        lr=_median(reports, "lr"),
+        pseudo_gradient_norm=_median(reports, "pseudo_gradient_norm"),
+        momentum_norm=_median(reports, "momentum_norm"),
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
+        bytes_up_total=bytes_up_total,
+        bytes_down_total=before.bytes_down + bytes_down,
+        payload_ratio=4 * parameters / median(payloads) if payloads else None,
+        bytes_per_token=bytes_up_total / tokens_total if tokens_total else None,
+        exchange_seconds=median(exchanges) if exchanges else None,
+        exchange_seconds_max=max(exchanges, default=None),
+        compute_utilisation=_utilisation(reports),
+        rejections_total=before.rejections,
+        divergences_total=before.divergences,
+    )
+
+
+class Monitor:
+    """Collects metrics from the event stream and emits one :class:`RoundSummary` a certified round.
+
+    A round is summarised when every accepted member has reported, at the latest when the next one is certified
+    or the run ends; who has not reported by then is missing in it. A listener: ``log.subscribe(monitor)``.
+    """
+
+    def __init__(self, run: Run, parameters: int, emit: Callable[[Event], None]) -> None:
+        self._run = run
+        self._parameters = parameters
+        self._emit = emit
+        self._totals = Totals()
+        self._closed = -1
+        self._newest = 0
+        self._reports: dict[int, dict[str, MemberMetrics]] = {}
+        self._certified: dict[int, RoundCertified] = {}
+
+    def resume(self, events: Iterable[Event]) -> None:
+        """Take the totals up from an earlier log of the same run, such as before a restart. Emits nothing."""
+        for event in events:
+            if isinstance(event, RoundSummary) and event.round > self._closed:
+                self._totals, self._closed = Totals.after(event), event.round
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RoundStarted(round=number):
+                self._newest = max(self._newest, number)
+            case MemberMetrics(round=number, peer=peer):
+                # Nobody makes us keep reports of rounds that are over or far in the future.
+                if self._closed < number <= self._newest + 1:
+                    self._reports.setdefault(number, {})[peer] = event
+                    self._close_if_complete(number)
+            case RoundCertified(round=number) if number > self._closed:
+                self._newest = max(self._newest, number)
+                self._close_all()  # earlier rounds have waited long enough
+                self._certified[number] = event
+                self._close_if_complete(number)
+            case Rejected():
+                self._totals = msgspec.structs.replace(self._totals, rejections=self._totals.rejections + 1)
+            case Diverged():
+                self._totals = msgspec.structs.replace(self._totals, divergences=self._totals.divergences + 1)
+            case RunFinished():
+                self._close_all()
+            case _:
+                pass
+
+    def _close_if_complete(self, number: int) -> None:
+        certified = self._certified.get(number)
+        if certified and self._reports.get(number, {}).keys() >= set(certified.accepted):
+            self._close(number)
+
+    def _close_all(self) -> None:
+        for number in sorted(self._certified):
+            self._close(number)
+
+    def _close(self, number: int) -> None:
+        certified = self._certified.pop(number)
+        told = self._reports.pop(number, {})
+        reports = [told[peer] for peer in certified.accepted if peer in told]
+        limits = Limits.of(self._run, self._parameters, len(certified.accepted) + len(certified.excluded))
+        summary = summarise(
+            number, reports, parameters=self._parameters, limits=limits, certified=certified, totals=self._totals
+        )
+        self._totals, self._closed = Totals.after(summary), number
+        self._reports = {later: reports for later, reports in self._reports.items() if later > number}
+        self._emit(summary)
+        for report in reports:
+            if reason := refusal(report, limits):
+                self._emit(Rejected(report.peer, reason, "metrics"))
+
+
+def _values(reports: Iterable[MemberMetrics], field: str) -> list[float]:
+    return [value for report in reports if (value := getattr(report, field)) is not None]
+
+
+def _median(reports: Iterable[MemberMetrics], field: str) -> float | None:
+    values = _values(reports, field)
+    return median(values) if values else None
+
+
+def _train_loss(reports: Iterable[MemberMetrics]) -> float | None:
+    return _weighted_mean([(r.train_loss, r.tokens) for r in reports if r.train_loss is not None and r.tokens > 0])
+
+
+def _heldout_loss(reports: Iterable[MemberMetrics]) -> float | None:
+    parts = [
+        (r.heldout_loss_sum / r.heldout_tokens, r.heldout_tokens)
+        for r in reports
+        if r.heldout_loss_sum is not None and r.heldout_tokens > 0
+    ]
+    if len(parts) >= 3:  # parts are of nearly equal size, so this touches none that is honest
+        most = 2 * median(weight for _, weight in parts)
+        parts = [(loss, min(weight, int(most))) for loss, weight in parts]
+    return _weighted_mean(parts)
+
+
+def _weighted_mean(parts: Sequence[tuple[float, int]]) -> float | None:
+    """Mean of (loss, weight) pairs, weights positive; losses clamped as the module says."""
+    if not parts:
+        return None
+    if len(parts) >= 3:
+        middle = median(loss for loss, _ in parts)
+        parts = [(min(max(loss, middle / LOSS_SPREAD), middle * LOSS_SPREAD), weight) for loss, weight in parts]
+    return math.fsum(loss * weight for loss, weight in parts) / sum(weight for _, weight in parts)
+
+
+def _utilisation(reports: Iterable[MemberMetrics]) -> float | None:
+    shares = [
+        min(r.train_seconds / r.round_seconds, 1.0) for r in reports if r.train_seconds is not None and r.round_seconds
+    ]
+    return fmean(shares) if shares else None
