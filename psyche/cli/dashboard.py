@@ -1,0 +1,65 @@
+"""``psyche dashboard``: the W&B workspace of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from psyche.config import load_node
+from psyche.errors import PsycheError
+from psyche.telemetry.events import LOG_NAME, RunStarted, read_events
+
+
+def dashboard(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run on this machine, or its event log.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Configuration file; node.wandb names project and entity.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the layout to this file and ask no server.")] = None,
+) -> None:
+    """Create the W&B dashboard of a run; without a W&B key, write its layout as JSON into the run's directory."""
+    started = _started(run_dir)
+    wandb = load_node(config).wandb
+    # Imported here: they take a second, which no other command should pay.
+    from psyche.telemetry import dashboard as dashboards
+    from psyche.telemetry.wandb_run import resolve_mode
+
+    online = output is None and resolve_mode(wandb) == "online"
+    entity = wandb.entity or (_default_entity() if online else "entity")
+    fallback = output or (run_dir if run_dir.is_dir() else run_dir.parent) / "wandb-workspace.json"
+    workspace = dashboards.build(entity, wandb.project, started.run_id)
+    try:
+        place = dashboards.save(workspace, fallback, online=online)
+    except OSError as error:
+        raise PsycheError(f"cannot write {fallback}: {error.strerror}") from None
+    except Exception as error:  # wandb raises many types; none of them is a bug of ours
+        raise PsycheError(f"W&B refused the dashboard of {entity}/{wandb.project}: {error}") from None
+    if online:
+        typer.echo(f"dashboard of {started.name}: {place}")
+    else:
+        typer.echo(f"layout of the dashboard of {started.name}: {place} (with a W&B key it is saved to W&B)")
+
+
+def _started(run_dir: Path) -> RunStarted:
+    logs = sorted(run_dir.rglob(LOG_NAME)) if run_dir.is_dir() else [run_dir]
+    for log in logs:
+        for event in read_events(log):
+            if isinstance(event, RunStarted):
+                return event
+    raise PsycheError(f"{run_dir} has no event log of a run; give the directory that `psyche run` or `join` printed")
+
+
+def _default_entity() -> str:
+    import wandb
+
+    try:
+        entity = wandb.Api().default_entity
+    except Exception as error:
+        raise PsycheError(
+            f"W&B cannot be reached ({error}); with --output FILE the layout is written instead"
+        ) from None
+    if not entity:
+        raise PsycheError("the W&B key has no default entity; set node.wandb.entity in the configuration")
+    return str(entity)

@@ -1,0 +1,67 @@
+"""The W&B workspace of a run, as code.
+
+The workspace is built here and saved to W&B, or its layout written as JSON where no key is configured. Which
+metrics there are is :mod:`psyche.telemetry.metrics`' business. Importing this module imports wandb-workspaces.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import wandb_workspaces.reports.v2 as reports
+import wandb_workspaces.workspaces as workspaces
+
+from psyche.telemetry import metrics
+
+COMBINED = {
+    # Lines that are read together share a panel, under the first one's key.
+    "heldout/loss": ("train/loss", "Loss (nats/token)"),
+    "heldout_by_tokens/loss": ("train_by_tokens/loss", "Loss over tokens"),
+    "throughput/exchange_seconds": ("throughput/exchange_seconds_max", "Exchange: median and slowest member (s)"),
+    "wire/bytes_up": ("wire/bytes_down", "Bytes sent and received in the round"),
+    "wire/bytes_up_total": ("wire/bytes_down_total", "Bytes sent and received so far"),
+    "members/accepted": ("members/excluded", "Members: accepted and left out"),
+}
+
+
+def build(entity: str, project: str, group: str) -> workspaces.Workspace:
+    """The workspace of one training run. ``group`` is the run id in hex, under which all its W&B runs are grouped."""
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=f"psyche {group[:8]}",
+        sections=[_section(name) for name in get_args(metrics.Section)],
+        settings=workspaces.WorkspaceSettings(x_axis=metrics.OUTER_STEP),
+        runset_settings=workspaces.RunsetSettings(filters=[workspaces.Metric("Group") == group]),
+    )
+
+
+def layout(workspace: workspaces.Workspace) -> str:
+    """The workspace as the JSON that W&B stores."""
+    # wandb-workspaces has no public export; this is what its own save() sends.
+    view = workspace._to_model()
+    return json.dumps(view.model_dump(mode="json", by_alias=True, exclude_none=True), indent=2) + "\n"
+
+
+def save(workspace: workspaces.Workspace, fallback: Path, *, online: bool) -> str:
+    """Save to W&B if ``online``, else write the layout to ``fallback``; returns the URL or the path it is at.
+
+    Raises what wandb raises where the server refuses, and :class:`OSError` where the file cannot be written.
+    """
+    if online:
+        return str(workspace.save().url)
+    fallback.write_text(layout(workspace), encoding="utf-8")
+    return str(fallback)
+
+
+def _section(name: metrics.Section) -> workspaces.Section:
+    followers = {follower for follower, _ in COMBINED.values()}
+    panels = [_panel(m) for m in metrics.ALL if m.section == name and m.key not in followers]
+    return workspaces.Section(name=name, panels=panels, is_open=True)
+
+
+def _panel(metric: metrics.Metric) -> reports.LinePlot:
+    follower, title = COMBINED.get(metric.key, ("", metric.title))
+    return reports.LinePlot(title=title, x=metric.axis, y=[metric.key, follower] if follower else [metric.key])

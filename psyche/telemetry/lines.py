@@ -1,0 +1,146 @@
+"""Events as lines of a log file: plain text, one line each, understandable on its own."""
+
+from __future__ import annotations
+
+from psyche.telemetry.events import (
+    Attested,
+    Checkpointed,
+    Diverged,
+    Downloading,
+    Event,
+    GenesisJudged,
+    MemberMetrics,
+    Notice,
+    PeerJoined,
+    PeerLeft,
+    PhaseChanged,
+    Rejected,
+    Resynchronised,
+    RoundCertified,
+    RoundStarted,
+    RoundSummary,
+    RunFinished,
+    RunStarted,
+    StepDone,
+)
+from psyche.telemetry.view_state import ViewState
+from psyche.telemetry.wording import amount, clean, number, peer_name, plural, rate, root_name, size
+
+PHASES = {
+    "joining": "fetching the model as it is now",
+    "waiting": "waiting for enough members to start",
+    "training": "training on this machine",
+    "committing": "sealing this round's work",
+    "exchanging": "exchanging work with the other members",
+    "certifying": "waiting for the members to agree on the round",
+    "paused": "paused: too few members are left, waiting for more",
+    "finished": "finished",
+}
+"""What a node's phase means to the person who owns the machine."""
+
+
+def round_of(state: ViewState, index: int | None) -> str:
+    """``round 3/16``: people count from 1."""
+    total = state.run.rounds if state.run else 0
+    shown = 0 if index is None else index + 1
+    return f"round {shown}/{total}" if total else f"round {shown}"
+
+
+def swarm_line(state: ViewState, event: Event) -> str:
+    """``event`` for somebody who watches the run; ``state`` already includes it. Empty: not worth a line."""
+    match event:
+        case GenesisJudged():
+            return f"before training  held-out {number(event.heldout_loss)}"
+        case RoundStarted() if state.summary is None:
+            return f"{round_of(state, event.round)}  started with {plural(len(event.members), 'member')}"
+        case RoundCertified() if event.excluded:
+            out = ", ".join(f"{peer_name(peer)} ({clean(reason)})" for peer, reason in event.excluded)
+            return f"{round_of(state, event.round)}  left out: {out}"
+        case RoundSummary():
+            return (
+                f"{round_of(state, event.round)}  held-out {number(event.heldout_loss)}  "
+                f"train {number(event.train_loss)}  {rate(event.tokens_per_second)}  "
+                f"{plural(event.members, 'member')}  sent {size(event.bytes_up)}  state {root_name(event.state_root)}"
+            )
+        case PeerJoined() | PeerLeft():
+            present = sum(not peer.gone for peer in state.peers.values())
+            return f"{message(event)}, {plural(present, 'member')} now"
+        case RunStarted():
+            invite = f"  join with: psyche join {clean(event.invite, 4096)}" if event.invite else ""
+            waiting = f"starts with {plural(event.peers, 'member')}"
+            return f"{_run(event)}, {waiting}{invite}"
+        case StepDone() | PhaseChanged() | Downloading() | MemberMetrics() | Attested():
+            return ""
+        case _:
+            return message(event)
+
+
+def contributor_line(state: ViewState, event: Event) -> str:
+    """``event`` for somebody whose machine takes part; ``state`` already includes it. Empty: not worth a line."""
+    match event:
+        case RunStarted():
+            return f"{_run(event)}; this machine is {peer_name(state.me)}"
+        case PhaseChanged():
+            return f"{round_of(state, event.round)}  {PHASES[event.phase]}"
+        case StepDone():
+            return (
+                f"{round_of(state, event.round)}  step {event.step}/{state.inner_steps}  "
+                f"loss {number(event.loss)}  {rate(event.tokens_per_second)}"
+            )
+        case Downloading():
+            return f"fetching {clean(event.what)}: {size(event.received)} of {size(event.total)}"
+        case RoundCertified():
+            return f"{round_of(state, event.round)}  {_verdict(state, event)}"
+        case MemberMetrics() if event.peer == state.me:
+            return f"{round_of(state, event.round)}  sent {size(event.bytes_up)}, received {size(event.bytes_down)}"
+        case Rejected() if event.peer == state.me:
+            return f"your {clean(event.what)} was refused: {clean(event.reason)}"
+        case Diverged() if event.peer == state.me:
+            return f"{round_of(state, event.round)}  this machine's model differs from the others'; fetching theirs"
+        case PeerJoined() | PeerLeft() | Attested() | MemberMetrics() | GenesisJudged() | RoundStarted():
+            return ""
+        case _:
+            return message(event)
+
+
+def message(event: Event) -> str:
+    """``event`` as one line that needs nothing else to be understood; empty for those that have no such line."""
+    match event:
+        case PeerJoined():
+            return f"{peer_name(event.peer)} joined ({clean(event.device, 60)})"
+        case PeerLeft():
+            return f"{peer_name(event.peer)} left ({clean(event.reason)})"
+        case Rejected():
+            return f"refused: {clean(event.what)} from {peer_name(event.peer)} ({clean(event.reason)})"
+        case Diverged():
+            held = f"holds {root_name(event.found)}, the others {root_name(event.expected)}"
+            return f"diverged: {peer_name(event.peer)} {held} after round {event.round + 1}"
+        case Resynchronised():
+            return f"model restored to the state after round {event.round + 1}, fetched from {peer_name(event.donor)}"
+        case Checkpointed():
+            return f"checkpoint after round {event.round + 1}: {clean(event.path, 400)}"
+        case RoundSummary():
+            return f"after round {event.round + 1} the model's held-out loss is {number(event.heldout_loss)}"
+        case Notice(level="info"):
+            return clean(event.text, 400)
+        case Notice():
+            return f"{event.level}: {clean(event.text, 400)}"
+        case RunFinished():
+            return f"run finished after {plural(event.rounds, 'round')}: {clean(event.reason)}"
+        case _:
+            return ""
+
+
+def _run(event: RunStarted) -> str:
+    shape = f"{plural(event.rounds, 'round')} of {plural(event.inner_steps, 'step')}"
+    return f"run {clean(event.name)}: {amount(event.parameters)} parameters, {shape}, codec {clean(event.codec, 40)}"
+
+
+def _verdict(state: ViewState, event: RoundCertified) -> str:
+    reason = dict(event.excluded).get(state.me)
+    if reason is not None:
+        return f"your work was not used: {clean(reason)}"
+    if state.me in event.accepted:
+        so_far = f"{plural(state.rounds_accepted, 'round')} so far"
+        return f"your work was accepted ({so_far}), state {root_name(event.state_root)}"
+    return f"done without this machine, state {root_name(event.state_root)}"

@@ -1,0 +1,208 @@
+"""The report of a run, made from the coordinator's event log: ``report.json``, a plot, a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, TypeVar
+
+from rich.panel import Panel
+from rich.table import Table
+
+from psyche.errors import PsycheError
+from psyche.telemetry.events import (
+    Attested,
+    Event,
+    GenesisJudged,
+    RoundCertified,
+    RoundStarted,
+    RoundSummary,
+    RunFinished,
+    RunStarted,
+)
+from psyche.telemetry.wording import amount, clean, number, root_name, size
+
+Attestations = Mapping[int, Mapping[str, str]]
+"""round -> PeerID -> the state_root (hex) which that member attested after that round."""
+
+
+def attestations(events: Iterable[Event]) -> dict[int, dict[str, str]]:
+    """Everything attested in a log: round -> peer -> state root."""
+    found: dict[int, dict[str, str]] = {}
+    for event in events:
+        if isinstance(event, Attested):
+            found.setdefault(event.round, {})[event.peer] = event.state_root
+    return found
+
+
+def ddp_bytes(members: int, parameters: int, steps: int) -> int:
+    """Bytes that each of ``members`` sends in ``steps`` data-parallel steps of a model of ``parameters``.
+
+    A ring all-reduce of N members sends 2·(N−1)/N times the vector (reduce-scatter, then all-gather), here
+    the fp32 gradient, 4 bytes a parameter, at every inner step. Nothing for a single member.
+    """
+    return 2 * (members - 1) * 4 * parameters * steps // members if members > 0 else 0
+
+
+def build_report(events: Iterable[Event], attested: Attestations | None = None) -> dict[str, Any]:
+    """The numbers of a run, ready for JSON; ``None`` where nothing was measured.
+
+    - ``peers``: mean number of members accepted a round; ``rounds``: rounds certified; ``inner_steps``: H.
+    - ``initial_loss``, ``final_loss``: held out, of the outer parameters, before the first and after the last
+      round. Where the log has no :class:`GenesisJudged`, ``initial_loss`` is the first round's.
+    - ``tokens``, ``bytes_sent_per_peer``: of the whole run. ``ddp_bytes_per_peer``: what a ring all-reduce of fp32
+      gradients at every inner step of the run would have sent (:func:`ddp_bytes`, round by round with the round's
+      members and steps); ``ddp_ratio`` is that over ``bytes_sent_per_peer``.
+    - ``payload_ratio``: fp32 size over payload, median of rounds; ``bytes_per_token``: sent by all, over tokens.
+      The two say different things; neither is ``ddp_ratio``.
+    - ``compute_utilisation``: share of members' time spent in inner steps, mean of rounds.
+    - ``state_roots``: one a round, hex. ``state_roots_agree``: every attested root of every certified round is the
+      certified one, and there is at least one for each. ``attested`` defaults to the log's own
+      :class:`Attested` events.
+    - ``seconds``: wall clock from the run's start to its end, pauses included.
+
+    Raises :class:`PsycheError` for a log in which no run starts.
+    """
+    log = list(events)
+    started = next((event for event in log if isinstance(event, RunStarted)), None)
+    if started is None:
+        raise PsycheError("the event log holds no run; it is empty or another program's")
+    summaries = list(_by_round(log, RoundSummary).values())
+    certified = _by_round(log, RoundCertified)
+    last = summaries[-1] if summaries else None
+    members = [summary.members for summary in summaries if summary.members]
+    peers = fmean(members) if members else 0.0
+    sent = last.bytes_up_total / peers if last and peers else None
+    ddp = _ddp(log, certified.values(), started)
+    roots = {number: event.state_root for number, event in certified.items()}
+    judged = next((e.heldout_loss for e in log if isinstance(e, GenesisJudged) and e.heldout_loss is not None), None)
+    losses = [summary.heldout_loss for summary in summaries if summary.heldout_loss is not None]
+    ends = [event.time for event in log if isinstance(event, RunFinished)] or [log[-1].time]
+    return {
+        "name": started.name,
+        "run_id": started.run_id,
+        "codec": started.codec,
+        "parameters": started.parameters,
+        "peers": round(peers, 2),
+        "rounds": len(certified),
+        "inner_steps": started.inner_steps,
+        "initial_loss": judged if judged is not None else (losses[0] if losses else None),
+        "final_loss": losses[-1] if losses else None,
+        "tokens": last.tokens_total if last else 0,
+        "bytes_sent_per_peer": round(sent) if sent is not None else None,
+        "ddp_bytes_per_peer": ddp,
+        "ddp_ratio": ddp / sent if sent else None,
+        "payload_ratio": _over(summaries, "payload_ratio", median),
+        "bytes_per_token": last.bytes_per_token if last else None,
+        "compute_utilisation": _over(summaries, "compute_utilisation", fmean),
+        "state_roots": list(roots.values()),
+        "state_roots_agree": _agree(roots, attestations(log) if attested is None else attested),
+        "seconds": round(ends[-1] - started.time, 3),
+    }
+
+
+def plot_loss(events: Iterable[Event], path: Path) -> None:
+    """Draw training and held-out loss over tokens into a PNG at ``path``, wire bytes against DDP's in the title.
+
+    Raises :class:`PsycheError` for a log without a run, :class:`OSError` where the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    log = list(events)
+    report = build_report(log)
+    summaries = list(_by_round(log, RoundSummary).values())
+    genesis = [(0, e.heldout_loss) for e in log if isinstance(e, GenesisJudged) and e.heldout_loss is not None][:1]
+    heldout = genesis + [(s.tokens_total, s.heldout_loss) for s in summaries if s.heldout_loss is not None]
+    train = [(s.tokens_total, s.train_loss) for s in summaries if s.train_loss is not None]
+
+    figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)  # Agg and no pyplot: no display, no global state
+    axes = figure.add_subplot()
+    axes.plot(
+        *_columns(train), color="#9aa5b1", linewidth=1.6, marker="o", markersize=2.5, label="training, inner steps"
+    )
+    axes.plot(
+        *_columns(heldout), color="#0b6bcb", linewidth=2.2, marker="o", markersize=3.5, label="held out, outer model"
+    )
+    axes.set_xlabel("tokens trained on, all members")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.set_xlim(left=0)
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(_title(report), loc="left", fontsize=10)
+    figure.savefig(path, format="png")
+
+
+def render_summary(report: Mapping[str, Any]) -> Panel:
+    """A report as a table for the terminal."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column()
+    loss = f"{number(report['initial_loss'])} → {number(report['final_loss'])} held out"
+    rounds = f"{report['rounds']} rounds of {report['inner_steps']} inner steps, {report['peers']:g} members"
+    sent, ddp = report["bytes_sent_per_peer"], report["ddp_bytes_per_peer"]
+    wire = "–" if sent is None else f"{size(sent)} sent by each member; DDP would have sent {size(ddp)}"
+    grid.add_row("model", f"{amount(report['parameters'])} parameters, codec {clean(report['codec'], 40)}")
+    grid.add_row("run", f"{rounds}, {report['seconds']:.0f} s")
+    grid.add_row("loss", f"{loss}, after {amount(report['tokens'])} tokens")
+    grid.add_row("wire", wire)
+    grid.add_row("", f"that is {number(report['ddp_ratio'], '.1f')}× less")
+    grid.add_row("payload", f"{number(report['payload_ratio'], '.2f')}× smaller than fp32")
+    grid.add_row("bytes per token", number(report["bytes_per_token"], ".1f"))
+    grid.add_row("time training", number(report["compute_utilisation"], ".0%"))
+    grid.add_row("same model", _sameness(report), style="green" if report["state_roots_agree"] else "red")
+    return Panel(grid, title=f"{clean(report['name'])}: what came of it", title_align="left", border_style="cyan")
+
+
+def _sameness(report: Mapping[str, Any]) -> str:
+    last = root_name(report["state_roots"][-1]) if report["state_roots"] else "–"
+    if report["state_roots_agree"]:
+        return f"✓ every member held the same bits after each of {report['rounds']} rounds; the last is {last}"
+    return "✗ not shown: attestations are missing or differ"
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    head = f"{report['name']}: {amount(report['parameters'])} parameters, {report['peers']:g} members"
+    head += f", {report['rounds']} rounds of {report['inner_steps']} inner steps"
+    if report["bytes_sent_per_peer"] is None or report["ddp_ratio"] is None:
+        return head
+    sent, ddp = size(report["bytes_sent_per_peer"]), size(report["ddp_bytes_per_peer"])
+    return f"{head}\nsent per member: psyche {sent}, DDP {ddp} ({report['ddp_ratio']:.0f}× more)"
+
+
+OfRound = TypeVar("OfRound", RoundSummary, RoundCertified)
+
+
+def _by_round(log: Iterable[Event], kind: type[OfRound]) -> dict[int, OfRound]:
+    """The last event of a kind for each round, in the order of rounds: a restart may log one again."""
+    found = {event.round: event for event in log if isinstance(event, kind)}
+    return dict(sorted(found.items()))
+
+
+def _ddp(log: Sequence[Event], certified: Iterable[RoundCertified], started: RunStarted) -> int:
+    steps = {event.round: event.inner_steps for event in log if isinstance(event, RoundStarted)}
+    return sum(
+        ddp_bytes(len(event.accepted), started.parameters, steps.get(event.round, started.inner_steps))
+        for event in certified
+    )
+
+
+def _over(summaries: Iterable[RoundSummary], field: str, average: Callable[[list[float]], float]) -> float | None:
+    values = [value for summary in summaries if (value := getattr(summary, field)) is not None]
+    return average(values) if values else None
+
+
+def _agree(roots: Mapping[int, str], attested: Attestations) -> bool:
+    return bool(roots) and all(
+        number in attested and set(attested[number].values()) == {root} for number, root in roots.items()
+    )
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

@@ -1,0 +1,231 @@
+"""The terminal: what a contributor sees of their own machine, and what a run looks like as a whole.
+
+A view is a listener of events. :func:`live` draws it in place on a terminal, and prints lines elsewhere::
+
+    view = ContributorView(me=peer_id)
+    with live(view) as listener:
+        log.subscribe(listener)
+        ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from psyche.telemetry.events import Downloading, Event, Listener, StepDone
+from psyche.telemetry.lines import PHASES, contributor_line, message, round_of, swarm_line
+from psyche.telemetry.view_state import Member, ViewState
+from psyche.telemetry.wording import amount, clean, number, peer_name, plural, rate, root_name, size, sparkline
+
+REFRESH = 4
+"""Frames a second on a terminal."""
+PROGRESS_EVERY = 30.0
+"""Seconds between lines about steps or downloads where there is no terminal."""
+ROWS = 16
+"""Members shown in the swarm's table."""
+
+Rows = list[tuple[str, RenderableType]]
+"""Label and content of each line of a view."""
+
+
+class View(Protocol):
+    """What :func:`live` needs."""
+
+    state: ViewState
+
+    def render(self) -> RenderableType:
+        """The view as it is now."""
+
+    def line(self, event: Event) -> str:
+        """The event just applied, as a line of a log; empty where it deserves none."""
+
+
+class ContributorView:
+    """For ``psyche join``: what is my machine doing, and does it count? ``me`` is the node's PeerID."""
+
+    def __init__(self, me: str) -> None:
+        self.state = ViewState(me=me)
+
+    def line(self, event: Event) -> str:
+        """See :class:`View`."""
+        return contributor_line(self.state, event)
+
+    def render(self) -> RenderableType:
+        """See :class:`View`."""
+        state = self.state
+        rows: Rows = [("now", _now(state))]
+        if state.step is not None:
+            step = state.step
+            learning = f"loss {number(step.loss)}, learning rate {step.lr:.1e}, {rate(step.tokens_per_second)}"
+            rows.append(("training", learning))
+        left_out = f", {state.rounds_excluded} not used" if state.rounds_excluded else ""
+        counted = f"{plural(state.rounds_accepted, 'round')} accepted{left_out}, {amount(state.tokens_accepted)} tokens"
+        rows.append(("your work", counted))
+        traffic = f"{size(state.bytes_up)} sent, {size(state.bytes_down)} received"
+        rows.append(("network", f"{plural(len(state.members), 'member')}, {traffic}"))
+        if state.certified is not None:
+            agreed = f"state {root_name(state.certified.state_root)} after round {state.certified.round + 1}"
+            rows.append(("model", f"{agreed}, certified by the members"))
+        if state.heldout:
+            rows.append(("run's loss", f"{number(state.heldout[-1])} held-out  {sparkline(state.heldout)}"))
+        return _panel(state, Group(_grid(rows), *_messages(state)))
+
+
+class SwarmView:
+    """For ``psyche demo`` and ``psyche run``: the members, the loss, the wire, and whether all hold the same model."""
+
+    def __init__(self) -> None:
+        self.state = ViewState()
+
+    def line(self, event: Event) -> str:
+        """See :class:`View`."""
+        return swarm_line(self.state, event)
+
+    def render(self) -> RenderableType:
+        """See :class:`View`."""
+        state = self.state
+        rows: Rows = []
+        if state.run is not None:
+            model = f"{amount(state.run.parameters)} parameters, codec {clean(state.run.codec, 40)}"
+            rows.append(("model", f"{model}, {plural(state.inner_steps, 'inner step')} a round"))
+            if state.run.invite and state.summary is None:
+                rows.append(("join with", f"psyche join {clean(state.run.invite, 4096)}"))
+        if state.heldout:
+            rows.append(("held-out loss", f"{number(state.heldout[-1])}  {sparkline(state.heldout)}"))
+        if state.summary is not None:
+            done = state.summary
+            busy = f"{number(done.compute_utilisation, '.0%')} of the time training"
+            total = f"{amount(done.tokens_total)} tokens so far"
+            rows.append(("speed", f"{rate(done.tokens_per_second)}, {total}, {busy}"))
+            ratio = f"payloads {number(done.payload_ratio, '.1f')}× smaller than fp32"
+            per_token = f"{number(done.bytes_per_token, '.1f')} bytes sent per token"
+            rows.append(("wire", f"{size(done.bytes_up_total)} sent, {ratio}, {per_token}"))
+        rows.append(("same model?", _agreement(state)))
+        return _panel(state, Group(_grid(rows), _members(state), *_messages(state)))
+
+
+@contextmanager
+def live(view: View, console: Console | None = None) -> Iterator[Listener]:
+    """Show ``view`` while the block runs; the listener it gives feeds the view.
+
+    On a terminal the view is redrawn in place. Elsewhere each event worth it is one plain line without control
+    codes; lines about progress come at most every ``PROGRESS_EVERY`` seconds of the events' own time.
+    """
+    screen = console or Console()
+    if not screen.is_terminal:
+        yield _printer(view, screen)
+        return
+
+    def listener(event: Event) -> None:
+        view.state = view.state.apply(event)  # one assignment: the drawing thread sees the old state or the new one
+
+    with Live(get_renderable=view.render, console=screen, refresh_per_second=REFRESH):
+        yield listener
+
+
+def _printer(view: View, screen: Console) -> Callable[[Event], None]:
+    shown: dict[type[Event], float] = {}
+
+    def listener(event: Event) -> None:
+        view.state = view.state.apply(event)
+        if isinstance(event, StepDone | Downloading):
+            if event.time - shown.get(type(event), float("-inf")) < PROGRESS_EVERY:
+                return
+            shown[type(event)] = event.time
+        line = view.line(event)
+        if line:
+            # Straight to the file: rich would wrap and may colour where a variable in the environment says so.
+            print(line, file=screen.file, flush=True)
+
+    return listener
+
+
+def _panel(state: ViewState, body: RenderableType) -> Panel:
+    name = clean(state.run.name) if state.run else "psyche"
+    return Panel(body, title=Text(f"{name}, {round_of(state, state.round)}"), title_align="left", border_style="cyan")
+
+
+def _grid(rows: Rows) -> Table:
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(ratio=1, overflow="fold")
+    for label, value in rows:
+        # A bare string would be read as markup, and part of it comes from peers.
+        grid.add_row(label, Text(value) if isinstance(value, str) else value)
+    return grid
+
+
+def _now(state: ViewState) -> RenderableType:
+    if state.finished is not None:
+        return Text(message(state.finished))
+    if state.download is not None:
+        what = f"fetching {clean(state.download.what)}: {size(state.download.received)} of {size(state.download.total)}"
+        return _progress(what, state.download.received, state.download.total)
+    doing = PHASES.get(state.phase, state.phase)
+    if state.phase == "training" and state.inner_steps:
+        done = state.step.step if state.step else 0
+        return _progress(f"{doing}, step {done} of {state.inner_steps}", done, state.inner_steps)
+    return Text(doing)
+
+
+def _progress(text: str, done: int, total: int) -> RenderableType:
+    row = Table.grid(padding=(0, 2))
+    row.add_row(Text(text), ProgressBar(total=total, completed=done, width=24))
+    return row
+
+
+def _agreement(state: ViewState) -> Text:
+    same, attested = state.agreeing()
+    if state.certified is None:
+        return Text("no round is certified yet")
+    root = f"state {root_name(state.certified.state_root)} after round {state.certified.round + 1}"
+    if not attested:
+        return Text(f"{root}, certified by the members")
+    if same == attested:
+        ever = f"; {plural(state.diverged, 'divergence')} mended" if state.diverged else ""
+        return Text(f"✓ {root}, attested by {plural(attested, 'member')}{ever}", style="green")
+    return Text(f"✗ {root}, but only {same} of {attested} members hold it", style="red")
+
+
+def _members(state: ViewState) -> RenderableType:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("member", "device", "now", "rounds", "tok/s", "loss", "sent", "received", "same"):
+        right = title in ("rounds", "tok/s", "loss", "sent", "received")
+        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+    shown = sorted(state.peers.items(), key=lambda item: (item[1].gone, item[0]))
+    for name, peer in shown[:ROWS]:
+        table.add_row(*_member_row(state, name, peer), style="dim" if peer.gone else "")
+    if len(shown) > ROWS:
+        table.add_row(Text(f"and {len(shown) - ROWS} more"))
+    return table
+
+
+def _member_row(state: ViewState, name: str, peer: Member) -> list[Text]:
+    told = peer.metrics
+    numbers = ("", "", "", "")
+    if told is not None:
+        numbers = (
+            number(told.tokens_per_second, ".0f"),
+            number(told.train_loss),
+            size(told.bytes_up),
+            size(told.bytes_down),
+        )
+    same = ""
+    if state.certified is not None and peer.root_round == state.certified.round:
+        same = "✓" if peer.root == state.certified.state_root else "✗"
+    cells = (peer_name(name), clean(peer.device, 20), clean(peer.status, 40), str(peer.accepted), *numbers, same)
+    return [Text(cell) for cell in cells]
+
+
+def _messages(state: ViewState) -> list[Text]:
+    return [Text(text, style="dim") for event in state.messages if (text := message(event))]

@@ -1,0 +1,215 @@
+"""What a terminal view knows: a pure fold over events."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any
+
+import msgspec
+
+from psyche.telemetry.events import (
+    Attested,
+    Checkpointed,
+    Diverged,
+    Downloading,
+    Event,
+    GenesisJudged,
+    MemberMetrics,
+    Notice,
+    PeerJoined,
+    PeerLeft,
+    PhaseChanged,
+    Rejected,
+    Resynchronised,
+    RoundCertified,
+    RoundStarted,
+    RoundSummary,
+    RunFinished,
+    RunStarted,
+    StepDone,
+)
+
+HISTORY = 64
+"""Held-out losses kept for the sparkline."""
+MESSAGES = 5
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One peer, as far as events told."""
+
+    device: str = ""
+    status: str = "here"
+    gone: bool = False
+    accepted: int = 0
+    """Rounds its work was used in."""
+    metrics: MemberMetrics | None = None
+    """Its latest."""
+    root: str = ""
+    """Outer state it attested last."""
+    root_round: int = -1
+
+
+class ViewState(msgspec.Struct, frozen=True):
+    """Everything a view shows. :meth:`apply` returns the next state and changes nothing in place."""
+
+    me: str = ""
+    """PeerID of this machine's own node; empty for a view of the swarm."""
+    run: RunStarted | None = None
+    phase: str = "waiting"
+    round: int | None = None
+    inner_steps: int = 0
+    members: tuple[str, ...] = ()
+    peers: dict[str, Member] = {}
+    step: StepDone | None = None
+    download: Downloading | None = None
+    certified: RoundCertified | None = None
+    summary: RoundSummary | None = None
+    heldout: tuple[float, ...] = ()
+    diverged: int = 0
+    # Only of this machine's node:
+    verdicts: dict[int, bool] = {}
+    """Rounds whose tokens are still to be reported: was the work used?"""
+    unjudged: dict[int, int] = {}
+    """Tokens of rounds that are not certified yet."""
+    rounds_accepted: int = 0
+    rounds_excluded: int = 0
+    tokens_accepted: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    messages: tuple[Event, ...] = ()
+    finished: RunFinished | None = None
+
+    def apply(self, event: Event) -> ViewState:
+        """The state after ``event``. Events that no view shows change nothing."""
+        changes = _changes(event, self)
+        if isinstance(event, PeerJoined | PeerLeft | Rejected | Diverged | Resynchronised | Checkpointed | Notice):
+            changes["messages"] = (*self.messages, event)[-MESSAGES:]
+        return msgspec.structs.replace(self, **changes)
+
+    def agreeing(self) -> tuple[int, int]:
+        """(members that attested the certified state of the last round, members that attested any for it)."""
+        if self.certified is None:
+            return 0, 0
+        roots = [peer.root for peer in self.peers.values() if peer.root_round == self.certified.round]
+        return roots.count(self.certified.state_root), len(roots)
+
+    def with_peer(self, peer: str, **changes: Any) -> dict[str, Member]:
+        """``peers`` with one of them changed."""
+        return self.peers | {peer: msgspec.structs.replace(self.peers.get(peer, Member()), **changes)}
+
+
+@singledispatch
+def _changes(event: Event, state: ViewState) -> dict[str, Any]:
+    return {}
+
+
+@_changes.register
+def _(event: RunStarted, state: ViewState) -> dict[str, Any]:
+    return {"run": event, "inner_steps": event.inner_steps}
+
+
+@_changes.register
+def _(event: GenesisJudged, state: ViewState) -> dict[str, Any]:
+    return {"heldout": () if event.heldout_loss is None else (event.heldout_loss,)}
+
+
+@_changes.register
+def _(event: PeerJoined, state: ViewState) -> dict[str, Any]:
+    return {"peers": state.with_peer(event.peer, device=event.device, status="here", gone=False)}
+
+
+@_changes.register
+def _(event: PeerLeft, state: ViewState) -> dict[str, Any]:
+    return {"peers": state.with_peer(event.peer, status=f"gone: {event.reason}", gone=True)}
+
+
+@_changes.register
+def _(event: PhaseChanged, state: ViewState) -> dict[str, Any]:
+    return {"phase": event.phase, "round": event.round, "download": None}
+
+
+@_changes.register
+def _(event: Downloading, state: ViewState) -> dict[str, Any]:
+    return {"download": event if event.received < event.total else None}
+
+
+@_changes.register
+def _(event: RoundStarted, state: ViewState) -> dict[str, Any]:
+    # Who is gone by now is forgotten: identities are free, so a list of them all would never stop growing.
+    peers = {name: peer for name, peer in state.peers.items() if not peer.gone or name in event.members}
+    for name in event.members:
+        peers[name] = msgspec.structs.replace(peers.get(name, Member()), status="training", gone=False)
+    return {
+        "round": event.round,
+        "members": event.members,
+        "inner_steps": event.inner_steps,
+        "peers": peers,
+        "step": None,
+        "phase": "training",
+    }
+
+
+@_changes.register
+def _(event: StepDone, state: ViewState) -> dict[str, Any]:
+    return {"step": event, "round": event.round}
+
+
+@_changes.register
+def _(event: RoundCertified, state: ViewState) -> dict[str, Any]:
+    peers = dict(state.peers)
+    for name in event.accepted:
+        peer = peers.get(name, Member())
+        peers[name] = msgspec.structs.replace(peer, status="accepted", accepted=peer.accepted + 1)
+    for name, reason in event.excluded:
+        peers[name] = msgspec.structs.replace(peers.get(name, Member()), status=f"left out: {reason}")
+    changes: dict[str, Any] = {"certified": event, "peers": peers}
+    used = state.me in event.accepted
+    if used or state.me in dict(event.excluded):
+        changes |= _judged(state, event.round, used)
+    return changes
+
+
+def _judged(state: ViewState, number: int, used: bool) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        "rounds_accepted": state.rounds_accepted + used,
+        "rounds_excluded": state.rounds_excluded + (not used),
+    }
+    if number in state.unjudged:
+        tokens = state.unjudged[number] if used else 0
+        rest = {later: tokens for later, tokens in state.unjudged.items() if later > number}
+        return changes | {"tokens_accepted": state.tokens_accepted + tokens, "unjudged": rest}
+    return changes | {"verdicts": state.verdicts | {number: used}}
+
+
+@_changes.register
+def _(event: MemberMetrics, state: ViewState) -> dict[str, Any]:
+    changes: dict[str, Any] = {"peers": state.with_peer(event.peer, metrics=event)}
+    if event.peer != state.me:
+        return changes
+    changes |= {"bytes_up": state.bytes_up + event.bytes_up, "bytes_down": state.bytes_down + event.bytes_down}
+    if event.round in state.verdicts:  # the round was certified before its metrics were ready
+        tokens = event.tokens if state.verdicts[event.round] else 0
+        rest = {later: used for later, used in state.verdicts.items() if later > event.round}
+        return changes | {"tokens_accepted": state.tokens_accepted + tokens, "verdicts": rest}
+    return changes | {"unjudged": state.unjudged | {event.round: event.tokens}}
+
+
+@_changes.register
+def _(event: Attested, state: ViewState) -> dict[str, Any]:
+    return {"peers": state.with_peer(event.peer, root=event.state_root, root_round=event.round)}
+
+
+@_changes.register
+def _(event: RoundSummary, state: ViewState) -> dict[str, Any]:
+    heldout = state.heldout if event.heldout_loss is None else (*state.heldout, event.heldout_loss)[-HISTORY:]
+    return {"summary": event, "heldout": heldout}
+
+
+@_changes.register
+def _(event: Diverged, state: ViewState) -> dict[str, Any]:
+    return {"diverged": state.diverged + 1, "peers": state.with_peer(event.peer, status="diverged")}
+
+
+@_changes.register
+def _(event: RunFinished, state: ViewState) -> dict[str, Any]:
+    return {"finished": event, "phase": "finished"}

@@ -1,0 +1,62 @@
+"""How numbers, peers and other people's text are shown to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.filesize import decimal
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """``text`` on one line without control characters: what a peer sends must not steer a terminal."""
+    printable = "".join(char if char.isprintable() else " " for char in text)
+    line = " ".join(printable.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def peer_name(peer: str) -> str:
+    """The end of a PeerID: all of them begin alike."""
+    return "…" + clean(peer)[-6:]
+
+
+def root_name(root: str) -> str:
+    """The first digits of a hash."""
+    return clean(root)[:4] + "…" if root else "–"
+
+
+def amount(count: float) -> str:
+    """A count to three digits or so: 980, 30.7k, 1.9M, 72.0B."""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(count) >= max(scale, 1e4):
+            return f"{count / scale:.1f}{unit}"
+    return f"{count:.0f}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    return str(decimal(int(count)))
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A measurement, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def rate(value: float | None) -> str:
+    """Tokens a second."""
+    return "– tok/s" if value is None else f"{value:.0f} tok/s"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """The last ``width`` values as bars, lowest to highest."""
+    recent = values[-width:]
+    low, high = min(recent, default=0.0), max(recent, default=0.0)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in recent)
