@@ -342,17 +342,21 @@ class EventLog:
     def _write(self, event: Event) -> None:
         if self._file.closed:
             return
-        # A line that was cut short stays a line of its own, so that it costs no other.
-        line = (b"\n" if self._torn else b"") + msgspec.json.encode(event) + b"\n"
+        reason = ""
         try:
+            # A line that was cut short stays a line of its own, so that it costs no other.
+            line = (b"\n" if self._torn else b"") + msgspec.json.encode(event) + b"\n"
             self._torn = self._file.write(line) < len(line)
             reason = "no space left" if self._torn else ""
         except OSError as error:
             reason = error.strerror or str(error)
+        except ValueError as error:  # text that is not Unicode, such as an odd file name
+            reason = f"{type(event).__name__}: {error}"
         if reason:
             self.dropped += 1
             if self.dropped == 1:
-                self.emit(Notice("warning", f"the event log cannot be written ({reason}); the run goes on without it"))
+                text = f"an event could not be written to the log ({reason}); the run goes on, with gaps in its log"
+                self.emit(Notice("warning", text))
 
 
 def _ends_torn(path: Path) -> bool:

@@ -133,10 +133,8 @@ def summarise(
     reports = [report for report in metrics if report.round == round and not refusal(report, limits)]
     seconds = certified.seconds if certified and certified.seconds > 0 else _median(reports, "round_seconds")
     tokens = sum(report.tokens for report in reports)
-    bytes_up = sum(report.bytes_up for report in reports)
-    bytes_down = sum(report.bytes_down for report in reports)
+    bytes_up, bytes_down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
     exchanges = [min(value, seconds or value) for value in _values(reports, "exchange_seconds")]
-    payloads = [report.payload_bytes for report in reports if report.payload_bytes > 0]
     tokens_total, bytes_up_total = before.tokens + tokens, before.bytes_up + bytes_up
     return RoundSummary(
         round=round,
@@ -158,7 +156,7 @@ def summarise(
         bytes_down=bytes_down,
         bytes_up_total=bytes_up_total,
         bytes_down_total=before.bytes_down + bytes_down,
-        payload_ratio=4 * parameters / median(payloads) if payloads else None,
+        payload_ratio=_payload_ratio(reports, parameters),
         bytes_per_token=bytes_up_total / tokens_total if tokens_total else None,
         exchange_seconds=median(exchanges) if exchanges else None,
         exchange_seconds_max=max(exchanges, default=None),
@@ -272,6 +270,11 @@ def _weighted_mean(parts: Sequence[tuple[float, int]]) -> float | None:
         middle = median(loss for loss, _ in parts)
         parts = [(min(max(loss, middle / LOSS_SPREAD), middle * LOSS_SPREAD), weight) for loss, weight in parts]
     return math.fsum(loss * weight for loss, weight in parts) / sum(weight for _, weight in parts)
+
+
+def _payload_ratio(reports: Iterable[MemberMetrics], parameters: int) -> float | None:
+    sizes = [report.payload_bytes for report in reports if report.payload_bytes > 0]
+    return 4 * parameters / median(sizes) if sizes else None
 
 
 def _utilisation(reports: Iterable[MemberMetrics]) -> float | None:

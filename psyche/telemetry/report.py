@@ -21,7 +21,7 @@ from psyche.telemetry.events import (
     RunFinished,
     RunStarted,
 )
-from psyche.telemetry.wording import amount, clean, number, root_name, size
+from psyche.telemetry.wording import amount, clean, number, plural, root_name, size
 
 Attestations = Mapping[int, Mapping[str, str]]
 """round -> PeerID -> the state_root (hex) which that member attested after that round."""
@@ -122,10 +122,22 @@ def plot_loss(events: Iterable[Event], path: Path) -> None:
     FigureCanvasAgg(figure)  # Agg and no pyplot: no display, no global state
     axes = figure.add_subplot()
     axes.plot(
-        *_columns(train), color="#9aa5b1", linewidth=1.6, marker="o", markersize=2.5, label="training, inner steps"
+        *_columns(train),
+        color="#9aa5b1",
+        linewidth=1.6,
+        marker="o",
+        markersize=2.5,
+        clip_on=False,
+        label="training, inner steps",
     )
     axes.plot(
-        *_columns(heldout), color="#0b6bcb", linewidth=2.2, marker="o", markersize=3.5, label="held out, outer model"
+        *_columns(heldout),
+        color="#0b6bcb",
+        linewidth=2.2,
+        marker="o",
+        markersize=3.5,
+        clip_on=False,
+        label="held out, outer model",
     )
     axes.set_xlabel("tokens trained on, all members")
     axes.set_ylabel("loss (nats per token)")
@@ -145,7 +157,8 @@ def render_summary(report: Mapping[str, Any]) -> Panel:
     grid.add_column(style="dim")
     grid.add_column()
     loss = f"{number(report['initial_loss'])} → {number(report['final_loss'])} held out"
-    rounds = f"{report['rounds']} rounds of {report['inner_steps']} inner steps, {report['peers']:g} members"
+    steps = plural(report["inner_steps"], "inner step")
+    rounds = f"{plural(report['rounds'], 'round')} of {steps}, {report['peers']:g} members"
     sent, ddp = report["bytes_sent_per_peer"], report["ddp_bytes_per_peer"]
     wire = "–" if sent is None else f"{size(sent)} sent by each member; DDP would have sent {size(ddp)}"
     grid.add_row("model", f"{amount(report['parameters'])} parameters, codec {clean(report['codec'], 40)}")
@@ -163,7 +176,7 @@ def render_summary(report: Mapping[str, Any]) -> Panel:
 def _sameness(report: Mapping[str, Any]) -> str:
     last = root_name(report["state_roots"][-1]) if report["state_roots"] else "–"
     if report["state_roots_agree"]:
-        return f"✓ every member held the same bits after each of {report['rounds']} rounds; the last is {last}"
+        return f"✓ every member held the same bits after each of the rounds; the last is {last}"
     return "✗ not shown: attestations are missing or differ"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
@@ -198,10 +199,10 @@ def _agreement(state: ViewState) -> Text:
 
 
 def _members(state: ViewState) -> RenderableType:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("member", "device", "now", "rounds", "tok/s", "loss", "sent", "received", "same"):
         right = title in ("rounds", "tok/s", "loss", "sent", "received")
-        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+        table.add_column(title, justify="right" if right else "left", no_wrap=title != "now")
     shown = sorted(state.peers.items(), key=lambda item: (item[1].gone, item[0]))
     for name, peer in shown[:ROWS]:
         table.add_row(*_member_row(state, name, peer), style="dim" if peer.gone else "")
@@ -228,4 +229,5 @@ def _member_row(state: ViewState, name: str, peer: Member) -> list[Text]:
 
 
 def _messages(state: ViewState) -> list[Text]:
-    return [Text(text, style="dim") for event in state.messages if (text := message(event))]
+    texts = ((event.time, message(event)) for event in state.messages)
+    return [Text(f"{datetime.fromtimestamp(at):%H:%M:%S} {text}", style="dim") for at, text in texts if text]

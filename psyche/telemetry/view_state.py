@@ -146,6 +146,7 @@ def _(event: RoundStarted, state: ViewState) -> dict[str, Any]:
         "peers": peers,
         "step": None,
         "phase": "training",
+        "download": None,
     }
 
 

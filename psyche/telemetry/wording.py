@@ -40,13 +40,13 @@ def size(count: float) -> str:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A measurement, or a dash where there is none."""
-    return "–" if value is None else format(value, form)
+    """A measurement, or a dash where there is none. An absurd one stays short."""
+    return "–" if value is None else format(value, form if abs(value) < 1e6 else ".1e")
 
 
 def rate(value: float | None) -> str:
     """Tokens a second."""
-    return "– tok/s" if value is None else f"{value:.0f} tok/s"
+    return f"{number(value, '.0f')} tok/s"
 
 
 def plural(count: int, noun: str) -> str:

@@ -1,0 +1,104 @@
+"""A run small enough to finish in seconds: configuration, processes, and the reference it must match."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from psyche.config import Config, Manifest, Node, load_config
+from psyche.network.identity import Identity
+from psyche.numerics.outer import OuterState
+from psyche.roles.processes import IDENTITY, MANIFEST
+from psyche.roles.provision import local_store
+from psyche.roles.reference import play
+from psyche.roles.replica import Replica
+from psyche.telemetry.events import LOG_NAME, RoundCertified, read_events
+from psyche.training.engine import TorchEngine
+from psyche.training.models import build
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
+    """A configuration file for a run of ``members`` tiny nodes; ``changes`` replace keys of its run: part."""
+    run: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 11,
+        "model": {"architecture": "llama", "settings": MODEL},
+        "data": {
+            "source": {"kind": "text", "paths": [str(Path(sysconfig.get_path("stdlib")) / "json")]},
+            "tokenizer": {"kind": "bpe", "vocab_size": 512},
+            "sequence_length": 32,
+            "heldout_fraction": 0.3,
+        },
+        "codec": {"name": "int8"},
+        "inner": {"lr": 0.003, "batch_size": 2, "warmup_steps": 2},
+        "rounds": {"total": 4, "inner_steps": 3, "start_members": members},
+        "deadlines": {"round_min": 10.0, "round_max": 60.0, "exchange_min": 5.0, "exchange_max": 20.0, "silence": 10.0},
+        "heldout_sequences": 4,
+    }
+    node = {
+        "listen": ["/ip4/127.0.0.1/tcp/0"],
+        "threads": 1,
+        "device": "cpu",
+        "cache": str(directory / "cache"),
+        "checkpoint_every": 2,
+        "wandb": {"mode": "disabled"},
+    }
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"run": run | changes, "node": node}))
+    return path
+
+
+def replica(manifest: Manifest, node: Node, identity: Identity) -> Replica:
+    """The replica that a node of this identity would start with."""
+    torch.set_num_threads(1)
+    engine = TorchEngine(build(manifest.run.model, seed=manifest.run.seed), manifest.run.inner, node)
+    theta = torch.empty(engine.layout.size)
+    engine.read(theta)
+    store = local_store(manifest, node.cache)
+    return Replica(
+        manifest, engine, store, OuterState.initial(theta), identity.peer_id, identity.secret_digest(b"salt")
+    )
+
+
+def reference_roots(directory: Path, config: Config) -> list[str]:
+    """State roots, one a round, of the single-process reference with the identities of a finished run."""
+    manifest = Manifest.decode((directory / "coordinator" / MANIFEST).read_bytes())
+    identities = [
+        Identity.load_or_create(path / IDENTITY) for path in sorted(directory.glob("node-*")) if path.is_dir()
+    ]
+    replicas = {identity.peer_id: replica(manifest, config.node, identity) for identity in identities}
+    roots = []
+    for _ in play(manifest, replicas):
+        held = {one.chain.state_root.hex() for one in replicas.values()}
+        assert len(held) == 1, "the reference's own replicas differ"
+        roots += held
+    return roots
+
+
+def certified_roots(log: Path) -> list[str]:
+    """State roots, one a round, that an event log says were certified."""
+    return [event.state_root for event in read_events(log) if isinstance(event, RoundCertified)]
+
+
+def report(directory: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((directory / "report.json").read_text())
+    return loaded
+
+
+__all__ = ["LOG_NAME", "certified_roots", "load_config", "reference_roots", "replica", "report", "write_config"]
