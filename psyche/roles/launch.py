@@ -67,8 +67,3 @@ def check_fit(run: Run, store: TokenStore) -> None:
         raise ConfigError(
             f"run.model.settings.vocab_size: {run.model.vocab_size} is smaller than the tokenizer's {store.vocab_size}"
         )
-    for name, split in (("training", store.train), ("held-out", store.heldout)):
-        if len(split) == 0:
-            raise ConfigError(
-                f"run.data: the {name} split is empty; take more text, or change run.data.heldout_fraction"
-            )

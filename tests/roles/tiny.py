@@ -40,7 +40,7 @@ def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
         "seed": 11,
         "model": {"architecture": "llama", "settings": MODEL},
         "data": {
-            "source": {"kind": "text", "paths": [str(Path(sysconfig.get_path("stdlib")) / "json" / "*.py")]},
+            "source": {"kind": "text", "paths": [str(Path(sysconfig.get_path("stdlib")) / "email" / "*.py")]},
             "tokenizer": {"kind": "bpe", "vocab_size": 512},
             "sequence_length": 32,
             "heldout_fraction": 0.3,
