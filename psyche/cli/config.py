@@ -19,8 +19,9 @@ def _group() -> None:
 def check(config: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]) -> None:
     """Check a file and print what its run would cost: parameters, memory per node, bytes per round, tokens."""
     from psyche.config import load_config
+
+    loaded = load_config(config)  # before the slow imports: most errors are found here
     from psyche.roles.costs import costs_of
 
-    loaded = load_config(config)
     for label, value in costs_of(loaded.run).lines():
         typer.echo(f"{label:28} {value}")

@@ -98,7 +98,8 @@ def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Vote
     current = state.round
     if current is None or current.plan.round != event.round:
         return f"round {event.round} is not open; the run has certified {state.rounds} rounds"
-    if current.plan.member(event.node) is None:
+    # Who only follows a round may attest, too: that is how a newcomer gets into the next one.
+    if current.plan.member(event.node) is None and not isinstance(event, Attested):
         return f"not a member of round {event.round}"
     if isinstance(event, Committed):
         if current.closed is not None:
@@ -309,7 +310,8 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:
     record = current.proposal
     assert record is not None
-    waiting = [node for node in _living(state, current) if node not in current.attestations]
+    base = current.plan.base_root
+    waiting = [n for n, peer in state.peers.items() if peer.state_root == base and n not in current.attestations]
     if waiting and now < current.deadline:
         return state, []
     roots = set(current.attestations.values())

@@ -129,11 +129,7 @@ class Worker:
         """Whether there is something to do: a state to catch up with, a round to take part in, or the end."""
         if _behind(board, self.replica.chain) or board.phase == Phase.FINISHED:
             return True
-        plan = board.plan
-        return plan is not None and plan.member(self.identity.peer_id) is not None and self._follows(plan)
-
-    def _follows(self, plan: Plan) -> bool:
-        return plan_fault(plan, self.replica.chain) is None
+        return board.plan is not None and plan_fault(board.plan, self.replica.chain) is None
 
     def _introduce(self) -> Present:
         chain = self.replica.chain
@@ -171,14 +167,18 @@ class Worker:
     # ------------------------------------------------------------------------------------- a round
 
     async def _take_part(self, plan: Plan) -> None:
-        """One round, from the plan to the attestation. Raises :class:`Moved` where it ended without us."""
+        """One round, from the plan to the attestation. Raises :class:`Moved` where it ended without us.
+
+        A node that came too late to be a member follows all the same: it takes the outer step with the others,
+        and so is in step when the next round is planned.
+        """
         self._clock.start()
-        quota = plan.member(self.identity.peer_id)
-        assert quota is not None
-        members = tuple(member.node for member in plan.members)
-        self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
         self._gather.next_round()
-        work = await self._train(plan)
+        work = None
+        if (quota := plan.member(self.identity.peer_id)) is not None:
+            members = tuple(member.node for member in plan.members)
+            self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
+            work = await self._train(plan)
         try:
             record, payloads = await self._certify(plan, work)
         except Moved as moved:
@@ -196,7 +196,8 @@ class Worker:
             await self._client.submit(Attestation(self.replica.chain.state_root), plan.round)
         except Refused:
             await self._client.present()  # too late for the round, not for the run
-        await self._report(plan, work)
+        if quota is not None:
+            await self._report(plan, work)
         await self._checkpoint()
 
     async def _train(self, plan: Plan) -> Work | None:
@@ -219,6 +220,7 @@ class Worker:
     async def _certify(self, plan: Plan, work: Work | None) -> tuple[Record, dict[str, Payload]]:
         """Open, fetch, hold, vote, until the round has a certified record and all its payloads are here."""
         me = self.identity.peer_id
+        member = plan.member(me) is not None
         openings = Openings(self.manifest.run_id, plan)
         payloads: dict[str, Payload] = {}
         board = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or not _is_open(b, plan))
@@ -240,10 +242,10 @@ class Worker:
                 return record, {node: payloads[node] for node in wanted}
             if not _is_open(board, plan):
                 raise Moved
-            if new:
+            if new and member:
                 await self._submit_if_open(Holding(tuple(sorted(set(payloads) & set(openings.contributions)))), plan)
             proposal = self._proposal(board)
-            if proposal is not None and proposal.term > voted:
+            if proposal is not None and proposal.term > voted and member:
                 voted = proposal.term
                 await self._vote(proposal, openings, payloads)
             board = await self._client.until(lambda b, seen=board.version: b.version != seen)  # type: ignore[misc]

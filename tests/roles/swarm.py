@@ -1,0 +1,117 @@
+"""Real processes of a run, one by one: started, watched through their event logs, killed and reaped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from psyche.telemetry.events import LOG_NAME, Event, read_events
+
+E = TypeVar("E", bound=Event)
+
+PATIENCE = 120.0
+"""Seconds after which a wait counts as a hang. A guard, not a measurement."""
+
+
+class Swarm:
+    """The processes of one run in ``directory``, each in a folder of its own name."""
+
+    def __init__(self, directory: Path, config: Path) -> None:
+        self.directory, self.config = directory, config
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def coordinator(self) -> None:
+        self._start("coordinator", "coordinator", str(self.config), "--directory", str(self.directory / "coordinator"))
+
+    def node(self, name: str) -> None:
+        invite = f"@{self.directory / 'coordinator' / 'invite'}"
+        place = ["--directory", str(self.directory / name), "--config", str(self.config)]
+        self._start(name, "join", invite, *place)
+
+    def _start(self, name: str, *arguments: str) -> None:
+        environment = os.environ | {"PSYCHE_PARENT": str(os.getpid())}
+        with (self.directory / f"{name}.log").open("ab") as output:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "psyche", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def output(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text(errors="replace")
+
+    def events(self, name: str, kind: type[E]) -> list[E]:
+        log = self.directory / name / LOG_NAME
+        return [event for event in read_events(log) if isinstance(event, kind)] if log.exists() else []
+
+    def wait(self, name: str, kind: type[E], wanted: Callable[[E], bool] = lambda event: True) -> E:
+        """The first event of that kind in the log of ``name`` that is ``wanted``."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            for event in self.events(name, kind):
+                if wanted(event):
+                    return event
+            if self.processes[name].poll() not in (None, 0):
+                raise AssertionError(f"{name} ended: {self.output(name)[-2000:]}")
+            time.sleep(0.1)
+        raise AssertionError(f"no {kind.__name__} from {name}: {self.output(name)[-2000:]}")
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Send a signal and reap; the exit code."""
+        process = self.processes.pop(name)
+        process.send_signal(number)
+        return process.wait(PATIENCE)
+
+    def join(self, name: str) -> int:
+        """Wait for a process to end by itself; its exit code."""
+        return self.processes.pop(name).wait(PATIENCE)
+
+
+@contextmanager
+def swarm(directory: Path, config: Path) -> Iterator[Swarm]:
+    """A swarm whose processes are gone when the block is left."""
+    directory.mkdir(parents=True, exist_ok=True)
+    running = Swarm(directory, config)
+    try:
+        yield running
+    finally:
+        for process in running.processes.values():
+            process.kill()
+        for process in running.processes.values():
+            process.wait()
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below ``pid`` now."""
+    found: set[int] = set()
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    frontier = {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier} - found
+        found |= frontier
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,174 @@
+"""Nodes die, come back, diverge and lie; the run goes on, and everyone is told what concerns them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from psyche.telemetry.events import (
+    Diverged,
+    PeerLeft,
+    Resynchronised,
+    RoundCertified,
+    RoundStarted,
+    RunFinished,
+)
+from tests.roles.swarm import PATIENCE, Swarm, alive, descendants, swarm
+from tests.roles.tiny import certified_roots, write_config
+
+ROUNDS = {"inner_steps": 40, "min_members": 1}
+"""Rounds of a second or so: a node that comes back must find the run still going."""
+QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
+
+
+def test_a_killed_node_is_left_out_and_comes_back(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=4, rounds=ROUNDS | {"total": 500, "start_members": 4}, deadlines=QUICK)
+    names = [f"node-{number}" for number in range(1, 5)]
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in names:
+            run.node(name)
+        run.wait("coordinator", RoundCertified, lambda event: event.round == 2)
+        run.kill("node-4")
+        gone = run.wait("coordinator", PeerLeft)
+        later = run.wait("coordinator", RoundCertified, lambda event: event.round > gone.round)
+        assert gone.peer not in later.accepted
+        run.node("node-4")
+        run.wait("coordinator", RoundCertified, lambda e: e.round > later.round and gone.peer in e.accepted)
+        assert run.events("node-4", Resynchronised), "it had missed rounds"
+        _stop_and_compare(run, names)
+
+
+def test_half_of_two_nodes_dies_and_the_survivor_goes_on(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 8, "start_members": 2}, deadlines=QUICK)
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        run.node("node-1")
+        run.node("node-2")
+        run.wait("coordinator", RoundCertified, lambda event: event.round == 2)
+        run.kill("node-2")
+        run.wait("coordinator", RunFinished)
+        assert run.join("node-1") == 0
+        roots = certified_roots(tmp_path / "run" / "coordinator" / "events.jsonl")
+        assert certified_roots(tmp_path / "run" / "node-1" / "events.jsonl") == roots
+
+
+def test_a_stopped_node_does_not_stop_the_others(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=4, rounds=ROUNDS | {"total": 500, "start_members": 4}, deadlines=QUICK)
+    names = [f"node-{number}" for number in range(1, 5)]
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in names:
+            run.node(name)
+        run.wait("coordinator", RoundCertified, lambda event: event.round == 2)
+        os.kill(run.processes["node-2"].pid, signal.SIGSTOP)
+        run.wait("coordinator", RoundCertified, lambda event: event.round >= 5 and len(event.accepted) == 3)
+        os.kill(run.processes["node-2"].pid, signal.SIGCONT)
+        cut = run.events("coordinator", RoundCertified)[-1].round
+        run.wait("coordinator", RoundCertified, lambda event: event.round > cut and len(event.accepted) == 4)
+        _stop_and_compare(run, names)
+
+
+def test_a_killed_coordinator_takes_the_run_up_again(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 12, "start_members": 2}, deadlines=QUICK)
+    text = config.read_text().replace("/ip4/127.0.0.1/tcp/0", f"/ip4/127.0.0.1/tcp/{_free_port()}")
+    fixed = tmp_path / "coordinator.yaml"
+    fixed.write_text(text)
+    with swarm(tmp_path / "run", fixed) as run:
+        run.coordinator()
+        run.config = config
+        run.node("node-1")
+        run.node("node-2")
+        before = run.wait("coordinator", RoundCertified, lambda event: event.round == 3)
+        run.kill("coordinator")
+        run.config = fixed
+        run.coordinator()
+        run.wait("coordinator", RoundCertified, lambda event: event.round > before.round + 1)
+        for name in ["node-1", "node-2", "coordinator"]:
+            assert run.join(name) == 0, run.output(name)
+        first, second = (certified_roots(tmp_path / "run" / f"node-{n}" / "events.jsonl") for n in (1, 2))
+        assert first == second
+        assert len(first) == 12
+
+
+def test_a_node_with_other_bits_is_told_and_resynchronises(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=4, rounds=ROUNDS | {"total": 500, "start_members": 4}, deadlines=QUICK)
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for number in range(1, 4):
+            run.node(f"node-{number}")
+        run.processes["node-4"] = subprocess.Popen(
+            [sys.executable, "-m", "tests.roles.bitflip", f"@{run.directory}/coordinator/invite",
+             "--directory", str(run.directory / "node-4"), "--config", str(config)],
+            stdout=(run.directory / "node-4.log").open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        told = run.wait("coordinator", Diverged)
+        run.wait("node-4", Resynchronised)
+        run.wait("coordinator", RoundCertified, lambda event: event.round > told.round and told.peer in event.accepted)
+        found = run.events("node-4", RoundCertified)
+        assert [event.state_root for event in found if event.round == told.round] == [told.found]
+        _stop_and_compare(run, ["node-1", "node-2", "node-3"])
+
+
+def test_nothing_is_left_behind_when_the_launcher_is_stopped_or_killed(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 500, "start_members": 2})
+    for number in (signal.SIGINT, signal.SIGKILL):
+        directory = tmp_path / f"run-{number}"
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "psyche", "run", str(config), "--peers", "2", "--directory", str(directory)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        log = directory / "coordinator" / "events.jsonl"
+        _eventually(lambda log=log: log.exists() and len(certified_roots(log)) > 0)  # type: ignore[misc]
+        below = descendants(launcher.pid)
+        assert len(below) >= 6, "three processes and three daemons"
+        launcher.send_signal(number)
+        _, error = launcher.communicate(timeout=PATIENCE)
+        _eventually(lambda below=below: not any(alive(pid) for pid in below))  # type: ignore[misc]
+        assert b"Traceback" not in error
+        for name in ("node-1", "node-2", "coordinator"):
+            assert "Traceback" not in (directory / f"{name}.log").read_text()
+
+
+def test_ctrl_c_leaves_a_run_cleanly(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 500, "start_members": 2}, deadlines=QUICK)
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        run.node("node-1")
+        run.node("node-2")
+        run.wait("coordinator", RoundStarted)
+        assert run.kill("node-2", signal.SIGINT) == 130
+        assert "Traceback" not in run.output("node-2")
+        assert run.wait("coordinator", PeerLeft).reason == "it was stopped"
+
+
+def _stop_and_compare(run: Swarm, names: list[str]) -> None:
+    """Ctrl-C for everybody; what each node certified is what the coordinator did."""
+    for name in [*names, "coordinator"]:
+        assert run.kill(name, signal.SIGINT) == 130, run.output(name)
+    certified = {event.round: event.state_root for event in run.events("coordinator", RoundCertified)}
+    assert list(certified) == list(range(1, len(certified) + 1)), "no round is skipped or certified twice"
+    for name in names:
+        for event in run.events(name, RoundCertified):
+            assert certified.get(event.round, event.state_root) == event.state_root
+        assert "Traceback" not in run.output(name)
+
+
+def _eventually(true: object) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.1)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
