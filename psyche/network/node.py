@@ -1,0 +1,231 @@
+"""One node on the network: a libp2p daemon, a DHT node, calls and blobs, all in the caller's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import base58
+from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import ValidationError
+from hivemind.p2p import PeerID
+from hivemind.proto import p2pd_pb2
+from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
+
+from psyche.errors import PsycheError
+from psyche.network.address import is_loopback, split_address
+from psyche.network.blobs import BlobServer
+from psyche.network.daemon import Daemon, DaemonError
+from psyche.network.discovery import Discovery
+from psyche.network.identity import Identity
+from psyche.network.records import NoCache, RecordTable, RecordValidator
+from psyche.network.rpc import Rpc
+from psyche.network.streams import Streams, TrafficCounter, dial_reason
+
+BOOTSTRAP_SECONDS = 8.0
+"""How long bootstrap nodes have to be connected to, all at once. With start and ping it stays below 15 s."""
+DHT_SECONDS = 3.0
+OPEN_FILES = 8192
+"""Every stream is a socket; many systems allow a process 1024 files unless it asks for more."""
+
+log = logging.getLogger(__name__)
+
+
+class NetworkNode:
+    """Made by :meth:`create`. ``peer_id`` names it; ``rpc``, ``blobs``, ``discovery`` and ``streams`` are its parts.
+
+    Everything runs in the loop that created it, which must run on the main thread (see :class:`Daemon`).
+    """
+
+    def __init__(self, identity: Identity, daemon: Daemon, dht: Any, run_id: bytes, kinds: Sequence[str]) -> None:
+        self.peer_id = identity.peer_id
+        self.p2p, self.dht = daemon.p2p, dht
+        self.streams = Streams(daemon, identity.peer_id)
+        self.rpc = Rpc(self.streams)
+        self.blobs = BlobServer(self.streams)
+        self.discovery = Discovery(dht, identity, run_id, kinds)
+        self._daemon = daemon
+
+    @classmethod
+    async def create(
+        cls,
+        identity: Identity,
+        *,
+        run_id: bytes,
+        kinds: Sequence[str],
+        listen: Sequence[str],
+        announce: Sequence[str] = (),
+        bootstrap: Sequence[str] = (),
+    ) -> Self:
+        """Start a node of the run ``run_id`` (32 bytes) and join the others through ``bootstrap``.
+
+        ``kinds`` are the kinds of announcements this run's nodes make; ``listen`` are multiaddresses to listen at
+        (``/ip4/0.0.0.0/tcp/0`` takes a free port), ``announce`` those to tell others instead, ``bootstrap`` those,
+        ending in ``/p2p/<PeerID>``, of nodes already there. With none but its own it is the first. Raises
+        :class:`PsycheError` within about 15 seconds where it cannot listen or nobody answers.
+        """
+        quieten()
+        _allow_open_files()
+        peers = _by_peer(bootstrap, identity.peer_id)
+        relays = [f"{address}/p2p/{peer_id}" for peer_id, addresses in peers.items() for address in addresses]
+        daemon = await Daemon.start(identity, listen, announce, relays)
+        dht = None
+        try:
+            dht = await _dht_node(daemon.p2p, RecordValidator(run_id, kinds))
+            node = cls(identity, daemon, dht, run_id, kinds)
+            await node.blobs.start()
+            if peers:
+                await node._join(peers)
+        except BaseException:
+            if dht is not None:
+                await _quit_dht(dht)
+            await daemon.close()
+            raise
+        return node
+
+    @property
+    def traffic(self) -> TrafficCounter:
+        """Bytes of calls and blobs, both ways."""
+        return self.streams.traffic
+
+    @property
+    def alive(self) -> bool:
+        """Whether the daemon runs. If it does not, the node is lost: close it and create another."""
+        return self._daemon.alive
+
+    async def addresses(self) -> list[str]:
+        """Where others can reach this node, each ending in ``/p2p/<PeerID>``; loopback last."""
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY)
+        response, _, writer = await self._daemon.request(request, DHT_SECONDS)
+        writer.close()
+        known = [f"{Multiaddr(raw)}/p2p/{self.peer_id}" for raw in response.identify.addrs]
+        return sorted(dict.fromkeys(known), key=is_loopback)
+
+    async def connect(self, addresses: Sequence[str]) -> dict[str, str]:
+        """Connect to the peers at ``addresses`` (with PeerIDs), all at once: those that failed, and why.
+
+        Needed where the DHT cannot know a peer's address: for bootstrap nodes, and again when one was away long.
+        """
+        peers = _by_peer(addresses, self.peer_id)
+        failures = await asyncio.gather(*(self._dial(peer_id, where) for peer_id, where in peers.items()))
+        return {peer_id: reason for peer_id, reason in zip(peers, failures, strict=True) if reason is not None}
+
+    async def close(self) -> None:
+        """Leave: stop serving, then end the daemon."""
+        await self.streams.close()
+        await _quit_dht(self.dht)
+        await self._daemon.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _dial(self, peer_id: str, addresses: Sequence[str]) -> str | None:
+        """Connect to one peer; the reason if that fails."""
+        connect = p2pd_pb2.ConnectRequest(
+            peer=base58.b58decode(peer_id),
+            addrs=[Multiaddr(address).to_bytes() for address in addresses],
+            timeout=round(BOOTSTRAP_SECONDS),
+        )
+        try:
+            request = p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect)
+            _, _, writer = await self._daemon.request(request, BOOTSTRAP_SECONDS)
+        except TimeoutError:
+            return "no answer"
+        except DaemonError as error:
+            return dial_reason(str(error))
+        writer.close()
+        return None
+
+    async def _join(self, peers: dict[str, list[str]]) -> None:
+        """Connect to the bootstrap nodes and enter the DHT through those that answer.
+
+        ``DHTNode.create`` would give up where one of several disagrees, or wait for all of them.
+        """
+        pings = await asyncio.gather(*(self._greet(peer_id, where) for peer_id, where in peers.items()))
+        failures = [reason for reason in pings if reason is not None]
+        if len(failures) == len(peers):
+            raise PsycheError(
+                f"no bootstrap node could be joined: {'; '.join(failures)}. "
+                "Check this machine's network, or ask the run's operator for a new invite"
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DHT_SECONDS):
+                await self.dht.find_nearest_nodes([self.dht.node_id])
+
+    async def _greet(self, peer_id: str, addresses: list[str]) -> str | None:
+        """Connect to one bootstrap node and ping its DHT node; the reason if either fails."""
+        where = f"{addresses[0]}/p2p/{peer_id}"
+        reason = await self._dial(peer_id, addresses)
+        if reason is not None:
+            return f"{where}: {reason}"
+        try:
+            if await self.dht.protocol.call_ping(PeerID.from_base58(peer_id), validate=True) is not None:
+                return None
+        except ValidationError as error:
+            if "local time" in str(error):
+                return f"{where}: its clock and this machine's differ by more than 3 s (set this one by NTP)"
+            return f"{where}: it cannot reach this machine back (open the listening port in the firewall)"
+        return f"{where}: it is not a psyche node"
+
+
+def quieten() -> None:
+    """Keep hivemind's and libp2p's chatter out of the user's terminal; ``PSYCHE_LOG=debug`` lets all of it through."""
+    use_hivemind_log_handler("nowhere")
+    if os.environ.get("PSYCHE_LOG", "").lower() == "debug":
+        logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+        for name in ("hivemind", "psyche.network"):
+            logging.getLogger(name).setLevel(logging.DEBUG)
+    else:
+        logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _by_peer(addresses: Sequence[str], own: str) -> dict[str, list[str]]:
+    """Addresses without their PeerID, by PeerID; ours left out."""
+    peers: dict[str, list[str]] = {}
+    for text in addresses:
+        try:
+            transport, peer_id = split_address(text)
+        except ValueError as error:
+            raise PsycheError(f"the address {text[:120]!r} is not valid: {error}") from None
+        if peer_id != own:
+            peers.setdefault(peer_id, []).append(transport)
+    return peers
+
+
+async def _dht_node(p2p: Any, validator: RecordValidator) -> Any:
+    dht = await DHTNode.create(
+        p2p,
+        record_validator=validator,
+        wait_timeout=DHT_SECONDS,
+        cache_locally=False,
+        cache_nearest=0,
+        cache_on_store=False,
+        cache_refresh_before_expiry=0,
+        reuse_get_requests=False,
+    )
+    dht.protocol.storage, dht.protocol.cache = RecordTable(), NoCache()
+    return dht
+
+
+async def _quit_dht(dht: Any) -> None:
+    with contextlib.suppress(Exception):  # the daemon may be gone already; then so are its handlers
+        await asyncio.wait_for(dht.shutdown(), DHT_SECONDS)

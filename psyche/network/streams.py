@@ -1,0 +1,282 @@
+"""Streams between peers: every read is bounded, every wait has a limit, every byte is counted.
+
+A stream carries bytes over libp2p. Both sides speak in fixed-length fields and frames (u32 length + bytes); the
+length is checked before the bytes are read. What a server sends starts with a status byte: OK, or REFUSED and a
+reason. Half-closing is not used: the daemon takes the end of one direction for the end of both. So the server
+lingers until the caller, who knows when it has everything, hangs up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import base58
+from hivemind.proto import p2pd_pb2
+from typing_extensions import Buffer
+
+from psyche.errors import PsycheError
+from psyche.network.daemon import Daemon, DaemonError
+
+STALL_SECONDS = 20.0
+"""A stream that moves less than PROGRESS bytes in this time has stalled: 0.8 kB/s, a fiftieth of a slow ADSL uplink."""
+PROGRESS = 1 << 14
+REQUEST_SECONDS = 10.0
+"""A caller's first bytes must arrive within this; a stream held open for nothing costs a slot."""
+DIAL_SECONDS = 10.0
+LINGER_SECONDS = 2.0
+MAX_REASON = 200
+
+CALLS_PER_PEER = 8
+"""Streams one of ours keeps open to one peer, for one protocol; more wait their turn."""
+SERVED_PER_PEER = 2 * CALLS_PER_PEER
+"""Twice what an honest caller opens, because we learn that a stream ended a little later than it does."""
+SERVED_IN_ALL = 256
+
+_OK, _REFUSED = 0, 1
+_PREFIX = "/psyche/1/"
+
+log = logging.getLogger(__name__)
+
+
+class Unreachable(PsycheError):
+    """A peer could not be reached, went away, or stalled. ``peer_id`` says who, ``reason`` how."""
+
+    def __init__(self, peer_id: str, reason: str) -> None:
+        super().__init__(f"peer {peer_id} {reason}")
+        self.peer_id, self.reason = peer_id, reason
+
+
+class Refused(Exception):
+    """A peer says no; the text, at most MAX_REASON bytes, is why. Handlers raise it to say no themselves."""
+
+
+class Busy(Refused):
+    """Refused because of the load there, before the request was looked at: trying again later may help."""
+
+
+class Violation(Exception):
+    """A peer sent what an honest one never does (a length over its bound, bytes that do not match their hash)."""
+
+
+@dataclass
+class TrafficCounter:
+    """Bytes sent and received over streams, framing included."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Stream:
+    """One open stream to or from ``peer_id``. Reads and writes raise :class:`Unreachable` when it ends or stalls."""
+
+    def __init__(
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: TrafficCounter
+    ) -> None:
+        self.peer_id = peer_id
+        self._reader, self._writer, self._traffic = reader, writer, traffic
+
+    async def read(self, size: int, stall: float) -> bytes:
+        """Exactly ``size`` bytes."""
+        data = bytearray(size)
+        await self.read_into(memoryview(data), stall)
+        return bytes(data)
+
+    async def read_into(self, target: memoryview, stall: float) -> None:
+        """Fill ``target``. Gives up when ``stall`` seconds bring neither PROGRESS bytes nor the rest of it."""
+        got = mark = 0
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(stall) as clock:
+                while got < len(target):
+                    piece = await self._reader.read(len(target) - got)
+                    if not piece:
+                        raise Unreachable(self.peer_id, "closed the connection")
+                    target[got : got + len(piece)] = piece
+                    got += len(piece)
+                    self._traffic.bytes_down += len(piece)
+                    if got - mark >= PROGRESS:
+                        mark = got
+                        clock.reschedule(loop.time() + stall)
+        except TimeoutError:
+            raise Unreachable(self.peer_id, f"stalled (under {PROGRESS} bytes in {stall:g} s)") from None
+        except OSError:
+            raise Unreachable(self.peer_id, "closed the connection") from None
+
+    async def read_frame(self, limit: int, stall: float) -> bytes:
+        """A frame of at most ``limit`` bytes; a longer one raises :class:`Violation` before it is read."""
+        size = int.from_bytes(await self.read(4, stall), "big")
+        if size > limit:
+            raise Violation(f"a message over the limit of {limit} bytes")
+        return await self.read(size, stall)
+
+    async def read_request(self, limit: int) -> bytes:
+        """Server: the caller's first frame, which must be here in full within REQUEST_SECONDS."""
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                return await self.read_frame(limit, REQUEST_SECONDS)
+        except TimeoutError:
+            raise Unreachable(self.peer_id, "was too slow to send its request") from None
+
+    async def write(self, *parts: Buffer, stall: float = STALL_SECONDS) -> None:
+        """Send ``parts`` in order; the peer must take PROGRESS bytes every ``stall`` seconds."""
+        try:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                for start in range(0, len(view), PROGRESS):
+                    piece = view[start : start + PROGRESS]
+                    self._writer.write(piece)
+                    self._traffic.bytes_up += len(piece)
+                    async with asyncio.timeout(stall):
+                        await self._writer.drain()
+        except TimeoutError:
+            raise Unreachable(self.peer_id, f"took under {PROGRESS} bytes in {stall:g} s") from None
+        except OSError:
+            raise Unreachable(self.peer_id, "closed the connection") from None
+
+    async def write_frame(self, data: bytes) -> None:
+        """Send a frame."""
+        await self.write(len(data).to_bytes(4, "big") + data)
+
+    async def accept(self) -> None:
+        """Server: announce that what was asked for follows."""
+        await self.write(bytes((_OK,)))
+
+    async def refuse(self, reason: str, *, busy: bool = False) -> None:
+        """Server: say no."""
+        text = reason.encode()[:MAX_REASON].decode(errors="ignore").encode()
+        await self.write(bytes((_REFUSED, busy, len(text))) + text, stall=LINGER_SECONDS)
+
+    async def expect(self, stall: float) -> None:
+        """Caller: return if the server accepts, raise :class:`Refused` (or Busy) with its reason if not."""
+        status = (await self.read(1, stall))[0]
+        if status == _REFUSED:
+            busy, size = await self.read(2, stall)
+            reason = (await self.read(min(size, MAX_REASON), stall)).decode(errors="replace")
+            raise (Busy if busy else Refused)(reason)
+        if status != _OK:
+            raise Violation(f"status byte {status}")
+
+    async def linger(self) -> None:
+        """Server: wait a moment for the caller to hang up; hanging up first may destroy what it has not read."""
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self._reader.read(PROGRESS):
+                    pass
+
+
+class Streams:
+    """Opens and serves streams of one node. ``rejections`` counts, by reason, what callers were refused."""
+
+    def __init__(self, daemon: Daemon, peer_id: str) -> None:
+        self.peer_id = peer_id
+        self.traffic = TrafficCounter()
+        self.rejections: Counter[str] = Counter()
+        self._daemon = daemon
+        self._gates: dict[tuple[str, str], asyncio.Semaphore] = {}
+        self._served: Counter[tuple[str, str]] = Counter()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @contextlib.asynccontextmanager
+    async def open(self, peer_id: str, name: str) -> AsyncIterator[Stream]:
+        """A stream to the server ``name`` at ``peer_id``, closed at the end of the block.
+
+        Waits while CALLS_PER_PEER are open, then at most DIAL_SECONDS for the peer to answer. Raises
+        :class:`Unreachable`, or :class:`Refused` where the peer has no such server.
+        """
+        gate = self._gates.setdefault((peer_id, name), asyncio.Semaphore(CALLS_PER_PEER))
+        request = p2pd_pb2.Request(
+            type=p2pd_pb2.Request.STREAM_OPEN,
+            streamOpen=p2pd_pb2.StreamOpenRequest(
+                peer=base58.b58decode(peer_id), proto=[_PREFIX + name], timeout=round(DIAL_SECONDS)
+            ),
+        )
+        async with gate:
+            try:
+                _, reader, writer = await self._daemon.request(request, DIAL_SECONDS)
+            except TimeoutError:
+                raise Unreachable(peer_id, f"did not answer within {DIAL_SECONDS:g} s") from None
+            except DaemonError as error:
+                if "protocols not supported" in str(error):
+                    raise Refused(f"it does not serve {name}") from None
+                raise Unreachable(peer_id, f"cannot be reached: {dial_reason(str(error))}") from None
+            try:
+                yield Stream(peer_id, reader, writer, self.traffic)
+            finally:
+                writer.close()
+
+    async def serve(self, name: str, handler: Callable[[Stream], Awaitable[None]]) -> None:
+        """Answer streams opened for ``name``. What ``handler`` raises becomes a refusal, and is counted."""
+
+        async def accept(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            try:
+                await self._answer(name, Stream(info.peer_id.to_base58(), reader, writer, self.traffic), handler)
+            finally:
+                writer.close()
+
+        await self._daemon.p2p.add_binary_stream_handler(_PREFIX + name, accept)
+
+    def reject(self, reason: str) -> None:
+        """Count one rejection. Reasons beyond the first 256 different ones are counted together."""
+        known = reason in self.rejections or len(self.rejections) < 256
+        self.rejections[reason if known else "other"] += 1
+
+    async def close(self) -> None:
+        """End what is being served."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _answer(self, name: str, stream: Stream, handler: Callable[[Stream], Awaitable[None]]) -> None:
+        peer, everyone = (name, stream.peer_id), (name, "")
+        busy = self._served[peer] >= SERVED_PER_PEER or self._served[everyone] >= SERVED_IN_ALL
+        reason = None
+        if busy:
+            reason = "busy"
+        else:
+            self._served.update((peer, everyone))
+            try:
+                await handler(stream)
+            except Unreachable as error:
+                self.reject(f"{name}: {error.reason}")
+                return
+            except (Refused, Violation) as error:
+                reason = str(error)
+            except Exception:
+                log.exception("the handler of %s failed", name)
+                reason = "internal error"
+            finally:
+                self._served.subtract((peer, everyone))
+                if not self._served[peer]:
+                    del self._served[peer]
+        with contextlib.suppress(Unreachable):
+            if reason is not None:
+                self.reject(f"{name}: {reason}")
+                await stream.refuse(reason, busy=busy)
+            await stream.linger()
+
+
+def dial_reason(message: str) -> str:
+    """The essence of libp2p's many-line report of a failed dial."""
+    for sign, words in (
+        ("connection refused", "connection refused"),
+        ("peer id mismatch", "another peer answers at its address"),
+        ("no addresses", "its address is not known"),
+        ("routing: not found", "its address is not known"),
+        ("failed to find any peer in table", "its address is not known"),
+        ("dial to self", "it is this node itself"),
+        ("deadline exceeded", "no answer"),
+        ("i/o timeout", "no answer"),
+    ):
+        if sign in message:
+            return words
+    return " ".join(message.split())[:MAX_REASON]
