@@ -197,6 +197,36 @@ def test_a_killed_source_is_replaced_where_it_stopped(tmp_path: Path) -> None:
     with_swarm(tmp_path, 2, scenario)
 
 
+def test_a_busy_source_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blobs, "UPLOADS", 1)
+
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        a, b = nodes
+        root = a.blobs.add_bytes(data := os.urandom(CHUNK))
+        async with b.streams.open(a.peer_id, "blob"):
+            await until(lambda: a.streams._served["blob", ""] == 1)
+            transfer = asyncio.create_task(fetch(b.streams, root, sources=[a.peer_id], max_size=CHUNK))
+            await until(lambda: a.streams.rejections["blob: busy"] >= 2)
+        assert await transfer == data
+
+    with_swarm(tmp_path, 2, scenario)
+
+
+def test_what_was_added_twice_is_removed_twice(tmp_path: Path) -> None:
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        a, b = nodes
+        root = a.blobs.add_bytes(b"same")
+        a.blobs.add_bytes(b"same")
+        a.blobs.add(root, index_blob(b"same"), lambda number: b"else")  # no longer what it was: skipped, forgotten
+        for _ in range(2):
+            assert await fetch(b.streams, root, sources=[a.peer_id], max_size=4) == b"same"
+            a.blobs.remove(root)
+        with pytest.raises(FetchError, match="does not have it"):
+            await fetch(b.streams, root, sources=[a.peer_id], max_size=4)
+
+    with_swarm(tmp_path, 2, scenario)
+
+
 def test_every_caller_starts_elsewhere() -> None:
     sources = [f"source{number}" for number in range(8)]
     orders = [rotated(sources, f"caller{number}", b"root") for number in range(100)]

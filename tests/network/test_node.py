@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from swarm import LOCAL, spawn_child, start, swarm
+from swarm import LOCAL, spawn_child, start, swarm, until, with_swarm
 
 from psyche.errors import PsycheError
 from psyche.network.identity import Identity
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Unreachable
 
 STRANGER = "12D3KooWFSX9rPxi5p8zYYzETNrXG8a7d7bHTxcQW3SGSkKiB9Qh"
 
@@ -148,3 +150,27 @@ def test_connect_says_who_cannot_be_reached(tmp_path: Path) -> None:
             assert reached == {STRANGER: "connection refused"}
 
     asyncio.run(main())
+
+
+def test_one_key_is_one_node(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await start(tmp_path, "a"):
+            with pytest.raises(PsycheError, match="another psyche runs with the identity"):
+                await start(tmp_path, "a")
+        async with await start(tmp_path, "a"):
+            pass
+
+    asyncio.run(main())
+
+
+def test_a_lost_daemon_is_noticed(tmp_path: Path) -> None:
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        a, b = nodes
+        os.kill(a._daemon.process.pid, signal.SIGKILL)
+        await until(lambda: not a.alive)
+        with pytest.raises(Unreachable, match="daemon is gone"):
+            await a.rpc.call(b.peer_id, "echo", b"", timeout=10, max_reply=10)
+        with pytest.raises(PsycheError, match="daemon is gone"):
+            await a.addresses()
+
+    with_swarm(tmp_path, 2, scenario)

@@ -74,7 +74,7 @@ def test_a_reply_is_bounded(tmp_path: Path) -> None:
             await stream.write(b"\xff\xff\xff\xff")
 
         await b.rpc.serve("echo", echo, max_request=10)
-        await b.streams.serve("boast", boast)
+        await b.streams.serve("boast", boast, at_once=1)
         with pytest.raises(Violation, match="over the limit of 51"):
             await a.rpc.call(b.peer_id, "echo", b"", timeout=10, max_reply=51)
         with pytest.raises(Violation, match="over the limit of 99"):
