@@ -143,6 +143,14 @@ class Daemon:
         if peer_id != identity.peer_id:
             raise PsycheError(f"the identity file {identity.path} changed while it was being read; start again")
         self.p2p = await _private_p2p(self._directory).replicate(Multiaddr(f"/unix{self._directory}/control"))
+        control = self.p2p._client.control
+        for task in (control._read_task, control._write_task):
+            task.add_done_callback(_note_end)  # hivemind looks at neither; asyncio would print a traceback
+
+
+def _note_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.debug("the connection to p2pd ended: %r", task.exception())
 
 
 def _private_p2p(directory: Path) -> Any:

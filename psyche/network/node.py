@@ -33,6 +33,9 @@ BOOTSTRAP_SECONDS = 8.0
 """How long bootstrap nodes have to be connected to, all at once. With start and pings it stays around 15 s."""
 DHT_SECONDS = 3.0
 """How long one DHT request may take."""
+SILENT_SECONDS = 30.0
+"""A peer that did not answer is left out of DHT searches for so long, then twice as long, and so on. Each costs a
+search DHT_SECONDS."""
 PINGS = 2
 """A bootstrap node on a loaded machine may miss one."""
 OPEN_FILES = 8192
@@ -220,6 +223,7 @@ async def _dht_node(p2p: Any, validator: RecordValidator) -> Any:
         p2p,
         record_validator=validator,
         wait_timeout=DHT_SECONDS,
+        blacklist_time=SILENT_SECONDS,
         cache_locally=False,
         cache_nearest=0,
         cache_on_store=False,
