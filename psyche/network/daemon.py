@@ -143,14 +143,6 @@ class Daemon:
         if peer_id != identity.peer_id:
             raise PsycheError(f"the identity file {identity.path} changed while it was being read; start again")
         self.p2p = await _private_p2p(self._directory).replicate(Multiaddr(f"/unix{self._directory}/control"))
-        control = self.p2p._client.control
-        for task in (control._read_task, control._write_task):
-            task.add_done_callback(_note_end)  # hivemind looks at neither; asyncio would print a traceback
-
-
-def _note_end(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.debug("the connection to p2pd ended: %r", task.exception())
 
 
 def _private_p2p(directory: Path) -> Any:
@@ -236,7 +228,10 @@ def _lock(path: Path) -> int:
 
     Two nodes with one PeerID would take each other's callers, and sign contradictions.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise PsycheError(f"cannot read the identity file {path}: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -118,6 +118,7 @@ class NetworkNode:
         """Connect to the peers at ``addresses`` (with PeerIDs), all at once: those that failed, and why.
 
         Needed where the DHT cannot know a peer's address: for bootstrap nodes, and again when one was away long.
+        Raises :class:`PsycheError` for an address that is not valid.
         """
         peers = _by_peer(addresses, self.peer_id)
         failures = await asyncio.gather(*(self._dial(peer_id, where) for peer_id, where in peers.items()))
@@ -196,6 +197,12 @@ def quieten() -> None:
             logging.getLogger(name).setLevel(logging.DEBUG)
     else:
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").addFilter(_not_hivemind)
+
+
+def _not_hivemind(record: logging.LogRecord) -> bool:
+    """hivemind drops tasks without looking at them, and a peer can make them fail: no tracebacks for that."""
+    return "/hivemind/" not in record.getMessage()
 
 
 def _allow_open_files() -> None:

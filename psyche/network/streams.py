@@ -21,6 +21,7 @@ from hivemind.proto import p2pd_pb2
 from typing_extensions import Buffer
 
 from psyche.errors import PsycheError
+from psyche.network.address import PEER_ID
 from psyche.network.daemon import Daemon, DaemonError
 
 STALL_SECONDS = 20.0
@@ -188,6 +189,8 @@ class Streams:
         Waits while CALLS_PER_PEER are open, then at most DIAL_SECONDS for the peer to answer. Raises
         :class:`Unreachable`, or :class:`Refused` where the peer has no such server.
         """
+        if not PEER_ID.fullmatch(peer_id):
+            raise Unreachable(peer_id[:80], "is not a PeerID")
         gate = self._gates.setdefault((peer_id, name), asyncio.Semaphore(CALLS_PER_PEER))
         request = p2pd_pb2.Request(
             type=p2pd_pb2.Request.STREAM_OPEN,

@@ -97,7 +97,7 @@ def test_peers_that_do_not_answer_are_named(tmp_path: Path) -> None:
                 await a.rpc.call(b.peer_id, "never", b"", timeout=0.5, max_reply=10)
             child.kill()
             child.wait()
-            for gone in (peer_id, STRANGER):
+            for gone in (peer_id, STRANGER, "no PeerID"):
                 with pytest.raises(Unreachable, match=gone):
                     await a.rpc.call(gone, "echo", b"", timeout=5, max_reply=10)
 
