@@ -11,15 +11,22 @@ On the wire, after the stream opens: root -> OK, frame(u64 size ‖ hashes); u64
 from __future__ import annotations
 
 import asyncio
+import random
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from typing_extensions import Buffer
 
 from psyche.errors import PsycheError
-from psyche.network.streams import STALL_SECONDS, Refused, Stream, Streams, Unreachable, Violation
+from psyche.network.streams import STALL_SECONDS, Busy, Refused, Stream, Streams, Unreachable, Violation
 from psyche.numerics.digest import CHUNK, HASH_BYTES, BlobIndex, chunk_count, digest, index_blob
+
+UPLOADS = 128
+"""Blobs sent at once, one chunk of each in memory. Whoever comes later asks again until it is their turn."""
+BUSY_SECONDS = 60.0
+"""How long a fetch keeps asking sources that are all busy, without any progress."""
 
 _NAME = "blob"
 _SIZE = struct.Struct(">Q")
@@ -38,22 +45,22 @@ class FetchError(PsycheError):
         self.root, self.reasons = root, reasons
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     index: BlobIndex
     read: ReadChunk
 
 
 class BlobServer:
-    """What this node has to give. One entry for a root; adding it again replaces how its chunks are read."""
+    """What this node has to give. What was added twice is served until it was removed twice."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self._entries: dict[bytes, _Entry] = {}
+        self._entries: dict[bytes, list[_Entry]] = {}
 
     async def start(self) -> None:
         """Answer callers from now on."""
-        await self._streams.serve(_NAME, self._serve)
+        await self._streams.serve(_NAME, self._serve, at_once=UPLOADS)
 
     def add(self, root: bytes, index: BlobIndex, read: ReadChunk) -> None:
         """Serve a blob whose chunks ``read`` gives on demand, each of the length its place in the blob demands.
@@ -61,7 +68,7 @@ class BlobServer:
         What ``read`` gives is checked before it is sent, so it may be live state: once that has moved on, callers
         hear "gone" and the entry is dropped.
         """
-        self._entries[root] = _Entry(index, read)
+        self._entries.setdefault(root, []).append(_Entry(index, read))
 
     def add_bytes(self, data: bytes) -> bytes:
         """Serve a byte string, hashed here (so call it on a worker thread when it is large). Returns its root."""
@@ -70,27 +77,42 @@ class BlobServer:
         return index.root
 
     def remove(self, root: bytes) -> None:
-        """Stop serving a blob, also to those who are in the middle of it."""
-        self._entries.pop(root, None)
+        """Take back the oldest :meth:`add` of a blob, if there is one; after the last, also amid a transfer."""
+        entries = self._entries.get(root)
+        if entries:
+            self._forget(root, entries[0])
+
+    def _forget(self, root: bytes, entry: _Entry) -> None:
+        entries = self._entries.get(root, [])
+        if entry in entries:
+            entries.remove(entry)
+        if not entries:
+            self._entries.pop(root, None)
 
     async def _serve(self, stream: Stream) -> None:
         root = await stream.read_request(HASH_BYTES)
-        entry = self._entries.get(root)
-        if entry is None:
+        entries = self._entries.get(root)
+        if not entries:
             raise Refused("does not have it")
+        index = entries[-1].index
         await stream.accept()
-        await stream.write_frame(_SIZE.pack(entry.index.size) + entry.index.hashes)
+        await stream.write_frame(_SIZE.pack(index.size) + index.hashes)
         first, count = _RANGE.unpack(await stream.read(_RANGE.size, STALL_SECONDS))
-        if first + count > entry.index.chunks:
+        if first + count > index.chunks:
             raise Refused("there are no such chunks")
         for number in range(first, first + count):
-            chunk = await asyncio.to_thread(_checked, entry, number)
-            if chunk is None and self._entries.get(root) is entry:
-                self.remove(root)
-            if chunk is None or self._entries.get(root) is not entry:
-                raise Refused("gone")
+            chunk = await self._chunk(root, number)
             await stream.accept()
             await stream.write(chunk)
+
+    async def _chunk(self, root: bytes, number: int) -> bytes:
+        while entries := self._entries.get(root):
+            entry = entries[-1]
+            chunk = await asyncio.to_thread(_checked, entry, number)
+            if chunk is not None:
+                return chunk
+            self._forget(root, entry)
+        raise Refused("gone")
 
 
 def _checked(entry: _Entry, number: int) -> bytes | None:
@@ -170,11 +192,21 @@ class _Transfer:
     done: int = 0
 
     async def run(self, sources: Sequence[str], on_liar: OnLiar | None) -> None:
+        """Try the sources until one completes the blob; those that are busy wait their turn again."""
         reasons: dict[str, str] = {}
-        for source in sources:
+        queue = deque(sources)
+        clock = asyncio.get_running_loop().time
+        patient_until = clock() + BUSY_SECONDS
+        while queue:
+            source, before = queue.popleft(), self.done
             try:
                 await self._from(source)
                 return
+            except Busy:
+                reasons[source] = "is busy"
+                if clock() < patient_until:
+                    queue.append(source)
+                    await asyncio.sleep(random.uniform(0.1, 0.5))
             except Unreachable as error:
                 reasons[source] = error.reason
             except Refused as error:
@@ -183,6 +215,8 @@ class _Transfer:
                 reasons[source] = f"lied: {error}"
                 if on_liar is not None:
                     on_liar(source, str(error))
+            if self.done > before:
+                patient_until = clock() + BUSY_SECONDS
         raise FetchError(self.root, reasons)
 
     async def _from(self, source: str) -> None:

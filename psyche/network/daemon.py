@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -53,8 +54,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-class DaemonError(Exception):
-    """The daemon refused a request; the text is its reason."""
+class DaemonError(PsycheError):
+    """The daemon refused a request, or is no longer there; the text is its reason."""
 
 
 class Daemon:
@@ -64,8 +65,9 @@ class Daemon:
     main thread, so that is the process's end; a loop on a short-lived thread would take its daemon with it.
     """
 
-    def __init__(self, process: Process, directory: Path) -> None:
+    def __init__(self, process: Process, directory: Path, lock: int) -> None:
         self.process = process
+        self._lock = lock
         self.p2p: Any = None
         self._directory = directory
         self._output: asyncio.Task[str] | None = None
@@ -81,18 +83,17 @@ class Daemon:
         """
         for address in listen:
             _check_free(address)
-        # Not under $TMPDIR: the path of a unix socket has at most 107 bytes. mkdtemp makes it ours alone (0700).
-        directory = Path(tempfile.mkdtemp(prefix="psyche-", dir="/tmp"))
-        process = None
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            lock = _lock(identity.path)
+            undo.callback(os.close, lock)
+            # Not under $TMPDIR: the path of a unix socket has at most 107 bytes. mkdtemp makes it ours alone (0700).
+            directory = Path(tempfile.mkdtemp(prefix="psyche-", dir="/tmp"))
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
             process = await _spawn(_arguments(directory, identity, listen, announce, relays))
-            daemon = cls(process, directory)
+            undo.push_async_callback(_end, process)
+            daemon = cls(process, directory, lock)
             await daemon._attach(identity)
-        except BaseException:
-            if process is not None:
-                await _end(process)
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
+            undo.pop_all()
         return daemon
 
     @property
@@ -119,7 +120,7 @@ class Daemon:
             if writer is not None:
                 writer.close()
             if isinstance(error, (OSError, EOFError)) and not isinstance(error, TimeoutError):
-                raise DaemonError("the local libp2p daemon is gone") from None
+                raise DaemonError("the local libp2p daemon is gone; start psyche again") from None
             raise
 
     async def close(self) -> None:
@@ -130,6 +131,7 @@ class Daemon:
         if self._output is not None:
             await self._output
         shutil.rmtree(self._directory, ignore_errors=True)
+        os.close(self._lock)
 
     async def _attach(self, identity: Identity) -> None:
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -219,6 +221,25 @@ def _explain(line: str) -> str:
     if "failed to listen" in reason:
         return f"cannot listen ({reason}); choose an address of this machine and a free port with --listen or --port"
     return f"the libp2p daemon did not start: {reason or 'it said nothing'}"
+
+
+def _lock(path: Path) -> int:
+    """Hold a key file until the returned descriptor is closed, or the process ends: one key, one node.
+
+    Two nodes with one PeerID would take each other's callers, and sign contradictions.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise PsycheError(f"cannot read the identity file {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise PsycheError(f"another psyche runs with the identity {path}; give this one a file of its own") from None
+    except OSError:  # a file system without locks: nothing is lost but this check
+        log.debug("%s cannot be locked", path)
+    return descriptor
 
 
 def _check_free(address: str) -> None:

@@ -30,8 +30,14 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Streams, TrafficCounter, dial_reason
 
 BOOTSTRAP_SECONDS = 8.0
-"""How long bootstrap nodes have to be connected to, all at once. With start and ping it stays below 15 s."""
+"""How long bootstrap nodes have to be connected to, all at once. With start and pings it stays around 15 s."""
 DHT_SECONDS = 3.0
+"""How long one DHT request may take."""
+SILENT_SECONDS = 30.0
+"""A peer that did not answer is left out of DHT searches for so long, then twice as long, and so on. Each costs a
+search DHT_SECONDS."""
+PINGS = 2
+"""A bootstrap node on a loaded machine may miss one."""
 OPEN_FILES = 8192
 """Every stream is a socket; many systems allow a process 1024 files unless it asks for more."""
 
@@ -103,7 +109,7 @@ class NetworkNode:
     async def addresses(self) -> list[str]:
         """Where others can reach this node, each ending in ``/p2p/<PeerID>``; loopback last."""
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY)
-        response, _, writer = await self._daemon.request(request, DHT_SECONDS)
+        response, _, writer = await self._daemon.request(request, BOOTSTRAP_SECONDS)
         writer.close()
         known = [f"{Multiaddr(raw)}/p2p/{self.peer_id}" for raw in response.identify.addrs]
         return sorted(dict.fromkeys(known), key=is_loopback)
@@ -112,6 +118,7 @@ class NetworkNode:
         """Connect to the peers at ``addresses`` (with PeerIDs), all at once: those that failed, and why.
 
         Needed where the DHT cannot know a peer's address: for bootstrap nodes, and again when one was away long.
+        Raises :class:`PsycheError` for an address that is not valid.
         """
         peers = _by_peer(addresses, self.peer_id)
         failures = await asyncio.gather(*(self._dial(peer_id, where) for peer_id, where in peers.items()))
@@ -171,13 +178,14 @@ class NetworkNode:
         if reason is not None:
             return f"{where}: {reason}"
         try:
-            if await self.dht.protocol.call_ping(PeerID.from_base58(peer_id), validate=True) is not None:
-                return None
+            for _ in range(PINGS):
+                if await self.dht.protocol.call_ping(PeerID.from_base58(peer_id), validate=True) is not None:
+                    return None
         except ValidationError as error:
             if "local time" in str(error):
                 return f"{where}: its clock and this machine's differ by more than 3 s (set this one by NTP)"
             return f"{where}: it cannot reach this machine back (open the listening port in the firewall)"
-        return f"{where}: it is not a psyche node"
+        return f"{where}: it answers, but not as a psyche node"
 
 
 def quieten() -> None:
@@ -189,6 +197,12 @@ def quieten() -> None:
             logging.getLogger(name).setLevel(logging.DEBUG)
     else:
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").addFilter(_not_hivemind)
+
+
+def _not_hivemind(record: logging.LogRecord) -> bool:
+    """hivemind drops tasks without looking at them, and a peer can make them fail: no tracebacks for that."""
+    return "/hivemind/" not in record.getMessage()
 
 
 def _allow_open_files() -> None:
@@ -216,6 +230,7 @@ async def _dht_node(p2p: Any, validator: RecordValidator) -> Any:
         p2p,
         record_validator=validator,
         wait_timeout=DHT_SECONDS,
+        blacklist_time=SILENT_SECONDS,
         cache_locally=False,
         cache_nearest=0,
         cache_on_store=False,

@@ -8,6 +8,9 @@ from collections.abc import Awaitable, Callable
 
 from psyche.network.streams import STALL_SECONDS, Busy, Stream, Streams, Unreachable
 
+CALLS_AT_ONCE = 512
+"""Calls of one name that are answered at once. A member that waits for news from a coordinator holds one."""
+
 Handler = Callable[[str, bytes], Awaitable[bytes]]
 """(PeerID of the caller, request) -> reply. Raise ``Refused(reason)`` to say no."""
 
@@ -30,7 +33,7 @@ class Rpc:
             await stream.accept()
             await stream.write_frame(reply)
 
-        await self._streams.serve(name, answer)
+        await self._streams.serve(name, answer, at_once=CALLS_AT_ONCE)
 
     async def call(
         self,

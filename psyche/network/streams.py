@@ -21,6 +21,7 @@ from hivemind.proto import p2pd_pb2
 from typing_extensions import Buffer
 
 from psyche.errors import PsycheError
+from psyche.network.address import PEER_ID
 from psyche.network.daemon import Daemon, DaemonError
 
 STALL_SECONDS = 20.0
@@ -36,7 +37,6 @@ CALLS_PER_PEER = 8
 """Streams one of ours keeps open to one peer, for one protocol; more wait their turn."""
 SERVED_PER_PEER = 2 * CALLS_PER_PEER
 """Twice what an honest caller opens, because we learn that a stream ended a little later than it does."""
-SERVED_IN_ALL = 256
 
 _OK, _REFUSED = 0, 1
 _PREFIX = "/psyche/1/"
@@ -189,6 +189,8 @@ class Streams:
         Waits while CALLS_PER_PEER are open, then at most DIAL_SECONDS for the peer to answer. Raises
         :class:`Unreachable`, or :class:`Refused` where the peer has no such server.
         """
+        if not PEER_ID.fullmatch(peer_id):
+            raise Unreachable(peer_id[:80], "is not a PeerID")
         gate = self._gates.setdefault((peer_id, name), asyncio.Semaphore(CALLS_PER_PEER))
         request = p2pd_pb2.Request(
             type=p2pd_pb2.Request.STREAM_OPEN,
@@ -210,8 +212,11 @@ class Streams:
             finally:
                 writer.close()
 
-    async def serve(self, name: str, handler: Callable[[Stream], Awaitable[None]]) -> None:
-        """Answer streams opened for ``name``. What ``handler`` raises becomes a refusal, and is counted."""
+    async def serve(self, name: str, handler: Callable[[Stream], Awaitable[None]], *, at_once: int) -> None:
+        """Answer streams opened for ``name``, at most ``at_once`` of them at a time; more are told that we are busy.
+
+        What ``handler`` raises becomes a refusal, and is counted.
+        """
 
         async def accept(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
@@ -219,7 +224,8 @@ class Streams:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             try:
-                await self._answer(name, Stream(info.peer_id.to_base58(), reader, writer, self.traffic), handler)
+                stream = Stream(info.peer_id.to_base58(), reader, writer, self.traffic)
+                await self._answer(name, stream, handler, at_once)
             finally:
                 writer.close()
 
@@ -236,9 +242,11 @@ class Streams:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _answer(self, name: str, stream: Stream, handler: Callable[[Stream], Awaitable[None]]) -> None:
+    async def _answer(
+        self, name: str, stream: Stream, handler: Callable[[Stream], Awaitable[None]], at_once: int
+    ) -> None:
         peer, everyone = (name, stream.peer_id), (name, "")
-        busy = self._served[peer] >= SERVED_PER_PEER or self._served[everyone] >= SERVED_IN_ALL
+        busy = self._served[peer] >= SERVED_PER_PEER or self._served[everyone] >= at_once
         reason = None
         if busy:
             reason = "busy"

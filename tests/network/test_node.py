@@ -1,0 +1,176 @@
+"""Starting, joining and dying: what goes wrong is one sentence, and no daemon is left behind."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from swarm import LOCAL, spawn_child, start, swarm, until, with_swarm
+
+from psyche.errors import PsycheError
+from psyche.network.identity import Identity
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Unreachable
+
+STRANGER = "12D3KooWFSX9rPxi5p8zYYzETNrXG8a7d7bHTxcQW3SGSkKiB9Qh"
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_node_takes_its_daemon_along(tmp_path: Path) -> None:
+    child, daemon, _ = spawn_child(tmp_path, b"blob")
+    assert running(daemon)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    while running(daemon):  # the test's own timeout ends this
+        time.sleep(0.01)
+
+
+def test_a_closed_node_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await start(tmp_path, "a") as node:
+            pid, directory = node._daemon.process.pid, node._daemon._directory
+            assert node.alive
+            assert running(pid)
+            assert directory.stat().st_mode & 0o077 == 0
+        assert not node.alive
+        assert not running(pid)
+        assert not directory.exists()
+
+    asyncio.run(main())
+
+
+def test_addresses_are_full_and_stable(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await start(tmp_path, "a", listen=("/ip4/0.0.0.0/tcp/0",)) as node:
+            addresses = await node.addresses()
+            assert all(address.endswith(f"/p2p/{node.peer_id}") for address in addresses)
+            assert any(address.startswith("/ip4/127.0.0.1/") for address in addresses[-1:])
+        async with await start(tmp_path, "a", announce=("/ip4/203.0.113.7/tcp/4001",)) as again:
+            assert again.peer_id == node.peer_id
+            assert await again.addresses() == [f"/ip4/203.0.113.7/tcp/4001/p2p/{node.peer_id}"]
+
+    asyncio.run(main())
+
+
+def failure_of(tmp_path: Path, name: str, **options: object) -> str:
+    async def main() -> str:
+        with pytest.raises(PsycheError) as failure:
+            await start(tmp_path, name, **options)  # type: ignore[arg-type]
+        return str(failure.value)
+
+    before = {entry for entry in os.listdir("/tmp") if entry.startswith("psyche-")}
+    text = asyncio.run(main())
+    assert {entry for entry in os.listdir("/tmp") if entry.startswith("psyche-")} <= before
+    return text
+
+
+def test_a_port_taken_by_another_program_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        text = failure_of(tmp_path, "a", listen=(f"/ip4/127.0.0.1/tcp/{port}",))
+    assert text == f"port {port} is in use by another program; choose another with --port"
+
+
+def test_a_port_taken_by_another_node_is_named(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await start(tmp_path, "a") as node:
+            address = (await node.addresses())[0].partition("/p2p/")[0]
+            with pytest.raises(PsycheError, match="is in use by another program"):
+                await start(tmp_path, "b", listen=(address,))
+
+    asyncio.run(main())
+
+
+def test_a_bad_address_is_named(tmp_path: Path) -> None:
+    assert "not valid" in failure_of(tmp_path, "a", listen=("/ip4/127.0.0.999/tcp/0",))
+    assert "cannot listen" in failure_of(tmp_path, "a", listen=("/ip4/192.0.2.1/tcp/4001",))
+    assert "not valid" in failure_of(tmp_path, "a", bootstrap=("/ip4/127.0.0.1/tcp/1",))
+
+
+def test_unreachable_bootstrap_nodes_are_named(tmp_path: Path) -> None:
+    addresses = [f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER}"]
+    text = failure_of(tmp_path, "a", bootstrap=addresses)
+    assert "connection refused" in text
+    assert addresses[0] in text
+    assert "ask the run's operator" in text
+
+
+def test_a_bootstrap_node_that_is_silent_does_not_hang_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psyche.network.node.BOOTSTRAP_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"/ip4/127.0.0.1/tcp/{mute.getsockname()[1]}/p2p/{STRANGER}"
+        assert "no answer" in failure_of(tmp_path, "a", bootstrap=(address,))
+
+
+def test_another_peer_at_the_bootstrap_address_is_named(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await start(tmp_path, "a") as node:
+            address = (await node.addresses())[0].replace(node.peer_id, STRANGER)
+            with pytest.raises(PsycheError, match="another peer answers"):
+                await start(tmp_path, "b", [address])
+
+    asyncio.run(main())
+
+
+def test_one_good_bootstrap_node_is_enough(tmp_path: Path) -> None:
+    async def main() -> None:
+        own = Identity.load_or_create(tmp_path / "b.key").peer_id
+        async with await start(tmp_path, "a") as a:
+            dead = [f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER}", f"/ip4/127.0.0.1/tcp/2/p2p/{own}"]
+            async with await start(tmp_path, "b", dead + await a.addresses()) as b:
+                assert await b.discovery.announce("member", b"b", 60)
+                assert await a.discovery.lookup("member") == {b.peer_id: b"b"}
+
+    asyncio.run(main())
+
+
+def test_a_node_can_be_its_own_first_bootstrap_node(tmp_path: Path) -> None:
+    async def main() -> None:
+        own = Identity.load_or_create(tmp_path / "a.key").peer_id
+        async with await start(tmp_path, "a", [f"/ip4/127.0.0.1/tcp/1/p2p/{own}"], listen=LOCAL) as node:
+            assert node.peer_id == own
+
+    asyncio.run(main())
+
+
+def test_connect_says_who_cannot_be_reached(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with swarm(tmp_path, 2) as (a, b):
+            reached = await a.connect([*await b.addresses(), f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER}"])
+            assert reached == {STRANGER: "connection refused"}
+
+    asyncio.run(main())
+
+
+def test_one_key_is_one_node(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await start(tmp_path, "a"):
+            with pytest.raises(PsycheError, match="another psyche runs with the identity"):
+                await start(tmp_path, "a")
+        async with await start(tmp_path, "a"):
+            pass
+
+    asyncio.run(main())
+
+
+def test_a_lost_daemon_is_noticed(tmp_path: Path) -> None:
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        a, b = nodes
+        os.kill(a._daemon.process.pid, signal.SIGKILL)
+        await until(lambda: not a.alive)
+        with pytest.raises(Unreachable, match="daemon is gone"):
+            await a.rpc.call(b.peer_id, "echo", b"", timeout=10, max_reply=10)
+        with pytest.raises(PsycheError, match="daemon is gone"):
+            await a.addresses()
+
+    with_swarm(tmp_path, 2, scenario)
