@@ -4,9 +4,9 @@ One event is one line, for example::
 
     {"type":"PeerLeft","peer":"12D3Koo…","reason":"silent for 15 s","round":3,"time":1700000000.5,"node":"12D3Koo…"}
 
-Rounds count from 0, as in the protocol (the views and W&B show people ``round + 1``, the number of outer steps
-taken once the round is closed). Peers are PeerIDs, hashes are lower-case hex, times are unix seconds, durations
-are seconds, sizes are bytes, losses are nats a predicted token.
+Rounds count from 1, as in the protocol: round r ends with the r-th outer step. Round 0 is the model before any
+of them, or stands where a round is not known yet. Peers are PeerIDs, hashes are lower-case hex, times are unix
+seconds, durations are seconds, sizes are bytes, losses are nats a predicted token.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RunStarted(Event, frozen=True):
 
 
 class GenesisJudged(Event, frozen=True):
-    """Held-out loss of the outer parameters before the first round: where the loss curve starts."""
+    """Held-out loss of the outer parameters before round 1: where the loss curve starts."""
 
     heldout_loss: Measured
     heldout_tokens: int
@@ -70,6 +70,7 @@ class PeerJoined(Event, frozen=True):
     device: str
     """What it trains on, in its own words."""
     round: int
+    """The first round it may be part of."""
 
 
 class PeerLeft(Event, frozen=True):
@@ -78,12 +79,14 @@ class PeerLeft(Event, frozen=True):
     peer: str
     reason: str
     round: int
+    """The round that was open, or would have been the next."""
 
 
 class PhaseChanged(Event, frozen=True):
     """What this node does now."""
 
     round: int
+    """0 while this node knows of none."""
     phase: Phase
 
 
@@ -228,8 +231,10 @@ class Resynchronised(Event, frozen=True):
     """This node fetched the certified outer state from a donor."""
 
     round: int
+    """The round the state is of; 0 for the model before round 1."""
     state_root: str
     donor: str
+    """A PeerID, or words for several: "the members"."""
 
 
 class Checkpointed(Event, frozen=True):

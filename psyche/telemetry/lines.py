@@ -24,10 +24,10 @@ from psyche.telemetry.events import (
     StepDone,
 )
 from psyche.telemetry.view_state import ViewState
-from psyche.telemetry.wording import amount, clean, number, peer_name, plural, rate, root_name, size
+from psyche.telemetry.wording import amount, clean, donor_name, number, peer_name, plural, rate, root_name, size
 
 PHASES = {
-    "joining": "fetching the model as it is now",
+    "joining": "fetching what the run needs, then waiting for the next round",
     "waiting": "waiting for enough members to start",
     "training": "training on this machine",
     "committing": "sealing this round's work",
@@ -39,11 +39,27 @@ PHASES = {
 """What a node's phase means to the person who owns the machine."""
 
 
-def round_of(state: ViewState, index: int | None) -> str:
-    """``round 3/16``: people count from 1."""
-    total = state.run.rounds if state.run else 0
-    shown = 0 if index is None else index + 1
-    return f"round {shown}/{total}" if total else f"round {shown}"
+OWN_WORK = {
+    "no commitment before the deadline": "this machine was not done when the round closed",
+    "the commitment was not opened": "this machine sealed its work but did not open it in time",
+    "its payload did not reach enough members": "it did not reach enough members in time; the upload may be too slow",
+    "it was not heard from any more": "the others lost contact with this machine",
+}
+"""The protocol's reasons for leaving a member out, in words for the person whose machine it was."""
+
+
+def round_of(state: ViewState, number: int | None) -> str:
+    """``round 3/16``; empty before the first."""
+    if not number:
+        return ""
+    return f"round {number}/{state.run.rounds}" if state.run else f"round {number}"
+
+
+def own_reason(reason: str) -> str:
+    """Why this machine's own work was left out; reasons not in :data:`OWN_WORK` stay as they are."""
+    for theirs, ours in OWN_WORK.items():
+        reason = reason.replace(theirs, ours)
+    return clean(reason)
 
 
 def swarm_line(state: ViewState, event: Event) -> str:
@@ -51,7 +67,7 @@ def swarm_line(state: ViewState, event: Event) -> str:
     match event:
         case GenesisJudged():
             return f"before training  held-out {number(event.heldout_loss)}"
-        case RoundStarted() if state.summary is None:
+        case RoundStarted() if state.certified is None:
             return f"{round_of(state, event.round)}  started with {plural(len(event.members), 'member')}"
         case RoundCertified() if event.excluded:
             out = ", ".join(f"{peer_name(peer)} ({clean(reason)})" for peer, reason in event.excluded)
@@ -81,7 +97,8 @@ def contributor_line(state: ViewState, event: Event) -> str:
         case RunStarted():
             return f"{_run(event)}; this machine is {peer_name(state.me)}"
         case PhaseChanged():
-            return f"{round_of(state, event.round)}  {PHASES[event.phase]}"
+            where = round_of(state, event.round)
+            return f"{where}  {PHASES[event.phase]}" if where else PHASES[event.phase]
         case StepDone():
             return (
                 f"{round_of(state, event.round)}  step {event.step}/{state.inner_steps}  "
@@ -93,12 +110,19 @@ def contributor_line(state: ViewState, event: Event) -> str:
             return f"{round_of(state, event.round)}  {_verdict(state, event)}"
         case MemberMetrics() if event.peer == state.me:
             return f"{round_of(state, event.round)}  sent {size(event.bytes_up)}, received {size(event.bytes_down)}"
-        case Rejected() if event.peer == state.me:
-            return f"your {clean(event.what)} was refused: {clean(event.reason)}"
-        case Diverged() if event.peer == state.me:
-            return f"{round_of(state, event.round)}  this machine's model differs from the others'; fetching theirs"
         case PeerJoined() | PeerLeft() | Attested() | MemberMetrics() | GenesisJudged() | RoundStarted():
             return ""
+        case _:
+            return message_for(state, event)
+
+
+def message_for(state: ViewState, event: Event) -> str:
+    """As :func:`message`, but events about the viewer's own machine say so."""
+    match event:
+        case Rejected() if state.is_mine(event.peer):
+            return f"refused: this machine's {clean(event.what)} ({clean(event.reason)})"
+        case Diverged() if state.is_mine(event.peer):
+            return f"this machine's model is not the others' {_moment(event.round)}; fetching theirs"
         case _:
             return message(event)
 
@@ -114,13 +138,13 @@ def message(event: Event) -> str:
             return f"refused: {clean(event.what)} from {peer_name(event.peer)} ({clean(event.reason)})"
         case Diverged():
             held = f"holds {root_name(event.found)}, the others {root_name(event.expected)}"
-            return f"diverged: {peer_name(event.peer)} {held} after round {event.round + 1}"
+            return f"diverged: {peer_name(event.peer)} {held} {_moment(event.round)}"
         case Resynchronised():
-            return f"model restored to the state after round {event.round + 1}, fetched from {peer_name(event.donor)}"
+            return f"model restored to the state {_moment(event.round)}, fetched from {donor_name(event.donor)}"
         case Checkpointed():
-            return f"checkpoint after round {event.round + 1}: {clean(event.path, 400)}"
+            return f"checkpoint {_moment(event.round)}: {clean(event.path, 400)}"
         case RoundSummary():
-            return f"after round {event.round + 1} the model's held-out loss is {number(event.heldout_loss)}"
+            return f"{_moment(event.round)} the model's held-out loss is {number(event.heldout_loss)}"
         case Notice(level="info"):
             return clean(event.text, 400)
         case Notice():
@@ -131,6 +155,10 @@ def message(event: Event) -> str:
             return ""
 
 
+def _moment(number: int) -> str:
+    return f"after round {number}" if number else "before round 1"
+
+
 def _run(event: RunStarted) -> str:
     shape = f"{plural(event.rounds, 'round')} of {plural(event.inner_steps, 'step')}"
     return f"run {clean(event.name)}: {amount(event.parameters)} parameters, {shape}, codec {clean(event.codec, 40)}"
@@ -139,7 +167,7 @@ def _run(event: RunStarted) -> str:
 def _verdict(state: ViewState, event: RoundCertified) -> str:
     reason = dict(event.excluded).get(state.me)
     if reason is not None:
-        return f"your work was not used: {clean(reason)}"
+        return f"your work was not used: {own_reason(reason)}"
     if state.me in event.accepted:
         so_far = f"{plural(state.rounds_accepted, 'round')} so far"
         return f"your work was accepted ({so_far}), state {root_name(event.state_root)}"

@@ -9,7 +9,7 @@ import msgspec
 from psyche.telemetry.events import Event, GenesisJudged, MemberMetrics, RoundSummary, StepDone
 
 OUTER_STEP = "outer_step"
-"""Axis: outer steps taken; 0 is the model before the first round, round r (from 0) ends with step r + 1."""
+"""Axis: outer steps taken; 0 is the model before round 1, round r ends with step r."""
 TOKENS = "tokens"
 """Axis: tokens trained on by all members together."""
 INNER_STEP = "inner_step"
@@ -85,7 +85,7 @@ def swarm_row(event: Event) -> dict[str, float]:
         case GenesisJudged(heldout_loss=loss) if loss is not None:
             return {OUTER_STEP: 0, TOKENS: 0, "heldout/loss": loss, "heldout_by_tokens/loss": loss}
         case RoundSummary():
-            return {OUTER_STEP: event.round + 1, TOKENS: event.tokens_total} | _row(event, SWARM)
+            return {OUTER_STEP: event.round, TOKENS: event.tokens_total} | _row(event, SWARM)
         case _:
             return {}
 
@@ -96,7 +96,7 @@ def node_row(event: Event) -> dict[str, float]:
         case StepDone():
             return {INNER_STEP: event.global_step} | _row(event, NODE_STEP)
         case MemberMetrics() if event.peer == event.node:
-            return {OUTER_STEP: event.round + 1} | _row(event, NODE_ROUND)
+            return {OUTER_STEP: event.round} | _row(event, NODE_ROUND)
         case _:
             return {}
 

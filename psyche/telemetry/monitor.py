@@ -25,11 +25,12 @@ from psyche.telemetry.events import (
     Diverged,
     Event,
     MemberMetrics,
+    PeerJoined,
+    PeerLeft,
     Rejected,
     RoundCertified,
     RoundStarted,
     RoundSummary,
-    RunFinished,
 )
 
 LOSS_SPREAD = 4.0
@@ -169,8 +170,9 @@ def summarise(
 class Monitor:
     """Collects metrics from the event stream and emits one :class:`RoundSummary` a certified round.
 
-    A round is summarised when every accepted member has reported, at the latest when the next one is certified
-    or the run ends; who has not reported by then is missing in it. A listener: ``log.subscribe(monitor)``.
+    A round is summarised when every accepted member has reported or left, at the latest when the next one is
+    certified; who has not reported by then is missing in it. The end of the run closes none: members report the
+    last round after it is over, and then leave. A listener: ``log.subscribe(monitor)``.
     """
 
     def __init__(self, run: Run, parameters: int, emit: Callable[[Event], None]) -> None:
@@ -178,10 +180,11 @@ class Monitor:
         self._parameters = parameters
         self._emit = emit
         self._totals = Totals()
-        self._closed = -1
+        self._closed = 0
         self._newest = 0
         self._reports: dict[int, dict[str, MemberMetrics]] = {}
         self._certified: dict[int, RoundCertified] = {}
+        self._gone: set[str] = set()
 
     def resume(self, events: Iterable[Event]) -> None:
         """Take the totals up from an earlier log of the same run, such as before a restart. Emits nothing."""
@@ -193,6 +196,14 @@ class Monitor:
         match event:
             case RoundStarted(round=number):
                 self._newest = max(self._newest, number)
+                # Identities are free: those who left are remembered only while somebody waits for them.
+                self._gone &= {peer for certified in self._certified.values() for peer in certified.accepted}
+            case PeerJoined(peer=peer):
+                self._gone.discard(peer)
+            case PeerLeft(peer=peer):
+                self._gone.add(peer)
+                for waiting in sorted(self._certified):
+                    self._close_if_complete(waiting)
             case MemberMetrics(round=number, peer=peer):
                 # Nobody makes us keep reports of rounds that are over or far in the future.
                 if self._closed < number <= self._newest + 1:
@@ -207,14 +218,12 @@ class Monitor:
                 self._totals = msgspec.structs.replace(self._totals, rejections=self._totals.rejections + 1)
             case Diverged():
                 self._totals = msgspec.structs.replace(self._totals, divergences=self._totals.divergences + 1)
-            case RunFinished():
-                self._close_all()
             case _:
                 pass
 
     def _close_if_complete(self, number: int) -> None:
         certified = self._certified.get(number)
-        if certified and self._reports.get(number, {}).keys() >= set(certified.accepted):
+        if certified and self._reports.get(number, {}).keys() | self._gone >= set(certified.accepted):
             self._close(number)
 
     def _close_all(self) -> None:

@@ -48,12 +48,16 @@ def ddp_bytes(members: int, parameters: int, steps: int) -> int:
 def build_report(events: Iterable[Event], attested: Attestations | None = None) -> dict[str, Any]:
     """The numbers of a run, ready for JSON; ``None`` where nothing was measured.
 
-    - ``peers``: mean number of members accepted a round; ``rounds``: rounds certified; ``inner_steps``: H.
-    - ``initial_loss``, ``final_loss``: held out, of the outer parameters, before the first and after the last
-      round. Where the log has no :class:`GenesisJudged`, ``initial_loss`` is the first round's.
-    - ``tokens``, ``bytes_sent_per_peer``: of the whole run. ``ddp_bytes_per_peer``: what a ring all-reduce of fp32
-      gradients at every inner step of the run would have sent (:func:`ddp_bytes`, round by round with the round's
-      members and steps); ``ddp_ratio`` is that over ``bytes_sent_per_peer``.
+    - ``peers``: different peers whose work was accepted in some round; ``members``: the mean number accepted a
+      round; ``rounds``: rounds certified; ``inner_steps``: H.
+    - ``initial_loss``, ``final_loss``: held out, of the outer parameters, before the first round and after the last
+      one that was judged. Where the log has no :class:`GenesisJudged`, ``initial_loss`` is the first round's.
+    - ``tokens``: trained on in the whole run. ``bytes_sent_per_peer``: what one member that took part in every
+      round sent: the mean of all members' reports of a round, times ``rounds``. Where every accepted member
+      reported, that is all bytes sent over ``members``; not over ``peers``, of whom some came late or left.
+    - ``ddp_bytes_per_peer``: what a ring all-reduce of fp32 gradients at every inner step of the run would have
+      sent (:func:`ddp_bytes`, round by round with the round's members and steps); ``ddp_ratio`` is that over
+      ``bytes_sent_per_peer``.
     - ``payload_ratio``: fp32 size over payload, median of rounds; ``bytes_per_token``: sent by all, over tokens.
       The two say different things; neither is ``ddp_ratio``.
     - ``compute_utilisation``: share of members' time spent in inner steps, mean of rounds.
@@ -70,10 +74,11 @@ def build_report(events: Iterable[Event], attested: Attestations | None = None) 
         raise PsycheError("the event log holds no run; it is empty or another program's")
     summaries = list(_by_round(log, RoundSummary).values())
     certified = _by_round(log, RoundCertified)
-    last = summaries[-1] if summaries else None
-    members = [summary.members for summary in summaries if summary.members]
-    peers = fmean(members) if members else 0.0
-    sent = last.bytes_up_total / peers if last and peers else None
+    accepted = [event.accepted for event in certified.values()]
+    # Added up here and not taken from the summaries' totals, which begin anew where a coordinator lost its log.
+    tokens, bytes_up = sum(s.tokens for s in summaries), sum(s.bytes_up for s in summaries)
+    reports = sum(summary.reports for summary in summaries)
+    sent = bytes_up / reports * len(certified) if reports else None
     ddp = _ddp(log, certified.values(), started)
     roots = {number: event.state_root for number, event in certified.items()}
     judged = next((e.heldout_loss for e in log if isinstance(e, GenesisJudged) and e.heldout_loss is not None), None)
@@ -84,17 +89,18 @@ def build_report(events: Iterable[Event], attested: Attestations | None = None) 
         "run_id": started.run_id,
         "codec": started.codec,
         "parameters": started.parameters,
-        "peers": round(peers, 2),
+        "peers": len({peer for peers in accepted for peer in peers}),
+        "members": round(fmean(map(len, accepted)), 2) if accepted else 0.0,
         "rounds": len(certified),
         "inner_steps": started.inner_steps,
         "initial_loss": judged if judged is not None else (losses[0] if losses else None),
         "final_loss": losses[-1] if losses else None,
-        "tokens": last.tokens_total if last else 0,
+        "tokens": tokens,
         "bytes_sent_per_peer": round(sent) if sent is not None else None,
         "ddp_bytes_per_peer": ddp,
         "ddp_ratio": ddp / sent if sent else None,
         "payload_ratio": _over(summaries, "payload_ratio", median),
-        "bytes_per_token": last.bytes_per_token if last else None,
+        "bytes_per_token": bytes_up / tokens if tokens else None,
         "compute_utilisation": _over(summaries, "compute_utilisation", fmean),
         "state_roots": list(roots.values()),
         "state_roots_agree": _agree(roots, attestations(log) if attested is None else attested),
@@ -158,7 +164,7 @@ def render_summary(report: Mapping[str, Any]) -> Panel:
     grid.add_column()
     loss = f"{number(report['initial_loss'])} → {number(report['final_loss'])} held out"
     steps = plural(report["inner_steps"], "inner step")
-    rounds = f"{plural(report['rounds'], 'round')} of {steps}, {report['peers']:g} members"
+    rounds = f"{plural(report['rounds'], 'round')} of {steps}, {plural(report['peers'], 'peer')}"
     sent, ddp = report["bytes_sent_per_peer"], report["ddp_bytes_per_peer"]
     wire = "–" if sent is None else f"{size(sent)} sent by each member; DDP would have sent {size(ddp)}"
     grid.add_row("model", f"{amount(report['parameters'])} parameters, codec {clean(report['codec'], 40)}")
@@ -181,8 +187,8 @@ def _sameness(report: Mapping[str, Any]) -> str:
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    head = f"{report['name']}: {amount(report['parameters'])} parameters, {report['peers']:g} members"
-    head += f", {report['rounds']} rounds of {report['inner_steps']} inner steps"
+    head = f"{report['name']}: {amount(report['parameters'])} parameters, {plural(report['peers'], 'peer')}"
+    head += f", {plural(report['rounds'], 'round')} of {plural(report['inner_steps'], 'inner step')}"
     if report["bytes_sent_per_peer"] is None or report["ddp_ratio"] is None:
         return head
     sent, ddp = size(report["bytes_sent_per_peer"]), size(report["ddp_bytes_per_peer"])

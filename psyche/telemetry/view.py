@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psyche.telemetry.events import Downloading, Event, Listener, StepDone
-from psyche.telemetry.lines import PHASES, contributor_line, message, round_of, swarm_line
+from psyche.telemetry.lines import PHASES, contributor_line, message, message_for, own_reason, round_of, swarm_line
 from psyche.telemetry.view_state import Member, ViewState
 from psyche.telemetry.wording import amount, clean, number, peer_name, plural, rate, root_name, size, sparkline
 
@@ -72,10 +72,13 @@ class ContributorView:
         left_out = f", {state.rounds_excluded} not used" if state.rounds_excluded else ""
         counted = f"{plural(state.rounds_accepted, 'round')} accepted{left_out}, {amount(state.tokens_accepted)} tokens"
         rows.append(("your work", counted))
+        if state.left_out is not None:
+            which, reason = state.left_out
+            rows.append(("last not used", f"round {which}: {own_reason(reason)}"))
         traffic = f"{size(state.bytes_up)} sent, {size(state.bytes_down)} received"
         rows.append(("network", f"{plural(len(state.members), 'member')}, {traffic}"))
         if state.certified is not None:
-            agreed = f"state {root_name(state.certified.state_root)} after round {state.certified.round + 1}"
+            agreed = f"state {root_name(state.certified.state_root)} after round {state.certified.round}"
             rows.append(("model", f"{agreed}, certified by the members"))
         if state.heldout:
             rows.append(("run's loss", f"{number(state.heldout[-1])} held-out  {sparkline(state.heldout)}"))
@@ -153,7 +156,8 @@ def _printer(view: View, screen: Console) -> Callable[[Event], None]:
 
 def _panel(state: ViewState, body: RenderableType) -> Panel:
     name = clean(state.run.name) if state.run else "psyche"
-    return Panel(body, title=Text(f"{name}, {round_of(state, state.round)}"), title_align="left", border_style="cyan")
+    title = ", ".join(filter(None, (name, round_of(state, state.round))))
+    return Panel(body, title=Text(title), title_align="left", border_style="cyan")
 
 
 def _grid(rows: Rows) -> Table:
@@ -189,7 +193,7 @@ def _agreement(state: ViewState) -> Text:
     same, attested = state.agreeing()
     if state.certified is None:
         return Text("no round is certified yet")
-    root = f"state {root_name(state.certified.state_root)} after round {state.certified.round + 1}"
+    root = f"state {root_name(state.certified.state_root)} after round {state.certified.round}"
     if not attested:
         return Text(f"{root}, certified by the members")
     if same == attested:
@@ -229,5 +233,5 @@ def _member_row(state: ViewState, name: str, peer: Member) -> list[Text]:
 
 
 def _messages(state: ViewState) -> list[Text]:
-    texts = ((event.time, message(event)) for event in state.messages)
+    texts = ((event.time, message_for(state, event)) for event in state.messages)
     return [Text(f"{datetime.fromtimestamp(at):%H:%M:%S} {text}", style="dim") for at, text in texts if text]

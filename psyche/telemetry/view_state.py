@@ -46,7 +46,8 @@ class Member(msgspec.Struct, frozen=True):
     """Its latest."""
     root: str = ""
     """Outer state it attested last."""
-    root_round: int = -1
+    root_round: int = 0
+    """The round that state is of; 0 before it attested any."""
 
 
 class ViewState(msgspec.Struct, frozen=True):
@@ -73,6 +74,8 @@ class ViewState(msgspec.Struct, frozen=True):
     """Tokens of rounds that are not certified yet."""
     rounds_accepted: int = 0
     rounds_excluded: int = 0
+    left_out: tuple[int, str] | None = None
+    """The last round in which this machine's work was not used, and why."""
     tokens_accepted: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -85,6 +88,10 @@ class ViewState(msgspec.Struct, frozen=True):
         if isinstance(event, PeerJoined | PeerLeft | Rejected | Diverged | Resynchronised | Checkpointed | Notice):
             changes["messages"] = (*self.messages, event)[-MESSAGES:]
         return msgspec.structs.replace(self, **changes)
+
+    def is_mine(self, peer: str) -> bool:
+        """Whether ``peer`` is this machine's node."""
+        return bool(self.me) and peer == self.me
 
     def agreeing(self) -> tuple[int, int]:
         """(members that attested the certified state of the last round, members that attested any for it)."""
@@ -164,9 +171,11 @@ def _(event: RoundCertified, state: ViewState) -> dict[str, Any]:
     for name, reason in event.excluded:
         peers[name] = msgspec.structs.replace(peers.get(name, Member()), status=f"left out: {reason}")
     changes: dict[str, Any] = {"certified": event, "peers": peers}
-    used = state.me in event.accepted
-    if used or state.me in dict(event.excluded):
-        changes |= _judged(state, event.round, used)
+    why = dict(event.excluded).get(state.me)
+    if why is not None:
+        changes["left_out"] = (event.round, why)
+    if why is not None or state.me in event.accepted:
+        changes |= _judged(state, event.round, why is None)
     return changes
 
 

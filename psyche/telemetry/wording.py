@@ -21,6 +21,12 @@ def peer_name(peer: str) -> str:
     return "…" + clean(peer)[-6:]
 
 
+def donor_name(donor: str) -> str:
+    """A PeerID's short name; words, such as "the members", as they are."""
+    is_peer = len(donor) >= 40 and donor.isalnum()
+    return peer_name(donor) if is_peer else clean(donor)
+
+
 def root_name(root: str) -> str:
     """The first digits of a hash."""
     return clean(root)[:4] + "…" if root else "–"

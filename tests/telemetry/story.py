@@ -26,12 +26,17 @@ STEPS = 20
 RUN = Run(
     name="demo",
     model=Model(settings={"vocab_size": 4096}),
-    rounds=Rounds(total=16, inner_steps=STEPS, min_members=4),
+    rounds=Rounds(total=16, inner_steps=STEPS, start_members=4, min_members=4),
 )
 MANIFEST = Manifest(
     run=RUN,
     resolved=Resolved(
-        coordinators=(PEERS[0],), store="0" * 64, layout="1" * 64, genesis="2" * 64, parameters=PARAMETERS
+        coordinators=(PEERS[0],),
+        store="0" * 64,
+        layout="1" * 64,
+        genesis="2" * 64,
+        parameters=PARAMETERS,
+        flat_size=PARAMETERS,
     ),
 )
 LIMITS = Limits.of(RUN, PARAMETERS, len(PEERS))
@@ -41,8 +46,8 @@ def root(number: int) -> str:
     return f"{0x7C1F0000 + number:064x}"[::-1]
 
 
-def metrics(number: int = 0, peer: str = PEERS[0], **changes: object) -> MemberMetrics:
-    loss = 4.2 + 4.1 * math.exp(-number / 5)
+def metrics(number: int = 1, peer: str = PEERS[0], **changes: object) -> MemberMetrics:
+    loss = 4.2 + 4.1 * math.exp((1 - number) / 5)
     values: dict[str, object] = {
         "round": number,
         "peer": peer,
@@ -95,10 +100,10 @@ def story(rounds: int = 16) -> Iterator[Event]:
     yield started()
     yield GenesisJudged(8.317, 8000, time=1000.0)
     for peer in PEERS:
-        yield PeerJoined(peer, "cpu", 0, time=1001.0)
+        yield PeerJoined(peer, "cpu", 1, time=1001.0)
     totals = Totals()
-    for number in range(rounds):
-        now = 1001.0 + 20 * (number + 1)
+    for number in range(1, rounds + 1):
+        now = 1001.0 + 20 * number
         yield RoundStarted(number, PEERS, STEPS, time=now - 20)
         yield certified(number, time=now)
         reports = [metrics(number, peer, time=now) for peer in PEERS]

@@ -28,8 +28,8 @@ def logged_keys() -> set[str]:
     keys: set[str] = set()
     for event in story(2):
         keys |= set(names.swarm_row(event))
-    keys |= set(names.node_row(metrics(0, PEERS[0], node=PEERS[0])))
-    return keys | set(names.node_row(StepDone(0, 1, 1, 4.5, 4e-4, 512.0)))
+    keys |= set(names.node_row(metrics(1, PEERS[0], node=PEERS[0])))
+    return keys | set(names.node_row(StepDone(1, 1, 1, 4.5, 4e-4, 512.0)))
 
 
 def test_every_panel_shows_what_is_logged_and_everything_logged_has_a_panel() -> None:

@@ -47,7 +47,7 @@ class TestRoundTrip:
 
     def test_not_finite_is_not_measured(self, tmp_path: Path) -> None:
         log = EventLog(tmp_path / "e", "me")
-        log.emit(StepDone(0, 1, 1, math.nan, 1e-3, math.inf))
+        log.emit(StepDone(1, 1, 1, math.nan, 1e-3, math.inf))
         (event,) = read_events(tmp_path / "e")
         assert isinstance(event, StepDone)
         assert event.loss is None
@@ -128,7 +128,7 @@ class TestEmit:
 
     def test_text_that_is_not_unicode_is_dropped(self, tmp_path: Path) -> None:
         log = EventLog(tmp_path / "e", "me")
-        log.emit(PeerJoined("p", "lone surrogate \udc80", 0))
+        log.emit(PeerJoined("p", "lone surrogate \udc80", 1))
         log.emit(PeerJoined("p", "cpu", 1))
         assert log.dropped == 1
         assert len(list(read_events(tmp_path / "e"))) == 2  # the notice and the last one
@@ -140,8 +140,8 @@ class TestEmit:
             raise KeyError("oops")
 
         log = EventLog(tmp_path / "e", "me", (broken, heard.append))
-        log.emit(PeerJoined("p", "cpu", 0))
-        log.emit(PeerLeft("p", "bored", 0))
+        log.emit(PeerJoined("p", "cpu", 1))
+        log.emit(PeerLeft("p", "bored", 1))
         assert [type(event).__name__ for event in heard] == ["PeerJoined", "Notice", "PeerLeft"]
 
     def test_what_a_listener_emits_comes_after_for_everybody(self, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ class TestEmit:
 
         log.subscribe(echo)
         log.subscribe(heard.append)
-        log.emit(PeerJoined("p", "cpu", 0))
+        log.emit(PeerJoined("p", "cpu", 1))
         assert [type(event).__name__ for event in heard] == ["PeerJoined", "Notice"]
         assert list(read_events(tmp_path / "e")) == heard
 

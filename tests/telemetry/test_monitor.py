@@ -11,6 +11,8 @@ from psyche.telemetry.events import (
     Diverged,
     Event,
     MemberMetrics,
+    PeerJoined,
+    PeerLeft,
     Rejected,
     RoundStarted,
     RoundSummary,
@@ -22,7 +24,7 @@ from .story import LIMITS, PARAMETERS, PAYLOAD, PEERS, RUN, STEPS, certified, me
 
 
 def summary(*reports: MemberMetrics, **changes: object) -> RoundSummary:
-    return summarise(0, reports, parameters=PARAMETERS, limits=LIMITS, **changes)  # type: ignore[arg-type]
+    return summarise(1, reports, parameters=PARAMETERS, limits=LIMITS, **changes)  # type: ignore[arg-type]
 
 
 class TestSummarise:
@@ -30,7 +32,7 @@ class TestSummarise:
         got = summary(
             metrics(peer=PEERS[0], train_loss=4.0, tokens=1000, heldout_loss_sum=8000.0, heldout_tokens=2000),
             metrics(peer=PEERS[1], train_loss=5.0, tokens=3000, heldout_loss_sum=3000.0, heldout_tokens=1000),
-            certified=certified(0, PEERS[:2], seconds=20.0),
+            certified=certified(1, PEERS[:2], seconds=20.0),
             totals=Totals(tokens=6000, bytes_up=10, bytes_down=20),
         )
         assert got.train_loss == pytest.approx((4.0 * 1000 + 5.0 * 3000) / 4000)
@@ -45,10 +47,10 @@ class TestSummarise:
         assert got.payload_ratio == pytest.approx(4 * PARAMETERS / PAYLOAD)
         assert got.compute_utilisation == pytest.approx(0.9)
         assert (got.members, got.reports, got.refused) == (2, 2, 0)
-        assert got.state_root == root(0)
+        assert got.state_root == root(1)
 
     def test_nothing_reported(self) -> None:
-        got = summary(certified=certified(0))
+        got = summary(certified=certified(1))
         assert (got.members, got.reports, got.tokens) == (4, 0, 0)
         assert got.heldout_loss is None
         assert got.bytes_per_token is None
@@ -79,7 +81,7 @@ class TestSummarise:
     )
     def test_an_impossible_report_is_refused_and_changes_nothing_else(self, field: str, value: float) -> None:
         honest = [metrics(peer=peer) for peer in PEERS[:3]]
-        liar = metrics(peer=PEERS[3], **{field: value})
+        liar = metrics(1, PEERS[3], **{field: value})
         assert field in refusal(liar, LIMITS)
         got, without = summary(*honest, liar), summary(*honest)
         assert got.refused == 1
@@ -117,7 +119,7 @@ class TestSummarise:
     )
     @settings(max_examples=200, deadline=None)
     def test_no_claim_raises_or_gives_a_number_that_is_not_finite(self, claims: list[dict[str, object]]) -> None:
-        got = summary(*(metrics(**claim) for claim in claims), certified=certified(0))
+        got = summary(*(metrics(1, PEERS[0], **claim) for claim in claims), certified=certified(1))
         for field in got.__struct_fields__:
             value = getattr(got, field)
             assert not isinstance(value, float) or math.isfinite(value), field
@@ -133,22 +135,40 @@ class TestMonitor:
         return emitted
 
     def test_closes_when_the_last_member_reports(self) -> None:
-        reports = [metrics(0, peer) for peer in PEERS]
-        assert self.run(RoundStarted(0, PEERS, STEPS), certified(0), *reports[:3]) == []
-        (got,) = self.run(RoundStarted(0, PEERS, STEPS), *reports[:2], certified(0), *reports[2:])
+        reports = [metrics(1, peer) for peer in PEERS]
+        assert self.run(RoundStarted(1, PEERS, STEPS), certified(1), *reports[:3]) == []
+        (got,) = self.run(RoundStarted(1, PEERS, STEPS), *reports[:2], certified(1), *reports[2:])
         assert isinstance(got, RoundSummary)
         assert got.reports == 4
 
     def test_a_missing_member_is_waited_for_until_the_next_round(self) -> None:
-        first = [metrics(0, peer) for peer in PEERS[:3]]
-        second = [metrics(1, peer) for peer in PEERS]
-        late = metrics(0, PEERS[3])
-        got = self.run(certified(0), *first, certified(1), late, *second, RunFinished(2, "done"))
-        assert [(s.round, s.reports) for s in got if isinstance(s, RoundSummary)] == [(0, 3), (1, 4)]
+        first = [metrics(1, peer) for peer in PEERS[:3]]
+        second = [metrics(2, peer) for peer in PEERS]
+        late = metrics(1, PEERS[3])
+        got = self.run(certified(1), *first, certified(2), late, *second)
+        assert [(s.round, s.reports) for s in got if isinstance(s, RoundSummary)] == [(1, 3), (2, 4)]
+
+    def test_the_last_round_is_reported_after_the_run_is_finished(self) -> None:
+        reports = [metrics(1, peer) for peer in PEERS]
+        end = [certified(1), RunFinished(1, "done")]
+        (got,) = self.run(*end, *reports)
+        assert isinstance(got, RoundSummary)
+        assert got.reports == 4
+        leaving = [PeerLeft(peer, "the run is finished", 2) for peer in PEERS]
+        assert self.run(*end, *reports[:2], leaving[3]) == []
+        (got,) = self.run(*end, *reports[:2], *leaving)  # who left reports no more
+        assert isinstance(got, RoundSummary)
+        assert got.reports == 2
+
+    def test_who_left_during_the_round_is_not_waited_for_unless_back(self) -> None:
+        opened, left = RoundStarted(1, PEERS, STEPS), PeerLeft(PEERS[3], "silent", 1)
+        reports = [metrics(1, peer) for peer in PEERS[:3]]
+        assert len(self.run(opened, left, certified(1), RoundStarted(2, PEERS[:3], STEPS), *reports)) == 1
+        assert self.run(opened, left, PeerJoined(PEERS[3], "cpu", 2), certified(1), *reports) == []
 
     def test_totals_add_up_and_incidents_are_counted(self) -> None:
         events = [e for e in story(3) if not isinstance(e, RoundSummary)]
-        events.insert(4, Diverged(PEERS[0], 0, "a", "b"))
+        events.insert(4, Diverged(PEERS[0], 1, "a", "b"))
         got = self.run(*events)
         totals = [s.tokens_total for s in got if isinstance(s, RoundSummary)]
         assert totals == [4 * STEPS * RUN.tokens_per_step * n for n in (1, 2, 3)]
@@ -156,14 +176,14 @@ class TestMonitor:
         assert got[-1].divergences_total == 1
 
     def test_the_excluded_and_strangers_do_not_count(self) -> None:
-        reports = [metrics(0, peer) for peer in (*PEERS[1:], "stranger")]
-        (got,) = self.run(*reports, certified(0, PEERS[1:], excluded=((PEERS[0], "late"),)))
+        reports = [metrics(1, peer) for peer in (*PEERS[1:], "stranger")]
+        (got,) = self.run(*reports, certified(1, PEERS[1:], excluded=((PEERS[0], "late"),)))
         assert isinstance(got, RoundSummary)
         assert (got.reports, got.members, got.excluded) == (3, 3, 1)
 
     def test_an_impossible_report_is_named(self) -> None:
-        reports = [metrics(0, peer) for peer in PEERS[:3]]
-        got = self.run(*reports, metrics(0, PEERS[3], tokens=-1), certified(0))
+        reports = [metrics(1, peer) for peer in PEERS[:3]]
+        got = self.run(*reports, metrics(1, PEERS[3], tokens=-1), certified(1))
         assert isinstance(got[0], RoundSummary)
         assert isinstance(got[1], Rejected)
         assert (got[1].peer, got[1].what) == (PEERS[3], "metrics")
@@ -179,7 +199,7 @@ class TestMonitor:
         emitted: list[Event] = []
         monitor = Monitor(RUN, PARAMETERS, emitted.append)
         monitor.resume(before)
-        for event in [certified(3), *(metrics(3, peer) for peer in PEERS)]:
+        for event in [certified(4), *(metrics(4, peer) for peer in PEERS)]:
             monitor(event)
         (got,) = emitted
         assert isinstance(got, RoundSummary)

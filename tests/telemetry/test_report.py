@@ -10,9 +10,10 @@ from rich.console import Console
 
 from psyche.errors import PsycheError
 from psyche.telemetry.events import Attested, Event, GenesisJudged, RoundStarted
+from psyche.telemetry.monitor import summarise
 from psyche.telemetry.report import attestations, build_report, ddp_bytes, plot_loss, render_summary
 
-from .story import PARAMETERS, PAYLOAD, PEERS, RUN, STEPS, certified, root, started, story
+from .story import LIMITS, PARAMETERS, PAYLOAD, PEERS, RUN, STEPS, certified, metrics, root, started, story
 
 
 def test_ring_all_reduce() -> None:
@@ -25,7 +26,7 @@ def test_ring_all_reduce() -> None:
 class TestReport:
     def test_numbers(self) -> None:
         report = build_report(story(16))
-        assert report["peers"] == 4
+        assert (report["peers"], report["members"]) == (4, 4)
         assert report["rounds"] == 16
         assert report["initial_loss"] == pytest.approx(8.317)
         assert report["final_loss"] < 4.5
@@ -36,19 +37,30 @@ class TestReport:
         assert report["payload_ratio"] == pytest.approx(4 * PARAMETERS / PAYLOAD)
         assert report["bytes_per_token"] == pytest.approx(4 * report["bytes_sent_per_peer"] / report["tokens"])
         assert report["compute_utilisation"] == pytest.approx(0.9)
-        assert report["state_roots"] == [root(number) for number in range(16)]
+        assert report["state_roots"] == [root(number) for number in range(1, 17)]
         assert report["state_roots_agree"] is True
         assert report["seconds"] == pytest.approx(321)
         assert json.loads(json.dumps(report)) == report
 
     def test_ddp_follows_members_and_steps_of_each_round(self) -> None:
-        rounds: list[Event] = [RoundStarted(0, PEERS, 10), certified(0), certified(1, PEERS[:2])]
+        rounds: list[Event] = [RoundStarted(1, PEERS, 10), certified(1), certified(2, PEERS[:2])]
         report = build_report([started(), *rounds])
         assert report["ddp_bytes_per_peer"] == ddp_bytes(4, PARAMETERS, 10) + ddp_bytes(2, PARAMETERS, STEPS)
 
+    def test_peers_are_counted_once_and_bytes_are_a_members(self) -> None:
+        members = [PEERS[:2], PEERS[1:3], PEERS[:2]]
+        events: list[Event] = [started()]
+        for number, accepted in enumerate(members, start=1):
+            done = certified(number, accepted)
+            reports = [metrics(number, peer) for peer in accepted[: 1 if number == 2 else 2]]  # one never reports
+            events += [done, summarise(number, reports, parameters=PARAMETERS, limits=LIMITS, certified=done)]
+        report = build_report(events)
+        assert (report["peers"], report["members"]) == (3, 2)
+        assert report["bytes_sent_per_peer"] == 3 * 3 * PAYLOAD
+
     def test_one_other_root_is_no_agreement(self) -> None:
         events = list(story(3))
-        assert build_report([*events, Attested(1, PEERS[0], root(9))])["state_roots_agree"] is False
+        assert build_report([*events, Attested(2, PEERS[0], root(9))])["state_roots_agree"] is False
         lacking = {number: roots for number, roots in attestations(events).items() if number != 1}
         assert build_report(events, lacking)["state_roots_agree"] is False
         assert build_report(events, {})["state_roots_agree"] is False

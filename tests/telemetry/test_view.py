@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import inspect
 import io
 
 import pytest
 from rich.console import Console
 
+from psyche.protocol import rounds
 from psyche.telemetry.events import (
     Attested,
     Checkpointed,
@@ -16,10 +18,12 @@ from psyche.telemetry.events import (
     PeerLeft,
     PhaseChanged,
     Rejected,
+    Resynchronised,
     RoundStarted,
     RunFinished,
     StepDone,
 )
+from psyche.telemetry.lines import OWN_WORK
 from psyche.telemetry.view import ContributorView, SwarmView, View, live
 from psyche.telemetry.view_state import ViewState
 from psyche.telemetry.wording import amount, sparkline
@@ -55,11 +59,11 @@ def drawn(view: View, events: list[Event]) -> str:
 class TestReducer:
     @pytest.mark.parametrize("metrics_first", [True, False])
     def test_work_counts_once_it_is_accepted(self, metrics_first: bool) -> None:
-        pair: list[Event] = [metrics(0, ME, tokens=100), certified(0)]
+        pair: list[Event] = [metrics(1, ME, tokens=100), certified(1)]
         state = after(pair if metrics_first else pair[::-1], ME)
         assert (state.rounds_accepted, state.rounds_excluded, state.tokens_accepted) == (1, 0, 100)
-        out = certified(1, (OTHER,), excluded=((ME, "late"),))
-        pair = [metrics(1, ME, tokens=100), out]
+        out = certified(2, (OTHER,), excluded=((ME, "late"),))
+        pair = [metrics(2, ME, tokens=100), out]
         for event in pair if metrics_first else pair[::-1]:
             state = state.apply(event)
         assert (state.rounds_accepted, state.rounds_excluded, state.tokens_accepted) == (1, 1, 100)
@@ -68,17 +72,17 @@ class TestReducer:
     def test_apply_changes_nothing_in_place(self) -> None:
         first = after(list(story(1)))
         peers = dict(first.peers)
-        first.apply(PeerLeft(PEERS[0], "bored", 1))
+        first.apply(PeerLeft(PEERS[0], "bored", 2))
         assert first.peers == peers
 
     def test_agreement(self) -> None:
         state = after(list(story(2)))
         assert state.agreeing() == (4, 4)
-        assert state.apply(Attested(1, OTHER, root(7))).agreeing() == (3, 4)
+        assert state.apply(Attested(2, OTHER, root(7))).agreeing() == (3, 4)
 
     def test_those_who_left_are_forgotten(self) -> None:
         state = ViewState()
-        for number in range(50):
+        for number in range(1, 51):
             state = state.apply(PeerJoined(f"peer{number}", "cpu", number))
             state = state.apply(PeerLeft(f"peer{number}", "bored", number))
             state = state.apply(RoundStarted(number, PEERS, STEPS))
@@ -89,11 +93,11 @@ class TestPlain:
     def test_swarm(self) -> None:
         events = [
             *list(story(2))[:-1],
-            PeerLeft(OTHER, "silent for 15 s", 2),
-            certified(2, PEERS[:1], excluded=((ME, "arrived after the deadline"),)),
+            PeerLeft(OTHER, "silent for 15 s", 3),
+            certified(3, PEERS[:1], excluded=((ME, "arrived after the deadline"),)),
             Rejected(ME, "scale is not finite", "payload"),
-            Diverged(OTHER, 2, "7c1f" * 16, "aaaa" * 16),
-            Checkpointed(2, "runs/demo/2"),
+            Diverged(OTHER, 3, "7c1f" * 16, "aaaa" * 16),
+            Checkpointed(3, "runs/demo/3"),
             RunFinished(3, "all rounds done"),
         ]
         assert plain(SwarmView(), events) == [
@@ -105,50 +109,56 @@ class TestPlain:
             "…CCCCCC joined (cpu), 3 members now",
             "…DDDDDD joined (cpu), 4 members now",
             "round 1/16  started with 4 members",
-            "round 1/16  held-out 8.300  train 8.400  8192 tok/s  4 members  sent 23.2 MB  state 0000…",
-            "round 2/16  held-out 7.557  train 7.657  8192 tok/s  4 members  sent 23.2 MB  state 1000…",
+            "round 1/16  held-out 8.300  train 8.400  8192 tok/s  4 members  sent 23.2 MB  state 1000…",
+            "round 2/16  held-out 7.557  train 7.657  8192 tok/s  4 members  sent 23.2 MB  state 2000…",
             "…CCCCCC left (silent for 15 s), 3 members now",
             "round 3/16  left out: …BBBBBB (arrived after the deadline)",
             "refused: payload from …BBBBBB (scale is not finite)",
             "diverged: …CCCCCC holds aaaa…, the others 7c1f… after round 3",
-            "checkpoint after round 3: runs/demo/2",
+            "checkpoint after round 3: runs/demo/3",
             "run finished after 3 rounds: all rounds done",
         ]
 
     def test_contributor(self) -> None:
         events = [
-            started(),
             PhaseChanged(0, "joining"),
+            started(),
             Downloading("the model", 3_000_000, 15_200_000),
-            RoundStarted(0, PEERS, STEPS),
-            PhaseChanged(0, "training"),
-            StepDone(0, 1, 1, 8.3, 4e-4, 512.0, time=100.0),
-            StepDone(0, 2, 2, 8.2, 4e-4, 512.0, time=101.0),
-            StepDone(0, 12, 12, None, 4e-4, 512.0, time=131.0),
-            metrics(0, OTHER),
-            metrics(0, ME),
-            certified(0),
-            certified(1, PEERS[:1], excluded=((ME, "arrived after the deadline"),)),
+            RoundStarted(1, PEERS, STEPS),
+            PhaseChanged(1, "training"),
+            StepDone(1, 1, 1, 8.3, 4e-4, 512.0, time=100.0),
+            StepDone(1, 2, 2, 8.2, 4e-4, 512.0, time=101.0),
+            StepDone(1, 12, 12, None, 4e-4, 512.0, time=131.0),
+            metrics(1, OTHER),
+            metrics(1, ME),
+            certified(1),
+            certified(2, PEERS[:1], excluded=((ME, "arrived after the deadline"),)),
+            certified(3, PEERS[:1], excluded=((ME, "no commitment before the deadline"),)),
             Rejected(ME, "scale is not finite", "payload"),
+            Diverged(ME, 3, "7c1f" * 16, "aaaa" * 16),
+            Resynchronised(3, "7c1f" * 16, "the members"),
             Notice("warning", "your upload is slow"),
         ]
         assert plain(ContributorView(ME), events) == [
+            "fetching what the run needs, then waiting for the next round",
             "run demo: 1.9M parameters, 16 rounds of 20 steps, codec int8; this machine is …BBBBBB",
-            "round 1/16  fetching the model as it is now",
             "fetching the model: 3.0 MB of 15.2 MB",
             "round 1/16  training on this machine",
             "round 1/16  step 1/20  loss 8.300  512 tok/s",
             "round 1/16  step 12/20  loss –  512 tok/s",
             "round 1/16  sent 5.8 MB, received 5.8 MB",
-            "round 1/16  your work was accepted (1 round so far), state 0000…",
+            "round 1/16  your work was accepted (1 round so far), state 1000…",
             "round 2/16  your work was not used: arrived after the deadline",
-            "your payload was refused: scale is not finite",
+            "round 3/16  your work was not used: this machine was not done when the round closed",
+            "refused: this machine's payload (scale is not finite)",
+            "this machine's model is not the others' after round 3; fetching theirs",
+            "model restored to the state after round 3, fetched from the members",
             "warning: your upload is slow",
         ]
 
     def test_what_peers_send_cannot_steer_the_terminal(self) -> None:
         hostile = "\x1b[2J\x1b]0;owned\x07\n[bold red]round 9/9[/]" + "x" * 10_000
-        events: list[Event] = [PeerJoined(hostile, hostile, 0), Rejected(hostile, hostile, hostile)]
+        events: list[Event] = [PeerJoined(hostile, hostile, 1), Rejected(hostile, hostile, hostile)]
         lines = plain(SwarmView(), events)
         assert len(lines) == 2
         assert all(line.isprintable() and len(line) < 700 for line in lines)
@@ -156,22 +166,51 @@ class TestPlain:
         assert "\x1b" not in picture
         assert "[bold red]" in picture  # shown, not obeyed
 
+    def test_a_donor_is_a_peer_or_words(self) -> None:
+        events: list[Event] = [Resynchronised(0, root(0), OTHER), Resynchronised(2, root(2), "the members")]
+        assert plain(ContributorView(ME), events) == [
+            "model restored to the state before round 1, fetched from …CCCCCC",
+            "model restored to the state after round 2, fetched from the members",
+        ]
+
+    def test_the_protocols_reasons_are_known(self) -> None:
+        source = inspect.getsource(rounds)
+        assert all(reason in source for reason in OWN_WORK)
+        reason = "its payload did not reach enough members; it was not heard from any more"
+        (line,) = plain(ContributorView(ME), [certified(1, (OTHER,), excluded=((ME, reason),))])
+        assert line == (
+            "round 1  your work was not used: it did not reach enough members in time; the upload may be too slow; "
+            "the others lost contact with this machine"
+        )
+
 
 class TestDrawn:
     def test_contributor(self) -> None:
-        events = [*list(story(3))[:-1], RoundStarted(3, PEERS, STEPS), StepDone(3, 12, 72, 6.1, 4e-4, 512.0)]
+        events = [*list(story(3))[:-1], RoundStarted(4, PEERS, STEPS), StepDone(4, 12, 72, 6.1, 4e-4, 512.0)]
         picture = drawn(ContributorView(ME), events)
         for words in ("demo, round 4/16", "step 12 of 20", "3 rounds accepted", "122.9k tokens", "512 tok/s"):
             assert words in picture
 
+    def test_contributor_sees_what_became_of_their_own_work(self) -> None:
+        out = certified(2, (OTHER,), excluded=((ME, "no commitment before the deadline"),))
+        rejections = [Rejected(ME, "scale is not finite", "payload"), Rejected(OTHER, "too long", "payload")]
+        picture = drawn(ContributorView(ME), [started(), certified(1), out, *rejections])
+        for words in (
+            "1 round accepted, 1 not used",
+            "round 2: this machine was not done when the round closed",
+            "refused: this machine's payload (scale is not finite)",
+            "refused: payload from …CCCCCC (too long)",
+        ):
+            assert words in picture
+
     def test_swarm(self) -> None:
         picture = drawn(SwarmView(), list(story(3)))
-        for words in ("✓ state 2000… after round 3, attested by 4 members", "payloads 3.9×", "…DDDDDD", "6.948"):
+        for words in ("✓ state 3000… after round 3, attested by 4 members", "payloads 3.9×", "…DDDDDD", "6.948"):
             assert words in picture
 
     def test_swarm_says_so_when_roots_differ(self) -> None:
-        picture = drawn(SwarmView(), [*story(3), Attested(2, OTHER, root(9))])
-        assert "✗ state 2000… after round 3, but only 3 of 4 members hold it" in picture
+        picture = drawn(SwarmView(), [*story(3), Attested(3, OTHER, root(9))])
+        assert "✗ state 3000… after round 3, but only 3 of 4 members hold it" in picture
 
     def test_live_on_a_terminal(self) -> None:
         out = io.StringIO()
@@ -185,7 +224,7 @@ class TestDrawn:
         assert "no round is certified yet" in drawn(SwarmView(), [])
 
     def test_absurd_metrics_stay_short(self) -> None:
-        picture = drawn(SwarmView(), [metrics(0, ME, train_loss=1e300, bytes_up=-(2**63), tokens_per_second=1e300)])
+        picture = drawn(SwarmView(), [metrics(1, ME, train_loss=1e300, bytes_up=-(2**63), tokens_per_second=1e300)])
         assert max(map(len, picture.splitlines())) <= 100
 
 

@@ -137,8 +137,8 @@ class TestOwnRun:
     def test_logs_this_nodes_steps_and_rounds_in_the_group(self, tmp_path: Path) -> None:
         run = own_run(Wandb(mode="offline", own_run=True), tmp_path, MANIFEST, PEERS[1], lambda event: None)
         assert run is not None
-        mine, other = metrics(0, PEERS[1], node=PEERS[1]), metrics(0, PEERS[2], node=PEERS[1])
-        feed(run, [StepDone(0, 5, 5, 4.5, 4e-4, 512.0), StepDone(0, 6, 6, None, 4e-4, 512.0), mine, other])
+        mine, other = metrics(1, PEERS[1], node=PEERS[1]), metrics(1, PEERS[2], node=PEERS[1])
+        feed(run, [StepDone(1, 5, 5, 4.5, 4e-4, 512.0), StepDone(1, 6, 6, None, 4e-4, 512.0), mine, other])
         rows, found = logged(tmp_path)
         assert [row.get("node/loss") for row in rows] == [4.5, None, None]
         assert {metric.key for metric in names.NODE_ROUND} <= set(rows[2])
