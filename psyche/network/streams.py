@@ -181,6 +181,7 @@ class Streams:
         self._gates: dict[tuple[str, str], asyncio.Semaphore] = {}
         self._served: Counter[tuple[str, str]] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
 
     @contextlib.asynccontextmanager
     async def open(self, peer_id: str, name: str) -> AsyncIterator[Stream]:
@@ -226,6 +227,9 @@ class Streams:
             try:
                 stream = Stream(info.peer_id.to_base58(), reader, writer, self.traffic)
                 await self._answer(name, stream, handler, at_once)
+            except asyncio.CancelledError:
+                if not self._closing:  # asyncio 3.11 prints a traceback for each cancelled handler of a server
+                    raise
             finally:
                 writer.close()
 
@@ -238,6 +242,7 @@ class Streams:
 
     async def close(self) -> None:
         """End what is being served."""
+        self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -37,6 +37,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import Phase, State
+from psyche.roles.metrics import metrics_event
 from psyche.roles.rules import rules_of
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
@@ -79,6 +80,8 @@ class Coordinator:
         while self.state.phase is not Phase.FINISHED or self.state.peers:
             await self._dispatch(protocol.Tick())
             await asyncio.sleep(TICK_SECONDS)
+        # Said last, when the members' reports of the last round are in: whoever follows the log can stop here.
+        self.log.emit(events.RunFinished(rounds=self.state.rounds, reason="all rounds are done"))
 
     # ---------------------------------------------------------------------------- what members ask
 
@@ -118,7 +121,7 @@ class Coordinator:
             case Leave():
                 await self._dispatch(protocol.Left(node, body.reason))
             case Metrics():
-                self.log.emit(_metrics_event(node, round, body))
+                self.log.emit(metrics_event(node, round, body))
             case Commitment():
                 await self._dispatch(protocol.Committed(node, round, body.digest, proof))
             case Contribution():
@@ -185,10 +188,8 @@ class Coordinator:
                 self.log.emit(events.Diverged(peer=node, round=round, expected=expected.hex(), found=found.hex()))
             case protocol.Departed(node, reason):
                 self.log.emit(events.PeerLeft(peer=node, reason=reason, round=self.state.rounds + 1))
-            case protocol.Finished(rounds):
-                self.log.emit(events.RunFinished(rounds=rounds, reason="all rounds are done"))
-            case protocol.Rejected():
-                pass  # answered to its sender by _dispatch
+            case protocol.Finished() | protocol.Rejected():
+                pass  # run() ends when the members have left; the sender of what is rejected hears from _dispatch
 
     def _report_round(self, round: int, state_root: bytes) -> None:
         assert self._certified is not None
@@ -242,11 +243,3 @@ def _visible(state: State) -> tuple[object, ...]:
     if current is None:
         return seen
     return (*seen, current.plan, current.closed, len(current.contributions), current.term, current.certified)
-
-
-def _metrics_event(node: str, round: int, body: Metrics) -> events.MemberMetrics:
-    fields = {name: getattr(body, name) for name in body.__struct_fields__}
-    seconds = body.train_seconds
-    return events.MemberMetrics(
-        round=round, peer=node, tokens_per_second=body.tokens / seconds if seconds > 0 else None, **fields
-    )

@@ -114,22 +114,19 @@ def _interrupt(number: int, frame: object) -> None:
 def _follow(children: list[Child], log: Path, listener: Callable[[Event], None]) -> None:
     """Show the coordinator's events as they come, until the run is finished. Raises where that cannot happen."""
     follower = EventFollower(log)
+    coordinator, nodes = children[0], children[1:]
     while True:
+        ended = coordinator.process.poll() is not None  # asked first: what it wrote before it ended is then read
         for event in follower.new():
             listener(event)
             if isinstance(event, RunFinished):
                 return
-        _check(children)
+        if ended:
+            raise PsycheError(_last_words(coordinator))
+        failed = [node for node in nodes if node.process.poll() not in (None, 0)]
+        if nodes and len(failed) == len(nodes):
+            raise PsycheError(_last_words(failed[0]))
         time.sleep(POLL_SECONDS)
-
-
-def _check(children: list[Child]) -> None:
-    coordinator, nodes = children[0], children[1:]
-    if coordinator.process.poll() is not None:
-        raise PsycheError(_last_words(coordinator))
-    ended = [node for node in nodes if node.process.poll() is not None]
-    if nodes and len(ended) == len(nodes):
-        raise PsycheError(_last_words(ended[-1]))
 
 
 def _wait_for(children: list[Child]) -> None:

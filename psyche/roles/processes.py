@@ -28,7 +28,7 @@ from psyche.roles.replica import Replica
 from psyche.roles.worker import Worker
 from psyche.state.checkpoint import load_latest
 from psyche.telemetry import events
-from psyche.telemetry.events import LOG_NAME, EventLog, Listener
+from psyche.telemetry.events import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
 from psyche.telemetry.wandb_run import own_run, swarm_run
 from psyche.training.engine import TorchEngine
@@ -59,9 +59,11 @@ async def coordinate(
         listen=config.node.listen,
         announce=config.node.announce,
     )
-    log = EventLog(directory / LOG_NAME, identity.peer_id, (listener,))
+    monitor = Monitor(manifest.run, manifest.resolved.parameters, lambda event: log.emit(event))
+    if (directory / LOG_NAME).exists():  # a restart: totals go on from where they were
+        monitor.resume(read_events(directory / LOG_NAME))
+    log = EventLog(directory / LOG_NAME, identity.peer_id, (listener, monitor))
     wandb = swarm_run(config.node.wandb, directory, manifest, log.emit)
-    log.subscribe(Monitor(manifest.run, manifest.resolved.parameters, log.emit))
     log.subscribe(wandb)
     async with network, _background(announce(network, "coordinator")):
         await serve_provisions(network, sign_manifest(manifest, identity), store)

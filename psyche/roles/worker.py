@@ -42,6 +42,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.state import Phase
 from psyche.roles.board import RETRY_SECONDS, BoardClient
+from psyche.roles.metrics import metrics_event
 from psyche.roles.openings import Openings
 from psyche.roles.replica import Interrupted, Payload, Replica, Work
 from psyche.roles.rules import rules_of
@@ -88,7 +89,9 @@ class Worker:
         self._certificates = list(certificates)
         self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(settings.threads,))
         self._stopping = False
+        self._warned = ""
         self._clock = _Clock()
+        self._saved = replica.chain.rounds
         self._counted = (0, 0)  # bytes up and down that were reported already
 
     async def run(self) -> None:
@@ -114,6 +117,7 @@ class Worker:
         replica = self.replica
         serve_state(self.network, replica.outer, replica.index, previous=b"")
         while True:
+            self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(self._concerns_me)
             if _behind(board, replica.chain):
                 await self._synchronise(board)
@@ -308,6 +312,7 @@ class Worker:
             bytes_down=down,
             payload_bytes=sum(part.size for part in contribution.slices) if contribution else 0,
         )
+        self.log.emit(metrics_event(self.identity.peer_id, plan.round, metrics))
         with contextlib.suppress(Refused):
             await self._client.submit(metrics, plan.round)
 
@@ -324,7 +329,8 @@ class Worker:
 
     async def _checkpoint(self, *, force: bool = False) -> None:
         chain = self.replica.chain
-        if chain.rounds == 0 or not (force or chain.rounds % self.settings.checkpoint_every == 0):
+        due = chain.rounds % self.settings.checkpoint_every == 0 or force
+        if not due or chain.rounds == self._saved:
             return
         checkpoint = Checkpoint(
             run_id=self.manifest.run_id,
@@ -337,6 +343,7 @@ class Worker:
         path = await self._on_trainer(
             lambda: save(checkpoint, self.directory / "checkpoints", keep=self.settings.checkpoints_kept)
         )
+        self._saved = chain.rounds
         self.log.emit(events.Checkpointed(round=chain.rounds, path=str(path)))
 
     async def _say_goodbye(self) -> None:
@@ -413,7 +420,9 @@ class Worker:
         return self.replica.chain.rounds >= self.manifest.run.rounds.total
 
     def _warn(self, text: str) -> None:
-        self.log.emit(events.Notice(level="warning", text=text))
+        if text != self._warned:  # what is tried again every second is said once
+            self._warned = text
+            self.log.emit(events.Notice(level="warning", text=text))
 
 
 def _behind(board: Board, chain: Chain) -> bool:

@@ -1,0 +1,255 @@
+"""Whatever is wrong ends in one clear sentence and a non-zero exit, or a counted refusal; never in a changed state."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from psyche.config import Manifest
+from psyche.network.address import split_address
+from psyche.network.identity import Identity
+from psyche.network.invite import Invite
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.messages import Attestation, Commitment, Leave, Present, Vote
+from psyche.roles.presence import KINDS
+from psyche.roles.processes import MANIFEST
+from psyche.roles.provision import serve_provisions, sign_manifest
+from psyche.telemetry.events import Checkpointed, Rejected, RoundCertified, RunFinished, RunStarted
+from tests.roles.swarm import PATIENCE, swarm
+from tests.roles.tiny import certified_roots, write_config
+
+FOREVER = {"total": 500, "inner_steps": 40, "start_members": 1}
+
+
+def psyche(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a person would."""
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-m", "psyche", *arguments],
+        capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+
+
+def said(result: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence of a failed command."""
+    assert result.returncode not in (0, None)
+    assert "Traceback" not in result.stderr + result.stdout, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("psyche: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+class TestJoining:
+    def test_garbage_is_no_invite(self) -> None:
+        assert "this is not an invite" in said(psyche("join", "garbage"))
+
+    def test_a_mistyped_invite(self) -> None:
+        good = Invite(bytes(32), ("/ip4/127.0.0.1/tcp/1/p2p/12D3KooWGZcT2tqGoMmSTDp7KqRwJJ63mDHvFBGKt5FTcPTJGdvA",))
+        text = good.encode()
+        swapped = text[:20] + ("A" if text[20] != "A" else "B") + text[21:]
+        assert "cut off or mistyped" in said(psyche("join", swapped))
+
+    def test_nobody_answers_at_the_invites_address(self, tmp_path: Path) -> None:
+        peer = Identity.load_or_create(tmp_path / "other.key").peer_id
+        invite = Invite(bytes(32), (f"/ip4/127.0.0.1/tcp/9/p2p/{peer}",)).encode()
+        words = said(psyche("join", invite, "--directory", str(tmp_path / "node")))
+        assert "/ip4/127.0.0.1/tcp/9" in words
+        assert "invite" in words
+
+    def test_the_manifest_has_another_hash(self, tmp_path: Path) -> None:
+        """Whoever answers at the invite's address gives out the manifest of another run."""
+        config = write_config(tmp_path, members=1, rounds=FOREVER)
+        with swarm(tmp_path / "run", config) as run:
+            run.coordinator()
+            run.wait("coordinator", RunStarted)
+            manifest = Manifest.decode((run.directory / "coordinator" / MANIFEST).read_bytes())
+            assert "not that of the invite" in asyncio.run(_join_a_liar(tmp_path, manifest))
+
+    def test_a_port_in_use(self, tmp_path: Path) -> None:
+        config = write_config(tmp_path, members=1)
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            words = said(psyche("coordinator", str(config), "--port", port, "--directory", str(tmp_path / "c")))
+        assert f"port {port} is in use" in words
+        assert "--port" in words
+
+
+class TestDisks:
+    def test_no_room_for_a_checkpoint(self, tmp_path: Path, small_disk: Path) -> None:
+        config = write_config(tmp_path, members=1, rounds=FOREVER)
+        with swarm(tmp_path / "run", config) as run:
+            run.coordinator()
+            (run.directory / "node-1").symlink_to(small_disk)
+            run.node("node-1")
+            assert run.join("node-1") == 1
+            assert re.search(r"psyche: cannot write a checkpoint to .*free some space", run.output("node-1"))
+            assert "Traceback" not in run.output("node-1")
+
+    def test_no_room_for_the_token_store(self, tmp_path: Path, small_disk: Path) -> None:
+        config = write_config(tmp_path, members=1)
+        (small_disk / "filler").write_bytes(bytes(900_000))
+        config.write_text(config.read_text().replace(str(tmp_path / "cache"), str(small_disk)))
+        words = said(psyche("coordinator", str(config), "--directory", str(tmp_path / "c")))
+        assert "no space left" in words
+
+    def test_a_corrupt_shard(self, tmp_path: Path) -> None:
+        config = write_config(tmp_path, members=1, rounds=FOREVER)
+        with swarm(tmp_path / "run", config) as run:
+            run.coordinator()
+            run.wait("coordinator", RunStarted)
+            (shard,) = (tmp_path / "cache" / "data").glob("*/train-00000.bin")
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 2] ^= 1
+            shard.write_bytes(content)
+            run.node("node-1")
+            assert run.join("node-1") == 1
+            assert re.search(r"psyche: .*train-00000.bin is corrupt", run.output("node-1"))
+
+    def test_a_corrupt_checkpoint_is_named_and_passed_over(self, tmp_path: Path) -> None:
+        config = write_config(tmp_path, members=2, rounds=FOREVER | {"start_members": 2})
+        with swarm(tmp_path / "run", config) as run:
+            run.coordinator()
+            run.node("node-1")
+            run.node("node-2")
+            run.wait("node-1", Checkpointed, lambda event: event.round == 4)
+            run.kill("node-1")
+            newest = max((run.directory / "node-1" / "checkpoints").glob("round-*"))
+            newest.write_bytes(newest.read_bytes()[:-100])
+            known = max(event.round for event in run.events("node-1", RoundCertified))
+            run.node("node-1")
+            run.wait("node-1", RoundCertified, lambda event: event.round > known)
+            assert f"{newest.name} is corrupt" in run.output("node-1")
+
+
+class TestMessages:
+    def test_each_bad_message_is_refused_and_counted_and_changes_nothing(self, tmp_path: Path) -> None:
+        config = write_config(tmp_path, members=1, rounds=FOREVER | {"total": 8})
+        with swarm(tmp_path / "run", config) as run:
+            run.coordinator()
+            run.wait("coordinator", RunStarted)
+            invite = Invite.parse((run.directory / "coordinator" / "invite").read_text())
+            answers = asyncio.run(_send_bad_messages(tmp_path, invite))
+            for what, answer in answers.items():
+                assert EXPECTED[what] in answer, f"{what}: {answer}"
+            run.node("node-1")
+            run.wait("coordinator", RunFinished)
+            refused = [event.reason for event in run.events("coordinator", Rejected)]
+            # the oversized one is stopped by its length, before it is a message at all
+            assert len(refused) >= len(EXPECTED) - 1
+            assert run.join("node-1") == 0
+            roots = certified_roots(run.directory / "coordinator" / "events.jsonl")
+            assert certified_roots(run.directory / "node-1" / "events.jsonl") == roots
+            assert "Traceback" not in run.output("coordinator")
+
+
+EXPECTED = {
+    "noise": "not an envelope",
+    "oversized": "over the limit",
+    "unknown domain": "nothing a member submits",
+    "another run": "expected",
+    "wrongly signed": "not signed by",
+    "somebody else's": "sent by",
+    "malformed body": "not a vote message",
+    "another round": "round 7 is not open",
+    "a stranger's attestation": "round 1 is not open",
+    "a forged history": "no coordinator of this run",
+}
+
+
+async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
+    """What the coordinator answers to each."""
+    me = Identity.load_or_create(directory / "attacker.key")
+    other = Identity.load_or_create(directory / "other.key")
+    run = invite.run_id
+    vote = Vote(1, bytes(32)).encode()
+    forged = me.seal("vote", run, 1, vote)
+    history = Present(5, bytes(32), bytes(32), "CPU", certificate=_forged_certificate(me, run))
+    messages = {
+        "noise": b"\xff" * 100,
+        "oversized": bytes((1 << 20) + 1),
+        "unknown domain": envelopes.encode(me.seal("board", run, 1, b"")),
+        "another run": envelopes.encode(me.seal("commitment", bytes(32), 1, Commitment(bytes(32)).encode())),
+        "wrongly signed": envelopes.encode(
+            envelopes.Envelope(forged.domain, run, 1, forged.author, forged.body, bytes(64))
+        ),
+        "somebody else's": envelopes.encode(other.seal("leave", run, 1, Leave("bye").encode())),
+        "malformed body": envelopes.encode(me.seal("vote", run, 1, b"\x93\x01\x02\x03")),
+        "another round": envelopes.encode(me.seal("commitment", run, 7, Commitment(bytes(32)).encode())),
+        "a stranger's attestation": envelopes.encode(me.seal("attestation", run, 1, Attestation(bytes(32)).encode())),
+        "a forged history": envelopes.encode(me.seal("present", run, 5, history.encode())),
+    }
+    answers = {}
+    coordinator = split_address(invite.addresses[0])[1]
+    async with await _client(me, invite) as node:
+        for what, data in messages.items():
+            try:
+                await node.rpc.call(coordinator, "submit", data, timeout=10, max_reply=64)
+                answers[what] = "accepted"
+            except (Refused, Violation, Unreachable) as error:
+                answers[what] = str(error)
+    return answers
+
+
+def _forged_certificate(me: Identity, run: bytes) -> object:
+    from psyche.protocol.messages import Accepted, Certificate, Contribution, Member, Plan, Proposal, Record, Slice
+
+    zero = bytes(32)
+    plan = Plan(5, 1, zero, zero, zero, 0, (Member(me.peer_id, 40, 1),))
+    contribution = Contribution(zero, zero, zero, (Slice(zero, 1),), 40, 2560, zero)
+    record = Record(plan, (Accepted(me.peer_id, contribution),), (), (me.peer_id,), False)
+    proposal = me.seal("proposal", run, 5, Proposal(2, record).encode())
+    vote = me.seal("vote", run, 5, Vote(2, record.hash).encode())
+    return Certificate(envelopes.encode(proposal), (envelopes.encode(vote),))
+
+
+async def _join_a_liar(directory: Path, manifest: Manifest) -> str:
+    """What ``psyche join`` says of a host that serves ``manifest`` under an invite to something else."""
+    from psyche.roles.provision import local_store
+
+    identity = Identity.load_or_create(directory / "liar.key")
+    invited = bytes(reversed(manifest.run_id))
+    host = await NetworkNode.create(identity, run_id=invited, kinds=KINDS, listen=["/ip4/127.0.0.1/tcp/0"])
+    async with host:
+        store = local_store(manifest, directory / "cache")
+        await serve_provisions(host, sign_manifest(manifest, identity), store)
+        invite = Invite(invited, tuple(await host.addresses())).encode()
+        result = await asyncio.to_thread(psyche, "join", invite, "--directory", str(directory / "victim"))
+        return said(result)
+
+
+async def _client(identity: Identity, invite: Invite) -> NetworkNode:
+    return await NetworkNode.create(
+        identity,
+        run_id=invite.run_id,
+        kinds=KINDS,
+        listen=["/ip4/127.0.0.1/tcp/0"],
+        bootstrap=invite.addresses,
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]).returncode:
+        pytest.skip("this machine does not allow mounts")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
