@@ -50,6 +50,8 @@ class Work:
     """Mean over the inner steps, nats a token."""
     lr: float
     """Of the last inner step."""
+    norm: float
+    """‖D(payload)‖₂, the same value on every node that decodes it."""
 
 
 class Replica:
@@ -109,7 +111,7 @@ class Replica:
             tokens=member.inner_steps * self.run.tokens_per_step,
             salt=self._salt(plan),
         )
-        return Work(contribution, payload, sum(losses) / len(losses), lr)
+        return Work(contribution, payload, sum(losses) / len(losses), lr, self._norm(payload))
 
     def apply(self, record: Record, payloads: Mapping[str, Payload]) -> None:
         """The outer step of a certified record, from the payloads of all it accepted.
@@ -137,6 +139,10 @@ class Replica:
             for part, encoded in zip(self.engine.layout.slices(), payload, strict=True):
                 self.codec.decode_add(encoded, 1.0, self.residual[part])
 
+    def momentum_norm(self) -> float:
+        """‖m‖₂; for people to look at, not the same on every hardware."""
+        return float(torch.linalg.vector_norm(self.outer.momentum))
+
     def heldout_loss(self, member: int, members: int) -> tuple[float, int]:
         """This member's share of the held-out set under the outer parameters: loss sum, predicted tokens.
 
@@ -152,11 +158,6 @@ class Replica:
             )
             total, tokens = total + loss, tokens + predicted
         return total, tokens
-
-    def norm(self, payload: Payload) -> float:
-        """‖D(payload)‖₂, the same value on every node. Raises ``MalformedPayload``."""
-        parts = zip(payload, self.engine.layout.slices(), strict=True)
-        return sqrt(sum(self.codec.squared_norm(encoded, part.stop - part.start) for encoded, part in parts))
 
     # --------------------------------------------------------------------------------- helpers
 
@@ -185,6 +186,10 @@ class Replica:
     def global_step(self, plan: Plan) -> int:
         """Inner steps of a member before round ``plan``, whether this node took them or not."""
         return (plan.round - 1) * self.run.rounds.inner_steps
+
+    def _norm(self, payload: Payload) -> float:
+        parts = zip(payload, self.engine.layout.slices(), strict=True)
+        return sqrt(sum(self.codec.squared_norm(encoded, part.stop - part.start) for encoded, part in parts))
 
     def _salt(self, plan: Plan) -> bytes:
         """Unguessable to others, and the same again after a restart within the round."""

@@ -17,34 +17,29 @@ from typing import TypeVar
 import torch
 
 from psyche.config import Node
-from psyche.exchange.gather import BadPayload, Gather
+from psyche.exchange.gather import Gather
 from psyche.network.blobs import FetchError
-from psyche.network.identity import Identity, open_envelope
+from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault
-from psyche.protocol.certificates import BadCertificate, check_certificate
+from psyche.protocol.acceptor import Chain, plan_fault
+from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.messages import (
     Attestation,
     Board,
     Certificate,
     Commitment,
-    Holding,
     Leave,
-    Metrics,
     Plan,
     Present,
-    Proposal,
     Record,
-    Vote,
     decode,
 )
 from psyche.protocol.state import Phase
 from psyche.roles.board import RETRY_SECONDS, BoardClient
-from psyche.roles.metrics import metrics_event
-from psyche.roles.openings import Openings
-from psyche.roles.replica import Interrupted, Payload, Replica, Work
+from psyche.roles.certification import Certification, Moved, Voter
+from psyche.roles.metrics import Meter, metrics_event
+from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
 from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.sync import fetch_state, serve_state
@@ -55,15 +50,6 @@ T = TypeVar("T")
 
 STEP_EVENT_SECONDS = 1.0
 """At most one StepDone event in this long: a laptop's log should not grow with the speed of its GPU."""
-
-
-class Moved(Exception):
-    """The run went on without this node; it must look at the board again."""
-
-    def __init__(self, *, accepted: bool = False) -> None:
-        super().__init__()
-        self.accepted = accepted
-        """Whether this node's own work is in the round's record all the same."""
 
 
 class Worker:
@@ -82,17 +68,14 @@ class Worker:
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log = identity, network, log
         self.manifest = replica.manifest
-        self._rules = rules_of(self.manifest)
+        self._voter = Voter(self.manifest, rules_of(self.manifest), certificates)
         self._client = BoardClient(self.manifest, identity, network.rpc, self._introduce, self._warn)
         self._gather = Gather(network, replica.codec, replica.engine.layout)
-        self._acceptor = Acceptor()
-        self._certificates = list(certificates)
         self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(settings.threads,))
         self._stopping = False
         self._warned = ""
-        self._clock = _Clock()
+        self._meter = Meter()
         self._saved = replica.chain.rounds
-        self._counted = (0, 0)  # bytes up and down that were reported already
 
     async def run(self) -> None:
         """Take part until the run is finished. Cancelling it says goodbye and leaves within seconds."""
@@ -137,7 +120,7 @@ class Worker:
 
     def _introduce(self) -> Present:
         chain = self.replica.chain
-        certificate = decode(Certificate, self._certificates[-1]) if self._certificates else None
+        certificate = decode(Certificate, self._voter.certificates[-1]) if self._voter.certificates else None
         return Present(chain.rounds, chain.head, chain.state_root, _describe_device(self.settings), certificate)
 
     async def _synchronise(self, board: Board) -> None:
@@ -148,7 +131,7 @@ class Worker:
             self.log.emit(events.Diverged(peer=me, round=chain.rounds, expected=expected, found=found))
         record = None
         if board.rounds:
-            record = None if board.certificate is None else self._checked(board.certificate)
+            record = self._proven(board)
             if record is None or record.plan.round != board.rounds:
                 await self._client.until(lambda new: new.version != board.version)
                 return
@@ -162,11 +145,17 @@ class Worker:
             await asyncio.sleep(RETRY_SECONDS)
             return
         await self._on_trainer(self.replica.adopt, outer, record)
-        if board.certificate is not None:
-            self._certificates.append(board.certificate.encode())
         serve_state(self.network, outer, self.replica.index, previous=chain.state_root)
         self.log.emit(events.Resynchronised(round=board.rounds, state_root=board.state_root.hex(), donor="the members"))
         await self._client.present()
+
+    def _proven(self, board: Board) -> Record | None:
+        """The last certified record, if the board proves it."""
+        try:
+            return None if board.certificate is None else self._voter.record_of(board.certificate)
+        except BadCertificate as error:
+            self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
+            return None
 
     # ------------------------------------------------------------------------------------- a round
 
@@ -176,7 +165,7 @@ class Worker:
         A node that came too late to be a member follows all the same: it takes the outer step with the others,
         and so is in step when the next round is planned.
         """
-        self._clock.start()
+        self._meter.start()
         self._gather.next_round()
         work = None
         if (quota := plan.member(self.identity.peer_id)) is not None:
@@ -184,7 +173,18 @@ class Worker:
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
             work = await self._train(plan)
         try:
-            record, payloads = await self._certify(plan, work)
+            self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
+            certification = Certification(
+                plan,
+                work,
+                self.replica.chain,
+                self.identity.peer_id,
+                voter=self._voter,
+                client=self._client,
+                gather=self._gather,
+                warn=self._warn,
+            )
+            record, payloads = await certification.run()
         except Moved as moved:
             if work is not None and not moved.accepted:
                 await self._on_trainer(self.replica.give_back, work.payload)
@@ -193,7 +193,7 @@ class Worker:
         await self._on_trainer(self.replica.apply, record, payloads)
         if work is not None and self.identity.peer_id not in payloads:
             await self._on_trainer(self.replica.give_back, work.payload)
-        self._clock.mark("exchange")
+        self._meter.mark("exchange")
         serve_state(self.network, self.replica.outer, self.replica.index, previous=before)
         self._announce_record(record)
         try:
@@ -212,7 +212,7 @@ class Worker:
         except Interrupted:
             self._warn(f"round {plan.round} closed before this node was done; it follows the others")
             return None
-        self._clock.mark("train")
+        self._meter.mark("train")
         self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))
         digest = work.contribution.commitment(self.identity.peer_id, self.manifest.run_id, plan.round)
         try:
@@ -221,97 +221,14 @@ class Worker:
             self._warn(f"this round's work was not taken: {refusal}; it is kept for the next one")
         return work
 
-    async def _certify(self, plan: Plan, work: Work | None) -> tuple[Record, dict[str, Payload]]:
-        """Open, fetch, hold, vote, until the round has a certified record and all its payloads are here."""
-        me = self.identity.peer_id
-        member = plan.member(me) is not None
-        openings = Openings(self.manifest.run_id, plan)
-        payloads: dict[str, Payload] = {}
-        board = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or not _is_open(b, plan))
-        self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
-        if work is not None and _is_open(board, plan):
-            await self._gather.offer(work.payload)
-            payloads[me] = work.payload
-            with contextlib.suppress(Refused):  # no commitment in time; the record will say so
-                await self._client.submit(work.contribution, plan.round)
-        voted = 0
-        while True:
-            record = self._certified(board, plan)
-            new = openings.update(board)
-            wanted = {a.node: a.contribution for a in record.accepted} if record else openings.contributions
-            await self._collect(plan, {n: c for n, c in wanted.items() if n not in payloads}, payloads)
-            if record is not None:
-                if not set(wanted) <= set(payloads):
-                    raise Moved(accepted=me in wanted)  # a payload is nowhere to be had: fetch the state instead
-                return record, {node: payloads[node] for node in wanted}
-            if not _is_open(board, plan):
-                raise Moved
-            if new and member:
-                await self._submit_if_open(Holding(tuple(sorted(set(payloads) & set(openings.contributions)))), plan)
-            proposal = self._proposal(board)
-            if proposal is not None and proposal.term > voted and member:
-                voted = proposal.term
-                await self._vote(proposal, openings, payloads)
-            board = await self._client.until(lambda b, seen=board.version: b.version != seen)  # type: ignore[misc]
-
-    async def _collect(self, plan: Plan, wanted: dict[str, object], payloads: dict[str, Payload]) -> None:
-        """Fetch the payloads of ``wanted`` side by side; what cannot be had is left out, with a word."""
-        members = [member.node for member in plan.members]
-
-        async def one(node: str, contribution: object) -> None:
-            try:
-                payloads[node] = await self._gather.collect(node, contribution, members)  # type: ignore[arg-type]
-            except (FetchError, BadPayload) as error:
-                self._warn(f"the payload of {node[-6:]} is missing: {error}")
-
-        async with asyncio.TaskGroup() as tasks:
-            for node, contribution in wanted.items():
-                tasks.create_task(one(node, contribution))
-
-    async def _vote(self, proposal: Proposal, openings: Openings, payloads: dict[str, Payload]) -> None:
-        try:
-            self._acceptor = consider(
-                self._acceptor,
-                proposal,
-                rules=self._rules,
-                chain=self.replica.chain,
-                opened=openings.contributions,
-                held=frozenset(payloads),
-            )
-        except Refusal as refusal:
-            self._warn(f"no vote for the record of round {proposal.record.plan.round}: {refusal}")
-            return
-        await self._submit_if_open(Vote(proposal.term, proposal.record.hash), proposal.record.plan)
-
     # ---------------------------------------------------------------------------- after the outer step
 
     async def _report(self, plan: Plan, work: Work | None) -> None:
         """Judge this node's share of the held-out set and tell the coordinator what the round was like."""
-        members = [member.node for member in plan.members]
-        heldout = self.replica.heldout_loss, members.index(self.identity.peer_id), len(members)
-        loss_sum, tokens = await self._on_trainer(*heldout)
-        traffic = self.network.traffic
-        (up, down), self._counted = (
-            (traffic.bytes_up - self._counted[0], traffic.bytes_down - self._counted[1]),
-            (traffic.bytes_up, traffic.bytes_down),
-        )
-        contribution = work.contribution if work else None
-        metrics = Metrics(
-            train_loss=work.loss if work else 0.0,
-            heldout_loss_sum=loss_sum,
-            heldout_tokens=tokens,
-            tokens=contribution.tokens if contribution else 0,
-            inner_steps=contribution.inner_steps if contribution else 0,
-            train_seconds=self._clock.seconds("train"),
-            exchange_seconds=self._clock.seconds("exchange"),
-            round_seconds=self._clock.total(),
-            lr=work.lr if work else 0.0,
-            pseudo_gradient_norm=self.replica.norm(work.payload) if work else 0.0,
-            momentum_norm=float(torch.linalg.vector_norm(self.replica.outer.momentum)),
-            bytes_up=up,
-            bytes_down=down,
-            payload_bytes=sum(part.size for part in contribution.slices) if contribution else 0,
-        )
+        rank = [member.node for member in plan.members].index(self.identity.peer_id)
+        heldout = await self._on_trainer(self.replica.heldout_loss, rank, len(plan.members))
+        momentum_norm = await self._on_trainer(self.replica.momentum_norm)
+        metrics = self._meter.metrics(work, heldout, momentum_norm, self.network.traffic)
         self.log.emit(metrics_event(self.identity.peer_id, plan.round, metrics))
         with contextlib.suppress(Refused):
             await self._client.submit(metrics, plan.round)
@@ -323,7 +240,7 @@ class Worker:
                 accepted=tuple(accepted.node for accepted in record.accepted),
                 excluded=tuple((excluded.node, excluded.reason) for excluded in record.excluded),
                 state_root=self.replica.chain.state_root.hex(),
-                seconds=self._clock.total(),
+                seconds=self._meter.total(),
             )
         )
 
@@ -338,7 +255,7 @@ class Worker:
             outer=self.replica.outer.tensor,
             residual=self.replica.residual,
             inner=self.replica.engine.state(),
-            certificates=tuple(self._certificates),
+            certificates=tuple(self._voter.certificates),
         )
         path = await self._on_trainer(
             lambda: save(checkpoint, self.directory / "checkpoints", keep=self.settings.checkpoints_kept)
@@ -377,42 +294,6 @@ class Worker:
         board = self._client.board
         return board is not None and (board.plan != plan or board.phase == Phase.CERTIFYING)
 
-    def _certified(self, board: Board, plan: Plan) -> Record | None:
-        """The record of ``plan``'s round, once the board shows a certificate of it that holds up."""
-        if board.certificate is None or board.rounds > plan.round:
-            return None
-        record = self._checked(board.certificate)
-        if record.plan != plan:
-            return None
-        if not self._certificates or self._certificates[-1] != board.certificate.encode():
-            self._certificates.append(board.certificate.encode())
-        return record
-
-    def _checked(self, certificate: Certificate) -> Record:
-        try:
-            return check_certificate(
-                certificate,
-                run_id=self.manifest.run_id,
-                coordinators=self.manifest.resolved.coordinators,
-                open_envelope=open_envelope,
-            )
-        except BadCertificate as error:
-            self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
-            raise Moved from None
-
-    def _proposal(self, board: Board) -> Proposal | None:
-        if board.proposal is None:
-            return None
-        envelope = envelopes.decode(board.proposal)
-        open_envelope(envelope, domain=Proposal.DOMAIN, run_id=self.manifest.run_id)
-        return decode(Proposal, envelope.body)
-
-    async def _submit_if_open(self, body: Holding | Vote, plan: Plan) -> None:
-        try:
-            await self._client.submit(body, plan.round)
-        except Refused as refusal:
-            self._warn(f"{body.DOMAIN} not taken: {refusal}")
-
     async def _on_trainer(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._trainer, lambda: function(*arguments))
 
@@ -429,33 +310,6 @@ def _behind(board: Board, chain: Chain) -> bool:
     """Whether the run has certified and settled a state that a node at ``chain`` does not hold."""
     known = board.state_root != bytes(32)  # a coordinator that starts again does not know it yet
     return known and board.rounds >= chain.rounds and board.state_root != chain.state_root
-
-
-class _Clock:
-    """Where the time of a round went, on this node's clock."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self._began = self._last = time.monotonic()
-        self._parts: dict[str, float] = {}
-
-    def mark(self, part: str) -> None:
-        """What passed since the last mark belongs to ``part``."""
-        now = time.monotonic()
-        self._parts[part] = now - self._last
-        self._last = now
-
-    def seconds(self, part: str) -> float:
-        return self._parts.get(part, 0.0)
-
-    def total(self) -> float:
-        return time.monotonic() - self._began
-
-
-def _is_open(board: Board, plan: Plan) -> bool:
-    return board.plan == plan
 
 
 def _use_threads(count: int | None) -> None:
