@@ -30,16 +30,18 @@ class Swarm:
     def coordinator(self) -> None:
         self._start("coordinator", "coordinator", str(self.config), "--directory", str(self.directory / "coordinator"))
 
-    def node(self, name: str) -> None:
+    def node(self, name: str, *, module: str = "psyche", config: Path | None = None) -> None:
+        """Start ``psyche join``, or a ``module`` of the tests that runs it with something changed."""
         invite = f"@{self.directory / 'coordinator' / 'invite'}"
-        place = ["--directory", str(self.directory / name), "--config", str(self.config)]
-        self._start(name, "join", invite, *place)
+        place = ["--directory", str(self.directory / name), "--config", str(config or self.config)]
+        command = ["join"] if module == "psyche" else []
+        self._start(name, *command, invite, *place, module=module)
 
-    def _start(self, name: str, *arguments: str) -> None:
+    def _start(self, name: str, *arguments: str, module: str = "psyche") -> None:
         environment = os.environ | {"PSYCHE_PARENT": str(os.getpid())}
         with (self.directory / f"{name}.log").open("ab") as output:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "psyche", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

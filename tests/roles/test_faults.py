@@ -101,17 +101,30 @@ def test_a_node_with_other_bits_is_told_and_resynchronises(tmp_path: Path) -> No
         run.coordinator()
         for number in range(1, 4):
             run.node(f"node-{number}")
-        run.processes["node-4"] = subprocess.Popen(
-            [sys.executable, "-m", "tests.roles.bitflip", f"@{run.directory}/coordinator/invite",
-             "--directory", str(run.directory / "node-4"), "--config", str(config)],
-            stdout=(run.directory / "node-4.log").open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        run.node("node-4", module="tests.roles.bitflip")
         told = run.wait("coordinator", Diverged)
         run.wait("node-4", Resynchronised)
         run.wait("coordinator", RoundCertified, lambda event: event.round > told.round and told.peer in event.accepted)
         found = run.events("node-4", RoundCertified)
         assert [event.state_root for event in found if event.round == told.round] == [told.found]
         _stop_and_compare(run, ["node-1", "node-2", "node-3"])
+
+
+def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> None:
+    """Another cache, so no token store; other random numbers, so another initial state."""
+    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 4, "start_members": 2})
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(config.read_text().replace(str(tmp_path / "cache"), str(tmp_path / "other-cache")))
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        run.node("node-1")
+        run.node("node-2", module="tests.roles.stranger", config=elsewhere)
+        for name in ("node-1", "node-2", "coordinator"):
+            assert run.join(name) == 0, run.output(name)
+        assert [event.round for event in run.events("node-2", Resynchronised)] == [0]
+        roots = certified_roots(run.directory / "coordinator" / "events.jsonl")
+        assert certified_roots(run.directory / "node-2" / "events.jsonl") == roots
+        assert list((tmp_path / "other-cache" / "data").glob("run-*/train-00000.bin"))
 
 
 def test_nothing_is_left_behind_when_the_launcher_is_stopped_or_killed(tmp_path: Path) -> None:
