@@ -86,6 +86,7 @@ class Certification:
         self._openings = Openings(voter.manifest.run_id, plan)
         self._payloads: dict[str, Payload] = {}
         self._fetches: dict[str, asyncio.Task[None]] = {}
+        self._failed: set[str] = set()
         self._member = plan.member(me) is not None
         self._told: frozenset[str] = frozenset()
         self._voted = 0
@@ -99,12 +100,13 @@ class Certification:
                 record = self._certified(board)
                 self._openings.update(board)
                 wanted = {a.node: a.contribution for a in record.accepted} if record else self._openings.contributions
-                self._fetch(wanted)
-                if record is not None and set(wanted) <= set(self._payloads):
+                missing = set(wanted) - set(self._payloads)
+                if record is not None and not missing:
                     return record, {node: self._payloads[node] for node in wanted}
-                if board.plan != self._plan and not self._fetches:
-                    # Either the round came to nothing, or one of its payloads is not to be had any more.
+                if board.plan != self._plan and (record is None or missing & self._failed):
+                    # Either the round came to nothing, or a payload it accepted is not to be had any more.
                     raise Moved(accepted=record is not None and self._me in wanted)
+                self._fetch(wanted, missing - self._failed)
                 if self._member and board.plan == self._plan:
                     await self._hold()
                     await self._vote(board)
@@ -122,19 +124,19 @@ class Certification:
         with contextlib.suppress(Refused):  # it was not committed to in time; the record will say so
             await self._client.submit(self._work.contribution, self._plan.round)
 
-    def _fetch(self, wanted: dict[str, Contribution]) -> None:
-        """Start fetching what is wanted and neither here nor on its way. Failures are tried again at each board."""
+    def _fetch(self, wanted: dict[str, Contribution], nodes: set[str]) -> None:
+        """Start fetching the payloads of ``nodes`` that are not on their way already."""
         members = [member.node for member in self._plan.members]
 
         async def one(node: str) -> None:
             try:
                 self._payloads[node] = await self._gather.collect(node, wanted[node], members)
             except (FetchError, BadPayload) as error:
+                self._failed.add(node)
                 self._warn(f"the payload of {node[-6:]} is missing: {error}")
 
-        for node in wanted:
-            if node not in self._payloads and node not in self._fetches:
-                self._fetches[node] = asyncio.create_task(one(node))
+        for node in sorted(nodes - set(self._fetches)):
+            self._fetches[node] = asyncio.create_task(one(node))
 
     async def _hold(self) -> None:
         """Say whose payloads are here, whenever there are more."""
@@ -175,7 +177,11 @@ class Certification:
             await asyncio.wait({changed, *self._fetches.values()}, return_when=asyncio.FIRST_COMPLETED)
             for node in [node for node, task in self._fetches.items() if task.done()]:
                 self._fetches.pop(node).result()
-            return changed.result() if changed.done() else board
+            if not changed.done():
+                return board
+            if changed.result().plan == self._plan:
+                self._failed.clear()  # others may have by now what could not be had before
+            return changed.result()
         finally:
             changed.cancel()
 
