@@ -8,14 +8,14 @@ argument; nothing here reads a clock, so every rule can be tested by replaying e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from psyche.numerics.digest import digest
 from psyche.protocol.assignment import next_position
 from psyche.protocol.deadlines import WINDOW, adaptive
-from psyche.protocol.messages import Accepted, Contribution, Excluded, Member, Plan, Record
+from psyche.protocol.messages import MAX_MEMBERS, Accepted, Contribution, Excluded, Member, Plan, Record
 from psyche.protocol.state import (
     Abandoned,
     Arrived,
@@ -85,7 +85,7 @@ def _absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Left(node, reason):
             return _without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
         case Restored(record):
-            return _restore(rules, state, record), []
+            return _restore(rules, state, record)
         case _:
             refusal = _refusal(rules, state, event)
             if refusal:
@@ -99,7 +99,7 @@ def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Vote
     if current is None or current.plan.round != event.round:
         return f"round {event.round} is not open; the run has certified {state.rounds} rounds"
     # Who only follows a round may attest, too: that is how a newcomer gets into the next one.
-    if current.plan.member(event.node) is None and not isinstance(event, Attested):
+    if current.plan.member(event.node) is None and not (isinstance(event, Attested) and event.node in state.peers):
         return f"not a member of round {event.round}"
     if isinstance(event, Committed):
         if current.closed is not None:
@@ -112,8 +112,8 @@ def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Vote
     match event:
         case Opened():
             return _bad_opening(rules, current, event)
-        case Held() | Attested():
-            return None
+        case Attested() if not current.certified:
+            return f"round {event.round} is not certified yet"
         case Voted():
             if current.proposal is None or event.term != current.term:
                 return f"no proposal of term {event.term} is open"
@@ -165,7 +165,8 @@ def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, n
                 current, contributions=_put(current.contributions, node, (event.contribution, event.proof))
             )
         case Held():
-            current = replace(current, holdings=_put(current.holdings, node, event.nodes))
+            members = {member.node for member in current.plan.members}
+            current = replace(current, holdings=_put(current.holdings, node, event.nodes & members))
         case Voted():
             current = replace(current, votes=_put(current.votes, node, event.proof))
         case Attested():
@@ -175,19 +176,31 @@ def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, n
     return replace(state, round=current)
 
 
-def _restore(rules: Rules, state: State, record: Record) -> State:
-    """Take over a certified history longer than ours. Only between rounds: a round in progress stands."""
-    if state.round is not None or record.plan.round <= state.rounds:
-        return state
-    return replace(
+def _restore(rules: Rules, state: State, record: Record) -> Step:
+    """Take over a certified history longer than ours.
+
+    It can only be ours, from before a restart: a round that was opened meanwhile in ignorance of it is dropped. What
+    this coordinator has certified itself stands.
+    """
+    if record.plan.round <= state.rounds:
+        return state, []
+    effects: list[Effect] = []
+    if (current := state.round) is not None:
+        if current.certified or record.plan.round < current.plan.round:
+            return state, []
+        effects.append(Abandoned(current.plan.round, f"round {record.plan.round} was certified before a restart"))
+    restored = replace(
         state,
+        phase=Phase.PAUSED,
         rounds=record.plan.round,
         head=record.hash,
         state_root=b"",
         position=next_position(record.plan, rules.batch_size),
         term=max(state.term, record.plan.term),
         electorate=record.electorate,
+        round=None,
     )
+    return restored, effects
 
 
 # ----------------------------------------------------------------------------------- transitions
@@ -238,7 +251,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         base_root=state.state_root,
         seed=round_seed(state.head),
         position=state.position,
-        members=tuple(Member(node, rules.inner_steps, 1) for node in ready),
+        members=tuple(Member(node, rules.inner_steps, 1) for node in _seated(ready, round_seed(state.head))),
     )
     least, most = rules.round_bounds
     allowed = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
@@ -277,7 +290,7 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
     if (unopened or lacking) and now < current.deadline:
         return state, []
     votes = {member.node: member.votes for member in current.plan.members}
-    held = {node: sum(votes[holder] for holder, nodes in current.holdings.items() if node in nodes) for node in opened}
+    held = {node: sum(votes[one] for one in living if node in current.holdings.get(one, ())) for node in opened}
     # Members that lack a payload can still get it from a holder; one that few hold may be gone for good.
     total = sum(votes[node] for node in living)
     accepted = frozenset(node for node in opened if quorum(held[node], total))
@@ -365,6 +378,13 @@ def _propose(
     term = state.term + 1
     proposed = replace(current, term=term, proposal=record, votes={}, deadline=now + _exchange_allowed(rules, state))
     return replace(state, term=term, round=proposed, note=""), [Proposed(term, record)]
+
+
+def _seated(ready: Sequence[str], seed: bytes) -> list[str]:
+    """As many of ``ready`` as a plan has room for, drawn by the round's seed, in ascending order."""
+    if len(ready) <= MAX_MEMBERS:
+        return list(ready)
+    return sorted(sorted(ready, key=lambda node: digest("seat", seed, node.encode()))[:MAX_MEMBERS])
 
 
 def _exclusion(state: State, current: Round, node: str) -> str:
