@@ -8,7 +8,7 @@ argument; nothing here reads a clock, so every rule can be tested by replaying e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -165,8 +165,13 @@ def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, n
                 current, contributions=_put(current.contributions, node, (event.contribution, event.proof))
             )
         case Held():
-            members = {member.node for member in current.plan.members}
-            current = replace(current, holdings=_put(current.holdings, node, event.nodes & members))
+            held = event.nodes & {member.node for member in current.plan.members}
+            if held != current.holdings.get(node):
+                current = replace(
+                    current,
+                    holdings=_put(current.holdings, node, held),
+                    held_at=_put(current.held_at, node, now),
+                )
         case Voted():
             current = replace(current, votes=_put(current.votes, node, event.proof))
         case Attested():
@@ -276,6 +281,9 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
         if state.phase is Phase.TRAINING and current.commitments:
             return replace(state, phase=Phase.COMMITTING), []
         return state, []
+    # Who is here and did not make it took at least this long; without them a deadline could only ever shrink.
+    late = (now - current.opened for _ in missing)
+    state = replace(state, commit_seconds=_observed(state.commit_seconds, *late))
     if not current.commitments:
         return _abandon(state, current, "no member committed before the deadline")
     closed = replace(current, closed=now, deadline=now + _exchange_allowed(rules, state))
@@ -289,15 +297,15 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
     lacking = [node for node in living if not opened <= current.holdings.get(node, frozenset())]
     if (unopened or lacking) and now < current.deadline:
         return state, []
-    votes = {member.node: member.votes for member in current.plan.members}
-    held = {node: sum(votes[one] for one in living if node in current.holdings.get(one, ())) for node in opened}
-    # Members that lack a payload can still get it from a holder; one that few hold may be gone for good.
-    total = sum(votes[node] for node in living)
-    accepted = frozenset(node for node in opened if quorum(held[node], total))
+    # All must be able to vote for the record, so it is about what they hold in common.
+    accepted, _ = _held_in_common(current, opened, living, quorum)
     if not accepted:
-        return _abandon(state, current, "no payload reached more than two thirds of the members")
+        accepted, _ = _held_in_common(current, opened, living, _half)
+    if not accepted:
+        return _abandon(state, current, "no payload reached half of the members")
     assert current.closed is not None
-    observed = _observed(state.exchange_seconds, now - current.closed)
+    done = (current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now for node in living)
+    observed = _observed(state.exchange_seconds, *(at - current.closed for at in done))
     electorate = tuple(member.node for member in current.plan.members)
     return _propose(rules, replace(state, exchange_seconds=observed), current, accepted, electorate, now)
 
@@ -312,12 +320,19 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
         return replace(state, round=certified), [effect]
     if now < current.deadline:
         return state, []
-    survivors = tuple(node for node in _living(state, current) if node in current.holdings)
-    held_by_all = frozenset(a.node for a in record.accepted if all(a.node in current.holdings[s] for s in survivors))
-    if not survivors or not held_by_all:
+    living = _living(state, current)
+    if not living:
         note = f"round {current.plan.round} waits for votes of {_names(set(record.electorate) - set(current.votes))}"
         return (state, []) if state.note == note else (replace(state, note=note), [])
-    return _propose(rules, state, current, held_by_all, survivors, now)
+    # Who was asked for a vote and gave none is not waited for twice, whatever it says it holds; nor does it get to
+    # say what the others vote on. Where nobody voted there is nobody to go on with, and all are asked once more.
+    asked = [node for node in living if node in current.votes or node not in record.electorate]
+    if not asked and current.term <= current.plan.term + 1:
+        asked = living
+    accepted, holders = _held_in_common(current, frozenset(a.node for a in record.accepted), asked, _half)
+    if not accepted:
+        return _abandon(state, current, "nobody voted" if not asked else "the voters hold no payload in common")
+    return _propose(rules, state, current, accepted, tuple(holders), now)
 
 
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:
@@ -327,20 +342,26 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     waiting = [n for n, peer in state.peers.items() if peer.state_root == base and n not in current.attestations]
     if waiting and now < current.deadline:
         return state, []
-    roots = set(current.attestations.values())
-    agreed = [
-        root for root in roots if carries_quorum(current.plan, _having(current.attestations, root), record.electorate)
-    ]
+    # The state after a round is computed, not chosen: where fewer than half of the members lie, a root that more than
+    # half of them found is the right one. Members that attest count, in the electorate or not, so that a small
+    # electorate is no shortcut; who only followed the round does not.
+    votes = {member.node: member.votes for member in current.plan.members}
+    total = sum(votes[node] for node in votes if node in record.electorate or node in current.attestations)
+    found = {root: _having(current.attestations, root) for root in set(current.attestations.values())}
+    agreed = [root for root, nodes in found.items() if 2 * sum(votes.get(node, 0) for node in nodes) > total]
     if not agreed:
-        note = f"no two thirds of the members agree on the state after round {current.plan.round}"
+        silent = set(record.electorate) - set(current.attestations)
+        note = f"no half of the members agrees on the state after round {current.plan.round}" + (
+            f"; waiting for {_names(silent)}" if silent else ""
+        )
         if (state.phase, state.note) == (Phase.PAUSED, note):
             return state, []
         return replace(state, phase=Phase.PAUSED, note=note), []
     root = agreed[0]
     effects: list[Effect] = [Settled(current.plan.round, root)]
-    for node, found in sorted(current.attestations.items()):
-        if found != root:
-            effects.append(Diverged(node, current.plan.round, root, found))
+    for node, other in sorted(current.attestations.items()):
+        if other != root:
+            effects.append(Diverged(node, current.plan.round, root, other))
     settled = replace(
         state,
         phase=Phase.WAITING,
@@ -380,6 +401,29 @@ def _propose(
     return replace(state, term=term, round=proposed, note=""), [Proposed(term, record)]
 
 
+def _held_in_common(
+    current: Round, candidates: frozenset[str], among: Sequence[str], enough: Callable[[int, int], bool]
+) -> tuple[frozenset[str], list[str]]:
+    """Contributions that ``enough`` of the members ``among`` hold every one of, and those members.
+
+    The least held are given up first; without any that would do, both are empty.
+    """
+    votes = {member.node: member.votes for member in current.plan.members}
+    total = sum(votes[node] for node in among)
+    held = {node: current.holdings.get(node, frozenset()) for node in among}
+    reach = {one: sum(votes[node] for node in among if one in held[node]) for one in candidates}
+    for given_up in sorted(candidates, key=lambda one: (reach[one], one)):
+        holders = [node for node in among if candidates <= held[node]]
+        if enough(sum(votes[node] for node in holders), total):
+            return candidates, holders
+        candidates -= {given_up}
+    return frozenset(), []
+
+
+def _half(yes: int, total: int) -> bool:
+    return total > 0 and 2 * yes >= total
+
+
 def _seated(ready: Sequence[str], seed: bytes) -> list[str]:
     """As many of ``ready`` as a plan has room for, drawn by the round's seed, in ascending order."""
     if len(ready) <= MAX_MEMBERS:
@@ -398,7 +442,9 @@ def _exclusion(state: State, current: Round, node: str) -> str:
 
 
 def _abandon(state: State, current: Round, reason: str) -> Step:
-    return replace(state, phase=Phase.WAITING, round=None, note=reason), [Abandoned(current.plan.round, reason)]
+    """The round ends without a record. Deadlines that could not be kept are forgotten, not set once more."""
+    waiting = replace(state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), exchange_seconds=())
+    return waiting, [Abandoned(current.plan.round, reason)]
 
 
 def _exchange_allowed(rules: Rules, state: State) -> float:
@@ -438,8 +484,8 @@ def _put(mapping: Mapping[str, V], key: str, value: V) -> dict[str, V]:
     return {**mapping, key: value}
 
 
-def _observed(values: tuple[float, ...], value: float) -> tuple[float, ...]:
-    return (*values, value)[-WINDOW:]
+def _observed(values: tuple[float, ...], *more: float) -> tuple[float, ...]:
+    return (*values, *more)[-WINDOW:]
 
 
 def _names(nodes: Iterable[str]) -> str:
