@@ -112,13 +112,13 @@ def test_error_feedback_identity(local: Tensor, beta: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(len(local), generator=generator)
     residual = torch.randn(len(local), generator=generator) * 1e-3
-    b, l, e = base.numpy().copy(), local.numpy().copy(), residual.numpy().copy()
+    b, w, e = base.numpy().copy(), local.numpy().copy(), residual.numpy().copy()
     payload = used.encode(base, local, residual, beta)
-    wanted = e * np.float32(beta) + (b - l)
+    wanted = e * np.float32(beta) + (b - w)
     kept = wanted - decoded(used, payload, len(local)).numpy()
     assert (bits(residual) == kept.view(np.uint32)).all()
     assert (base.numpy() == b).all()
-    assert (local.numpy() == l).all()
+    assert (local.numpy() == w).all()
 
 
 @LIMITS
