@@ -50,7 +50,8 @@ def _check(certificate: Certificate, run_id: bytes, coordinators: Collection[str
             raise BadCertificate(f"the vote of {envelope.author} is for something else")
         voters.add(envelope.author)
     if not carries_quorum(plan, voters, record.electorate):
-        raise BadCertificate(f"{len(voters)} votes are not more than two thirds of {len(record.electorate)}")
+        counted = len(voters & set(record.electorate))
+        raise BadCertificate(f"{counted} votes are not more than two thirds of {len(record.electorate)}")
     return record
 
 

@@ -8,14 +8,14 @@ argument; nothing here reads a clock, so every rule can be tested by replaying e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from psyche.numerics.digest import digest
 from psyche.protocol.assignment import next_position
 from psyche.protocol.deadlines import WINDOW, adaptive
-from psyche.protocol.messages import Accepted, Contribution, Excluded, Member, Plan, Record
+from psyche.protocol.messages import MAX_MEMBERS, Accepted, Contribution, Excluded, Member, Plan, Record
 from psyche.protocol.state import (
     Abandoned,
     Arrived,
@@ -85,7 +85,7 @@ def _absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Left(node, reason):
             return _without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
         case Restored(record):
-            return _restore(rules, state, record), []
+            return _restore(rules, state, record)
         case _:
             refusal = _refusal(rules, state, event)
             if refusal:
@@ -99,7 +99,7 @@ def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Vote
     if current is None or current.plan.round != event.round:
         return f"round {event.round} is not open; the run has certified {state.rounds} rounds"
     # Who only follows a round may attest, too: that is how a newcomer gets into the next one.
-    if current.plan.member(event.node) is None and not isinstance(event, Attested):
+    if current.plan.member(event.node) is None and not (isinstance(event, Attested) and event.node in state.peers):
         return f"not a member of round {event.round}"
     if isinstance(event, Committed):
         if current.closed is not None:
@@ -112,8 +112,8 @@ def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Vote
     match event:
         case Opened():
             return _bad_opening(rules, current, event)
-        case Held() | Attested():
-            return None
+        case Attested() if not current.certified:
+            return f"round {event.round} is not certified yet"
         case Voted():
             if current.proposal is None or event.term != current.term:
                 return f"no proposal of term {event.term} is open"
@@ -165,7 +165,13 @@ def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, n
                 current, contributions=_put(current.contributions, node, (event.contribution, event.proof))
             )
         case Held():
-            current = replace(current, holdings=_put(current.holdings, node, event.nodes))
+            held = event.nodes & {member.node for member in current.plan.members}
+            if held != current.holdings.get(node):
+                current = replace(
+                    current,
+                    holdings=_put(current.holdings, node, held),
+                    held_at=_put(current.held_at, node, now),
+                )
         case Voted():
             current = replace(current, votes=_put(current.votes, node, event.proof))
         case Attested():
@@ -175,19 +181,31 @@ def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, n
     return replace(state, round=current)
 
 
-def _restore(rules: Rules, state: State, record: Record) -> State:
-    """Take over a certified history longer than ours. Only between rounds: a round in progress stands."""
-    if state.round is not None or record.plan.round <= state.rounds:
-        return state
-    return replace(
+def _restore(rules: Rules, state: State, record: Record) -> Step:
+    """Take over a certified history longer than ours.
+
+    It can only be ours, from before a restart: a round that was opened meanwhile in ignorance of it is dropped. What
+    this coordinator has certified itself stands.
+    """
+    if record.plan.round <= state.rounds:
+        return state, []
+    effects: list[Effect] = []
+    if (current := state.round) is not None:
+        if current.certified or record.plan.round < current.plan.round:
+            return state, []
+        effects.append(Abandoned(current.plan.round, f"round {record.plan.round} was certified before a restart"))
+    restored = replace(
         state,
+        phase=Phase.PAUSED,
         rounds=record.plan.round,
         head=record.hash,
         state_root=b"",
         position=next_position(record.plan, rules.batch_size),
         term=max(state.term, record.plan.term),
         electorate=record.electorate,
+        round=None,
     )
+    return restored, effects
 
 
 # ----------------------------------------------------------------------------------- transitions
@@ -238,7 +256,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         base_root=state.state_root,
         seed=round_seed(state.head),
         position=state.position,
-        members=tuple(Member(node, rules.inner_steps, 1) for node in ready),
+        members=tuple(Member(node, rules.inner_steps, 1) for node in _seated(ready, round_seed(state.head))),
     )
     least, most = rules.round_bounds
     allowed = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
@@ -263,6 +281,9 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
         if state.phase is Phase.TRAINING and current.commitments:
             return replace(state, phase=Phase.COMMITTING), []
         return state, []
+    # Who is here and did not make it took at least this long; without them a deadline could only ever shrink.
+    late = (now - current.opened for _ in missing)
+    state = replace(state, commit_seconds=_observed(state.commit_seconds, *late))
     if not current.commitments:
         return _abandon(state, current, "no member committed before the deadline")
     closed = replace(current, closed=now, deadline=now + _exchange_allowed(rules, state))
@@ -276,15 +297,15 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
     lacking = [node for node in living if not opened <= current.holdings.get(node, frozenset())]
     if (unopened or lacking) and now < current.deadline:
         return state, []
-    votes = {member.node: member.votes for member in current.plan.members}
-    held = {node: sum(votes[holder] for holder, nodes in current.holdings.items() if node in nodes) for node in opened}
-    # Members that lack a payload can still get it from a holder; one that few hold may be gone for good.
-    total = sum(votes[node] for node in living)
-    accepted = frozenset(node for node in opened if quorum(held[node], total))
+    # All must be able to vote for the record, so it is about what they hold in common.
+    accepted, _ = _held_in_common(current, opened, living, quorum)
     if not accepted:
-        return _abandon(state, current, "no payload reached more than two thirds of the members")
+        accepted, _ = _held_in_common(current, opened, living, _half)
+    if not accepted:
+        return _abandon(state, current, "no payload reached half of the members")
     assert current.closed is not None
-    observed = _observed(state.exchange_seconds, now - current.closed)
+    done = (current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now for node in living)
+    observed = _observed(state.exchange_seconds, *(at - current.closed for at in done))
     electorate = tuple(member.node for member in current.plan.members)
     return _propose(rules, replace(state, exchange_seconds=observed), current, accepted, electorate, now)
 
@@ -299,12 +320,19 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
         return replace(state, round=certified), [effect]
     if now < current.deadline:
         return state, []
-    survivors = tuple(node for node in _living(state, current) if node in current.holdings)
-    held_by_all = frozenset(a.node for a in record.accepted if all(a.node in current.holdings[s] for s in survivors))
-    if not survivors or not held_by_all:
+    living = _living(state, current)
+    if not living:
         note = f"round {current.plan.round} waits for votes of {_names(set(record.electorate) - set(current.votes))}"
         return (state, []) if state.note == note else (replace(state, note=note), [])
-    return _propose(rules, state, current, held_by_all, survivors, now)
+    # Who was asked for a vote and gave none is not waited for twice, whatever it says it holds; nor does it get to
+    # say what the others vote on. Where nobody voted there is nobody to go on with, and all are asked once more.
+    asked = [node for node in living if node in current.votes or node not in record.electorate]
+    if not asked and current.term <= current.plan.term + 1:
+        asked = living
+    accepted, holders = _held_in_common(current, frozenset(a.node for a in record.accepted), asked, _half)
+    if not accepted:
+        return _abandon(state, current, "nobody voted" if not asked else "the voters hold no payload in common")
+    return _propose(rules, state, current, accepted, tuple(holders), now)
 
 
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:
@@ -314,20 +342,26 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     waiting = [n for n, peer in state.peers.items() if peer.state_root == base and n not in current.attestations]
     if waiting and now < current.deadline:
         return state, []
-    roots = set(current.attestations.values())
-    agreed = [
-        root for root in roots if carries_quorum(current.plan, _having(current.attestations, root), record.electorate)
-    ]
+    # The state after a round is computed, not chosen: where fewer than half of the members lie, a root that more than
+    # half of them found is the right one. Members that attest count, in the electorate or not, so that a small
+    # electorate is no shortcut; who only followed the round does not.
+    votes = {member.node: member.votes for member in current.plan.members}
+    total = sum(votes[node] for node in votes if node in record.electorate or node in current.attestations)
+    found = {root: _having(current.attestations, root) for root in set(current.attestations.values())}
+    agreed = [root for root, nodes in found.items() if 2 * sum(votes.get(node, 0) for node in nodes) > total]
     if not agreed:
-        note = f"no two thirds of the members agree on the state after round {current.plan.round}"
+        silent = set(record.electorate) - set(current.attestations)
+        note = f"no half of the members agrees on the state after round {current.plan.round}" + (
+            f"; waiting for {_names(silent)}" if silent else ""
+        )
         if (state.phase, state.note) == (Phase.PAUSED, note):
             return state, []
         return replace(state, phase=Phase.PAUSED, note=note), []
     root = agreed[0]
     effects: list[Effect] = [Settled(current.plan.round, root)]
-    for node, found in sorted(current.attestations.items()):
-        if found != root:
-            effects.append(Diverged(node, current.plan.round, root, found))
+    for node, other in sorted(current.attestations.items()):
+        if other != root:
+            effects.append(Diverged(node, current.plan.round, root, other))
     settled = replace(
         state,
         phase=Phase.WAITING,
@@ -367,6 +401,36 @@ def _propose(
     return replace(state, term=term, round=proposed, note=""), [Proposed(term, record)]
 
 
+def _held_in_common(
+    current: Round, candidates: frozenset[str], among: Sequence[str], enough: Callable[[int, int], bool]
+) -> tuple[frozenset[str], list[str]]:
+    """Contributions that ``enough`` of the members ``among`` hold every one of, and those members.
+
+    The least held are given up first; without any that would do, both are empty.
+    """
+    votes = {member.node: member.votes for member in current.plan.members}
+    total = sum(votes[node] for node in among)
+    held = {node: current.holdings.get(node, frozenset()) for node in among}
+    reach = {one: sum(votes[node] for node in among if one in held[node]) for one in candidates}
+    for given_up in sorted(candidates, key=lambda one: (reach[one], one)):
+        holders = [node for node in among if candidates <= held[node]]
+        if enough(sum(votes[node] for node in holders), total):
+            return candidates, holders
+        candidates -= {given_up}
+    return frozenset(), []
+
+
+def _half(yes: int, total: int) -> bool:
+    return total > 0 and 2 * yes >= total
+
+
+def _seated(ready: Sequence[str], seed: bytes) -> list[str]:
+    """As many of ``ready`` as a plan has room for, drawn by the round's seed, in ascending order."""
+    if len(ready) <= MAX_MEMBERS:
+        return list(ready)
+    return sorted(sorted(ready, key=lambda node: digest("seat", seed, node.encode()))[:MAX_MEMBERS])
+
+
 def _exclusion(state: State, current: Round, node: str) -> str:
     """The reason that stands in the record, and that the node can read."""
     gone = "" if node in state.peers else "; it was not heard from any more"
@@ -378,7 +442,9 @@ def _exclusion(state: State, current: Round, node: str) -> str:
 
 
 def _abandon(state: State, current: Round, reason: str) -> Step:
-    return replace(state, phase=Phase.WAITING, round=None, note=reason), [Abandoned(current.plan.round, reason)]
+    """The round ends without a record. Deadlines that could not be kept are forgotten, not set once more."""
+    waiting = replace(state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), exchange_seconds=())
+    return waiting, [Abandoned(current.plan.round, reason)]
 
 
 def _exchange_allowed(rules: Rules, state: State) -> float:
@@ -418,8 +484,8 @@ def _put(mapping: Mapping[str, V], key: str, value: V) -> dict[str, V]:
     return {**mapping, key: value}
 
 
-def _observed(values: tuple[float, ...], value: float) -> tuple[float, ...]:
-    return (*values, value)[-WINDOW:]
+def _observed(values: tuple[float, ...], *more: float) -> tuple[float, ...]:
+    return (*values, *more)[-WINDOW:]
 
 
 def _names(nodes: Iterable[str]) -> str:

@@ -62,6 +62,8 @@ class Round:
     closed: float | None = None
     contributions: Mapping[str, tuple[Contribution, bytes]] = field(default_factory=dict)
     holdings: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    held_at: Mapping[str, float] = field(default_factory=dict)
+    """When each member last said something new of what it holds."""
     term: int = 0
     proposal: Record | None = None
     votes: Mapping[str, bytes] = field(default_factory=dict)
@@ -208,7 +210,7 @@ class Certified:
 
 @dataclass(frozen=True)
 class Settled:
-    """More than two thirds attested the same state after round ``round``."""
+    """More than half of the members attested the same state after round ``round``."""
 
     round: int
     state_root: bytes

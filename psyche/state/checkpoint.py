@@ -6,6 +6,7 @@ A file is written under a temporary name, flushed to disk, hashed and only then 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -53,7 +54,7 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
-    """Write a checkpoint and drop all but the newest ``keep``. Raises :class:`PsycheError` on a full disk."""
+    """Write a checkpoint and drop all but the newest ``keep`` up to it. Raises :class:`PsycheError` on a full disk."""
     tensors = {"outer": checkpoint.outer, "certificates": _pack(checkpoint.certificates)}
     if checkpoint.residual is not None:
         tensors["residual"] = checkpoint.residual
@@ -62,7 +63,7 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
     meta = _Meta(
         FORMAT, checkpoint.run_id.hex(), chain.rounds, chain.head.hex(), chain.state_root.hex(), chain.position
     )
-    temporary = directory / f".writing-{os.getpid()}"
+    temporary = directory / ".writing"  # always the same: what a killed process left is overwritten
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={"psyche": msgspec.json.encode(meta).decode()})
@@ -72,11 +73,13 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
         temporary.replace(path)
         _sync_directory(directory)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space there or choose another --directory" if full else "check its permissions"
         raise PsycheError(f"cannot write a checkpoint to {directory}: {error}; {mend}") from None
-    for _, old in list(_files(directory))[keep:]:
+    # Later rounds than this one are corrupt, or another run's: they must not count against the good ones.
+    for _, old in [found for found in _files(directory) if found[1].name[:14] <= path.name[:14]][keep:]:
         old.unlink(missing_ok=True)
     return path
 

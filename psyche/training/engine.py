@@ -110,14 +110,18 @@ class TorchEngine:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         loaded: dict[Tensor, dict[str, Tensor]] = {}
+        unknown = set(state)
         for name, parameter in self._named_parameters():
             own = {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in state}
-            if own and (len(own) != 3 or own["exp_avg"].shape != parameter.shape):
+            unknown -= {f"{key}/{name}" for key in own}
+            if own and (len(own) != 3 or not own["exp_avg"].shape == own["exp_avg_sq"].shape == parameter.shape):
                 raise ValueError(f"the inner optimizer state does not fit {name}")
             if own:
                 loaded[parameter] = {
                     key: value.clone().to(self.device) if key != "step" else value.clone() for key, value in own.items()
                 }
+        if unknown:
+            raise ValueError(f"the inner optimizer state has {min(unknown)}, which this model has not")
         self._optimizer.state.clear()
         self._optimizer.state.update(loaded)
 

@@ -17,12 +17,16 @@ LEVELS = 127
 """Codes run from −127 to 127; −128 is never produced and refused on arrival, so that Q is odd."""
 
 
+MAX_SCALE = float(np.nextafter(np.finfo(np.float32).max / np.float32(LEVELS), np.float32(0)))
+"""The largest fp32 of which 127 times is finite: the largest fp32 over 127 itself is rounded up, beyond it."""
+
+
 class Int8(Codec):
     """scale = absmax / 127; code = round-half-even(x / scale); D = code × scale. 8.125 bits a parameter.
 
     All operations are IEEE fp32 with one rounding each. Where absmax / 127 underflows to zero the codes are
-    zero; where it is subnormal the quotient may pass 127 and is clamped. The body is all codes (int8), then
-    all scales (little-endian fp32).
+    zero; where it is subnormal the quotient may pass 127 and is clamped. A scale is at most ``MAX_SCALE``, so
+    that no value overflows. The body is all codes (int8), then all scales (little-endian fp32).
     """
 
     name = "int8"
@@ -39,7 +43,7 @@ class Int8(Codec):
 
     def _quantize(self, values: Tensor) -> bytes:
         blocks = values.view(-1, BLOCK)
-        scales = blocks.abs().amax(dim=1, keepdim=True).div_(LEVELS)
+        scales = blocks.abs().amax(dim=1, keepdim=True).div_(LEVELS).clamp_(max=MAX_SCALE)
         # 0/0 is the only NaN that can arise here: an all-zero (or underflowing) block, whose codes are zero
         codes = blocks.div(scales).round_().clamp_(-LEVELS, LEVELS)
         codes = torch.where(scales > 0, codes, 0.0).to(torch.int8)
@@ -56,9 +60,8 @@ class Int8(Codec):
             raise MalformedPayload("a scale is negative, NaN or infinite")
         if (codes == -128).any():
             raise MalformedPayload("a code is −128")
-        with np.errstate(over="ignore"):
-            if not np.isfinite(scales * np.float32(LEVELS)).all():
-                raise MalformedPayload("a scale is so large that its values would overflow")
+        if (scales > np.float32(MAX_SCALE)).any():
+            raise MalformedPayload("a scale is so large that its values would overflow")
 
 
 def _split(body: memoryview, count: int) -> tuple[np.ndarray, np.ndarray]:

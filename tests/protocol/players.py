@@ -1,0 +1,280 @@
+"""Nodes by name, and a coordinator's state machine that keeps an eye on its own promises."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from psyche.numerics.digest import digest
+from psyche.protocol.messages import Contribution, Plan, Record, Slice
+from psyche.protocol.rounds import carries_quorum, tick
+from psyche.protocol.state import (
+    Arrived,
+    Attested,
+    Certified,
+    Committed,
+    Effect,
+    Event,
+    Held,
+    Left,
+    Opened,
+    Phase,
+    Planned,
+    Proposed,
+    Rejected,
+    Rules,
+    Seen,
+    Settled,
+    State,
+    Tick,
+    Voted,
+)
+
+ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+RUN_ID = b"r" * 32
+GENESIS = b"g" * 32
+TOKENS_PER_STEP = 40
+RULES = Rules(
+    run_id=RUN_ID,
+    genesis=GENESIS,
+    rounds=3,
+    inner_steps=5,
+    batch_size=4,
+    tokens_per_step=TOKENS_PER_STEP,
+    slice_bytes=(1000, 500),
+    start_members=4,
+    min_members=2,
+    round_bounds=(10.0, 100.0),
+    exchange_bounds=(5.0, 50.0),
+    silence=15.0,
+    spread=5.0,
+)
+
+
+def peer_id(number: int) -> str:
+    """A well-formed PeerID; numbers are in the order of the names."""
+    tail = "".join(random.Random(number).choices(ALPHABET, k=42))
+    return f"12D3Koo{ALPHABET[number // 58 % 58]}{ALPHABET[number // 58 // 58 % 58]}{ALPHABET[number % 58]}{tail}"
+
+
+def nodes(count: int) -> list[str]:
+    return sorted(peer_id(number) for number in range(count))
+
+
+def contribution(node: str, plan: Plan, rules: Rules = RULES, **changes: object) -> Contribution:
+    """What an honest ``node`` would contribute to ``plan``; ``changes`` replace fields of it."""
+    member = plan.member(node)
+    steps = member.inner_steps if member else rules.inner_steps
+    tag = digest("work", node.encode(), plan.seed, plan.base_root)
+    honest = Contribution(
+        base_root=plan.base_root,
+        data_digest=tag,
+        trace_root=tag,
+        slices=tuple(Slice(digest("slice", tag, bytes([i])), most) for i, most in enumerate(rules.slice_bytes)),
+        inner_steps=steps,
+        tokens=steps * rules.tokens_per_step,
+        salt=tag,
+    )
+    values = {name: changes.get(name, getattr(honest, name)) for name in honest.__struct_fields__}
+    return Contribution(**values)
+
+
+def root_after(record: Record) -> bytes:
+    """The state every honest node holds after ``record``."""
+    return digest("outer", record.hash, record.plan.base_root)
+
+
+class Table:
+    """A coordinator's state machine, a clock, and an inspector who objects to whatever must never happen."""
+
+    def __init__(self, rules: Rules = RULES, state: State | None = None, now: float = 1000.0) -> None:
+        self.rules, self.now = rules, now
+        self.state = state or State.initial(rules)
+        self.effects: list[Effect] = []
+        self.certified: dict[int, Record] = {}
+        self.commitments_before_closing: dict[tuple[int, int], dict[str, bytes]] = {}
+
+    # ------------------------------------------------------------------------------------- events
+
+    def send(self, event: Event) -> list[Effect]:
+        before = copy.deepcopy(self.state)
+        state, effects = tick(self.rules, self.state, event, self.now)
+        again, same_effects = tick(self.rules, self.state, event, self.now)
+        assert self.state == before, "tick changed the state it was given"
+        assert (again, same_effects) == (state, effects), "tick gave two answers to one question"
+        self._inspect(self.state, event, state, effects)
+        self.state = state
+        self.effects += effects
+        return effects
+
+    def wait(self, seconds: float, alive: Iterable[str] | None = None, step: float = 1.0) -> list[Effect]:
+        """Let time pass; ``alive`` (everybody, if not said) are heard from all the while."""
+        alive = list(self.state.peers) if alive is None else list(alive)
+        effects: list[Effect] = []
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(self.now + step, until)
+            for node in alive:
+                effects += self.send(Seen(node))
+            effects += self.send(Tick())
+        return effects
+
+    def arrive(self, members: Sequence[str], state_root: bytes | None = None) -> list[Effect]:
+        root = (self.state.state_root or GENESIS) if state_root is None else state_root
+        return [effect for node in members for effect in self.send(Arrived(node, root, "cpu"))]
+
+    def commit(self, node: str, **changes: object) -> list[Effect]:
+        plan = self.plan
+        digest_ = contribution(node, plan, self.rules, **changes).commitment(node, RUN_ID, plan.round)
+        return self.send(Committed(node, plan.round, digest_, f"commitment {node}".encode()))
+
+    def open(self, node: str, **changes: object) -> list[Effect]:
+        plan = self.plan
+        given = contribution(node, plan, self.rules, **changes)
+        return self.send(Opened(node, plan.round, given, f"opening {node}".encode()))
+
+    def hold(self, node: str, held: Iterable[str]) -> list[Effect]:
+        return self.send(Held(node, self.plan.round, frozenset(held)))
+
+    def vote(self, node: str) -> list[Effect]:
+        current = self.state.round
+        assert current is not None
+        assert current.proposal is not None
+        return self.send(Voted(node, current.plan.round, current.term, current.proposal.hash, f"vote {node}".encode()))
+
+    def attest(self, node: str, root: bytes | None = None) -> list[Effect]:
+        current = self.state.round
+        assert current is not None
+        assert current.proposal is not None
+        return self.send(Attested(node, current.plan.round, root or root_after(current.proposal)))
+
+    # ------------------------------------------------------------------------------ whole stages
+
+    def close(self, members: Sequence[str]) -> None:
+        """All of ``members`` commit."""
+        for node in members:
+            self.commit(node)
+
+    def exchange(self, members: Sequence[str]) -> None:
+        """All of ``members`` open, fetch everything and say so."""
+        for node in members:
+            self.open(node)
+        for node in members:
+            self.hold(node, members)
+
+    def certify(self, members: Sequence[str]) -> None:
+        for node in members:
+            if self.state.round is not None and not self.state.round.certified:
+                self.vote(node)
+
+    def settle(self, members: Sequence[str]) -> None:
+        root = root_after(self.proposal)
+        for node in members:
+            if self.state.round is not None and self.state.round.plan == self.plan:
+                self.attest(node, root)
+
+    def play_round(self, members: Sequence[str]) -> Record:
+        number = self.plan.round
+        self.close(members)
+        self.exchange(members)
+        self.certify(members)
+        root = root_after(self.proposal)
+        for node in members:
+            self.send(Attested(node, number, root))
+        return self.certified[number]
+
+    @property
+    def plan(self) -> Plan:
+        assert self.state.round is not None
+        return self.state.round.plan
+
+    @property
+    def proposal(self) -> Record:
+        assert self.state.round is not None
+        assert self.state.round.proposal is not None
+        return self.state.round.proposal
+
+    # ------------------------------------------------------------------------------- the promises
+
+    def _inspect(self, before: State, event: Event, after: State, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Planned(plan):
+                    assert plan.round == after.rounds + 1, "a round was skipped"
+                    assert [m.node for m in plan.members] == sorted({m.node for m in plan.members})
+                    assert all(m.votes == 1 for m in plan.members)
+                    assert plan.previous == after.head
+                    assert plan.base_root == after.state_root
+                case Certified(record, votes):
+                    self._inspect_certified(before, event, record, votes)
+                case Settled(round, _):
+                    assert round in self.certified
+                    assert after.rounds == round
+                    assert after.head == self.certified[round].hash
+                case Proposed(term, record):
+                    assert term > before.term, "a term was used twice"
+                    self._inspect_record(after if after.round else before, record)
+                case Rejected(node, reason):
+                    assert node == getattr(event, "node", None)
+                    assert reason
+                case _:
+                    pass
+        assert after.rounds >= before.rounds
+        assert after.term >= before.term
+        if after.round is not None and after.round.closed is not None:
+            key = (after.round.plan.round, after.round.plan.term)
+            commitments = {node: value for node, (value, _) in after.round.commitments.items()}
+            assert self.commitments_before_closing.setdefault(key, commitments) == commitments
+        if after.round is not None:
+            members = {member.node for member in after.round.plan.members}
+            for mapping in (after.round.commitments, after.round.contributions, after.round.votes):
+                assert set(mapping) <= members, "somebody from outside the plan got in"
+        assert (after.phase is Phase.FINISHED) == (after.rounds >= self.rules.rounds) or after.round is None
+
+    def _inspect_record(self, state: State, record: Record) -> None:
+        plan = record.plan
+        members = [member.node for member in plan.members]
+        accepted, excluded = [a.node for a in record.accepted], [e.node for e in record.excluded]
+        assert accepted == sorted(set(accepted))
+        assert sorted(accepted + excluded) == members, "everybody is accepted, or left out with a reason"
+        assert all(e.reason for e in record.excluded)
+        assert set(record.electorate) <= set(members)
+        assert record.reconfiguration == (len(record.electorate) < len(members))
+        committed = self.commitments_before_closing.get((plan.round, plan.term), {})
+        assert state.round is not None
+        for one in record.accepted:
+            wanted = one.contribution.commitment(one.node, RUN_ID, plan.round)
+            assert committed.get(one.node, state.round.commitments[one.node][0]) == wanted
+            assert one.contribution.tokens == one.contribution.inner_steps * self.rules.tokens_per_step
+
+    def _inspect_certified(self, before: State, event: Event, record: Record, votes: tuple[bytes, ...]) -> None:
+        number = record.plan.round
+        assert number not in self.certified, f"round {number} was certified twice"
+        self.certified[number] = record
+        assert before.round is not None
+        voters = set(before.round.votes)
+        if isinstance(event, Voted):
+            voters.add(event.node)
+        assert len(votes) == len(voters)
+        assert 3 * len(voters & set(record.electorate)) > 2 * len(record.electorate)
+        assert carries_quorum(record.plan, voters, record.electorate)
+
+
+def rejected(effects: list[Effect]) -> str:
+    """The reason of the one refusal among ``effects``."""
+    (refusal,) = (effect for effect in effects if isinstance(effect, Rejected))
+    return refusal.reason
+
+
+def started(count: int = 4, **changes: object) -> tuple[Table, list[str]]:
+    """A table at which ``count`` members have just been given the plan of round 1."""
+    members = nodes(count)
+    table = Table(replace(RULES, start_members=count, min_members=1, **changes))
+    table.arrive(members, GENESIS)
+    assert table.plan.round == 1
+    return table, members
+
+
+__all__ = ["Left", "Table", "contribution", "nodes", "peer_id", "rejected", "root_after", "started"]

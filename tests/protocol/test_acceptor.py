@@ -1,0 +1,119 @@
+"""When a member votes, and every reason for which it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault
+from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record
+from psyche.protocol.rounds import round_seed
+from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
+
+A, B, C, D = nodes(4)
+STRANGER = peer_id(70)
+CHAIN = Chain(0, RUN_ID, GENESIS, 0)
+PLAN = Plan(1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, tuple(Member(node, 5, 1) for node in (A, B, C, D)))
+OPENED = {node: contribution(node, PLAN) for node in (A, B, C)}
+RECORD = Record(
+    plan=PLAN,
+    accepted=tuple(Accepted(node, OPENED[node]) for node in (A, B, C)),
+    excluded=(Excluded(D, "no commitment before the deadline"),),
+    electorate=(A, B, C, D),
+    reconfiguration=False,
+)
+
+
+def changed(struct: Any, **fields: object) -> Any:
+    return msgspec.structs.replace(struct, **fields)
+
+
+def by_name(accepted: Accepted) -> str:
+    return accepted.node
+
+
+def vote(record: Record, *, term: int = 2, acceptor: Acceptor | None = None, **situation: Any) -> Acceptor:
+    known = {"rules": RULES, "chain": CHAIN, "opened": OPENED, "held": frozenset((A, B, C))} | situation
+    return consider(acceptor or Acceptor(), Proposal(term, record), **known)
+
+
+def test_a_good_record_gets_the_vote() -> None:
+    assert vote(RECORD) == Acceptor(2, RECORD.hash)
+    assert vote(RECORD, held=frozenset((A, B, C, D))) == Acceptor(2, RECORD.hash)
+
+
+def test_the_same_vote_again_is_no_harm() -> None:
+    first = vote(RECORD)
+    assert vote(RECORD, acceptor=first) == first
+
+
+def test_a_higher_term_supersedes() -> None:
+    other = changed(RECORD, accepted=RECORD.accepted[:2], excluded=(Excluded(C, "x"), Excluded(D, "y")))
+    assert vote(other, term=3, acceptor=vote(RECORD)) == Acceptor(3, other.hash)
+
+
+def other_contribution(**changes: object) -> Record:
+    given = contribution(B, PLAN, **changes)
+    return changed(RECORD, accepted=(RECORD.accepted[0], Accepted(B, given), RECORD.accepted[2]))
+
+
+def with_plan(**fields: object) -> Record:
+    return changed(RECORD, plan=changed(PLAN, **fields))
+
+
+SHORT = contribution(B, PLAN, tokens=1)
+REFUSED: dict[str, tuple[Record, dict[str, Any]]] = {
+    "term 2 is over": (RECORD, {"acceptor": Acceptor(3, RECORD.hash)}),
+    "two different records in term 2": (RECORD, {"acceptor": Acceptor(2, b"o" * 32)}),
+    "does not follow this node's last record": (with_plan(round=2), {}),
+    "does not follow": (with_plan(previous=b"o" * 32), {}),
+    "another state": (with_plan(base_root=b"o" * 32), {}),
+    "data is not what follows": (with_plan(seed=b"o" * 32), {}),
+    "the plan's data": (with_plan(position=4), {}),
+    "members are not in ascending order": (with_plan(members=PLAN.members[::-1]), {}),
+    "in ascending order": (with_plan(members=(PLAN.members[0], *PLAN.members)), {}),
+    "the electorate is not": (changed(RECORD, electorate=(A, B, C)), {}),
+    "not marked as a reconfiguration": (changed(RECORD, reconfiguration=True), {}),
+    "electorate is not that of the round": (changed(RECORD, electorate=(A, STRANGER), reconfiguration=True), {}),
+    "not in ascending order of node": (changed(RECORD, accepted=RECORD.accepted[::-1]), {}),
+    "accepted contributions are not": (changed(RECORD, accepted=(RECORD.accepted[0], *RECORD.accepted)), {}),
+    "is no member of the round": (
+        changed(RECORD, accepted=tuple(sorted((Accepted(STRANGER, OPENED[A]), *RECORD.accepted), key=by_name))),
+        {},
+    ),
+    "not the one it committed to": (other_contribution(salt=b"o" * 32), {}),
+    "the contribution of": (RECORD, {"opened": {A: OPENED[A], C: OPENED[C]}}),
+    "tokens claimed": (other_contribution(tokens=1), {"opened": OPENED | {B: SHORT}}),
+    "has not been fetched": (RECORD, {"held": frozenset((A, C))}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_bad_record_gets_no_vote(reason: str) -> None:
+    record, situation = REFUSED[reason]
+    with pytest.raises(Refusal, match=reason):
+        vote(record, **situation)
+
+
+def test_a_reconfiguration_names_survivors_of_the_round() -> None:
+    record = changed(RECORD, electorate=(A, C), reconfiguration=True)
+    assert vote(record).record == record.hash
+
+
+def test_a_plan_that_follows_has_no_fault() -> None:
+    assert plan_fault(PLAN, CHAIN) is None
+    later = Chain(4, b"h" * 32, b"s" * 32, 80)
+    assert plan_fault(PLAN, later) is not None
+    following = changed(PLAN, round=5, previous=b"h" * 32, base_root=b"s" * 32, seed=round_seed(b"h" * 32), position=80)
+    assert plan_fault(following, later) is None
+
+
+@pytest.mark.xfail(strict=True, reason="DESIGN §6: no prepare phase, so a coordinator that crashed can certify twice")
+def test_a_member_does_not_vote_for_another_record_of_a_round_it_voted_in() -> None:
+    """The coordinator got its quorum, died, came back knowing nothing, and plans the round again."""
+    voted = vote(RECORD)
+    again = changed(RECORD, plan=changed(PLAN, term=5), accepted=RECORD.accepted[:2])
+    with pytest.raises(Refusal):
+        vote(again, term=6, acceptor=voted)

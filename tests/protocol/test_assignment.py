@@ -1,0 +1,122 @@
+"""Who trains on what: a keyed permutation that is one, and pieces that never overlap."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche.protocol.assignment import next_position, permute, positions, sequences
+from psyche.protocol.messages import Member, Plan
+from tests.protocol.players import nodes
+
+COUNTS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 97, 255, 256, 257, 1000, 1023, 1024, 1025, 4093, 65537]
+LIMITS = settings(max_examples=60, deadline=None)
+
+
+def plan_of(quotas: dict[str, int], seed: bytes = b"s" * 32, position: int = 0) -> Plan:
+    members = tuple(Member(node, steps, 1) for node, steps in sorted(quotas.items()))
+    return Plan(1, 1, b"p" * 32, b"b" * 32, seed, position, members)
+
+
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
+    return permute(np.arange(count, dtype=np.uint64), count, seed, epoch).tolist()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_every_sequence_comes_once_in_an_epoch(count: int) -> None:
+    for seed, epoch in ((0, 0), (7, 3), (2**63 - 1, 2**40)):
+        assert sorted(permutation(count, seed, epoch)) == list(range(count))
+
+
+def test_the_order_is_keyed_by_seed_and_epoch() -> None:
+    orders = {tuple(permutation(257, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+    assert tuple(range(257)) not in orders
+
+
+def test_the_order_mixes() -> None:
+    """Neighbours go far apart, and each sequence is as likely early as late."""
+    count = 4096
+    order = np.array(permutation(count, 1, 0))
+    assert np.abs(np.diff(order)).mean() == pytest.approx(count / 3, rel=0.1)
+    assert order[: count // 2].mean() == pytest.approx(count / 2, rel=0.05)
+
+
+@LIMITS
+@given(count=st.integers(1, 2**62), value=st.data(), seed=st.integers(0, 2**63 - 1))
+def test_large_counts_stay_in_range(count: int, value: st.DataObject, seed: int) -> None:
+    at = value.draw(st.integers(0, count - 1))
+    assert 0 <= int(permute(np.array([at], np.uint64), count, seed, 0)[0]) < count
+
+
+@LIMITS
+@given(
+    count=st.integers(1, 300),
+    start=st.integers(0, 2000),
+    length=st.integers(0, 700),
+    cut=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
+def test_a_piece_of_a_longer_range_is_the_same(count: int, start: int, length: int, cut: float, seed: int) -> None:
+    whole = sequences(range(start, start + length), count, seed)
+    middle = start + int(length * cut)
+    pieces = [sequences(range(start, middle), count, seed), sequences(range(middle, start + length), count, seed)]
+    assert np.concatenate(pieces).tolist() == whole.tolist()
+    one_by_one = [int(sequences(range(p, p + 1), count, seed)[0]) for p in range(start, start + min(length, 30))]
+    assert one_by_one == whole[:30].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 100])
+def test_epochs_follow_each_other(count: int) -> None:
+    got = sequences(range(3 * count), count, 5).tolist()
+    for epoch in range(3):
+        assert sorted(got[epoch * count : (epoch + 1) * count]) == list(range(count))
+    if count >= 64:
+        assert got[:count] != got[count : 2 * count]
+
+
+@LIMITS
+@given(
+    quotas=st.dictionaries(st.sampled_from(nodes(40)), st.integers(1, 50), min_size=1, max_size=12),
+    batch=st.integers(1, 8),
+    position=st.integers(0, 10**9),
+    seed=st.binary(min_size=32, max_size=32),
+)
+def test_members_share_out_the_stretch_without_overlap(
+    quotas: dict[str, int], batch: int, position: int, seed: bytes
+) -> None:
+    plan = plan_of(quotas, seed, position)
+    taken = [positions(plan, node, batch) for node in quotas]
+    for node, span in zip(quotas, taken, strict=True):
+        assert len(span) == quotas[node] * batch
+    assert sorted(p for span in taken for p in (span.start, span.stop - 1))[0] == position
+    everything = sorted(taken, key=lambda span: span.start)
+    for one, other in pairwise(everything):
+        assert one.stop == other.start
+    assert everything[-1].stop == next_position(plan, batch)
+
+
+def test_within_an_epoch_no_sequence_goes_to_two_members() -> None:
+    members = nodes(8)
+    plan = plan_of(dict.fromkeys(members, 5), position=1000)
+    got = [sequences(positions(plan, node, 4), 4096, 3).tolist() for node in members]
+    assert len({one for piece in got for one in piece}) == 8 * 5 * 4
+
+
+def test_the_order_of_members_is_drawn_from_the_seed() -> None:
+    """Nobody chooses data by choosing a name."""
+    members = nodes(5)
+    first = set()
+    for seed in range(40):
+        plan = plan_of(dict.fromkeys(members, 2), bytes([seed]) * 32)
+        first.add(min(members, key=lambda node: positions(plan, node, 1).start))
+    assert first == set(members)
+
+
+def test_a_stranger_has_no_positions() -> None:
+    with pytest.raises(KeyError):
+        positions(plan_of(dict.fromkeys(nodes(2), 1)), nodes(3)[2], 1)

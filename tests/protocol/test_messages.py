@@ -1,0 +1,286 @@
+"""Bytes from strangers: the message they should be, or MalformedMessage and nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche.protocol import envelope as envelopes
+from psyche.protocol import messages
+from psyche.protocol.envelope import Envelope, MalformedMessage
+from psyche.protocol.messages import (
+    Accepted,
+    Attestation,
+    Board,
+    Body,
+    Certificate,
+    Commitment,
+    Excluded,
+    Holding,
+    Leave,
+    Member,
+    Metrics,
+    Plan,
+    Present,
+    Proposal,
+    Record,
+    Vote,
+    decode,
+)
+from tests.protocol.players import contribution, nodes
+
+A, B, C = nodes(3)
+PLAN = Plan(3, 7, b"p" * 32, b"b" * 32, b"s" * 32, 12345, tuple(Member(node, 5, 1) for node in (A, B, C)))
+RECORD = Record(
+    plan=PLAN,
+    accepted=(Accepted(A, contribution(A, PLAN)), Accepted(C, contribution(C, PLAN))),
+    excluded=(Excluded(B, "no commitment before the deadline"),),
+    electorate=(A, B, C),
+    reconfiguration=False,
+)
+CERTIFICATE = Certificate(b"proposal", (b"vote", b"other vote"))
+EXAMPLES: list[Body] = [
+    contribution(A, PLAN),
+    RECORD,
+    CERTIFICATE,
+    Present(3, b"h" * 32, b"s" * 32, "CPU, 1 threads", CERTIFICATE),
+    Present(0, b"h" * 32, b"s" * 32, "", None),
+    Commitment(b"c" * 32),
+    Holding((A, B)),
+    Vote(9, b"r" * 32),
+    Attestation(b"s" * 32),
+    Leave("it was stopped"),
+    Metrics(1.5, 2.5, 100, 1000, 10, 1.0, 2.0, 3.0, 1e-3, 0.5, math.inf, 1, 2, 3),
+    Proposal(8, RECORD),
+    Board(4, "training", 2, b"s" * 32, PLAN, (b"c",), (b"d",), b"p", CERTIFICATE, "waiting"),
+    Board(0, "waiting", 0, b"s" * 32, None, (), (), None, None, ""),
+]
+ENVELOPE = Envelope("vote", b"r" * 32, 3, A, b"body", b"s" * 64)
+KINDS = sorted({type(example) for example in EXAMPLES}, key=lambda kind: kind.__name__)
+LIMITS = settings(max_examples=80, deadline=None)
+MUTATIONS = settings(max_examples=40, deadline=None)
+ids = [type(example).__name__ for example in EXAMPLES]
+
+
+def test_every_message_has_an_example_and_a_domain_of_its_own() -> None:
+    def below(kind: type[Body]) -> list[type[Body]]:
+        return [one for child in kind.__subclasses__() for one in [child, *below(child)]]
+
+    bodies = [kind for kind in below(Body) if kind.__module__ == messages.__name__]
+    assert set(bodies) == set(KINDS)
+    assert len({kind.DOMAIN for kind in bodies}) == len(bodies)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=ids)
+def test_round_trip(example: Body) -> None:
+    data = example.encode()
+    assert decode(type(example), data) == example
+    assert decode(type(example), data).encode() == data
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=ids)
+def test_no_truncation_or_extension_is_a_message(example: Body) -> None:
+    data = example.encode()
+    for length in {*range(min(len(data), 40)), *range(max(0, len(data) - 40), len(data)), len(data) // 2}:
+        with pytest.raises(MalformedMessage):
+            decode(type(example), data[:length])
+    for more in (b"\x00", b"\xc0", data):
+        with pytest.raises(MalformedMessage):
+            decode(type(example), data + more)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@LIMITS
+@given(data=st.binary(max_size=200))
+def test_arbitrary_bytes(kind: type[Body], data: bytes) -> None:
+    try:
+        body = decode(kind, data)
+    except MalformedMessage as error:
+        reason = str(error)
+    else:
+        reason = ""
+        assert body.encode() == data
+    assert not reason or (kind.DOMAIN in reason and len(reason) < 400)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=ids)
+@MUTATIONS
+@given(data=st.data())
+def test_mutated_messages(example: Body, data: st.DataObject) -> None:
+    """Whatever still decodes is canonical: two byte strings are never the same message."""
+    changed = bytearray(example.encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(changed) - 1))
+        match data.draw(st.sampled_from(("set", "delete", "insert"))):
+            case "set":
+                changed[at] = data.draw(st.integers(0, 255))
+            case "delete":
+                del changed[at]
+            case _:
+                changed.insert(at, data.draw(st.integers(0, 255)))
+        if not changed:
+            break
+    try:
+        body = decode(type(example), bytes(changed))
+    except MalformedMessage:
+        return
+    assert body.encode() == bytes(changed)
+
+
+NESTED = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=40) | st.text(),
+    lambda inner: st.lists(inner, max_size=14) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=25,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@MUTATIONS
+@given(tree=st.lists(NESTED, max_size=14))
+def test_well_formed_msgpack_of_the_wrong_shape(kind: type[Body], tree: list[object]) -> None:
+    data = msgspec.msgpack.encode(tree)
+    try:
+        body = decode(kind, data)
+    except MalformedMessage:
+        return
+    assert body.encode() == data
+
+
+@pytest.mark.parametrize("kind", [*KINDS, Envelope], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xdd\xff\xff\xff\xff",  # an array that claims 4 billion elements
+        b"\xdf\xff\xff\xff\xff",  # a map that does
+        b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes
+        b"\xdb\xff\xff\xff\xff",  # 4 GiB of text
+        b"\xc9\xff\xff\xff\xff\x01",  # an extension of 4 GiB
+        b"\x91" * 100_000,  # arrays in arrays
+        b"\x81\xa1a" * 100_000,
+        b"\x92\xdd\xff\xff\xff\xff",
+        b"\x92\xc4\x01p\xdd\xff\xff\xff\xff",  # a certificate of 4 billion votes
+        b"\x91\xdd\xff\xff\xff\xff",  # a holding of 4 billion nodes
+        b"\x95\xdd\xff\xff\xff\xff",
+    ],
+)
+def test_bytes_that_claim_the_earth(kind: type, data: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        envelopes.decode(data) if kind is Envelope else decode(kind, data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Commitment, [b"c" * 31]),
+        (Commitment, [b"c" * 33]),
+        (Commitment, ["c" * 32]),
+        (Commitment, [b"c" * 32, 1]),
+        (Vote, [0, b"r" * 32]),
+        (Vote, [-1, b"r" * 32]),
+        (Vote, [2**62 + 1, b"r" * 32]),
+        (Vote, [1.0, b"r" * 32]),
+        (Vote, [True, b"r" * 32]),
+        (Leave, ["x" * 201]),
+        (Leave, [b"bytes"]),
+        (Holding, [["12D3Koo"]]),
+        (Holding, [[A + "\n"]]),
+        (Holding, [[A[:-1] + "0"]]),
+        (Holding, [["\u202e" + A[1:]]]),
+        (Holding, [[A] * 4097]),
+        (Certificate, [b"p", [b""] * 4097]),
+        (Certificate, [b"p" * (2**20 + 1), []]),
+        (Present, [0, b"h" * 32, b"s" * 32, "d" * 65, None]),
+        (Record, [msgspec.to_builtins(PLAN), [], [], [], False]),
+    ],
+)
+def test_bounds_are_part_of_the_format(kind: type[Body], fields: list[object]) -> None:
+    with pytest.raises(MalformedMessage):
+        decode(kind, msgspec.msgpack.encode(fields))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (Vote, b"\xdc\x00\x02" + Vote(9, b"r" * 32).encode()[1:]),  # a longer array header
+        (Vote, b"\x92\xcc\x09" + Vote(9, b"r" * 32).encode()[2:]),  # a longer integer
+        (Commitment, b"\x91\xc5\x00\x20" + b"c" * 32),  # a longer byte-string header
+        (Leave, b"\x91\xd9\x02hi"),
+    ],
+)
+def test_other_spellings_of_a_message_are_refused(kind: type[Body], data: bytes) -> None:
+    with pytest.raises(MalformedMessage, match="canonical"):
+        decode(kind, data)
+
+
+def test_commitments_bind_node_run_round_and_every_field() -> None:
+    base = contribution(A, PLAN)
+    seen = {base.commitment(A, b"r" * 32, 3)}
+    seen |= {base.commitment(B, b"r" * 32, 3), base.commitment(A, b"q" * 32, 3), base.commitment(A, b"r" * 32, 4)}
+    changes: dict[str, object] = dict.fromkeys(("base_root", "data_digest", "trace_root", "salt"), b"x" * 32)
+    changes |= {"slices": base.slices[:1], "inner_steps": 4, "tokens": 1}
+    assert set(changes) == set(base.__struct_fields__)
+    for name, value in changes.items():
+        seen.add(contribution(A, PLAN, **{name: value}).commitment(A, b"r" * 32, 3))
+    assert len(seen) == 4 + len(changes)
+
+
+# ----------------------------------------------------------------------------------------- envelopes
+
+
+def test_envelope_round_trip() -> None:
+    data = envelopes.encode(ENVELOPE)
+    assert envelopes.decode(data) == ENVELOPE
+
+
+def test_oversize_envelopes_are_refused_before_they_are_read() -> None:
+    data = envelopes.encode(msgspec.structs.replace(ENVELOPE, body=bytes(1000)))
+    assert envelopes.decode(data, len(data)).body == bytes(1000)
+    with pytest.raises(MalformedMessage, match="over the limit"):
+        envelopes.decode(data, len(data) - 1)
+    with pytest.raises(MalformedMessage, match="over the limit"):
+        envelopes.decode(bytes(envelopes.MAX_ENVELOPE + 1))
+
+
+@LIMITS
+@given(data=st.binary(max_size=300))
+def test_arbitrary_bytes_as_envelope(data: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        envelopes.decode(data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0, len(envelopes.encode(ENVELOPE)) - 1), value=st.integers(0, 255))
+def test_a_mutated_envelope_is_refused_or_says_something_else(at: int, value: int) -> None:
+    data = bytearray(envelopes.encode(ENVELOPE))
+    data[at] = value
+    try:
+        found = envelopes.decode(bytes(data))
+    except MalformedMessage:
+        return
+    assert envelopes.encode(found) == bytes(data)
+    same = bytes(data) == envelopes.encode(ENVELOPE)
+    assert (found == ENVELOPE) is same
+
+
+def test_the_signature_covers_everything_else() -> None:
+    changes: dict[str, object] = {
+        "domain": "votes",
+        "run_id": b"q" * 32,
+        "round": 4,
+        "author": B,
+        "body": b"bodi",
+        "signature": b"t" * 64,
+    }
+    assert set(changes) == set(ENVELOPE.__struct_fields__)
+    signed = {
+        name: envelopes.signing_bytes(msgspec.structs.replace(ENVELOPE, **{name: value}))
+        for name, value in changes.items()
+    }
+    base = envelopes.signing_bytes(ENVELOPE)
+    assert signed.pop("signature") == base
+    assert base not in signed.values()
+    assert len(set(signed.values())) == len(signed)
