@@ -7,6 +7,7 @@ business and never leaves it. Every key is live: an unknown one is an error that
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -345,9 +346,18 @@ def override_node(
     return _validated(Node, node.model_dump() | changes, "command line")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML follows 1.1, where ``4e-4`` is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

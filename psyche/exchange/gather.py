@@ -9,7 +9,8 @@ from psyche.network.blobs import FetchError, fetch
 from psyche.network.node import NetworkNode
 from psyche.numerics.codecs.base import Codec, MalformedPayload
 from psyche.numerics.flat import FlatLayout
-from psyche.protocol.messages import Contribution, Slice
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.messages import MAX_PAYLOAD_TABLE, Contribution, Payload, Slice, decode
 
 
 class BadPayload(Exception):
@@ -24,30 +25,29 @@ class Gather:
         self._counts = [part.stop - part.start for part in layout.slices()]
         self._serving: list[list[bytes]] = [[]]
 
-    async def offer(self, payload: Sequence[bytes]) -> None:
-        """Serve a payload to whoever asks from now on."""
-        for part in payload:
-            self._serving[-1].append(await asyncio.to_thread(self._network.blobs.add_bytes, part))
+    async def offer(self, slices: Sequence[bytes]) -> None:
+        """Serve a payload, slices and table of contents, to whoever asks from now on."""
+        roots = [await asyncio.to_thread(self._network.blobs.add_bytes, part) for part in slices]
+        table = Payload(tuple(Slice(root, len(part)) for root, part in zip(roots, slices, strict=True)))
+        self._serving[-1] += [*roots, self._network.blobs.add_bytes(table.encode())]
 
     async def collect(self, author: str, contribution: Contribution, members: Sequence[str]) -> list[bytes]:
-        """The payload of a contribution, verified slice by slice and decodable; served to others from now on.
+        """The slices of a contribution's payload, verified and decodable; served to others from now on.
 
         The author is asked first, then the other members. Raises ``FetchError`` where nobody has it,
         :class:`BadPayload` where its content is not what the codec allows.
         """
-        payload = []
-        for number, (part, count) in enumerate(zip(contribution.slices, self._counts, strict=True)):
-            try:
-                data = await self._fetch(part, [author])
-            except FetchError:
-                data = await self._fetch(part, [author, *members])
+        table = await self._table(author, contribution, members)
+        slices = []
+        for number, (part, count) in enumerate(zip(table.slices, self._counts, strict=True)):
+            data = await self._fetch(part.root, part.size, author, members)
             try:
                 await asyncio.to_thread(self._codec.check, data, count)
             except MalformedPayload as error:
                 raise BadPayload(f"slice {number}: {error}") from None
-            payload.append(data)
-        await self.offer(payload)
-        return payload
+            slices.append(data)
+        await self.offer(slices)
+        return slices
 
     def next_round(self) -> None:
         """Stop serving what is two rounds old."""
@@ -55,6 +55,26 @@ class Gather:
         for root in self._serving.pop(0) if len(self._serving) > 2 else []:
             self._network.blobs.remove(root)
 
-    async def _fetch(self, part: Slice, sources: Sequence[str]) -> bytes:
-        network = self._network
-        return bytes(await fetch(network.streams, part.root, sources=sources, size=part.size, max_size=part.size))
+    async def _table(self, author: str, contribution: Contribution, members: Sequence[str]) -> Payload:
+        """The table of contents, if it is that of a payload of this model in this codec."""
+        data = await self._fetch(contribution.payload_root, None, author, members)
+        try:
+            table = decode(Payload, data)
+        except MalformedMessage as error:
+            raise BadPayload(str(error)) from None
+        sizes = [part.size for part in table.slices]
+        if len(sizes) != len(self._counts) or sum(sizes) != contribution.payload_bytes:
+            raise BadPayload("its table of contents is not that of a payload of this model")
+        if any(size > self._codec.payload_bytes(count) for size, count in zip(sizes, self._counts, strict=True)):
+            raise BadPayload("a slice is larger than the codec can make it")
+        return table
+
+    async def _fetch(self, root: bytes, size: int | None, author: str, members: Sequence[str]) -> bytes:
+        most = MAX_PAYLOAD_TABLE if size is None else size
+        for sources in ([author], [author, *members]):
+            try:
+                return bytes(await fetch(self._network.streams, root, sources=sources, size=size, max_size=most))
+            except FetchError:
+                if len(sources) > 1:
+                    raise
+        raise AssertionError("the second attempt returns or raises")

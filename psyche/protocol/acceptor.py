@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from psyche.protocol.admission import contribution_fault
 from psyche.protocol.messages import Contribution, Plan, Proposal
-from psyche.protocol.rounds import contribution_fault, round_seed
+from psyche.protocol.rounds import round_seed
 from psyche.protocol.state import Rules
 
 

@@ -18,6 +18,8 @@ from psyche.protocol.envelope import MalformedMessage
 MAX_MEMBERS = 4096
 MAX_SLICES = 16384
 """2^14 slices of 2^22 parameters: 68 billion."""
+MAX_PAYLOAD_TABLE = 1 << 20
+"""Bytes of an encoded ``Payload``; 2^14 slices take less than 700 KiB."""
 
 NodeId = Annotated[str, Meta(pattern=r"\A12D3Koo[1-9A-HJ-NP-Za-km-z]{45}\Z")]
 """A base58 PeerID of an Ed25519 key. Ascending order of these strings is the order of summation."""
@@ -93,6 +95,17 @@ class Slice(Message, frozen=True):
     size: Positive
 
 
+class Payload(Body, frozen=True):
+    """A payload's table of contents: itself a blob, whose address is the contribution's ``payload_root``.
+
+    So what is committed to, proposed and voted on has one size, however large the model.
+    """
+
+    DOMAIN = "payload"
+
+    slices: Annotated[tuple[Slice, ...], Meta(min_length=1, max_length=MAX_SLICES)]
+
+
 class Contribution(Body, frozen=True):
     """A node's work in one round. Its hash is committed before it is shown (DESIGN §6)."""
 
@@ -101,7 +114,9 @@ class Contribution(Body, frozen=True):
     base_root: Hash
     data_digest: Hash
     trace_root: Hash
-    slices: Annotated[tuple[Slice, ...], Meta(min_length=1, max_length=MAX_SLICES)]
+    payload_root: Hash
+    payload_bytes: Positive
+    """All slices together."""
     inner_steps: Positive
     tokens: Positive
     salt: Hash

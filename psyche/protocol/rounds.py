@@ -2,7 +2,7 @@
 
     WAITING -> TRAINING -> COMMITTING -> CERTIFYING -> WAITING ...      PAUSED, FINISHED     (DESIGN §6)
 
-An event is absorbed (``_absorb``), then the state moves on as far as it can (``_advance``). Time is an
+An event is absorbed (``admission.py``), then the state moves on as far as it can (``_advance``). Time is an
 argument; nothing here reads a clock, so every rule can be tested by replaying events.
 """
 
@@ -10,48 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from psyche.numerics.digest import digest
+from psyche.protocol.admission import Step, absorb, observed, without_peer
 from psyche.protocol.assignment import next_position
-from psyche.protocol.deadlines import WINDOW, adaptive
-from psyche.protocol.messages import MAX_MEMBERS, Accepted, Contribution, Excluded, Member, Plan, Record
+from psyche.protocol.deadlines import adaptive
+from psyche.protocol.messages import MAX_MEMBERS, Accepted, Excluded, Member, Plan, Record
 from psyche.protocol.state import (
     Abandoned,
-    Arrived,
-    Attested,
     Certified,
-    Committed,
     Departed,
     Diverged,
     Effect,
     Event,
     Finished,
-    Held,
-    Left,
-    Opened,
-    Peer,
     Phase,
     Planned,
     Proposed,
-    Rejected,
-    Restored,
     Round,
     Rules,
-    Seen,
     Settled,
     State,
-    Tick,
-    Voted,
 )
-
-Step = tuple[State, list[Effect]]
-V = TypeVar("V")
 
 
 def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
     """Absorb one event at time ``now`` (seconds, any monotonic origin) and advance as far as possible."""
-    state, effects = _absorb(rules, state, event, now)
+    state, effects = absorb(rules, state, event, now)
     while True:
         after, more = _advance(rules, state, now)
         effects += more
@@ -70,144 +55,6 @@ def round_seed(previous: bytes) -> bytes:
     return digest("seed", previous)
 
 
-# --------------------------------------------------------------------------------------- events
-
-
-def _absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
-    match event:
-        case Tick():
-            return state, []
-        case Seen(node):
-            peer = state.peers.get(node)
-            return (state, []) if peer is None else (_with_peer(state, node, replace(peer, seen=now)), [])
-        case Arrived(node, state_root, device):
-            return _with_peer(state, node, Peer(now, state_root, device[:64])), []
-        case Left(node, reason):
-            return _without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
-        case Restored(record):
-            return _restore(rules, state, record)
-        case _:
-            refusal = _refusal(rules, state, event)
-            if refusal:
-                return state, [Rejected(event.node, refusal)]
-            return _accept(state, event, now), []
-
-
-def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Voted | Attested) -> str | None:
-    """Why a member's message about a round is not taken, or None."""
-    current = state.round
-    if current is None or current.plan.round != event.round:
-        return f"round {event.round} is not open; the run has certified {state.rounds} rounds"
-    # Who only follows a round may attest, too: that is how a newcomer gets into the next one.
-    if current.plan.member(event.node) is None and not (isinstance(event, Attested) and event.node in state.peers):
-        return f"not a member of round {event.round}"
-    if isinstance(event, Committed):
-        if current.closed is not None:
-            return f"round {event.round} no longer takes commitments: its deadline has passed"
-        if current.commitments.get(event.node, (event.digest,))[0] != event.digest:
-            return "a different commitment was already made in this round"
-        return None
-    if current.closed is None:
-        return f"round {event.round} still takes commitments"
-    match event:
-        case Opened():
-            return _bad_opening(rules, current, event)
-        case Attested() if not current.certified:
-            return f"round {event.round} is not certified yet"
-        case Voted():
-            if current.proposal is None or event.term != current.term:
-                return f"no proposal of term {event.term} is open"
-            if event.record != current.proposal.hash:
-                return "the vote names another record than was proposed"
-            if event.node not in current.proposal.electorate:
-                return "not in the electorate"
-    return None
-
-
-def _bad_opening(rules: Rules, current: Round, event: Opened) -> str | None:
-    given, plan = event.contribution, current.plan
-    member = plan.member(event.node)
-    assert member is not None
-    committed = current.commitments.get(event.node)
-    if committed is None:
-        return "nothing was committed before the deadline"
-    if given.commitment(event.node, rules.run_id, plan.round) != committed[0]:
-        return "the contribution is not the one committed to"
-    return contribution_fault(rules, plan, member, given)
-
-
-def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribution) -> str | None:
-    """What is wrong with a contribution by the plan alone, or None. Nobody sets their own weight."""
-    if given.base_root != plan.base_root:
-        return "trained from another base state"
-    if given.inner_steps > member.inner_steps:
-        return f"{given.inner_steps} inner steps claimed where {member.inner_steps} were due"
-    if given.tokens != given.inner_steps * rules.tokens_per_step:
-        return "the tokens claimed are not those of the inner steps claimed"
-    if len(given.slices) != len(rules.slice_bytes):
-        return f"{len(given.slices)} slices where {len(rules.slice_bytes)} were due"
-    if any(one.size > most for one, most in zip(given.slices, rules.slice_bytes, strict=True)):
-        return "a slice is larger than the codec can make it"
-    return None
-
-
-def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, now: float) -> State:
-    current = state.round
-    assert current is not None
-    node = event.node
-    match event:
-        case Committed():
-            if node not in current.commitments:
-                state = replace(state, commit_seconds=_observed(state.commit_seconds, now - current.opened))
-            current = replace(current, commitments=_put(current.commitments, node, (event.digest, event.proof)))
-        case Opened():
-            current = replace(
-                current, contributions=_put(current.contributions, node, (event.contribution, event.proof))
-            )
-        case Held():
-            held = event.nodes & {member.node for member in current.plan.members}
-            if held != current.holdings.get(node):
-                current = replace(
-                    current,
-                    holdings=_put(current.holdings, node, held),
-                    held_at=_put(current.held_at, node, now),
-                )
-        case Voted():
-            current = replace(current, votes=_put(current.votes, node, event.proof))
-        case Attested():
-            current = replace(current, attestations=_put(current.attestations, node, event.state_root))
-            if node in state.peers:
-                state = _with_peer(state, node, replace(state.peers[node], state_root=event.state_root))
-    return replace(state, round=current)
-
-
-def _restore(rules: Rules, state: State, record: Record) -> Step:
-    """Take over a certified history longer than ours.
-
-    It can only be ours, from before a restart: a round that was opened meanwhile in ignorance of it is dropped. What
-    this coordinator has certified itself stands.
-    """
-    if record.plan.round <= state.rounds:
-        return state, []
-    effects: list[Effect] = []
-    if (current := state.round) is not None:
-        if current.certified or record.plan.round < current.plan.round:
-            return state, []
-        effects.append(Abandoned(current.plan.round, f"round {record.plan.round} was certified before a restart"))
-    restored = replace(
-        state,
-        phase=Phase.PAUSED,
-        rounds=record.plan.round,
-        head=record.hash,
-        state_root=b"",
-        position=next_position(record.plan, rules.batch_size),
-        term=max(state.term, record.plan.term),
-        electorate=record.electorate,
-        round=None,
-    )
-    return restored, effects
-
-
 # ----------------------------------------------------------------------------------- transitions
 
 
@@ -216,7 +63,7 @@ def _advance(rules: Rules, state: State, now: float) -> Step:
     for node, peer in state.peers.items():
         if now - peer.seen > rules.silence:
             gone = f"not heard from for {rules.silence:g} s"
-            return _without_peer(state, node), [Departed(node, gone)]
+            return without_peer(state, node), [Departed(node, gone)]
     current = state.round
     if state.phase is Phase.FINISHED:
         return state, []
@@ -283,7 +130,7 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
         return state, []
     # Who is here and did not make it took at least this long; without them a deadline could only ever shrink.
     late = (now - current.opened for _ in missing)
-    state = replace(state, commit_seconds=_observed(state.commit_seconds, *late))
+    state = replace(state, commit_seconds=observed(state.commit_seconds, *late))
     if not current.commitments:
         return _abandon(state, current, "no member committed before the deadline")
     closed = replace(current, closed=now, deadline=now + _exchange_allowed(rules, state))
@@ -305,9 +152,9 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
         return _abandon(state, current, "no payload reached half of the members")
     assert current.closed is not None
     done = (current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now for node in living)
-    observed = _observed(state.exchange_seconds, *(at - current.closed for at in done))
+    seconds = observed(state.exchange_seconds, *(at - current.closed for at in done))
     electorate = tuple(member.node for member in current.plan.members)
-    return _propose(rules, replace(state, exchange_seconds=observed), current, accepted, electorate, now)
+    return _propose(rules, replace(state, exchange_seconds=seconds), current, accepted, electorate, now)
 
 
 def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> Step:
@@ -470,22 +317,6 @@ def carries_quorum(plan: Plan, voters: Iterable[str], electorate: tuple[str, ...
 
 def _having(mapping: Mapping[str, bytes], value: bytes) -> list[str]:
     return [key for key, found in mapping.items() if found == value]
-
-
-def _with_peer(state: State, node: str, peer: Peer) -> State:
-    return replace(state, peers=_put(state.peers, node, peer))
-
-
-def _without_peer(state: State, node: str) -> State:
-    return replace(state, peers={key: peer for key, peer in state.peers.items() if key != node})
-
-
-def _put(mapping: Mapping[str, V], key: str, value: V) -> dict[str, V]:
-    return {**mapping, key: value}
-
-
-def _observed(values: tuple[float, ...], *more: float) -> tuple[float, ...]:
-    return (*values, *more)[-WINDOW:]
 
 
 def _names(nodes: Iterable[str]) -> str:

@@ -31,8 +31,8 @@ class Rules:
     inner_steps: int
     batch_size: int
     tokens_per_step: int
-    slice_bytes: tuple[int, ...]
-    """The most bytes each slice of a payload may have."""
+    payload_bytes: int
+    """The most bytes a payload may have."""
     start_members: int
     min_members: int
     round_bounds: tuple[float, float]

@@ -28,7 +28,7 @@ from psyche.protocol.messages import (
 from psyche.protocol.state import Phase, Rules
 from psyche.roles.board import BoardClient
 from psyche.roles.openings import Openings
-from psyche.roles.replica import Payload, Work
+from psyche.roles.replica import Slices, Work
 
 
 class Moved(Exception):
@@ -84,14 +84,14 @@ class Certification:
         self._plan, self._work, self._chain, self._me = plan, work, chain, me
         self._voter, self._client, self._gather, self._warn = voter, client, gather, warn
         self._openings = Openings(voter.manifest.run_id, plan)
-        self._payloads: dict[str, Payload] = {}
+        self._payloads: dict[str, Slices] = {}
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self._failed: set[str] = set()
         self._member = plan.member(me) is not None
         self._told: frozenset[str] = frozenset()
         self._voted = 0
 
-    async def run(self) -> tuple[Record, dict[str, Payload]]:
+    async def run(self) -> tuple[Record, dict[str, Slices]]:
         """The certified record and the payloads of all it accepted. Raises :class:`Moved`."""
         board = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or b.plan != self._plan)
         try:

@@ -121,7 +121,7 @@ class Coordinator:
             case Leave():
                 await self._dispatch(protocol.Left(node, body.reason))
             case Metrics():
-                self.log.emit(metrics_event(node, round, body))
+                self._report_metrics(node, round, body)
             case Commitment():
                 await self._dispatch(protocol.Committed(node, round, body.digest, proof))
             case Contribution():
@@ -131,8 +131,8 @@ class Coordinator:
             case Vote():
                 await self._dispatch(protocol.Voted(node, round, body.term, body.record, proof))
             case Attestation():
-                self.log.emit(events.Attested(round=round, peer=node, state_root=body.state_root.hex()))
                 await self._dispatch(protocol.Attested(node, round, body.state_root))
+                self.log.emit(events.Attested(round=round, peer=node, state_root=body.state_root.hex()))
 
     async def _greet(self, node: str, body: Present) -> None:
         if body.certificate is not None and body.rounds > self.state.rounds:
@@ -143,6 +143,12 @@ class Coordinator:
         if node not in self.state.peers:
             self.log.emit(events.PeerJoined(peer=node, device=body.device, round=self.state.rounds + 1))
         await self._dispatch(protocol.Arrived(node, body.state_root, body.device))
+
+    def _report_metrics(self, node: str, round: int, body: Metrics) -> None:
+        """Metrics are for people: taken from who is here, of the round that is ending or has just ended."""
+        if node not in self.state.peers or round not in (self.state.rounds, self.state.rounds + 1):
+            self._refuse(node, f"metrics of round {round} are not wanted now")
+        self.log.emit(metrics_event(node, round, body))
 
     def _checked(self, certificate: Certificate) -> Record:
         return check_certificate(

@@ -53,7 +53,7 @@ class Meter:
             momentum_norm=momentum_norm,
             bytes_up=up,
             bytes_down=down,
-            payload_bytes=sum(part.size for part in done.slices) if done else 0,
+            payload_bytes=done.payload_bytes if done else 0,
         )
 
 

@@ -23,13 +23,18 @@ from psyche.numerics.digest import blob_root, digest
 from psyche.numerics.outer import OuterState, outer_step
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.assignment import next_position, positions, sequences
-from psyche.protocol.messages import Contribution, Plan, Record, Slice
+from psyche.protocol.messages import Contribution, Payload, Plan, Record, Slice
 from psyche.training.engine import Engine
 from psyche.training.schedules import learning_rate
 from psyche.verification.traces import Trace
 
-Payload = Sequence[bytes]
+Slices = Sequence[bytes]
 """The encoded slices of one contribution, in the order of ``FlatLayout.slices()``."""
+
+
+def table_of(slices: Slices) -> Payload:
+    """The table of contents that a contribution's ``payload_root`` is the address of."""
+    return Payload(tuple(Slice(blob_root(part), len(part)) for part in slices))
 
 
 class Interrupted(Exception):
@@ -45,7 +50,7 @@ class Work:
     """What one round of local training produced."""
 
     contribution: Contribution
-    payload: Payload
+    payload: Slices
     loss: float
     """Mean over the inner steps, nats a token."""
     lr: float
@@ -106,14 +111,15 @@ class Replica:
             base_root=plan.base_root,
             data_digest=trace.data_digest,
             trace_root=trace.root,
-            slices=tuple(Slice(blob_root(part), len(part)) for part in payload),
+            payload_root=blob_root(table_of(payload).encode()),
+            payload_bytes=sum(len(part) for part in payload),
             inner_steps=member.inner_steps,
             tokens=member.inner_steps * self.run.tokens_per_step,
             salt=self._salt(plan),
         )
         return Work(contribution, payload, sum(losses) / len(losses), lr, self._norm(payload))
 
-    def apply(self, record: Record, payloads: Mapping[str, Payload]) -> None:
+    def apply(self, record: Record, payloads: Mapping[str, Slices]) -> None:
         """The outer step of a certified record, from the payloads of all it accepted.
 
         Afterwards ``chain`` stands at the record, with the new state_root. Raises ``MalformedPayload``; the
@@ -133,7 +139,7 @@ class Replica:
         self.outer = outer
         self._stand_at(record)
 
-    def give_back(self, payload: Payload) -> None:
+    def give_back(self, payload: Slices) -> None:
         """e ← e + D(payload): a contribution that was not accepted loses nothing it has learned."""
         if self.residual is not None:
             for part, encoded in zip(self.engine.layout.slices(), payload, strict=True):
@@ -187,7 +193,7 @@ class Replica:
         """Inner steps of a member before round ``plan``, whether this node took them or not."""
         return (plan.round - 1) * self.run.rounds.inner_steps
 
-    def _norm(self, payload: Payload) -> float:
+    def _norm(self, payload: Slices) -> float:
         parts = zip(payload, self.engine.layout.slices(), strict=True)
         return sqrt(sum(self.codec.squared_norm(encoded, part.stop - part.start) for encoded, part in parts))
 

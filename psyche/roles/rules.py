@@ -19,7 +19,7 @@ def rules_of(manifest: Manifest) -> Rules:
         inner_steps=run.rounds.inner_steps,
         batch_size=run.inner.batch_size,
         tokens_per_step=run.tokens_per_step,
-        slice_bytes=tuple(codec(run.codec.name).payload_bytes(count) for count in counts),
+        payload_bytes=sum(codec(run.codec.name).payload_bytes(count) for count in counts),
         start_members=run.rounds.start_members,
         min_members=run.rounds.min_members,
         round_bounds=(run.deadlines.round_min, run.deadlines.round_max),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from psyche.numerics.digest import digest
-from psyche.protocol.messages import Contribution, Plan, Record, Slice
+from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.rounds import carries_quorum, tick
 from psyche.protocol.state import (
     Arrived,
@@ -43,7 +43,7 @@ RULES = Rules(
     inner_steps=5,
     batch_size=4,
     tokens_per_step=TOKENS_PER_STEP,
-    slice_bytes=(1000, 500),
+    payload_bytes=1500,
     start_members=4,
     min_members=2,
     round_bounds=(10.0, 100.0),
@@ -72,7 +72,8 @@ def contribution(node: str, plan: Plan, rules: Rules = RULES, **changes: object)
         base_root=plan.base_root,
         data_digest=tag,
         trace_root=tag,
-        slices=tuple(Slice(digest("slice", tag, bytes([i])), most) for i, most in enumerate(rules.slice_bytes)),
+        payload_root=digest("payload", tag),
+        payload_bytes=rules.payload_bytes,
         inner_steps=steps,
         tokens=steps * rules.tokens_per_step,
         salt=tag,

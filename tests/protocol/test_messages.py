@@ -24,10 +24,12 @@ from psyche.protocol.messages import (
     Leave,
     Member,
     Metrics,
+    Payload,
     Plan,
     Present,
     Proposal,
     Record,
+    Slice,
     Vote,
     decode,
 )
@@ -50,6 +52,7 @@ EXAMPLES: list[Body] = [
     Present(3, b"h" * 32, b"s" * 32, "CPU, 1 threads", CERTIFICATE),
     Present(0, b"h" * 32, b"s" * 32, "", None),
     Commitment(b"c" * 32),
+    Payload((Slice(b"s" * 32, 1000), Slice(b"t" * 32, 500))),
     Holding((A, B)),
     Vote(9, b"r" * 32),
     Attestation(b"s" * 32),
@@ -220,8 +223,10 @@ def test_commitments_bind_node_run_round_and_every_field() -> None:
     base = contribution(A, PLAN)
     seen = {base.commitment(A, b"r" * 32, 3)}
     seen |= {base.commitment(B, b"r" * 32, 3), base.commitment(A, b"q" * 32, 3), base.commitment(A, b"r" * 32, 4)}
-    changes: dict[str, object] = dict.fromkeys(("base_root", "data_digest", "trace_root", "salt"), b"x" * 32)
-    changes |= {"slices": base.slices[:1], "inner_steps": 4, "tokens": 1}
+    changes: dict[str, object] = dict.fromkeys(
+        ("base_root", "data_digest", "trace_root", "payload_root", "salt"), b"x" * 32
+    )
+    changes |= {"payload_bytes": 1, "inner_steps": 4, "tokens": 1}
     assert set(changes) == set(base.__struct_fields__)
     for name, value in changes.items():
         seen.add(contribution(A, PLAN, **{name: value}).commitment(A, b"r" * 32, 3))

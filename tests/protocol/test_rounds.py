@@ -8,7 +8,6 @@ import pytest
 
 from psyche.protocol.assignment import next_position
 from psyche.protocol.deadlines import WINDOW, adaptive
-from psyche.protocol.messages import Slice
 from psyche.protocol.rounds import quorum, round_seed
 from psyche.protocol.state import (
     Abandoned,
@@ -301,9 +300,6 @@ def test_what_is_refused_while_commitments_are_taken() -> None:
     assert table.state.round.commitments[one][0] == contribution(one, plan).commitment(one, RUN_ID, 1)
 
 
-STRETCHED = (Slice(b"s" * 32, RULES.slice_bytes[0] + 1), Slice(b"s" * 32, 1))
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -312,8 +308,7 @@ STRETCHED = (Slice(b"s" * 32, RULES.slice_bytes[0] + 1), Slice(b"s" * 32, 1))
         ({"tokens": 201}, "tokens claimed"),
         ({"tokens": 2**60}, "tokens claimed"),
         ({"inner_steps": 4}, "tokens claimed"),
-        ({"slices": STRETCHED[1:]}, "1 slices where 2 were due"),
-        ({"slices": STRETCHED}, "larger than the codec"),
+        ({"payload_bytes": RULES.payload_bytes + 1}, "larger than the codec"),
     ],
 )
 def test_nobody_sets_their_own_weight_or_size(changes: dict[str, object], reason: str) -> None:

@@ -1,0 +1,195 @@
+"""What happens to a run from outside: every event is taken into the state, or refused with a reason.
+
+Nobody's claim sets their own weight, and nothing that a member sends may do more than fill its own place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from psyche.protocol.assignment import next_position
+from psyche.protocol.deadlines import WINDOW
+from psyche.protocol.messages import Contribution, Member, Plan, Record
+from psyche.protocol.state import (
+    Abandoned,
+    Arrived,
+    Attested,
+    Committed,
+    Departed,
+    Effect,
+    Event,
+    Held,
+    Left,
+    Opened,
+    Peer,
+    Phase,
+    Rejected,
+    Restored,
+    Round,
+    Rules,
+    Seen,
+    State,
+    Tick,
+    Voted,
+)
+
+Step = tuple[State, list[Effect]]
+V = TypeVar("V")
+
+
+def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
+    """The state after ``event``, before anything that follows from it is done."""
+    match event:
+        case Tick():
+            return state, []
+        case Seen(node):
+            peer = state.peers.get(node)
+            return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
+        case Arrived(node, state_root, device):
+            return with_peer(state, node, Peer(now, state_root, device[:64])), []
+        case Left(node, reason):
+            return without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
+        case Restored(record):
+            return _restore(rules, state, record)
+        case _:
+            refusal = _refusal(rules, state, event)
+            if refusal:
+                return state, [Rejected(event.node, refusal)]
+            return _accept(state, event, now), []
+
+
+def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Voted | Attested) -> str | None:
+    """Why a member's message about a round is not taken, or None."""
+    current = state.round
+    if current is None or current.plan.round != event.round:
+        return f"round {event.round} is not open; the run has certified {state.rounds} rounds"
+    # Who only follows a round may attest, too: that is how a newcomer gets into the next one.
+    if current.plan.member(event.node) is None and not (isinstance(event, Attested) and event.node in state.peers):
+        return f"not a member of round {event.round}"
+    if isinstance(event, Committed):
+        if current.closed is not None:
+            return f"round {event.round} no longer takes commitments: its deadline has passed"
+        if current.commitments.get(event.node, (event.digest,))[0] != event.digest:
+            return "a different commitment was already made in this round"
+        return None
+    if current.closed is None:
+        return f"round {event.round} still takes commitments"
+    match event:
+        case Opened():
+            return _bad_opening(rules, current, event)
+        case Attested() if not current.certified:
+            return f"round {event.round} is not certified yet"
+        case Voted():
+            if current.proposal is None or event.term != current.term:
+                return f"no proposal of term {event.term} is open"
+            if event.record != current.proposal.hash:
+                return "the vote names another record than was proposed"
+            if event.node not in current.proposal.electorate:
+                return "not in the electorate"
+    return None
+
+
+def _bad_opening(rules: Rules, current: Round, event: Opened) -> str | None:
+    given, plan = event.contribution, current.plan
+    member = plan.member(event.node)
+    assert member is not None
+    committed = current.commitments.get(event.node)
+    if committed is None:
+        return "nothing was committed before the deadline"
+    if given.commitment(event.node, rules.run_id, plan.round) != committed[0]:
+        return "the contribution is not the one committed to"
+    return contribution_fault(rules, plan, member, given)
+
+
+def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribution) -> str | None:
+    """What is wrong with a contribution by the plan alone, or None. Nobody sets their own weight."""
+    if given.base_root != plan.base_root:
+        return "trained from another base state"
+    if given.inner_steps > member.inner_steps:
+        return f"{given.inner_steps} inner steps claimed where {member.inner_steps} were due"
+    if given.tokens != given.inner_steps * rules.tokens_per_step:
+        return "the tokens claimed are not those of the inner steps claimed"
+    if given.payload_bytes > rules.payload_bytes:
+        return "the payload is larger than the codec can make it"
+    return None
+
+
+def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, now: float) -> State:
+    current = state.round
+    assert current is not None
+    node = event.node
+    match event:
+        case Committed():
+            if node not in current.commitments:
+                state = replace(state, commit_seconds=observed(state.commit_seconds, now - current.opened))
+            current = replace(current, commitments=_put(current.commitments, node, (event.digest, event.proof)))
+        case Opened():
+            current = replace(
+                current, contributions=_put(current.contributions, node, (event.contribution, event.proof))
+            )
+        case Held():
+            held = event.nodes & {member.node for member in current.plan.members}
+            if held != current.holdings.get(node):
+                current = replace(
+                    current,
+                    holdings=_put(current.holdings, node, held),
+                    held_at=_put(current.held_at, node, now),
+                )
+        case Voted():
+            current = replace(current, votes=_put(current.votes, node, event.proof))
+        case Attested():
+            current = replace(current, attestations=_put(current.attestations, node, event.state_root))
+            if node in state.peers:
+                state = with_peer(state, node, replace(state.peers[node], state_root=event.state_root))
+    return replace(state, round=current)
+
+
+def _restore(rules: Rules, state: State, record: Record) -> Step:
+    """Take over a certified history longer than ours.
+
+    It can only be ours, from before a restart: a round that was opened meanwhile in ignorance of it is dropped. What
+    this coordinator has certified itself stands.
+    """
+    if record.plan.round <= state.rounds:
+        return state, []
+    effects: list[Effect] = []
+    if (current := state.round) is not None:
+        if current.certified or record.plan.round < current.plan.round:
+            return state, []
+        effects.append(Abandoned(current.plan.round, f"round {record.plan.round} was certified before a restart"))
+    restored = replace(
+        state,
+        phase=Phase.PAUSED,
+        rounds=record.plan.round,
+        head=record.hash,
+        state_root=b"",
+        position=next_position(record.plan, rules.batch_size),
+        term=max(state.term, record.plan.term),
+        electorate=record.electorate,
+        round=None,
+    )
+    return restored, effects
+
+
+# -------------------------------------------------------------------------------------- helpers
+
+
+def with_peer(state: State, node: str, peer: Peer) -> State:
+    """``peer`` in place of what was known of ``node``."""
+    return replace(state, peers=_put(state.peers, node, peer))
+
+
+def without_peer(state: State, node: str) -> State:
+    """``node`` is gone."""
+    return replace(state, peers={key: peer for key, peer in state.peers.items() if key != node})
+
+
+def _put(mapping: Mapping[str, V], key: str, value: V) -> dict[str, V]:
+    return {**mapping, key: value}
+
+
+def observed(values: tuple[float, ...], *more: float) -> tuple[float, ...]:
+    """``values`` with ``more`` seconds behind them, as many as deadlines rest on."""
+    return (*values, *more)[-WINDOW:]
