@@ -44,7 +44,6 @@ def read_invite(text: str) -> Invite:
 def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
     """Be a node until the run ends or Ctrl-C."""
     _stay_with_parent()
-    os.environ.setdefault("OMP_NUM_THREADS", str(node.threads or os.cpu_count() or 1))
     from psyche.roles.processes import join
     from psyche.telemetry.events import Listener
     from psyche.telemetry.view import ContributorView, live

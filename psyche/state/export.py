@@ -18,6 +18,8 @@ def export(spec: Model, theta: Tensor, tokenizer: Path, directory: Path) -> None
 
     ``theta`` is the flat vector of the model's layout.
     """
+    from transformers.utils import logging
+
     model = build(spec)
     layout = FlatLayout.of_model(model)
     with torch.no_grad():
@@ -26,6 +28,7 @@ def export(spec: Model, theta: Tensor, tokenizer: Path, directory: Path) -> None
             if name in views:
                 parameter.copy_(views[name])
     directory.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()  # it would cut through our own view
     model.save_pretrained(directory)  # type: ignore[operator]
     for file in tokenizer.iterdir():
         shutil.copy2(file, directory / file.name)
@@ -34,7 +37,9 @@ def export(spec: Model, theta: Tensor, tokenizer: Path, directory: Path) -> None
 def sample(directory: Path, prompt: str, *, tokens: int = 60, seed: int = 0) -> str:
     """Continue ``prompt`` by up to ``tokens`` tokens with an exported model: top-40, temperature 0.8."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
