@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from psyche.telemetry.events import (
     Diverged,
@@ -127,25 +130,29 @@ def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> No
         assert list((tmp_path / "other-cache" / "data").glob("run-*/train-00000.bin"))
 
 
-def test_nothing_is_left_behind_when_the_launcher_is_stopped_or_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_behind_when_the_launcher_is_stopped_or_killed(tmp_path: Path, number: signal.Signals) -> None:
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 500, "start_members": 2})
-    for number in (signal.SIGINT, signal.SIGKILL):
-        directory = tmp_path / f"run-{number}"
-        launcher = subprocess.Popen(
-            [sys.executable, "-m", "psyche", "run", str(config), "--peers", "2", "--directory", str(directory)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+    directory = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "psyche", "run", str(config), "--peers", "2", "--directory", str(directory)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
         log = directory / "coordinator" / "events.jsonl"
-        _eventually(lambda log=log: log.exists() and len(certified_roots(log)) > 0)  # type: ignore[misc]
+        _eventually(lambda: log.exists() and len(certified_roots(log)) > 0)
         below = descendants(launcher.pid)
         assert len(below) >= 6, "three processes and three daemons"
         launcher.send_signal(number)
         _, error = launcher.communicate(timeout=PATIENCE)
-        _eventually(lambda below=below: not any(alive(pid) for pid in below))  # type: ignore[misc]
-        assert b"Traceback" not in error
-        for name in ("node-1", "node-2", "coordinator"):
-            assert "Traceback" not in (directory / f"{name}.log").read_text()
+    finally:
+        launcher.kill()
+        launcher.wait()
+    _eventually(lambda: not any(alive(pid) for pid in below))
+    assert b"Traceback" not in error
+    for name in ("node-1", "node-2", "coordinator"):
+        assert "Traceback" not in (directory / f"{name}.log").read_text()
 
 
 def test_ctrl_c_leaves_a_run_cleanly(tmp_path: Path) -> None:
@@ -172,9 +179,9 @@ def _stop_and_compare(run: Swarm, names: list[str]) -> None:
         assert "Traceback" not in run.output(name)
 
 
-def _eventually(true: object) -> None:
+def _eventually(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not true():  # type: ignore[operator]
+    while not true():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.1)
 
