@@ -26,5 +26,6 @@ def convergence(
 ) -> None:
     """Held-out loss of large-batch AdamW, DiLoCo fp32 and DiLoCo int8, at equal tokens and at equal steps."""
     from psyche.bench.convergence import main
+    from psyche.cli.data import progress_display
 
-    main(json, full=full, only=only)
+    main(json, full=full, only=only, preparing=progress_display)

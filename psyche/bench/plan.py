@@ -1,0 +1,148 @@
+"""What the convergence bench compares: its sizes, its trials, and which trial each is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from psyche.bench.trials import Setting, Trial
+from psyche.config import BpeTokenizer, Data, Inner, Model, Node
+
+Comparison = Literal["equal tokens", "equal steps", "sensitivity"]
+NODES = (1, 2, 4, 8)
+CENTRE = 4
+"""Nodes at which the two comparisons meet (their trials are the same there) and the outer optimizer is varied."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of the bench."""
+
+    setting: Setting
+    steps: int
+    """Inner steps of each of ``CENTRE`` nodes: of every node at equal steps. At equal tokens k nodes take
+    ``CENTRE × steps / k`` each."""
+    inner_steps: int
+    """H."""
+    outer_lr: float
+    momentum: float
+    seeds: tuple[int, ...]
+    lrs: tuple[float, ...]
+    momenta: tuple[float, ...]
+    """The grid of the sensitivity section, at H and the first seed."""
+    other_inner_steps: tuple[int, ...]
+    """Further H, at the outer lr and momentum of the comparisons."""
+    nodes: tuple[int, ...] = NODES
+
+    @property
+    def tokens(self) -> int:
+        """Of each trial at equal tokens."""
+        return CENTRE * self.steps * self.setting.inner.batch_size * self.setting.data.sequence_length
+
+
+def default_scale(cache: Path | None = None) -> Scale:
+    """Some 0.27M parameters, 2.4 tokens for each."""
+    model = Model(
+        settings={
+            "vocab_size": 512,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+        }
+    )
+    setting = Setting(
+        model=model,
+        data=Data(tokenizer=BpeTokenizer(vocab_size=512), sequence_length=64),
+        # Best of 2e-3, 4e-3 and 8e-3 for AdamW at k = 4: 3.255, 3.185, 3.383.
+        inner=Inner(lr=4e-3, batch_size=4),
+        warmup=0.1,
+        heldout_sequences=1024,
+        cache=cache or Node().cache,
+    )
+    return Scale(
+        setting=setting,
+        steps=640,
+        inner_steps=20,
+        outer_lr=1.0,
+        momentum=0.3,
+        seeds=(0, 1),
+        lrs=(0.4, 0.7, 1.0),
+        momenta=(0.0, 0.5, 0.9),
+        other_inner_steps=(5, 80),
+    )
+
+
+def full_scale(cache: Path | None = None) -> Scale:
+    """20 tokens a parameter, so eight times the rounds of :func:`default_scale`, and a third seed."""
+    small = default_scale(cache)
+    return replace(small, steps=5280, seeds=(0, 1, 2))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row to be: a trial, and the comparison it stands in."""
+
+    comparison: Comparison
+    trial: Trial
+
+    @property
+    def reference(self) -> Trial:
+        """Large-batch AdamW on the same tokens in as many steps; the trial itself where it is that."""
+        return large_batch(self.trial)
+
+    @property
+    def name(self) -> str:
+        """What ``--only`` looks in: ``equal-tokens/diloco-int8/k4/640-steps/lr1/mu0.3/H20/seed0``."""
+        return f"{self.comparison.replace(' ', '-')}/{self.trial.label}"
+
+
+def large_batch(trial: Trial) -> Trial:
+    """The AdamW trial that ``trial`` is measured against."""
+    return Trial(system="adamw", codec="fp32", nodes=trial.nodes, steps=trial.steps, seed=trial.seed)
+
+
+def items(scale: Scale) -> Iterator[Item]:
+    """Every row of the bench, in the order of the table."""
+    for nodes in scale.nodes:
+        yield from _compared(scale, "equal tokens", nodes, CENTRE * scale.steps // nodes)
+    for nodes in scale.nodes:
+        yield from _compared(scale, "equal steps", nodes, scale.steps)
+    yield from _sensitivity(scale)
+
+
+def _compared(scale: Scale, comparison: Comparison, nodes: int, steps: int) -> Iterator[Item]:
+    """The large batch and both codecs, for every seed."""
+    for seed in scale.seeds:
+        yield Item(comparison, Trial(system="adamw", codec="fp32", nodes=nodes, steps=steps, seed=seed))
+    for codec in ("fp32", "int8"):
+        for seed in scale.seeds:
+            yield Item(comparison, _diloco(scale, codec, nodes, steps, seed))
+
+
+def _sensitivity(scale: Scale) -> Iterator[Item]:
+    """The int8 trial of the comparisons at ``CENTRE`` nodes, one or two of its knobs turned."""
+    centre = _diloco(scale, "int8", CENTRE, scale.steps, scale.seeds[0])
+    for lr in scale.lrs:
+        for momentum in scale.momenta:
+            yield Item("sensitivity", replace(centre, outer_lr=lr, momentum=momentum))
+    for inner_steps in sorted({scale.inner_steps, *scale.other_inner_steps}):
+        yield Item("sensitivity", replace(centre, inner_steps=inner_steps))
+
+
+def _diloco(scale: Scale, codec: str, nodes: int, steps: int, seed: int) -> Trial:
+    return Trial(
+        system="diloco",
+        codec=codec,
+        nodes=nodes,
+        steps=steps,
+        outer_lr=scale.outer_lr,
+        momentum=scale.momentum,
+        inner_steps=scale.inner_steps,
+        seed=seed,
+    )
