@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from psyche.bench.plan import Scale, default_scale, full_scale, items
 from psyche.bench.pool import run_all
@@ -75,7 +75,7 @@ def show(scale: Scale, rows: Sequence[Row], console: Console) -> None:
         console.print(results_table(comparison, list(group)))
     if differences := codec_differences(rows):
         console.print()
-        console.print(codec_table(differences, len(scale.seeds)))
+        console.print(codec_table(differences))
         console.print(codec_verdict(differences), highlight=False)
 
 
@@ -96,20 +96,17 @@ def _preface(scale: Scale, parameters: int) -> str:
 def _progress(trials: set[Trial]) -> Iterator[Callable[[Trial, Outcome], None]]:
     """A line for each trial that ended, and on a terminal a bar below them; all on stderr."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.completed}/{task.total} trials"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     ended = 0
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=len(trials))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=sum(trial.nodes * trial.steps for trial in trials))
 
         def done(trial: Trial, outcome: Outcome) -> None:
             nonlocal ended
             ended += 1
-            bar.advance(task)
-            line = (
-                f"{ended:3}/{len(trials)}  {trial.label:60} loss {outcome.heldout_loss:.4f}  {outcome.seconds:5.0f} s"
-            )
+            bar.advance(task, trial.nodes * trial.steps)
+            count = f"{ended:3}/{len(trials)}"
+            line = f"{count}  {trial.label:52} loss {outcome.heldout_loss:.4f}  {outcome.seconds:4.0f} s"
             if console.is_terminal:
                 bar.console.print(line, highlight=False)
             else:

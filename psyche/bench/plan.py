@@ -43,45 +43,50 @@ class Scale:
 
 
 def default_scale(cache: Path | None = None) -> Scale:
-    """Some 0.27M parameters, 2.4 tokens for each."""
+    """0.14M parameters, 9.4 tokens for each. What is chosen here was measured with this very bench."""
     model = Model(
         settings={
             "vocab_size": 512,
-            "hidden_size": 96,
-            "intermediate_size": 256,
+            "hidden_size": 64,
+            "intermediate_size": 192,
             "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
             "max_position_embeddings": 64,
             "tie_word_embeddings": True,
+            # About 1/√width. With Llama's 0.02 the loss falls in late, sudden steps, and the last bit of a sum
+            # decides when: int8 was then 1.7 % *better* than fp32 (k = 4, 320 steps of 16 sequences), which says
+            # nothing about int8.
+            "initializer_range": 0.1,
         }
     )
     setting = Setting(
         model=model,
         data=Data(tokenizer=BpeTokenizer(vocab_size=512), sequence_length=64),
-        # Best of 2e-3, 4e-3 and 8e-3 for AdamW at k = 4: 3.255, 3.185, 3.383.
-        inner=Inner(lr=4e-3, batch_size=4),
+        # Twice as much is better for AdamW at k = 4 (3.052 against 3.111), but chaotic: int8 and fp32 DiLoCo then
+        # differ by 0.6 % instead of 0.06 %. The decay to zero is for the same end.
+        inner=Inner(lr=4e-3, batch_size=4, final_lr=0.0),
         warmup=0.1,
         heldout_sequences=1024,
         cache=cache or Node().cache,
     )
     return Scale(
         setting=setting,
-        steps=640,
-        inner_steps=20,
-        outer_lr=1.0,
-        momentum=0.3,
+        steps=1280,
+        inner_steps=10,
+        # Best of the outer lr {0.4, 0.7, 1.0} and momenta {0.5, 0.7, 0.9} below.
+        outer_lr=0.7,
+        momentum=0.7,
         seeds=(0, 1),
         lrs=(0.4, 0.7, 1.0),
-        momenta=(0.0, 0.5, 0.9),
-        other_inner_steps=(5, 80),
+        momenta=(0.5, 0.7, 0.9),
+        other_inner_steps=(5, 20, 40),
     )
 
 
 def full_scale(cache: Path | None = None) -> Scale:
-    """20 tokens a parameter, so eight times the rounds of :func:`default_scale`, and a third seed."""
-    small = default_scale(cache)
-    return replace(small, steps=5280, seeds=(0, 1, 2))
+    """The same at 20 tokens a parameter, hence 2.1 times the rounds of :func:`default_scale`, and a third seed."""
+    return replace(default_scale(cache), steps=2720, seeds=(0, 1, 2))
 
 
 @dataclass(frozen=True)

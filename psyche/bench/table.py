@@ -136,41 +136,59 @@ def spread(values: Sequence[float], form: str) -> str:
 # --------------------------------------------------------------------------------------- int8 against fp32
 
 
-def codec_differences(rows: Iterable[Row]) -> dict[tuple[Comparison, int], list[float]]:
-    """int8 against fp32 DiLoCo, same seed and settings, in %: one value a seed for each (comparison, nodes)."""
-    losses: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        if row.system == "diloco" and row.comparison != "sensitivity":
-            losses.setdefault((row.comparison, row.nodes, row.seed), {})[row.codec] = row.heldout_loss
-    found: dict[tuple[Comparison, int], list[float]] = {}
-    for (comparison, nodes, _), by_codec in losses.items():
-        if len(by_codec) == 2:
-            found.setdefault((comparison, nodes), []).append(percent(by_codec["int8"], by_codec["fp32"]))
+@dataclass(frozen=True)
+class CodecDifference:
+    """int8 against fp32 DiLoCo at one setting."""
+
+    comparisons: tuple[Comparison, ...]
+    """Where it stands; some trials stand in two."""
+    nodes: int
+    steps: int
+    percents: dict[int, float]
+    """By seed: :func:`percent` of the int8 loss over the fp32 one of the same seed."""
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.percents.values())
+
+
+def codec_differences(rows: Iterable[Row]) -> list[CodecDifference]:
+    """One for each setting of the two comparisons that was measured with both codecs."""
+    chosen = [row for row in rows if row.system == "diloco" and row.comparison != "sensitivity"]
+    found = []
+    for nodes, steps in dict.fromkeys((row.nodes, row.steps_per_node) for row in chosen):
+        here = [row for row in chosen if (row.nodes, row.steps_per_node) == (nodes, steps)]
+        loss = {(row.codec, row.seed): row.heldout_loss for row in here}
+        both = sorted({seed for codec, seed in loss if ("fp32", seed) in loss and ("int8", seed) in loss})
+        if both:
+            percents = {seed: percent(loss["int8", seed], loss["fp32", seed]) for seed in both}
+            comparisons = tuple(dict.fromkeys(row.comparison for row in here))
+            found.append(CodecDifference(comparisons, nodes, steps, percents))
     return found
 
 
-def codec_table(differences: Mapping[tuple[Comparison, int], Sequence[float]], seeds: int) -> Table:
-    """:func:`codec_differences` for people; the last line is over all of them."""
-    title = "int8 against fp32 DiLoCo at the same settings and seed, held-out loss in % (positive: int8 is worse)"
+def codec_table(differences: Sequence[CodecDifference]) -> Table:
+    """:func:`codec_differences` for people."""
+    title = "int8 against fp32 DiLoCo, same settings and seed: held-out loss in % (positive: int8 is worse)"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
     table.add_column("comparison")
-    for heading in ["nodes", *(f"seed {one}" for one in range(seeds)), "mean"]:
+    seeds = sorted({seed for difference in differences for seed in difference.percents})
+    for heading in ["nodes", "steps/node", *(f"seed {seed}" for seed in seeds), "mean"]:
         table.add_column(heading, justify="right")
-    for (comparison, nodes), values in differences.items():
-        cells = [f"{value:+.3f}" for value in values] + [""] * (seeds - len(values))
-        table.add_row(comparison, str(nodes), *cells, f"{fmean(values):+.3f}")
+    for one in differences:
+        cells = [f"{one.percents[seed]:+.3f}" if seed in one.percents else "–" for seed in seeds]
+        table.add_row(", ".join(one.comparisons), str(one.nodes), f"{one.steps:,}", *cells, f"{one.mean:+.3f}")
     return table
 
 
-def codec_verdict(differences: Mapping[tuple[Comparison, int], Sequence[float]]) -> str:
-    """One sentence on all pairs: mean, its standard error, the largest."""
-    pairs = [value for values in differences.values() for value in values]
-    worst = max(pairs, key=abs)
-    error = f" ± {stdev(pairs) / sqrt(len(pairs)):.3f}" if len(pairs) > 1 else ""
-    means = max((fmean(values) for values in differences.values()), key=abs)
+def codec_verdict(differences: Sequence[CodecDifference]) -> str:
+    """One sentence on all pairs: their mean, its standard error (the noise), the extremes."""
+    pairs = [value for one in differences for value in one.percents.values()]
+    error = f" ± {stdev(pairs) / sqrt(len(pairs)):.3f} (standard error)" if len(pairs) > 1 else ""
+    mean = max((one.mean for one in differences), key=abs)
     return (
-        f"int8 against fp32 over {len(pairs)} pairs: mean {fmean(pairs):+.3f} %{error} (standard error); "
-        f"largest mean of a setting {means:+.3f} %, largest of a single pair {worst:+.3f} %"
+        f"int8 against fp32 over {len(pairs)} pairs: mean {fmean(pairs):+.3f} %{error}; "
+        f"furthest mean of a setting {mean:+.3f} %, furthest pair {max(pairs, key=abs):+.3f} %"
     )
 
 

@@ -18,7 +18,9 @@ def _group() -> None:
 @app.command()
 def convergence(
     json: Annotated[Path | None, typer.Option(help="Write the rows here, too.", show_default=False)] = None,
-    full: Annotated[bool, typer.Option("--full", help="20 tokens per parameter; takes hours.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="20 tokens per parameter and a third seed; takes three times as long.")
+    ] = False,
     only: Annotated[
         str | None,
         typer.Option(help="Run only rows whose name contains this text.", show_default=False),
