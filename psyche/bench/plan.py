@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from psyche.bench.trials import Setting, Trial
-from psyche.config import BpeTokenizer, Data, Inner, Model, Node
+from psyche.config import BpeTokenizer, Data, Inner, Model, Node, Outer
 
 Comparison = Literal["equal tokens", "equal steps", "sensitivity"]
 NODES = (1, 2, 4, 8)
@@ -26,8 +26,7 @@ class Scale:
     ``CENTRE × steps / k`` each."""
     inner_steps: int
     """H."""
-    outer_lr: float
-    momentum: float
+    outer: Outer
     seeds: tuple[int, ...]
     lrs: tuple[float, ...]
     momenta: tuple[float, ...]
@@ -74,9 +73,8 @@ def default_scale(cache: Path | None = None) -> Scale:
         setting=setting,
         steps=1280,
         inner_steps=10,
-        # Best of the outer lr {0.4, 0.7, 1.0} and momenta {0.5, 0.7, 0.9} below.
-        outer_lr=0.7,
-        momentum=0.7,
+        # Best of the grid below.
+        outer=Outer(lr=0.7, momentum=0.7),
         seeds=(0, 1),
         lrs=(0.4, 0.7, 1.0),
         momenta=(0.5, 0.7, 0.9),
@@ -103,7 +101,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """What ``--only`` looks in: ``equal-tokens/diloco-int8/k4/640-steps/lr1/mu0.3/H20/seed0``."""
+        """What ``--only`` looks in: ``equal-tokens/diloco-int8/k4/1280-steps/lr0.7/mu0.7/H10/seed0``."""
         return f"{self.comparison.replace(' ', '-')}/{self.trial.label}"
 
 
@@ -135,7 +133,7 @@ def _sensitivity(scale: Scale) -> Iterator[Item]:
     centre = _diloco(scale, "int8", CENTRE, scale.steps, scale.seeds[0])
     for lr in scale.lrs:
         for momentum in scale.momenta:
-            yield Item("sensitivity", replace(centre, outer_lr=lr, momentum=momentum))
+            yield Item("sensitivity", replace(centre, outer=Outer(lr=lr, momentum=momentum)))
     for inner_steps in sorted({scale.inner_steps, *scale.other_inner_steps}):
         yield Item("sensitivity", replace(centre, inner_steps=inner_steps))
 
@@ -146,8 +144,7 @@ def _diloco(scale: Scale, codec: str, nodes: int, steps: int, seed: int) -> Tria
         codec=codec,
         nodes=nodes,
         steps=steps,
-        outer_lr=scale.outer_lr,
-        momentum=scale.momentum,
+        outer=scale.outer,
         inner_steps=scale.inner_steps,
         seed=seed,
     )

@@ -55,19 +55,18 @@ class Trial:
     """k; for AdamW the factor by which the batch is larger, as with k data-parallel workers."""
     steps: int
     """Inner steps of each node."""
-    outer_lr: float | None = None
-    momentum: float | None = None
+    outer: Outer | None = None
     inner_steps: int | None = None
-    """H; None, like the two above, for AdamW."""
+    """H; None, like ``outer``, for AdamW."""
     seed: int = 0
     """Of the initial parameters and of the order of the data."""
 
     @property
     def label(self) -> str:
-        """``diloco-int8/k4/640-steps/lr1/mu0.3/H20/seed0``."""
+        """``diloco-int8/k4/1280-steps/lr0.7/mu0.7/H10/seed0``."""
         parts = [f"{self.system}-{self.codec}", f"k{self.nodes}", f"{self.steps}-steps"]
-        if self.system == "diloco":
-            parts += [f"lr{self.outer_lr:g}", f"mu{self.momentum:g}", f"H{self.inner_steps}"]
+        if self.outer is not None:
+            parts += [f"lr{self.outer.lr:g}", f"mu{self.outer.momentum:g}", f"H{self.inner_steps}"]
         return "/".join([*parts, f"seed{self.seed}"])
 
 
@@ -108,12 +107,14 @@ def run_trial(setting: Setting, trial: Trial) -> Outcome:
 
 
 def run_of(setting: Setting, trial: Trial) -> Run:
-    """The run that a trial is. For AdamW its codec, outer optimizer and rounds are there but not used."""
+    """The run that a trial is. For AdamW its codec, outer optimizer and rounds are there but not used.
+
+    Raises ``ValueError`` where the steps are not whole rounds.
+    """
     inner_steps = trial.inner_steps or trial.steps
     if trial.steps % inner_steps:
         raise ValueError(f"{trial.steps} steps are not whole rounds of {inner_steps}")
     inner = setting.inner.model_copy(update={"warmup_steps": round(setting.warmup * trial.steps)})
-    outer = Outer() if trial.outer_lr is None else Outer(lr=trial.outer_lr, momentum=trial.momentum or 0.0)
     return Run(
         name="bench",
         seed=trial.seed,
@@ -121,9 +122,8 @@ def run_of(setting: Setting, trial: Trial) -> Run:
         data=setting.data,
         codec=CodecSpec(name=trial.codec),
         inner=inner,
-        outer=outer,
+        outer=trial.outer or Outer(),
         rounds=Rounds(total=trial.steps // inner_steps, inner_steps=inner_steps, start_members=trial.nodes),
-        heldout_sequences=setting.heldout_sequences,
     )
 
 

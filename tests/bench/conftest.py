@@ -6,7 +6,7 @@ import pytest
 
 from psyche.bench.plan import Scale
 from psyche.bench.trials import Setting
-from psyche.config import BpeTokenizer, Data, Inner, Model
+from psyche.config import BpeTokenizer, Data, Inner, Model, Outer
 from psyche.data.prepare import prepare
 
 
@@ -33,8 +33,7 @@ def scale(setting: Setting) -> Scale:
         setting=setting,
         steps=8,
         inner_steps=4,
-        outer_lr=0.7,
-        momentum=0.5,
+        outer=Outer(lr=0.7, momentum=0.5),
         seeds=(0,),
         lrs=(0.7,),
         momenta=(0.5, 0.9),

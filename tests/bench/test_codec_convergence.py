@@ -27,8 +27,7 @@ def test_int8_is_within_a_fifth_of_a_percent_of_fp32(tmp_path: Path) -> None:
         codec="fp32",
         nodes=CENTRE,
         steps=scale.steps // 4,
-        outer_lr=scale.outer_lr,
-        momentum=scale.momentum,
+        outer=scale.outer,
         inner_steps=scale.inner_steps,
     )
     fp32 = [replace(one, seed=seed) for seed in range(4)]

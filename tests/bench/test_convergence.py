@@ -19,6 +19,7 @@ from psyche.bench import convergence
 from psyche.bench.plan import Scale, items, large_batch
 from psyche.bench.table import Row, codec_differences, percent
 from psyche.bench.trials import Setting, Trial, run_of, run_trial
+from psyche.config import Outer
 from psyche.errors import PsycheError
 from psyche.roles.costs import costs_of
 from psyche.roles.reference import play
@@ -30,9 +31,8 @@ def rows(scale: Scale) -> list[Row]:
 
 
 def _diloco(**changes: object) -> Trial:
-    return replace(
-        Trial(system="diloco", codec="fp32", nodes=2, steps=8, outer_lr=1.0, momentum=0.0, inner_steps=4), **changes
-    )
+    plain = Outer(lr=1.0, momentum=0.0)
+    return replace(Trial(system="diloco", codec="fp32", nodes=2, steps=8, outer=plain, inner_steps=4), **changes)
 
 
 def test_every_planned_row_is_measured_once_and_in_order(scale: Scale, rows: list[Row]) -> None:
