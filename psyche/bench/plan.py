@@ -12,6 +12,8 @@ from psyche.config import BpeTokenizer, Data, Inner, Model, Node, Outer
 
 Comparison = Literal["equal tokens", "equal steps", "sensitivity"]
 NODES = (1, 2, 4, 8)
+NUDGE = 1e-6
+"""Relative change of the initial parameters in the control: thousands of times less than int8 rounds away."""
 CENTRE = 4
 """Nodes at which the two comparisons meet (their trials are the same there) and the outer optimizer is varied."""
 
@@ -120,12 +122,15 @@ def items(scale: Scale) -> Iterator[Item]:
 
 
 def _compared(scale: Scale, comparison: Comparison, nodes: int, steps: int) -> Iterator[Item]:
-    """The large batch and both codecs, for every seed."""
+    """The large batch and both codecs, for every seed; at equal tokens also the control of their difference."""
     for seed in scale.seeds:
         yield Item(comparison, Trial(system="adamw", codec="fp32", nodes=nodes, steps=steps, seed=seed))
     for codec in ("fp32", "int8"):
         for seed in scale.seeds:
             yield Item(comparison, _diloco(scale, codec, nodes, steps, seed))
+    if comparison == "equal tokens":
+        for seed in scale.seeds:
+            yield Item(comparison, replace(_diloco(scale, "fp32", nodes, steps, seed), nudge=NUDGE))
 
 
 def _sensitivity(scale: Scale) -> Iterator[Item]:

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from math import sqrt
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
-from psyche.bench.plan import Comparison, Item
+from psyche.bench.plan import NUDGE, Comparison, Item
 from psyche.bench.trials import Outcome, Trial
 from psyche.telemetry.wording import amount, number
 
@@ -30,6 +30,8 @@ class Row:
     inner_steps: int | None
     """H."""
     seed: int
+    nudge: float
+    """Relative change of the initial parameters; not 0 in the control of the codecs' difference."""
     tokens: int
     """All nodes together."""
     steps_per_node: int
@@ -62,6 +64,7 @@ def _row(item: Item, outcome: Outcome, reference: Outcome | None) -> Row:
         momentum=trial.outer.momentum if trial.outer else None,
         inner_steps=trial.inner_steps,
         seed=trial.seed,
+        nudge=trial.nudge,
         tokens=outcome.tokens,
         steps_per_node=trial.steps,
         parameters=outcome.parameters,
@@ -104,7 +107,7 @@ _TITLES: dict[Comparison, str] = {
 
 
 def _without_seed(row: Row) -> tuple[Any, ...]:
-    return (row.system, row.codec, row.nodes, row.outer_lr, row.momentum, row.inner_steps)
+    return (row.system, row.codec, row.nudge, row.nodes, row.outer_lr, row.momentum, row.inner_steps)
 
 
 def _cells(seeds: Sequence[Row]) -> list[str]:
@@ -113,7 +116,7 @@ def _cells(seeds: Sequence[Row]) -> list[str]:
     is_reference = row.system == "adamw"
     return [
         row.system,
-        row.codec,
+        f"{row.codec}, nudged" if row.nudge else row.codec,
         str(row.nodes),
         number(row.outer_lr, "g"),
         number(row.momentum, "g"),
@@ -137,59 +140,60 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 @dataclass(frozen=True)
-class CodecDifference:
-    """int8 against fp32 DiLoCo at one setting."""
+class Difference:
+    """int8 DiLoCo, or fp32 DiLoCo from nudged parameters, against fp32 DiLoCo at one setting."""
 
-    comparisons: tuple[Comparison, ...]
-    """Where it stands; some trials stand in two."""
+    variant: Literal["int8", "nudged"]
     nodes: int
     steps: int
     percents: dict[int, float]
-    """By seed: :func:`percent` of the int8 loss over the fp32 one of the same seed."""
+    """By seed: :func:`percent` of the variant's loss over the fp32 loss of the same seed."""
 
     @property
     def mean(self) -> float:
         return fmean(self.percents.values())
 
 
-def codec_differences(rows: Iterable[Row]) -> list[CodecDifference]:
-    """One for each setting of the two comparisons that was measured with both codecs."""
-    chosen = [row for row in rows if row.system == "diloco" and row.comparison != "sensitivity"]
+def differences_to_fp32(rows: Iterable[Row], variant: Literal["int8", "nudged"]) -> list[Difference]:
+    """One for each setting of the two comparisons that was measured both ways; a trial in both counts once."""
+    losses: dict[tuple[int, int], dict[tuple[str, int], float]] = {}
+    for row in rows:
+        if row.system == "diloco" and row.comparison != "sensitivity":
+            of_setting = losses.setdefault((row.nodes, row.steps_per_node), {})
+            of_setting["nudged" if row.nudge else row.codec, row.seed] = row.heldout_loss
     found = []
-    for nodes, steps in dict.fromkeys((row.nodes, row.steps_per_node) for row in chosen):
-        here = [row for row in chosen if (row.nodes, row.steps_per_node) == (nodes, steps)]
-        loss = {(row.codec, row.seed): row.heldout_loss for row in here}
-        both = sorted({seed for codec, seed in loss if ("fp32", seed) in loss and ("int8", seed) in loss})
-        if both:
-            percents = {seed: percent(loss["int8", seed], loss["fp32", seed]) for seed in both}
-            comparisons = tuple(dict.fromkeys(row.comparison for row in here))
-            found.append(CodecDifference(comparisons, nodes, steps, percents))
+    for (nodes, steps), loss in losses.items():
+        seeds = sorted(seed for name, seed in loss if name == variant and ("fp32", seed) in loss)
+        percents = {seed: percent(loss[variant, seed], loss["fp32", seed]) for seed in seeds}
+        if percents:
+            found.append(Difference(variant, nodes, steps, percents))
     return found
 
 
-def codec_table(differences: Sequence[CodecDifference]) -> Table:
-    """:func:`codec_differences` for people."""
-    title = "int8 against fp32 DiLoCo, same settings and seed: held-out loss in % (positive: int8 is worse)"
+def differences_table(differences: Sequence[Difference]) -> Table:
+    """:func:`differences_to_fp32` for people."""
+    title = "Against fp32 DiLoCo at the same settings and seed: held-out loss in % (positive is worse)"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
-    table.add_column("comparison")
+    table.add_column("what differs")
     seeds = sorted({seed for difference in differences for seed in difference.percents})
     for heading in ["nodes", "steps/node", *(f"seed {seed}" for seed in seeds), "mean"]:
         table.add_column(heading, justify="right")
     for one in differences:
         cells = [f"{one.percents[seed]:+.3f}" if seed in one.percents else "–" for seed in seeds]
-        table.add_row(", ".join(one.comparisons), str(one.nodes), f"{one.steps:,}", *cells, f"{one.mean:+.3f}")
+        table.add_row(WHAT_DIFFERS[one.variant], str(one.nodes), f"{one.steps:,}", *cells, f"{one.mean:+.3f}")
     return table
 
 
-def codec_verdict(differences: Sequence[CodecDifference]) -> str:
-    """One sentence on all pairs: their mean, its standard error (the noise), the extremes."""
+WHAT_DIFFERS = {"int8": "codec int8", "nudged": f"initial parameters × (1 + {NUDGE:g})"}
+
+
+def verdict(differences: Sequence[Difference]) -> str:
+    """One sentence on all pairs of one variant: their mean and its standard error, the spread of one pair."""
     pairs = [value for one in differences for value in one.percents.values()]
-    error = f" ± {stdev(pairs) / sqrt(len(pairs)):.3f} (standard error)" if len(pairs) > 1 else ""
-    mean = max((one.mean for one in differences), key=abs)
-    return (
-        f"int8 against fp32 over {len(pairs)} pairs: mean {fmean(pairs):+.3f} %{error}; "
-        f"furthest mean of a setting {mean:+.3f} %, furthest pair {max(pairs, key=abs):+.3f} %"
-    )
+    text = f"{WHAT_DIFFERS[differences[0].variant]}: mean {fmean(pairs):+.3f} %"
+    if len(pairs) > 1:
+        text += f" ± {stdev(pairs) / sqrt(len(pairs)):.3f} (standard error), standard deviation {stdev(pairs):.3f}"
+    return f"{text}, furthest {max(pairs, key=abs):+.3f} %, over {len(pairs)} pairs"
 
 
 def to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:

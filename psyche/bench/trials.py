@@ -60,11 +60,18 @@ class Trial:
     """H; None, like ``outer``, for AdamW."""
     seed: int = 0
     """Of the initial parameters and of the order of the data."""
+    nudge: float = 0.0
+    """The initial parameters are scaled by 1 + nudge: what a change that small does to the loss is noise."""
+
+    @property
+    def variant(self) -> str:
+        """The codec, or ``nudged``: fp32 from nudged parameters."""
+        return "nudged" if self.nudge else self.codec
 
     @property
     def label(self) -> str:
         """``diloco-int8/k4/1280-steps/lr0.7/mu0.7/H10/seed0``."""
-        parts = [f"{self.system}-{self.codec}", f"k{self.nodes}", f"{self.steps}-steps"]
+        parts = [f"{self.system}-{self.variant}", f"k{self.nodes}", f"{self.steps}-steps"]
         if self.outer is not None:
             parts += [f"lr{self.outer.lr:g}", f"mu{self.outer.momentum:g}", f"H{self.inner_steps}"]
         return "/".join([*parts, f"seed{self.seed}"])
@@ -129,12 +136,16 @@ def run_of(setting: Setting, trial: Trial) -> Run:
 
 def _diloco(setting: Setting, trial: Trial, launched: Launch) -> float:
     """The whole protocol in one process, with one engine (hence one inner optimizer) for each node."""
-    manifest, store = launched.manifest, launched.store
+    manifest, store, genesis = launched.manifest, launched.store, launched.genesis
+    if trial.nudge:
+        genesis.theta.mul_(1 + trial.nudge)
+        resolved = manifest.resolved.model_copy(update={"genesis": genesis.index().root.hex()})
+        manifest = manifest.model_copy(update={"resolved": resolved})
     replicas = {}
     for number in range(trial.nodes):
         node = f"node-{number}"
         engine = _engine(setting, manifest.run)
-        replicas[node] = Replica(manifest, engine, store, launched.genesis.clone(), node, node.encode())
+        replicas[node] = Replica(manifest, engine, store, genesis.clone(), node, node.encode())
     for _ in play(manifest, replicas):
         pass
     replica = replicas["node-0"]

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from psyche.bench import convergence
 from psyche.bench.plan import Scale, items, large_batch
-from psyche.bench.table import Row, codec_differences, percent
+from psyche.bench.table import Row, differences_to_fp32, percent
 from psyche.bench.trials import Setting, Trial, run_of, run_trial
 from psyche.config import Outer
 from psyche.errors import PsycheError
@@ -37,24 +37,26 @@ def _diloco(**changes: object) -> Trial:
 
 def test_every_planned_row_is_measured_once_and_in_order(scale: Scale, rows: list[Row]) -> None:
     assert [row.name for row in rows] == [item.name for item in items(scale)]
-    # two comparisons × two sizes × (AdamW, fp32, int8), then two momenta and two H
-    assert len(rows) == 12 + 4
+    # two comparisons × two sizes × (AdamW, fp32, int8), the control in one of them; then two momenta and two H
+    assert len(rows) == 12 + 2 + 4
 
 
 def test_losses_are_those_of_a_model_that_has_begun_to_learn(rows: list[Row]) -> None:
     assert all(3.0 < row.heldout_loss < 6.0 for row in rows)  # ln 300 = 5.70
 
 
-def test_both_codecs_stand_in_both_comparisons(rows: list[Row]) -> None:
-    differences = codec_differences(rows)
-    assert [(one.nodes, one.steps, one.comparisons) for one in differences] == [
-        (2, 16, ("equal tokens",)),
-        (4, 8, ("equal tokens", "equal steps")),  # the same trials, so counted once
-        (2, 8, ("equal steps",)),
-    ]
-    losses = {row.codec: row.heldout_loss for row in rows if row.system == "diloco" and row.steps_per_node == 16}
-    assert differences[0].percents == {0: percent(losses["int8"], losses["fp32"])}
-    assert all(abs(one.mean) < 0.5 for one in differences)
+def test_int8_and_the_control_are_compared_with_fp32(rows: list[Row]) -> None:
+    int8, control = differences_to_fp32(rows, "int8"), differences_to_fp32(rows, "nudged")
+    # four nodes take part in both comparisons with the same trials, which count once
+    assert [(one.nodes, one.steps) for one in int8] == [(2, 16), (4, 8), (2, 8)]
+    assert [(one.nodes, one.steps) for one in control] == [(2, 16), (4, 8)]
+    losses = {
+        row.codec: row.heldout_loss
+        for row in rows
+        if row.system == "diloco" and row.steps_per_node == 16 and not row.nudge
+    }
+    assert int8[0].percents == {0: percent(losses["int8"], losses["fp32"])}
+    assert all(0 < abs(one.mean) < 0.5 for one in int8 + control)
 
 
 def test_tokens_are_what_the_comparison_says(rows: list[Row]) -> None:
@@ -147,14 +149,14 @@ def test_main_writes_flat_rows_and_prints_the_tables(
     path = tmp_path / "new" / "rows.json"
     convergence.main(path, only="equal-tokens/diloco")
     found = json.loads(path.read_text())
-    assert [set(row) for row in found] == [{field.name for field in fields(Row)}] * 4
+    assert [set(row) for row in found] == [{field.name for field in fields(Row)}] * 6
     assert {row["codec"] for row in found} == {"fp32", "int8"}
     assert {row["against_large_batch_percent"] for row in found} == {None}  # --only left AdamW out
     assert list(path.parent.iterdir()) == [path]
     captured = capsys.readouterr()
     assert "(a) Equal total tokens" in captured.out
-    assert "int8 against fp32" in captured.out
-    assert "4/4" in captured.err
+    assert "codec int8: mean" in captured.out
+    assert "6/6" in captured.err
 
 
 def test_a_filter_that_matches_nothing_says_what_names_look_like(scale: Scale) -> None:
@@ -167,7 +169,7 @@ def test_the_tables_show_every_setting(scale: Scale, rows: list[Row]) -> None:
     convergence.show(scale, rows, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("adamw") >= 4
-    assert text.count("diloco") == 8 + 4
+    assert text.count("diloco") == 10 + 4
     for title in ("(a) Equal total tokens", "(b) Equal steps per node", "Sensitivity"):
         assert title in text
 
