@@ -30,6 +30,9 @@ from psyche.data.prepare import Report, prepare
 from psyche.errors import PsycheError
 from psyche.telemetry.wording import amount
 
+WIDTH = 132
+"""Columns that the tables need; a narrower terminal wraps lines, which reads better than cells of three letters."""
+
 
 def main(
     json: Path | None,
@@ -53,7 +56,9 @@ def main(
     if json is not None:
         with disk_errors(json):
             write_durably(json, msgspec.json.format(msgspec.json.encode(to_json(rows))) + b"\n")
-    show(scale, rows, Console())
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    show(scale, rows, console)
 
 
 def measure(scale: Scale, only: str | None = None) -> list[Row]:

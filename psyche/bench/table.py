@@ -89,8 +89,8 @@ def results_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     table = Table(title=_TITLES[comparison], title_justify="left", title_style="bold", header_style="dim")
     for heading in ("system", "codec"):
         table.add_column(heading)
-    headings = ["nodes", "outer lr", "momentum", "H", "tokens", "steps/node", "held-out loss"]
-    for heading in [*headings, "vs large batch %", "bytes/token sent", "payload ratio"]:
+    headings = ["nodes", "outer\nlr", "momentum", "H", "tokens", "steps\n/node", "held-out loss"]
+    for heading in [*headings, "vs large\nbatch %", "bytes/token\nsent", "payload\nratio"]:
         table.add_column(heading, justify="right")
     for _, of_nodes in groupby(rows, key=lambda row: row.nodes):
         for _, of_setting in groupby(of_nodes, key=_without_seed):

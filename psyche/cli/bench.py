@@ -19,7 +19,7 @@ def _group() -> None:
 def convergence(
     json: Annotated[Path | None, typer.Option(help="Write the rows here, too.", show_default=False)] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="20 tokens per parameter and a third seed; takes three times as long.")
+        bool, typer.Option("--full", help="20 tokens per parameter and a third seed; takes four times as long.")
     ] = False,
     only: Annotated[
         str | None,
