@@ -18,7 +18,9 @@ def _group() -> None:
 @app.command()
 def convergence(
     json: Annotated[Path | None, typer.Option(help="Write the rows here, too.", show_default=False)] = None,
-    full: Annotated[bool, typer.Option("--full", help="20 tokens per parameter; takes hours.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="20 tokens per parameter and a third seed; takes four times as long.")
+    ] = False,
     only: Annotated[
         str | None,
         typer.Option(help="Run only rows whose name contains this text.", show_default=False),
@@ -26,5 +28,6 @@ def convergence(
 ) -> None:
     """Held-out loss of large-batch AdamW, DiLoCo fp32 and DiLoCo int8, at equal tokens and at equal steps."""
     from psyche.bench.convergence import main
+    from psyche.cli.data import progress_display
 
-    main(json, full=full, only=only)
+    main(json, full=full, only=only, preparing=progress_display)

@@ -1,0 +1,1 @@
+"""Measurements, with the rival in the same run."""

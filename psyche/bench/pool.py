@@ -1,0 +1,71 @@
+"""Trials on all cores: one process and one thread each, which small models like best."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+
+from psyche.bench.trials import Outcome, Setting, Trial, run_trial
+
+MAX_WORKERS = 16
+"""Each holds PyTorch and a tokenised corpus: about half a gigabyte."""
+
+
+def run_all(setting: Setting, trials: Iterable[Trial], done: Callable[[Trial, Outcome], None]) -> dict[Trial, Outcome]:
+    """Run every different trial once; ``done`` is called here as each ends.
+
+    No child is left, however this is left: by the last trial, an error of one, Ctrl-C, or SIGKILL.
+    """
+    # Longest first, so that no core is idle while another begins a long one.
+    waiting = sorted(set(trials), key=lambda trial: (-trial.nodes * trial.steps, str(trial)))
+    workers = min(os.cpu_count() or 1, len(waiting), MAX_WORKERS)
+    outcomes: dict[Trial, Outcome] = {}
+    with _executor(max(1, workers)) as executor:
+        with _deaf():
+            futures = {executor.submit(run_trial, setting, trial): trial for trial in waiting}
+        for future in as_completed(futures):
+            outcomes[futures[future]] = future.result()
+            done(futures[future], outcomes[futures[future]])
+    return outcomes
+
+
+@contextmanager
+def _executor(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # spawn: a forked child would inherit torch's threads in an unknown state
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    try:
+        yield executor
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Children started in here ignore Ctrl-C, which the terminal sends to all: ending them is the parent's part."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _follow_parent() -> None:
+    """In a child: end when the parent is gone, even if it had no time to say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

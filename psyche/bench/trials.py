@@ -1,0 +1,183 @@
+"""One training run of the bench: large-batch AdamW, or DiLoCo over k nodes through the code of a real run.
+
+Both see the same sequences in the same order, start from the same parameters, follow the same inner schedule and
+are judged on the same held-out sequences. What differs is what the row is about.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from psyche.config import CodecSpec, Config, Data, Inner, Model, Node, Outer, Rounds, Run
+from psyche.data.store import TokenStore
+from psyche.protocol.assignment import sequences
+from psyche.roles.costs import costs_of
+from psyche.roles.launch import Launch, launch
+from psyche.roles.reference import play
+from psyche.roles.replica import Replica
+from psyche.telemetry.report import ddp_bytes
+from psyche.training.engine import Engine, TorchEngine
+from psyche.training.models import build
+from psyche.training.schedules import learning_rate
+
+COORDINATOR = "12D3KooWAfPDpPRRRBrmqy9is2zjU5srQ4hKuZitiGmh4NTTpS2d"
+"""A manifest names its coordinators; these runs meet none. Any well-formed PeerID would do."""
+
+JUDGED_AT_ONCE = 64
+"""Held-out sequences of one forward pass."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every trial of a bench has in common."""
+
+    model: Model
+    data: Data
+    inner: Inner
+    """``batch_size`` is that of one node; ``warmup_steps`` is set by each trial, as a share of its steps."""
+    warmup: float
+    """Share of a trial's steps over which the inner lr rises."""
+    heldout_sequences: int
+    cache: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is trained. Equal trials give equal losses on one machine, so that tables may share them."""
+
+    system: Literal["adamw", "diloco"]
+    codec: str
+    """Of what is sent; ``fp32`` gradients for AdamW."""
+    nodes: int
+    """k; for AdamW the factor by which the batch is larger, as with k data-parallel workers."""
+    steps: int
+    """Inner steps of each node."""
+    outer: Outer | None = None
+    inner_steps: int | None = None
+    """H; None, like ``outer``, for AdamW."""
+    seed: int = 0
+    """Of the initial parameters and of the order of the data."""
+    nudge: float = 0.0
+    """The initial parameters are scaled by 1 + nudge: what a change that small does to the loss is noise."""
+
+    @property
+    def variant(self) -> str:
+        """The codec, or ``nudged``: fp32 from nudged parameters."""
+        return "nudged" if self.nudge else self.codec
+
+    @property
+    def label(self) -> str:
+        """``diloco-int8/k4/1280-steps/lr0.7/mu0.7/H10/seed0``."""
+        parts = [f"{self.system}-{self.variant}", f"k{self.nodes}", f"{self.steps}-steps"]
+        if self.outer is not None:
+            parts += [f"lr{self.outer.lr:g}", f"mu{self.outer.momentum:g}", f"H{self.inner_steps}"]
+        return "/".join([*parts, f"seed{self.seed}"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial measured."""
+
+    heldout_loss: float
+    """Nats a token under the final parameters, for DiLoCo the outer ones."""
+    tokens: int
+    """Trained on, all nodes together."""
+    bytes_per_token: float
+    """Sent by a node for each token it trains on; over all nodes the ratio is the same."""
+    payload_ratio: float
+    """fp32 parameters over what one message of a node carries."""
+    parameters: int
+    seconds: float
+
+
+def run_trial(setting: Setting, trial: Trial) -> Outcome:
+    """Train and judge. Takes ``trial.nodes × trial.steps`` batches of work, on the threads torch was given."""
+    started = time.perf_counter()
+    run = run_of(setting, trial)
+    launched = launch(Config(run=run, node=_node(setting)), COORDINATOR)
+    train = _diloco if trial.system == "diloco" else _adamw
+    loss = train(setting, trial, launched)
+    costs = costs_of(run)
+    exchanged = trial.system == "diloco"
+    ring = ddp_bytes(trial.nodes, costs.parameters, 1) / run.tokens_per_step
+    return Outcome(
+        heldout_loss=loss,
+        tokens=trial.nodes * trial.steps * run.tokens_per_step,
+        bytes_per_token=costs.bytes_per_token if exchanged else ring,
+        payload_ratio=costs.payload_ratio if exchanged else 1.0,
+        parameters=costs.parameters,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def run_of(setting: Setting, trial: Trial) -> Run:
+    """The run that a trial is. For AdamW its codec, outer optimizer and rounds are there but not used.
+
+    Raises ``ValueError`` where the steps are not whole rounds.
+    """
+    inner_steps = trial.inner_steps or trial.steps
+    if trial.steps % inner_steps:
+        raise ValueError(f"{trial.steps} steps are not whole rounds of {inner_steps}")
+    inner = setting.inner.model_copy(update={"warmup_steps": round(setting.warmup * trial.steps)})
+    return Run(
+        name="bench",
+        seed=trial.seed,
+        model=setting.model,
+        data=setting.data,
+        codec=CodecSpec(name=trial.codec),
+        inner=inner,
+        outer=trial.outer or Outer(),
+        rounds=Rounds(total=trial.steps // inner_steps, inner_steps=inner_steps, start_members=trial.nodes),
+    )
+
+
+def _diloco(setting: Setting, trial: Trial, launched: Launch) -> float:
+    """The whole protocol in one process, with one engine (hence one inner optimizer) for each node."""
+    manifest, store, genesis = launched.manifest, launched.store, launched.genesis
+    if trial.nudge:
+        genesis.theta.mul_(1 + trial.nudge)
+        resolved = manifest.resolved.model_copy(update={"genesis": genesis.index().root.hex()})
+        manifest = manifest.model_copy(update={"resolved": resolved})
+    replicas = {}
+    for number in range(trial.nodes):
+        node = f"node-{number}"
+        engine = _engine(setting, manifest.run)
+        replicas[node] = Replica(manifest, engine, store, genesis.clone(), node, node.encode())
+    for _ in play(manifest, replicas):
+        pass
+    replica = replicas["node-0"]
+    replica.engine.write(replica.outer.theta)
+    return heldout_loss(replica.engine, store, setting.heldout_sequences)
+
+
+def _adamw(setting: Setting, trial: Trial, launched: Launch) -> float:
+    """What k data-parallel workers compute together: plain AdamW on a batch k times as large."""
+    run, store = launched.manifest.run, launched.store
+    engine = _engine(setting, run)
+    batch = trial.nodes * run.inner.batch_size
+    for step in range(trial.steps):
+        indices = sequences(range(step * batch, (step + 1) * batch), len(store.train), run.seed)
+        engine.step(store.train.batch(indices), learning_rate(run.inner, step, trial.steps))
+    return heldout_loss(engine, store, setting.heldout_sequences)
+
+
+def heldout_loss(engine: Engine, store: TokenStore, wanted: int) -> float:
+    """Mean loss, nats a token, over the first ``wanted`` held-out sequences or as many as there are."""
+    total, tokens = 0.0, 0
+    count = min(wanted, len(store.heldout))
+    for start in range(0, count, JUDGED_AT_ONCE):
+        loss, predicted = engine.evaluate(store.heldout.batch(range(start, min(start + JUDGED_AT_ONCE, count))))
+        total, tokens = total + loss, tokens + predicted
+    return total / tokens
+
+
+def _engine(setting: Setting, run: Run) -> TorchEngine:
+    return TorchEngine(build(run.model, seed=run.seed), run.inner, _node(setting))
+
+
+def _node(setting: Setting) -> Node:
+    # Models of the bench are so small that a GPU would mostly wait for its next kernel.
+    return Node(device="cpu", precision="fp32", threads=1, cache=setting.cache)

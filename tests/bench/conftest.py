@@ -1,0 +1,42 @@
+"""A bench small enough for a test: some thousand parameters, two rounds, a corner of the corpus."""
+
+from __future__ import annotations
+
+import pytest
+
+from psyche.bench.plan import Scale
+from psyche.bench.trials import Setting
+from psyche.config import BpeTokenizer, Data, Inner, Model, Outer
+from psyche.data.prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    tiny = Setting(
+        model=Model(settings=size | heads),
+        data=Data(tokenizer=BpeTokenizer(vocab_size=300), sequence_length=32, max_documents=40, heldout_fraction=0.1),
+        inner=Inner(lr=4e-3, batch_size=2),
+        warmup=0.25,
+        heldout_sequences=70,
+        cache=tmp_path_factory.mktemp("cache"),
+    )
+    prepare(tiny.data, tiny.cache, vocab_limit=300)
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def scale(setting: Setting) -> Scale:
+    """Every section is there, at two sizes of swarm."""
+    return Scale(
+        setting=setting,
+        steps=8,
+        inner_steps=4,
+        outer=Outer(lr=0.7, momentum=0.5),
+        seeds=(0,),
+        lrs=(0.7,),
+        momenta=(0.5, 0.9),
+        other_inner_steps=(2,),
+        nodes=(2, 4),
+    )
