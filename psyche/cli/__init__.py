@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -30,6 +31,8 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point: a :class:`PsycheError` is one sentence for the person concerned, never a traceback."""
+    # A shell starts its background jobs (`make demo &`) with SIGINT ignored; then nobody could stop us politely.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except PsycheError as error:

@@ -14,6 +14,7 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Board, Body, Present, decode
+from psyche.protocol.state import Phase
 from psyche.roles.coordinator import MAX_BOARD, UNKNOWN, WATCH_SECONDS
 
 CALL_SECONDS = 15.0
@@ -107,6 +108,8 @@ class BoardClient:
         if envelope.author not in self._manifest.resolved.coordinators:
             raise BadSignature(f"the board is signed by {envelope.author}, who is no coordinator of this run")
         board = decode(Board, envelope.body)
+        if board.note and board.phase != Phase.FINISHED and board.note != (self.board.note if self.board else ""):
+            self._warn(f"the coordinator says: {board.note}")
         async with self._changed:
             self.board = board
             self._changed.notify_all()

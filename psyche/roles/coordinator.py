@@ -167,6 +167,8 @@ class Coordinator:
         refusals = [effect for effect in effects if isinstance(effect, protocol.Rejected)]
         for effect in effects:
             self._perform(effect)
+        if self.state.note not in ("", before.note) and self.state.phase is not Phase.FINISHED:
+            self.log.emit(events.Notice(level="info", text=self.state.note))  # what is waited for, and for whom
         if effects or _visible(before) != _visible(self.state):
             await self._publish()
         for refusal in refusals:

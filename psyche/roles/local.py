@@ -90,13 +90,11 @@ def _start(name: str, arguments: list[str], directory: Path) -> Child:
 def _children() -> Iterator[list[Child]]:
     """A list of children that are ended, politely and then not, when the block is left."""
     children: list[Child] = []
-    # SIGINT too: a shell's background jobs, `make demo &`, are started with it ignored.
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield children
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, previous)
         for child in children:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGINT)

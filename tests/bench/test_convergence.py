@@ -175,6 +175,7 @@ def test_the_tables_show_every_setting(scale: Scale, rows: list[Row]) -> None:
 
 
 ENDLESS = """
+import signal
 import sys
 from pathlib import Path
 import psyche.bench.convergence as convergence
@@ -183,6 +184,7 @@ from dataclasses import replace
 import msgspec
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as psyche.cli.main does
     scale = default_scale()
     data = scale.setting.data.model_copy(update={"max_documents": 40, "heldout_fraction": 0.1})
     scale = replace(scale, setting=replace(scale.setting, data=data, cache=Path(sys.argv[1])))
