@@ -6,10 +6,10 @@ A file is written under a temporary name, flushed to disk, hashed and only then 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,18 +63,20 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
     meta = _Meta(
         FORMAT, checkpoint.run_id.hex(), chain.rounds, chain.head.hex(), chain.state_root.hex(), chain.position
     )
-    temporary = directory / ".writing"  # always the same: what a killed process left is overwritten
+    staging = directory / ".writing"  # always the same, so that what a killed process left there goes with it
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        temporary = staging / "checkpoint"
         save_file(tensors, temporary, metadata={"psyche": msgspec.json.encode(meta).decode()})
         path = directory / f"round-{chain.rounds:08d}-{_file_hash(temporary)}.safetensors"
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_directory(directory)
+        staging.rmdir()
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
         full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space there or choose another --directory" if full else "check its permissions"
         raise PsycheError(f"cannot write a checkpoint to {directory}: {error}; {mend}") from None
