@@ -103,5 +103,4 @@ def _stay_with_parent() -> None:
 
 def _warm_up() -> None:
     """Import what takes seconds while there is nothing else to do."""
-
     import psyche.roles.processes  # noqa: F401

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from psyche.config import Manifest
 from psyche.exchange.gather import BadPayload, Gather
 from psyche.network.blobs import FetchError
-from psyche.network.identity import open_envelope
+from psyche.network.identity import BadSignature, WrongContext, open_envelope
 from psyche.network.streams import Refused
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider
 from psyche.protocol.certificates import BadCertificate, check_certificate
+from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import (
     Board,
     Certificate,
@@ -64,6 +65,14 @@ class Voter:
         if encoded not in self.certificates[-1:]:
             self.certificates.append(encoded)
         return record
+
+    def proposal_in(self, signed: bytes, round: int) -> Proposal:
+        """The proposal that a coordinator signed for ``round``. Raises like ``open_envelope``."""
+        envelope = envelopes.decode(signed)
+        open_envelope(envelope, domain=Proposal.DOMAIN, run_id=self.manifest.run_id, round=round)
+        if envelope.author not in self.manifest.resolved.coordinators:
+            raise BadSignature(f"{envelope.author} is no coordinator of this run")
+        return decode(Proposal, envelope.body)
 
 
 class Certification:
@@ -149,9 +158,11 @@ class Certification:
         """Vote for the proposal, once, as soon as every payload it needs is here."""
         if board.proposal is None:
             return
-        envelope = envelopes.decode(board.proposal)
-        open_envelope(envelope, domain=Proposal.DOMAIN, run_id=self._voter.manifest.run_id, round=self._plan.round)
-        proposal = decode(Proposal, envelope.body)
+        try:
+            proposal = self._voter.proposal_in(board.proposal, self._plan.round)
+        except (MalformedMessage, BadSignature, WrongContext) as error:
+            self._warn(f"the coordinator shows a proposal that cannot be believed: {error}")
+            return
         needed = {accepted.node for accepted in proposal.record.accepted}
         if proposal.term <= self._voted or not needed <= set(self._payloads):
             return

@@ -21,7 +21,7 @@ from pathlib import Path
 from psyche.config import Config, load_config
 from psyche.data.durable import write_durably
 from psyche.errors import PsycheError
-from psyche.telemetry.events import LOG_NAME, Event, RunFinished, read_events
+from psyche.telemetry.events import LOG_NAME, Event, Notice, RoundStarted, RunFinished, read_events
 from psyche.telemetry.follow import EventFollower
 from psyche.telemetry.view import SwarmView, live
 
@@ -115,17 +115,21 @@ def _follow(children: list[Child], log: Path, listener: Callable[[Event], None])
     """Show the coordinator's events as they come, until the run is finished. Raises where that cannot happen."""
     follower = EventFollower(log)
     coordinator, nodes = children[0], children[1:]
+    training = False
     while True:
         ended = coordinator.process.poll() is not None  # asked first: what it wrote before it ended is then read
         for event in follower.new():
             listener(event)
+            training |= isinstance(event, RoundStarted)
             if isinstance(event, RunFinished):
                 return
         if ended:
             raise PsycheError(_last_words(coordinator))
-        failed = [node for node in nodes if node.process.poll() not in (None, 0)]
-        if nodes and len(failed) == len(nodes):
-            raise PsycheError(_last_words(failed[0]))
+        for node in [node for node in nodes if node.process.poll() not in (None, 0)]:
+            nodes.remove(node)
+            if not training or not nodes:  # the others would wait for it, or there are none
+                raise PsycheError(_last_words(node))
+            listener(Notice(level="warning", text=f"{_last_words(node)}; the others go on"))
         time.sleep(POLL_SECONDS)
 
 

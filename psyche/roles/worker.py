@@ -321,6 +321,7 @@ def _describe_device(settings: Node) -> str:
     from psyche.training.engine import pick_device
 
     device = pick_device(settings.device)
-    return (
-        torch.cuda.get_device_name(device)[:64] if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)[:64]
+    threads = settings.threads or torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"

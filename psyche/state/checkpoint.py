@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from psyche.data.durable import sync_directory
 from psyche.errors import PsycheError
 from psyche.protocol.acceptor import Chain
 
@@ -73,7 +74,7 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_directory(directory)
+        sync_directory(directory)
         staging.rmdir()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -129,15 +130,6 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
 
 def _file_hash(path: Path) -> str:
     return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()[:16]
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _pack(items: tuple[bytes, ...]) -> Tensor:
