@@ -1,0 +1,34 @@
+"""What a replica does with work that the round did not take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from psyche.config import load_config
+from psyche.network.identity import Identity
+from psyche.protocol.messages import Member, Plan
+from psyche.protocol.rounds import round_seed
+from psyche.roles.launch import launch
+from tests.roles.tiny import replica, write_config
+
+
+def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, members=1))
+    identity = Identity.load_or_create(tmp_path / "node.key")
+    one = replica(launch(config, identity.peer_id).manifest, config.node, identity)
+    chain = one.chain
+    member = Member(identity.peer_id, one.run.rounds.inner_steps, 1)
+    plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, (member,))
+    work = one.train(plan)
+    assert one.residual is not None
+    lost = one.residual.clone()
+    one.give_back(work.payload)
+    local = torch.empty_like(one.outer.theta)
+    one.engine.read(local)
+    learned = one.outer.theta - local
+    assert float(learned.abs().max()) > 0
+    assert not torch.allclose(lost, learned, atol=0, rtol=1e-3), "the residual alone is not what was learned"
+    torch.testing.assert_close(one.residual, learned, rtol=1e-5, atol=1e-9)
+    assert one.chain == chain, "nothing of the outer state moved"
