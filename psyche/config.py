@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from psyche.errors import ConfigError
+from psyche.numerics.codecs.names import CODECS, usual_error_feedback
 from psyche.numerics.digest import digest
 
 Count = Annotated[int, Field(ge=1)]
@@ -122,15 +123,16 @@ class Data(Strict):
 
 
 class CodecSpec(Strict):
-    """How pseudo-gradients are encoded. ``error_feedback`` is β of DESIGN §5; 1 is plain error feedback."""
+    """How pseudo-gradients are encoded.
+
+    ``error_feedback`` is β of DESIGN §5: 1 is plain error feedback, and left out it is what the codec is made for.
+    """
 
     name: str = "int8"
-    error_feedback: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    error_feedback: float = Field(default_factory=lambda data: usual_error_feedback(data["name"]), ge=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        from psyche.numerics.codecs.names import CODECS  # torch-free: `psyche --help` must stay fast
-
         if self.name not in CODECS:
             raise ValueError(f"codec {self.name!r} is unknown; this version has {', '.join(CODECS)}")
         return self

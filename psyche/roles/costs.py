@@ -47,7 +47,7 @@ def costs_of(run: Run) -> Costs:
     """Work the costs out. Builds the model without allocating it. Raises ``ConfigError`` where it cannot be built."""
     flat = layout(run.model)
     encoder = codec(run.codec.name)
-    payload = sum(encoder.payload_bytes(part.stop - part.start) for part in flat.slices())
+    payload = sum(encoder.expected_bytes(part.stop - part.start) for part in flat.slices())
     members = run.rounds.start_members
     # θ, m, model, gradient, two moments, local copy; and the residual where there is error feedback
     copies = 7 + encoder.error_feedback

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
-_HEADER = struct.Struct("<4sBB10sQ")  # magic, version, reserved, codec name, element count
+_HEADER = struct.Struct("<4sB3x16sQ")  # magic, version, zeros, codec name, element count
 _MAGIC = b"psyc"
-_VERSION = 1
+_VERSION = 2
 HEADER_BYTES = _HEADER.size
+"""32: what follows starts on a 16-byte boundary of a payload that does, as wide loads want it."""
 
 
 class NonFinite(ValueError):
-    """A value to encode is NaN or infinite. ``position`` is its index within the range given."""
+    """A value to encode is NaN or infinite. ``position`` is the index of the first within the range given."""
 
     def __init__(self, position: int) -> None:
         super().__init__(f"value {position} of the range is NaN or infinite")
@@ -33,13 +33,16 @@ class Codec(ABC):
 
     A codec knows nothing of peers, rounds, files or layouts. Tensors are contiguous fp32 of shape ``[n]``,
     ``n`` a multiple of 4096. This class holds what all codecs share; a codec defines ``_quantize`` and
-    ``_values``, and a faster backend overrides ``encode`` and ``decode_add`` whole: the four public methods
-    are all that callers use, and the PyTorch code here and in the subclasses is their definition, to the bit.
+    ``_values``, and a faster backend overrides the public methods: they are all that callers use, and the
+    PyTorch code here and in the subclasses is their definition, to the bit.
     """
 
-    name: ClassVar[str]
-    error_feedback: ClassVar[bool]
+    name: str
+    """As manifests and headers spell it, block size or density included; at most 16 characters."""
+    error_feedback: bool
     """Whether what quantization loses is kept for the next round. Off where nothing is lost."""
+    backend: str = "torch"
+    """What computes it: ``torch`` is the definition."""
 
     # ------------------------------------------------------------------------------ for callers
 
@@ -47,16 +50,16 @@ class Codec(ABC):
         """Encode the pseudo-gradient Δ = base − local of one range, with error feedback.
 
         With ``residual`` e: e ← βe + Δ; payload = Q(e); e ← e − D(payload), in place. Without: Q(Δ).
-        Raises :class:`NonFinite`; the residual is then unchanged.
+        Raises :class:`NonFinite`; what the residual holds is then undefined.
         """
         delta = torch.sub(base, local)
         if residual is not None:
             delta = residual.mul(beta).add_(delta)
-        _require_finite(delta)
+        require_finite(delta)
         body = self._quantize(delta)
         if residual is not None:
             residual.copy_(delta.sub_(self._values(memoryview(body), delta.numel())))
-        return self._header(delta.numel()) + body
+        return self.header(delta.numel()) + body
 
     def decode_add(self, payload: Buffer, weight: float, out: Tensor) -> None:
         """``out += weight · D(payload)``, one rounding for the product and one for the sum.
@@ -70,22 +73,34 @@ class Codec(ABC):
 
         Raises :class:`MalformedPayload` with the reason.
         """
-        view = memoryview(payload).cast("B")
-        if view.nbytes != self.payload_bytes(count):
-            raise MalformedPayload(f"{view.nbytes} bytes where {self.payload_bytes(count)} were due")
-        if bytes(view[:HEADER_BYTES]) != self._header(count):
-            raise MalformedPayload(f"the header is not that of {self.name} for {count} elements")
-        body = view[HEADER_BYTES:]
+        body = self.unwrap(payload, count)
         self._check_body(body, count)
         return body
 
+    def unwrap(self, payload: Buffer, count: int) -> memoryview:
+        """The payload's body, of which only size and header were checked. Raises :class:`MalformedPayload`."""
+        view = memoryview(payload).cast("B")
+        if view.nbytes != self.payload_bytes(count):
+            raise MalformedPayload(f"{view.nbytes} bytes where {self.payload_bytes(count)} were due")
+        if view[:HEADER_BYTES] != self.header(count):
+            raise MalformedPayload(f"the header is not that of {self.name} for {count} elements")
+        return view[HEADER_BYTES:]
+
     @abstractmethod
     def payload_bytes(self, count: int) -> int:
-        """Bytes of a slice of ``count`` elements, header included."""
+        """The most bytes of a slice of ``count`` elements, header included; for most codecs, exactly as many."""
+
+    def expected_bytes(self, count: int) -> int:
+        """What a slice of ``count`` elements usually takes: less than ``payload_bytes`` where sizes vary."""
+        return self.payload_bytes(count)
 
     @abstractmethod
     def squared_norm(self, payload: Buffer, count: int) -> float:
         """‖D(payload)‖², the same fp64 value on every node (DESIGN §5). Checks the payload first."""
+
+    def header(self, count: int) -> bytes:
+        """The first ``HEADER_BYTES`` of a payload of ``count`` elements."""
+        return _HEADER.pack(_MAGIC, _VERSION, self.name.encode(), count)
 
     # --------------------------------------------------------------------------- for subclasses
 
@@ -101,11 +116,9 @@ class Codec(ABC):
     def _check_body(self, body: memoryview, count: int) -> None:
         """Raise :class:`MalformedPayload` where the body, of the right size, cannot be decoded safely."""
 
-    def _header(self, count: int) -> bytes:
-        return _HEADER.pack(_MAGIC, _VERSION, 0, self.name.encode(), count)
 
-
-def _require_finite(values: Tensor) -> None:
+def require_finite(values: Tensor) -> None:
+    """Raise :class:`NonFinite` with the first position of a NaN or an infinity."""
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         raise NonFinite(int(torch.argmin(finite.to(torch.uint8))))
