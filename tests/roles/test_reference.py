@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from psyche.telemetry.events import LOG_NAME
 from tests.roles.tiny import certified_roots, reference_roots, report, write_config
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8"])
-@pytest.mark.parametrize("members", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("codec", "members"),
+    [*product(("fp32", "int8"), (1, 2, 4)), ("int4", 2), ("topk2e", 4)],
+)
 def test_a_distributed_run_matches_the_reference(tmp_path: Path, codec: str, members: int) -> None:
     config = write_config(tmp_path, members=members, codec={"name": codec})
     directory = tmp_path / "run"
