@@ -10,8 +10,11 @@ PIP    := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.
 
 .PHONY: demo run join test test-slow lint bench clean
 
-# Stamps make set-up idempotent: nothing is installed again until the pins change.
-.venv/run.stamp: pyproject.toml constraints.txt
+# What is compiled into psyche._native.
+NATIVE := kernels/build/CMakeLists.txt $(wildcard kernels/cpu/* kernels/include/*)
+
+# Stamps make set-up idempotent: nothing is installed again until the pins or the C++ sources change.
+.venv/run.stamp: pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing psyche into .venv (torch is large; the first time takes a minute or more)"
 	@$(PIP) torch==2.13.0 && $(PIP) -e .
@@ -45,4 +48,5 @@ bench: .venv/run.stamp
 	@$(BIN)/psyche bench convergence --json runs/bench/convergence.json $(ARGS)
 
 clean:
-	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis psyche/_native.*.so
+	find kernels/build -mindepth 1 ! -name CMakeLists.txt -delete

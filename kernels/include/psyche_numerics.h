@@ -10,7 +10,8 @@
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define PSYCHE_FN static __device__ __forceinline__
 #else
-#define PSYCHE_FN static inline
+// Always: a copy with external linkage, compiled for one instruction set, could be called on a machine without it.
+#define PSYCHE_FN static inline __attribute__((always_inline))
 #endif
 
 namespace psyche {

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from psyche.errors import PsycheError
 from psyche.numerics.backends.base import Backend, TorchBackend
+
+
+def available() -> list[Backend]:
+    """Backends for tensors on the CPU, fastest first. The last is PyTorch's, which is always there."""
+    backends: list[Backend] = [TorchBackend()]
+    try:
+        from psyche.numerics.backends.native import NativeBackend
+    except ImportError:  # installed without a C++ compiler
+        return backends
+    return [NativeBackend(), *backends]
 
 
 def best() -> Backend:
     """The fastest backend for tensors on the CPU."""
-    return TorchBackend()
+    return available()[0]
+
+
+def named(name: str) -> Backend:
+    """The backend of that name. Raises :class:`PsycheError`, which names those that are there."""
+    there = {backend.name: backend for backend in available()}
+    if name not in there:
+        raise PsycheError(f"no backend {name} here: there is {' and '.join(there)}")
+    return there[name]
