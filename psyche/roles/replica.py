@@ -17,10 +17,11 @@ from psyche.config import Manifest
 from psyche.data.store import TokenStore
 from psyche.errors import PsycheError
 from psyche.numerics.aggregate import aggregate, share
+from psyche.numerics.backends.base import Backend
+from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import NonFinite
-from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import blob_root, digest
-from psyche.numerics.outer import OuterState, outer_step
+from psyche.numerics.outer import OuterState
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.assignment import next_position, positions, sequences
 from psyche.protocol.messages import Contribution, Payload, Plan, Record, Slice
@@ -63,12 +64,21 @@ class Replica:
     """The outer state, the engine that trains from it, and the error-feedback buffer of one node."""
 
     def __init__(
-        self, manifest: Manifest, engine: Engine, store: TokenStore, outer: OuterState, node: str, secret: bytes
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        store: TokenStore,
+        outer: OuterState,
+        node: str,
+        secret: bytes,
+        backend: Backend | None = None,
     ) -> None:
+        """``backend`` computes codec and outer step, the fastest of this machine by default: the same bits."""
         self.manifest, self.run = manifest, manifest.run
         self.engine, self.store, self.outer, self.node = engine, store, outer, node
         self._secret = secret
-        self.codec = codec(self.run.codec.name)
+        self.backend = best() if backend is None else backend
+        self.codec = self.backend.codec(self.run.codec.name)
         self.residual = torch.zeros_like(outer.theta) if self.codec.error_feedback else None
         self.index = outer.index()
         """The outer state's chunk hashes; their root is ``chain.state_root``."""
@@ -131,7 +141,9 @@ class Replica:
         for number, part in enumerate(self.engine.layout.slices()):
             gradient = torch.empty(part.stop - part.start)
             aggregate(self.codec, ((weights[node], payloads[node][number]) for node in sorted(weights)), gradient)
-            outer_step(theta[part], momentum[part], gradient, lr=self.run.outer.lr, mu=self.run.outer.momentum)
+            self.backend.outer_step(
+                theta[part], momentum[part], gradient, lr=self.run.outer.lr, mu=self.run.outer.momentum
+            )
         self._stand_at(record)
 
     def adopt(self, outer: OuterState, record: Record | None) -> None:

@@ -79,6 +79,8 @@ class Worker:
 
     async def run(self) -> None:
         """Take part until the run is finished. Cancelling it says goodbye and leaves within seconds."""
+        backend = self.replica.backend
+        self.log.emit(events.Notice(level="info", text=f"codecs are computed by {backend.name} ({backend.detail})"))
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from typing_extensions import Buffer
@@ -30,7 +28,7 @@ def levels() -> list[str]:
 class NativeBackend(Backend):
     """Importing this module raises ``ImportError`` where the extension was not compiled.
 
-    ``level`` is one of :func:`levels`, the best by default; ``threads`` is ``torch.get_num_threads()`` at every call
+    ``level`` is one of :func:`levels`, the best by default; ``threads`` is what ``torch.get_num_threads()`` says here
     by default. Neither changes a bit of any result. Raises ``ValueError`` for a level that is not there.
     """
 
@@ -38,20 +36,13 @@ class NativeBackend(Backend):
 
     def __init__(self, level: str | None = None, threads: int | None = None) -> None:
         self._level = levels()[0] if level is None else level
-        self._threads = torch.get_num_threads if threads is None else lambda: threads
-        with_ = self._level, self._threads
-        made: list[Codec] = [NativeFp32(*with_), NativeInt8(*with_), NativeInt2(*with_)]
-        made += [NativeInt4(*with_, 128), NativeInt4(*with_, 32)]
-        for kept in KEPT:
-            fixed = NativeTopK2(*with_, kept)
-            made += [fixed, NativeTopK2e(fixed)]
+        self._threads = torch.get_num_threads() if threads is None else threads
+        self.detail = f"{_SPOKEN[self._level]}, {self._threads} thread{'s' * (self._threads != 1)}"
+        how = self._level, self._threads
+        fixed = [NativeTopK2(*how, kept) for kept in KEPT]
+        made: list[Codec] = [NativeFp32(*how), NativeInt8(*how), NativeInt4(*how, 128), NativeInt4(*how, 32)]
+        made += [NativeInt2(*how), *fixed, *map(NativeTopK2e, fixed)]
         self._codecs = {codec.name: codec for codec in made}
-
-    @property
-    def detail(self) -> str:  # type: ignore[override]
-        """Such as ``AVX-512, 2 threads``."""
-        threads = self._threads()
-        return f"{_SPOKEN[self._level]}, {threads} thread{'s' * (threads != 1)}"
 
     def codec(self, name: str) -> Codec:
         return self._codecs[name]
@@ -60,7 +51,7 @@ class NativeBackend(Backend):
         self, theta: Tensor, momentum: Tensor, gradient: Tensor, *, lr: float, mu: float, local: Tensor | None = None
     ) -> None:
         """In one pass over memory. No two of the tensors may overlap."""
-        _native.outer_step(theta, momentum, gradient, lr, mu, local, self._threads(), self._level)
+        _native.outer_step(theta, momentum, gradient, lr, mu, local, self._threads, self._level)
 
 
 class _Native(Codec):
@@ -71,24 +62,24 @@ class _Native(Codec):
 
     backend = "native"
 
-    def __init__(self, level: str, threads: Callable[[], int], *format_: int) -> None:
+    def __init__(self, level: str, threads: int, *format_: int) -> None:
         super().__init__(*format_)
         self._native = _native.Codec(self.name, level)
         self._threads = threads
 
     def encode(self, base: Tensor, local: Tensor, residual: Tensor | None, beta: float) -> bytes:
-        payload = self._native.encode(self.header(local.numel()), base, local, residual, beta, self._threads())
+        payload = self._native.encode(self.header(local.numel()), base, local, residual, beta, self._threads)
         if isinstance(payload, int):
             raise NonFinite(payload)
         return payload
 
     def check(self, payload: Buffer, count: int) -> memoryview:
         body = self.unwrap(payload, count)
-        _refuse(self._native.check(body, count, self._threads()))
+        _refuse(self._native.check(body, count, self._threads))
         return body
 
     def decode_add(self, payload: Buffer, weight: float, out: Tensor) -> None:
-        _refuse(self._native.decode_add(self.unwrap(payload, out.numel()), weight, out, self._threads()))
+        _refuse(self._native.decode_add(self.unwrap(payload, out.numel()), weight, out, self._threads))
 
     def squared_norm(self, payload: Buffer, count: int) -> float:
         return self._native.squared_norm(self.check(payload, count), count)

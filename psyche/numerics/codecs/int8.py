@@ -56,7 +56,7 @@ class Int8(Codec):
 
     def _check_body(self, body: memoryview, count: int) -> None:
         codes, scales = _split(body, count)
-        if not (np.isfinite(scales).all() and (scales >= 0).all()):
+        if not np.isfinite(scales).all() or np.signbit(scales).any():
             raise MalformedPayload("a scale is negative, NaN or infinite")
         if (codes == -128).any():
             raise MalformedPayload("a code is −128")
