@@ -284,7 +284,7 @@ PSYCHE_FN void topk2_check_chunk(const u8* __restrict__ body, u64 count, u32* ma
 #define PSYCHE_TOPK2(KEPT)                                                                                          \
   extern "C" __global__ void __launch_bounds__(256)                                                                 \
   topk2_##KEPT##_encode(const float* base, const float* local, float* residual, float beta, psyche::u8* body,       \
-                        psyche::u64 count, psyche::u64* non_finite) {                                               \
+                        psyche::u64 /* the grid says */, psyche::u64* non_finite) {                                 \
     __shared__ psyche::TopK2Shared<KEPT> shared;                                                                    \
     psyche::topk2_encode_chunk<KEPT>(shared, base, local, residual, beta, body, non_finite);                        \
   }                                                                                                                 \
