@@ -22,8 +22,8 @@ FORWARDS, BACKWARDS = 0, 1
 """Orders in which fibres run. Any other number is the seed of a shuffled one."""
 
 _FLAGS = (
-    *("-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing"),
-    *("-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas"),
 )
 _SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
