@@ -66,7 +66,6 @@ int2_encode(const float* base, const float* local, float* residual, float beta, 
       magnitudes |= (is_high ? 1u : 0u) << (16 * row + k);
       tile[row].of[k] = sub(tile[row].of[k], level_value(is_high ? high : low, negative));
     }
-    if (residual != nullptr) store_four(residual + position_in(block, row), tile[row]);
   }
 
   const PlaneWords sign_words = plane_words(signs), magnitude_words = plane_words(magnitudes);
@@ -80,6 +79,7 @@ int2_encode(const float* base, const float* local, float* residual, float beta, 
     default: break;
   }
   if (lane == 0) planes[2 * plane + block] = low_bits | high_bits << 16;
+  store_tile(residual, block, tile);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

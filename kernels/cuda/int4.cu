@@ -38,10 +38,10 @@ PSYCHE_FN void int4_encode_tile(const float* base, const float* local, float* re
       packed |= ((u32)code & 15u) << (16 * row + 4 * k);
       tile[row].of[k] = sub(tile[row].of[k], int4_value(code, scale));
     }
-    if (residual != nullptr) store_four(residual + position_in(number, row), tile[row]);
     if (lane_of() % LANES == 0) scales[row * (ROW / BLOCK) + lane_of() / LANES] = (u16)scale_bits;
   }
   store_nibbles(body, number, packed);
+  store_tile(residual, number, tile);
 }
 
 template <int BLOCK>

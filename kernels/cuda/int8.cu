@@ -13,19 +13,17 @@ int8_encode(const float* base, const float* local, float* residual, float beta, 
   for (int row = 0; row < ROWS; ++row)
     for (int k = 0; k < 4; ++k) largest = max_u32(largest, magnitude_bits(tile[row].of[k]));
   const float scale = int8_scale(max_over(largest));
+  u32 codes[ROWS] = {};
 #pragma unroll
-  for (int row = 0; row < ROWS; ++row) {
-    u32 codes = 0;
-#pragma unroll
+  for (int row = 0; row < ROWS; ++row)
     for (int k = 0; k < 4; ++k) {
       const i32 code = int8_code(tile[row].of[k], scale);
-      codes |= ((u32)code & 0xFFu) << 8 * k;
+      codes[row] |= ((u32)code & 0xFFu) << 8 * k;
       tile[row].of[k] = sub(tile[row].of[k], int8_value(code, scale));
     }
-    const u64 at = position_in(block, row);
-    *reinterpret_cast<u32*>(body + at) = codes;
-    if (residual != nullptr) store_four(residual + at, tile[row]);
-  }
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row) *reinterpret_cast<u32*>(body + position_in(block, row)) = codes[row];
+  store_tile(residual, block, tile);
   if (lane_of() == 0) reinterpret_cast<float*>(body + count)[block] = scale;
 }
 
@@ -66,7 +64,8 @@ int8_check(const psyche::u8* body, psyche::u64 count, psyche::u32* malformed) {
   }
   if (threadIdx.x >= 4) return;
   const uint4 scales = reinterpret_cast<const uint4*>(body + count)[(u64)blockIdx.x * 4 + threadIdx.x];
-  if (!int8_scale_valid(scales.x) || !int8_scale_valid(scales.y) || !int8_scale_valid(scales.z) ||
-      !int8_scale_valid(scales.w))
+  // & and not &&: all four are loaded at once
+  if (!(int8_scale_valid(scales.x) & int8_scale_valid(scales.y) & int8_scale_valid(scales.z) &
+        int8_scale_valid(scales.w)))
     refuse(malformed, BAD_SCALE);
 }

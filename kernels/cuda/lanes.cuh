@@ -67,6 +67,13 @@ PSYCHE_FN void load_tile(Four (&tile)[ROWS], const float* base, const float* loc
   for (int row = 0; row < ROWS; ++row) note_non_finite(tile[row], position_in(number, row), non_finite);
 }
 
+// What was not sent stays in `residual`, where there is one.
+PSYCHE_FN void store_tile(float* residual, u64 number, const Four (&tile)[ROWS]) {
+  if (residual == nullptr) return;
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row) store_four(residual + position_in(number, row), tile[row]);
+}
+
 // ------------------------------------------------------------------- over groups of neighbouring lanes
 
 template <int LANES = WARP>

@@ -23,8 +23,6 @@ struct TopK2Shared {
   float values[KEPT];        // by rank
   u16 indices[KEPT];
   u32 digit, wanted;         // what the search for the threshold found, digit by digit
-  u32 top, threshold;        // what separates the two levels
-  float low, high;
 };
 
 // The sum of `x` over the threads before this one. `totals` holds a word for each warp; all threads must call.
@@ -84,10 +82,9 @@ PSYCHE_FN Threshold kth_largest(TopK2Shared<KEPT>& shared, const Four (&y)[CHUNK
   return Threshold{found, wanted};
 }
 
-// Writes the kept values and their indices to shared memory in the order of the indices. Returns which of this
-// thread's 16 values they are, as bits. Contains no barrier after the last write.
+// Writes the kept values and their indices to shared memory, in the order of the indices.
 template <int KEPT>
-PSYCHE_FN u32 collect(TopK2Shared<KEPT>& shared, const Four (&y)[CHUNK_ROWS], Threshold least) {
+PSYCHE_FN void collect(TopK2Shared<KEPT>& shared, const Four (&y)[CHUNK_ROWS], Threshold least) {
   u32 counts[CHUNK_ROWS], running[CHUNK_ROWS];  // values above the threshold, times 2^16, plus those that equal it
   const int warp = (int)threadIdx.x / WARP, lane = lane_of();
 #pragma unroll
@@ -104,7 +101,6 @@ PSYCHE_FN u32 collect(TopK2Shared<KEPT>& shared, const Four (&y)[CHUNK_ROWS], Th
   static_assert(CHUNK_ROWS * WARPS == WARP, "one lane for each warp's share of a row");
   const u32 total = shared.totals[lane];
   const u32 earlier = running_sum(total) - total;
-  u32 chosen = 0;
 #pragma unroll
   for (int row = 0; row < CHUNK_ROWS; ++row) {
     const u32 before = __shfl_sync(ALL_LANES, earlier, row * WARPS + warp) + running[row] - counts[row];
@@ -117,13 +113,11 @@ PSYCHE_FN u32 collect(TopK2Shared<KEPT>& shared, const Four (&y)[CHUNK_ROWS], Th
         const u32 rank = above + min_u32(ties, least.ties);
         shared.values[rank] = y[row].of[k];
         shared.indices[rank] = (u16)(row * CHUNK_ROW + 4 * threadIdx.x + k);
-        chosen |= 1u << (4 * row + k);
       }
       above += is_above ? 1u : 0u;
       ties += is_tie ? 1u : 0u;
     }
   }
-  return chosen;
 }
 
 // One warp: levels, signs and magnitudes of the kept values, into shared memory.
@@ -157,14 +151,7 @@ PSYCHE_FN void quantize_kept(TopK2Shared<KEPT>& shared, bool has_zero) {
       shared.words[LAYOUT.magnitudes / 4 + i] = magnitudes;
     }
   }
-  if (lane == 0) {
-    const u32 low = level_bf16(levels.low, top), high = level_bf16(levels.high, top);
-    shared.words[0] = low | high << 16;
-    shared.low = bf16_widened(low);
-    shared.high = bf16_widened(high);
-    shared.top = top;
-    shared.threshold = levels.threshold;
-  }
+  if (lane == 0) shared.words[0] = level_bf16(levels.low, top) | level_bf16(levels.high, top) << 16;
 }
 
 // All threads: the indices, by Elias and Fano, into words of shared memory that are zero.
@@ -177,6 +164,18 @@ PSYCHE_FN void pack_indices(TopK2Shared<KEPT>& shared) {
     const u32 at = rank * LAYOUT.low_bits, rest = index & ((1u << LAYOUT.low_bits) - 1u);
     atomicOr(&shared.words[LAYOUT.lower / 4 + at / 32], rest << at % 32);
     if (at % 32 + LAYOUT.low_bits > 32) atomicOr(&shared.words[LAYOUT.lower / 4 + at / 32 + 1], rest >> (32 - at % 32));
+  }
+}
+
+// All threads, once the words are complete: what was sent leaves the residual.
+template <int KEPT>
+PSYCHE_FN void subtract_kept(const TopK2Shared<KEPT>& shared, float* residual) {
+  constexpr TopK2Layout LAYOUT = TopK2Layout::of(KEPT);
+  const float low = bf16_widened(shared.words[0] & 0xFFFFu), high = bf16_widened(shared.words[0] >> 16);
+  for (u32 rank = threadIdx.x; rank < KEPT; rank += THREADS) {
+    const bool is_high = (shared.words[LAYOUT.magnitudes / 4 + rank / 32] >> rank % 32 & 1u) != 0;
+    const float x = shared.values[rank];
+    residual[shared.indices[rank]] = sub(x, level_value(is_high ? high : low, x < 0.0f));
   }
 }
 
@@ -193,11 +192,15 @@ PSYCHE_FN void topk2_encode_chunk(TopK2Shared<KEPT>& shared, const float* base, 
 #pragma unroll
   for (int row = 0; row < CHUNK_ROWS; ++row) note_non_finite(y[row], first + row * CHUNK_ROW, non_finite);
 
+  if (residual != nullptr) {  // most of it stays as it is: the few that are sent are changed at the end
+#pragma unroll
+    for (int row = 0; row < CHUNK_ROWS; ++row) store_four(residual + first + row * CHUNK_ROW, y[row]);
+  }
   for (u32 i = threadIdx.x; i < BINS; i += THREADS) shared.histogram[i] = 0;
   for (u32 i = threadIdx.x; i < WORDS; i += THREADS) shared.words[i] = 0;
   __syncthreads();
   const Threshold least = kth_largest(shared, y);
-  const u32 chosen = collect(shared, y, least);
+  collect(shared, y, least);
   __syncthreads();
   if (threadIdx.x < WARP) quantize_kept(shared, least.magnitude == 0);
   pack_indices(shared);
@@ -205,18 +208,7 @@ PSYCHE_FN void topk2_encode_chunk(TopK2Shared<KEPT>& shared, const float* base, 
 
   u32* out = reinterpret_cast<u32*>(body) + (u64)blockIdx.x * WORDS;
   for (u32 i = threadIdx.x; i < WORDS; i += THREADS) out[i] = shared.words[i];
-  if (residual == nullptr) return;
-#pragma unroll
-  for (int row = 0; row < CHUNK_ROWS; ++row) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float x = y[row].of[k];
-      const bool is_high = level_fixed(magnitude_bits(x), shared.top) > shared.threshold;
-      const float value = level_value(is_high ? shared.high : shared.low, x < 0.0f);
-      y[row].of[k] = (chosen >> (4 * row + k) & 1u) != 0 ? sub(x, value) : x;
-    }
-    store_four(residual + first + row * CHUNK_ROW, y[row]);
-  }
+  if (residual != nullptr) subtract_kept(shared, residual + (u64)blockIdx.x * CHUNK);
 }
 
 PSYCHE_FN u64 warp_number() { return (u64)blockIdx.x * WARPS + threadIdx.x / WARP; }
