@@ -25,7 +25,7 @@ _FLAGS = (
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas"),
 )
-_SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+_SANITIZED = ("-O1", "-fsanitize=address,alignment,bounds,shift", "-fno-sanitize-recover=all")
 
 
 class EmulationError(RuntimeError):
