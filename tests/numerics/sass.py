@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter, defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def tool(name: str) -> Path:
     pytest.skip(f"nvidia-cuda-{name} is not installed")
 
 
+@lru_cache
 def instructions(cubin: Path) -> dict[str, Counter[str]]:
     """How often each kernel has each instruction, modifiers included (``LDG.E.128``)."""
     command = [str(tool("nvdisasm")), "-c", str(cubin)]

@@ -60,7 +60,7 @@ def faulty_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def faulty(emulator_library: Path, faulty_sources: Path) -> Path:
-    return emulated.build(faulty_sources)
+    return emulated.build(faulty_sources, cache=faulty_sources)
 
 
 def noise(seed: int = 0) -> Tensor:
@@ -162,7 +162,7 @@ def test_an_access_out_of_bounds_is_found(emulator_library: Path, faulty_sources
     copy = tmp_path / "kernels"
     shutil.copytree(kernels_directory(), copy)
     shutil.copy(faulty_sources / "cuda" / "int2.cu", copy / "cuda")  # the only fault: threads beyond the last level
-    done = under_asan(emulated.build(copy, sanitized=True))
+    done = under_asan(emulated.build(copy, sanitized=True, cache=tmp_path))
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert "int2_check" in done.stderr

@@ -71,8 +71,7 @@ class CudaCodec(Codec):
         count = local.numel()
         self._require(count, base=base, local=local, residual=residual)
         self._require_bytes(payload, self.payload_bytes(count))
-        if status.dtype != torch.int64 or status.numel() != 1 or status.device != self._launcher.device:
-            raise ValueError("the status is one int64 on the device")
+        self._require_word("the status", status, torch.int64)
         status.fill_(FINITE)
         self._launcher.launch("header_write", 1, payload, *self._header_words(count))
         body = payload[HEADER_BYTES:]
@@ -84,8 +83,7 @@ class CudaCodec(Codec):
         ``malformed`` (int32 ``[1]``) must be 0, and is then another number where the payload is refused.
         """
         self._require_bytes(payload, self.payload_bytes(count))
-        if malformed.dtype != torch.int32 or malformed.numel() != 1 or malformed.device != self._launcher.device:
-            raise ValueError("what says that a payload is malformed is one int32 on the device")
+        self._require_word("the verdict", malformed, torch.int32)
         self._launcher.launch("header_check", 1, payload, *self._header_words(count), malformed)
         self._launch("check", _check_span(self._kernel), count, payload[HEADER_BYTES:], count, malformed)
 
@@ -94,9 +92,16 @@ class CudaCodec(Codec):
 
         Writes nothing where the payload is refused: see :meth:`check_into` for ``malformed``.
         """
-        self._require(out.numel(), out=out)
         self.check_into(payload, out.numel(), malformed)
-        body, count = payload[HEADER_BYTES:], out.numel()
+        self.add_checked_into(payload, weight, out, malformed)
+
+    def add_checked_into(self, payload: Tensor, weight: float, out: Tensor, malformed: Tensor) -> None:
+        """The second half of :meth:`decode_add_into`, for a payload and a verdict that :meth:`check_into` has seen."""
+        count = out.numel()
+        self._require(count, out=out)
+        self._require_bytes(payload, self.payload_bytes(count))
+        self._require_word("the verdict", malformed, torch.int32)
+        body = payload[HEADER_BYTES:]
         self._launch("decode_add", self._decode_span, count, body, weight, out, count, malformed)
 
     # ----------------------------------------------------------------------------- the codec interface
@@ -145,6 +150,10 @@ class CudaCodec(Codec):
         if count % ALIGNMENT != 0:
             raise ValueError(f"{count} elements: a range is a multiple of {ALIGNMENT}")
         require_flat(self._launcher.device, count, **tensors)
+
+    def _require_word(self, name: str, word: Tensor, dtype: torch.dtype) -> None:
+        if word.dtype != dtype or word.numel() != 1 or word.device != self._launcher.device:
+            raise ValueError(f"{name} is one {dtype} on {self._launcher.device}")
 
     def _require_bytes(self, payload: Tensor, size: int) -> None:
         if payload.dtype != torch.uint8 or payload.device != self._launcher.device or not payload.is_contiguous():

@@ -21,8 +21,8 @@ def missing() -> str | None:
         return "torch is a CPU build: install one for CUDA (pip install --force-reinstall 'torch==2.13.0')"
     if not torch.cuda.is_available():
         return "torch sees no GPU: install or start NVIDIA's driver (nvidia-smi must list a card)"
-    if find_spec("cuda") is None or find_spec("cuda.core") is None:
-        return "cuda.core is not installed: pip install 'psyche[cuda]'"
+    if find_spec("cuda") is None or not all(find_spec(f"cuda.{part}") for part in ("core", "bindings")):
+        return "cuda.core or cuda.bindings is not installed: pip install 'psyche[cuda]'"
     return None
 
 

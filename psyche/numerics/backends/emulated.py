@@ -61,8 +61,8 @@ class EmulatedLauncher:
             raise EmulationError(f"{kernel}: {error.value.decode()}")
 
 
-def build(kernels: Path | None = None, *, sanitized: bool = False) -> Path:
-    """The emulator's shared library, compiled unless the cache has it. ``kernels`` is a directory like ours.
+def build(kernels: Path | None = None, *, sanitized: bool = False, cache: Path | None = None) -> Path:
+    """The emulator's shared library, compiled unless ``cache`` has it. ``kernels`` is a directory like ours.
 
     Raises ``FileNotFoundError`` without a C++ compiler, ``RuntimeError`` with the compiler's words.
     """
@@ -72,7 +72,7 @@ def build(kernels: Path | None = None, *, sanitized: bool = False) -> Path:
     flags = _FLAGS + (_SANITIZED if sanitized else ())
     contents = [part for path in sources for part in (path.name.encode(), path.read_bytes())]
     key = digest("emulator", compiler.encode(), " ".join(flags).encode(), *contents).hex()[:32]
-    library = cache_directory() / f"emulator-{key}.so"
+    library = (cache or cache_directory()) / f"emulator-{key}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
