@@ -1,0 +1,103 @@
+"""Every kernel's time against a copy, on the same device, of as many bytes as it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from psyche.bench.gpu.equality import BETA, LR, MU, WEIGHT
+from psyche.bench.gpu.machine import Machine
+from psyche.numerics.backends.cuda import CudaBackend, CudaCodec
+from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.flat import ALIGNMENT
+
+BAR = 0.85
+"""Share of copy bandwidth that a kernel is meant to reach."""
+
+SECTOR = 32
+"""Bytes that a scattered access moves at least, on all of NVIDIA's cards since 2012."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kernel at one size."""
+
+    codec: str
+    step: str
+    """``encode``, ``check``, ``decode_add`` or ``outer``."""
+    elements: int
+    bytes_moved: int
+    """Read and written, if every value is moved once."""
+    seconds: float
+    copy_seconds: float
+    """Of a device-to-device copy that reads and writes as many bytes."""
+
+    @property
+    def gbps(self) -> float:
+        """fp32 input, GB a second."""
+        return 4 * self.elements / self.seconds / 1e9
+
+    @property
+    def share_of_copy(self) -> float:
+        return self.copy_seconds / self.seconds
+
+
+def timings(machine: Machine) -> Iterator[Timing]:
+    """All kernels, one after the other. ``topk2e`` has none of its own."""
+    backend = CudaBackend(machine.launcher)
+    for name in CODECS:
+        codec = backend.codec(name)
+        if isinstance(codec, CudaCodec):
+            yield from _of_codec(machine, codec)
+    yield _of_outer_step(machine, backend)
+
+
+def _of_codec(machine: Machine, codec: CudaCodec) -> Iterator[Timing]:
+    count, device = machine.elements, machine.launcher.device
+    size = codec.payload_bytes(count)
+    base = torch.randn(count, device=device)
+    local = base + 1e-3 * torch.randn(count, device=device)
+    residual = torch.zeros(count, device=device) if codec.error_feedback else None
+    payload = torch.empty(size, dtype=torch.uint8, device=device)
+    status = torch.empty(1, dtype=torch.int64, device=device)
+    malformed = torch.zeros(1, dtype=torch.int32, device=device)
+
+    streams = 4 if residual is not None else 2  # base, local, and e twice
+    encode = lambda: codec.encode_into(base, local, residual, BETA, payload, status)  # noqa: E731
+    yield _timed(machine, codec.name, "encode", 4 * streams * count + size, encode)
+    check = lambda: codec.check_into(payload, count, malformed)  # noqa: E731
+    yield _timed(machine, codec.name, "check", _checked_bytes(codec, count), check)
+    add = lambda: codec.add_checked_into(payload, WEIGHT, base, malformed)  # noqa: E731
+    yield _timed(machine, codec.name, "decode_add", size + _accumulated_bytes(codec, count), add)
+
+
+def _of_outer_step(machine: Machine, backend: CudaBackend) -> Timing:
+    count, device = machine.elements, machine.launcher.device
+    theta, momentum, gradient = (torch.randn(count, device=device) for _ in range(3))
+    local = torch.empty(count, device=device)
+    step = lambda: backend.outer_step(theta, momentum, gradient, lr=LR, mu=MU, local=local)  # noqa: E731
+    return _timed(machine, "all", "outer", 4 * 6 * count, step)
+
+
+def _checked_bytes(codec: CudaCodec, count: int) -> int:
+    """Scales or levels; all of the payload where codes can be wrong, too."""
+    size = codec.payload_bytes(count)
+    codes = {"int4": count // 2, "int4-32": count // 2, "int2": count // 4}
+    return size - codes.get(codec.name, 0)
+
+
+def _accumulated_bytes(codec: CudaCodec, count: int) -> int:
+    """Read and written of the sum: all of it, or a sector for each kept value."""
+    if not codec.name.startswith("topk2"):
+        return 8 * count
+    kept = int(codec.name.partition("-")[2] or 64)
+    return min(2 * SECTOR * kept * (count // ALIGNMENT), 8 * count)
+
+
+def _timed(machine: Machine, codec: str, step: str, moved: int, run: Callable[[], object]) -> Timing:
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=machine.launcher.device)
+    target = torch.empty_like(source)
+    copy_seconds = machine.seconds(lambda: target.copy_(source))
+    return Timing(codec, step, machine.elements, moved, machine.seconds(run), copy_seconds)

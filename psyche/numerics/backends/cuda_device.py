@@ -1,0 +1,62 @@
+"""Kernels on a GPU, through ``cuda.core`` and torch's current stream."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psyche.numerics.backends.cuda_compile import cubin
+from psyche.numerics.backends.launcher import THREADS, Argument, packed
+
+
+def missing() -> str | None:
+    """Why kernels cannot run on a GPU here, with what to do about it, in a sentence; ``None`` where they can.
+
+    Cheap: loads neither cuda.core nor a kernel.
+    """
+    if torch.version.cuda is None:
+        return "torch is a CPU build: install one for CUDA (pip install --force-reinstall 'torch==2.13.0')"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU: install or start NVIDIA's driver (nvidia-smi must list a card)"
+    if find_spec("cuda") is None or not all(find_spec(f"cuda.{part}") for part in ("core", "bindings")):
+        return "cuda.core or cuda.bindings is not installed: pip install 'psyche[cuda]'"
+    return None
+
+
+class DeviceLauncher:
+    """Launches on torch's current stream of one GPU; neither copies nor synchronises."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Compile or load the kernels for ``device``. Raises what :func:`cuda_compile.cubin` raises."""
+        from cuda.core import Device, ObjectCode
+
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._core = Device(self.device.index)
+        with torch.cuda.device(self.device):
+            torch.cuda.current_stream()  # the device's primary context is torch's, and now exists
+            self._core.set_current()
+            self._code = ObjectCode.from_cubin(cubin(self._core.arch), name="psyche")
+        self._kernels: dict[str, Any] = {}
+        self.detail = f"{torch.cuda.get_device_name(self.device)}, sm_{self._core.arch}"
+
+    def launch(self, kernel: str, blocks: int, *arguments: Argument) -> None:
+        from cuda.core import LaunchConfig, launch
+
+        # A context is current per thread. This makes it so here, and puts another device back afterwards.
+        with torch.cuda.device(self.device):
+            self._core.set_current()
+            if kernel not in self._kernels:
+                self._kernels[kernel] = self._code.get_kernel(kernel)
+            config = LaunchConfig(grid=blocks, block=THREADS)
+            stream = torch.cuda.current_stream(self.device)  # cuda.core takes it by __cuda_stream__
+            launch(stream, config, self._kernels[kernel], *(_argument(argument) for argument in arguments))
+
+
+def _argument(argument: Argument) -> Any:
+    """cuda.core takes integers for pointers, and ctypes scalars for what they are."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else packed(argument)

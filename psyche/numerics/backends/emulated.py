@@ -1,0 +1,88 @@
+"""Kernels on a CPU: g++ compiles them against kernels/emulator, which makes each CUDA thread a fibre.
+
+Slow, and for tests only: it runs the kernels' own source and finds what a GPU would hide (see cuda_emulator.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from psyche.numerics.backends.cuda_compile import cache_directory
+from psyche.numerics.backends.launcher import THREADS, Argument, packed
+from psyche.numerics.backends.sources import kernels_directory
+from psyche.numerics.digest import digest
+
+FORWARDS, BACKWARDS = 0, 1
+"""Orders in which fibres run. Any other number is the seed of a shuffled one."""
+
+_FLAGS = (
+    *("-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas"),
+)
+_SANITIZED = ("-O1", "-fsanitize=address,alignment,bounds,shift", "-fno-sanitize-recover=all")
+
+
+class EmulationError(RuntimeError):
+    """A kernel did what no kernel may: a barrier not all threads reach, a misaligned wide access."""
+
+
+class EmulatedLauncher:
+    """Runs kernels at once, on CPU tensors."""
+
+    device = torch.device("cpu")
+    detail = "emulated on the CPU"
+
+    def __init__(self, library: Path, order: int = FORWARDS) -> None:
+        self.order = order
+        self._emulate = ctypes.CDLL(str(library)).psyche_emulate
+
+    def launch(self, kernel: str, blocks: int, *arguments: Argument) -> None:
+        """Raises :class:`EmulationError` with the reason."""
+        values = [packed(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+        error = ctypes.create_string_buffer(512)
+        failed = self._emulate(
+            kernel.encode(),
+            ctypes.c_uint(blocks),
+            ctypes.c_uint(THREADS),
+            addresses,
+            ctypes.c_int(len(values)),
+            ctypes.c_uint64(self.order),
+            error,
+            ctypes.c_size_t(len(error)),
+        )
+        if failed:
+            raise EmulationError(f"{kernel}: {error.value.decode()}")
+
+
+def build(kernels: Path | None = None, *, sanitized: bool = False, cache: Path | None = None) -> Path:
+    """The emulator's shared library, compiled unless ``cache`` has it. ``kernels`` is a directory like ours.
+
+    Raises ``FileNotFoundError`` without a C++ compiler, ``RuntimeError`` with the compiler's words.
+    """
+    kernels = kernels or kernels_directory()
+    sources = sorted(path for path in kernels.glob("*/*") if path.parent.name in ("cuda", "emulator", "include"))
+    compiler = os.environ.get("CXX", "g++")
+    flags = _FLAGS + (_SANITIZED if sanitized else ())
+    contents = [part for path in sources for part in (path.name.encode(), path.read_bytes())]
+    key = digest("emulator", compiler.encode(), " ".join(flags).encode(), *contents).hex()[:32]
+    library = (cache or cache_directory()) / f"emulator-{key}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        built = Path(scratch) / "emulator.so"
+        include = [f"-I{kernels / name}" for name in ("include", "cuda", "emulator")]
+        inputs = [str(kernels / "emulator" / name) for name in ("emulator.cpp", "kernels.cpp")]
+        command = [compiler, *flags, *include, *inputs, "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{compiler} failed:\n{done.stderr}")
+        built.replace(library)
+    return library

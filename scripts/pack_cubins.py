@@ -1,0 +1,35 @@
+"""Compile the CUDA kernels ahead of time, for all architectures or those named: no GPU and no driver needed.
+
+    python scripts/pack_cubins.py [--into DIRECTORY] [75 80 86 89 90 120]
+
+Without --into they go to kernels/cubins, where the loader looks first, and from where a wheel takes them. A cubin whose
+sources or options have changed since has another name: it is not used, and removed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from psyche.numerics.backends.cuda_compile import ARCHITECTURES, compile_for, packed_name, write
+from psyche.numerics.backends.sources import kernels_directory
+
+
+def main() -> None:
+    kernels = kernels_directory()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, help="compute capabilities: 90 is sm_90")
+    parser.add_argument("--into", type=Path, default=kernels / "cubins")
+    chosen = parser.parse_args()
+    for architecture in chosen.architectures:
+        name = packed_name(architecture, kernels)
+        for outdated in chosen.into.glob(f"sm_{architecture}-*.cubin"):
+            if outdated.name != name:
+                outdated.unlink()
+        compiled = compile_for(architecture, kernels)
+        write(chosen.into / name, compiled)
+        print(f"{chosen.into / name}: {len(compiled)} bytes")
+
+
+if __name__ == "__main__":
+    main()
