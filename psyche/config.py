@@ -300,6 +300,9 @@ class Node(Strict):
     """Addresses others can reach this node at, where those differ from ``listen`` (port forwarding)."""
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    outer_state: Literal["cpu", "gpu"] = "cpu"
+    """Where θ, m and the error feedback lie. On the GPU that trains they take 12 bytes a parameter of its memory; then
+    they need not be moved to be encoded and stepped."""
     threads: Count | None = None
     """CPU threads for training; all cores when absent."""
     micro_batch: Count | None = None

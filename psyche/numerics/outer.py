@@ -9,9 +9,9 @@ from psyche.numerics.digest import BlobIndex, index_blob
 
 
 class OuterState:
-    """θ and m of a run (DESIGN §2): one contiguous fp32 tensor ``[2, n]`` on the CPU.
+    """θ and m of a run (DESIGN §2): one contiguous fp32 tensor ``[2, n]``.
 
-    Being contiguous makes it a blob as it lies in memory: its address is the ``state_root``.
+    Being contiguous makes it, on the CPU, a blob as it lies in memory: its address is the ``state_root``.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -36,11 +36,15 @@ class OuterState:
 
     @property
     def buffer(self) -> memoryview:
-        """The state's bytes, θ then m, without a copy; writable."""
+        """The bytes of a state on the CPU, θ then m, without a copy; writable."""
         return self.tensor.numpy().data.cast("B")
 
+    def to(self, device: torch.device) -> OuterState:
+        """This state if it lies on ``device``, a copy there if it does not."""
+        return self if self.tensor.device == device else OuterState(self.tensor.to(device))
+
     def index(self) -> BlobIndex:
-        """The state as a blob; ``index().root`` is the state_root."""
+        """The state, on the CPU, as a blob; ``index().root`` is the state_root."""
         return index_blob(self.buffer)
 
     def clone(self) -> OuterState:

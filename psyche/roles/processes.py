@@ -19,6 +19,7 @@ from psyche.network.address import split_address
 from psyche.network.identity import Identity
 from psyche.network.invite import MAX_ADDRESSES, Invite
 from psyche.network.node import NetworkNode
+from psyche.numerics.backends.choice import on
 from psyche.numerics.outer import OuterState
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
@@ -166,13 +167,14 @@ def _replica(
             "this machine's transformers lays the model out differently from the run's: "
             "install the versions in psyche's constraints.txt"
         )
+    backend = on(_outer_device(node, engine.device))
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     secret = identity.secret_digest(b"salt")
     checkpoint = load_latest(directory / "checkpoints", manifest.run_id, warn)
     if checkpoint is None:
-        return Replica(manifest, engine, store, OuterState.initial(theta), identity.peer_id, secret), ()
-    replica = Replica(manifest, engine, store, OuterState(checkpoint.outer), identity.peer_id, secret)
+        return Replica(manifest, engine, store, OuterState.initial(theta), identity.peer_id, secret, backend), ()
+    replica = Replica(manifest, engine, store, OuterState(checkpoint.outer), identity.peer_id, secret, backend)
     if replica.chain.state_root != checkpoint.chain.state_root:
         raise PsycheError("the checkpoint's tensors are not those its state_root names; remove it and join again")
     replica.chain = checkpoint.chain
@@ -180,6 +182,14 @@ def _replica(
         replica.residual.copy_(checkpoint.residual)
     engine.load_state(checkpoint.inner)
     return replica, checkpoint.certificates
+
+
+def _outer_device(node: Node, trains_on: torch.device) -> torch.device:
+    if node.outer_state == "cpu":
+        return torch.device("cpu")
+    if trains_on.type == "cpu":
+        raise PsycheError("node.outer_state is gpu, but this node trains on the CPU: set it to cpu, or use a GPU")
+    return trains_on
 
 
 # -------------------------------------------------------------------------------------------- both

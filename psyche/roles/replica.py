@@ -73,16 +73,14 @@ class Replica:
         secret: bytes,
         backend: Backend | None = None,
     ) -> None:
-        """``backend`` computes codec and outer step, the fastest of this machine by default: the same bits."""
+        """``backend`` computes codec and outer step, where its tensors lie; by default the fastest on the CPU."""
         self.manifest, self.run = manifest, manifest.run
-        self.engine, self.store, self.outer, self.node = engine, store, outer, node
+        self.engine, self.store, self.node = engine, store, node
         self._secret = secret
         self.backend = best() if backend is None else backend
         self.codec = self.backend.codec(self.run.codec.name)
-        self.residual = torch.zeros_like(outer.theta) if self.codec.error_feedback else None
-        self.index = outer.index()
-        """The outer state's chunk hashes; their root is ``chain.state_root``."""
-        self.chain = Chain(0, manifest.run_id, self.index.root, 0)
+        self.adopt(outer, None)
+        self.residual = torch.zeros_like(self.outer.theta) if self.codec.error_feedback else None
 
     # ------------------------------------------------------------------------------- one round
 
@@ -139,7 +137,7 @@ class Replica:
         weights = {a.node: share(a.contribution.tokens, total) for a in record.accepted}
         theta, momentum = self.outer.theta, self.outer.momentum
         for number, part in enumerate(self.engine.layout.slices()):
-            gradient = torch.empty(part.stop - part.start)
+            gradient = torch.empty_like(theta[part])
             aggregate(self.codec, ((weights[node], payloads[node][number]) for node in sorted(weights)), gradient)
             self.backend.outer_step(
                 theta[part], momentum[part], gradient, lr=self.run.outer.lr, mu=self.run.outer.momentum
@@ -148,7 +146,7 @@ class Replica:
 
     def adopt(self, outer: OuterState, record: Record | None) -> None:
         """Take over an outer state fetched from others: that after ``record``, or that before the first round."""
-        self.outer = outer
+        self.outer = outer.to(self.backend.device)
         self._stand_at(record)
 
     def give_back(self, payload: Slices) -> None:
@@ -180,7 +178,10 @@ class Replica:
     # --------------------------------------------------------------------------------- helpers
 
     def _stand_at(self, record: Record | None) -> None:
-        self.index = self.outer.index()
+        self.host = self.outer.to(torch.device("cpu"))
+        """The outer state as it is hashed, served and saved: ``outer`` itself, unless that lies on a GPU."""
+        self.index = self.host.index()
+        """Its chunk hashes; their root is ``chain.state_root``."""
         if record is None:
             self.chain = Chain(0, self.manifest.run_id, self.index.root, 0)
         else:

@@ -100,7 +100,7 @@ class Worker:
 
     async def _rounds(self) -> None:
         replica = self.replica
-        serve_state(self.network, replica.outer, replica.index, previous=b"")
+        serve_state(self.network, replica.host, replica.index, previous=b"")
         while True:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(self._concerns_me)
@@ -147,7 +147,7 @@ class Worker:
             await asyncio.sleep(RETRY_SECONDS)
             return
         await self._on_trainer(self.replica.adopt, outer, record)
-        serve_state(self.network, outer, self.replica.index, previous=chain.state_root)
+        serve_state(self.network, self.replica.host, self.replica.index, previous=chain.state_root)
         self.log.emit(events.Resynchronised(round=board.rounds, state_root=board.state_root.hex(), donor="the members"))
         await self._client.present()
 
@@ -196,7 +196,7 @@ class Worker:
         if work is not None and self.identity.peer_id not in payloads:
             await self._on_trainer(self.replica.give_back, work.payload)
         self._meter.mark("exchange")
-        serve_state(self.network, self.replica.outer, self.replica.index, previous=before)
+        serve_state(self.network, self.replica.host, self.replica.index, previous=before)
         self._announce_record(record)
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root), plan.round)
@@ -254,7 +254,7 @@ class Worker:
         checkpoint = Checkpoint(
             run_id=self.manifest.run_id,
             chain=chain,
-            outer=self.replica.outer.tensor,
+            outer=self.replica.host.tensor,
             residual=self.replica.residual,
             inner=self.replica.engine.state(),
             certificates=tuple(self._voter.certificates),

@@ -26,7 +26,7 @@ class Trace:
 
     def mark(self, step: int, parameters: Tensor) -> None:
         """Record a trace point: the flat fp32 parameters after ``step`` inner steps of this round."""
-        values = parameters.numpy().data.cast("B")
+        values = parameters.cpu().numpy().data.cast("B")
         self._points.append(digest("trace-point", step.to_bytes(8, "little"), blake3(values).digest()))
 
     @property

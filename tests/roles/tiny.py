@@ -12,6 +12,7 @@ import yaml
 
 from psyche.config import Config, Manifest, Node, load_config
 from psyche.network.identity import Identity
+from psyche.numerics.backends.base import Backend
 from psyche.numerics.outer import OuterState
 from psyche.roles.processes import IDENTITY, MANIFEST
 from psyche.roles.provision import local_store
@@ -64,16 +65,15 @@ def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
     return path
 
 
-def replica(manifest: Manifest, node: Node, identity: Identity) -> Replica:
+def replica(manifest: Manifest, node: Node, identity: Identity, backend: Backend | None = None) -> Replica:
     """The replica that a node of this identity would start with."""
     torch.set_num_threads(1)
     engine = TorchEngine(build(manifest.run.model, seed=manifest.run.seed), manifest.run.inner, node)
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     store = local_store(manifest, node.cache)
-    return Replica(
-        manifest, engine, store, OuterState.initial(theta), identity.peer_id, identity.secret_digest(b"salt")
-    )
+    outer, secret = OuterState.initial(theta), identity.secret_digest(b"salt")
+    return Replica(manifest, engine, store, outer, identity.peer_id, secret, backend)
 
 
 def reference_roots(directory: Path, config: Config) -> list[str]:

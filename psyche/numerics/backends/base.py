@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from psyche.numerics import outer
@@ -18,6 +19,8 @@ class Backend(ABC):
     """``torch``, ``native`` or ``cuda``."""
     detail: str
     """What it runs on, for people: ``AVX-512, 2 threads``."""
+    device: torch.device = torch.device("cpu")
+    """Where its tensors lie."""
 
     @abstractmethod
     def codec(self, name: str) -> Codec:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from psyche.errors import PsycheError
 from psyche.numerics.backends.base import Backend, TorchBackend
 
@@ -19,6 +21,19 @@ def available() -> list[Backend]:
 def best() -> Backend:
     """The fastest backend for tensors on the CPU."""
     return available()[0]
+
+
+def on(device: torch.device) -> Backend:
+    """The fastest backend for tensors on ``device``. Raises :class:`PsycheError` with the mend where there is none."""
+    if device.type == "cpu":
+        return best()
+    from psyche.numerics.backends.cuda import CudaBackend
+    from psyche.numerics.backends.cuda_device import DeviceLauncher, missing
+
+    reason = missing()
+    if reason is not None:
+        raise PsycheError(f"the outer state cannot be on {device}: {reason}; or set node.outer_state to cpu")
+    return CudaBackend(DeviceLauncher(device), host=best())
 
 
 def named(name: str) -> Backend:

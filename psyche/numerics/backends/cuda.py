@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
-from psyche.numerics.backends.base import Backend
+from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.launcher import Launcher
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.names import CODECS, KEPT
-from psyche.numerics.codecs.registry import codec as definition
 from psyche.numerics.codecs.topk2e import TopK2e
 from psyche.numerics.flat import ALIGNMENT
 
@@ -49,10 +48,10 @@ class CudaCodec(Codec):
 
     backend = "cuda"
 
-    def __init__(self, name: str, launcher: Launcher) -> None:
-        self._definition = definition(name)
+    def __init__(self, name: str, launcher: Launcher, host: Codec) -> None:
+        self._host = host
         self._launcher = launcher
-        self.name, self.error_feedback = name, self._definition.error_feedback
+        self.name, self.error_feedback = name, host.error_feedback
         sparse = name.startswith("topk2")
         self._kernel = f"topk2_{_kept(name)}" if sparse else name.replace("-", "_")
         self._encode_span = ALIGNMENT if sparse else 1024 if name == "fp32" else _TILES
@@ -131,11 +130,11 @@ class CudaCodec(Codec):
         return self.unwrap(payload, count)
 
     def payload_bytes(self, count: int) -> int:
-        return self._definition.payload_bytes(count)
+        return self._host.payload_bytes(count)
 
     def squared_norm(self, payload: Buffer, count: int) -> float:
         """On the host: a sequential sum in fp64 of as many terms as there are blocks."""
-        return self._definition.squared_norm(payload, count)
+        return self._host.squared_norm(payload, count)
 
     # --------------------------------------------------------------------------------------- our own
 
@@ -180,16 +179,16 @@ class CudaCodec(Codec):
             if found & bit:
                 raise MalformedPayload(reason.format(name=self.name, count=count))
 
-    # The definition's steps, for whoever asks for them: on the CPU.
+    # The host's steps, for whoever asks for them.
 
     def _quantize(self, values: Tensor) -> bytes:
-        return self._definition._quantize(values)
+        return self._host._quantize(values)
 
     def _values(self, body: memoryview, count: int) -> Tensor:
-        return self._definition._values(body, count)
+        return self._host._values(body, count)
 
     def _check_body(self, body: memoryview, count: int) -> None:
-        self._definition._check_body(body, count)
+        self._host._check_body(body, count)
 
 
 class RecodedTopK2(TopK2e):
@@ -197,9 +196,9 @@ class RecodedTopK2(TopK2e):
 
     backend = "cuda"
 
-    def __init__(self, kept: int, fixed: CudaCodec) -> None:
+    def __init__(self, kept: int, fixed: CudaCodec, host: TopK2e) -> None:
         super().__init__(kept)
-        self._on_device = fixed
+        self._on_device, self._host = fixed, host
 
     def encode(self, base: Tensor, local: Tensor, residual: Tensor | None, beta: float) -> bytes:
         fixed = self._on_device.encode(base, local, residual, beta)
@@ -208,23 +207,39 @@ class RecodedTopK2(TopK2e):
     def decode_add(self, payload: Buffer, weight: float, out: Tensor) -> None:
         self._on_device.decode_add(self.expand(payload, out.numel()), weight, out)
 
+    def expand(self, payload: Buffer, count: int) -> bytes:
+        return self._host.expand(payload, count)
+
+    def compress(self, body: memoryview) -> bytes:
+        return self._host.compress(body)
+
+    def check(self, payload: Buffer, count: int) -> memoryview:
+        return self._host.check(payload, count)
+
+    def squared_norm(self, payload: Buffer, count: int) -> float:
+        return self._host.squared_norm(payload, count)
+
 
 class CudaBackend(Backend):
     """All codecs and the outer step on one device."""
 
     name = "cuda"
 
-    def __init__(self, launcher: Launcher) -> None:
+    def __init__(self, launcher: Launcher, host: Backend | None = None) -> None:
+        """``host`` does what stays on the CPU, entropy coding and norms: PyTorch's definitions by default."""
+        host = TorchBackend() if host is None else host
         self._launcher = launcher
-        self.detail = launcher.detail
+        self.detail, self.device = launcher.detail, launcher.device
         self._codecs: dict[str, Codec] = {}
         for name in CODECS:
             if name.startswith("topk2e"):
                 fixed = self._codecs[name.replace("topk2e", "topk2")]
+                coder = host.codec(name)
                 assert isinstance(fixed, CudaCodec)
-                self._codecs[name] = RecodedTopK2(_kept(name), fixed)
+                assert isinstance(coder, TopK2e)
+                self._codecs[name] = RecodedTopK2(_kept(name), fixed, coder)
             else:
-                self._codecs[name] = CudaCodec(name, launcher)
+                self._codecs[name] = CudaCodec(name, launcher, host.codec(name))
 
     def codec(self, name: str) -> Codec:
         return self._codecs[name]
