@@ -2,13 +2,14 @@
 #   make demo                 a coordinator and four nodes train a small language model, here
 #   make run CONFIG=file      launch a run: coordinator, and PEERS local nodes (default 1)
 #   make join INVITE=psyche1… join somebody's run with this machine
-#   make test | test-slow | lint | bench | clean
+#   make bench                loss against the large batch's; make bench-codec: speed and error of the codecs
+#   make test | test-slow | lint | clean
 PYTHON ?= python3
 PEERS  ?= 1
 BIN    := .venv/bin
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo run join test test-slow lint bench clean
+.PHONY: demo run join test test-slow lint bench bench-codec clean
 
 # Stamps make set-up idempotent: nothing is installed again until the pins change.
 .venv/run.stamp: pyproject.toml constraints.txt
@@ -19,6 +20,10 @@ PIP    := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.
 
 .venv/dev.stamp: .venv/run.stamp
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/bench.stamp: .venv/run.stamp
+	@$(PIP) -e '.[bench]'
 	@touch $@
 
 demo: .venv/run.stamp
@@ -43,6 +48,9 @@ lint: .venv/dev.stamp
 
 bench: .venv/run.stamp
 	@$(BIN)/psyche bench convergence --json runs/bench/convergence.json $(ARGS)
+
+bench-codec: .venv/bench.stamp
+	@$(BIN)/psyche bench codec --json runs/bench/codec.json $(ARGS)
 
 clean:
 	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
