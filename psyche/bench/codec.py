@@ -8,6 +8,7 @@ who reads things twice gets a lower share for it.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from psyche.bench.codec_data import default_setting, gaussian, pseudo_gradient
+from psyche.bench.codec_data import INNER_STEPS, ROUNDS, default_setting, gaussian, pseudo_gradient
 from psyche.bench.codec_measure import PROBE, Bench
 from psyche.bench.codec_rivals import rival_steppers, rivals
 from psyche.bench.codec_systems import Coder, PsycheCoder, PsycheStepper, Stepper, backends, codec_names
@@ -31,10 +32,11 @@ from psyche.data.durable import disk_errors, write_durably
 from psyche.data.prepare import Report, prepare
 from psyche.errors import PsycheError
 from psyche.numerics.flat import ALIGNMENT, SLICE
-from psyche.telemetry.wording import amount
+from psyche.telemetry.wording import amount, plural
 
 WIDTH = 132
 """Columns that the tables need; a narrower terminal wraps lines."""
+MENDED = "hivemind    its 8-bit decoders raise TypeError with NumPy 2.4 or newer; that one call is mended here"
 DEFAULT_SIZE = 1 << 24
 """Parameters: vectors of 64 MiB, larger than the last-level cache of most CPUs."""
 
@@ -54,10 +56,11 @@ class Plan:
 
 @dataclass
 class Result:
-    """What was measured, and a word for each thing that was not."""
+    """What was measured, and what to know of it."""
 
     rows: list[Row] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """A sentence for each thing that was left out, and one where the machine was busy."""
 
 
 def main(
@@ -103,7 +106,8 @@ def measure(plan: Plan, setting: Setting) -> Result:
     check(plan)
     result = Result()
     with _quiet():
-        coders, steppers, result.left_out = _planned(plan)
+        coders, steppers, absent = _planned(plan)
+        result.notes += [*_busy(), *absent]
         with _progress(len(coders) + len(steppers)) as (say, done):
             say("training a small model for real pseudo-gradients")
             samples = gaussian(), pseudo_gradient(setting)
@@ -130,6 +134,13 @@ def _planned(plan: Plan) -> tuple[list[Coder], list[Stepper], list[str]]:
     return coders + others, steppers + rival_steppers(), absent
 
 
+def _busy() -> list[str]:
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores / 2:
+        return []
+    return [f"the machine was busy when this began (load average {load:.1f} on {cores} cores): speeds say little"]
+
+
 def _rows(bench: Bench, coder: Coder, result: Result) -> list[Row]:
     """Rows of a coder, which are also added to ``result``. A rival that fails is left out with a word."""
     try:
@@ -138,7 +149,7 @@ def _rows(bench: Bench, coder: Coder, result: Result) -> list[Row]:
         if coder.system == "psyche":
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        result.left_out.append(f"{coder.system} {coder.codec} is left out: it fails here ({reason})")
+        result.notes.append(f"{coder.system} {coder.codec} is left out: it fails here ({reason})")
         return []
     result.rows += rows
     return rows
@@ -146,28 +157,35 @@ def _rows(bench: Bench, coder: Coder, result: Result) -> list[Row]:
 
 def show(result: Result, console: Console) -> None:
     """Print the tables, what to know to read them, and how psyche compares with hivemind."""
-    console.print(_preface(result.rows), highlight=False)
+    console.print(_preface(result.rows), highlight=False, markup=False)
     console.print()
     console.print(codec_table(result.rows))
     console.print()
     console.print(outer_table(result.rows))
-    for line in [*against_rival(result.rows), *result.left_out]:
+    for line in [*against_rival(result.rows), *result.notes]:
         console.print(line, highlight=False, markup=False)
 
 
 def _preface(rows: Sequence[Row]) -> str:
     copies = [row.copy_gbps for row in rows]
     size = max(row.parameters for row in rows)
-    return (
-        f"{amount(size)} parameters in slices of {amount(min(size, SLICE))}, "
-        f"{rows[0].threads} threads; a codec too slow for that is timed on fewer. GB/s: of fp32 parameters, median. "
-        f"% of copy: bytes that the pass has to move when fused, against a copy in the same moments "
-        f"(median {median(copies):.1f} GB/s read + written, {min(copies):.1f} to {max(copies):.1f} in this run). "
-        f"encode: base − local, error feedback (psyche's codecs but fp32), quantize, make the payload. Others have no "
-        f"error feedback, and all but hivemind stop at tensors. decode+add: out += weight × decoded; a sparse codec "
-        f"touches only what it kept, so it has no share. rel. L2: ‖x − D(Q(x))‖ / ‖x‖ without error feedback, "
-        f"which makes up for it below 4 bits. Real: a pseudo-gradient (H = 30) of a small Llama trained just now. "
-        f"hivemind's 8-bit decoders raise TypeError with NumPy 2.4 or newer; here that one call is mended."
+    return "\n".join(
+        [
+            f"{amount(size)} parameters in slices of {amount(min(size, SLICE))}, {plural(rows[0].threads, 'thread')}; "
+            "a codec too slow for that is timed on fewer.",
+            "GB/s        of fp32 parameters, 4 bytes each, in the median repetition",
+            "% of copy   bytes that a fused pass has to move, against a copy in the same moments: median "
+            f"{median(copies):.1f} GB/s, read + written,",
+            f"            {min(copies):.1f} to {max(copies):.1f} in this run. A copy also fetches the lines that it "
+            "overwrites, so passes in place may exceed 100 %.",
+            "encode      base − local, error feedback (psyche's codecs but fp32), quantize, make the payload. Rivals "
+            "have no error",
+            "            feedback, and all but hivemind stop at tensors: making bytes of them is not charged.",
+            "decode+add  out += weight × decoded; a sparse codec touches only what it kept, so it has no share",
+            "rel. L2     ‖x − D(Q(x))‖ / ‖x‖ without error feedback, which sends later what is lost here",
+            f"real        a pseudo-gradient of a small Llama trained just now (H = {INNER_STEPS}, round {ROUNDS})",
+            *([MENDED] if any(row.system == "hivemind" for row in rows) else []),
+        ]
     )
 
 
@@ -205,7 +223,7 @@ def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[...,
             bar.advance(task)
             for row in rows:
                 name = f"{row.system} {row.codec or 'outer step'} ({row.backend})"
-                share = "" if row.share_of_copy is None else f"  {percent(row.share_of_copy):>5} % of copy"
-                say(f"{ended:3}/{total}  {name:36} {row.pass_:10} {speed(row.gbps):>7} GB/s{share}")
+                share = "" if row.share_of_copy is None else f"  {percent(row.share_of_copy):>5} % copy"
+                say(f"{ended:3}/{total}  {name:32} {row.pass_:10} {speed(row.gbps):>7} GB/s{share}")
 
         yield say, done

@@ -10,10 +10,10 @@ from psyche.bench.codec_systems import Coder, Stepper, Work, parts
 from psyche.bench.codec_table import Row
 from psyche.bench.codec_timing import Clock, Copy, Pass, bytes_per_parameter, time_beside_copy
 
-PROBE = 1 << 16
-"""Parameters of the trial from which it is guessed how many a slow codec can be timed on."""
-SLOW_SECONDS = 0.6
-"""A repetition that would take longer gets fewer parameters."""
+PROBE, GROWTH = 1 << 16, 4
+"""Parameters of the first trial of a codec, and how many times as many the next one has."""
+SLOW_SECONDS = 1.0
+"""A codec whose repetitions would take longer is timed on fewer parameters."""
 WEIGHT = 0.25
 """Of a payload in decode_add; an fp32 value."""
 
@@ -33,6 +33,15 @@ class Bench:
         """The rows of both passes."""
         gaussian, real = (loss_of(coder, values) for values in self._samples)
         count = self._affordable(coder)
+        works = self._passes(coder, count)
+        rows = []
+        for which, work in works.items():
+            moved = bytes_per_parameter(which, gaussian.bits, error_feedback=coder.error_feedback, sparse=coder.sparse)
+            rows.append(self._row(coder, which, work, count, moved, gaussian, real))
+        return rows
+
+    def _passes(self, coder: Coder, count: int) -> dict[Pass, Work]:
+        """Both passes over the first ``count`` parameters, from a fresh residual."""
         at, ranges = self._vectors, parts(count)
         at.residual.zero_()
         at.out.zero_()
@@ -49,12 +58,7 @@ class Bench:
             for part, payload in zip(ranges, payloads, strict=True):
                 coder.decode_add(payload, WEIGHT, at.out[part])
 
-        works: dict[Pass, Work] = {"encode": encode, "decode_add": decode_add}
-        rows = []
-        for which, work in works.items():
-            moved = bytes_per_parameter(which, gaussian.bits, error_feedback=coder.error_feedback, sparse=coder.sparse)
-            rows.append(self._row(coder, which, work, count, moved, gaussian, real))
-        return rows
+        return {"encode": encode, "decode_add": decode_add}
 
     def stepper(self, stepper: Stepper) -> Row:
         theta, gradient = self._vectors.base.clone(), self._vectors.base - self._vectors.local
@@ -63,16 +67,17 @@ class Bench:
         return self._row(stepper, "outer", work, self._size, moved)
 
     def _affordable(self, coder: Coder) -> int:
-        """As many parameters as both passes manage in ``SLOW_SECONDS`` each, a multiple of ``PROBE``."""
-        base, local, residual, out = (vector[:PROBE] for vector in self._vectors)
-        feedback = residual if coder.error_feedback else None
-        taken = 0.0
-        for _ in range(2):  # the first call also loads and compiles what it needs
-            payload = coder.encode(base, local, feedback)
-            encoding = self._clock.seconds(lambda: coder.encode(base, local, feedback))
-            decoding = self._clock.seconds(lambda kept=payload: coder.decode_add(kept, WEIGHT, out))  # type: ignore[misc]
-            taken = max(encoding, decoding)
-        return min(self._size, max(1, int(SLOW_SECONDS / taken)) * PROBE)
+        """As many parameters as take neither pass longer than ``SLOW_SECONDS``, by trial: ``PROBE`` × 4ⁿ at most."""
+        count = min(PROBE, self._size)
+        self._trial(coder, count)  # the first call also loads and compiles what it needs
+        while count < self._size and GROWTH * self._trial(coder, count) <= SLOW_SECONDS:
+            count = min(GROWTH * count, self._size)
+        return count
+
+    def _trial(self, coder: Coder, count: int) -> float:
+        """Seconds of the slower pass over ``count`` parameters."""
+        works = self._passes(coder, count)
+        return max(self._clock.seconds(work) for work in works.values())
 
     def _row(
         self,

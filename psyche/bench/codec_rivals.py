@@ -219,7 +219,7 @@ def rivals() -> tuple[list[Coder], list[str]]:
         try:
             found += make()
         except (ImportError, OSError) as error:  # OSError: a shared library of theirs does not load
-            absent.append(f"{system} is left out ({error}); the `bench` extra has it: pip install 'psyche[bench]'")
+            absent.append(f"{system} is left out ({error}): make bench-codec installs it, or pip install -e '.[bench]'")
     return found, absent
 
 

@@ -87,7 +87,7 @@ def _cells(passes: dict[Pass, Row]) -> list[str]:
 
 def outer_table(rows: Sequence[Row]) -> Table:
     """The outer steps."""
-    title = "Outer step (Nesterov), and the new θ copied to the local parameters"
+    title = "Outer step (Nesterov) with copy to local parameters"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
     for heading in ("system", "as", "backend"):
         table.add_column(heading)

@@ -43,7 +43,11 @@ class Clock:
 
 
 class Copy:
-    """``target.copy_(source)``: what this device's memory can do, on torch's threads."""
+    """``target.copy_(source)`` on torch's threads: what a share is a share of.
+
+    On a CPU the copy also fetches the lines that it overwrites, which are not counted. A pass that writes over what it
+    has read is spared that and may pass 100 %.
+    """
 
     def __init__(self, count: int, device: str) -> None:
         self._source = torch.ones(count, device=device)

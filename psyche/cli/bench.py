@@ -53,7 +53,12 @@ def codec(
         typer.Option(help="One of psyche's backends; repeatable. Default: all that work here."),
     ] = None,
     size: Annotated[
-        int, typer.Option(parser=parameters, metavar="COUNT", help="Parameters to time on, such as 64M or 16Mi.")
+        int,
+        typer.Option(
+            parser=parameters,
+            metavar="COUNT",
+            help="Parameters to time on, such as 64M or 16Mi; should not fit the cache.",
+        ),
     ] = "16Mi",  # type: ignore[assignment]  # typer parses defaults, too
     rivals: Annotated[bool, typer.Option(help="Measure other people's codecs beside ours.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")] = None,

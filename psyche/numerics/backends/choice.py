@@ -9,6 +9,7 @@ def best() -> Backend:
     """The fastest backend for tensors on the CPU."""
     return TorchBackend()
 
+
 def available() -> list[Backend]:
     """All backends that work here, fastest first; PyTorch is always the last."""
     return [TorchBackend()]
