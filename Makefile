@@ -2,13 +2,14 @@
 #   make demo                 a coordinator and four nodes train a small language model, here
 #   make run CONFIG=file      launch a run: coordinator, and PEERS local nodes (default 1)
 #   make join INVITE=psyche1… join somebody's run with this machine
-#   make test | test-slow | lint | bench | clean
+#   make bench                loss against the large batch's; make bench-codec: speed and error of the codecs
+#   make test | test-slow | lint | clean
 PYTHON ?= python3
 PEERS  ?= 1
 BIN    := .venv/bin
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo run join test test-slow lint bench clean
+.PHONY: demo run join test test-slow lint bench bench-codec clean
 
 # What is compiled into psyche._native.
 NATIVE := kernels/build/CMakeLists.txt $(wildcard kernels/cpu/* kernels/include/*)
@@ -22,6 +23,11 @@ NATIVE := kernels/build/CMakeLists.txt $(wildcard kernels/cpu/* kernels/include/
 
 .venv/dev.stamp: .venv/run.stamp
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# Rivals lie beside the environment: transformers imports torchao wherever it finds it, and every command would pay.
+.venv/rivals: .venv/run.stamp
+	@$(PIP) --no-deps --upgrade --target $@ bitsandbytes torchao
 	@touch $@
 
 demo: .venv/run.stamp
@@ -46,6 +52,9 @@ lint: .venv/dev.stamp
 
 bench: .venv/run.stamp
 	@$(BIN)/psyche bench convergence --json runs/bench/convergence.json $(ARGS)
+
+bench-codec: .venv/rivals
+	@PYTHONPATH=.venv/rivals $(BIN)/psyche bench codec --json runs/bench/codec.json $(ARGS)
 
 clean:
 	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis psyche/_native.*.so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,15 +10,15 @@ import typer
 
 app = typer.Typer(help="Measure, with the rival in the same run.", no_args_is_help=True)
 
+JsonFile = Annotated[Path | None, typer.Option(help="Write the rows here, too.", show_default=False)]
 
-@app.callback()
-def _group() -> None:
-    """Keeps ``convergence`` a subcommand while it is the only one."""
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_CHUNK = 4096
 
 
 @app.command()
 def convergence(
-    json: Annotated[Path | None, typer.Option(help="Write the rows here, too.", show_default=False)] = None,
+    json: JsonFile = None,
     full: Annotated[
         bool, typer.Option("--full", help="20 tokens per parameter and a third seed; takes four times as long.")
     ] = False,
@@ -31,3 +32,41 @@ def convergence(
     from psyche.cli.data import progress_display
 
     main(json, full=full, only=only, preparing=progress_display)
+
+
+def parameters(text: str) -> int:
+    """``64M`` or ``16Mi`` as a number, rounded up to whole chunks of 4096. Raises ``typer.BadParameter``."""
+    match = re.fullmatch(r"(\d+)([kMG]|[KMG]i)?", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a number of parameters such as 4194304, 64M or 16Mi")
+    return -(-int(match[1]) * _UNITS[match[2] or ""] // _CHUNK) * _CHUNK
+
+
+@app.command()
+def codec(
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="One of psyche's codecs; repeatable. Default: all but the densities other than 64."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="One of psyche's backends; repeatable. Default: all that work here."),
+    ] = None,
+    size: Annotated[
+        int,
+        typer.Option(
+            parser=parameters,
+            metavar="COUNT",
+            help="Parameters to time on, such as 64M or 16Mi; should not fit the cache.",
+        ),
+    ] = "16Mi",  # type: ignore[assignment]  # typer parses defaults, too
+    rivals: Annotated[bool, typer.Option(help="Measure other people's codecs beside ours.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Speed and error of the codecs and the outer step, beside hivemind, bitsandbytes, torchao and plain PyTorch."""
+    from psyche.bench.codec import Plan, main
+    from psyche.cli.data import progress_display
+
+    plan = Plan(size=size, codecs=tuple(codec or ()), backends=tuple(backend or ()), rivals=rivals)
+    main(json, plan, threads=threads, preparing=progress_display)

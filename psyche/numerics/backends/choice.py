@@ -32,7 +32,7 @@ def on(device: torch.device) -> Backend:
 
     reason = missing()
     if reason is not None:
-        raise PsycheError(f"the outer state cannot be on {device}: {reason}; or set node.outer_state to cpu")
+        raise PsycheError(f"no kernel can run on {device}: {reason}")
     return CudaBackend(DeviceLauncher(device), host=best())
 
 

@@ -1,0 +1,130 @@
+"""What the codec bench can measure: one interface over psyche's codecs and everybody else's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psyche.errors import PsycheError
+from psyche.numerics.backends import cuda_device
+from psyche.numerics.backends.base import Backend
+from psyche.numerics.backends.choice import available, on
+from psyche.numerics.codecs.names import CODECS, usual_error_feedback
+from psyche.numerics.flat import SLICE
+
+LR, MOMENTUM = 0.7, 0.9
+"""Of the outer step: DiLoCo's (arXiv 2311.08105). The time does not depend on them."""
+
+Work = Callable[[], object]
+"""One repetition of what is timed."""
+
+USUAL_CODECS = tuple(name for name in CODECS if not name.startswith(("topk2-", "topk2e-")))
+"""Those measured where none is named: all but the other densities."""
+
+
+class Coder(ABC):
+    """One way to send a pseudo-gradient. Tensors are contiguous fp32 ``[n]`` on ``device``, n a multiple of 4096."""
+
+    system: str
+    codec: str
+    """As its system calls it."""
+    backend: str
+    error_feedback: bool
+    """Whether ``encode`` also reads and writes a residual."""
+    sparse: bool = False
+    """Whether ``decode_add`` touches the kept coordinates only."""
+    device: str = "cpu"
+
+    @abstractmethod
+    def encode(self, base: Tensor, local: Tensor, residual: Tensor | None) -> Any:
+        """The payload of base − local, as far as this system takes it."""
+
+    @abstractmethod
+    def decode_add(self, payload: Any, weight: float, out: Tensor) -> None:
+        """``out += weight · D(payload)``."""
+
+    @abstractmethod
+    def payload_bytes(self, payload: Any) -> int:
+        """What would go over the wire."""
+
+
+class PsycheCoder(Coder):
+    """One of psyche's codecs on one of its backends, with the error feedback it is made for."""
+
+    system = "psyche"
+
+    def __init__(self, backend: Backend, name: str) -> None:
+        self.codec, self.backend, self.device = name, backend.name, backend.device.type
+        self._codec = backend.codec(name)
+        self._beta = usual_error_feedback(name)
+        self.error_feedback = self._codec.error_feedback
+        self.sparse = name.startswith("topk")
+
+    def encode(self, base: Tensor, local: Tensor, residual: Tensor | None) -> Any:
+        return self._codec.encode(base, local, residual, self._beta)
+
+    def decode_add(self, payload: Any, weight: float, out: Tensor) -> None:
+        self._codec.decode_add(payload, weight, out)
+
+    def payload_bytes(self, payload: Any) -> int:
+        return len(payload)
+
+
+class Stepper(ABC):
+    """One way to take the outer step and to copy the new θ to the local parameters."""
+
+    system: str
+    codec: str | None
+    """What its system calls it; None for psyche's, which has no name."""
+    backend: str
+    device: str = "cpu"
+
+    @abstractmethod
+    def bind(self, theta: Tensor, momentum: Tensor, gradient: Tensor, local: Tensor) -> Work:
+        """The step on these tensors, all fp32 ``[n]``, ready to be taken again and again."""
+
+
+class PsycheStepper(Stepper):
+    """The outer step of one backend, slice by slice as a replica takes it."""
+
+    system, codec = "psyche", None
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.device = backend.name, backend.device.type
+        self._step = backend.outer_step
+
+    def bind(self, theta: Tensor, momentum: Tensor, gradient: Tensor, local: Tensor) -> Work:
+        def work() -> None:
+            for part in parts(theta.numel()):
+                self._step(theta[part], momentum[part], gradient[part], lr=LR, mu=MOMENTUM, local=local[part])
+
+        return work
+
+
+def parts(count: int) -> list[slice]:
+    """The ranges in which ``count`` parameters are encoded, as in a run."""
+    return [slice(start, min(start + SLICE, count)) for start in range(0, count, SLICE)]
+
+
+def backends(wanted: Sequence[str]) -> list[Backend]:
+    """The backends that work here, or those of them named. Raises :class:`PsycheError` for another name."""
+    found = {backend.name: backend for backend in available()}
+    if torch.cuda.is_available() and cuda_device.missing() is None:
+        found["cuda"] = on(torch.device("cuda", torch.cuda.current_device()))
+    _require_known("backend", wanted, tuple(found), "work here")
+    return [backend for name, backend in found.items() if not wanted or name in wanted]
+
+
+def codec_names(wanted: Sequence[str]) -> list[str]:
+    """The codecs named, in their own order, or the usual ones. Raises :class:`PsycheError` for an unknown name."""
+    _require_known("codec", wanted, CODECS, "exist")
+    return [name for name in CODECS if name in (wanted or USUAL_CODECS)]
+
+
+def _require_known(kind: str, wanted: Sequence[str], known: Sequence[str], verb: str) -> None:
+    if unknown := [name for name in wanted if name not in known]:
+        raise PsycheError(f"--{kind} {unknown[0]}: there is no such {kind}; those that {verb} are {', '.join(known)}")
