@@ -1,0 +1,57 @@
+"""Which backend computes, and that psyche works without a compiled one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import psyche
+from psyche.errors import PsycheError
+from psyche.numerics.backends.choice import available, best, named
+from psyche.numerics.backends.sources import kernels_directory
+from psyche.numerics.codecs.names import CODECS
+
+
+def test_every_backend_speaks_every_codec_and_says_what_it_runs_on() -> None:
+    for backend in available():
+        assert backend.detail
+        for name in CODECS:
+            used = backend.codec(name)
+            assert (used.name, used.backend) == (name, backend.name)
+        with pytest.raises(KeyError):
+            backend.codec("int9")
+
+
+def test_the_definition_is_always_there_and_the_fastest_comes_first() -> None:
+    assert available()[-1].name == "torch"
+    assert best().name == available()[0].name
+    assert named("torch").name == "torch"
+
+
+def test_an_unknown_backend_is_refused_with_those_that_are_there() -> None:
+    with pytest.raises(PsycheError, match=r"abacus.*torch"):
+        named("abacus")
+
+
+def test_without_the_extension_pytorch_computes(tmp_path: Path) -> None:
+    package = Path(psyche.__file__).parent
+    shutil.copytree(package, tmp_path / "psyche", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    script = "from psyche.numerics.backends.choice import available; print([b.name for b in available()])"
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    assert ran.stdout.strip() == "['torch']"
+
+
+def test_the_sources_that_are_compiled_at_run_time_are_found() -> None:
+    assert (kernels_directory() / "include" / "psyche_numerics.h").is_file()
