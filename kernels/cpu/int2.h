@@ -12,6 +12,13 @@ namespace int2 {
 constexpr int BLOCKS = CHUNK / INT2_BLOCK;
 constexpr int PLANE = INT2_BLOCK / 8;  // bytes of a block in each plane
 
+// 2^i, for vectors that cannot shift each element by its own count.
+alignas(64) constexpr u32 BIT[32] = {
+    1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,  1u << 8,  1u << 9,  1u << 10,
+    1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15, 1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21,
+    1u << 22, 1u << 23, 1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31,
+};
+
 inline const packed_u16* levels_of(Source from) {
   return (const packed_u16*)(from.body + from.count / 4) + 2 * BLOCKS * from.chunk;
 }
@@ -52,8 +59,8 @@ inline void decode_add(Source from, float weight, float* out) {
       const u32 signs = negative[word], highs = high[word];
       float* __restrict sums = out + at + 32 * word;
       for (int i = 0; i < 32; ++i) {
-        const u32 level = highs & 1u << i ? high_bits : low_bits;
-        const u32 sign = signs & 1u << i ? SIGN_BIT : 0u;
+        const u32 level = highs & BIT[i] ? high_bits : low_bits;
+        const u32 sign = signs & BIT[i] ? SIGN_BIT : 0u;
         sums[i] = weighted_sum(sums[i], weight, float_of(level ^ sign));
       }
     }
