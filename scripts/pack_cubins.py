@@ -2,8 +2,8 @@
 
     python scripts/pack_cubins.py [--into DIRECTORY] [75 80 86 89 90 120]
 
-Without --into they go to kernels/cubins, where the loader looks first, and from where a wheel takes them. A cubin whose
-sources or options have changed since has another name: it is not used, and removed here.
+Without --into they go to kernels/cuda/cubins, where the loader looks first, and from where a wheel takes them. A cubin
+whose sources or options have changed since has another name: it is not used, and removed here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from psyche.numerics.backends.cuda_compile import ARCHITECTURES, compile_for, packed_name, write
+from psyche.numerics.backends.cuda_compile import ARCHITECTURES, compile_for, packed_directory, packed_name, write
 from psyche.numerics.backends.sources import kernels_directory
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     kernels = kernels_directory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, help="compute capabilities: 90 is sm_90")
-    parser.add_argument("--into", type=Path, default=kernels / "cubins")
+    parser.add_argument("--into", type=Path, default=packed_directory(kernels))
     chosen = parser.parse_args()
     for architecture in chosen.architectures:
         name = packed_name(architecture, kernels)

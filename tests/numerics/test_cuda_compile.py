@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from psyche.numerics.backends import cuda_compile
-from psyche.numerics.backends.cuda_compile import ARCHITECTURES, CompilationFailed, cubin, packed_name, write
+from psyche.numerics.backends.cuda_compile import (
+    ARCHITECTURES,
+    CompilationFailed,
+    cubin,
+    packed_directory,
+    packed_name,
+    write,
+)
 from psyche.numerics.backends.sources import kernels_directory
 from tests.numerics.sass import instructions, local_memory
 
@@ -34,11 +43,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cubins")
 
 
-def compiled(architecture: str, cache: Path) -> Path:
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels, without what may be packed beside them in this checkout."""
+    copy = tmp_path_factory.mktemp("sources") / "kernels"
+    shutil.copytree(kernels_directory(), copy, ignore=shutil.ignore_patterns("cubins"))
+    return copy
+
+
+def compiled(architecture: str, sources: Path, cache: Path) -> Path:
     """The cubin as a bare file, for NVIDIA's tools. Compiled once per session."""
     bare = cache / f"{architecture}.cubin"
     if not bare.exists():
-        bare.write_bytes(cubin(architecture, cache=cache))
+        bare.write_bytes(cubin(architecture, kernels=sources, cache=cache))
     return bare
 
 
@@ -52,8 +69,8 @@ def number_of(found: Counter[str], *names: str, width: str | None = None) -> int
 
 
 @every_architecture
-def test_no_kernel_spills(architecture: str, cache: Path) -> None:
-    bare = compiled(architecture, cache)
+def test_no_kernel_spills(architecture: str, sources: Path, cache: Path) -> None:
+    bare = compiled(architecture, sources, cache)
     used = local_memory(bare)
     assert set(used) == KERNELS
     assert set(used.values()) == {0}
@@ -62,8 +79,8 @@ def test_no_kernel_spills(architecture: str, cache: Path) -> None:
 
 
 @every_architecture
-def test_streams_of_fp32_move_16_bytes_at_a_time(architecture: str, cache: Path) -> None:
-    found = instructions(compiled(architecture, cache))
+def test_streams_of_fp32_move_16_bytes_at_a_time(architecture: str, sources: Path, cache: Path) -> None:
+    found = instructions(compiled(architecture, sources, cache))
     for kernel, streams in {
         **{f"{codec}_encode": (3 * 2, 2) for codec in DENSE if codec != "fp32"},  # base, local, e; e: two rows each
         **{f"{codec}_decode_add": (2, 2) for codec in DENSE if codec != "fp32"},
@@ -88,9 +105,11 @@ def test_streams_of_fp32_move_16_bytes_at_a_time(architecture: str, cache: Path)
 
 
 @every_architecture
-def test_what_must_be_the_same_everywhere_is_never_fused_or_flushed(architecture: str, cache: Path) -> None:
+def test_what_must_be_the_same_everywhere_is_never_fused_or_flushed(
+    architecture: str, sources: Path, cache: Path
+) -> None:
     """After a payload is made, every node computes the same: no FMA, no flush to zero, no approximation."""
-    found = instructions(compiled(architecture, cache))
+    found = instructions(compiled(architecture, sources, cache))
     for kernel in sorted(KERNELS):
         if kernel.endswith("_encode"):
             continue
@@ -101,8 +120,8 @@ def test_what_must_be_the_same_everywhere_is_never_fused_or_flushed(architecture
 
 
 @every_architecture
-def test_encoding_fuses_only_inside_divisions(architecture: str, cache: Path) -> None:
-    found = instructions(compiled(architecture, cache))
+def test_encoding_fuses_only_inside_divisions(architecture: str, sources: Path, cache: Path) -> None:
+    found = instructions(compiled(architecture, sources, cache))
     for codec in DENSE + SPARSE:
         kernel = f"{codec}_encode"
         divisions = DIVISIONS.get(kernel, 0)
@@ -118,37 +137,39 @@ def never(*_: object) -> bytes:
     raise AssertionError("compiled again")
 
 
-def test_a_compiled_kernel_is_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = cubin("90", cache=cache)
+def test_a_compiled_kernel_is_kept(sources: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cubin("90", kernels=sources, cache=cache)
     monkeypatch.setattr(cuda_compile, "compile_for", never)
-    assert cubin("90", cache=cache) == first
+    assert cubin("90", kernels=sources, cache=cache) == first
     with pytest.raises(AssertionError, match="compiled again"):
-        cubin("90", cache=tmp_path)
+        cubin("90", kernels=sources, cache=tmp_path)
     with pytest.raises(AssertionError, match="compiled again"):
-        cubin("80", cache=tmp_path)
+        cubin("80", kernels=sources, cache=tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_entry_is_compiled_again(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    sources: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    good = cubin("90", cache=cache)
+    good = cubin("90", kernels=sources, cache=cache)
     monkeypatch.setattr(cuda_compile, "compile_for", lambda *_: good)
-    assert cubin("90", cache=tmp_path) == good
+    assert cubin("90", kernels=sources, cache=tmp_path) == good
     (entry,) = tmp_path.iterdir()
     content = bytearray(entry.read_bytes())
     content[len(content) // 2] ^= 1
     entry.write_bytes({"truncated": content[: len(content) // 2], "flipped": content, "empty": b""}[damage])
-    assert cubin("90", cache=tmp_path) == good
+    assert cubin("90", kernels=sources, cache=tmp_path) == good
     monkeypatch.setattr(cuda_compile, "compile_for", never)
-    assert cubin("90", cache=tmp_path) == good
+    assert cubin("90", kernels=sources, cache=tmp_path) == good
 
 
-def test_a_packed_cubin_is_preferred_until_a_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_cubin_is_preferred_until_a_source_changes(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And needs neither cuda.core nor NVRTC."""
     kernels = tmp_path / "kernels"
-    shutil.copytree(kernels_directory(), kernels)
-    write(kernels / "cubins" / packed_name("86", kernels), b"packed")
+    shutil.copytree(sources, kernels)
+    write(packed_directory(kernels) / packed_name("86", kernels), b"packed")
     monkeypatch.setattr(cuda_compile, "_nvrtc_version", never)
     assert cubin("86", kernels=kernels, cache=tmp_path) == b"packed"
     source = kernels / "cuda" / "int8.cu"
@@ -157,14 +178,35 @@ def test_a_packed_cubin_is_preferred_until_a_source_changes(tmp_path: Path, monk
         cubin("86", kernels=kernels, cache=tmp_path)
 
 
-def test_a_cache_that_cannot_be_written_costs_time_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda_compile, "compile_for", lambda *_: b"fresh")
-    assert cubin("90", cache=Path("/dev/null/nowhere")) == b"fresh"
+    assert cubin("90", kernels=sources, cache=Path("/dev/null/nowhere")) == b"fresh"
 
 
-def test_what_the_compiler_says_is_reported(cache: Path, tmp_path: Path) -> None:
+def test_what_the_compiler_says_is_reported(sources: Path, cache: Path, tmp_path: Path) -> None:
     kernels = tmp_path / "kernels"
-    shutil.copytree(kernels_directory(), kernels)
+    shutil.copytree(sources, kernels)
     (kernels / "cuda" / "int8.cu").write_text("this is not C++;\n")
     with pytest.raises(CompilationFailed, match=r"int8\.cu\(1\): error"):
         cubin("90", kernels=kernels, cache=tmp_path)
+
+
+@pytest.mark.slow
+def test_packed_cubins_are_what_would_be_compiled(
+    sources: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "pack_cubins.py"
+    outdated = tmp_path / "sm_90-0123.cubin"
+    outdated.touch()
+    subprocess.run([sys.executable, str(script), "--into", str(tmp_path), "90"], check=True)
+    assert not outdated.exists()
+    shutil.copytree(sources, tmp_path / "kernels")
+    (packed,) = tmp_path.glob("*.cubin")
+    assert packed.name == packed_name("90", tmp_path / "kernels")
+    packed_directory(tmp_path / "kernels").mkdir()
+    packed.rename(packed_directory(tmp_path / "kernels") / packed.name)
+    expected = cubin("90", kernels=sources, cache=cache)
+    monkeypatch.setattr(cuda_compile, "_nvrtc_version", never)
+    assert cubin("90", kernels=tmp_path / "kernels", cache=tmp_path) == expected

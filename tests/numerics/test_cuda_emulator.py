@@ -21,10 +21,8 @@ from psyche.numerics.codecs.registry import codec as definition
 from tests.numerics.samples import CHUNK, bits
 
 FAULTS = {
-    "topk2.cu": [  # a scan that lacks its barrier: warps read the totals of others before they are there
-        ("  if (lane_of() == WARP - 1) totals[warp] = running;\n  __syncthreads();\n",
-         "  if (lane_of() == WARP - 1) totals[warp] = running;\n"),
-    ],
+    # No barrier before the packed words are written out. (Without one of the others, ranks go out of range, too.)
+    "topk2.cu": [("  pack_indices(shared);\n  __syncthreads();\n", "  pack_indices(shared);\n")],
     "int2.cu": [("  if (4 * at >= count / INT2_BLOCK) return;\n", "")],
     "int4.cu": [("(body + count / 2)[at];", "(body + count / 2 + 4)[at];")],
     "fp32.cu": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -65,11 +66,11 @@ def _of_codec(machine: Machine, codec: CudaCodec) -> Iterator[Timing]:
     malformed = torch.zeros(1, dtype=torch.int32, device=device)
 
     streams = 4 if residual is not None else 2  # base, local, and e twice
-    encode = lambda: codec.encode_into(base, local, residual, BETA, payload, status)  # noqa: E731
+    encode = partial(codec.encode_into, base, local, residual, BETA, payload, status)
     yield _timed(machine, codec.name, "encode", 4 * streams * count + size, encode)
-    check = lambda: codec.check_into(payload, count, malformed)  # noqa: E731
+    check = partial(codec.check_into, payload, count, malformed)
     yield _timed(machine, codec.name, "check", _checked_bytes(codec, count), check)
-    add = lambda: codec.add_checked_into(payload, WEIGHT, base, malformed)  # noqa: E731
+    add = partial(codec.add_checked_into, payload, WEIGHT, base, malformed)
     yield _timed(machine, codec.name, "decode_add", size + _accumulated_bytes(codec, count), add)
 
 
@@ -77,7 +78,7 @@ def _of_outer_step(machine: Machine, backend: CudaBackend) -> Timing:
     count, device = machine.elements, machine.launcher.device
     theta, momentum, gradient = (torch.randn(count, device=device) for _ in range(3))
     local = torch.empty(count, device=device)
-    step = lambda: backend.outer_step(theta, momentum, gradient, lr=LR, mu=MU, local=local)  # noqa: E731
+    step = partial(backend.outer_step, theta, momentum, gradient, lr=LR, mu=MU, local=local)
     return _timed(machine, "all", "outer", 4 * 6 * count, step)
 
 
@@ -99,5 +100,5 @@ def _accumulated_bytes(codec: CudaCodec, count: int) -> int:
 def _timed(machine: Machine, codec: str, step: str, moved: int, run: Callable[[], object]) -> Timing:
     source = torch.empty(moved // 2, dtype=torch.uint8, device=machine.launcher.device)
     target = torch.empty_like(source)
-    copy_seconds = machine.seconds(lambda: target.copy_(source))
+    copy_seconds = machine.seconds(partial(target.copy_, source))
     return Timing(codec, step, machine.elements, moved, machine.seconds(run), copy_seconds)

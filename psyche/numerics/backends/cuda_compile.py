@@ -41,8 +41,13 @@ def source_key(architecture: str, kernels: Path) -> str:
 
 
 def packed_name(architecture: str, kernels: Path) -> str:
-    """The file that holds the cubin of these sources, below ``kernels/cubins``."""
+    """The file that holds the cubin of these sources, in :func:`packed_directory`."""
     return f"sm_{architecture}-{source_key(architecture, kernels)}.cubin"
+
+
+def packed_directory(kernels: Path) -> Path:
+    """Beside the sources, so that a wheel that has them has the cubins, too."""
+    return kernels / "cuda" / "cubins"
 
 
 def cubin(architecture: str, *, kernels: Path | None = None, cache: Path | None = None) -> bytes:
@@ -51,7 +56,7 @@ def cubin(architecture: str, *, kernels: Path | None = None, cache: Path | None 
     Raises :class:`CompilationFailed`, and ``ImportError`` where nothing is packed and cuda.core or NVRTC is missing.
     """
     kernels = kernels or kernels_directory()
-    packed = _read(kernels / "cubins" / packed_name(architecture, kernels))
+    packed = _read(packed_directory(kernels) / packed_name(architecture, kernels))
     if packed is not None:
         return packed
     version = "{}.{}".format(*_nvrtc_version())

@@ -67,7 +67,8 @@ def build(kernels: Path | None = None, *, sanitized: bool = False, cache: Path |
     Raises ``FileNotFoundError`` without a C++ compiler, ``RuntimeError`` with the compiler's words.
     """
     kernels = kernels or kernels_directory()
-    sources = sorted(path for path in kernels.glob("*/*") if path.parent.name in ("cuda", "emulator", "include"))
+    directories = [kernels / name for name in ("include", "cuda", "emulator")]
+    sources = [path for directory in directories for path in sorted(directory.iterdir()) if path.is_file()]
     compiler = os.environ.get("CXX", "g++")
     flags = _FLAGS + (_SANITIZED if sanitized else ())
     contents = [part for path in sources for part in (path.name.encode(), path.read_bytes())]
@@ -78,7 +79,7 @@ def build(kernels: Path | None = None, *, sanitized: bool = False, cache: Path |
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         built = Path(scratch) / "emulator.so"
-        include = [f"-I{kernels / name}" for name in ("include", "cuda", "emulator")]
+        include = [f"-I{directory}" for directory in directories]
         inputs = [str(kernels / "emulator" / name) for name in ("emulator.cpp", "kernels.cpp")]
         command = [compiler, *flags, *include, *inputs, "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
