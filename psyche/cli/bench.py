@@ -65,7 +65,7 @@ def codec(
     json: JsonFile = None,
 ) -> None:
     """Speed and error of the codecs and the outer step, beside hivemind, bitsandbytes, torchao and plain PyTorch."""
-    from psyche.bench.codec import Plan, main
+    from psyche.bench.codec.compare import Plan, main
     from psyche.cli.data import progress_display
 
     plan = Plan(size=size, codecs=tuple(codec or ()), backends=tuple(backend or ()), rivals=rivals)

@@ -14,15 +14,16 @@ import torch
 import typer
 from rich.console import Console
 
-from psyche.bench import codec as bench
-from psyche.bench import codec_data, codec_timing
-from psyche.bench.codec import Plan, Result
-from psyche.bench.codec_data import default_setting, loss_of, pseudo_gradient
-from psyche.bench.codec_measure import PROBE
-from psyche.bench.codec_rivals import PlainInt8, PlainSgd, PlainTopK, rivals
-from psyche.bench.codec_systems import LR, MOMENTUM, USUAL_CODECS, Coder, PsycheCoder
-from psyche.bench.codec_table import Row, against_rival
-from psyche.bench.codec_timing import bytes_per_parameter
+from psyche.bench.codec import compare as bench
+from psyche.bench.codec import data as codec_data
+from psyche.bench.codec import timing as codec_timing
+from psyche.bench.codec.compare import Plan, Result
+from psyche.bench.codec.data import default_setting, loss_of, pseudo_gradient
+from psyche.bench.codec.measure import PROBE
+from psyche.bench.codec.rivals import PlainInt8, PlainSgd, PlainTopK, rivals
+from psyche.bench.codec.systems import LR, MOMENTUM, USUAL_CODECS, Coder, PsycheCoder
+from psyche.bench.codec.table import Row, against_rival
+from psyche.bench.codec.timing import bytes_per_parameter
 from psyche.bench.trials import Setting
 from psyche.cli.bench import parameters
 from psyche.errors import PsycheError
@@ -137,7 +138,7 @@ def test_the_share_of_a_copy_follows_from_what_was_timed(setting: Setting, monke
     def told(clock: object, work: object, copy: codec_timing.Copy) -> codec_timing.Timing:
         return codec_timing.Timing(seconds=4.0, copy_gbps=copy.bytes / 1e9, copies=0.25)
 
-    monkeypatch.setattr("psyche.bench.codec_measure.time_beside_copy", told)
+    monkeypatch.setattr("psyche.bench.codec.measure.time_beside_copy", told)
     rows = bench.measure(Plan(size=PROBE, codecs=["int8"], backends=["torch"], rivals=False), setting).rows
     encode = rows[0]
     assert encode.share_of_copy == pytest.approx(17.0156 / 8 / 4, rel=1e-3)
@@ -229,7 +230,7 @@ def test_a_pseudo_gradient_is_reproducible_and_leaves_the_threads_alone(
 
 
 def test_the_default_model_has_about_a_million_parameters() -> None:
-    from psyche.bench.codec_data import NODES
+    from psyche.bench.codec.data import NODES
     from psyche.bench.trials import Trial, run_of
     from psyche.roles.costs import costs_of
 

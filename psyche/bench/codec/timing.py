@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from psyche.bench.codec_systems import Work
+from psyche.bench.codec.systems import Work
 
 Pass = Literal["encode", "decode_add", "outer"]
 

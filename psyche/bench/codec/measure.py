@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psyche.bench.codec_data import Loss, Vectors, loss_of
-from psyche.bench.codec_systems import Coder, Stepper, Work, parts
-from psyche.bench.codec_table import Row
-from psyche.bench.codec_timing import Clock, Copy, Pass, bytes_per_parameter, time_beside_copy
+from psyche.bench.codec.data import Loss, Vectors, loss_of
+from psyche.bench.codec.systems import Coder, Stepper, Work, parts
+from psyche.bench.codec.table import Row
+from psyche.bench.codec.timing import Clock, Copy, Pass, bytes_per_parameter, time_beside_copy
 
 PROBE, GROWTH = 1 << 16, 4
 """Parameters of the first trial of a codec, and how many times as many the next one has."""

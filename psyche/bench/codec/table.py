@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from psyche.bench.codec_timing import Pass
+from psyche.bench.codec.timing import Pass
 from psyche.telemetry.wording import amount, number
 
 RIVAL = ("hivemind", "Uniform8Bit")
@@ -29,7 +29,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}):
     """1e9 bytes of fp32 parameters (4 each) a second, in the median repetition."""
     share_of_copy: float | None
     """Bytes that the pass has to move, fused, over bytes that a copy moves in the same time; see
-    :func:`~psyche.bench.codec_timing.bytes_per_parameter`. Median over pairs of neighbouring repetitions."""
+    :func:`~psyche.bench.codec.timing.bytes_per_parameter`. Median over pairs of neighbouring repetitions."""
     bits_per_param: float | None
     """Of a payload of Gaussian values, header and scales included. Entropy coding finds more to save in real ones."""
     rel_l2_gaussian: float | None

@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from psyche.bench.codec_data import INNER_STEPS, ROUNDS, default_setting, gaussian, pseudo_gradient
-from psyche.bench.codec_measure import PROBE, Bench
-from psyche.bench.codec_rivals import rival_steppers, rivals
-from psyche.bench.codec_systems import Coder, PsycheCoder, PsycheStepper, Stepper, backends, codec_names
-from psyche.bench.codec_table import Row, against_rival, codec_table, outer_table, percent, speed, to_json
+from psyche.bench.codec.data import INNER_STEPS, ROUNDS, default_setting, gaussian, pseudo_gradient
+from psyche.bench.codec.measure import PROBE, Bench
+from psyche.bench.codec.rivals import rival_steppers, rivals
+from psyche.bench.codec.systems import Coder, PsycheCoder, PsycheStepper, Stepper, backends, codec_names
+from psyche.bench.codec.table import Row, against_rival, codec_table, outer_table, percent, speed, to_json
 from psyche.bench.trials import Setting
 from psyche.data.durable import disk_errors, write_durably
 from psyche.data.prepare import Report, prepare

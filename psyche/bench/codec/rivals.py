@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psyche.bench.codec_systems import LR, MOMENTUM, Coder, Stepper, Work
+from psyche.bench.codec.systems import LR, MOMENTUM, Coder, Stepper, Work
 
 CHUNK, KEPT = 4096, 64
 

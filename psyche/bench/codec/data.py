@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psyche.bench.codec_systems import Coder
+from psyche.bench.codec.systems import Coder
 from psyche.bench.trials import COORDINATOR, Setting, Trial, run_of
 from psyche.config import BpeTokenizer, Config, Data, Inner, Model, Node, Outer
 from psyche.numerics.codecs.registry import codec

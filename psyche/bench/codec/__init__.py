@@ -1,0 +1,1 @@
+"""``psyche bench codec``: speed and error of the codecs, beside other people's."""
