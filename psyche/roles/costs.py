@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from psyche.config import Run
 from psyche.numerics.codecs.registry import codec
+from psyche.telemetry.wording import size
 from psyche.training.models import layout
 
 
@@ -35,9 +36,9 @@ class Costs:
         """Label and value, for people."""
         yield "parameters", f"{self.parameters:,}"
         yield "members assumed", f"{self.members} (run.rounds.start_members)"
-        yield "memory per node", f"{_mib(self.tensor_bytes)} of tensors, and activations"
-        yield "payload", f"{_mib(self.payload_bytes)}, {self.payload_ratio:.2f}× smaller than fp32"
-        yield "bytes per round and node", f"{_mib(self.up_bytes)} up, {_mib(self.down_bytes)} down"
+        yield "memory per node", f"{size(self.tensor_bytes)} of tensors, and activations"
+        yield "payload", f"{size(self.payload_bytes)}, {self.payload_ratio:.2f}× smaller than fp32"
+        yield "bytes per round and node", f"{size(self.up_bytes)} up, {size(self.down_bytes)} down"
         yield "tokens per round", f"{self.tokens_per_round:,}"
         yield "tokens", f"{self.tokens:,} ({self.tokens / self.parameters:.1f} per parameter)"
         yield "bytes per token", f"{self.bytes_per_token:.2f}"
@@ -65,7 +66,3 @@ def costs_of(run: Run) -> Costs:
         tokens=per_round * run.rounds.total,
         bytes_per_token=members * up / per_round,
     )
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
