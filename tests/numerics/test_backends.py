@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -38,19 +34,12 @@ def test_an_unknown_backend_is_refused_with_those_that_are_there() -> None:
         named("abacus")
 
 
-def test_without_the_extension_pytorch_computes(tmp_path: Path) -> None:
-    package = Path(psyche.__file__).parent
-    shutil.copytree(package, tmp_path / "psyche", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    script = "from psyche.numerics.backends.choice import available; print([b.name for b in available()])"
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        check=True,
-    )
-    assert ran.stdout.strip() == "['torch']"
+def test_without_the_extension_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psyche._native", None)  # as where it was not compiled: importing it fails
+    monkeypatch.delattr(psyche, "_native", raising=False)
+    monkeypatch.delitem(sys.modules, "psyche.numerics.backends.native", raising=False)
+    assert [backend.name for backend in available()] == ["torch"]
+    assert best().name == "torch"
 
 
 def test_the_sources_that_are_compiled_at_run_time_are_found() -> None:
