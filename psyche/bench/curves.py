@@ -39,7 +39,7 @@ class Point:
 class Recorder:
     """Counts what a DiLoCo run sends, and judges its outer parameters at rounds spaced evenly by their logarithm."""
 
-    def __init__(self, run: Run, points: int, sequences: int) -> None:
+    def __init__(self, run: Run, points: int, sequences: range) -> None:
         self.points: list[Point] = []
         self._run, self._sequences = run, sequences
         self._judged = frozenset(judged_rounds(run.rounds.total, points))
@@ -93,11 +93,11 @@ def judged_rounds(total: int, points: int) -> list[int]:
     return sorted({round(total ** ((i + 1) / points)) for i in range(points)})
 
 
-def heldout_loss(engine: Engine, store: TokenStore, wanted: int) -> float:
-    """Mean loss, nats a token, over the first ``wanted`` held-out sequences or as many as there are."""
+def heldout_loss(engine: Engine, store: TokenStore, sequences: range) -> float:
+    """Mean loss, nats a token, over those of the held-out sequences, or as many of them as there are."""
     total, tokens = 0.0, 0
-    count = min(wanted, len(store.heldout))
-    for start in range(0, count, JUDGED_AT_ONCE):
-        loss, predicted = engine.evaluate(store.heldout.batch(range(start, min(start + JUDGED_AT_ONCE, count))))
+    there = [index for index in sequences if index < len(store.heldout)]
+    for start in range(0, len(there), JUDGED_AT_ONCE):
+        loss, predicted = engine.evaluate(store.heldout.batch(there[start : start + JUDGED_AT_ONCE]))
         total, tokens = total + loss, tokens + predicted
     return total / tokens

@@ -42,6 +42,12 @@ class Setting:
     """How often a DiLoCo trial is judged on its way, on ``curve_sequences`` held-out sequences."""
     curve_sequences: int = 256
 
+    @property
+    def curve_range(self) -> range:
+        """Which: spread over all held-out sequences, because neighbours are of one document."""
+        spacing = max(1, self.heldout_sequences // self.curve_sequences)
+        return range(0, spacing * self.curve_sequences, spacing)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -103,7 +109,7 @@ def run_trial(setting: Setting, trial: Trial) -> Outcome:
     run = run_of(setting, trial)
     launched = launch(Config(run=run, node=_node(setting)), COORDINATOR)
     parameters = launched.manifest.resolved.parameters
-    recorder = Recorder(run, setting.curve_points, setting.curve_sequences)
+    recorder = Recorder(run, setting.curve_points, setting.curve_range)
     tokens = trial.nodes * trial.steps * run.tokens_per_step
     if trial.system == "diloco":
         loss = _diloco(setting, trial, launched, recorder)
@@ -167,7 +173,7 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
     for _, works in play(manifest, replicas):
         replica.engine.write(replica.outer.theta)  # the next round starts with that, too
         recorder.saw(works, replica.engine, store)
-    return heldout_loss(replica.engine, store, setting.heldout_sequences)
+    return heldout_loss(replica.engine, store, range(setting.heldout_sequences))
 
 
 def _adamw(setting: Setting, trial: Trial, launched: Launch) -> float:
@@ -178,7 +184,7 @@ def _adamw(setting: Setting, trial: Trial, launched: Launch) -> float:
     for step in range(trial.steps):
         indices = sequences(range(step * batch, (step + 1) * batch), len(store.train), run.seed)
         engine.step(store.train.batch(indices), learning_rate(run.inner, step, trial.steps))
-    return heldout_loss(engine, store, setting.heldout_sequences)
+    return heldout_loss(engine, store, range(setting.heldout_sequences))
 
 
 def _engine(setting: Setting, run: Run) -> TorchEngine:
