@@ -23,8 +23,8 @@ LIMITS = {"int8": 0.2, "int4": 0.3}
 def test_dense_codecs_are_within_tenths_of_a_percent_of_fp32(tmp_path: Path) -> None:
     """At the start of training and with a low inner lr, where a pair shows the codec and not chaos.
 
-    Measured here: −0.04 to +0.01 % for int8, −0.05 to +0.00 % for parameters changed by a millionth. At the lr of the
-    bench both differ from fp32 by up to 0.9 %, so that a bound on one pair would say nothing.
+    Measured here: −0.06 to +0.01 % for int8, −0.05 to +0.00 % for int4 and as much for parameters changed by a
+    millionth. At the lr of the bench all differ from fp32 by up to 1.2 %, so that a bound on one pair would say nothing.
     """
     scale = default_scale(tmp_path)
     setting = replace(scale.setting, inner=scale.setting.inner.model_copy(update={"lr": 1e-3}))
