@@ -24,7 +24,7 @@ def test_dense_codecs_are_within_tenths_of_a_percent_of_fp32(tmp_path: Path) -> 
     """At the start of training and with a low inner lr, where a pair shows the codec and not chaos.
 
     Measured here: −0.06 to +0.01 % for int8, −0.05 to +0.00 % for int4 and as much for parameters changed by a
-    millionth. At the lr of the bench all differ from fp32 by up to 1.2 %, so that a bound on one pair would say nothing.
+    millionth. At the lr of the bench all differ from fp32 by up to 1.2 %: a bound on one pair would say nothing.
     """
     scale = default_scale(tmp_path)
     setting = replace(scale.setting, inner=scale.setting.inner.model_copy(update={"lr": 1e-3}))
