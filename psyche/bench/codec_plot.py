@@ -13,6 +13,7 @@ from psyche.bench.codec_table import CurveRow
 
 def plot_curves(rows: Sequence[CurveRow], path: Path) -> None:
     """Write a PNG: held-out loss, the mean over seeds, against tokens and against the bytes that a node sent."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -20,6 +21,8 @@ def plot_curves(rows: Sequence[CurveRow], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)  # Agg and no pyplot: no display, no global state
     by_tokens, by_bytes = figure.subplots(1, 2, sharey=True)
+    for axes in (by_tokens, by_bytes):
+        axes.set_prop_cycle(color=[colormaps["tab20"](number) for number in range(20)])
     for curve in _curves(rows):
         label = f"{curve[0].codec}, H {curve[0].inner_steps}"
         losses = [point.heldout_loss for point in curve]
