@@ -74,7 +74,7 @@ CHOICES = (
     Choice("topk2", 10, lr=2.0, momentum=0.3, error_feedback=0.95),
     Choice("topk2", 5, lr=2.0, momentum=0.3, error_feedback=0.98),
     Choice("topk2", 2, lr=2.0, momentum=0.3, error_feedback=0.99),
-    # What dense codecs can do with as few bytes: by sending less often. Beside int2 stands topk2-256, topk2 beside int8.
+    # What dense codecs can do with as few bytes, by sending less often: int2 beside topk2-256, int8 beside topk2.
     Choice("int2", 20, lr=0.7, momentum=0.7),
     Choice("int8", 136, lr=1.0, momentum=0.5),
     Choice("int8", 544, lr=1.0, momentum=0.3),
