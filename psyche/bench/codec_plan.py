@@ -74,13 +74,18 @@ CHOICES = (
     Choice("topk2", 10, lr=2.0, momentum=0.3, error_feedback=0.95),
     Choice("topk2", 5, lr=2.0, momentum=0.3, error_feedback=0.98),
     Choice("topk2", 2, lr=2.0, momentum=0.3, error_feedback=0.99),
-    # What dense codecs can do with as few bytes, by sending less often: int2 beside topk2-256, int8 beside topk2.
+    # What dense codecs can do with as few bytes, by sending less often: int8 with 20 and 40 beside int4 and
+    # int2, int2 with 20 beside topk2-256, the others beside topk2. Not searched for, but lr 1 and momentum .5 are 0.1 %
+    # worse than .7 and .7 for int2 with 40.
     Choice("int2", 20, lr=0.7, momentum=0.7),
+    Choice("int8", 20, lr=0.7, momentum=0.7),
+    Choice("int8", 40, lr=0.7, momentum=0.7),
     Choice("int8", 136, lr=1.0, momentum=0.5),
     Choice("int8", 544, lr=1.0, momentum=0.3),
 )
-"""How well each codec trains depends more on these than on the codec. Losses here are of one seed, with changes below
-half a percent being noise."""
+"""How well each codec trains depends more on these than on the codec. Losses here are of one seed, and a difference
+below half a percent may be noise. At the end of training, ten runs of dense codecs with H = 10 had 2.870 with a standard
+deviation of .010, three of topk2 with H = 2 had 2.893."""
 
 
 def codec_scale(cache: Path | None = None, *, full: bool = False) -> CodecScale:
