@@ -11,21 +11,18 @@ parameters changed by a millionth. What the control shows, too, is not int8's do
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from psyche.bench.output import require_folder, write_rows
 from psyche.bench.plan import Scale, default_scale, full_scale, items
 from psyche.bench.pool import run_all
+from psyche.bench.progress import progress
 from psyche.bench.table import Row, differences_table, differences_to_fp32, results_table, rows_of, to_json, verdict
-from psyche.bench.trials import Outcome, Trial
-from psyche.data.durable import disk_errors, write_durably
 from psyche.data.prepare import Report, prepare
 from psyche.errors import PsycheError
 from psyche.telemetry.wording import amount
@@ -46,16 +43,13 @@ def main(
     ``preparing`` shows how the corpus is prepared, which happens once. Raises ``PsycheError``.
     """
     scale = full_scale() if full else default_scale()
-    if json is not None:  # rather than after a quarter of an hour
-        with disk_errors(json):
-            json.parent.mkdir(parents=True, exist_ok=True)
+    require_folder(json)
     with preparing() as report:
         setting = scale.setting
         prepare(setting.data, setting.cache.expanduser(), vocab_limit=setting.model.vocab_size, progress=report)
     rows = measure(scale, only)
     if json is not None:
-        with disk_errors(json):
-            write_durably(json, msgspec.json.format(msgspec.json.encode(to_json(rows))) + b"\n")
+        write_rows(json, to_json(rows))
     console = Console()
     console.width = max(console.width, WIDTH)
     show(scale, rows, console)
@@ -71,7 +65,7 @@ def measure(scale: Scale, only: str | None = None) -> list[Row]:
         names = [item.name for item in items(scale)]
         raise PsycheError(f"no row of the bench has {only!r} in its name; names are like {names[0]} and {names[-1]}")
     trials = {item.trial for item in wanted}
-    with _progress(trials) as done:
+    with progress(trials) as done:
         outcomes = run_all(scale.setting, trials, done)
     return rows_of(wanted, outcomes)
 
@@ -101,26 +95,3 @@ def _preface(scale: Scale, parameters: int) -> str:
         "(gather; for AdamW a ring all-reduce of fp32 gradients). Tensors are padded to 4096 elements in a payload, "
         "which costs some of its ratio in a model this small."
     )
-
-
-@contextmanager
-def _progress(trials: set[Trial]) -> Iterator[Callable[[Trial, Outcome], None]]:
-    """A line for each trial that ended, and on a terminal a bar below them; all on stderr."""
-    console = Console(stderr=True)
-    columns = (TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    ended = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=sum(trial.nodes * trial.steps for trial in trials))
-
-        def done(trial: Trial, outcome: Outcome) -> None:
-            nonlocal ended
-            ended += 1
-            bar.advance(task, trial.nodes * trial.steps)
-            count = f"{ended:3}/{len(trials)}"
-            line = f"{count}  {trial.label:52} loss {outcome.heldout_loss:.4f}  {outcome.seconds:4.0f} s"
-            if console.is_terminal:
-                bar.console.print(line, highlight=False)
-            else:
-                print(line, file=sys.stderr, flush=True)
-
-        yield done

@@ -11,23 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from psyche.bench.curves import Point, Recorder, heldout_loss
 from psyche.config import CodecSpec, Config, Data, Inner, Model, Node, Outer, Rounds, Run
-from psyche.data.store import TokenStore
 from psyche.protocol.assignment import sequences
-from psyche.roles.costs import costs_of
 from psyche.roles.launch import Launch, launch
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica
 from psyche.telemetry.report import ddp_bytes
-from psyche.training.engine import Engine, TorchEngine
+from psyche.training.engine import TorchEngine
 from psyche.training.models import build
 from psyche.training.schedules import learning_rate
 
 COORDINATOR = "12D3KooWAfPDpPRRRBrmqy9is2zjU5srQ4hKuZitiGmh4NTTpS2d"
 """A manifest names its coordinators; these runs meet none. Any well-formed PeerID would do."""
-
-JUDGED_AT_ONCE = 64
-"""Held-out sequences of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,15 @@ class Setting:
     """Share of a trial's steps over which the inner lr rises."""
     heldout_sequences: int
     cache: Path
+    curve_points: int = 0
+    """How often a DiLoCo trial is judged on its way, on ``curve_sequences`` held-out sequences."""
+    curve_sequences: int = 256
+
+    @property
+    def curve_range(self) -> range:
+        """Which: spread over all held-out sequences, because neighbours are of one document."""
+        spacing = max(1, self.heldout_sequences // self.curve_sequences)
+        return range(0, spacing * self.curve_sequences, spacing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,8 @@ class Trial:
     """H; None, like ``outer``, for AdamW."""
     seed: int = 0
     """Of the initial parameters and of the order of the data."""
+    error_feedback: float | None = None
+    """β; None is what the codec is made for."""
     nudge: float = 0.0
     """The initial parameters are scaled by 1 + nudge: what a change that small does to the loss is noise."""
 
@@ -73,7 +80,9 @@ class Trial:
         """``diloco-int8/k4/1280-steps/lr0.7/mu0.7/H10/seed0``."""
         parts = [f"{self.system}-{self.variant}", f"k{self.nodes}", f"{self.steps}-steps"]
         if self.outer is not None:
-            parts += [f"lr{self.outer.lr:g}", f"mu{self.outer.momentum:g}", f"H{self.inner_steps}"]
+            parts += [f"lr{self.outer.lr:g}", f"mu{self.outer.momentum:g}"]
+            parts += [] if self.error_feedback is None else [f"beta{self.error_feedback:g}"]
+            parts += [f"H{self.inner_steps}"]
         return "/".join([*parts, f"seed{self.seed}"])
 
 
@@ -91,6 +100,7 @@ class Outcome:
     """fp32 parameters over what one message of a node carries."""
     parameters: int
     seconds: float
+    curve: tuple[Point, ...] = ()
 
 
 def run_trial(setting: Setting, trial: Trial) -> Outcome:
@@ -98,18 +108,25 @@ def run_trial(setting: Setting, trial: Trial) -> Outcome:
     started = time.perf_counter()
     run = run_of(setting, trial)
     launched = launch(Config(run=run, node=_node(setting)), COORDINATOR)
-    train = _diloco if trial.system == "diloco" else _adamw
-    loss = train(setting, trial, launched)
-    costs = costs_of(run)
-    exchanged = trial.system == "diloco"
-    ring = ddp_bytes(trial.nodes, costs.parameters, 1) / run.tokens_per_step
+    parameters = launched.manifest.resolved.parameters
+    recorder = Recorder(run, setting.curve_points, setting.curve_range)
+    tokens = trial.nodes * trial.steps * run.tokens_per_step
+    if trial.system == "diloco":
+        loss = _diloco(setting, trial, launched, recorder)
+        sent = (trial.nodes - 1) * recorder.payload_bytes
+        payload_ratio = 4 * parameters * trial.nodes * run.rounds.total / recorder.payload_bytes
+    else:
+        loss = _adamw(setting, trial, launched)
+        sent = trial.nodes * trial.steps * ddp_bytes(trial.nodes, parameters, 1)
+        payload_ratio = 1.0
     return Outcome(
         heldout_loss=loss,
-        tokens=trial.nodes * trial.steps * run.tokens_per_step,
-        bytes_per_token=costs.bytes_per_token if exchanged else ring,
-        payload_ratio=costs.payload_ratio if exchanged else 1.0,
-        parameters=costs.parameters,
+        tokens=tokens,
+        bytes_per_token=sent / tokens,
+        payload_ratio=payload_ratio,
+        parameters=parameters,
         seconds=time.perf_counter() - started,
+        curve=tuple(recorder.points),
     )
 
 
@@ -127,14 +144,20 @@ def run_of(setting: Setting, trial: Trial) -> Run:
         seed=trial.seed,
         model=setting.model,
         data=setting.data,
-        codec=CodecSpec(name=trial.codec),
+        codec=_codec(trial),
         inner=inner,
         outer=trial.outer or Outer(),
         rounds=Rounds(total=trial.steps // inner_steps, inner_steps=inner_steps, start_members=trial.nodes),
     )
 
 
-def _diloco(setting: Setting, trial: Trial, launched: Launch) -> float:
+def _codec(trial: Trial) -> CodecSpec:
+    if trial.error_feedback is None:
+        return CodecSpec(name=trial.codec)
+    return CodecSpec(name=trial.codec, error_feedback=trial.error_feedback)
+
+
+def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder) -> float:
     """The whole protocol in one process, with one engine (hence one inner optimizer) for each node."""
     manifest, store, genesis = launched.manifest, launched.store, launched.genesis
     if trial.nudge:
@@ -146,11 +169,11 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch) -> float:
         node = f"node-{number}"
         engine = _engine(setting, manifest.run)
         replicas[node] = Replica(manifest, engine, store, genesis.clone(), node, node.encode())
-    for _ in play(manifest, replicas):
-        pass
     replica = replicas["node-0"]
-    replica.engine.write(replica.outer.theta)
-    return heldout_loss(replica.engine, store, setting.heldout_sequences)
+    for _, works in play(manifest, replicas):
+        replica.engine.write(replica.outer.theta)  # the next round starts with that, too
+        recorder.saw(works, replica.engine, store)
+    return heldout_loss(replica.engine, store, range(setting.heldout_sequences))
 
 
 def _adamw(setting: Setting, trial: Trial, launched: Launch) -> float:
@@ -161,17 +184,7 @@ def _adamw(setting: Setting, trial: Trial, launched: Launch) -> float:
     for step in range(trial.steps):
         indices = sequences(range(step * batch, (step + 1) * batch), len(store.train), run.seed)
         engine.step(store.train.batch(indices), learning_rate(run.inner, step, trial.steps))
-    return heldout_loss(engine, store, setting.heldout_sequences)
-
-
-def heldout_loss(engine: Engine, store: TokenStore, wanted: int) -> float:
-    """Mean loss, nats a token, over the first ``wanted`` held-out sequences or as many as there are."""
-    total, tokens = 0.0, 0
-    count = min(wanted, len(store.heldout))
-    for start in range(0, count, JUDGED_AT_ONCE):
-        loss, predicted = engine.evaluate(store.heldout.batch(range(start, min(start + JUDGED_AT_ONCE, count))))
-        total, tokens = total + loss, tokens + predicted
-    return total / tokens
+    return heldout_loss(engine, store, range(setting.heldout_sequences))
 
 
 def _engine(setting: Setting, run: Run) -> TorchEngine:

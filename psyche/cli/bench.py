@@ -26,12 +26,25 @@ def convergence(
         str | None,
         typer.Option(help="Run only rows whose name contains this text.", show_default=False),
     ] = None,
+    codecs: Annotated[
+        bool,
+        typer.Option("--codecs", help="Compare all codecs instead, against tokens, rounds and bytes; half an hour."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --codecs: draw the curves to this PNG file.", show_default=False)
+    ] = None,
 ) -> None:
     """Held-out loss of large-batch AdamW, DiLoCo fp32 and DiLoCo int8, at equal tokens and at equal steps."""
-    from psyche.bench.convergence import main
+    from psyche.bench import convergence as large_batch
+    from psyche.bench.quality import compare as codec_quality
     from psyche.cli.data import progress_display
 
-    main(json, full=full, only=only, preparing=progress_display)
+    if codecs:
+        codec_quality.main(json, plot, full=full, only=only, preparing=progress_display)
+    elif plot is not None:
+        raise typer.BadParameter("only the curves of --codecs are drawn", param_hint="--plot")
+    else:
+        large_batch.main(json, full=full, only=only, preparing=progress_display)
 
 
 def parameters(text: str) -> int:

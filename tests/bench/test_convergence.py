@@ -216,8 +216,9 @@ def test_stopped_at_any_moment_no_child_is_left(tmp_path: Path, number: signal.S
             process.kill()
         _, errors = process.communicate(timeout=60)
         assert process.returncode == (130 if number is signal.SIGINT else -signal.SIGKILL)
-        assert "Traceback" not in errors
-        assert number is signal.SIGKILL or "Warning" not in errors  # of leaked semaphores, say
+        if number is signal.SIGINT:  # SIGKILL may come while a child is being started, which then finds its pipe closed
+            assert "Traceback" not in errors
+            assert "Warning" not in errors  # of leaked semaphores, say
         _until(lambda: not _session(process.pid))
     finally:
         for pid in _session(process.pid):
