@@ -238,10 +238,10 @@ def test_levels_that_are_refused(name: str, levels: tuple[int, int]) -> None:
 @given(kept=KEPTS, seed=st.integers(0, 2**31), chunks=st.integers(1, 4))
 def test_entropy_coding_is_lossless_and_never_larger_than_its_bound(kept: int, seed: int, chunks: int) -> None:
     used = TopK2e(kept)
-    body = used.fixed.pack(some_kept(np.random.default_rng(seed), kept, chunks))
+    body = used.format.pack(some_kept(np.random.default_rng(seed), kept, chunks))
     payload = used.header(chunks * CHUNK) + used.compress(memoryview(body))
     assert len(payload) <= used.payload_bytes(chunks * CHUNK)
-    assert used.expand(payload, chunks * CHUNK) == used.fixed.header(chunks * CHUNK) + body
+    assert used.expand(payload, chunks * CHUNK) == used.format.header(chunks * CHUNK) + body
 
 
 @settings(max_examples=200, deadline=None)
@@ -255,7 +255,7 @@ def test_any_stream_is_refused_or_says_something_valid(data: bytes, kept: int) -
         assert not out.any()
     else:
         assert torch.isfinite(out).all()
-        used.fixed.check(used.expand(payload, CHUNK), CHUNK)
+        used.format.check(used.expand(payload, CHUNK), CHUNK)
 
 
 def test_a_short_stream_cannot_ask_for_more_than_its_range() -> None:

@@ -255,8 +255,8 @@ def test_the_entropy_coder_writes_the_same_stream(name: str, values: Tensor) -> 
     reference, used = codec(name), computed(name, LEVELS[0])
     assert isinstance(reference, TopK2e)
     assert isinstance(used, TopK2e)
-    fixed = reference.fixed.encode(values, torch.zeros_like(values), None, 1.0)
-    body = memoryview(fixed)[-reference.fixed.payload_bytes(len(values)) + 32 :]
+    fixed = reference.format.encode(values, torch.zeros_like(values), None, 1.0)
+    body = memoryview(fixed)[-reference.format.payload_bytes(len(values)) + 32 :]
     assert used.compress(body) == reference.compress(body)
     payload = reference.header(len(values)) + reference.compress(body)
     assert used.expand(payload, len(values)) == fixed

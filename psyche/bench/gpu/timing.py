@@ -12,6 +12,8 @@ from psyche.bench.gpu.equality import BETA, LR, MU, WEIGHT
 from psyche.bench.gpu.machine import Machine
 from psyche.numerics.backends.cuda import CudaBackend, CudaCodec
 from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.registry import codec as definition
+from psyche.numerics.codecs.topk2 import TopK2
 from psyche.numerics.flat import ALIGNMENT
 
 BAR = 0.85
@@ -91,10 +93,10 @@ def _checked_bytes(codec: CudaCodec, count: int) -> int:
 
 def _accumulated_bytes(codec: CudaCodec, count: int) -> int:
     """Read and written of the sum: all of it, or a sector for each kept value."""
-    if not codec.name.startswith("topk2"):
+    defined = definition(codec.name)
+    if not isinstance(defined, TopK2):
         return 8 * count
-    kept = int(codec.name.partition("-")[2] or 64)
-    return min(2 * SECTOR * kept * (count // ALIGNMENT), 8 * count)
+    return min(2 * SECTOR * defined.kept * (count // ALIGNMENT), 8 * count)
 
 
 def _timed(machine: Machine, codec: str, step: str, moved: int, run: Callable[[], object]) -> Timing:

@@ -16,7 +16,8 @@ from typing_extensions import Buffer
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.launcher import Launcher
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
-from psyche.numerics.codecs.names import CODECS, KEPT
+from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.topk2 import TopK2
 from psyche.numerics.codecs.topk2e import TopK2e
 from psyche.numerics.flat import ALIGNMENT
 
@@ -48,14 +49,14 @@ class CudaCodec(Codec):
 
     backend = "cuda"
 
-    def __init__(self, name: str, launcher: Launcher, host: Codec) -> None:
+    def __init__(self, launcher: Launcher, host: Codec) -> None:
         self._host = host
         self._launcher = launcher
-        self.name, self.error_feedback = name, host.error_feedback
-        sparse = name.startswith("topk2")
-        self._kernel = f"topk2_{_kept(name)}" if sparse else name.replace("-", "_")
-        self._encode_span = ALIGNMENT if sparse else 1024 if name == "fp32" else _TILES
-        self._decode_span = 8 * ALIGNMENT if sparse else 1024 if name == "fp32" else _TILES
+        self.name, self.error_feedback = host.name, host.error_feedback
+        sparse = isinstance(host, TopK2)
+        self._kernel = f"topk2_{host.kept}" if isinstance(host, TopK2) else host.name.replace("-", "_")
+        self._encode_span = ALIGNMENT if sparse else 1024 if host.name == "fp32" else _TILES
+        self._decode_span = 8 * ALIGNMENT if sparse else 1024 if host.name == "fp32" else _TILES
 
     # ------------------------------------------------------------------- without waiting for the device
 
@@ -179,33 +180,15 @@ class CudaCodec(Codec):
             if found & bit:
                 raise MalformedPayload(reason.format(name=self.name, count=count))
 
-    # The host's steps, for whoever asks for them.
-
-    def _quantize(self, values: Tensor) -> bytes:
-        return self._host._quantize(values)
-
-    def _values(self, body: memoryview, count: int) -> Tensor:
-        return self._host._values(body, count)
-
-    def _check_body(self, body: memoryview, count: int) -> None:
-        self._host._check_body(body, count)
-
 
 class RecodedTopK2(TopK2e):
     """``topk2e``: the device makes and reads the fixed format, the host codes it."""
 
     backend = "cuda"
 
-    def __init__(self, kept: int, fixed: CudaCodec, host: TopK2e) -> None:
-        super().__init__(kept)
-        self._on_device, self._host = fixed, host
-
-    def encode(self, base: Tensor, local: Tensor, residual: Tensor | None, beta: float) -> bytes:
-        fixed = self._on_device.encode(base, local, residual, beta)
-        return self.header(local.numel()) + self.compress(memoryview(fixed)[HEADER_BYTES:])
-
-    def decode_add(self, payload: Buffer, weight: float, out: Tensor) -> None:
-        self._on_device.decode_add(self.expand(payload, out.numel()), weight, out)
+    def __init__(self, fixed: CudaCodec, host: TopK2e) -> None:
+        super().__init__(host.format.kept, fixed)
+        self._host = host
 
     def expand(self, payload: Buffer, count: int) -> bytes:
         return self._host.expand(payload, count)
@@ -237,9 +220,9 @@ class CudaBackend(Backend):
                 coder = host.codec(name)
                 assert isinstance(fixed, CudaCodec)
                 assert isinstance(coder, TopK2e)
-                self._codecs[name] = RecodedTopK2(_kept(name), fixed, coder)
+                self._codecs[name] = RecodedTopK2(fixed, coder)
             else:
-                self._codecs[name] = CudaCodec(name, launcher, host.codec(name))
+                self._codecs[name] = CudaCodec(launcher, host.codec(name))
 
     def codec(self, name: str) -> Codec:
         return self._codecs[name]
@@ -268,11 +251,3 @@ def require_flat(device: torch.device, count: int, **tensors: Tensor | None) -> 
             raise ValueError(f"{name} is on {tensor.device}, the kernels run on {device}")
         if tensor.data_ptr() % WIDE != 0:
             raise ValueError(f"{name} must start on a multiple of {WIDE} bytes")
-
-
-def _kept(name: str) -> int:
-    """``topk2-128`` keeps 128 values of 4096, ``topk2`` 64."""
-    _, _, kept = name.partition("-")
-    density = int(kept) if kept else 64
-    assert density in KEPT
-    return density

@@ -8,7 +8,7 @@ from typing_extensions import Buffer
 
 from psyche import _native
 from psyche.numerics.backends.base import Backend
-from psyche.numerics.codecs.base import Codec, MalformedPayload, NonFinite
+from psyche.numerics.codecs.base import Codec, DefinedCodec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.fp32 import Fp32
 from psyche.numerics.codecs.int2 import Int2
 from psyche.numerics.codecs.int4 import Int4
@@ -54,7 +54,7 @@ class NativeBackend(Backend):
         _native.outer_step(theta, momentum, gradient, lr, mu, local, self._threads, self._level)
 
 
-class _Native(Codec):
+class _Native(DefinedCodec):
     """Goes before a codec among the bases, whose passes over the range it replaces. Format and header stay that one's.
 
     Tensors given to one call may not overlap.
@@ -116,18 +116,17 @@ class NativeTopK2e(TopK2e):
     backend = "native"
 
     def __init__(self, fixed: NativeTopK2) -> None:
-        super().__init__(fixed.kept)
-        self.fixed = fixed
+        super().__init__(fixed.kept, fixed)
 
     def expand(self, payload: Buffer, count: int) -> bytes:
         body = self.unwrap(payload, count)
         if body[0] != CODED:
             return super().expand(payload, count)
-        fixed = _native.expand(self.fixed.header(count), body[1:], self.fixed.kept, count // CHUNK)
+        fixed = _native.expand(self.format.header(count), body[1:], self.format.kept, count // CHUNK)
         if fixed is None:
             raise MalformedPayload("the coded stream is corrupt")
         return fixed
 
     def compress(self, body: memoryview) -> bytes:
-        coded = _native.compress(body, self.fixed.kept)
+        coded = _native.compress(body, self.format.kept)
         return bytes([STORED]) + bytes(body) if coded is None else bytes([CODED]) + coded

@@ -32,9 +32,8 @@ class Codec(ABC):
     """A pure pair of functions between a flat fp32 range and the bytes of one slice (DESIGN §5).
 
     A codec knows nothing of peers, rounds, files or layouts. Tensors are contiguous fp32 of shape ``[n]``,
-    ``n`` a multiple of 4096. This class holds what all codecs share; a codec defines ``_quantize`` and
-    ``_values``, and a faster backend overrides the public methods: they are all that callers use, and the
-    PyTorch code here and in the subclasses is their definition, to the bit.
+    ``n`` a multiple of 4096. This is all that callers use. What it must compute, to the bit, is what the
+    :class:`DefinedCodec` of the same name computes.
     """
 
     name: str
@@ -44,38 +43,27 @@ class Codec(ABC):
     backend: str = "torch"
     """What computes it: ``torch`` is the definition."""
 
-    # ------------------------------------------------------------------------------ for callers
-
+    @abstractmethod
     def encode(self, base: Tensor, local: Tensor, residual: Tensor | None, beta: float) -> bytes:
         """Encode the pseudo-gradient Δ = base − local of one range, with error feedback.
 
         With ``residual`` e: e ← βe + Δ; payload = Q(e); e ← e − D(payload), in place. Without: Q(Δ).
         Raises :class:`NonFinite`; what the residual holds is then undefined.
         """
-        delta = torch.sub(base, local)
-        if residual is not None:
-            delta = residual.mul(beta).add_(delta)
-        require_finite(delta)
-        body = self._quantize(delta)
-        if residual is not None:
-            residual.copy_(delta.sub_(self._values(memoryview(body), delta.numel())))
-        return self.header(delta.numel()) + body
 
+    @abstractmethod
     def decode_add(self, payload: Buffer, weight: float, out: Tensor) -> None:
         """``out += weight · D(payload)``, one rounding for the product and one for the sum.
 
         ``weight`` must be an fp32 value. Raises :class:`MalformedPayload` before anything is written.
         """
-        out.add_(self._values(self.check(payload, out.numel()), out.numel()).mul_(weight))
 
+    @abstractmethod
     def check(self, payload: Buffer, count: int) -> memoryview:
         """The payload's body, if it is one of this codec for ``count`` elements with sane content.
 
         Raises :class:`MalformedPayload` with the reason.
         """
-        body = self.unwrap(payload, count)
-        self._check_body(body, count)
-        return body
 
     def unwrap(self, payload: Buffer, count: int) -> memoryview:
         """The payload's body, of which only size and header were checked. Raises :class:`MalformedPayload`."""
@@ -102,7 +90,27 @@ class Codec(ABC):
         """The first ``HEADER_BYTES`` of a payload of ``count`` elements."""
         return _HEADER.pack(_MAGIC, _VERSION, self.name.encode(), count)
 
-    # --------------------------------------------------------------------------- for subclasses
+
+class DefinedCodec(Codec):
+    """A codec by its quantizer Q and its decoder D, in PyTorch; what is around them is the same for all."""
+
+    def encode(self, base: Tensor, local: Tensor, residual: Tensor | None, beta: float) -> bytes:
+        delta = torch.sub(base, local)
+        if residual is not None:
+            delta = residual.mul(beta).add_(delta)
+        require_finite(delta)
+        body = self._quantize(delta)
+        if residual is not None:
+            residual.copy_(delta.sub_(self._values(memoryview(body), delta.numel())))
+        return self.header(delta.numel()) + body
+
+    def decode_add(self, payload: Buffer, weight: float, out: Tensor) -> None:
+        out.add_(self._values(self.check(payload, out.numel()), out.numel()).mul_(weight))
+
+    def check(self, payload: Buffer, count: int) -> memoryview:
+        body = self.unwrap(payload, count)
+        self._check_body(body, count)
+        return body
 
     @abstractmethod
     def _quantize(self, values: Tensor) -> bytes:

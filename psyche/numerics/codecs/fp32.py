@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
-from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload
+from psyche.numerics.codecs.base import HEADER_BYTES, DefinedCodec, MalformedPayload
 
 
-class Fp32(Codec):
+class Fp32(DefinedCodec):
     """32 bits a parameter, little-endian. Nothing is lost, so there is no error feedback."""
 
     name = "fp32"

@@ -11,14 +11,14 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs import bf16
-from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload
+from psyche.numerics.codecs.base import HEADER_BYTES, DefinedCodec, MalformedPayload
 from psyche.numerics.codecs.levels import two_levels
 
 BLOCK = 256
 """Values that share two levels. 128 would lose 3 % less on a real pseudo-gradient, for 6 % more bytes."""
 
 
-class Int2(Codec):
+class Int2(DefinedCodec):
     """D = ±level, exactly, with the levels of :mod:`~psyche.numerics.codecs.levels`. 2.125 bits a parameter.
 
     The body is the plane of signs (1 is negative), the plane of magnitudes (1 is the high level), bit i of byte j

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs import bf16
-from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload
+from psyche.numerics.codecs.base import HEADER_BYTES, DefinedCodec, MalformedPayload
 
 LOWEST, HIGHEST = -8, 7
 
@@ -16,7 +16,7 @@ MAX_SCALE = bf16.LARGEST - (3 << 7)
 """Bits of the largest bf16 of which 8 times is finite."""
 
 
-class Int4(Codec):
+class Int4(DefinedCodec):
     """scale = peak / −8; code = round-half-even(x / scale) in −8…7; D = code × scale, exactly.
 
     The peak is the element of largest magnitude with its sign, the positive one where two tie. Mapping it to

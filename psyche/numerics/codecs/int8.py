@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
-from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload
+from psyche.numerics.codecs.base import HEADER_BYTES, DefinedCodec, MalformedPayload
 
 BLOCK = 256
 """Elements that share a scale. 256 costs 1/8 bit a parameter; of the 8-bit codecs we measured on real
@@ -21,7 +21,7 @@ MAX_SCALE = float(np.nextafter(np.finfo(np.float32).max / np.float32(LEVELS), np
 """The largest fp32 of which 127 times is finite: the largest fp32 over 127 itself is rounded up, beyond it."""
 
 
-class Int8(Codec):
+class Int8(DefinedCodec):
     """scale = absmax / 127; code = round-half-even(x / scale); D = code × scale. 8.125 bits a parameter.
 
     All operations are IEEE fp32 with one rounding each. Where absmax / 127 underflows to zero the codes are

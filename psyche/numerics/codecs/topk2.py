@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs import bf16
-from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload
+from psyche.numerics.codecs.base import HEADER_BYTES, DefinedCodec, MalformedPayload
 from psyche.numerics.codecs.int2 import check_levels
 from psyche.numerics.codecs.levels import two_levels
 
@@ -45,7 +45,7 @@ class Kept(NamedTuple):
         return torch.where(torch.from_numpy(self.negative), -values, values).view(-1)
 
 
-class TopK2(Codec):
+class TopK2(DefinedCodec):
     """``kept`` (a power of two) values of each chunk of 4096, those of largest magnitude; of equal ones the first.
 
     Their values become ±level, two levels a chunk (:mod:`~psyche.numerics.codecs.levels`). With l = log2(4096/kept),

@@ -37,19 +37,23 @@ class Models:
 
 
 class TopK2e(Codec):
-    """Chunk by chunk: both levels, then for each kept value its gap to the one before, magnitude and sign."""
+    """Chunk by chunk: both levels, then for each kept value its gap to the one before, magnitude and sign.
+
+    ``fixed`` computes the ``topk2`` payloads that are coded here, by default their definition.
+    """
 
     error_feedback = True
 
-    def __init__(self, kept: int) -> None:
-        self.fixed = TopK2(kept)
-        self.name = self.fixed.name.replace("topk2", "topk2e")
+    def __init__(self, kept: int, fixed: Codec | None = None) -> None:
+        self.format = TopK2(kept)
+        self.fixed = self.format if fixed is None else fixed
+        self.name = self.format.name.replace("topk2", "topk2e")
 
     def payload_bytes(self, count: int) -> int:
-        return self.fixed.payload_bytes(count) + 1
+        return self.format.payload_bytes(count) + 1
 
     def expected_bytes(self, count: int) -> int:
-        kept = self.fixed.kept
+        kept = self.format.kept
         bits = log2(comb(CHUNK, kept)) + 2 * kept + 16  # levels take about 12; models are never quite right
         return HEADER_BYTES + 1 + round(bits / 8 * (count // CHUNK))
 
@@ -78,28 +82,19 @@ class TopK2e(Codec):
     def expand(self, payload: Buffer, count: int) -> bytes:
         """The ``topk2`` payload that ``payload`` stands for. Raises :class:`MalformedPayload`."""
         body, chunks = self.unwrap(payload, count), count // CHUNK
-        if body[0] == STORED and body.nbytes == 1 + chunks * self.fixed.chunk_bytes:
-            return self.fixed.header(count) + bytes(body[1:])
+        if body[0] == STORED and body.nbytes == 1 + chunks * self.format.chunk_bytes:
+            return self.format.header(count) + bytes(body[1:])
         if body[0] != CODED:
             raise MalformedPayload("the body is neither coded nor stored whole")
         try:
-            return self.fixed.header(count) + self.fixed.pack(_decode(body[1:], chunks, self.fixed.kept))
+            return self.format.header(count) + self.format.pack(_decode(body[1:], chunks, self.format.kept))
         except Corrupt:
             raise MalformedPayload("the coded stream is corrupt") from None
 
     def compress(self, body: memoryview) -> bytes:
         """The body of this codec for a ``topk2`` body."""
-        coded = _encode(self.fixed.unpack(body))
+        coded = _encode(self.format.unpack(body))
         return bytes([CODED]) + coded if len(coded) < body.nbytes else bytes([STORED]) + bytes(body)
-
-    def _quantize(self, values: Tensor) -> bytes:
-        return self.compress(memoryview(self.fixed._quantize(values)))
-
-    def _values(self, body: memoryview, count: int) -> Tensor:
-        raise NotImplementedError("payloads are expanded first")
-
-    def _check_body(self, body: memoryview, count: int) -> None:
-        raise NotImplementedError("payloads are expanded first")
 
 
 def _encode(kept: Kept) -> bytes:
