@@ -182,6 +182,19 @@ class Deadlines(Strict):
         return self
 
 
+class Overlap(Strict):
+    """Training that goes on while pseudo-gradients are on the wire (DESIGN §7).
+
+    The model is exchanged in ``fragments`` (strided groups of layers), one each round, so that a parameter is
+    synchronised every ``fragments × rounds.inner_steps`` steps, which is the H of Streaming DiLoCo (arXiv 2501.18512).
+    A node takes up to ``late_steps`` of a round's inner steps before the outer step of the round before is known.
+    Without either, training waits for the exchange.
+    """
+
+    fragments: Count = 1
+    late_steps: Annotated[int, Field(ge=0)] = 0
+
+
 class Rounds(Strict):
     """How many rounds, of how many inner steps (H), among how many members."""
 
@@ -224,9 +237,19 @@ class Run(Strict):
     inner: Inner = Inner()
     outer: Outer = Outer()
     rounds: Rounds = Rounds()
+    overlap: Overlap = Overlap()
     deadlines: Deadlines = Deadlines()
     heldout_sequences: Count = 64
     """Sequences of the held-out split on which the outer parameters are judged after each round."""
+
+    @model_validator(mode="after")
+    def _late(self) -> Self:
+        if self.overlap.late_steps > self.rounds.inner_steps:
+            raise ValueError(
+                f"overlap.late_steps ({self.overlap.late_steps}) is above rounds.inner_steps "
+                f"({self.rounds.inner_steps}): a round has no more steps to take early"
+            )
+        return self
 
     @model_validator(mode="after")
     def _vocabulary(self) -> Self:

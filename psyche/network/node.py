@@ -8,6 +8,8 @@ import logging
 import os
 import resource
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,9 +27,12 @@ from psyche.network.blobs import BlobServer
 from psyche.network.daemon import Daemon, DaemonError
 from psyche.network.discovery import Discovery
 from psyche.network.identity import Identity
+from psyche.network.limits import Limiter
 from psyche.network.records import NoCache, RecordTable, RecordValidator
 from psyche.network.rpc import Rpc
-from psyche.network.streams import Streams, TrafficCounter, dial_reason
+from psyche.network.spool import Spool
+from psyche.network.streams import Streams, dial_reason
+from psyche.network.traffic import Traffic
 
 BOOTSTRAP_SECONDS = 8.0
 """How long bootstrap nodes have to be connected to, all at once. With start and pings it stays around 15 s."""
@@ -36,6 +41,8 @@ DHT_SECONDS = 3.0
 SILENT_SECONDS = 30.0
 """A peer that did not answer is left out of DHT searches for so long, then twice as long, and so on. Each costs a
 search DHT_SECONDS."""
+DOWNLOADS = 128
+"""Streams that blobs are fetched over at once, a thread and a chunk in memory each; more wait their turn."""
 PINGS = 2
 """A bootstrap node on a loaded machine may miss one."""
 OPEN_FILES = 8192
@@ -50,12 +57,26 @@ class NetworkNode:
     Everything runs in the loop that created it, which must run on the main thread (see :class:`Daemon`).
     """
 
-    def __init__(self, identity: Identity, daemon: Daemon, dht: Any, run_id: bytes, kinds: Sequence[str]) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        daemon: Daemon,
+        dht: Any,
+        run_id: bytes,
+        kinds: Sequence[str],
+        *,
+        spool: Path | None = None,
+        max_upload: float | None = None,
+        max_download: float | None = None,
+    ) -> None:
         self.peer_id = identity.peer_id
         self.p2p, self.dht = daemon.p2p, dht
         self.streams = Streams(daemon, identity.peer_id)
         self.rpc = Rpc(self.streams)
-        self.blobs = BlobServer(self.streams)
+        self.spool = Spool(spool)
+        self.blobs = BlobServer(self.streams, Limiter(max_upload))
+        self.download_limit = Limiter(max_download)
+        self.downloads = ThreadPoolExecutor(DOWNLOADS, "download")
         self.discovery = Discovery(dht, identity, run_id, kinds)
         self._daemon = daemon
 
@@ -69,13 +90,17 @@ class NetworkNode:
         listen: Sequence[str],
         announce: Sequence[str] = (),
         bootstrap: Sequence[str] = (),
+        spool: Path | None = None,
+        max_upload: float | None = None,
+        max_download: float | None = None,
     ) -> Self:
         """Start a node of the run ``run_id`` (32 bytes) and join the others through ``bootstrap``.
 
         ``kinds`` are the kinds of announcements this run's nodes make; ``listen`` are multiaddresses to listen at
         (``/ip4/0.0.0.0/tcp/0`` takes a free port), ``announce`` those to tell others instead, ``bootstrap`` those,
-        ending in ``/p2p/<PeerID>``, of nodes already there. With none but its own it is the first. Raises
-        :class:`PsycheError` within about 15 seconds where it cannot listen or nobody answers.
+        ending in ``/p2p/<PeerID>``, of nodes already there. With none but its own it is the first.
+        Blobs on their way are kept in ``spool``; they use at most ``max_upload`` and ``max_download`` bytes a second.
+        Raises :class:`PsycheError` within about 15 seconds where it cannot listen or nobody answers.
         """
         quieten()
         _allow_open_files()
@@ -85,7 +110,16 @@ class NetworkNode:
         dht = None
         try:
             dht = await _dht_node(daemon.p2p, RecordValidator(run_id, kinds))
-            node = cls(identity, daemon, dht, run_id, kinds)
+            node = cls(
+                identity,
+                daemon,
+                dht,
+                run_id,
+                kinds,
+                spool=spool,
+                max_upload=max_upload,
+                max_download=max_download,
+            )
             await node.blobs.start()
             if peers:
                 await node._join(peers)
@@ -97,9 +131,14 @@ class NetworkNode:
         return node
 
     @property
-    def traffic(self) -> TrafficCounter:
+    def traffic(self) -> Traffic:
         """Bytes of calls and blobs, both ways."""
         return self.streams.traffic
+
+    @property
+    def control(self) -> Path:
+        """The daemon's control socket."""
+        return self._daemon.control
 
     @property
     def alive(self) -> bool:
@@ -127,6 +166,8 @@ class NetworkNode:
     async def close(self) -> None:
         """Leave: stop serving, then end the daemon."""
         await self.streams.close()
+        self.blobs.close()
+        self.downloads.shutdown(wait=False, cancel_futures=True)
         await _quit_dht(self.dht)
         await self._daemon.close()
 

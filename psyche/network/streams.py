@@ -13,7 +13,6 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import base58
@@ -23,6 +22,7 @@ from typing_extensions import Buffer
 from psyche.errors import PsycheError
 from psyche.network.address import PEER_ID
 from psyche.network.daemon import Daemon, DaemonError
+from psyche.network.traffic import Traffic
 
 STALL_SECONDS = 20.0
 """A stream that moves less than PROGRESS bytes in this time has stalled: 0.8 kB/s, a fiftieth of a slow ADSL uplink."""
@@ -38,8 +38,8 @@ CALLS_PER_PEER = 8
 SERVED_PER_PEER = 2 * CALLS_PER_PEER
 """Twice what an honest caller opens, because we learn that a stream ended a little later than it does."""
 
-_OK, _REFUSED = 0, 1
-_PREFIX = "/psyche/1/"
+OK, REFUSED = 0, 1
+PROTOCOL_PREFIX = "/psyche/1/"
 
 log = logging.getLogger(__name__)
 
@@ -64,19 +64,11 @@ class Violation(Exception):
     """A peer sent what an honest one never does (a length over its bound, bytes that do not match their hash)."""
 
 
-@dataclass
-class TrafficCounter:
-    """Bytes sent and received over streams, framing included."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-
 class Stream:
     """One open stream to or from ``peer_id``. Reads and writes raise :class:`Unreachable` when it ends or stalls."""
 
     def __init__(
-        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: TrafficCounter
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: Traffic
     ) -> None:
         self.peer_id = peer_id
         self._reader, self._writer, self._traffic = reader, writer, traffic
@@ -99,7 +91,7 @@ class Stream:
                         raise Unreachable(self.peer_id, "closed the connection")
                     target[got : got + len(piece)] = piece
                     got += len(piece)
-                    self._traffic.bytes_down += len(piece)
+                    self._traffic.down(self.peer_id, len(piece))
                     if got - mark >= PROGRESS:
                         mark = got
                         clock.reschedule(loop.time() + stall)
@@ -123,6 +115,13 @@ class Stream:
         except TimeoutError:
             raise Unreachable(self.peer_id, "was too slow to send its request") from None
 
+    async def next_request(self, limit: int) -> bytes | None:
+        """Server: another frame of a caller that may hang up instead; None if it does, or is silent for too long."""
+        try:
+            return await self.read_frame(limit, STALL_SECONDS)
+        except Unreachable:
+            return None
+
     async def write(self, *parts: Buffer, stall: float = STALL_SECONDS) -> None:
         """Send ``parts`` in order; the peer must take PROGRESS bytes every ``stall`` seconds."""
         try:
@@ -131,7 +130,7 @@ class Stream:
                 for start in range(0, len(view), PROGRESS):
                     piece = view[start : start + PROGRESS]
                     self._writer.write(piece)
-                    self._traffic.bytes_up += len(piece)
+                    self._traffic.up(self.peer_id, len(piece))
                     async with asyncio.timeout(stall):
                         await self._writer.drain()
         except TimeoutError:
@@ -145,22 +144,27 @@ class Stream:
 
     async def accept(self) -> None:
         """Server: announce that what was asked for follows."""
-        await self.write(bytes((_OK,)))
+        await self.write(bytes((OK,)))
 
     async def refuse(self, reason: str, *, busy: bool = False) -> None:
         """Server: say no."""
         text = reason.encode()[:MAX_REASON].decode(errors="ignore").encode()
-        await self.write(bytes((_REFUSED, busy, len(text))) + text, stall=LINGER_SECONDS)
+        await self.write(bytes((REFUSED, busy, len(text))) + text, stall=LINGER_SECONDS)
 
     async def expect(self, stall: float) -> None:
         """Caller: return if the server accepts, raise :class:`Refused` (or Busy) with its reason if not."""
         status = (await self.read(1, stall))[0]
-        if status == _REFUSED:
+        if status == REFUSED:
             busy, size = await self.read(2, stall)
             reason = (await self.read(min(size, MAX_REASON), stall)).decode(errors="replace")
             raise (Busy if busy else Refused)(reason)
-        if status != _OK:
+        if status != OK:
             raise Violation(f"status byte {status}")
+
+    @property
+    def descriptor(self) -> int:
+        """Of the socket to the daemon. Whoever writes to it must be the only one to."""
+        return int(self._writer.get_extra_info("socket").fileno())
 
     async def linger(self) -> None:
         """Server: wait a moment for the caller to hang up; hanging up first may destroy what it has not read."""
@@ -175,7 +179,7 @@ class Streams:
 
     def __init__(self, daemon: Daemon, peer_id: str) -> None:
         self.peer_id = peer_id
-        self.traffic = TrafficCounter()
+        self.traffic = Traffic()
         self.rejections: Counter[str] = Counter()
         self._daemon = daemon
         self._gates: dict[tuple[str, str], asyncio.Semaphore] = {}
@@ -196,7 +200,7 @@ class Streams:
         request = p2pd_pb2.Request(
             type=p2pd_pb2.Request.STREAM_OPEN,
             streamOpen=p2pd_pb2.StreamOpenRequest(
-                peer=base58.b58decode(peer_id), proto=[_PREFIX + name], timeout=round(DIAL_SECONDS)
+                peer=base58.b58decode(peer_id), proto=[PROTOCOL_PREFIX + name], timeout=round(DIAL_SECONDS)
             ),
         )
         async with gate:
@@ -233,7 +237,7 @@ class Streams:
             finally:
                 writer.close()
 
-        await self._daemon.p2p.add_binary_stream_handler(_PREFIX + name, accept)
+        await self._daemon.p2p.add_binary_stream_handler(PROTOCOL_PREFIX + name, accept)
 
     def reject(self, reason: str) -> None:
         """Count one rejection. Reasons beyond the first 256 different ones are counted together."""

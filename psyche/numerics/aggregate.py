@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 from torch import Tensor
@@ -20,6 +20,12 @@ def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tenso
     out.zero_()
     for weight, payload in payloads:
         codec.decode_add(payload, weight, out)
+
+
+def shares(parts: Mapping[str, int]) -> dict[str, float]:
+    """Each node's :func:`share` of the sum of all ``parts``, in ascending order of node id."""
+    total = sum(parts.values())
+    return {node: share(parts[node], total) for node in sorted(parts)}
 
 
 def share(part: int, whole: int) -> float:

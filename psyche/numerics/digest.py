@@ -1,20 +1,31 @@
 """Content addresses: one way to hash a payload, a shard, or the outer state.
 
-A *blob* is a byte string cut into chunks of ``CHUNK`` bytes. Its address (*root*) is the BLAKE3 hash of its
-size and its chunks' BLAKE3 hashes, so that whoever fetches it can check the size before the first byte and
-every chunk before it is used. The outer state is a blob too (θ then m, little-endian fp32): its root is the
-run's ``state_root`` (DESIGN §5), and a joiner verifies it chunk by chunk with no further machinery.
+A *blob* is a byte string cut into chunks. Its address (*root*) is the BLAKE3 hash of its chunks' sizes and BLAKE3
+hashes, so that whoever fetches it can check the sizes before the first byte and every chunk before it is used. A
+payload has a chunk for each slice, everything else chunks of ``CHUNK`` bytes. The outer state is a blob too (θ then m,
+little-endian fp32): its root is the run's ``state_root`` (DESIGN §5), and a joiner verifies it chunk by chunk with
+no further machinery.
 """
 
 from __future__ import annotations
 
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from blake3 import blake3
 from typing_extensions import Buffer
 
 CHUNK = 1 << 20
-"""Bytes of one chunk. 1 MiB keeps the index of a 56 GB state (7B parameters, θ and m) under 2 MB."""
+"""Bytes of one chunk where the content does not say otherwise. 1 MiB keeps the index of a 56 GB state (7B parameters,
+θ and m) under 2 MB."""
+
+MAX_CHUNK = 1 << 26
+"""The most bytes a chunk may have: what a reader has to hold before it can check anything."""
 
 HASH_BYTES = 32
 
@@ -30,44 +41,104 @@ def digest(domain: str, *parts: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class BlobIndex:
-    """Size of a blob in bytes, and the concatenated 32-byte hashes of its chunks."""
+    """A blob's chunks: their sizes in bytes, and their 32-byte hashes one after the other."""
 
-    size: int
+    sizes: tuple[int, ...]
     hashes: bytes
 
-    @property
+    @cached_property
     def root(self) -> bytes:
         """The blob's address, 32 bytes."""
-        return digest("blob", self.size.to_bytes(8, "little"), self.hashes)
+        return digest("blob", self._packed_sizes, self.hashes)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the whole blob."""
+        return sum(self.sizes)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each chunk starts."""
+        return (0, *accumulate(self.sizes))[:-1]
 
     @property
     def chunks(self) -> int:
-        return chunk_count(self.size)
+        return len(self.sizes)
 
-    def well_formed(self) -> bool:
-        """Whether there is exactly one hash a chunk; checked before an index from a peer is believed."""
-        return self.size >= 0 and len(self.hashes) == HASH_BYTES * self.chunks
+    def encode(self) -> bytes:
+        """``INDEX_BYTES`` for each chunk: all sizes (u32), then all hashes."""
+        return self._packed_sizes + self.hashes
+
+    @classmethod
+    def decode(cls, data: Buffer) -> BlobIndex:
+        """Inverse of :meth:`encode`. Raises ``ValueError`` on what no blob has."""
+        view = memoryview(data).cast("B")
+        chunks, rest = divmod(view.nbytes, INDEX_BYTES)
+        if rest:
+            raise ValueError("an index that is cut off")
+        sizes = struct.unpack_from(f"<{chunks}I", view)
+        if any(not 0 < size <= MAX_CHUNK for size in sizes):
+            raise ValueError("a chunk of no bytes, or of too many")
+        return cls(sizes, bytes(view[4 * chunks :]))
 
     def matches(self, number: int, chunk: Buffer) -> bool:
         """Whether ``chunk`` is the blob's chunk ``number``, to the bit."""
-        length = memoryview(chunk).nbytes
-        if not 0 <= number < self.chunks or length != min(CHUNK, self.size - number * CHUNK):
+        if not 0 <= number < self.chunks or memoryview(chunk).nbytes != self.sizes[number]:
             return False
         return bytes(blake3(chunk).digest()) == self.hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
 
+    @property
+    def _packed_sizes(self) -> bytes:
+        return struct.pack(f"<{len(self.sizes)}I", *self.sizes)
 
-def chunk_count(size: int) -> int:
-    """How many chunks a blob of ``size`` bytes has."""
-    return -(-size // CHUNK)
+
+INDEX_BYTES = 4 + HASH_BYTES
+"""Of an encoded index, for each chunk."""
+
+
+def index_chunks(parts: Iterable[Buffer]) -> BlobIndex:
+    """The index of a blob with one chunk for each part, none of them empty."""
+    pieces = [memoryview(part) for part in parts]
+    return BlobIndex(tuple(piece.nbytes for piece in pieces), b"".join(_POOL.map(_hash, pieces)))
 
 
 def index_blob(data: Buffer) -> BlobIndex:
-    """Hash a blob of any contiguous buffer, without copying it."""
+    """Hash any contiguous buffer, without copying it, as a blob with chunks of ``CHUNK`` bytes."""
+    return index_chunks(chunked(data))
+
+
+def rehash(index: BlobIndex, data: Buffer, changed: Sequence[int]) -> BlobIndex:
+    """The index of ``data``, of which chunks other than ``changed`` are those of ``index``."""
+    pieces, hashes = list(chunked(data)), bytearray(index.hashes)
+    for number, found in zip(changed, _POOL.map(_hash, (pieces[number] for number in changed)), strict=True):
+        hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES] = found
+    return BlobIndex(index.sizes, bytes(hashes))
+
+
+def _hash(chunk: Buffer) -> bytes:
+    return bytes(blake3(chunk).digest())
+
+
+_POOL = ThreadPoolExecutor(os.cpu_count(), "hash")
+"""BLAKE3 lets go of the interpreter while it hashes."""
+
+
+def chunked(data: Buffer) -> Iterator[memoryview]:
+    """``data`` in pieces of ``CHUNK`` bytes, the last one shorter."""
     view = memoryview(data).cast("B")
-    hashes = [blake3(view[at : at + CHUNK], max_threads=1).digest() for at in range(0, view.nbytes, CHUNK)]
-    return BlobIndex(view.nbytes, b"".join(hashes))
+    return (view[at : at + CHUNK] for at in range(0, view.nbytes, CHUNK))
 
 
 def blob_root(data: Buffer) -> bytes:
-    """The 32-byte address of a blob."""
+    """The 32-byte address of a byte string."""
     return index_blob(data).root
+
+
+def chunk_count(size: int) -> int:
+    """How many chunks a byte string of ``size`` has."""
+    return -(-size // CHUNK)
+
+
+def payload_root(slices: Sequence[Buffer]) -> bytes:
+    """The 32-byte address of a payload: a chunk for each encoded slice."""
+    return index_chunks(slices).root

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from psyche.numerics.digest import BlobIndex, index_blob
+from psyche.numerics.digest import CHUNK, BlobIndex, index_blob, rehash
 
 
 class OuterState:
@@ -46,6 +48,17 @@ class OuterState:
     def index(self) -> BlobIndex:
         """The state, on the CPU, as a blob; ``index().root`` is the state_root."""
         return index_blob(self.buffer)
+
+    def reindex(self, index: BlobIndex, changed: Sequence[slice]) -> BlobIndex:
+        """:meth:`index`, where ``index`` is that of a state that differs only in the ranges ``changed`` of θ and m."""
+        size = self.tensor.shape[1]
+        chunks = {
+            number
+            for part in changed
+            for start in (part.start, size + part.start)
+            for number in range(4 * start // CHUNK, -(-4 * (start + part.stop - part.start) // CHUNK))
+        }
+        return rehash(index, self.buffer, sorted(chunks))
 
     def clone(self) -> OuterState:
         return OuterState(self.tensor.clone())

@@ -109,6 +109,8 @@ def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribu
         return "trained from another base state"
     if given.inner_steps > member.inner_steps:
         return f"{given.inner_steps} inner steps claimed where {member.inner_steps} were due"
+    if given.late_steps > min(rules.late_steps, given.inner_steps):
+        return f"{given.late_steps} late steps claimed where {rules.late_steps} are allowed"
     if given.tokens != given.inner_steps * rules.tokens_per_step:
         return "the tokens claimed are not those of the inner steps claimed"
     if given.payload_bytes > rules.payload_bytes:
@@ -165,7 +167,7 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
         rounds=record.plan.round,
         head=record.hash,
         state_root=b"",
-        position=next_position(record.plan, rules.batch_size),
+        position=next_position(record.plan, rules.batch_size, rules.late_steps),
         term=max(state.term, record.plan.term),
         electorate=record.electorate,
         round=None,

@@ -16,10 +16,6 @@ from psyche.numerics.digest import digest
 from psyche.protocol.envelope import MalformedMessage
 
 MAX_MEMBERS = 4096
-MAX_SLICES = 16384
-"""2^14 slices of 2^22 parameters: 68 billion."""
-MAX_PAYLOAD_TABLE = 1 << 20
-"""Bytes of an encoded ``Payload``; 2^14 slices take less than 700 KiB."""
 
 NodeId = Annotated[str, Meta(pattern=r"\A12D3Koo[1-9A-HJ-NP-Za-km-z]{45}\Z")]
 """A base58 PeerID of an Ed25519 key. Ascending order of these strings is the order of summation."""
@@ -88,24 +84,6 @@ class Plan(Message, frozen=True):
         return next((m for m in self.members if m.node == node), None)
 
 
-class Slice(Message, frozen=True):
-    """The address and size in bytes of one encoded slice of a payload."""
-
-    root: Hash
-    size: Positive
-
-
-class Payload(Body, frozen=True):
-    """A payload's table of contents: itself a blob, whose address is the contribution's ``payload_root``.
-
-    So what is committed to, proposed and voted on has one size, however large the model.
-    """
-
-    DOMAIN = "payload"
-
-    slices: Annotated[tuple[Slice, ...], Meta(min_length=1, max_length=MAX_SLICES)]
-
-
 class Contribution(Body, frozen=True):
     """A node's work in one round. Its hash is committed before it is shown (DESIGN §6)."""
 
@@ -115,9 +93,12 @@ class Contribution(Body, frozen=True):
     data_digest: Hash
     trace_root: Hash
     payload_root: Hash
+    """Address of the payload: a blob with a chunk for each slice, so that this message has one size for any model."""
     payload_bytes: Positive
     """All slices together."""
     inner_steps: Positive
+    late_steps: Natural
+    """How many of the inner steps were taken before the outer step of the round before was known."""
     tokens: Positive
     salt: Hash
 

@@ -215,7 +215,7 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
         rounds=current.plan.round,
         head=record.hash,
         state_root=root,
-        position=next_position(current.plan, rules.batch_size),
+        position=next_position(current.plan, rules.batch_size, rules.late_steps),
         electorate=record.electorate,
         round=None,
         note="",

@@ -29,6 +29,8 @@ class Rules:
     genesis: bytes
     rounds: int
     inner_steps: int
+    late_steps: int
+    """The most inner steps that may be taken while the round before is on the wire."""
     batch_size: int
     tokens_per_step: int
     payload_bytes: int

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from psyche.config import Manifest
-from psyche.exchange.gather import BadPayload, Gather
-from psyche.network.blobs import FetchError
+from psyche.exchange.base import Exchange, Gradient
+from psyche.network.fetch import FetchError
 from psyche.network.identity import BadSignature, WrongContext, open_envelope
 from psyche.network.streams import Refused
 from psyche.protocol import envelope as envelopes
@@ -18,7 +19,6 @@ from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import (
     Board,
     Certificate,
-    Contribution,
     Holding,
     Plan,
     Proposal,
@@ -29,7 +29,7 @@ from psyche.protocol.messages import (
 from psyche.protocol.state import Phase, Rules
 from psyche.roles.board import BoardClient
 from psyche.roles.openings import Openings
-from psyche.roles.replica import Slices, Work
+from psyche.roles.replica import Work
 
 
 class Moved(Exception):
@@ -83,79 +83,90 @@ class Certification:
         plan: Plan,
         work: Work | None,
         chain: Chain,
-        me: str,
         *,
         voter: Voter,
         client: BoardClient,
-        gather: Gather,
+        exchange: Exchange,
         warn: Callable[[str], None],
     ) -> None:
-        self._plan, self._work, self._chain, self._me = plan, work, chain, me
-        self._voter, self._client, self._gather, self._warn = voter, client, gather, warn
+        self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.wire.me
+        self._voter, self._client, self._exchange, self._warn = voter, client, exchange, warn
         self._openings = Openings(voter.manifest.run_id, plan)
-        self._payloads: dict[str, Slices] = {}
-        self._fetches: dict[str, asyncio.Task[None]] = {}
-        self._failed: set[str] = set()
-        self._member = plan.member(me) is not None
+        self._tasks: dict[object, asyncio.Task[None]] = {}
+        self._failed: set[object] = set()
+        self._gradients: dict[bytes, Gradient] = {}
+        self._member = plan.member(self._me) is not None
         self._told: frozenset[str] = frozenset()
         self._voted = 0
 
-    async def run(self) -> tuple[Record, dict[str, Slices]]:
-        """The certified record and the payloads of all it accepted. Raises :class:`Moved`."""
+    async def run(self) -> tuple[Record, Gradient]:
+        """The certified record, and the outer gradient that follows from it. Raises :class:`Moved`."""
         board = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or b.plan != self._plan)
         try:
             await self._open(board)
             while True:
                 record = self._certified(board)
                 self._openings.update(board)
-                wanted = {a.node: a.contribution for a in record.accepted} if record else self._openings.contributions
-                missing = set(wanted) - set(self._payloads)
-                if record is not None and not missing:
-                    return record, {node: self._payloads[node] for node in wanted}
-                if board.plan != self._plan and (record is None or missing & self._failed):
-                    # Either the round came to nothing, or a payload it accepted is not to be had any more.
-                    raise Moved(accepted=record is not None and self._me in wanted)
-                self._fetch(wanted, missing - self._failed)
-                if self._member and board.plan == self._plan:
-                    await self._hold()
-                    await self._vote(board)
+                if record is not None and record.hash in self._gradients:
+                    return record, self._gradients[record.hash]
+                if board.plan != self._plan and (record is None or record.hash in self._failed):
+                    # Either the round came to nothing, or what it accepted is not to be had any more.
+                    accepted = record is not None and any(one.node == self._me for one in record.accepted)
+                    raise Moved(accepted=accepted)
+                if record is not None:
+                    self._prepare(record)
+                elif self._member and board.plan == self._plan:
+                    await self._take_part(board)
                 board = await self._next(board)
         finally:
-            for task in self._fetches.values():
+            for task in self._tasks.values():
                 task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _open(self, board: Board) -> None:
         """Show the contribution that was committed to, and serve its payload."""
         if self._work is None or board.plan != self._plan:
             return
-        await self._gather.offer(self._work.payload)
-        self._payloads[self._me] = self._work.payload
+        await self._exchange.offer(self._work.payload)
         with contextlib.suppress(Refused):  # it was not committed to in time; the record will say so
             await self._client.submit(self._work.contribution, self._plan.round)
 
-    def _fetch(self, wanted: dict[str, Contribution], nodes: set[str]) -> None:
-        """Start fetching the payloads of ``nodes`` that are not on their way already."""
-        members = [member.node for member in self._plan.members]
-
-        async def one(node: str) -> None:
-            try:
-                self._payloads[node] = await self._gather.collect(node, wanted[node], members)
-            except (FetchError, BadPayload) as error:
-                self._failed.add(node)
-                self._warn(f"the payload of {node[-6:]} is missing: {error}")
-
-        for node in sorted(nodes - set(self._fetches)):
-            self._fetches[node] = asyncio.create_task(one(node))
-
-    async def _hold(self) -> None:
-        """Say whose payloads are here, whenever there are more."""
-        held = frozenset(self._payloads) & frozenset(self._openings.contributions)
+    async def _take_part(self, board: Board) -> None:
+        """Fetch what is shown, say what is here, and vote."""
+        for node, given in self._openings.contributions.items():
+            if node not in self._exchange.held:
+                self._start(node, partial(self._exchange.collect, node, given))
+        held = self._exchange.held & frozenset(self._openings.contributions)
         if held != self._told:
             self._told = held
             await self._submit(Holding(tuple(sorted(held))))
+        await self._vote(board)
+
+    def _prepare(self, record: Record) -> None:
+        """Start getting what the outer step of ``record`` takes."""
+
+        async def prepare() -> None:
+            self._gradients[record.hash] = await self._exchange.prepare(record)
+
+        if record.hash not in self._gradients:
+            self._start(record.hash, prepare)
+
+    def _start(self, what: object, get: Callable[[], Awaitable[None]]) -> None:
+        """Get something in the background, unless that is under way, or failed on this board."""
+
+        async def run() -> None:
+            try:
+                await get()
+            except FetchError as error:
+                self._failed.add(what)
+                name = f"the payload of {what[-6:]}" if isinstance(what, str) else "something of this round"
+                self._warn(f"{name} is missing: {error}")
+
+        if what not in self._tasks and what not in self._failed:
+            self._tasks[what] = asyncio.create_task(run())
 
     async def _vote(self, board: Board) -> None:
-        """Vote for the proposal, once, as soon as every payload it needs is here."""
+        """Vote for the proposal, once, as soon as all that its outer step takes is here."""
         if board.proposal is None:
             return
         try:
@@ -163,8 +174,13 @@ class Certification:
         except (MalformedMessage, BadSignature, WrongContext) as error:
             self._warn(f"the coordinator shows a proposal that cannot be believed: {error}")
             return
-        needed = {accepted.node for accepted in proposal.record.accepted}
-        if proposal.term <= self._voted or not needed <= set(self._payloads):
+        record = proposal.record
+        if proposal.term <= self._voted or record.plan != self._plan:
+            return
+        if any(self._openings.contributions.get(one.node) != one.contribution for one in record.accepted):
+            return  # what was not committed to is not fetched, either
+        self._prepare(record)
+        if record.hash not in self._gradients:
             return
         self._voted = proposal.term
         try:
@@ -174,7 +190,7 @@ class Certification:
                 rules=self._voter.rules,
                 chain=self._chain,
                 opened=self._openings.contributions,
-                held=frozenset(self._payloads),
+                held=self._exchange.held,
             )
         except Refusal as refusal:
             self._warn(f"no vote for the record of round {self._plan.round}: {refusal}")
@@ -182,12 +198,12 @@ class Certification:
         await self._submit(Vote(proposal.term, proposal.record.hash))
 
     async def _next(self, board: Board) -> Board:
-        """Wait for another board, or for a fetch to end; the board then."""
+        """Wait for another board, or for a task to end; the board then."""
         changed = asyncio.create_task(self._client.until(lambda b: b.version != board.version))
         try:
-            await asyncio.wait({changed, *self._fetches.values()}, return_when=asyncio.FIRST_COMPLETED)
-            for node in [node for node, task in self._fetches.items() if task.done()]:
-                self._fetches.pop(node).result()
+            await asyncio.wait({changed, *self._tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
+            for what in [what for what, task in self._tasks.items() if task.done()]:
+                self._tasks.pop(what).result()
             if not changed.done():
                 return board
             if changed.result().plan == self._plan:

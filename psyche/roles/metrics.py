@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from psyche.network.streams import TrafficCounter
+from psyche.network.traffic import Traffic
 from psyche.protocol.messages import Metrics
 from psyche.roles.replica import Work
 from psyche.telemetry import events
@@ -15,27 +15,37 @@ class Meter:
 
     def __init__(self) -> None:
         self._up = self._down = 0
-        self.start()
+        self._training = 0.0
+        self._exchange = 0.0
+        self._reported = self._began = time.monotonic()
 
     def start(self) -> None:
         """A round begins."""
-        self._began = self._last = time.monotonic()
-        self._parts: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._exchange = 0.0
 
-    def mark(self, part: str) -> None:
-        """What passed since the last mark belongs to ``part``."""
-        now = time.monotonic()
-        self._parts[part] = now - self._last
-        self._last = now
+    def trained(self, seconds: float) -> None:
+        """So much time went into inner steps. Called on the thread that trains."""
+        self._training += seconds
+
+    def exchanging(self) -> None:
+        """This round's payload is ready."""
+        self._exchange = -time.monotonic()
+
+    def exchanged(self) -> None:
+        """The outer step has been taken."""
+        self._exchange += time.monotonic() if self._exchange < 0 else 0.0
 
     def total(self) -> float:
         """Seconds since the round began."""
         return time.monotonic() - self._began
 
-    def metrics(
-        self, work: Work | None, heldout: tuple[float, int], momentum_norm: float, traffic: TrafficCounter
-    ) -> Metrics:
-        """All of it. Bytes are those since the last call. ``work`` is None where the node only followed."""
+    def metrics(self, work: Work | None, heldout: tuple[float, int], momentum_norm: float, traffic: Traffic) -> Metrics:
+        """All of it. Bytes, training and round are those since the last call, so that late steps count where they were
+        taken. ``work`` is None where the node only followed."""
+        now = time.monotonic()
+        training, self._training = self._training, 0.0
+        period, self._reported = now - self._reported, now
         up, down = traffic.bytes_up - self._up, traffic.bytes_down - self._down
         self._up, self._down = traffic.bytes_up, traffic.bytes_down
         done = work.contribution if work else None
@@ -45,9 +55,9 @@ class Meter:
             heldout_tokens=heldout[1],
             tokens=done.tokens if done else 0,
             inner_steps=done.inner_steps if done else 0,
-            train_seconds=self._parts.get("train", 0.0),
-            exchange_seconds=self._parts.get("exchange", 0.0),
-            round_seconds=self.total(),
+            train_seconds=training,
+            exchange_seconds=max(self._exchange, 0.0),
+            round_seconds=period,
             lr=work.lr if work else 0.0,
             pseudo_gradient_norm=work.norm if work else 0.0,
             momentum_norm=momentum_norm,

@@ -14,7 +14,7 @@ from psyche.data.durable import disk_errors, write_durably
 from psyche.data.index import MAX_INDEX_BYTES, decode_index
 from psyche.data.store import INDEX, TOKENIZER, TokenStore, store_path
 from psyche.errors import PsycheError
-from psyche.network.blobs import fetch
+from psyche.network.fetch import fetch
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused, Unreachable, Violation
@@ -129,7 +129,7 @@ async def _fetch_files(
     for path, root in _files(store):
         size = sizes[root.hex()]
         if not (path.is_file() and path.stat().st_size == size):
-            data = await fetch(network.streams, root, sources=sources, size=size, max_size=size)
+            data = await fetch(network, root, sources=sources, size=size, max_size=size)
             path.parent.mkdir(parents=True, exist_ok=True)
             await asyncio.to_thread(write_durably, path, bytes(data))
         received += size
@@ -169,4 +169,4 @@ def serve_file(network: NetworkNode, path: Path, root: bytes) -> None:
             file.seek(number * CHUNK)
             return file.read(CHUNK)
 
-    network.blobs.add(root, index, read)
+    network.blobs.add(index, read)

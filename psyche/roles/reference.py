@@ -6,7 +6,7 @@ messages directly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from psyche.config import Manifest
 from psyche.protocol.messages import Record
@@ -41,10 +41,13 @@ class Machine:
         return effects
 
 
-def play(manifest: Manifest, replicas: Mapping[str, Replica]) -> Iterator[tuple[Record, dict[str, Work]]]:
+def play(
+    manifest: Manifest, replicas: Mapping[str, Replica], late: Callable[[int, str], int] = lambda round, node: 0
+) -> Iterator[tuple[Record, dict[str, Work]]]:
     """Run to the end; after each round's outer step yield its record and what each member produced.
 
-    ``replicas`` go by node id, as many as ``rounds.start_members`` or more, all at the genesis state.
+    ``replicas`` go by node id, as many as ``rounds.start_members`` or more, all at the genesis state. ``late`` says
+    how many late steps a node takes while a round is on the wire, which in a distributed run time decides.
     """
     machine = Machine(manifest)
     effects: list[Effect] = []
@@ -71,8 +74,10 @@ def play(manifest: Manifest, replicas: Mapping[str, Replica]) -> Iterator[tuple[
         ]
         assert len(certified) == 1
         payloads = {node: work.payload for node, work in works.items()}
-        for replica in replicas.values():
-            replica.apply(record, payloads)
+        for node, replica in replicas.items():
+            for _ in range(late(plan.round, node)):
+                replica.step_late(plan)
+            replica.apply(record, replica.gradient_of(record, payloads))
         yield record, works
         effects = [
             effect

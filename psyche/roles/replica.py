@@ -7,7 +7,7 @@ reference drives several with what they hand each other, and both must end with 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 
 import torch
@@ -16,26 +16,23 @@ from torch import Tensor
 from psyche.config import Manifest
 from psyche.data.store import TokenStore
 from psyche.errors import PsycheError
-from psyche.numerics.aggregate import aggregate, share
+from psyche.numerics.aggregate import aggregate, shares
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import NonFinite
-from psyche.numerics.digest import blob_root, digest
+from psyche.numerics.digest import BlobIndex, digest, payload_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.assignment import next_position, positions, sequences
-from psyche.protocol.messages import Contribution, Payload, Plan, Record, Slice
+from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.training.engine import Engine
 from psyche.training.schedules import learning_rate
 from psyche.verification.traces import Trace
 
 Slices = Sequence[bytes]
-"""The encoded slices of one contribution, in the order of ``FlatLayout.slices()``."""
-
-
-def table_of(slices: Slices) -> Payload:
-    """The table of contents that a contribution's ``payload_root`` is the address of."""
-    return Payload(tuple(Slice(blob_root(part), len(part)) for part in slices))
+"""The encoded slices of one contribution, in the order of ``FlatLayout.fragments()``."""
+Gradient = Callable[[int, Tensor], None]
+"""Fills a tensor (``[n]`` fp32, holding anything) with the outer gradient of slice number i of the round."""
 
 
 class Interrupted(Exception):
@@ -50,6 +47,7 @@ class Exploded(PsycheError):
 class Work:
     """What one round of local training produced."""
 
+    round: int
     contribution: Contribution
     payload: Slices
     loss: float
@@ -60,8 +58,29 @@ class Work:
     """‖D(payload)‖₂, the same value on every node that decodes it."""
 
 
+@dataclass
+class Steps:
+    """Inner steps of one round so far."""
+
+    trace: Trace = field(default_factory=Trace)
+    losses: list[float] = field(default_factory=list)
+    late: int = 0
+    """Those among them that were taken while the round before was on the wire."""
+
+
 class Replica:
-    """The outer state, the engine that trains from it, and the error-feedback buffer of one node."""
+    """The outer state, the engine that trains from it, and the error-feedback buffer of one node.
+
+    θ and m are the outer state, e the error feedback, x the parameters in the engine, s a copy of x from when it was
+    encoded. x follows θ by what outer steps change; it is set to θ only where it has nothing of its own to keep.
+    """
+
+    host: OuterState
+    """The outer state as it is hashed, served and saved: ``outer`` itself, unless that lies on a GPU."""
+    index: BlobIndex
+    """Its chunk hashes; their root is ``chain.state_root``."""
+    _steps: Steps | None
+    """Of the round that x is being trained for; None where it has to start from θ."""
 
     def __init__(
         self,
@@ -79,7 +98,13 @@ class Replica:
         self._secret = secret
         self.backend = best() if backend is None else backend
         self.codec = self.backend.codec(self.run.codec.name)
+        overlap = self.run.overlap
+        self._overlaps = overlap.fragments > 1 or overlap.late_steps > 0
+        self._fragments = engine.layout.fragments(overlap.fragments)
         self.adopt(outer, None)
+        self._snapshot = torch.empty_like(self.outer.theta)
+        """What trained when it was last encoded: x at the end of a round's inner steps."""
+        self._sum = torch.empty(max(p.stop - p.start for f in self._fragments for p in f), device=self.backend.device)
         self.residual = torch.zeros_like(self.outer.theta) if self.codec.error_feedback else None
 
     # ------------------------------------------------------------------------------- one round
@@ -91,69 +116,128 @@ class Replica:
         progress: Callable[[int, float, float], None] = lambda step, loss, lr: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Work:
-        """H inner steps from θ on this node's part of the data; then encode Δ = θ − θ_local.
+        """The inner steps that are left of H, on this node's part of the data; then encode Δ = θ − x of the fragment.
 
         Calls ``progress(step, loss, lr)`` after each inner step. Raises :class:`Interrupted` once ``stop()``
         is true, and :class:`Exploded`.
         """
         member = plan.member(self.node)
         assert member is not None, "only members train"
-        batch, train = self.run.inner.batch_size, self.store.train
-        indices = sequences(positions(plan, self.node, batch), len(train), self.run.seed)
-        trace = Trace()
-        losses = []
-        self.engine.write(self.outer.theta)
-        for step in range(member.inner_steps):
+        if self._steps is None:
+            self.engine.write(self.outer.theta)
+            self._steps = Steps()
+        steps, self._steps = self._steps, None
+        lr = 0.0
+        for step in range(steps.late, member.inner_steps):
             if stop():
                 raise Interrupted
-            tokens = train.batch(indices[step * batch : (step + 1) * batch])
-            lr = learning_rate(self.run.inner, self.global_step(plan) + step, self.run.total_steps)
-            losses.append(self.engine.step(tokens, lr))
-            trace.saw(tokens)
-            progress(step, losses[-1], lr)
-        local = torch.empty_like(self.outer.theta)
-        self.engine.read(local)
-        trace.mark(member.inner_steps, local)
-        payload = self._encode(local)
+            lr = self._step(steps, plan, step, self.global_step(plan) + step)
+            progress(step, steps.losses[-1], lr)
+        self.engine.read(self._snapshot)
+        steps.trace.mark(member.inner_steps, self._snapshot)
+        payload = self._encode(plan.round)
+        self._steps = Steps()
         contribution = Contribution(
             base_root=plan.base_root,
-            data_digest=trace.data_digest,
-            trace_root=trace.root,
-            payload_root=blob_root(table_of(payload).encode()),
+            data_digest=steps.trace.data_digest,
+            trace_root=steps.trace.root,
+            payload_root=payload_root(payload),
             payload_bytes=sum(len(part) for part in payload),
             inner_steps=member.inner_steps,
+            late_steps=steps.late,
             tokens=member.inner_steps * self.run.tokens_per_step,
             salt=self._salt(plan),
         )
-        return Work(contribution, payload, sum(losses) / len(losses), lr, self._norm(payload))
+        loss = sum(steps.losses) / len(steps.losses)
+        return Work(plan.round, contribution, payload, loss, lr, self._norm(plan.round, payload))
 
-    def apply(self, record: Record, payloads: Mapping[str, Slices]) -> None:
-        """The outer step of a certified record, from the payloads of all it accepted.
+    def step_late(self, plan: Plan) -> bool:
+        """One inner step of the next round while ``plan``'s, for which this node has trained, is on the wire.
 
-        Afterwards ``chain`` stands at the record, with the new state_root. Raises ``MalformedPayload``; the
-        outer state is then undefined, which cannot happen with payloads that were checked on arrival.
+        False, and nothing done, where the run allows no more of them.
         """
-        total = sum(accepted.contribution.tokens for accepted in record.accepted)
-        weights = {a.node: share(a.contribution.tokens, total) for a in record.accepted}
+        steps, member = self._steps, plan.member(self.node)
+        if steps is None or member is None or steps.late >= self.run.overlap.late_steps:
+            return False
+        self._step(
+            steps, plan, member.inner_steps + steps.late, self.global_step(plan) + member.inner_steps + steps.late
+        )
+        steps.late += 1
+        return True
+
+    def apply(self, record: Record, gradient: Gradient) -> None:
+        """The outer step of a certified record. Afterwards ``chain`` stands at the record, with the new state_root.
+
+        Its three parts may run on different threads, one after the other; only :meth:`rebase` touches what trains.
+        """
+        self.step_outer(record, gradient)
+        self.rebase(record.plan.round)
+        self.settle(record)
+
+    def step_outer(self, record: Record, gradient: Gradient) -> None:
+        """m and θ of the round's fragment, slice by slice.
+
+        Raises what ``gradient`` raises; the outer state is then undefined, which cannot happen with payloads that were
+        checked on arrival.
+        """
         theta, momentum = self.outer.theta, self.outer.momentum
-        for number, part in enumerate(self.engine.layout.slices()):
-            gradient = torch.empty_like(theta[part])
-            aggregate(self.codec, ((weights[node], payloads[node][number]) for node in sorted(weights)), gradient)
+        for number, part in enumerate(self.slices_of(record.plan.round)):
+            total = self._sum[: part.stop - part.start]
+            gradient(number, total)
             self.backend.outer_step(
-                theta[part], momentum[part], gradient, lr=self.run.outer.lr, mu=self.run.outer.momentum
+                theta[part], momentum[part], total, lr=self.run.outer.lr, mu=self.run.outer.momentum
             )
-        self._stand_at(record)
+
+    def rebase(self, round: int) -> None:
+        """Move what trains by what the outer step changed: x ← x + (θ − s), s what x was when it was encoded.
+
+        Steps taken since then are kept (DESIGN §7). Where there are none x becomes θ, to the bit.
+        """
+        if self._steps is None:
+            return
+        parts = self.slices_of(round)
+        if self._steps.late == 0:
+            self.engine.write(self.outer.theta, parts)
+            return
+        for part in parts:
+            torch.sub(self.outer.theta[part], self._snapshot[part], out=self._snapshot[part])
+        self.engine.shift(self._snapshot, parts)
+
+    def settle(self, record: Record) -> None:
+        """Hash the outer state after ``record``, and stand there."""
+        self._stand_at(record, self.slices_of(record.plan.round))
+
+    def gradient_of(self, record: Record, payloads: Mapping[str, Slices]) -> Gradient:
+        """The outer gradient, aggregated from the payloads of all that ``record`` accepted."""
+        weights = shares({one.node: one.contribution.tokens for one in record.accepted})
+
+        def gradient(number: int, out: Tensor) -> None:
+            aggregate(self.codec, ((weight, payloads[node][number]) for node, weight in weights.items()), out)
+
+        return gradient
 
     def adopt(self, outer: OuterState, record: Record | None) -> None:
-        """Take over an outer state fetched from others: that after ``record``, or that before the first round."""
-        self.outer = outer.to(self.backend.device)
-        self._stand_at(record)
+        """Take over an outer state fetched from others: that after ``record``, or that before the first round.
 
-    def give_back(self, payload: Slices) -> None:
+        The next round is trained from it.
+        """
+        self.outer = outer.to(self.backend.device)
+        self._steps = None
+        self._stand_at(record, None)
+
+    def forsake(self) -> None:
+        """Steps were taken for a round that went on without this node: the next round is trained from θ."""
+        self._steps = None
+
+    def give_back(self, work: Work) -> None:
         """e ← e + D(payload): a contribution that was not accepted loses nothing it has learned."""
         if self.residual is not None:
-            for part, encoded in zip(self.engine.layout.slices(), payload, strict=True):
+            for part, encoded in zip(self.slices_of(work.round), work.payload, strict=True):
                 self.codec.decode_add(encoded, 1.0, self.residual[part])
+
+    def slices_of(self, round: int) -> tuple[slice, ...]:
+        """What round ``round`` exchanges: the slices of its fragment."""
+        return self._fragments[(round - 1) % len(self._fragments)]
 
     def momentum_norm(self) -> float:
         """‖m‖₂; for people to look at, not the same on every hardware."""
@@ -162,8 +246,11 @@ class Replica:
     def heldout_loss(self, member: int, members: int) -> tuple[float, int]:
         """This member's share of the held-out set under the outer parameters: loss sum, predicted tokens.
 
-        Leaves θ in the engine. Sequence i of the set is judged by member i mod ``members``.
+        Sequence i of the set is judged by member i mod ``members``. What trains is put aside meanwhile.
         """
+        training = torch.empty_like(self.outer.theta) if self._overlaps else None
+        if training is not None:
+            self.engine.read(training)
         self.engine.write(self.outer.theta)
         count = min(self.run.heldout_sequences, len(self.store.heldout))
         indices = range(member, count, members)
@@ -173,28 +260,39 @@ class Replica:
                 self.store.heldout.batch(indices[at : at + self.run.inner.batch_size])
             )
             total, tokens = total + loss, tokens + predicted
+        if training is not None:
+            self.engine.write(training)
         return total, tokens
 
     # --------------------------------------------------------------------------------- helpers
 
-    def _stand_at(self, record: Record | None) -> None:
+    def _step(self, steps: Steps, plan: Plan, step: int, global_step: int) -> float:
+        """One inner step on the data of step ``step`` of this node in round ``plan``; its lr."""
+        batch, train, late = self.run.inner.batch_size, self.store.train, self.run.overlap.late_steps
+        span = positions(plan, self.node, batch, late)[step * batch : (step + 1) * batch]
+        tokens = train.batch(sequences(span, len(train), self.run.seed))
+        lr = learning_rate(self.run.inner, global_step, self.run.total_steps)
+        steps.losses.append(self.engine.step(tokens, lr))
+        steps.trace.saw(tokens)
+        return lr
+
+    def _stand_at(self, record: Record | None, changed: Sequence[slice] | None) -> None:
+        """Take up a place in the chain, with an outer state that differs from the last one in ``changed`` only."""
         self.host = self.outer.to(torch.device("cpu"))
-        """The outer state as it is hashed, served and saved: ``outer`` itself, unless that lies on a GPU."""
-        self.index = self.host.index()
-        """Its chunk hashes; their root is ``chain.state_root``."""
+        self.index = self.host.index() if changed is None else self.host.reindex(self.index, changed)
         if record is None:
             self.chain = Chain(0, self.manifest.run_id, self.index.root, 0)
         else:
-            position = next_position(record.plan, self.run.inner.batch_size)
+            position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.late_steps)
             self.chain = Chain(record.plan.round, record.hash, self.index.root, position)
 
-    def _encode(self, local: Tensor) -> list[bytes]:
+    def _encode(self, round: int) -> list[bytes]:
         payload = []
-        for part in self.engine.layout.slices():
+        for part in self.slices_of(round):
             residual = None if self.residual is None else self.residual[part]
             try:
                 encoded = self.codec.encode(
-                    self.outer.theta[part], local[part], residual, self.run.codec.error_feedback
+                    self.outer.theta[part], self._snapshot[part], residual, self.run.codec.error_feedback
                 )
             except NonFinite as error:
                 name = self.engine.layout.name_at(part.start + error.position)
@@ -206,8 +304,8 @@ class Replica:
         """Inner steps of a member before round ``plan``, whether this node took them or not."""
         return (plan.round - 1) * self.run.rounds.inner_steps
 
-    def _norm(self, payload: Slices) -> float:
-        parts = zip(payload, self.engine.layout.slices(), strict=True)
+    def _norm(self, round: int, payload: Slices) -> float:
+        parts = zip(payload, self.slices_of(round), strict=True)
         return sqrt(sum(self.codec.squared_norm(encoded, part.stop - part.start) for encoded, part in parts))
 
     def _salt(self, plan: Plan) -> bytes:

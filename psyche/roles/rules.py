@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from psyche.config import Manifest
 from psyche.numerics.codecs.registry import codec
-from psyche.numerics.flat import SLICE
 from psyche.protocol.state import Rules
+from psyche.training.models import layout
 
 
 def rules_of(manifest: Manifest) -> Rules:
     """The manifest as the protocol sees it."""
     run, resolved = manifest.run, manifest.resolved
-    counts = [min(SLICE, resolved.flat_size - start) for start in range(0, resolved.flat_size, SLICE)]
+    encoder = codec(run.codec.name)
+    fragments = layout(run.model).fragments(run.overlap.fragments)
     return Rules(
         run_id=manifest.run_id,
         genesis=bytes.fromhex(resolved.genesis),
         rounds=run.rounds.total,
         inner_steps=run.rounds.inner_steps,
+        late_steps=run.overlap.late_steps,
         batch_size=run.inner.batch_size,
         tokens_per_step=run.tokens_per_step,
-        payload_bytes=sum(codec(run.codec.name).payload_bytes(count) for count in counts),
+        payload_bytes=max(sum(encoder.payload_bytes(p.stop - p.start) for p in parts) for parts in fragments),
         start_members=run.rounds.start_members,
         min_members=run.rounds.min_members,
         round_bounds=(run.deadlines.round_min, run.deadlines.round_max),

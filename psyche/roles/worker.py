@@ -17,8 +17,11 @@ from typing import TypeVar
 import torch
 
 from psyche.config import Node
+from psyche.exchange.base import Exchange, Wire
 from psyche.exchange.gather import Gather
-from psyche.network.blobs import FetchError
+from psyche.exchange.shape import Shape
+from psyche.exchange.shelf import Shelf
+from psyche.network.fetch import FetchError
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
@@ -70,8 +73,10 @@ class Worker:
         self.manifest = replica.manifest
         self._voter = Voter(self.manifest, rules_of(self.manifest), certificates)
         self._client = BoardClient(self.manifest, identity, network.rpc, self._introduce, self._warn)
-        self._gather = Gather(network, replica.codec, replica.engine.layout)
+        self._wire = Wire(network, Shelf(network), identity.peer_id, self._name_liar)
         self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(settings.threads,))
+        self._late: asyncio.Task[None] | None = None
+        """Inner steps of the next round, while this one is on the wire."""
         self._stopping = False
         self._warned = ""
         self._meter = Meter()
@@ -93,6 +98,7 @@ class Worker:
             watching.cancel()
             working.cancel()
             await asyncio.gather(watching, working, return_exceptions=True)
+            await self._halt_late()
             await self._say_goodbye()
             await asyncio.to_thread(self._trainer.shutdown)
 
@@ -104,6 +110,7 @@ class Worker:
         while True:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(self._concerns_me)
+            await self._halt_late()
             if _behind(board, replica.chain):
                 await self._synchronise(board)
             elif board.phase == Phase.FINISHED:
@@ -168,34 +175,40 @@ class Worker:
         and so is in step when the next round is planned.
         """
         self._meter.start()
-        self._gather.next_round()
+        self._wire.shelf.next_round()
         work = None
         if (quota := plan.member(self.identity.peer_id)) is not None:
             members = tuple(member.node for member in plan.members)
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
             work = await self._train(plan)
         try:
+            self._meter.exchanging()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
+            if work is not None and self.manifest.run.overlap.late_steps:
+                self._late = asyncio.create_task(self._train_late(plan))
             certification = Certification(
                 plan,
                 work,
                 self.replica.chain,
-                self.identity.peer_id,
                 voter=self._voter,
                 client=self._client,
-                gather=self._gather,
+                exchange=self._exchange(plan),
                 warn=self._warn,
             )
-            record, payloads = await certification.run()
+            record, gradient = await certification.run()
         except Moved as moved:
+            await self._halt_late()
             if work is not None and not moved.accepted:
-                await self._on_trainer(self.replica.give_back, work.payload)
+                await self._on_trainer(self.replica.give_back, work)
+            await self._on_trainer(self.replica.forsake)
             raise
         before = self.replica.chain.state_root
-        await self._on_trainer(self.replica.apply, record, payloads)
-        if work is not None and self.identity.peer_id not in payloads:
-            await self._on_trainer(self.replica.give_back, work.payload)
-        self._meter.mark("exchange")
+        await asyncio.to_thread(self.replica.step_outer, record, gradient)
+        await self._on_trainer(self.replica.rebase, plan.round)
+        await asyncio.to_thread(self.replica.settle, record)
+        if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
+            await self._on_trainer(self.replica.give_back, work)
+        self._meter.exchanged()
         serve_state(self.network, self.replica.host, self.replica.index, previous=before)
         self._announce_record(record)
         try:
@@ -214,7 +227,6 @@ class Worker:
         except Interrupted:
             self._warn(f"round {plan.round} closed before this node was done; it follows the others")
             return None
-        self._meter.mark("train")
         self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))
         digest = work.contribution.commitment(self.identity.peer_id, self.manifest.run_id, plan.round)
         try:
@@ -222,6 +234,31 @@ class Worker:
         except Refused as refusal:
             self._warn(f"this round's work was not taken: {refusal}; it is kept for the next one")
         return work
+
+    def _exchange(self, plan: Plan) -> Exchange:
+        """This node's part in exchanging the round's payloads."""
+        counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
+        return Gather(self._wire, plan, Shape(self.replica.codec, counts))
+
+    async def _train_late(self, plan: Plan) -> None:
+        """Inner steps of the next round until it begins, as many as the run allows."""
+        while await self._on_trainer(self._step_late, plan):
+            pass
+
+    def _step_late(self, plan: Plan) -> bool:
+        began = time.monotonic()
+        taken = self.replica.step_late(plan)
+        self._meter.trained(time.monotonic() - began)
+        return taken
+
+    async def _halt_late(self) -> None:
+        """The next round begins, or another state is taken up: no more steps on top of this one."""
+        if self._late is not None:
+            self._late.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._late
+            await self._on_trainer(lambda: None)  # the step that was under way
+            self._late = None
 
     # ---------------------------------------------------------------------------- after the outer step
 
@@ -274,12 +311,14 @@ class Worker:
     # -------------------------------------------------------------------------------------- helpers
 
     def _train_blocking(self, plan: Plan) -> Work:
-        started = logged = time.monotonic()
+        started = logged = last = time.monotonic()
         tokens_per_step = self.replica.run.tokens_per_step
 
         def progress(step: int, loss: float, lr: float) -> None:
-            nonlocal logged
+            nonlocal logged, last
             now = time.monotonic()
+            self._meter.trained(now - last)
+            last = now
             if now - logged >= STEP_EVENT_SECONDS:
                 logged = now
                 rate = (step + 1) * tokens_per_step / (now - started)
@@ -298,6 +337,9 @@ class Worker:
 
     async def _on_trainer(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._trainer, lambda: function(*arguments))
+
+    def _name_liar(self, peer_id: str, what: str) -> None:
+        self.log.emit(events.Rejected(peer=peer_id, reason=what, what="blob"))
 
     def _finished(self) -> bool:
         return self.replica.chain.rounds >= self.manifest.run.rounds.total

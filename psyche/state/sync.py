@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from psyche.network.blobs import fetch_into
+from psyche.network.fetch import fetch_into
 from psyche.network.node import NetworkNode
-from psyche.numerics.digest import CHUNK, BlobIndex
+from psyche.numerics.digest import BlobIndex, chunked
 from psyche.numerics.outer import OuterState
 
 
@@ -20,12 +20,11 @@ def serve_state(network: NetworkNode, outer: OuterState, index: BlobIndex, previ
     """
     if previous != index.root:
         network.blobs.remove(previous)
-    view = outer.buffer
-    network.blobs.add(index.root, index, lambda number: view[number * CHUNK : (number + 1) * CHUNK])
+    network.blobs.add(index, list(chunked(outer.buffer)).__getitem__)
 
 
 async def fetch_state(network: NetworkNode, root: bytes, size: int, sources: Sequence[str]) -> OuterState:
     """The outer state whose state_root is ``root``, for a flat vector of ``size``. Raises ``FetchError``."""
     outer = OuterState(torch.empty(2, size))
-    await fetch_into(network.streams, root, outer.buffer, sources=sources)
+    await fetch_into(network, root, outer.buffer, sources=sources)
     return outer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -35,8 +36,13 @@ class Engine(Protocol):
         """Copy the parameters to ``flat`` (``[layout.size]`` fp32 on the CPU)."""
         ...
 
-    def write(self, flat: Tensor) -> None:
-        """Set the parameters from ``flat``. Inner optimizer state stays as it is (DiLoCo, §3)."""
+    def write(self, flat: Tensor, parts: Sequence[slice] | None = None) -> None:
+        """Set the parameters, or those in the ranges ``parts``, from ``flat``. Inner optimizer state stays as it is
+        (DiLoCo, §3)."""
+        ...
+
+    def shift(self, flat: Tensor, parts: Sequence[slice]) -> None:
+        """Add ``flat`` to the parameters in the ranges ``parts``."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -98,8 +104,17 @@ class TorchEngine:
         flat.copy_(self._flat)
 
     @torch.no_grad()
-    def write(self, flat: Tensor) -> None:
-        self._flat.copy_(flat)
+    def write(self, flat: Tensor, parts: Sequence[slice] | None = None) -> None:
+        if parts is None:
+            self._flat.copy_(flat)
+        else:
+            for part in parts:
+                self._flat[part].copy_(flat[part])
+
+    @torch.no_grad()
+    def shift(self, flat: Tensor, parts: Sequence[slice]) -> None:
+        for part in parts:
+            self._flat[part].add_(flat[part].to(self.device))
 
     def state(self) -> dict[str, Tensor]:
         tensors = {}

@@ -27,7 +27,9 @@ class Trace:
     def mark(self, step: int, parameters: Tensor) -> None:
         """Record a trace point: the flat fp32 parameters after ``step`` inner steps of this round."""
         values = parameters.cpu().numpy().data.cast("B")
-        self._points.append(digest("trace-point", step.to_bytes(8, "little"), blake3(values).digest()))
+        self._points.append(
+            digest("trace-point", step.to_bytes(8, "little"), blake3(values, max_threads=blake3.AUTO).digest())
+        )
 
     @property
     def data_digest(self) -> bytes:

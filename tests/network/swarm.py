@@ -70,7 +70,7 @@ async def be_child(directory: Path, data: bytes, hang_at: int) -> None:
 
     node = await start(directory, "child")
     index = index_blob(data)
-    node.blobs.add(index.root, index, read)
+    node.blobs.add(index, read)
     print(node._daemon.process.pid, flush=True)
     print(*await node.addresses(), flush=True)
     await asyncio.Event().wait()

@@ -10,7 +10,7 @@ import pytest
 from swarm import spawn_child, start, until, with_swarm
 
 from psyche.network import blobs
-from psyche.network.blobs import FetchError, fetch, fetch_into, rotated
+from psyche.network.fetch import FetchError, fetch, fetch_into, rotated
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Stream
@@ -41,14 +41,14 @@ def test_a_blob_arrives_whole(tmp_path: Path, size: int) -> None:
         a, b = nodes
         data = os.urandom(size)
         root = a.blobs.add_bytes(data)
-        assert await fetch(b.streams, root, sources=[a.peer_id], max_size=size, size=size) == data
+        assert await fetch(b, root, sources=[a.peer_id], max_size=size, size=size) == data
         target = bytearray(size)
-        await fetch_into(b.streams, root, target, sources=[b.peer_id, a.peer_id])
+        await fetch_into(b, root, target, sources=[b.peer_id, a.peer_id])
         assert target == data
         assert 2 * size < b.traffic.bytes_down == a.traffic.bytes_up < 2 * size + 1000
         a.blobs.remove(root)
         with pytest.raises(FetchError, match="does not have it") as failure:
-            await fetch(b.streams, root, sources=[a.peer_id], max_size=size)
+            await fetch(b, root, sources=[a.peer_id], max_size=size)
         assert list(failure.value.reasons) == [a.peer_id]
 
     with_swarm(tmp_path, 2, scenario)
@@ -62,7 +62,7 @@ def test_many_blobs_load_at_once(tmp_path: Path) -> None:
         for d in data:
             b.blobs.add_bytes(d)
         sources = [a.peer_id, b.peer_id]
-        fetched = await asyncio.gather(*(fetch(c.streams, r, sources=sources, max_size=2 * CHUNK) for r in roots))
+        fetched = await asyncio.gather(*(fetch(c, r, sources=sources, max_size=2 * CHUNK) for r in roots))
         assert fetched == data
         assert min(a.traffic.bytes_up, b.traffic.bytes_up) > 5 * CHUNK  # the load was shared
         assert not a.streams.rejections + b.streams.rejections
@@ -81,10 +81,10 @@ def test_state_that_moved_on_is_gone(tmp_path: Path) -> None:
                 state[CHUNK] ^= 1
             return memoryview(state)[number * CHUNK : (number + 1) * CHUNK]
 
-        a.blobs.add(index.root, index, read)
+        a.blobs.add(index, read)
         for reason in ("refused: gone", "refused: does not have it"):
             with pytest.raises(FetchError, match=reason):
-                await fetch(b.streams, index.root, sources=[a.peer_id], max_size=3 * CHUNK)
+                await fetch(b, index.root, sources=[a.peer_id], max_size=3 * CHUNK)
 
     with_swarm(tmp_path, 2, scenario)
 
@@ -135,11 +135,11 @@ def test_liars_are_named_and_the_next_source_goes_on(tmp_path: Path) -> None:
             index = index_blob(data)
             asked: list[int] = []
             lies: list[tuple[str, str]] = []
-            honest.blobs.add(index.root, index, recorded(data, asked))
+            honest.blobs.add(index, recorded(data, asked))
             for told, make in LIES.items():
                 claimed = make(index)
                 fetched = await fetch(
-                    caller.streams, index.root, sources=sources, max_size=size, on_liar=lambda *lie: lies.append(lie)
+                    caller, index.root, sources=sources, max_size=size, on_liar=lambda *lie: lies.append(lie)
                 )
                 assert fetched == data
                 assert lies.pop() == (liar.peer_id, told.strip())
@@ -165,9 +165,9 @@ def test_a_slow_source_is_given_up(tmp_path: Path) -> None:
             data = data_for(caller, both, CHUNK + 1)
             index = index_blob(data)
             honest.blobs.add_bytes(data)
-            assert await fetch(caller.streams, index.root, sources=both, max_size=2 * CHUNK, stall=1.0) == data
+            assert await fetch(caller, index.root, sources=both, max_size=2 * CHUNK, stall=1.0) == data
             with pytest.raises(FetchError, match="stalled"):
-                await fetch(caller.streams, index.root, sources=[slow.peer_id], max_size=2 * CHUNK, stall=1.0)
+                await fetch(caller, index.root, sources=[slow.peer_id], max_size=2 * CHUNK, stall=1.0)
 
     with_swarm(tmp_path, 2, scenario)
 
@@ -180,10 +180,10 @@ def test_a_killed_source_is_replaced_where_it_stopped(tmp_path: Path) -> None:
         data = data_for(caller, sources, 6 * CHUNK)
         index = index_blob(data)
         asked: list[int] = []
-        honest.blobs.add(index.root, index, recorded(data, asked))
+        honest.blobs.add(index, recorded(data, asked))
         child, _, addresses = await asyncio.to_thread(spawn_child, tmp_path, data, 3)
         assert await caller.connect(addresses) == {}
-        transfer = asyncio.create_task(fetch(caller.streams, index.root, sources=sources, max_size=len(data)))
+        transfer = asyncio.create_task(fetch(caller, index.root, sources=sources, max_size=len(data)))
         headers = 1 + 4 + 8 + 6 * 32 + 3
         await until(lambda: caller.traffic.bytes_down == headers + 3 * CHUNK)  # it hangs on the fourth chunk
         child.kill()
@@ -191,7 +191,7 @@ def test_a_killed_source_is_replaced_where_it_stopped(tmp_path: Path) -> None:
         assert asked == [3, 4, 5]
         child.wait()
         with pytest.raises(FetchError) as failure:
-            await fetch(caller.streams, index.root, sources=[child_id], max_size=len(data))
+            await fetch(caller, index.root, sources=[child_id], max_size=len(data))
         assert list(failure.value.reasons) == [child_id]
 
     with_swarm(tmp_path, 2, scenario)
@@ -205,7 +205,7 @@ def test_a_busy_source_is_asked_again(tmp_path: Path, monkeypatch: pytest.Monkey
         root = a.blobs.add_bytes(data := os.urandom(CHUNK))
         async with b.streams.open(a.peer_id, "blob"):
             await until(lambda: a.streams._served["blob", ""] == 1)
-            transfer = asyncio.create_task(fetch(b.streams, root, sources=[a.peer_id], max_size=CHUNK))
+            transfer = asyncio.create_task(fetch(b, root, sources=[a.peer_id], max_size=CHUNK))
             await until(lambda: a.streams.rejections["blob: busy"] >= 2)
         assert await transfer == data
 
@@ -217,12 +217,12 @@ def test_what_was_added_twice_is_removed_twice(tmp_path: Path) -> None:
         a, b = nodes
         root = a.blobs.add_bytes(b"same")
         a.blobs.add_bytes(b"same")
-        a.blobs.add(root, index_blob(b"same"), lambda number: b"else")  # no longer what it was: skipped, forgotten
+        a.blobs.add(index_blob(b"same"), lambda number: b"else")  # no longer what it was: skipped, forgotten
         for _ in range(2):
-            assert await fetch(b.streams, root, sources=[a.peer_id], max_size=4) == b"same"
+            assert await fetch(b, root, sources=[a.peer_id], max_size=4) == b"same"
             a.blobs.remove(root)
         with pytest.raises(FetchError, match="does not have it"):
-            await fetch(b.streams, root, sources=[a.peer_id], max_size=4)
+            await fetch(b, root, sources=[a.peer_id], max_size=4)
 
     with_swarm(tmp_path, 2, scenario)
 
@@ -238,6 +238,6 @@ def test_every_caller_starts_elsewhere() -> None:
 def test_no_sources_is_an_error_too(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         with pytest.raises(FetchError, match="nobody is known to have it"):
-            await fetch(nodes[0].streams, bytes(32), sources=[nodes[0].peer_id], max_size=1)
+            await fetch(nodes[0], bytes(32), sources=[nodes[0].peer_id], max_size=1)
 
     with_swarm(tmp_path, 1, scenario)

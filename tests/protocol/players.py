@@ -41,6 +41,7 @@ RULES = Rules(
     genesis=GENESIS,
     rounds=3,
     inner_steps=5,
+    late_steps=0,
     batch_size=4,
     tokens_per_step=TOKENS_PER_STEP,
     payload_bytes=1500,
@@ -75,6 +76,7 @@ def contribution(node: str, plan: Plan, rules: Rules = RULES, **changes: object)
         payload_root=digest("payload", tag),
         payload_bytes=rules.payload_bytes,
         inner_steps=steps,
+        late_steps=0,
         tokens=steps * rules.tokens_per_step,
         salt=tag,
     )

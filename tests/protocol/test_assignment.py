@@ -90,20 +90,20 @@ def test_members_share_out_the_stretch_without_overlap(
     quotas: dict[str, int], batch: int, position: int, seed: bytes
 ) -> None:
     plan = plan_of(quotas, seed, position)
-    taken = [positions(plan, node, batch) for node in quotas]
+    taken = [positions(plan, node, batch, late) for node in quotas]
     for node, span in zip(quotas, taken, strict=True):
         assert len(span) == quotas[node] * batch
     assert sorted(p for span in taken for p in (span.start, span.stop - 1))[0] == position
     everything = sorted(taken, key=lambda span: span.start)
     for one, other in pairwise(everything):
         assert one.stop == other.start
-    assert everything[-1].stop == next_position(plan, batch)
+    assert everything[-1].stop == next_position(plan, batch, late)
 
 
 def test_within_an_epoch_no_sequence_goes_to_two_members() -> None:
     members = nodes(8)
     plan = plan_of(dict.fromkeys(members, 5), position=1000)
-    got = [sequences(positions(plan, node, 4), 4096, 3).tolist() for node in members]
+    got = [sequences(positions(plan, node, 4, 0), 4096, 3).tolist() for node in members]
     assert len({one for piece in got for one in piece}) == 8 * 5 * 4
 
 
@@ -113,10 +113,10 @@ def test_the_order_of_members_is_drawn_from_the_seed() -> None:
     first = set()
     for seed in range(40):
         plan = plan_of(dict.fromkeys(members, 2), bytes([seed]) * 32)
-        first.add(min(members, key=lambda node: positions(plan, node, 1).start))
+        first.add(min(members, key=lambda node: positions(plan, node, 1, 0).start))
     assert first == set(members)
 
 
 def test_a_stranger_has_no_positions() -> None:
     with pytest.raises(KeyError):
-        positions(plan_of(dict.fromkeys(nodes(2), 1)), nodes(3)[2], 1)
+        positions(plan_of(dict.fromkeys(nodes(2), 1)), nodes(3)[2], 1, 0)

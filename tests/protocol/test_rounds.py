@@ -73,7 +73,7 @@ def test_a_run_from_the_first_member_to_the_last_round() -> None:
         if number < 3:
             assert table.plan.previous == record.hash
             assert table.plan.base_root == root_after(record)
-            assert table.plan.position == next_position(previous, RULES.batch_size)
+            assert table.plan.position == next_position(previous, RULES.batch_size, 0)
             previous = table.plan
     assert table.state.phase is Phase.FINISHED
     assert kinds(table.effects) == [Planned, Proposed, Certified, Settled] * 3 + [Finished]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 
 from psyche.cli import main
 from psyche.protocol.messages import Record
-from psyche.roles.replica import Payload, Replica
+from psyche.roles.replica import Gradient, Replica
 
-honest = Replica.apply
+honest = Replica.step_outer
 
 
-def apply(self: Replica, record: Record, payloads: Mapping[str, Payload]) -> None:
+def step_outer(self: Replica, record: Record, gradient: Gradient) -> None:
     if record.plan.round == 2:
         self.outer.theta[12345] += 1e-3
-    honest(self, record, payloads)
+    honest(self, record, gradient)
 
 
-Replica.apply = apply  # type: ignore[method-assign]
+Replica.step_outer = step_outer  # type: ignore[method-assign]
 sys.argv[0:1] = ["psyche", "join"]
 main()

@@ -24,7 +24,7 @@ def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_pat
     work = one.train(plan)
     assert one.residual is not None
     lost = one.residual.clone()
-    one.give_back(work.payload)
+    one.give_back(work)
     local = torch.empty_like(one.outer.theta)
     one.engine.read(local)
     learned = one.outer.theta - local

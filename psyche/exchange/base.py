@@ -1,0 +1,112 @@
+"""One interface for both ways of exchanging a round's payloads (DESIGN §7), as one member sees it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from psyche.exchange.shape import Shape
+from psyche.exchange.shelf import Shelf
+from psyche.network.fetch import fetch_blob
+from psyche.network.node import NetworkNode
+from psyche.network.spool import Blob
+from psyche.numerics.digest import BlobIndex
+from psyche.protocol.messages import Contribution, Plan, Record
+
+Gradient = Callable[[int, Tensor], None]
+"""Fills a tensor (``[n]`` fp32, holding anything) with the outer gradient of slice number i of the round."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What all rounds of a node have in common: the network, what is served, and whom liars are reported to."""
+
+    network: NetworkNode
+    shelf: Shelf
+    me: str
+    on_liar: Callable[[str, str], None]
+
+    async def fetch(
+        self,
+        root: bytes,
+        sources: Sequence[str],
+        shape: Shape,
+        chunks: Iterable[int] | None = None,
+        *,
+        size: int | None = None,
+        into: Blob | None = None,
+    ) -> Blob:
+        """A blob of slices of ``shape``, all or some, checked as they arrive; served from then on for two rounds.
+
+        ``size`` is that of the whole blob, where it was agreed on. Raises ``FetchError`` and ``BadBlob``.
+        """
+
+        def accept(index: BlobIndex) -> None:
+            shape.accept(index)
+            if size is not None and index.size != size:
+                raise ValueError(f"{index.size} bytes where {size} were announced")
+
+        blob = await fetch_blob(
+            self.network,
+            root,
+            sources=sources,
+            accept=accept,
+            chunks=chunks,
+            into=into,
+            check=shape.check,
+            max_chunks=len(shape.counts),
+            chunk_bytes=shape.usual_bytes,
+            on_liar=self.on_liar,
+        )
+        if into is None:
+            self.shelf.keep(blob)
+        return blob
+
+
+class Exchange(ABC):
+    """One round's exchange at one member. Payloads are those of the round's fragment, a chunk for each slice."""
+
+    def __init__(self, wire: Wire, plan: Plan, shape: Shape) -> None:
+        self.wire, self.plan, self.shape = wire, plan, shape
+        self.members = [member.node for member in plan.members]
+        self.payloads: dict[str, Blob] = {}
+        """Payloads by author, whole or in part; what is there of them can be decoded."""
+
+    async def offer(self, payload: Sequence[bytes]) -> None:
+        """Serve this node's own payload."""
+        self.payloads[self.wire.me] = await self.wire.shelf.put(payload)
+
+    async def collect(self, author: str, given: Contribution) -> None:
+        """Get what this node's part needs of a contribution's payload, from its author and whoever has it.
+
+        Raises ``FetchError`` where nobody has it, ``BadBlob`` where its content is not what the codec allows.
+        """
+        if author in self.payloads and self.has_part(self.payloads[author]):
+            return
+        self.payloads[author] = await self.wire.fetch(
+            given.payload_root,
+            [author, *self.members],
+            self.shape,
+            self.part(),
+            size=given.payload_bytes,
+            into=self.payloads.get(author),
+        )
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Authors of whose payloads this node has its part."""
+        return frozenset(author for author, blob in self.payloads.items() if self.has_part(blob))
+
+    def has_part(self, blob: Blob) -> bool:
+        return all(blob.present(number) for number in self.part())
+
+    @abstractmethod
+    def part(self) -> Sequence[int]:
+        """The slices that this node needs of every payload."""
+
+    @abstractmethod
+    async def prepare(self, record: Record) -> Gradient:
+        """Get what else the outer step of ``record`` takes; the gradient then. Raises as :meth:`collect`."""
