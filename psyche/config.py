@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from psyche.errors import ConfigError
-from psyche.numerics.codecs.names import CODECS, usual_error_feedback
+from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_result_codec
 from psyche.numerics.digest import digest
 
 Count = Annotated[int, Field(ge=1)]
@@ -182,6 +182,23 @@ class Deadlines(Strict):
         return self
 
 
+class ExchangeSpec(Strict):
+    """How payloads reach everyone (DESIGN §7)."""
+
+    kind: Literal["auto", "gather", "sharded"] = "auto"
+    """``auto`` takes what costs fewer bytes for as many members as there are: see ``exchange/cost.py``."""
+    reducers: Count = 2
+    """Sharded: nodes that add up each slice. One has nobody to contradict it: its results are believed unproven."""
+    result_codec: str | None = None
+    """Sharded: the codec of the aggregates; None is what ``codecs/names.py`` says goes with the payloads' codec."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.result_codec is not None and self.result_codec not in CODECS:
+            raise ValueError(f"result_codec {self.result_codec!r} is unknown; this version has {', '.join(CODECS)}")
+        return self
+
+
 class Overlap(Strict):
     """Training that goes on while pseudo-gradients are on the wire (DESIGN §7).
 
@@ -237,6 +254,7 @@ class Run(Strict):
     inner: Inner = Inner()
     outer: Outer = Outer()
     rounds: Rounds = Rounds()
+    exchange: ExchangeSpec = ExchangeSpec()
     overlap: Overlap = Overlap()
     deadlines: Deadlines = Deadlines()
     heldout_sequences: Count = 64
@@ -262,6 +280,11 @@ class Run(Strict):
                 f"data.tokenizer.vocab_size ({wanted.vocab_size})"
             )
         return self
+
+    @property
+    def result_codec(self) -> str:
+        """The codec of a sharded round's aggregates."""
+        return self.exchange.result_codec or usual_result_codec(self.codec.name)
 
     @property
     def total_steps(self) -> int:

@@ -74,6 +74,9 @@ class Exchange(ABC):
         self.members = [member.node for member in plan.members]
         self.payloads: dict[str, Blob] = {}
         """Payloads by author, whole or in part; what is there of them can be decoded."""
+        self.reduced: dict[int, bytes] = {}
+        """Addresses of what this node has added up for the others, by group of slices."""
+        self._asked: set[str] = set()
 
     async def offer(self, payload: Sequence[bytes]) -> None:
         """Serve this node's own payload."""
@@ -84,7 +87,8 @@ class Exchange(ABC):
 
         Raises ``FetchError`` where nobody has it, ``BadBlob`` where its content is not what the codec allows.
         """
-        if author in self.payloads and self.has_part(self.payloads[author]):
+        self._asked.add(author)
+        if author in self.held:
             return
         self.payloads[author] = await self.wire.fetch(
             given.payload_root,
@@ -98,10 +102,12 @@ class Exchange(ABC):
     @property
     def held(self) -> frozenset[str]:
         """Authors of whose payloads this node has its part."""
-        return frozenset(author for author, blob in self.payloads.items() if self.has_part(blob))
-
-    def has_part(self, blob: Blob) -> bool:
-        return all(blob.present(number) for number in self.part())
+        part = self.part()
+        return frozenset(
+            author
+            for author in self._asked | set(self.payloads)
+            if not part or (author in self.payloads and all(map(self.payloads[author].present, part)))
+        )
 
     @abstractmethod
     def part(self) -> Sequence[int]:

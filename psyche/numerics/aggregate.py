@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
@@ -20,6 +21,13 @@ def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tenso
     out.zero_()
     for weight, payload in payloads:
         codec.decode_add(payload, weight, out)
+
+
+def reduce_slice(codec: Codec, result_codec: Codec, payloads: Iterable[tuple[float, Buffer]], count: int) -> bytes:
+    """:func:`aggregate` over ``count`` parameters, encoded once: the same bytes from every node that does it."""
+    total = torch.empty(count)
+    aggregate(codec, payloads, total)
+    return result_codec.encode(total, torch.zeros(count), None, 0.0)
 
 
 def shares(parts: Mapping[str, int]) -> dict[str, float]:

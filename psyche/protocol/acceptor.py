@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from psyche.protocol.admission import contribution_fault
-from psyche.protocol.messages import Contribution, Plan, Proposal
-from psyche.protocol.rounds import round_seed
+from psyche.protocol.messages import Contribution, Plan, Proposal, Record
+from psyche.protocol.proposals import round_seed
+from psyche.protocol.reduction import Draw, ring_fault
 from psyche.protocol.state import Rules
 
 
@@ -57,12 +59,14 @@ def consider(
     chain: Chain,
     opened: Mapping[str, Contribution],
     held: frozenset[str],
+    reduced: Mapping[int, bytes] = MappingProxyType({}),
 ) -> Acceptor:
     """The acceptor after voting for ``proposal``. Raises :class:`Refusal` where it must not.
 
     ``chain`` is this member's own; ``opened`` are the contributions whose
-    signed commitment and opening it has checked; ``held`` those whose whole payload it has fetched and
-    checked.
+    signed commitment and opening it has checked; ``held`` those of whose payload it has fetched and checked what its
+    own part of the exchange takes; ``reduced`` the results it found itself, by group. What ``record`` says of results
+    must have been fetched and be decodable before.
     """
     record, plan = proposal.record, proposal.record.plan
     if proposal.term < acceptor.term:
@@ -74,6 +78,8 @@ def consider(
     members = {member.node for member in plan.members}
     if not set(record.electorate) <= members or (set(record.electorate) != members) != record.reconfiguration:
         raise Refusal("the electorate is not that of the round, and the record is not marked as a reconfiguration")
+    if fault := _results_fault(record, rules, reduced):
+        raise Refusal(fault)
     nodes = [accepted.node for accepted in record.accepted]
     if nodes != sorted(set(nodes)):
         raise Refusal("accepted contributions are not in ascending order of node")
@@ -88,3 +94,20 @@ def consider(
         if accepted.node not in held:
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
     return Acceptor(proposal.term, record.hash)
+
+
+def _results_fault(record: Record, rules: Rules, reduced: Mapping[int, bytes]) -> str | None:
+    """What is wrong with who reduced what, and with what they found, or None."""
+    plan = record.plan
+    if plan.reducers != rules.reducers_for(len(plan.members)):
+        return "the plan does not choose the exchange as the manifest does"
+    if not plan.reducers:
+        return "there are results where everybody aggregates" if record.results or record.ring else None
+    if fault := ring_fault(plan.seed, record.ring, [member.node for member in plan.members]):
+        return fault
+    draw = Draw(record.ring, frozenset(), (), plan.reducers, rules.slices_in(plan.round))
+    if len(record.results) != draw.groups or not draw.groups:
+        return "there is not one result for each group"
+    if any(record.results[group] != root for group, root in reduced.items()):
+        return "a result is not what this node found"
+    return None

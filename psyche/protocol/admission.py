@@ -12,6 +12,7 @@ from typing import TypeVar
 from psyche.protocol.assignment import next_position
 from psyche.protocol.deadlines import WINDOW
 from psyche.protocol.messages import Contribution, Member, Plan, Record
+from psyche.protocol.reduction import Draw
 from psyche.protocol.state import (
     Abandoned,
     Arrived,
@@ -26,6 +27,7 @@ from psyche.protocol.state import (
     Peer,
     Phase,
     Rejected,
+    Reported,
     Restored,
     Round,
     Rules,
@@ -60,7 +62,7 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             return _accept(state, event, now), []
 
 
-def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Voted | Attested) -> str | None:
+def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Reported | Voted | Attested) -> str | None:
     """Why a member's message about a round is not taken, or None."""
     current = state.round
     if current is None or current.plan.round != event.round:
@@ -81,6 +83,8 @@ def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Vote
             return _bad_opening(rules, current, event)
         case Attested() if not current.certified:
             return f"round {event.round} is not certified yet"
+        case Reported():
+            return _bad_report(rules, current, event)
         case Voted():
             if current.proposal is None or event.term != current.term:
                 return f"no proposal of term {event.term} is open"
@@ -88,6 +92,17 @@ def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Vote
                 return "the vote names another record than was proposed"
             if event.node not in current.proposal.electorate:
                 return "not in the electorate"
+    return None
+
+
+def _bad_report(rules: Rules, current: Round, event: Reported) -> str | None:
+    if not current.selected or event.term != current.selected_in or current.proposal is not None:
+        return f"nothing is being reduced in term {event.term}"
+    draw = Draw(current.ring, current.out, current.again, current.plan.reducers, rules.slices_in(current.plan.round))
+    if not set(event.results) <= set(draw.duties(event.node)):
+        return "it reports on groups that it does not reduce"
+    if any(current.reports.get(g, {}).get(event.node, root) != root for g, root in event.results.items()):
+        return "it reported something else before"
     return None
 
 
@@ -118,7 +133,7 @@ def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribu
     return None
 
 
-def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, now: float) -> State:
+def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | Attested, now: float) -> State:
     current = state.round
     assert current is not None
     node = event.node
@@ -139,6 +154,11 @@ def _accept(state: State, event: Committed | Opened | Held | Voted | Attested, n
                     holdings=_put(current.holdings, node, held),
                     held_at=_put(current.held_at, node, now),
                 )
+        case Reported():
+            reports = dict(current.reports)
+            for group, root in event.results.items():
+                reports[group] = _put(reports.get(group, {}), node, root)
+            current = replace(current, reports=reports)
         case Voted():
             current = replace(current, votes=_put(current.votes, node, event.proof))
         case Attested():

@@ -8,7 +8,7 @@ from typing import Protocol
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import Certificate, Proposal, Record, Vote, decode
-from psyche.protocol.rounds import carries_quorum
+from psyche.protocol.proposals import carries_quorum
 
 
 class Open(Protocol):

@@ -78,6 +78,8 @@ class Plan(Message, frozen=True):
     base_root: Hash
     seed: Hash
     position: Natural
+    reducers: Natural
+    """How many nodes reduce each slice; 0: every node aggregates everything (gather)."""
     members: Annotated[tuple[Member, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
 
     def member(self, node: str) -> Member | None:
@@ -132,6 +134,12 @@ class Record(Body, frozen=True):
     electorate: Nodes
     """Whose votes are counted: all members, or the survivors of a reconfiguration."""
     reconfiguration: bool
+    ring: Nodes
+    """Who reduced, in the order of ``protocol/reduction.py``; nobody where everybody aggregates."""
+    results: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]
+    """Of each group on the ring the address of its encoded aggregate: a blob with a chunk for each of its slices."""
+    minority: Nodes
+    """Reducers that reported another result than the one believed."""
 
     @property
     def hash(self) -> bytes:
@@ -176,6 +184,22 @@ class Holding(Body, frozen=True):
     DOMAIN = "holding"
 
     nodes: Nodes
+
+
+class Result(Message, frozen=True):
+    """The address of a group's encoded aggregate."""
+
+    group: Natural
+    root: Hash
+
+
+class Reduced(Body, frozen=True):
+    """What the sender found for groups that it reduces, from the contributions selected in ``term``."""
+
+    DOMAIN = "reduced"
+
+    term: Positive
+    results: Annotated[tuple[Result, ...], Meta(max_length=MAX_MEMBERS)]
 
 
 class Vote(Body, frozen=True):
@@ -232,6 +256,17 @@ class Proposal(Body, frozen=True):
     record: Record
 
 
+class Reducing(Message, frozen=True):
+    """Who reduces what of a sharded round, and, once that is known, which contributions."""
+
+    term: Natural
+    ring: Nodes
+    out: Nodes
+    again: Annotated[tuple[Natural, ...], Meta(max_length=MAX_MEMBERS)]
+    selected: Nodes
+    """None until it is known whose payloads are there; then ``term`` is above 0."""
+
+
 class Board(Body, frozen=True):
     """All that a member needs to know of the run now. Members ask for it; nothing is pushed to them."""
 
@@ -246,6 +281,7 @@ class Board(Body, frozen=True):
     plan: Plan | None
     commitments: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
     contributions: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+    reducing: Reducing | None
     proposal: Signed | None
     certificate: Certificate | None
     """Of round ``rounds``."""
@@ -254,6 +290,7 @@ class Board(Body, frozen=True):
 
 
 SUBMISSIONS: dict[str, type[Body]] = {
-    kind.DOMAIN: kind for kind in (Present, Commitment, Contribution, Holding, Vote, Attestation, Leave, Metrics)
+    kind.DOMAIN: kind
+    for kind in (Present, Commitment, Contribution, Holding, Reduced, Vote, Attestation, Leave, Metrics)
 }
 """What a member may send to a coordinator, by domain."""

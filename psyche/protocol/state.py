@@ -35,12 +35,26 @@ class Rules:
     tokens_per_step: int
     payload_bytes: int
     """The most bytes a payload may have."""
+    slices: tuple[int, ...]
+    """Slices of each fragment."""
+    reducers: int
+    """Nodes that reduce each slice where a round is sharded."""
+    sharded_from: int | None
+    """Rounds of so many members and more are sharded."""
     start_members: int
     min_members: int
     round_bounds: tuple[float, float]
     exchange_bounds: tuple[float, float]
     silence: float
     spread: float
+
+    def reducers_for(self, members: int) -> int:
+        """``Plan.reducers`` of a round of so many members."""
+        return 0 if self.sharded_from is None or members < self.sharded_from else min(self.reducers, members)
+
+    def slices_in(self, round: int) -> int:
+        """Slices of what round ``round`` exchanges."""
+        return self.slices[(round - 1) % len(self.slices)]
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,15 @@ class Round:
     holdings: Mapping[str, frozenset[str]] = field(default_factory=dict)
     held_at: Mapping[str, float] = field(default_factory=dict)
     """When each member last said something new of what it holds."""
+    ring: tuple[str, ...] = ()
+    out: frozenset[str] = frozenset()
+    again: tuple[int, ...] = ()
+    selected: frozenset[str] = frozenset()
+    """Contributions that are being reduced."""
+    selected_in: int = 0
+    """The term in which they were selected; a report names it."""
+    reports: Mapping[int, Mapping[str, bytes]] = field(default_factory=dict)
+    """Results of their reduction, by group and reducer."""
     term: int = 0
     proposal: Record | None = None
     votes: Mapping[str, bytes] = field(default_factory=dict)
@@ -148,6 +171,14 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Reported:
+    node: str
+    round: int
+    term: int
+    results: Mapping[int, bytes]
+
+
+@dataclass(frozen=True)
 class Voted:
     node: str
     round: int
@@ -170,7 +201,7 @@ class Restored:
     record: Record
 
 
-Event = Tick | Arrived | Seen | Left | Committed | Opened | Held | Voted | Attested | Restored
+Event = Tick | Arrived | Seen | Left | Committed | Opened | Held | Reported | Voted | Attested | Restored
 
 
 # -------------------------------------------------------------------------------------- effects

@@ -9,6 +9,7 @@ from functools import partial
 
 from psyche.config import Manifest
 from psyche.exchange.base import Exchange, Gradient
+from psyche.exchange.sharded import Sharded
 from psyche.network.fetch import FetchError
 from psyche.network.identity import BadSignature, WrongContext, open_envelope
 from psyche.network.streams import Refused
@@ -23,6 +24,9 @@ from psyche.protocol.messages import (
     Plan,
     Proposal,
     Record,
+    Reduced,
+    Reducing,
+    Result,
     Vote,
     decode,
 )
@@ -132,7 +136,9 @@ class Certification:
             await self._client.submit(self._work.contribution, self._plan.round)
 
     async def _take_part(self, board: Board) -> None:
-        """Fetch what is shown, say what is here, and vote."""
+        """Fetch what is shown, say what is here, reduce, and vote."""
+        if isinstance(self._exchange, Sharded) and board.reducing is not None:
+            self._exchange.drawn(board.reducing)
         for node, given in self._openings.contributions.items():
             if node not in self._exchange.held:
                 self._start(node, partial(self._exchange.collect, node, given))
@@ -140,7 +146,19 @@ class Certification:
         if held != self._told:
             self._told = held
             await self._submit(Holding(tuple(sorted(held))))
+        if isinstance(self._exchange, Sharded) and board.reducing is not None:
+            self._reduce(self._exchange, board.reducing)
         await self._vote(board)
+
+    def _reduce(self, exchange: Sharded, reducing: Reducing) -> None:
+        """Start adding up what this node has to, once everything for it is here."""
+
+        async def reduce() -> None:
+            found = await exchange.reduce(reducing, self._openings.contributions)
+            await self._submit(Reduced(reducing.term, tuple(Result(group, found[group]) for group in sorted(found))))
+
+        if exchange.due(reducing):
+            self._start(("reduce", reducing.term), reduce)
 
     def _prepare(self, record: Record) -> None:
         """Start getting what the outer step of ``record`` takes."""
@@ -191,6 +209,7 @@ class Certification:
                 chain=self._chain,
                 opened=self._openings.contributions,
                 held=self._exchange.held,
+                reduced=self._exchange.reduced,
             )
         except Refusal as refusal:
             self._warn(f"no vote for the record of round {self._plan.round}: {refusal}")
@@ -212,7 +231,7 @@ class Certification:
         finally:
             changed.cancel()
 
-    async def _submit(self, body: Holding | Vote) -> None:
+    async def _submit(self, body: Holding | Reduced | Vote) -> None:
         try:
             await self._client.submit(body, self._plan.round)
         except Refused as refusal:

@@ -32,6 +32,8 @@ from psyche.protocol.messages import (
     Present,
     Proposal,
     Record,
+    Reduced,
+    Reducing,
     Vote,
     decode,
 )
@@ -128,6 +130,9 @@ class Coordinator:
                 await self._dispatch(protocol.Opened(node, round, body, proof))
             case Holding():
                 await self._dispatch(protocol.Held(node, round, frozenset(body.nodes)))
+            case Reduced():
+                results = {result.group: result.root for result in body.results}
+                await self._dispatch(protocol.Reported(node, round, body.term, results))
             case Vote():
                 await self._dispatch(protocol.Voted(node, round, body.term, body.record, proof))
             case Attestation():
@@ -235,6 +240,7 @@ class Coordinator:
             plan=current.plan if current else None,
             commitments=tuple(proof for _, proof in current.commitments.values()) if current and closed else (),
             contributions=tuple(proof for _, proof in current.contributions.values()) if current else (),
+            reducing=_reducing(current) if current and current.ring else None,
             proposal=self._proposal if current and current.proposal else None,
             certificate=self._certificate,
             note=state.note[:500],
@@ -244,10 +250,21 @@ class Coordinator:
         return envelopes.encode(self.identity.seal(body.DOMAIN, self.manifest.run_id, round, body.encode()))
 
 
+def _reducing(current: protocol.Round) -> Reducing:
+    return Reducing(
+        term=current.selected_in,
+        ring=current.ring,
+        out=tuple(sorted(current.out)),
+        again=current.again,
+        selected=tuple(sorted(current.selected)),
+    )
+
+
 def _visible(state: State) -> tuple[object, ...]:
     """What of the state members can see: a change in it is worth a new board."""
     current = state.round
     seen: tuple[object, ...] = (state.phase, state.rounds, state.note)
     if current is None:
         return seen
-    return (*seen, current.plan, current.closed, len(current.contributions), current.term, current.certified)
+    drawn = (current.out, current.again, current.term)
+    return (*seen, current.plan, current.closed, len(current.contributions), drawn, current.certified)

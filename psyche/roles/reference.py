@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from psyche.config import Manifest
-from psyche.protocol.messages import Record
+from psyche.numerics.aggregate import reduce_slice, shares
+from psyche.numerics.digest import payload_root
+from psyche.protocol.messages import Plan, Record
+from psyche.protocol.reducing import draw_of
+from psyche.protocol.reduction import Draw
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import (
     Arrived,
@@ -22,6 +26,8 @@ from psyche.protocol.state import (
     Opened,
     Planned,
     Proposed,
+    Reported,
+    Round,
     State,
     Voted,
 )
@@ -35,6 +41,17 @@ class Machine:
     def __init__(self, manifest: Manifest) -> None:
         self._rules = rules_of(manifest)
         self._state = State.initial(self._rules)
+
+    @property
+    def round(self) -> Round:
+        """The round in progress."""
+        assert self._state.round is not None
+        return self._state.round
+
+    @property
+    def draw(self) -> Draw:
+        """Who reduces what of it."""
+        return draw_of(self._rules, self.round)
 
     def send(self, event: Event) -> list[Effect]:
         self._state, effects = tick(self._rules, self._state, event, now=0.0)
@@ -64,6 +81,8 @@ def play(
             machine.send(Opened(node, plan.round, work.contribution, b""))
         for node in works:
             effects = machine.send(Held(node, plan.round, frozenset(works)))
+        for node, results in _reduced(machine, plan, replicas, works).items():
+            effects = machine.send(Reported(node, plan.round, machine.round.selected_in, results))
         (proposed,) = (effect for effect in effects if isinstance(effect, Proposed))
         record = proposed.record
         certified = [
@@ -84,3 +103,22 @@ def play(
             for node in works
             for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root))
         ]
+
+
+def _reduced(
+    machine: Machine, plan: Plan, replicas: Mapping[str, Replica], works: Mapping[str, Work]
+) -> dict[str, dict[int, bytes]]:
+    """What each member finds for the groups it reduces, by group; nobody anything where everybody aggregates."""
+    if not plan.reducers:
+        return {}
+    replica, draw = replicas[min(replicas)], machine.draw
+    weights = shares({node: work.contribution.tokens for node, work in works.items()})
+    counts = [part.stop - part.start for part in replica.slices_of(plan.round)]
+    codec, result_codec = replica.codec, replica.backend.codec(replica.run.result_codec)
+
+    def chunk(number: int) -> bytes:
+        payloads = ((weight, works[node].payload[number]) for node, weight in weights.items())
+        return reduce_slice(codec, result_codec, payloads, counts[number])
+
+    roots = [payload_root([chunk(number) for number in draw.slices_of(group)]) for group in range(draw.groups)]
+    return {node: {group: roots[group] for group in draw.duties(node)} for node in works}

@@ -208,13 +208,20 @@ class Replica:
         self._stand_at(record, self.slices_of(record.plan.round))
 
     def gradient_of(self, record: Record, payloads: Mapping[str, Slices]) -> Gradient:
-        """The outer gradient, aggregated from the payloads of all that ``record`` accepted."""
+        """The outer gradient, aggregated from the payloads of all that ``record`` accepted; if the round is sharded,
+        as everybody decodes it from its encoded result."""
         weights = shares({one.node: one.contribution.tokens for one in record.accepted})
+        result_codec = self.backend.codec(self.run.result_codec)
 
-        def gradient(number: int, out: Tensor) -> None:
+        def gathered(number: int, out: Tensor) -> None:
             aggregate(self.codec, ((weight, payloads[node][number]) for node, weight in weights.items()), out)
 
-        return gradient
+        def reduced(number: int, out: Tensor) -> None:
+            gathered(number, out)
+            encoded = result_codec.encode(out, torch.zeros_like(out), None, 0.0)
+            aggregate(result_codec, [(1.0, encoded)], out)
+
+        return reduced if record.plan.reducers else gathered
 
     def adopt(self, outer: OuterState, record: Record | None) -> None:
         """Take over an outer state fetched from others: that after ``record``, or that before the first round.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from psyche.config import Manifest
+from psyche.exchange.cost import sharded_from
 from psyche.numerics.codecs.registry import codec
 from psyche.protocol.state import Rules
 from psyche.training.models import layout
@@ -22,6 +23,9 @@ def rules_of(manifest: Manifest) -> Rules:
         batch_size=run.inner.batch_size,
         tokens_per_step=run.tokens_per_step,
         payload_bytes=max(sum(encoder.payload_bytes(p.stop - p.start) for p in parts) for parts in fragments),
+        slices=tuple(len(parts) for parts in fragments),
+        reducers=run.exchange.reducers,
+        sharded_from=sharded_from(run, fragments),
         start_members=run.rounds.start_members,
         min_members=run.rounds.min_members,
         round_bounds=(run.deadlines.round_min, run.deadlines.round_max),

@@ -20,6 +20,7 @@ from psyche.config import Node
 from psyche.exchange.base import Exchange, Wire
 from psyche.exchange.gather import Gather
 from psyche.exchange.shape import Shape
+from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import Shelf
 from psyche.network.fetch import FetchError
 from psyche.network.identity import Identity
@@ -238,7 +239,10 @@ class Worker:
     def _exchange(self, plan: Plan) -> Exchange:
         """This node's part in exchanging the round's payloads."""
         counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
-        return Gather(self._wire, plan, Shape(self.replica.codec, counts))
+        shape = Shape(self.replica.codec, counts)
+        if plan.reducers:
+            return Sharded(self._wire, plan, shape, self.replica.backend.codec(self.manifest.run.result_codec))
+        return Gather(self._wire, plan, shape)
 
     async def _train_late(self, plan: Plan) -> None:
         """Inner steps of the next round until it begins, as many as the run allows."""

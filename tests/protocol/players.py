@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from psyche.numerics.digest import digest
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.rounds import carries_quorum, tick
+from psyche.protocol.proposals import carries_quorum
+from psyche.protocol.rounds import tick
 from psyche.protocol.state import (
     Arrived,
     Attested,
@@ -45,6 +46,9 @@ RULES = Rules(
     batch_size=4,
     tokens_per_step=TOKENS_PER_STEP,
     payload_bytes=1500,
+    slices=(5,),
+    reducers=2,
+    sharded_from=None,
     start_members=4,
     min_members=2,
     round_bounds=(10.0, 100.0),

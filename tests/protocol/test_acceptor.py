@@ -9,13 +9,13 @@ import pytest
 
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault
 from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record
-from psyche.protocol.rounds import round_seed
+from psyche.protocol.proposals import round_seed
 from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
 
 A, B, C, D = nodes(4)
 STRANGER = peer_id(70)
 CHAIN = Chain(0, RUN_ID, GENESIS, 0)
-PLAN = Plan(1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, tuple(Member(node, 5, 1) for node in (A, B, C, D)))
+PLAN = Plan(1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, 0, tuple(Member(node, 5, 1) for node in (A, B, C, D)))
 OPENED = {node: contribution(node, PLAN) for node in (A, B, C)}
 RECORD = Record(
     plan=PLAN,
@@ -23,6 +23,9 @@ RECORD = Record(
     excluded=(Excluded(D, "no commitment before the deadline"),),
     electorate=(A, B, C, D),
     reconfiguration=False,
+    ring=(),
+    results=(),
+    minority=(),
 )
 
 

@@ -19,7 +19,7 @@ LIMITS = settings(max_examples=60, deadline=None)
 
 def plan_of(quotas: dict[str, int], seed: bytes = b"s" * 32, position: int = 0) -> Plan:
     members = tuple(Member(node, steps, 1) for node, steps in sorted(quotas.items()))
-    return Plan(1, 1, b"p" * 32, b"b" * 32, seed, position, members)
+    return Plan(1, 1, b"p" * 32, b"b" * 32, seed, position, 0, members)
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
@@ -83,16 +83,17 @@ def test_epochs_follow_each_other(count: int) -> None:
 @given(
     quotas=st.dictionaries(st.sampled_from(nodes(40)), st.integers(1, 50), min_size=1, max_size=12),
     batch=st.integers(1, 8),
+    late=st.integers(0, 5),
     position=st.integers(0, 10**9),
     seed=st.binary(min_size=32, max_size=32),
 )
 def test_members_share_out_the_stretch_without_overlap(
-    quotas: dict[str, int], batch: int, position: int, seed: bytes
+    quotas: dict[str, int], batch: int, late: int, position: int, seed: bytes
 ) -> None:
     plan = plan_of(quotas, seed, position)
     taken = [positions(plan, node, batch, late) for node in quotas]
     for node, span in zip(quotas, taken, strict=True):
-        assert len(span) == quotas[node] * batch
+        assert len(span) == (quotas[node] + late) * batch
     assert sorted(p for span in taken for p in (span.start, span.stop - 1))[0] == position
     everything = sorted(taken, key=lambda span: span.start)
     for one, other in pairwise(everything):

@@ -28,19 +28,25 @@ from psyche.protocol.messages import (
     Present,
     Proposal,
     Record,
+    Reduced,
+    Reducing,
+    Result,
     Vote,
     decode,
 )
 from tests.protocol.players import contribution, nodes
 
 A, B, C = nodes(3)
-PLAN = Plan(3, 7, b"p" * 32, b"b" * 32, b"s" * 32, 12345, tuple(Member(node, 5, 1) for node in (A, B, C)))
+PLAN = Plan(3, 7, b"p" * 32, b"b" * 32, b"s" * 32, 12345, 0, tuple(Member(node, 5, 1) for node in (A, B, C)))
 RECORD = Record(
     plan=PLAN,
     accepted=(Accepted(A, contribution(A, PLAN)), Accepted(C, contribution(C, PLAN))),
     excluded=(Excluded(B, "no commitment before the deadline"),),
     electorate=(A, B, C),
     reconfiguration=False,
+    ring=(),
+    results=(),
+    minority=(),
 )
 CERTIFICATE = Certificate(b"proposal", (b"vote", b"other vote"))
 EXAMPLES: list[Body] = [
@@ -51,13 +57,26 @@ EXAMPLES: list[Body] = [
     Present(0, b"h" * 32, b"s" * 32, "", None),
     Commitment(b"c" * 32),
     Holding((A, B)),
+    Reduced(4, (Result(1, b"r" * 32),)),
     Vote(9, b"r" * 32),
     Attestation(b"s" * 32),
     Leave("it was stopped"),
     Metrics(1.5, 2.5, 100, 1000, 10, 1.0, 2.0, 3.0, 1e-3, 0.5, math.inf, 1, 2, 3),
     Proposal(8, RECORD),
-    Board(4, "training", 2, b"s" * 32, PLAN, (b"c",), (b"d",), b"p", CERTIFICATE, "waiting"),
-    Board(0, "waiting", 0, b"s" * 32, None, (), (), None, None, ""),
+    Board(
+        4,
+        "training",
+        2,
+        b"s" * 32,
+        PLAN,
+        (b"c",),
+        (b"d",),
+        Reducing(3, (A, B), (C,), (1,), (A,)),
+        b"p",
+        CERTIFICATE,
+        "waiting",
+    ),
+    Board(0, "waiting", 0, b"s" * 32, None, (), (), None, None, None, ""),
 ]
 ENVELOPE = Envelope("vote", b"r" * 32, 3, A, b"body", b"s" * 64)
 KINDS = sorted({type(example) for example in EXAMPLES}, key=lambda kind: kind.__name__)
@@ -223,7 +242,7 @@ def test_commitments_bind_node_run_round_and_every_field() -> None:
     changes: dict[str, object] = dict.fromkeys(
         ("base_root", "data_digest", "trace_root", "payload_root", "salt"), b"x" * 32
     )
-    changes |= {"payload_bytes": 1, "inner_steps": 4, "tokens": 1}
+    changes |= {"payload_bytes": 1, "inner_steps": 4, "late_steps": 1, "tokens": 1}
     assert set(changes) == set(base.__struct_fields__)
     for name, value in changes.items():
         seen.add(contribution(A, PLAN, **{name: value}).commitment(A, b"r" * 32, 3))

@@ -8,7 +8,7 @@ import pytest
 
 from psyche.protocol.assignment import next_position
 from psyche.protocol.deadlines import WINDOW, adaptive
-from psyche.protocol.rounds import quorum, round_seed
+from psyche.protocol.proposals import quorum, round_seed
 from psyche.protocol.state import (
     Abandoned,
     Arrived,

@@ -10,7 +10,43 @@ import pytest
 from psyche.config import load_config
 from psyche.roles.local import run_locally
 from psyche.telemetry.events import LOG_NAME
-from tests.roles.tiny import certified_roots, reference_roots, report, write_config
+from tests.roles.tiny import LARGER, certified_roots, late_steps, reference_roots, report, write_config
+
+
+@pytest.mark.parametrize(
+    ("codec", "members", "reducers"),
+    [("int8", 4, 2), ("topk2", 3, 1), ("fp32", 2, 3)],
+)
+def test_a_sharded_run_matches_the_reference(tmp_path: Path, codec: str, members: int, reducers: int) -> None:
+    exchange = {"kind": "sharded", "reducers": reducers}
+    config = write_config(tmp_path, members=members, codec={"name": codec}, exchange=exchange, model=LARGER)
+    directory = tmp_path / "run"
+    run_locally(config, None, directory, fresh=True, report=False)
+    roots = certified_roots(directory / "coordinator" / LOG_NAME)
+    assert len(roots) == 4
+    assert roots == reference_roots(directory, load_config(config))
+    for number in range(1, members + 1):
+        assert certified_roots(directory / f"node-{number}" / LOG_NAME) == roots
+
+
+@pytest.mark.parametrize(
+    ("codec", "overlap"),
+    [("int8", {"late_steps": 2}), ("topk2", {"fragments": 2, "late_steps": 3}), ("fp32", {"fragments": 4})],
+)
+def test_an_overlapped_run_matches_the_reference_of_the_steps_it_took(
+    tmp_path: Path, codec: str, overlap: dict[str, int]
+) -> None:
+    """How many late steps a node takes is a matter of time; the record says it, and the reference takes as many."""
+    rounds = {"total": 8, "inner_steps": 4, "start_members": 3}
+    config = write_config(tmp_path, members=3, codec={"name": codec}, overlap=overlap, rounds=rounds)
+    directory = tmp_path / "run"
+    run_locally(config, None, directory, fresh=True, report=False)
+    roots = certified_roots(directory / "coordinator" / LOG_NAME)
+    assert len(roots) == 8
+    taken = late_steps(directory)
+    assert roots == reference_roots(directory, load_config(config), taken)
+    if overlap.get("late_steps"):
+        assert sum(taken.values()) > 0, "nobody trained while the round was on the wire"
 
 
 @pytest.mark.parametrize(

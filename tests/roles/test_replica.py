@@ -9,7 +9,7 @@ import torch
 from psyche.config import load_config
 from psyche.network.identity import Identity
 from psyche.protocol.messages import Member, Plan
-from psyche.protocol.rounds import round_seed
+from psyche.protocol.proposals import round_seed
 from psyche.roles.launch import launch
 from tests.roles.tiny import replica, write_config
 
@@ -20,7 +20,7 @@ def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_pat
     one = replica(launch(config, identity.peer_id).manifest, config.node, identity)
     chain = one.chain
     member = Member(identity.peer_id, one.run.rounds.inner_steps, 1)
-    plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, (member,))
+    plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, 0, (member,))
     work = one.train(plan)
     assert one.residual is not None
     lost = one.residual.clone()

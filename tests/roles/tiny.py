@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from psyche.config import Config, Manifest, Node, load_config
 from psyche.network.identity import Identity
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.outer import OuterState
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.messages import Certificate, Proposal, decode
 from psyche.roles.processes import IDENTITY, MANIFEST
 from psyche.roles.provision import local_store
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica
+from psyche.state.checkpoint import load_latest
 from psyche.telemetry.events import LOG_NAME, RoundCertified, read_events
 from psyche.training.engine import TorchEngine
 from psyche.training.models import build
@@ -32,6 +37,12 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
+
+LARGER = {
+    "architecture": "llama",
+    "settings": MODEL | {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 2048},
+}
+"""Of more than one slice."""
 
 
 def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
@@ -76,7 +87,25 @@ def replica(manifest: Manifest, node: Node, identity: Identity, backend: Backend
     return Replica(manifest, engine, store, outer, identity.peer_id, secret, backend)
 
 
-def reference_roots(directory: Path, config: Config) -> list[str]:
+def late_steps(directory: Path) -> dict[tuple[int, str], int]:
+    """How many late steps each node of a finished run took while a round was on the wire, by round and node."""
+    checkpoint = load_latest(directory / "node-1" / "checkpoints", run_id_of(directory), print)
+    assert checkpoint is not None
+    taken = {}
+    for encoded in checkpoint.certificates:
+        proposal = decode(Proposal, envelopes.decode(decode(Certificate, encoded).proposal).body)
+        for accepted in proposal.record.accepted:
+            taken[proposal.record.plan.round - 1, accepted.node] = accepted.contribution.late_steps
+    return taken
+
+
+def run_id_of(directory: Path) -> bytes:
+    return Manifest.decode((directory / "coordinator" / MANIFEST).read_bytes()).run_id
+
+
+def reference_roots(
+    directory: Path, config: Config, late: Mapping[tuple[int, str], int] = MappingProxyType({})
+) -> list[str]:
     """State roots, one a round, of the single-process reference with the identities of a finished run."""
     manifest = Manifest.decode((directory / "coordinator" / MANIFEST).read_bytes())
     identities = [
@@ -84,7 +113,7 @@ def reference_roots(directory: Path, config: Config) -> list[str]:
     ]
     replicas = {identity.peer_id: replica(manifest, config.node, identity) for identity in identities}
     roots = []
-    for _ in play(manifest, replicas):
+    for _ in play(manifest, replicas, lambda round, node: late.get((round, node), 0)):
         held = {one.chain.state_root.hex() for one in replicas.values()}
         assert len(held) == 1, "the reference's own replicas differ"
         roots += held
@@ -101,4 +130,13 @@ def report(directory: Path) -> dict[str, Any]:
     return loaded
 
 
-__all__ = ["LOG_NAME", "certified_roots", "load_config", "reference_roots", "replica", "report", "write_config"]
+__all__ = [
+    "LOG_NAME",
+    "certified_roots",
+    "late_steps",
+    "load_config",
+    "reference_roots",
+    "replica",
+    "report",
+    "write_config",
+]

@@ -14,3 +14,10 @@ CODECS = ("fp32", "int8", "int4", "int4-32", "int2", *_SPARSE, *(name.replace("t
 def usual_error_feedback(name: str) -> float:
     """β where a configuration does not say: .95 for sparse codecs (SparseLoCo, arXiv 2508.15706), 1 for others."""
     return 0.95 if name.startswith("topk2") else 1.0
+
+
+def usual_result_codec(name: str) -> str:
+    """The codec of a sum of payloads of codec ``name``, which is sent without error feedback and must be finer."""
+    if name.startswith("topk2"):
+        return "topk2-512"
+    return {"fp32": "fp32", "int2": "int4"}.get(name, "int8")

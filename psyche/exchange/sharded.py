@@ -1,0 +1,105 @@
+"""sharded: each slice is added up by a few nodes and sent to all; the cost per node does not grow with the peers.
+
+A node sends each of its slices to that slice's k reducers, and fetches every group's result once: k + 1 payloads less
+the share that is its own, 2(n−1)/n payloads for k = 1 and n nodes. So it is flat for many nodes, not for few: from 4
+nodes to 16 it grows by a quarter, from 8 to 16 by 7 %. Aggregates are encoded once, without error feedback, and all
+decode the same bytes; equal results of the reducers are the proof that they are right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from psyche.exchange.base import Exchange, Gradient, Wire
+from psyche.exchange.shape import Shape
+from psyche.network.spool import Blob
+from psyche.numerics.aggregate import reduce_slice, shares
+from psyche.numerics.codecs.base import Codec
+from psyche.protocol.messages import Contribution, Plan, Record, Reducing
+from psyche.protocol.reduction import Draw
+
+
+class Sharded(Exchange):
+    """Some reduce each group of slices; who, the board shows."""
+
+    def __init__(self, wire: Wire, plan: Plan, shape: Shape, result_codec: Codec) -> None:
+        super().__init__(wire, plan, shape)
+        self._result_codec = result_codec
+        self._draw: Draw | None = None
+        self._reduced_in: dict[int, int] = {}
+        self._results: dict[bytes, Blob] = {}
+
+    def drawn(self, reducing: Reducing) -> None:
+        """Take in who reduces what now."""
+        self._draw = Draw(
+            reducing.ring, frozenset(reducing.out), reducing.again, self.plan.reducers, len(self.shape.counts)
+        )
+
+    def part(self) -> Sequence[int]:
+        draw = self._draw
+        if draw is None:
+            return ()
+        return sorted(number for group in draw.duties(self.wire.me) for number in draw.slices_of(group))
+
+    def due(self, reducing: Reducing) -> list[int]:
+        """Groups that this node has to reduce and has not, and for which everything is here."""
+        assert self._draw is not None
+        if not reducing.selected or not set(reducing.selected) <= self.held:
+            return []
+        return [group for group in self._draw.duties(self.wire.me) if self._reduced_in.get(group) != reducing.term]
+
+    async def reduce(self, reducing: Reducing, given: dict[str, Contribution]) -> dict[int, bytes]:
+        """Add up the groups that are :meth:`due`, over the selected contributions; the addresses of the results."""
+        draw, groups = self._draw, self.due(reducing)
+        assert draw is not None
+        weights = shares({node: given[node].tokens for node in reducing.selected})
+        found = {}
+        for group in groups:
+            parts = await asyncio.to_thread(self._add_up, weights, draw.slices_of(group))
+            blob = await self.wire.shelf.put(parts)
+            self._results[blob.index.root] = blob
+            found[group] = blob.index.root
+        self.reduced |= found
+        self._reduced_in |= dict.fromkeys(groups, reducing.term)
+        return found
+
+    def _add_up(self, weights: dict[str, float], slices: range) -> list[bytes]:
+        return [
+            reduce_slice(
+                self.shape.codec,
+                self._result_codec,
+                ((weight, self.payloads[node][number]) for node, weight in weights.items()),
+                self.shape.counts[number],
+            )
+            for number in slices
+        ]
+
+    async def prepare(self, record: Record) -> Gradient:
+        draw = Draw(record.ring, frozenset(), (), self.plan.reducers, len(self.shape.counts))
+        results = await asyncio.gather(*(self._result(record, draw, group) for group in range(draw.groups)))
+        codec = self._result_codec
+
+        def gradient(number: int, out: Tensor) -> None:
+            position, group = divmod(number, draw.groups)
+            out.zero_()
+            codec.decode_add(results[group][position], 1.0, out)
+
+        return gradient
+
+    async def _result(self, record: Record, draw: Draw, group: int) -> Blob:
+        """A group's result: this node's own, or from those who reduced it or fetched it before."""
+        root = record.results[group]
+        if root in self._results:
+            return self._results[root]
+        around = [*record.ring[group:], *record.ring[:group]]
+        ours = [node for node in around if node not in record.minority]
+        shape = Shape(self._result_codec, tuple(self.shape.counts[number] for number in draw.slices_of(group)))
+        # Which of its k reducers a node asks first, follows from its own place, so that they share the load.
+        first = (self.members.index(self.wire.me) if self.wire.me in self.members else 0) % max(1, self.plan.reducers)
+        sources = [*ours[first : first + 1], *ours, *self.members]
+        blob = await self.wire.fetch(root, sources, shape, range(len(shape.counts)))
+        self._results[root] = blob
+        return blob

@@ -1,0 +1,129 @@
+"""What the stages of a round have in common: who counts, what they hold together, how a record is put to the vote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from psyche.numerics.digest import digest
+from psyche.protocol.admission import Step
+from psyche.protocol.deadlines import adaptive
+from psyche.protocol.messages import MAX_MEMBERS, Accepted, Excluded, Plan, Record
+from psyche.protocol.state import Abandoned, Phase, Proposed, Round, Rules, State
+
+
+def quorum(yes: int, total: int) -> bool:
+    """More than two thirds of the voting weight."""
+    return 3 * yes > 2 * total
+
+
+def round_seed(previous: bytes) -> bytes:
+    """The seed of a round follows from the record before it, not from a clock or a proposer's choice."""
+    return digest("seed", previous)
+
+
+def propose(
+    rules: Rules,
+    state: State,
+    current: Round,
+    accepted: frozenset[str],
+    electorate: tuple[str, ...],
+    now: float,
+    results: tuple[bytes, ...] = (),
+    minority: Collection[str] = (),
+) -> Step:
+    """Put a record to the vote, in a term of its own."""
+    plan = current.plan
+    excluded = tuple(
+        Excluded(member.node, exclusion(state, current, member.node))
+        for member in plan.members
+        if member.node not in accepted
+    )
+    record = Record(
+        plan=plan,
+        accepted=tuple(Accepted(node, current.contributions[node][0]) for node in sorted(accepted)),
+        excluded=excluded,
+        electorate=electorate,
+        reconfiguration=len(electorate) < len(plan.members),
+        ring=current.ring,
+        results=results,
+        minority=tuple(sorted(minority)),
+    )
+    term = state.term + 1
+    proposed = replace(current, term=term, proposal=record, votes={}, deadline=now + exchange_allowed(rules, state))
+    return replace(state, term=term, round=proposed, note=""), [Proposed(term, record)]
+
+
+def held_in_common(
+    current: Round, candidates: frozenset[str], among: Sequence[str], enough: Callable[[int, int], bool]
+) -> tuple[frozenset[str], list[str]]:
+    """Contributions that ``enough`` of the members ``among`` hold every one of, and those members.
+
+    The least held are given up first; without any that would do, both are empty.
+    """
+    votes = {member.node: member.votes for member in current.plan.members}
+    total = sum(votes[node] for node in among)
+    held = {node: current.holdings.get(node, frozenset()) for node in among}
+    reach = {one: sum(votes[node] for node in among if one in held[node]) for one in candidates}
+    for given_up in sorted(candidates, key=lambda one: (reach[one], one)):
+        holders = [node for node in among if candidates <= held[node]]
+        if enough(sum(votes[node] for node in holders), total):
+            return candidates, holders
+        candidates -= {given_up}
+    return frozenset(), []
+
+
+def half(yes: int, total: int) -> bool:
+    return total > 0 and 2 * yes >= total
+
+
+def seated(ready: Sequence[str], seed: bytes) -> list[str]:
+    """As many of ``ready`` as a plan has room for, drawn by the round's seed, in ascending order."""
+    if len(ready) <= MAX_MEMBERS:
+        return list(ready)
+    return sorted(sorted(ready, key=lambda node: digest("seat", seed, node.encode()))[:MAX_MEMBERS])
+
+
+def exclusion(state: State, current: Round, node: str) -> str:
+    """The reason that stands in the record, and that the node can read."""
+    gone = "" if node in state.peers else "; it was not heard from any more"
+    if node not in current.commitments:
+        return f"no commitment before the deadline{gone}"
+    if node not in current.contributions:
+        return f"the commitment was not opened{gone}"
+    return f"its payload did not reach enough members{gone}"
+
+
+def abandon(state: State, current: Round, reason: str) -> Step:
+    """The round ends without a record. Deadlines that could not be kept are forgotten, not set once more."""
+    waiting = replace(state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), exchange_seconds=())
+    return waiting, [Abandoned(current.plan.round, reason)]
+
+
+def exchange_allowed(rules: Rules, state: State) -> float:
+    least, most = rules.exchange_bounds
+    return adaptive(state.exchange_seconds, spread=rules.spread, least=least, most=most)
+
+
+def living(state: State, current: Round) -> list[str]:
+    """Members that are here and can still take part: one that came back without the base state cannot."""
+    return [
+        member.node
+        for member in current.plan.members
+        if (peer := state.peers.get(member.node)) is not None
+        and (peer.state_root == current.plan.base_root or member.node in current.attestations)
+    ]
+
+
+def carries_quorum(plan: Plan, voters: Iterable[str], electorate: tuple[str, ...]) -> bool:
+    """Whether ``voters`` carry more than two thirds of the electorate's voting weight."""
+    votes = {member.node: member.votes for member in plan.members}
+    return quorum(sum(votes[n] for n in set(voters) & set(electorate)), sum(votes[n] for n in electorate))
+
+
+def having(mapping: Mapping[str, bytes], value: bytes) -> list[str]:
+    return [key for key, found in mapping.items() if found == value]
+
+
+def names(nodes: Iterable[str]) -> str:
+    return ", ".join(node[-6:] for node in sorted(nodes))
