@@ -186,7 +186,7 @@ class ExchangeSpec(Strict):
     """How payloads reach everyone (DESIGN §7)."""
 
     kind: Literal["auto", "gather", "sharded"] = "auto"
-    """``auto`` takes what costs fewer bytes for as many members as there are: see ``exchange/cost.py``."""
+    """``auto`` is sharded where that takes half the bytes, for as many members as there are: see ``exchange/cost.py``."""
     reducers: Count = 2
     """Sharded: nodes that add up each slice. One has nobody to contradict it: its results are believed unproven."""
     result_codec: str | None = None

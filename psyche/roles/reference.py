@@ -82,7 +82,7 @@ def play(
         for node in works:
             effects = machine.send(Held(node, plan.round, frozenset(works)))
         for node, results in _reduced(machine, plan, replicas, works).items():
-            effects = machine.send(Reported(node, plan.round, machine.round.selected_in, results))
+            effects += machine.send(Reported(node, plan.round, machine.round.selected_in, results))
         (proposed,) = (effect for effect in effects if isinstance(effect, Proposed))
         record = proposed.record
         certified = [
