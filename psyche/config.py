@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import msgspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from psyche.errors import ConfigError
 from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_result_codec
@@ -186,7 +186,7 @@ class ExchangeSpec(Strict):
     """How payloads reach everyone (DESIGN §7)."""
 
     kind: Literal["auto", "gather", "sharded"] = "auto"
-    """``auto`` is sharded where that takes half the bytes, for as many members as there are: see ``exchange/cost.py``."""
+    """``auto`` is sharded where that takes half the bytes for as many members as there are: ``exchange/cost.py``."""
     reducers: Count = 2
     """Sharded: nodes that add up each slice. One has nobody to contradict it: its results are believed unproven."""
     result_codec: str | None = None
@@ -338,6 +338,28 @@ class Wandb(Strict):
     """Also log this node's own run, in the training run's group."""
 
 
+_RATE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)(bit|B)(?:/s)?", re.IGNORECASE)
+
+
+def bytes_per_second(text: str | None) -> float | None:
+    """``20mbit`` or ``2.5MB`` as bytes a second; None is no limit. Raises ``ValueError``."""
+    if text is None:
+        return None
+    match = _RATE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise ValueError(f"{text!r} is not a rate such as 20mbit or 2.5MB (a second)")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()]
+    return float(match[1]) * scale / (8 if match[3].lower() == "bit" else 1)
+
+
+def _rate(text: str) -> str:
+    bytes_per_second(text)
+    return text
+
+
+Rate = Annotated[str, AfterValidator(_rate)]
+
+
 class Node(Strict):
     """One machine's own settings."""
 
@@ -353,6 +375,10 @@ class Node(Strict):
     """CPU threads for training; all cores when absent."""
     micro_batch: Count | None = None
     """Sequences in one forward pass; the rest of a batch is accumulated. The whole batch when absent."""
+    max_upload: Rate | None = None
+    """What other nodes may fetch from this one, together, such as ``20mbit``; the whole line when absent."""
+    max_download: Rate | None = None
+    """What this node fetches from others; the same."""
     cache: Path = Field(default=Path("~/.cache/psyche"), strict=False)
     checkpoint_every: Count = 5
     """Rounds between checkpoints."""
@@ -384,7 +410,13 @@ def load_node(path: Path | None) -> Node:
 
 
 def override_node(
-    node: Node, *, device: str | None = None, threads: int | None = None, port: int | None = None
+    node: Node,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    port: int | None = None,
+    max_upload: str | None = None,
+    max_download: str | None = None,
 ) -> Node:
     """``node`` with what was said on the command line in place of what its file says."""
     changes: dict[str, Any] = {}
@@ -392,6 +424,10 @@ def override_node(
         changes["device"] = device
     if threads is not None:
         changes["threads"] = threads
+    if max_upload is not None:
+        changes["max_upload"] = max_upload
+    if max_download is not None:
+        changes["max_download"] = max_download
     if port is not None:
         changes["listen"] = [address.rpartition("/tcp/")[0] + f"/tcp/{port}" for address in node.listen]
     return _validated(Node, node.model_dump() | changes, "command line")

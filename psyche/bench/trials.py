@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from psyche.bench.curves import Point, Recorder, heldout_loss
-from psyche.config import CodecSpec, Config, Data, Inner, Model, Node, Outer, Rounds, Run
+from psyche.config import CodecSpec, Config, Data, ExchangeSpec, Inner, Model, Node, Outer, Overlap, Rounds, Run
 from psyche.protocol.assignment import sequences
 from psyche.roles.launch import Launch, launch
 from psyche.roles.reference import play
@@ -69,6 +72,12 @@ class Trial:
     """β; None is what the codec is made for."""
     nudge: float = 0.0
     """The initial parameters are scaled by 1 + nudge: what a change that small does to the loss is noise."""
+    fragments: int = 1
+    """What is exchanged at once is so many times less, so many times as often; H is that of each parameter."""
+    late: int = 0
+    """τ: inner steps that every node takes while a round is on the wire."""
+    mix: float | None = None
+    """Steps taken meanwhile are not kept by re-basing but mixed: x ← αx + (1−α)θ (Streaming DiLoCo, §2.3)."""
 
     @property
     def variant(self) -> str:
@@ -83,6 +92,9 @@ class Trial:
             parts += [f"lr{self.outer.lr:g}", f"mu{self.outer.momentum:g}"]
             parts += [] if self.error_feedback is None else [f"beta{self.error_feedback:g}"]
             parts += [f"H{self.inner_steps}"]
+            parts += [f"P{self.fragments}"] if self.fragments > 1 else []
+            parts += [f"late{self.late}"] if self.late else []
+            parts += [] if self.mix is None else [f"alpha{self.mix:g}"]
         return "/".join([*parts, f"seed{self.seed}"])
 
 
@@ -135,9 +147,10 @@ def run_of(setting: Setting, trial: Trial) -> Run:
 
     Raises ``ValueError`` where the steps are not whole rounds.
     """
-    inner_steps = trial.inner_steps or trial.steps
-    if trial.steps % inner_steps:
-        raise ValueError(f"{trial.steps} steps are not whole rounds of {inner_steps}")
+    period = trial.inner_steps or trial.steps
+    inner_steps = period // trial.fragments
+    if trial.steps % inner_steps or period % trial.fragments:
+        raise ValueError(f"{trial.steps} steps are not whole rounds of {period} / {trial.fragments}")
     inner = setting.inner.model_copy(update={"warmup_steps": round(setting.warmup * trial.steps)})
     return Run(
         name="bench",
@@ -147,6 +160,8 @@ def run_of(setting: Setting, trial: Trial) -> Run:
         codec=_codec(trial),
         inner=inner,
         outer=trial.outer or Outer(),
+        overlap=Overlap(fragments=trial.fragments, late_steps=trial.late),
+        exchange=ExchangeSpec(kind="gather"),
         rounds=Rounds(total=trial.steps // inner_steps, inner_steps=inner_steps, start_members=trial.nodes),
     )
 
@@ -168,12 +183,27 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
     for number in range(trial.nodes):
         node = f"node-{number}"
         engine = _engine(setting, manifest.run)
-        replicas[node] = Replica(manifest, engine, store, genesis.clone(), node, node.encode())
+        kind = Replica if trial.mix is None else partial(MixingReplica, trial.mix)
+        replicas[node] = kind(manifest, engine, store, genesis.clone(), node, node.encode())
     replica = replicas["node-0"]
-    for _, works in play(manifest, replicas):
-        replica.engine.write(replica.outer.theta)  # the next round starts with that, too
-        recorder.saw(works, replica.engine, store)
+    for _, works in play(manifest, replicas, lambda round, node: trial.late):
+        with replica.judging():
+            recorder.saw(works, replica.engine, store)
+    replica.engine.write(replica.outer.theta)
     return heldout_loss(replica.engine, store, range(setting.heldout_sequences))
+
+
+class MixingReplica(Replica):
+    """A replica that takes over the others' work by a factor, instead of keeping all of its own."""
+
+    def __init__(self, alpha: float, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._alpha = alpha
+
+    def rebase(self, round: int) -> None:
+        local, parts = torch.empty_like(self.outer.theta), self.slices_of(round)
+        self.engine.read(local)
+        self.engine.write(local.lerp_(self.outer.theta, 1 - self._alpha), parts)
 
 
 def _adamw(setting: Setting, trial: Trial, launched: Launch) -> float:

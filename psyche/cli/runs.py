@@ -9,6 +9,14 @@ import typer
 
 DEMO = Path("configs/demo.yaml")
 
+MaxUpload = Annotated[
+    str | None,
+    typer.Option(help="Most that others may fetch from here, such as 20mbit or 2.5MB a second.", show_default=False),
+]
+MaxDownload = Annotated[
+    str | None,
+    typer.Option(help="Most that is fetched from others, such as 100mbit.", show_default=False),
+]
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
 Directory = Annotated[
     Path | None,
@@ -53,12 +61,21 @@ def join(
         int | None,
         typer.Option(help="TCP port to listen at; a free one by default.", min=1, max=65535, show_default=False),
     ] = None,
+    max_upload: MaxUpload = None,
+    max_download: MaxDownload = None,
 ) -> None:
     """Join a run with this machine, and train until it ends. Ctrl-C leaves cleanly; the same line comes back."""
     from psyche.cli.process import read_invite, run_node
     from psyche.config import load_node, override_node
 
-    settings = override_node(load_node(config), device=device, threads=threads, port=port)
+    settings = override_node(
+        load_node(config),
+        device=device,
+        threads=threads,
+        port=port,
+        max_upload=max_upload,
+        max_download=max_download,
+    )
     run_node(read_invite(invite), settings, directory)
 
 

@@ -109,12 +109,7 @@ class BlobServer:
 
     async def _serve(self, stream: Stream) -> None:
         """Answer one request after the other, until the caller hangs up."""
-        pipe = Pipe.of_descriptor(
-            stream.peer_id,
-            stream.descriptor,
-            self._limiter,
-            lambda count: self._streams.traffic.up(stream.peer_id, count),
-        )
+        pipe = Pipe.of_descriptor(stream.peer_id, stream.descriptor, self._streams.traffic, self._limiter)
         loop = asyncio.get_running_loop()
         try:
             request = Request.decode(await stream.read_request(REQUEST_BYTES))

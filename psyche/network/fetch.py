@@ -244,9 +244,7 @@ def _outcome(task: asyncio.Future[None], source: str, reasons: dict[str, str], o
 
 def _pull(network: NetworkNode, download: Download, source: str) -> None:
     """What one source does for a download. Runs on a thread."""
-    pipe = Pipe.open(
-        network.control, source, NAME, network.download_limit, lambda count: network.traffic.down(source, count)
-    )
+    pipe = Pipe.open(network.control, source, NAME, network.traffic, network.download_limit)
     with download.attached(pipe):
         download.pull(
             pipe, lambda count, seconds: network.traffic.measured(source, down=True, count=count, seconds=seconds)

@@ -65,3 +65,6 @@ class Limiter:
         if self._taken[peer] > least:
             return BURST_SECONDS  # woken when whoever is first has taken
         return max(0.0, (size - self._tokens) / self.rate)
+
+
+UNLIMITED = Limiter(None)

@@ -17,7 +17,7 @@ from pathlib import Path
 import base58
 from hivemind.proto import p2pd_pb2
 
-from psyche.network.limits import QUANTUM, Limiter
+from psyche.network.limits import QUANTUM, UNLIMITED, Limiter
 from psyche.network.streams import (
     DIAL_SECONDS,
     MAX_REASON,
@@ -31,34 +31,38 @@ from psyche.network.streams import (
     Violation,
     dial_reason,
 )
+from psyche.network.traffic import Traffic
 
 MAX_CONTROL = 1 << 16
 """Bytes of the daemon's answer to a request for a stream."""
 SOCKET_BUFFER = 1 << 20
 """Of the unix socket to the daemon: fewer, longer turns for both."""
 
-Moved = Callable[[int], None]
-"""Called with every number of bytes moved."""
-
 
 class Pipe:
     """A stream with ``peer_id`` on a blocking socket. Methods raise :class:`Unreachable` when it ends or stalls."""
 
-    def __init__(self, peer_id: str, connection: socket.socket, limiter: Limiter, moved: Moved) -> None:
-        """``limiter`` and ``moved`` see all bytes that go the way this end is used for: out for a server, in for a
-        client."""
+    def __init__(
+        self,
+        peer_id: str,
+        connection: socket.socket,
+        traffic: Traffic,
+        *,
+        up: Limiter = UNLIMITED,
+        down: Limiter = UNLIMITED,
+    ) -> None:
         self.peer_id = peer_id
-        self._socket, self._limiter, self._moved = connection, limiter, moved
+        self._socket, self._traffic, self._up, self._down = connection, traffic, up, down
         self._closed = False
 
     @classmethod
-    def open(cls, control: Path, peer_id: str, name: str, limiter: Limiter, moved: Moved) -> Pipe:
+    def open(cls, control: Path, peer_id: str, name: str, traffic: Traffic, down: Limiter) -> Pipe:
         """A new stream to the server ``name`` at a peer, through the daemon whose control socket is ``control``.
 
         Raises :class:`Unreachable`, or :class:`Refused` where the peer has no such server.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        pipe = cls(peer_id, connection, limiter, moved)
+        pipe = cls(peer_id, connection, traffic, down=down)
         try:
             connection.settimeout(DIAL_SECONDS)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
@@ -76,9 +80,9 @@ class Pipe:
         return pipe
 
     @classmethod
-    def of_descriptor(cls, peer_id: str, descriptor: int, limiter: Limiter, moved: Moved) -> Pipe:
+    def of_descriptor(cls, peer_id: str, descriptor: int, traffic: Traffic, up: Limiter) -> Pipe:
         """A second handle of a stream that the event loop holds, for a thread to write to."""
-        return cls(peer_id, socket.socket(fileno=os.dup(descriptor)), limiter, moved)
+        return cls(peer_id, socket.socket(fileno=os.dup(descriptor)), traffic, up=up)
 
     def close(self) -> None:
         """End the stream; whoever is blocked in it is woken. From any thread, any number of times."""
@@ -99,14 +103,14 @@ class Pipe:
         deadline = time.monotonic() + stall
         while sent < len(data):
             piece = data[sent : sent + QUANTUM]
-            self._limiter.take(self.peer_id, len(piece))
+            self._up.take(self.peer_id, len(piece))
             done = 0
             while done < len(piece):
                 done += self._step(lambda: self._socket.send(piece[done:]), deadline, stall)  # noqa: B023
                 if sent + done - mark >= PROGRESS or sent + done == len(data):
                     mark, deadline = sent + done, time.monotonic() + stall
             sent += done
-            self._moved(done)
+            self._traffic.up(self.peer_id, done)
 
     def read(self, size: int, stall: float) -> bytearray:
         """Exactly ``size`` bytes."""
@@ -119,13 +123,13 @@ class Pipe:
         got = mark = 0
         deadline = time.monotonic() + stall
         while got < len(target):
-            most = QUANTUM if self._limiter.rate is not None else len(target) - got
+            most = QUANTUM if self._down.rate is not None else len(target) - got
             piece = target[got : got + most]
             count = self._step(lambda: self._socket.recv_into(piece), deadline, stall)  # noqa: B023
             got += count
-            self._moved(count)
-            if self._limiter.rate is not None:
-                self._limiter.take(self.peer_id, count)
+            self._traffic.down(self.peer_id, count)
+            if self._down.rate is not None:
+                self._down.take(self.peer_id, count)
                 deadline = max(deadline, time.monotonic() + 1.0)  # what we hold back is not the peer's fault
             if got - mark >= PROGRESS:
                 mark, deadline = got, time.monotonic() + stall

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from psyche.config import Config, Manifest, Node
+from psyche.config import Config, Manifest, Node, bytes_per_second
 from psyche.data.durable import disk_errors, write_durably
 from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
@@ -59,6 +59,9 @@ async def coordinate(
         kinds=KINDS,
         listen=config.node.listen,
         announce=config.node.announce,
+        spool=directory,
+        max_upload=bytes_per_second(config.node.max_upload),
+        max_download=bytes_per_second(config.node.max_download),
     )
     monitor = Monitor(manifest.run, manifest.resolved.parameters, lambda event: log.emit(event))
     if (directory / LOG_NAME).exists():  # a restart: totals go on from where they were
@@ -124,6 +127,9 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         listen=node.listen,
         announce=node.announce,
         bootstrap=invite.addresses,
+        spool=directory,
+        max_upload=bytes_per_second(node.max_upload),
+        max_download=bytes_per_second(node.max_download),
     )
     async with network, _background(announce(network, "member")):
         hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))

@@ -6,7 +6,8 @@ reference drives several with what they hand each other, and both must end with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -255,21 +256,27 @@ class Replica:
 
         Sequence i of the set is judged by member i mod ``members``. What trains is put aside meanwhile.
         """
+        count = min(self.run.heldout_sequences, len(self.store.heldout))
+        indices = range(member, count, members)
+        total, tokens = 0.0, 0
+        with self.judging():
+            for at in range(0, len(indices), self.run.inner.batch_size):
+                loss, predicted = self.engine.evaluate(
+                    self.store.heldout.batch(indices[at : at + self.run.inner.batch_size])
+                )
+                total, tokens = total + loss, tokens + predicted
+        return total, tokens
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Within, the engine holds θ; what trains is put aside."""
         training = torch.empty_like(self.outer.theta) if self._overlaps else None
         if training is not None:
             self.engine.read(training)
         self.engine.write(self.outer.theta)
-        count = min(self.run.heldout_sequences, len(self.store.heldout))
-        indices = range(member, count, members)
-        total, tokens = 0.0, 0
-        for at in range(0, len(indices), self.run.inner.batch_size):
-            loss, predicted = self.engine.evaluate(
-                self.store.heldout.batch(indices[at : at + self.run.inner.batch_size])
-            )
-            total, tokens = total + loss, tokens + predicted
+        yield
         if training is not None:
             self.engine.write(training)
-        return total, tokens
 
     # --------------------------------------------------------------------------------- helpers
 
