@@ -83,3 +83,52 @@ def codec(
 
     plan = Plan(size=size, codecs=tuple(codec or ()), backends=tuple(backend or ()), rivals=rivals)
     main(json, plan, threads=threads, preparing=progress_display)
+
+
+def rate(text: str) -> int:
+    """``100mbit`` as bits a second. Raises ``typer.BadParameter``."""
+    from psyche.bench.exchange import links
+
+    try:
+        return links.rate(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def exchange(
+    peers: Annotated[int, typer.Option(help="Peers that exchange, each a process.", min=2)] = 4,
+    params: Annotated[
+        int, typer.Option(parser=parameters, metavar="COUNT", help="Parameters of each, such as 25M.")
+    ] = "25M",  # type: ignore[assignment]  # typer parses defaults, too
+    codec: Annotated[list[str] | None, typer.Option(help="One of psyche's codecs; repeatable. Default: int8.")] = None,
+    exchange: Annotated[list[str] | None, typer.Option(help="gather; repeatable.")] = None,
+    rate: Annotated[
+        int | None,
+        typer.Option(parser=rate, metavar="RATE", help="Of each link, such as 100mbit; needs root. Default: no limit."),
+    ] = None,
+    up: Annotated[
+        int | None, typer.Option(parser=rate, metavar="RATE", help="Of each link's way up, where that differs.")
+    ] = None,
+    slow_node: Annotated[
+        int | None, typer.Option(parser=rate, metavar="RATE", help="Of the last peer's link, where that differs.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="Exchanges of each system; medians are shown.", min=1)] = 3,
+    rivals: Annotated[bool, typer.Option(help="Measure hivemind and gloo in the same run.")] = True,
+    json: JsonFile = None,
+) -> None:
+    """Seconds, bytes, CPU and memory of whole exchanges on shaped links, beside hivemind and gloo."""
+    from psyche.bench.exchange.compare import Plan, main
+
+    plan = Plan(
+        peers=peers,
+        parameters=params,
+        codecs=tuple(codec or ("int8",)),
+        exchanges=tuple(exchange or ("gather",)),
+        rate=rate,
+        up=up,
+        slow=slow_node,
+        repeats=repeat,
+        rivals=rivals,
+    )
+    main(json, plan)

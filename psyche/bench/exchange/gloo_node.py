@@ -1,0 +1,59 @@
+"""PyTorch's gloo all-reduce: what DistributedDataParallel does on CPUs. Plain TCP: no encryption, no identities."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from psyche.bench.exchange.participant import PATIENCE, Participant
+from psyche.bench.exchange.talk import Done, Met, Ready, Spec, Verified
+from psyche.bench.exchange.tensors import Error, blocks, checked, draw, true_mean
+
+
+class GlooNode(Participant):
+    """One rank."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self._values = torch.empty(spec.parameters)
+
+    def meet(self, meeting: str) -> Met:
+        spec = self.spec
+        os.environ["GLOO_SOCKET_IFNAME"] = spec.device
+        first = not meeting
+        address, port = (spec.address, "0") if first else meeting.split(":")
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, int(port), spec.peers, first, timedelta(seconds=PATIENCE), False
+        )
+        return Met(f"{address}:{self._store.port}", f"rank {spec.number}")
+
+    def prepare(self) -> Ready:
+        took = 0.0
+        if not dist.is_initialized():
+            began = time.monotonic()
+            dist.init_process_group("gloo", store=self._store, rank=self.spec.number, world_size=self.spec.peers)
+            dist.all_reduce(torch.zeros(1))  # connects all ranks
+            took = time.monotonic() - began
+        for block in blocks(self.spec.parameters):
+            self._values[block] = draw(self.spec.number, block)
+        return Ready(took)
+
+    def exchange(self) -> Done:
+        began = time.monotonic()
+        dist.all_reduce(self._values)
+        self._values.div_(self.spec.peers)
+        return Done(began, time.monotonic(), {}, self._values.nbytes)
+
+    def verify(self, names: tuple[str, ...]) -> Verified:
+        error = Error()
+        for block in checked(self.spec.parameters):
+            error.add(self._values[block], true_mean(range(self.spec.peers), block))
+        return Verified(self.spec.peers, error.relative)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,129 @@
+"""One process of a system under measurement: ``python -m psyche.bench.exchange.participant``, driven over stdin."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import torch
+
+from psyche.bench.exchange.talk import (
+    Command,
+    Done,
+    Exchange,
+    Failed,
+    Meet,
+    Met,
+    Prepare,
+    Quit,
+    Ready,
+    Reply,
+    Spec,
+    Verified,
+    Verify,
+    decode_command,
+    decode_spec,
+    encode,
+)
+
+PATIENCE = 600.0
+"""Seconds after which something that should have happened counts as a hang."""
+
+
+class Participant(ABC):
+    """A system's part in an exchange. The methods are called one after another, in the order of a run."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def run(self, serve: Callable[[], None]) -> None:
+        """Own the main thread while ``serve`` takes commands, on this thread or another."""
+        serve()
+
+    @abstractmethod
+    def meet(self, meeting: str) -> Met:
+        """Start, and connect with the others."""
+
+    @abstractmethod
+    def prepare(self) -> Ready:
+        """Everything that does not count, with this process's vector in place."""
+
+    @abstractmethod
+    def exchange(self) -> Done:
+        """What counts."""
+
+    @abstractmethod
+    def verify(self, names: tuple[str, ...]) -> Verified:
+        """How far the result is from the truth."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+def main() -> None:
+    """Serve until told to quit. Where the bench is gone, so is this process, and all that it started."""
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what libraries print goes to the log
+    spec = decode_spec(sys.stdin.buffer.readline())
+    commands: SimpleQueue[Command] = SimpleQueue()
+    threading.Thread(target=_listen, args=[commands], daemon=True).start()
+    torch.set_num_threads(spec.threads)
+    participant = _participant(spec)
+
+    def serve() -> None:
+        while not isinstance(command := commands.get(), Quit):
+            replies.write(encode(_answer(participant, command)) + b"\n")
+
+    try:
+        participant.run(serve)
+    finally:
+        participant.close()
+
+
+def _listen(commands: SimpleQueue[Command]) -> None:
+    for line in sys.stdin.buffer:
+        commands.put(decode_command(line))
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # a group of our own: the bench starts each process in a new session
+
+
+def _answer(participant: Participant, command: Command) -> Reply:
+    try:
+        match command:
+            case Meet(meeting):
+                return participant.meet(meeting)
+            case Prepare():
+                return participant.prepare()
+            case Exchange():
+                return participant.exchange()
+            case Verify(names):
+                return participant.verify(names)
+            case Quit():
+                raise AssertionError("never answered")
+    except Exception as error:  # other people's code: whatever it raises ends up in the bench's own words
+        traceback.print_exc()
+        return Failed(" ".join((str(error) or type(error).__name__).split())[:300])
+
+
+def _participant(spec: Spec) -> Participant:
+    if spec.system == "gloo":
+        from psyche.bench.exchange.gloo_node import GlooNode
+
+        return GlooNode(spec)
+    if spec.system == "hivemind":
+        from psyche.bench.exchange.hivemind_node import HivemindNode
+
+        return HivemindNode(spec)
+    from psyche.bench.exchange.psyche_node import PsycheLead, PsycheNode
+
+    return PsycheLead(spec) if spec.number < 0 else PsycheNode(spec)
+
+
+if __name__ == "__main__":
+    main()

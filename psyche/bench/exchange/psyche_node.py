@@ -1,0 +1,280 @@
+"""psyche's own part: the real coordinator and the real worker, around a model that trains in no time.
+
+Each exchange is a whole round: encode, commit, open, fetch and check, hold, vote, certify, outer step, state root,
+as in a run. Only the inner step is not: it waits for the bench, and leaves parameters behind whose difference from θ is
+the vector to be averaged. The outer step has lr 1 and no momentum, so θ moves by minus the mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar, cast
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from psyche.bench.exchange.participant import PATIENCE, Participant
+from psyche.bench.exchange.talk import Done, Met, Ready, Spec, Verified
+from psyche.bench.exchange.tensors import Error, blocks, checked, draw, true_mean
+from psyche.config import CodecSpec, Deadlines, Inner, Manifest, Model, Node, Outer, Resolved, Rounds, Run
+from psyche.data.store import TokenStore
+from psyche.errors import PsycheError
+from psyche.network.identity import Identity
+from psyche.network.node import NetworkNode
+from psyche.numerics.flat import ALIGNMENT, FlatLayout
+from psyche.numerics.outer import OuterState
+from psyche.protocol.messages import Record
+from psyche.roles.coordinator import Coordinator
+from psyche.roles.presence import KINDS, announce
+from psyche.roles.replica import Interrupted, Replica, Work
+from psyche.roles.worker import Worker
+from psyche.telemetry.events import LOG_NAME, EventLog
+from psyche.training.engine import Batch
+
+T = TypeVar("T")
+
+NEVER = 10**9
+LONG_SECONDS = 86400.0
+"""For the deadline of training, which here waits for the bench. The exchange's own deadlines are the defaults."""
+
+
+class PsycheProcess(Participant):
+    """A process with a network node. Its event loop has the main thread, as p2pd needs it; commands come on another."""
+
+    def run(self, serve: Callable[[], None]) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.run_until_complete(asyncio.to_thread(serve))
+
+    def meet(self, meeting: str) -> Met:
+        return self._on_loop(self._meet(meeting))
+
+    async def _meet(self, meeting: str) -> Met:
+        raise NotImplementedError
+
+    async def _start(self, run_id: bytes, bootstrap: list[str], kind: str) -> None:
+        folder = Path(self.spec.folder)
+        self.identity = Identity.load_or_create(folder / "identity.key")
+        self.log = EventLog(folder / LOG_NAME, self.identity.peer_id)
+        self.network = await NetworkNode.create(
+            self.identity,
+            run_id=run_id,
+            kinds=KINDS,
+            listen=[f"/ip4/{self.spec.address}/tcp/0"],
+            bootstrap=bootstrap,
+        )
+        self._announcing = asyncio.create_task(announce(self.network, kind))
+
+    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
+
+    async def _leave(self, work: asyncio.Task[None]) -> None:
+        for task in (work, self._announcing):
+            task.cancel()
+        await asyncio.gather(work, self._announcing, return_exceptions=True)
+        await self.network.close()
+
+
+class PsycheLead(PsycheProcess):
+    """The coordinator. It moves no tensors."""
+
+    async def _meet(self, meeting: str) -> Met:
+        identity = Identity.load_or_create(Path(self.spec.folder) / "identity.key")
+        manifest = manifest_of(self.spec, identity.peer_id)
+        await self._start(manifest.run_id, [], "coordinator")
+        self._work = asyncio.create_task(Coordinator(manifest, self.identity, self.network, self.log).run())
+        addresses = await self.network.addresses()
+        return Met(msgspec.json.encode([manifest.encode(), addresses]).decode(), self.identity.peer_id)
+
+    def prepare(self) -> Ready:
+        raise NotImplementedError("the coordinator follows its members")
+
+    def exchange(self) -> Done:
+        raise NotImplementedError("the coordinator follows its members")
+
+    def verify(self, names: tuple[str, ...]) -> Verified:
+        raise NotImplementedError("the coordinator has no tensors")
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._leave(self._work))
+
+
+class PsycheNode(PsycheProcess):
+    """A member."""
+
+    async def _meet(self, meeting: str) -> Met:
+        encoded, addresses = msgspec.json.decode(meeting, type=tuple[bytes, list[str]])
+        manifest = Manifest.decode(encoded)
+        await self._start(manifest.run_id, addresses, "member")
+        self._engine = WaitingEngine(self.spec)
+        zero = OuterState.initial(torch.zeros(self.spec.parameters))
+        store = cast(TokenStore, _NoText())
+        me, secret = self.identity.peer_id, self.identity.secret_digest(b"salt")
+        self._replica = TimedReplica(manifest, self._engine, store, zero, me, secret)
+        settings = Node(threads=self.spec.threads, device="cpu", checkpoint_every=NEVER)
+        worker = Worker(self._replica, settings, Path(self.spec.folder), self.identity, self.network, self.log)
+        self._work = asyncio.create_task(worker.run())
+        self._work.add_done_callback(self._ended)
+        return Met("", me)
+
+    def prepare(self) -> Ready:
+        _awaited(self._engine.waiting)
+        theta = self._replica.outer.theta
+        self._before = {block.start: theta[block].clone() for block in checked(self.spec.parameters)}
+        return Ready(0.0)
+
+    def exchange(self) -> Done:
+        began = time.monotonic()
+        self._engine.go.put(True)
+        times: Times = _awaited(self._replica.finished)
+        if times.record is None:
+            raise PsycheError("the round was finished without this node, which fetched the new state")
+        self._record = times.record
+        phases = {
+            "encode": times.encoded - began,
+            "wire": times.fetched - times.encoded,
+            "apply": times.applied - times.fetched,
+        }
+        return Done(began, times.applied, phases, times.payload_bytes)
+
+    def verify(self, names: tuple[str, ...]) -> Verified:
+        error, theta = Error(), self._replica.outer.theta
+        numbers = [names.index(accepted.node) for accepted in self._record.accepted]
+        for block in checked(self.spec.parameters):
+            error.add(self._before[block.start] - theta[block], true_mean(numbers, block))
+        return Verified(len(numbers), error.relative)
+
+    def close(self) -> None:
+        self._engine.go.put(False)
+        self._loop.run_until_complete(self._leave(self._work))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A worker that ended by itself has failed: whoever waits hears of it."""
+        if not task.cancelled():
+            error = task.exception() or PsycheError("the worker ended")
+            self._engine.waiting.put(error)
+            self._replica.finished.put(error)
+
+
+class Times(msgspec.Struct):
+    """When the parts of an exchange ended, on the monotonic clock."""
+
+    encoded: float = 0.0
+    fetched: float = 0.0
+    applied: float = 0.0
+    payload_bytes: int = 0
+    record: Record | None = None
+    """None where the node was left behind and took over the others' state."""
+
+
+class TimedReplica(Replica):
+    """A replica that says when it is done with what."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.finished: SimpleQueue[Any] = SimpleQueue()
+        self.times = Times()
+        super().__init__(*arguments)
+
+    def train(self, *arguments: Any, **options: Any) -> Work:
+        work = super().train(*arguments, **options)
+        self.times = Times(encoded=time.monotonic(), payload_bytes=work.contribution.payload_bytes)
+        return work
+
+    def apply(self, record: Record, *arguments: Any) -> None:
+        self.times.fetched = time.monotonic()
+        super().apply(record, *arguments)
+        self.times.applied, self.times.record = time.monotonic(), record
+        self.finished.put(self.times)
+
+    def adopt(self, outer: OuterState, record: Record | None) -> None:
+        super().adopt(outer, record)
+        if record is not None:
+            self.finished.put(Times())
+
+
+class WaitingEngine:
+    """An engine whose inner step waits for the bench, and then finds its vector in the parameters."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self.layout = FlatLayout.of([("vector", (spec.parameters,))])
+        self.waiting: SimpleQueue[Any] = SimpleQueue()
+        """Something each time that an inner step is reached."""
+        self.go: SimpleQueue[bool] = SimpleQueue()
+        """True: that inner step is done. False: there will be no more."""
+        self._local = torch.empty(self.layout.size)
+
+    def step(self, batch: Batch, lr: float) -> float:
+        self.waiting.put(None)
+        if not self.go.get():
+            raise Interrupted
+        return 0.0
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        return 0.0, 1
+
+    def read(self, flat: Tensor) -> None:
+        flat.copy_(self._local)
+
+    def write(self, flat: Tensor) -> None:
+        """The inner step's doing is done here, where it is not timed."""
+        for block in blocks(self._spec.parameters):
+            torch.sub(flat[block], draw(self._spec.number, block), out=self._local[block])
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """There is none."""
+
+
+class _NoText:
+    """A token store of which nothing is read."""
+
+    def __init__(self) -> None:
+        self.train = self.heldout = self
+
+    def __len__(self) -> int:
+        return 1
+
+    def batch(self, indices: Any) -> Batch:
+        return np.zeros((len(indices), 1), np.int64)
+
+
+def manifest_of(spec: Spec, coordinator: str) -> Manifest:
+    """A run of rounds that are nothing but exchanges of ``spec.parameters`` parameters, a multiple of 4096."""
+    assert spec.parameters % ALIGNMENT == 0
+    zero = OuterState.initial(torch.zeros(spec.parameters))
+    resolved = Resolved(
+        coordinators=(coordinator,),
+        store=bytes(32).hex(),
+        layout=FlatLayout.of([("vector", (spec.parameters,))]).digest.hex(),
+        genesis=zero.index().root.hex(),
+        parameters=spec.parameters,
+        flat_size=spec.parameters,
+    )
+    run = Run(
+        name="bench",
+        model=Model(settings={"vocab_size": 1 << 16}),
+        codec=CodecSpec(name=spec.codec),
+        inner=Inner(batch_size=1),
+        outer=Outer(lr=1.0, momentum=0.0),
+        rounds=Rounds(total=NEVER, inner_steps=1, start_members=spec.peers),
+        deadlines=Deadlines(round_min=LONG_SECONDS, round_max=LONG_SECONDS),
+    )
+    return Manifest(run=run, resolved=resolved)
+
+
+def _awaited(queue: SimpleQueue[Any]) -> Any:
+    try:
+        found = queue.get(timeout=PATIENCE)
+    except Empty:
+        raise PsycheError(f"nothing happened for {PATIENCE:g} s") from None
+    if isinstance(found, BaseException):
+        raise found
+    return found

@@ -1,0 +1,55 @@
+"""The systems that the exchange bench can measure, and what an exchange of each must move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from psyche.bench.exchange import ideal
+from psyche.bench.exchange.links import Link
+from psyche.errors import PsycheError
+from psyche.numerics.codecs.names import CODECS
+
+Kind = Literal["gather"]
+KINDS: tuple[Kind, ...] = ("gather",)
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to average."""
+
+    name: str
+    exchange: str
+    codec: str
+
+    @property
+    def led(self) -> bool:
+        """Whether a process leads that exchanges nothing."""
+        return self.name == "psyche"
+
+    def ideal_seconds(self, payload: int, links: Sequence[Link], served: Sequence[int]) -> float | None:
+        """At least, for payloads of that many bytes, until all peers ``served`` are done; None on unshaped links."""
+        if all(link == Link() for link in links):
+            return None
+        if self.name == "psyche":
+            return ideal.gather(payload, links, served)
+        return ideal.all_reduce(payload, links)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.exchange} {self.codec}"
+
+
+RIVALS = (
+    System("hivemind", "butterfly", "fp32"),
+    System("hivemind", "butterfly", "fp16"),
+    System("gloo", "ring", "fp32"),
+)
+
+
+def own_systems(codecs: Sequence[str], exchanges: Sequence[str]) -> list[System]:
+    """psyche with each codec and exchange. Raises :class:`PsycheError` for a name that does not exist."""
+    for kind, names, known in (("codec", codecs, CODECS), ("exchange", exchanges, KINDS)):
+        if unknown := [name for name in names if name not in known]:
+            raise PsycheError(f"--{kind} {unknown[0]}: there is none of that name; there are {', '.join(known)}")
+    return [System("psyche", exchange, codec) for codec in codecs for exchange in exchanges]
