@@ -244,6 +244,13 @@ def _outcome(task: asyncio.Future[None], source: str, reasons: dict[str, str], o
 
 def _pull(network: NetworkNode, download: Download, source: str) -> None:
     """What one source does for a download. Runs on a thread."""
+    with network.download_turns(source):
+        _pull_now(network, download, source)
+
+
+def _pull_now(network: NetworkNode, download: Download, source: str) -> None:
+    if download.finished:
+        return
     pipe = Pipe.open(network.control, source, NAME, network.traffic, network.download_limit)
     with download.attached(pipe):
         download.pull(

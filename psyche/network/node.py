@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import resource
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ from psyche.network.limits import Limiter
 from psyche.network.records import NoCache, RecordTable, RecordValidator
 from psyche.network.rpc import Rpc
 from psyche.network.spool import Spool
-from psyche.network.streams import Streams, dial_reason
+from psyche.network.streams import CALLS_PER_PEER, Streams, dial_reason
 from psyche.network.traffic import Traffic
 
 BOOTSTRAP_SECONDS = 8.0
@@ -76,6 +77,7 @@ class NetworkNode:
         self.spool = Spool(spool)
         self.blobs = BlobServer(self.streams, Limiter(max_upload))
         self.download_limit = Limiter(max_download)
+        self._turns: dict[str, threading.Semaphore] = {}
         self.downloads = ThreadPoolExecutor(DOWNLOADS, "download")
         self.discovery = Discovery(dht, identity, run_id, kinds)
         self._daemon = daemon
@@ -134,6 +136,10 @@ class NetworkNode:
     def traffic(self) -> Traffic:
         """Bytes of calls and blobs, both ways."""
         return self.streams.traffic
+
+    def download_turns(self, peer_id: str) -> threading.Semaphore:
+        """Held while a stream to ``peer_id`` is open for a blob: it serves so many of ours at once, and no more."""
+        return self._turns.setdefault(peer_id, threading.Semaphore(CALLS_PER_PEER))
 
     @property
     def control(self) -> Path:
