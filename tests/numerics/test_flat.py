@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche import config
-from psyche.numerics.flat import ALIGNMENT, SLICE, FlatLayout
+from psyche.numerics.flat import ALIGNMENT, MAX_SLICES, SLICE, FlatLayout, slice_length
 from psyche.training.models import build, initial_parameters, layout
 
 SHAPES = st.lists(st.lists(st.integers(1, 90), min_size=0, max_size=3).map(tuple), min_size=1, max_size=8)
@@ -145,3 +146,41 @@ def test_initial_parameters_follow_the_seed() -> None:
     spec = config.Model(settings=LLAMA)
     assert torch.equal(initial_parameters(spec, 1)[1], initial_parameters(spec, 1)[1])
     assert not torch.equal(initial_parameters(spec, 1)[1], initial_parameters(spec, 2)[1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 700_000), min_size=1, max_size=10),
+    fragments=st.integers(1, 6),
+    tied=st.booleans(),
+)
+def test_fragments_are_whole_layers_and_cover_everything_once(sizes: list[int], fragments: int, tied: bool) -> None:
+    names = [("embed.weight", (1000,))]
+    names += [(f"model.layers.{n}.{part}", (size,)) for n, size in enumerate(sizes) for part in ("w", "b")]
+    names += [] if tied else [("head.weight", (5000,))]
+    flat = FlatLayout.of(names)
+    units = len(sizes) + 2 - tied
+    if fragments > units:
+        with pytest.raises(ValueError, match=f"at most {units}"):
+            flat.fragments(fragments)
+        return
+    cut = flat.fragments(fragments)
+    assert len(cut) == fragments
+    assert all(cut), "no fragment is empty"
+    everything = sorted((part.start, part.stop) for parts in cut for part in parts)
+    assert everything[0][0] == 0
+    assert everything[-1][1] == flat.size
+    assert all(one[1] == other[0] for one, other in pairwise(everything))
+    assert all(start % ALIGNMENT == stop % ALIGNMENT == 0 for start, stop in everything)
+    assert max(stop - start for start, stop in everything) <= slice_length(flat.size)
+    for number, size in enumerate(sizes):
+        owner = (number + 1) % fragments
+        start = next(span.start for span in flat.spans if span.name == f"model.layers.{number}.w")
+        assert any(part.start <= start < part.stop for part in cut[owner]), "layer i is in fragment i + 1 mod P"
+        assert size
+
+
+def test_a_large_model_has_larger_slices() -> None:
+    assert slice_length(SLICE) == SLICE
+    assert slice_length(MAX_SLICES * SLICE) == SLICE
+    assert slice_length(MAX_SLICES * SLICE + 1) == 2 * SLICE
