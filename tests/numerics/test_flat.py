@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from math import prod
 
 import pytest
@@ -148,39 +147,74 @@ def test_initial_parameters_follow_the_seed() -> None:
     assert not torch.equal(initial_parameters(spec, 1)[1], initial_parameters(spec, 2)[1])
 
 
-@settings(max_examples=100, deadline=None)
+# ------------------------------------------------------------------------------------------- fragments
+
+
+def _transformer(layers: int, sizes: list[int], tail: int) -> FlatLayout:
+    """Embeddings, ``layers`` layers of the tensors ``sizes``, and after them ``tail`` more tensors."""
+    shapes = [("model.embed_tokens.weight", (700, 9))]
+    for layer in range(layers):
+        shapes += [(f"model.layers.{layer}.part{i}.weight", (size,)) for i, size in enumerate(sizes)]
+    shapes += [(("model.norm.weight", "lm_head.weight")[i], (5, 1000 * i + 1)) for i in range(tail)]
+    return FlatLayout.of(shapes)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 700_000), min_size=1, max_size=10),
-    fragments=st.integers(1, 6),
-    tied=st.booleans(),
+    layers=st.integers(1, 9),
+    sizes=st.lists(st.one_of(st.integers(1, 9000), st.integers(SLICE - 2, SLICE + 9000)), min_size=1, max_size=3),
+    tail=st.integers(0, 2),
+    count=st.integers(1, 5),
 )
-def test_fragments_are_whole_layers_and_cover_everything_once(sizes: list[int], fragments: int, tied: bool) -> None:
-    names = [("embed.weight", (1000,))]
-    names += [(f"model.layers.{n}.{part}", (size,)) for n, size in enumerate(sizes) for part in ("w", "b")]
-    names += [] if tied else [("head.weight", (5000,))]
-    flat = FlatLayout.of(names)
-    units = len(sizes) + 2 - tied
-    if fragments > units:
-        with pytest.raises(ValueError, match=f"at most {units}"):
-            flat.fragments(fragments)
+def test_fragments_partition_the_vector_into_aligned_bounded_slices(
+    layers: int, sizes: list[int], tail: int, count: int
+) -> None:
+    flat = _transformer(layers, sizes, tail)
+    units = 1 + layers + (tail > 0)
+    if count > units:
+        with pytest.raises(ValueError, match=f"{count} fragments; this model can be cut into at most {units}"):
+            flat.fragments(count)
         return
-    cut = flat.fragments(fragments)
-    assert len(cut) == fragments
-    assert all(cut), "no fragment is empty"
-    everything = sorted((part.start, part.stop) for parts in cut for part in parts)
-    assert everything[0][0] == 0
+    fragments = flat.fragments(count)
+    assert len(fragments) == count
+    everything = sorted((part.start, part.stop) for parts in fragments for part in parts)
+    assert [start for start, _ in everything] == [0, *(stop for _, stop in everything[:-1])]
     assert everything[-1][1] == flat.size
-    assert all(one[1] == other[0] for one, other in pairwise(everything))
-    assert all(start % ALIGNMENT == stop % ALIGNMENT == 0 for start, stop in everything)
-    assert max(stop - start for start, stop in everything) <= slice_length(flat.size)
-    for number, size in enumerate(sizes):
-        owner = (number + 1) % fragments
-        start = next(span.start for span in flat.spans if span.name == f"model.layers.{number}.w")
-        assert any(part.start <= start < part.stop for part in cut[owner]), "layer i is in fragment i + 1 mod P"
-        assert size
+    for parts in fragments:
+        assert list(parts) == sorted(parts, key=lambda part: part.start)
+        for part in parts:
+            assert part.start % ALIGNMENT == part.stop % ALIGNMENT == 0
+            assert 0 < part.stop - part.start <= slice_length(flat.size)
 
 
-def test_a_large_model_has_larger_slices() -> None:
-    assert slice_length(SLICE) == SLICE
-    assert slice_length(MAX_SLICES * SLICE) == SLICE
-    assert slice_length(MAX_SLICES * SLICE + 1) == 2 * SLICE
+def test_layers_are_dealt_to_fragments_in_turn() -> None:
+    flat = _transformer(5, [3], 2)
+    found = [
+        {flat.name_at(at) for part in parts for at in range(part.start, part.stop, ALIGNMENT)}
+        for parts in flat.fragments(3)
+    ]
+    assert found == [
+        {"model.embed_tokens.weight", "model.layers.2.part0.weight", "model.norm.weight", "lm_head.weight"},
+        {"model.layers.0.part0.weight", "model.layers.3.part0.weight"},
+        {"model.layers.1.part0.weight", "model.layers.4.part0.weight"},
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gpt_neox"])
+def test_the_layers_of_real_models_are_found(architecture: str) -> None:
+    names = {"gpt2": {"n_embd": 32, "n_layer": 5, "n_head": 2}}
+    usual = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2}
+    settings_ = {"vocab_size": 64, **names.get(architecture, usual)}
+    flat = layout(config.Model(architecture=architecture, settings=settings_))
+    assert len(flat.fragments(7)) == 7  # what is before the layers, five layers, what comes after
+    with pytest.raises(ValueError, match="at most 7"):
+        flat.fragments(8)
+
+
+@pytest.mark.parametrize(
+    ("size", "length"),
+    [(1, SLICE), (MAX_SLICES * SLICE, SLICE), (MAX_SLICES * SLICE + 1, 2 * SLICE), (7 * 10**9, 16 * SLICE)],
+)
+def test_larger_models_have_larger_slices_not_more(size: int, length: int) -> None:
+    assert slice_length(size) == length
+    assert -(-size // length) <= MAX_SLICES
