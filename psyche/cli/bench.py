@@ -102,7 +102,8 @@ def exchange(
         int, typer.Option(parser=parameters, metavar="COUNT", help="Parameters of each, such as 25M.")
     ] = "25M",  # type: ignore[assignment]  # typer parses defaults, too
     codec: Annotated[list[str] | None, typer.Option(help="One of psyche's codecs; repeatable. Default: int8.")] = None,
-    exchange: Annotated[list[str] | None, typer.Option(help="gather; repeatable.")] = None,
+    exchange: Annotated[list[str] | None, typer.Option(help="gather, sharded or auto; repeatable.")] = None,
+    reducers: Annotated[int, typer.Option(help="Sharded: peers that add up each slice.", min=1)] = 2,
     rate: Annotated[
         int | None,
         typer.Option(parser=rate, metavar="RATE", help="Of each link, such as 100mbit; needs root. Default: no limit."),
@@ -125,6 +126,7 @@ def exchange(
         parameters=params,
         codecs=tuple(codec or ("int8",)),
         exchanges=tuple(exchange or ("gather",)),
+        reducers=reducers,
         rate=rate,
         up=up,
         slow=slow_node,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from psyche.config import Manifest
 from psyche.exchange.cost import sharded_from
 from psyche.numerics.codecs.registry import codec
+from psyche.numerics.flat import FlatLayout
 from psyche.protocol.state import Rules
 from psyche.training.models import layout
 
@@ -13,7 +14,9 @@ def rules_of(manifest: Manifest) -> Rules:
     """The manifest as the protocol sees it."""
     run, resolved = manifest.run, manifest.resolved
     encoder = codec(run.codec.name)
-    fragments = layout(run.model).fragments(run.overlap.fragments)
+    # Without fragments the model's size says it all, and nobody has to build the model to know it.
+    flat = FlatLayout.of([("", (resolved.flat_size,))]) if run.overlap.fragments == 1 else layout(run.model)
+    fragments = flat.fragments(run.overlap.fragments)
     return Rules(
         run_id=manifest.run_id,
         genesis=bytes.fromhex(resolved.genesis),

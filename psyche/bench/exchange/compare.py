@@ -41,6 +41,7 @@ class Plan:
     parameters: int
     codecs: Sequence[str] = ("int8",)
     exchanges: Sequence[str] = ("gather",)
+    reducers: int = 2
     rate: int | None = None
     """Of each link; None: as fast as the machine."""
     up: int | None = None
@@ -91,7 +92,7 @@ def measure(plan: Plan) -> Result:
     """Measure all of ``plan``. Raises :class:`PsycheError`; a rival that fails is left out with a word."""
     if plan.peers < 2:
         raise PsycheError("an exchange needs two peers or more: raise --peers")
-    systems = own_systems(plan.codecs, plan.exchanges) + (list(RIVALS) if plan.rivals else [])
+    systems = own_systems(plan.codecs, plan.exchanges, plan.reducers) + (list(RIVALS) if plan.rivals else [])
     result = Result(notes=_busy())
     seen: dict[System, list[Exchanged]] = {system: [] for system in systems}
     with (
@@ -136,10 +137,11 @@ def _crew(stack: ExitStack, plan: Plan, system: System, places: Sequence[Place],
         parameters=plan.parameters,
         address="",
         device="",
-        folder=str(folder / str(system).replace(" ", "-")),
+        folder=str(folder / str(system).replace(" ", "-").replace("/", "")),
         threads=max(1, (os.cpu_count() or 1) // plan.peers),
         codec=system.codec,
         exchange=system.exchange,
+        reducers=system.reducers,
     )
     return stack.enter_context(crew(spec, places, lead, led=system.led))
 

@@ -29,7 +29,8 @@ class HivemindNode(Participant):
         self._group = 0
 
     def meet(self, meeting: str) -> Met:
-        from hivemind import DHT, DecentralizedAverager, Float16Compression, NoCompression
+        from hivemind import DHT, DecentralizedAverager
+        from hivemind.compression import Float16Compression, NoCompression
 
         spec = self.spec
         self._dht = DHT(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, cast
@@ -22,7 +22,7 @@ from torch import Tensor
 from psyche.bench.exchange.participant import PATIENCE, Participant
 from psyche.bench.exchange.talk import Done, Met, Ready, Spec, Verified
 from psyche.bench.exchange.tensors import Error, blocks, checked, draw, true_mean
-from psyche.config import CodecSpec, Deadlines, Inner, Manifest, Model, Node, Outer, Resolved, Rounds, Run
+from psyche.config import CodecSpec, Deadlines, ExchangeSpec, Inner, Manifest, Model, Node, Outer, Resolved, Rounds, Run
 from psyche.data.store import TokenStore
 from psyche.errors import PsycheError
 from psyche.network.identity import Identity
@@ -32,7 +32,7 @@ from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Record
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.presence import KINDS, announce
-from psyche.roles.replica import Interrupted, Replica, Work
+from psyche.roles.replica import Gradient, Interrupted, Replica, Work
 from psyche.roles.worker import Worker
 from psyche.telemetry.events import LOG_NAME, EventLog
 from psyche.training.engine import Batch
@@ -67,6 +67,7 @@ class PsycheProcess(Participant):
             kinds=KINDS,
             listen=[f"/ip4/{self.spec.address}/tcp/0"],
             bootstrap=bootstrap,
+            spool=folder,
         )
         self._announcing = asyncio.create_task(announce(self.network, kind))
 
@@ -185,10 +186,16 @@ class TimedReplica(Replica):
         self.times = Times(encoded=time.monotonic(), payload_bytes=work.contribution.payload_bytes)
         return work
 
-    def apply(self, record: Record, *arguments: Any) -> None:
-        self.times.fetched = time.monotonic()
-        super().apply(record, *arguments)
-        self.times.applied, self.times.record = time.monotonic(), record
+    def step_outer(self, record: Record, gradient: Gradient) -> None:
+        self.times.fetched, self.times.record = time.monotonic(), record
+        super().step_outer(record, gradient)
+
+    def rebase(self, round: int) -> None:
+        super().rebase(round)
+        self.times.applied = time.monotonic()
+
+    def settle(self, record: Record) -> None:
+        super().settle(record)
         self.finished.put(self.times)
 
     def adopt(self, outer: OuterState, record: Record | None) -> None:
@@ -210,6 +217,8 @@ class WaitingEngine:
         self._local = torch.empty(self.layout.size)
 
     def step(self, batch: Batch, lr: float) -> float:
+        for block in blocks(self._spec.parameters):
+            self._local[block] -= draw(self._spec.number, block)
         self.waiting.put(None)
         if not self.go.get():
             raise Interrupted
@@ -221,10 +230,12 @@ class WaitingEngine:
     def read(self, flat: Tensor) -> None:
         flat.copy_(self._local)
 
-    def write(self, flat: Tensor) -> None:
-        """The inner step's doing is done here, where it is not timed."""
-        for block in blocks(self._spec.parameters):
-            torch.sub(flat[block], draw(self._spec.number, block), out=self._local[block])
+    def write(self, flat: Tensor, parts: Sequence[slice] | None = None) -> None:
+        for part in parts or [slice(None)]:
+            self._local[part].copy_(flat[part])
+
+    def shift(self, flat: Tensor, parts: Sequence[slice]) -> None:
+        """There are no late steps here."""
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -262,6 +273,7 @@ def manifest_of(spec: Spec, coordinator: str) -> Manifest:
         name="bench",
         model=Model(settings={"vocab_size": 1 << 16}),
         codec=CodecSpec(name=spec.codec),
+        exchange=ExchangeSpec(kind=cast(Any, spec.exchange), reducers=spec.reducers),
         inner=Inner(batch_size=1),
         outer=Outer(lr=1.0, momentum=0.0),
         rounds=Rounds(total=NEVER, inner_steps=1, start_members=spec.peers),

@@ -18,7 +18,7 @@ def summary(plan: Plan, system: System, seen: Sequence[Exchanged]) -> Row:
     """Medians over ``seen``."""
     seconds = median(one.seconds(plan.served) for one in seen)
     payload = max(peer.done.payload_bytes for one in seen for peer in one.peers)
-    ideal = system.ideal_seconds(payload, plan.links, plan.served)
+    ideal = system.ideal_seconds(plan.parameters, payload, plan.links, plan.served)
 
     def typical(of_peers: Callable[[Iterable[float]], float], value: Callable[[Peer], float | None]) -> float | None:
         """Median over exchanges of the median or maximum over peers."""

@@ -9,10 +9,11 @@ from typing import Literal
 from psyche.bench.exchange import ideal
 from psyche.bench.exchange.links import Link
 from psyche.errors import PsycheError
-from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.names import CODECS, usual_result_codec
+from psyche.numerics.codecs.registry import codec
 
-Kind = Literal["gather"]
-KINDS: tuple[Kind, ...] = ("gather",)
+Kind = Literal["gather", "sharded", "auto"]
+KINDS: tuple[Kind, ...] = ("gather", "sharded", "auto")
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,30 @@ class System:
     name: str
     exchange: str
     codec: str
+    reducers: int = 0
+    """Of each slice, in a sharded exchange."""
 
     @property
     def led(self) -> bool:
         """Whether a process leads that exchanges nothing."""
         return self.name == "psyche"
 
-    def ideal_seconds(self, payload: int, links: Sequence[Link], served: Sequence[int]) -> float | None:
+    def ideal_seconds(
+        self, parameters: int, payload: int, links: Sequence[Link], served: Sequence[int]
+    ) -> float | None:
         """At least, for payloads of that many bytes, until all peers ``served`` are done; None on unshaped links."""
         if all(link == Link() for link in links):
             return None
+        if self.exchange == "sharded":
+            result = codec(usual_result_codec(self.codec)).expected_bytes(parameters)
+            return ideal.sharded(payload, result, min(self.reducers, len(links)), links)
         if self.name == "psyche":
             return ideal.gather(payload, links, served)
         return ideal.all_reduce(payload, links)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.exchange} {self.codec}"
+        kind = f"{self.exchange}/{self.reducers}" if self.exchange == "sharded" else self.exchange
+        return f"{self.name} {kind} {self.codec}"
 
 
 RIVALS = (
@@ -47,9 +56,9 @@ RIVALS = (
 )
 
 
-def own_systems(codecs: Sequence[str], exchanges: Sequence[str]) -> list[System]:
+def own_systems(codecs: Sequence[str], exchanges: Sequence[str], reducers: int) -> list[System]:
     """psyche with each codec and exchange. Raises :class:`PsycheError` for a name that does not exist."""
     for kind, names, known in (("codec", codecs, CODECS), ("exchange", exchanges, KINDS)):
         if unknown := [name for name in names if name not in known]:
             raise PsycheError(f"--{kind} {unknown[0]}: there is none of that name; there are {', '.join(known)}")
-    return [System("psyche", exchange, codec) for codec in codecs for exchange in exchanges]
+    return [System("psyche", exchange, codec, reducers) for codec in codecs for exchange in exchanges]
