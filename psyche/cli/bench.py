@@ -134,3 +134,32 @@ def exchange(
         rivals=rivals,
     )
     main(json, plan)
+
+
+@app.command()
+def utilisation(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A run to take model, data and codec from. Default: a small one.", show_default=False),
+    ] = None,
+    peers: Annotated[int, typer.Option(help="Nodes, each behind a link of its own.", min=2)] = 4,
+    ratio: Annotated[
+        float, typer.Option(help="What the exchange takes without overlap, over a round's computing.", min=0.01, max=10)
+    ] = 0.3,
+    rate: Annotated[
+        int | None,
+        typer.Option(parser=rate, metavar="RATE", help="Of each link. Default: as RATIO asks, with 40 steps a round."),
+    ] = None,
+    overlap: Annotated[
+        list[str] | None, typer.Option(help="none, tail or fragments; repeatable. Default: all of them.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds that count; two more come before.", min=1)] = 6,
+    step_seconds: Annotated[float, typer.Option(help="What an inner step takes.", min=0.001)] = 0.1,
+    json: JsonFile = None,
+) -> None:
+    """The share of its time that a node trains on slow links, with and without overlap. Needs root."""
+    from psyche.bench.utilisation.compare import main
+    from psyche.bench.utilisation.plan import Plan, only
+
+    plan = Plan(peers=peers, ratio=ratio, rate=rate, rounds=rounds, step_seconds=step_seconds, config=config)
+    main(json, only(plan, overlap or ()))

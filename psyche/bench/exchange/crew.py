@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ import msgspec
 
 from psyche.bench.exchange.links import Place
 from psyche.bench.exchange.participant import PATIENCE
+from psyche.bench.exchange.reap import reap
 from psyche.bench.exchange.talk import Command, Failed, Meet, Met, Quit, Reply, Spec, decode_reply, encode
 from psyche.errors import PsycheError
 
@@ -65,14 +64,7 @@ class Child:
 
     def reap(self, deadline: float) -> None:
         """Wait until ``deadline`` (monotonic) for it to end, then end it, and all of its session."""
-        # Not waited for yet, so that the number of its session cannot be somebody else's when that is killed.
-        while os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        reap(self.process, deadline)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import IO
 
 import torch
 
@@ -69,11 +69,13 @@ class Participant(ABC):
 
 def main() -> None:
     """Serve until told to quit. Where the bench is gone, so is this process, and all that it started."""
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    source, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    # hivemind forks, and the fork closes sys.stdin, which hangs for ever where a thread was reading from it.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what libraries print goes to the log
-    spec = decode_spec(sys.stdin.buffer.readline())
+    spec = decode_spec(source.readline())
     commands: SimpleQueue[Command] = SimpleQueue()
-    threading.Thread(target=_listen, args=[commands], daemon=True).start()
+    threading.Thread(target=_listen, args=[source, commands], daemon=True).start()
     torch.set_num_threads(spec.threads)
     participant = _participant(spec)
 
@@ -87,8 +89,8 @@ def main() -> None:
         participant.close()
 
 
-def _listen(commands: SimpleQueue[Command]) -> None:
-    for line in sys.stdin.buffer:
+def _listen(source: IO[bytes], commands: SimpleQueue[Command]) -> None:
+    for line in source:
         commands.put(decode_command(line))
     os.killpg(os.getpgrp(), signal.SIGKILL)  # a group of our own: the bench starts each process in a new session
 

@@ -1,0 +1,1 @@
+"""How much of its time a node trains, when exchanging takes long."""
