@@ -164,7 +164,7 @@ def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | 
         case Voted():
             if current.ring and node not in current.votes:
                 state = replace(state, result_seconds=observed(state.result_seconds, now - current.since))
-            current = replace(current, votes=_put(current.votes, node, event.proof))
+            current = replace(current, votes=_put(current.votes, node, event.proof), fetched=current.fetched | {node})
         case Attested():
             current = replace(current, attestations=_put(current.attestations, node, event.state_root))
             if node in state.peers:

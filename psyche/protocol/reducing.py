@@ -14,7 +14,7 @@ one more node is drawn. What nobody may gain by:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from psyche.protocol.admission import Step, observed
@@ -41,7 +41,16 @@ def select(
         out = frozenset(current.ring) - here
     if out >= set(current.ring):
         return abandon(state, current, "no reducer is left")
-    chosen = replace(current, selected=selected, out=frozenset(), again=(), reports={}, lacking={}, term=state.term + 1)
+    chosen = replace(
+        current,
+        selected=selected,
+        out=frozenset(),
+        again=(),
+        reports={},
+        fetched=frozenset(),
+        lacking={},
+        term=state.term + 1,
+    )
     lacking = _lacking(chosen, draw_of(rules, chosen), out & here)
     reducing = replace(chosen, out=out, lacking=lacking, selected_in=chosen.term)
     return replace(state, term=chosen.term, round=_begun(rules, state, reducing, now)), []
@@ -82,21 +91,20 @@ def vote_anew(rules: Rules, state: State, current: Round, now: float) -> Step:
     return propose(rules, state, current, accepted, electorate, now, record.results, record.minority)
 
 
-def reduce_anew(rules: Rules, state: State, current: Round, now: float) -> Step | None:
-    """Back to the reduction of groups whose result is lost: all who had it went away, and nobody voted. Else None."""
-    record = current.proposal
-    assert record is not None
+def reduce_anew(rules: Rules, state: State, current: Round, results: Sequence[bytes], now: float) -> Step | None:
+    """Back to the reduction of groups whose result is lost, because all who had it went away; None where none is."""
     here = set(living(state, current))
     believed = {
         group: {node for node, found in current.reports[group].items() if found == root}
-        for group, root in enumerate(record.results)
+        for group, root in enumerate(results)
     }
-    lost = {group: nodes for group, nodes in believed.items() if not nodes & here}
+    lost = {group: nodes for group, nodes in believed.items() if not (nodes | current.fetched) & here}
     gone = frozenset(node for nodes in lost.values() for node in nodes)
     if not lost or gone | current.out >= set(current.ring):
         return None
     reports = {group: found for group, found in current.reports.items() if group not in lost}
-    return _put_out(rules, state, replace(current, proposal=None, votes={}, reports=reports), gone, now)
+    reducing = replace(current, proposal=None, votes={}, fetched=frozenset(), reports=reports)
+    return _put_out(rules, state, reducing, gone, now)
 
 
 # -------------------------------------------------------------------------------------- helpers
@@ -116,6 +124,8 @@ def _judge(rules: Rules, state: State, current: Round, draw: Draw, now: float) -
             return abandon(state, current, "the reducers contradict each other, and nobody is left to ask")
         return replace(state, round=_begun(rules, state, wider, now)), []
     results = tuple(root for root in roots if root is not None)
+    if step := reduce_anew(rules, state, current, results, now):
+        return step
     losers = {node for found, root in zip(reports, results, strict=True) for node in minority(found, root)}
     electorate = tuple(member.node for member in current.plan.members)
     return propose(rules, state, current, current.selected, electorate, now, results, losers)

@@ -178,7 +178,7 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
         seconds = now - current.opened
         effect = Certified(record, tuple(current.votes[node] for node in sorted(current.votes)), seconds)
         return replace(state, round=certified), [effect]
-    if record.results and not current.votes and (step := reduce_anew(rules, state, current, now)):
+    if record.results and (step := reduce_anew(rules, state, current, record.results, now)):
         return step
     if now < current.deadline:
         return state, []

@@ -93,6 +93,8 @@ class Round:
     """The term in which they were selected; a report names it."""
     reports: Mapping[int, Mapping[str, bytes]] = field(default_factory=dict)
     """Results of their reduction, by group and reducer."""
+    fetched: frozenset[str] = frozenset()
+    """Who has voted on results of this selection, and so has all of them."""
     term: int = 0
     proposals: int = 0
     """Records put to the vote so far."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from psyche.numerics.digest import digest
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.proposals import carries_quorum
+from psyche.protocol.reduction import ring_fault
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import (
     Arrived,
@@ -255,6 +256,25 @@ class Table:
             wanted = one.contribution.commitment(one.node, RUN_ID, plan.round)
             assert committed.get(one.node, state.round.commitments[one.node][0]) == wanted
             assert one.contribution.tokens == one.contribution.inner_steps * self.rules.tokens_per_step
+        self._inspect_results(state, record)
+
+    def _inspect_results(self, state: State, record: Record) -> None:
+        """What a sharded record says is what more than half of the reports on each group say."""
+        current, plan = state.round, record.plan
+        assert current is not None
+        if not plan.reducers:
+            assert (record.ring, record.results, record.minority) == ((), (), ())
+            return
+        assert plan.reducers == self.rules.reducers_for(len(plan.members))
+        assert ring_fault(plan.seed, record.ring, {member.node for member in plan.members}) is None
+        assert {one.node for one in record.accepted} == current.selected <= set(record.ring)
+        assert len(record.results) == min(len(record.ring), self.rules.slices_in(plan.round)) > 0
+        losers = set()
+        for group, root in enumerate(record.results):
+            reports = current.reports[group]
+            assert 2 * sum(found == root for found in reports.values()) > len(reports)
+            losers |= {node for node, found in reports.items() if found != root}
+        assert record.minority == tuple(sorted(losers))
 
     def _inspect_certified(self, before: State, event: Event, record: Record, votes: tuple[bytes, ...]) -> None:
         number = record.plan.round

@@ -1,7 +1,8 @@
 """Whatever arrives, in whatever order, after whatever pauses: what must never happen does not.
 
 The inspector of ``players.Table`` sees every transition: no round certified twice, every certificate with its
-quorum, every accepted contribution committed to before closing, nobody from outside, no round skipped, ``tick`` pure.
+quorum, every accepted contribution committed to before closing, nobody from outside, no round skipped, results what
+most of the reducers found, ``tick`` pure.
 """
 
 from __future__ import annotations
@@ -11,8 +12,22 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche.protocol.state import Arrived, Attested, Committed, Held, Left, Opened, Phase, Restored, Seen, Tick, Voted
+from psyche.protocol.state import (
+    Arrived,
+    Attested,
+    Committed,
+    Held,
+    Left,
+    Opened,
+    Phase,
+    Reported,
+    Restored,
+    Seen,
+    Tick,
+    Voted,
+)
 from tests.protocol.players import GENESIS, RULES, RUN_ID, Table, contribution, nodes, peer_id, root_after
+from tests.protocol.sharders import report
 
 MEMBERS = nodes(4)
 EVERYBODY = [*MEMBERS, peer_id(80), peer_id(81)]
@@ -20,8 +35,11 @@ VERBS = (
     *["due"] * 12,
     *["jump"] * 3,
     *("arrive", "leave", "seen", "tick", "bad commit", "bad open", "bad hold", "bad vote", "bad attest", "restore"),
+    *("bad report", "wrong report", "wrong report"),
 )
 """``due``: some of the members (a bit mask) do what an honest one would do next. The rest is mischief."""
+WAYS = st.sampled_from([(None, 2), (2, 1), (2, 2), (3, 3)])
+"""From how many members on rounds are sharded, and among how many reducers."""
 STEPS = st.lists(st.tuples(st.sampled_from(VERBS), st.integers(1, 63), st.integers(0, 7)), min_size=40, max_size=90)
 
 
@@ -35,6 +53,8 @@ def do_what_is_due(table: Table, node: str, holds: frozenset[str] | None = None)
         table.open(node)
     elif current.proposal is None:
         table.hold(node, current.contributions if holds is None else holds)
+        if table.state.round is not None and table.state.round.selected and table.state.round.proposal is None:
+            report(table, node)
     elif current.certified:
         table.attest(node)
     elif node in current.proposal.electorate:
@@ -77,25 +97,32 @@ def happen(table: Table, verb: str, who: int, what: int) -> None:
             table.send(Voted(node, number, term, bytes([what]) * 32, b""))
         case _ if current is None:
             table.send(Tick())
+        case "bad report":
+            term = current.selected_in + what % 3 - 1
+            table.send(Reported(node, number, term, {what: bytes([what]) * 32, who % 5: bytes([what]) * 32}))
+        case "wrong report" if current.selected and current.plan.member(node):
+            report(table, node, bytes([what]) * 32)
         case "bad open":
             given_ = contribution(EVERYBODY[what % 6], current.plan, tokens=200 + what)
             table.send(Opened(node, number, given_, b""))
 
 
 @settings(max_examples=200, deadline=None)
-@given(steps=STEPS, least=st.integers(1, 3))
-def test_any_interleaving(steps: list[tuple[str, int, int]], least: int) -> None:
-    table = Table(replace(RULES, min_members=least))
+@given(steps=STEPS, least=st.integers(1, 3), way=WAYS)
+def test_any_interleaving(steps: list[tuple[str, int, int]], least: int, way: tuple[int | None, int]) -> None:
+    table = Table(replace(RULES, min_members=least, sharded_from=way[0], reducers=way[1]))
     table.arrive(MEMBERS, GENESIS)
     for verb, who, what in steps:
         happen(table, verb, who, what)
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps=STEPS)
-def test_the_run_goes_on_once_the_members_behave_again(steps: list[tuple[str, int, int]]) -> None:
+@given(steps=STEPS, way=WAYS)
+def test_the_run_goes_on_once_the_members_behave_again(
+    steps: list[tuple[str, int, int]], way: tuple[int | None, int]
+) -> None:
     """No sequence of events leaves a state from which good members cannot finish the run."""
-    table = Table(replace(RULES, min_members=1, start_members=2))
+    table = Table(replace(RULES, min_members=1, start_members=2, sharded_from=way[0], reducers=way[1]))
     table.arrive(MEMBERS, GENESIS)
     for verb, who, what in steps:
         happen(table, verb, who, what)
@@ -119,14 +146,15 @@ def test_the_run_goes_on_once_the_members_behave_again(steps: list[tuple[str, in
 
 
 @settings(max_examples=100, deadline=None)
-@given(steps=STEPS, crash=st.integers(0, 59))
+@given(steps=STEPS, crash=st.integers(0, 59), way=WAYS)
 def test_a_coordinator_that_restarts_goes_on_from_what_members_prove(
-    steps: list[tuple[str, int, int]], crash: int
+    steps: list[tuple[str, int, int]], crash: int, way: tuple[int | None, int]
 ) -> None:
     """It forgets everything; members that hold the last record bring it back, and no round is certified anew."""
-    table = Table(replace(RULES, min_members=1, rounds=5))
+    table = Table(replace(RULES, min_members=1, rounds=5, sharded_from=way[0], reducers=way[1]))
     table.arrive(MEMBERS, GENESIS)
-    table.play_round(MEMBERS)
+    while not table.state.rounds:
+        happen(table, "due", 15, 0)
     for verb, who, what in steps[:crash]:
         happen(table, verb, who, what)
     last = max(table.certified)
