@@ -63,7 +63,8 @@ class Shapes:
     def sharded(self, peers: int, reducers: int) -> Cost:
         """Everybody fetches its groups' slices of everybody's payload (with the index of all of it), and the results
         of the groups it does not reduce."""
-        share = min(reducers, peers) / peers
+        reducers = min(reducers, peers)
+        share = reducers / peers
         fetched = (peers - 1) * (share * self.payload + self.index)
         sent = round(fetched + (1 - share) * (self.result + self.index) + (peers - reducers) * STREAM_BYTES)
         return Cost(sent, sent)

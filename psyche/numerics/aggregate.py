@@ -24,10 +24,15 @@ def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tenso
 
 
 def reduce_slice(codec: Codec, result_codec: Codec, payloads: Iterable[tuple[float, Buffer]], count: int) -> bytes:
-    """:func:`aggregate` over ``count`` parameters, encoded once: the same bytes from every node that does it."""
-    total = torch.empty(count)
+    """:func:`aggregate` over ``count`` parameters, encoded once: the same bytes from every node that does it.
+
+    Both codecs are of one backend. A sum that overflows becomes the largest fp32 value: weights are rounded, so that
+    payloads at the end of the range could otherwise stop every node that reduces them.
+    """
+    total = torch.empty(count, device=codec.device)
     aggregate(codec, payloads, total)
-    return result_codec.encode(total, torch.zeros(count), None, 0.0)
+    most = torch.finfo(torch.float32).max
+    return result_codec.encode(total.clamp_(-most, most), torch.zeros_like(total), None, 0.0)
 
 
 def shares(parts: Mapping[str, int]) -> dict[str, float]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 from psyche.config import Run
+from psyche.exchange.cost import Cost, Shapes, sharded_from
 from psyche.numerics.codecs.registry import codec
 from psyche.roles.rules import fragments_of
-from psyche.telemetry.wording import size
+from psyche.telemetry.wording import number, size
 from psyche.training.models import layout
+
+LINES = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}
+"""Lines for which a round's exchange is worked out, in bytes a second: a home's and a data centre's cheapest."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,28 @@ class Costs:
     payload_bytes: int
     """Of a round; the mean where rounds exchange fragments."""
     payload_ratio: float
-    up_bytes: int
-    """A round, with gather: this node's payload to everybody else."""
-    down_bytes: int
+    gather: Cost
+    """Of a round, where everybody fetches every payload; the mean where rounds exchange fragments."""
+    sharded: Cost
+    """The same where ``reducers`` nodes add up each slice for all."""
+    reducers: int
+    sharded_from: int | None
+    """Members from which the run shards; None: however many there are, it does not."""
     tokens_per_round: int
     """All members together."""
     tokens: int
     """The whole run, all members together."""
-    bytes_per_token: float
-    """Sent by all members, per token of training."""
+
+    @property
+    def exchange(self) -> Cost:
+        """Of a round, the way that the run takes it."""
+        shards = self.sharded_from is not None and self.members >= self.sharded_from
+        return self.sharded if shards else self.gather
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Sent by all members, per token of training."""
+        return self.members * self.exchange.up / self.tokens_per_round
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Label and value, for people."""
@@ -40,33 +58,54 @@ class Costs:
         yield "members assumed", f"{self.members} (run.rounds.start_members)"
         yield "memory per node", f"{size(self.tensor_bytes)} of tensors, and activations"
         yield "payload", f"{size(self.payload_bytes)}, {self.payload_ratio:.2f}× smaller than fp32"
-        yield "bytes per round and node", f"{size(self.up_bytes)} up, {size(self.down_bytes)} down"
+        yield "bytes per round and node", f"{size(self.exchange.up)} up, {size(self.exchange.down)} down"
+        yield "exchange by gather", _described(self.gather)
+        yield f"by {self.reducers} reducers a slice", _described(self.sharded)
+        yield "exchange taken", self._taken()
         yield "tokens per round", f"{self.tokens_per_round:,}"
         yield "tokens", f"{self.tokens:,} ({self.tokens / self.parameters:.1f} per parameter)"
         yield "bytes per token", f"{self.bytes_per_token:.2f}"
+
+    def _taken(self) -> str:
+        if self.sharded_from is None:
+            return "gather"
+        if self.members >= self.sharded_from:
+            return f"sharded, with {self.sharded_from} members or more"
+        return f"gather; sharded from {self.sharded_from} members on"
+
+
+def _described(cost: Cost) -> str:
+    times = ", ".join(f"{number(cost.seconds(rate, rate), '.2g')} s at {line}" for line, rate in LINES.items())
+    return f"{size(cost.up)} each way: {times}"
 
 
 def costs_of(run: Run) -> Costs:
     """Work the costs out. Builds the model without allocating it. Raises ``ConfigError`` where it cannot be built."""
     flat = layout(run.model)
-    encoder = codec(run.codec.name)
+    encoder, result = codec(run.codec.name), codec(run.result_codec)
     fragments = fragments_of(run, flat)
-    whole = sum(encoder.expected_bytes(part.stop - part.start) for parts in fragments for part in parts)
+    counts = [[part.stop - part.start for part in parts] for parts in fragments]
+    whole = sum(encoder.expected_bytes(count) for one in counts for count in one)
     payload = round(whole / len(fragments))
-    members = run.rounds.start_members
+    members, reducers = run.rounds.start_members, run.exchange.reducers
+    shapes = [Shapes.of(encoder, result, one) for one in counts]
     # θ, m, model, gradient, two moments, local copy; and the residual where there is error feedback
     copies = 7 + encoder.error_feedback
     per_round = members * run.rounds.inner_steps * run.tokens_per_step
-    up = payload * (members - 1)
     return Costs(
         parameters=flat.parameters,
         members=members,
         tensor_bytes=4 * flat.size * copies + payload * members,
         payload_bytes=payload,
         payload_ratio=4 * flat.parameters / whole,
-        up_bytes=up,
-        down_bytes=up,
+        gather=_mean([one.gather(members) for one in shapes]),
+        sharded=_mean([one.sharded(members, reducers) for one in shapes]),
+        reducers=reducers,
+        sharded_from=sharded_from(run, fragments),
         tokens_per_round=per_round,
         tokens=per_round * run.rounds.total,
-        bytes_per_token=members * up / per_round,
     )
+
+
+def _mean(costs: list[Cost]) -> Cost:
+    return Cost(round(fmean(cost.up for cost in costs)), round(fmean(cost.down for cost in costs)))

@@ -90,7 +90,7 @@ def test_bytes_are_those_of_the_payloads_in_what_was_sent(codecs: CodecScale, ro
             assert row.bits_per_parameter == pytest.approx(8 * payload / row.parameters)
     final = next(row for row in rows if row.codec == "int8" and row.final)
     assert final.bytes_per_token == pytest.approx(
-        costs_of(run_of(codecs.setting, _trial(codecs, "int8"))).bytes_per_token
+        costs_of(run_of(codecs.setting, _trial(codecs, "int8"))).bytes_per_token, rel=0.01
     )
 
 

@@ -11,7 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.aggregate import aggregate, share
+from psyche.numerics.aggregate import aggregate, reduce_slice, share
+from psyche.numerics.backends.base import TorchBackend
+from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import MalformedPayload
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.outer import OuterState, outer_step
@@ -90,6 +92,38 @@ def test_aggregate_of_a_malformed_payload_raises() -> None:
     good = used.encode(torch.ones(CHUNK), torch.zeros(CHUNK), None, 1.0)
     with pytest.raises(MalformedPayload):
         aggregate(used, [(0.5, good), (0.5, good[:-1])], torch.empty(CHUNK))
+
+
+PAIRS = [("int8", "int8"), ("int4", "int8"), ("int2", "int4"), ("topk2", "topk2-512"), ("topk2e", "int4"), ("fp32", "fp32")]
+
+
+@pytest.mark.parametrize(("name", "result"), PAIRS)
+def test_a_reduced_slice_is_the_aggregate_encoded_once_by_every_backend(name: str, result: str) -> None:
+    torch.manual_seed(5)
+    count, weights = 3 * CHUNK, [share(part, 10) for part in (1, 2, 3, 4)]
+    values = [torch.randn(count) * 1e-3 for _ in weights]
+    payloads = [codec(name).encode(v, torch.zeros(count), None, 0.0) for v in values]
+    total = torch.empty(count)
+    aggregate(codec(name), zip(weights, payloads, strict=True), total)
+    expected = codec(result).encode(total, torch.zeros(count), None, 0.0)
+    for backend in (TorchBackend(), best()):
+        found = reduce_slice(backend.codec(name), backend.codec(result), zip(weights, payloads, strict=True), count)
+        assert found == expected
+    codec(result).check(expected, count)
+
+
+@pytest.mark.parametrize(("name", "result"), PAIRS)
+def test_payloads_at_the_end_of_the_range_cannot_stop_who_reduces_them(name: str, result: str) -> None:
+    """Three shares of 1/3 are more than 1 in fp32, so that the sum of three largest values overflows."""
+    count, most = CHUNK, torch.finfo(torch.float32).max
+    payload = codec(name).encode(torch.full((count,), most), torch.zeros(count), None, 0.0)
+    total = torch.empty(count)
+    aggregate(codec(name), [(share(1, 3), payload)] * 3 + [(1.0, payload)], total)
+    assert bool(torch.isinf(total).any())
+    found = reduce_slice(codec(name), codec(result), [(share(1, 3), payload)] * 3 + [(1.0, payload)], count)
+    decoded = torch.zeros(count)
+    codec(result).decode_add(found, 1.0, decoded)
+    assert bool(torch.isfinite(decoded).all())
 
 
 # --------------------------------------------------------------------------------------- outer step

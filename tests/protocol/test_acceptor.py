@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault
 from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record
 from psyche.protocol.proposals import round_seed
+from psyche.protocol.reduction import ring
 from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
 
 A, B, C, D = nodes(4)
@@ -120,3 +122,53 @@ def test_a_member_does_not_vote_for_another_record_of_a_round_it_voted_in() -> N
     again = changed(RECORD, plan=changed(PLAN, term=5), accepted=RECORD.accepted[:2])
     with pytest.raises(Refusal):
         vote(again, term=6, acceptor=voted)
+
+
+# ---------------------------------------------------------------------------------- sharded rounds
+
+SHARDING = replace(RULES, sharded_from=2)
+SHARDED_PLAN = changed(PLAN, reducers=2)
+RING = ring(PLAN.seed, (A, B, C))
+ROOTS = tuple(bytes([group]) * 32 for group in range(3))
+SHARDED = changed(RECORD, plan=SHARDED_PLAN, ring=RING, results=ROOTS)
+OTHER_ROOTS = (b"o" * 32, *ROOTS[1:])
+
+
+def test_a_good_sharded_record_gets_the_vote() -> None:
+    for minority in ((), (B,)):
+        record = changed(SHARDED, minority=minority)
+        assert vote(record, rules=SHARDING, reduced={1: ROOTS[1]}).record == record.hash
+
+
+def test_any_round_may_be_gathered() -> None:
+    """It is what a sharded one falls back to, and trusts nobody."""
+    assert vote(RECORD, rules=SHARDING).record == RECORD.hash
+
+
+@pytest.mark.parametrize(
+    ("reason", "record"),
+    [
+        ("a result is not what this node found", changed(SHARDED, results=OTHER_ROOTS)),
+        ("not one result for each group", changed(SHARDED, results=ROOTS[:2])),
+        ("not one result for each group", changed(SHARDED, results=(*ROOTS, ROOTS[0]))),
+        ("not one result for each group", changed(SHARDED, results=())),
+        ("order of its seed", changed(SHARDED, ring=(*RING[1:], RING[0]))),
+        ("the ring is not members", changed(SHARDED, ring=(*RING[:2], STRANGER))),
+        ("left out of those who reduce", changed(SHARDED, ring=RING[:2], results=ROOTS[:2])),
+        ("not named in ascending order", changed(SHARDED, minority=(C, B))),
+        ("not named in ascending order", changed(SHARDED, minority=(B, B))),
+        ("did not reduce", changed(SHARDED, minority=(D,))),
+        ("as the manifest does", changed(SHARDED, plan=changed(PLAN, reducers=1))),
+        ("where everybody aggregates", changed(RECORD, results=ROOTS)),
+        ("where everybody aggregates", changed(RECORD, ring=RING)),
+        ("where everybody aggregates", changed(RECORD, minority=(A,))),
+    ],
+)
+def test_a_bad_sharded_record_gets_no_vote(reason: str, record: Record) -> None:
+    with pytest.raises(Refusal, match=reason):
+        vote(record, rules=SHARDING, reduced={0: ROOTS[0]})
+
+
+def test_a_round_that_the_manifest_does_not_shard_is_not_sharded() -> None:
+    with pytest.raises(Refusal, match="as the manifest does"):
+        vote(SHARDED)

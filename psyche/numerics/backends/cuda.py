@@ -53,6 +53,7 @@ class CudaCodec(Codec):
         self._host = host
         self._launcher = launcher
         self.name, self.error_feedback = host.name, host.error_feedback
+        self.device = launcher.device
         sparse = isinstance(host, TopK2)
         self._kernel = f"topk2_{host.kept}" if isinstance(host, TopK2) else host.name.replace("-", "_")
         self._encode_span = ALIGNMENT if sparse else 1024 if host.name == "fp32" else _TILES
@@ -189,6 +190,7 @@ class RecodedTopK2(TopK2e):
     def __init__(self, fixed: CudaCodec, host: TopK2e) -> None:
         super().__init__(host.format.kept, fixed)
         self._host = host
+        self.device = fixed.device
 
     def expand(self, payload: Buffer, count: int) -> bytes:
         return self._host.expand(payload, count)

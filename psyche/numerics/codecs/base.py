@@ -42,6 +42,8 @@ class Codec(ABC):
     """Whether what quantization loses is kept for the next round. Off where nothing is lost."""
     backend: str = "torch"
     """What computes it: ``torch`` is the definition."""
+    device: torch.device = torch.device("cpu")
+    """Where its tensors lie."""
 
     @abstractmethod
     def encode(self, base: Tensor, local: Tensor, residual: Tensor | None, beta: float) -> bytes:
