@@ -97,6 +97,9 @@ def _replace_reducers(rules: Rules, state: State, current: Round, silent: set[st
     """Put nodes out; what they would have reduced goes to the next on the ring."""
     out = current.out | silent
     if out >= set(current.ring):
+        draw = draw_of(rules, current)
+        if all(current.reports.get(group) for group in range(draw.groups)):
+            return _judge(rules, state, current, draw, now)  # fewer than k, but nobody else is left to ask
         return abandon(state, current, "no reducer is left")
     return replace(state, round=replace(current, out=out, deadline=now + exchange_allowed(rules, state))), []
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from psyche.config import Run
 from psyche.numerics.codecs.registry import codec
+from psyche.roles.rules import fragments_of
 from psyche.telemetry.wording import size
 from psyche.training.models import layout
 
@@ -21,6 +22,7 @@ class Costs:
     """θ and m, the model, its gradients, AdamW's two moments, the error-feedback buffer, and at the end of a round
     the local copy and the payloads of all members. Activations come on top and depend on the micro-batch."""
     payload_bytes: int
+    """Of a round; the mean where rounds exchange fragments."""
     payload_ratio: float
     up_bytes: int
     """A round, with gather: this node's payload to everybody else."""
@@ -48,7 +50,9 @@ def costs_of(run: Run) -> Costs:
     """Work the costs out. Builds the model without allocating it. Raises ``ConfigError`` where it cannot be built."""
     flat = layout(run.model)
     encoder = codec(run.codec.name)
-    payload = sum(encoder.expected_bytes(part.stop - part.start) for part in flat.slices())
+    fragments = fragments_of(run, flat)
+    whole = sum(encoder.expected_bytes(part.stop - part.start) for parts in fragments for part in parts)
+    payload = round(whole / len(fragments))
     members = run.rounds.start_members
     # θ, m, model, gradient, two moments, local copy; and the residual where there is error feedback
     copies = 7 + encoder.error_feedback
@@ -59,7 +63,7 @@ def costs_of(run: Run) -> Costs:
         members=members,
         tensor_bytes=4 * flat.size * copies + payload * members,
         payload_bytes=payload,
-        payload_ratio=4 * flat.parameters / payload,
+        payload_ratio=4 * flat.parameters / whole,
         up_bytes=up,
         down_bytes=up,
         tokens_per_round=per_round,

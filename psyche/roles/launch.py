@@ -12,6 +12,7 @@ from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
 from psyche.errors import ConfigError
 from psyche.numerics.outer import OuterState
+from psyche.roles.rules import fragments_of
 from psyche.training.engine import TorchEngine
 from psyche.training.models import build
 
@@ -39,6 +40,7 @@ def launch(config: Config, coordinator: str, progress: Callable[[Progress], None
     if config.node.threads is not None:
         torch.set_num_threads(config.node.threads)
     engine = TorchEngine(build(run.model, seed=run.seed), run.inner, config.node)
+    fragments_of(run, engine.layout)
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     genesis = OuterState.initial(theta)

@@ -65,6 +65,8 @@ class Steps:
 
     trace: Trace = field(default_factory=Trace)
     losses: list[float] = field(default_factory=list)
+    lr: float = 0.0
+    """Of the last one."""
     late: int = 0
     """Those among them that were taken while the round before was on the wire."""
 
@@ -128,16 +130,15 @@ class Replica:
             self.engine.write(self.outer.theta)
             self._steps = Steps()
         steps, self._steps = self._steps, None
-        lr = 0.0
         for step in range(steps.late, member.inner_steps):
             if stop():
                 raise Interrupted
-            lr = self._step(steps, plan, step, self.global_step(plan) + step)
-            progress(step, steps.losses[-1], lr)
+            self._step(steps, plan, step, self.global_step(plan) + step)
+            progress(step, steps.losses[-1], steps.lr)
         self.engine.read(self._snapshot)
-        steps.trace.mark(member.inner_steps, self._snapshot)
+        end = steps.trace.mark(member.inner_steps, self._snapshot)
         payload = self._encode(plan.round)
-        self._steps = Steps()
+        self._steps = Steps(Trace(end if self._overlaps else None))
         contribution = Contribution(
             base_root=plan.base_root,
             data_digest=steps.trace.data_digest,
@@ -150,19 +151,20 @@ class Replica:
             salt=self._salt(plan),
         )
         loss = sum(steps.losses) / len(steps.losses)
-        return Work(plan.round, contribution, payload, loss, lr, self._norm(plan.round, payload))
+        return Work(plan.round, contribution, payload, loss, steps.lr, self._norm(plan.round, payload))
 
     def step_late(self, plan: Plan) -> bool:
         """One inner step of the next round while ``plan``'s, for which this node has trained, is on the wire.
 
-        False, and nothing done, where the run allows no more of them.
+        False, and nothing done, where the run allows no more of them or has no next round.
         """
         steps, member = self._steps, plan.member(self.node)
         if steps is None or member is None or steps.late >= self.run.overlap.late_steps:
             return False
-        self._step(
-            steps, plan, member.inner_steps + steps.late, self.global_step(plan) + member.inner_steps + steps.late
-        )
+        if plan.round == self.run.rounds.total:
+            return False
+        step = member.inner_steps + steps.late
+        self._step(steps, plan, step, self.global_step(plan) + step)
         steps.late += 1
         return True
 
@@ -274,21 +276,22 @@ class Replica:
         if training is not None:
             self.engine.read(training)
         self.engine.write(self.outer.theta)
-        yield
-        if training is not None:
-            self.engine.write(training)
+        try:
+            yield
+        finally:
+            if training is not None:
+                self.engine.write(training)
 
     # --------------------------------------------------------------------------------- helpers
 
-    def _step(self, steps: Steps, plan: Plan, step: int, global_step: int) -> float:
-        """One inner step on the data of step ``step`` of this node in round ``plan``; its lr."""
+    def _step(self, steps: Steps, plan: Plan, step: int, global_step: int) -> None:
+        """One inner step on the data of step ``step`` of this node in round ``plan``."""
         batch, train, late = self.run.inner.batch_size, self.store.train, self.run.overlap.late_steps
         span = positions(plan, self.node, batch, late)[step * batch : (step + 1) * batch]
         tokens = train.batch(sequences(span, len(train), self.run.seed))
-        lr = learning_rate(self.run.inner, global_step, self.run.total_steps)
-        steps.losses.append(self.engine.step(tokens, lr))
+        steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps)
+        steps.losses.append(self.engine.step(tokens, steps.lr))
         steps.trace.saw(tokens)
-        return lr
 
     def _stand_at(self, record: Record | None, changed: Sequence[slice] | None) -> None:
         """Take up a place in the chain, with an outer state that differs from the last one in ``changed`` only."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from psyche.config import Manifest
+from psyche.config import Manifest, Run
+from psyche.errors import ConfigError
 from psyche.exchange.cost import sharded_from
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.flat import FlatLayout
@@ -16,7 +17,7 @@ def rules_of(manifest: Manifest) -> Rules:
     encoder = codec(run.codec.name)
     # Without fragments the model's size says it all, and nobody has to build the model to know it.
     flat = FlatLayout.of([("", (resolved.flat_size,))]) if run.overlap.fragments == 1 else layout(run.model)
-    fragments = flat.fragments(run.overlap.fragments)
+    fragments = fragments_of(run, flat)
     return Rules(
         run_id=manifest.run_id,
         genesis=bytes.fromhex(resolved.genesis),
@@ -36,3 +37,11 @@ def rules_of(manifest: Manifest) -> Rules:
         silence=run.deadlines.silence,
         spread=run.deadlines.spread,
     )
+
+
+def fragments_of(run: Run, flat: FlatLayout) -> tuple[tuple[slice, ...], ...]:
+    """The slices of each fragment of the run. Raises :class:`ConfigError` where the model has too few layers."""
+    try:
+        return flat.fragments(run.overlap.fragments)
+    except ValueError as error:
+        raise ConfigError(f"run.overlap.fragments: {error}") from None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche import config
-from psyche.numerics.flat import ALIGNMENT, SLICE, FlatLayout
+from psyche.numerics.flat import ALIGNMENT, MAX_SLICES, SLICE, FlatLayout, slice_length
 from psyche.training.models import build, initial_parameters, layout
 
 SHAPES = st.lists(st.lists(st.integers(1, 90), min_size=0, max_size=3).map(tuple), min_size=1, max_size=8)
@@ -145,3 +145,76 @@ def test_initial_parameters_follow_the_seed() -> None:
     spec = config.Model(settings=LLAMA)
     assert torch.equal(initial_parameters(spec, 1)[1], initial_parameters(spec, 1)[1])
     assert not torch.equal(initial_parameters(spec, 1)[1], initial_parameters(spec, 2)[1])
+
+
+# ------------------------------------------------------------------------------------------- fragments
+
+
+def _transformer(layers: int, sizes: list[int], tail: int) -> FlatLayout:
+    """Embeddings, ``layers`` layers of the tensors ``sizes``, and after them ``tail`` more tensors."""
+    shapes = [("model.embed_tokens.weight", (700, 9))]
+    for layer in range(layers):
+        shapes += [(f"model.layers.{layer}.part{i}.weight", (size,)) for i, size in enumerate(sizes)]
+    shapes += [(("model.norm.weight", "lm_head.weight")[i], (5, 1000 * i + 1)) for i in range(tail)]
+    return FlatLayout.of(shapes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.integers(1, 9),
+    sizes=st.lists(st.one_of(st.integers(1, 9000), st.integers(SLICE - 2, SLICE + 9000)), min_size=1, max_size=3),
+    tail=st.integers(0, 2),
+    count=st.integers(1, 5),
+)
+def test_fragments_partition_the_vector_into_aligned_bounded_slices(
+    layers: int, sizes: list[int], tail: int, count: int
+) -> None:
+    flat = _transformer(layers, sizes, tail)
+    units = 1 + layers + (tail > 0)
+    if count > units:
+        with pytest.raises(ValueError, match=f"{count} fragments; this model can be cut into at most {units}"):
+            flat.fragments(count)
+        return
+    fragments = flat.fragments(count)
+    assert len(fragments) == count
+    everything = sorted((part.start, part.stop) for parts in fragments for part in parts)
+    assert [start for start, _ in everything] == [0, *(stop for _, stop in everything[:-1])]
+    assert everything[-1][1] == flat.size
+    for parts in fragments:
+        assert list(parts) == sorted(parts, key=lambda part: part.start)
+        for part in parts:
+            assert part.start % ALIGNMENT == part.stop % ALIGNMENT == 0
+            assert 0 < part.stop - part.start <= slice_length(flat.size)
+
+
+def test_layers_are_dealt_to_fragments_in_turn() -> None:
+    flat = _transformer(5, [3], 2)
+    found = [
+        {flat.name_at(at) for part in parts for at in range(part.start, part.stop, ALIGNMENT)}
+        for parts in flat.fragments(3)
+    ]
+    assert found == [
+        {"model.embed_tokens.weight", "model.layers.2.part0.weight", "model.norm.weight", "lm_head.weight"},
+        {"model.layers.0.part0.weight", "model.layers.3.part0.weight"},
+        {"model.layers.1.part0.weight", "model.layers.4.part0.weight"},
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gpt_neox"])
+def test_the_layers_of_real_models_are_found(architecture: str) -> None:
+    names = {"gpt2": {"n_embd": 32, "n_layer": 5, "n_head": 2}}
+    usual = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2}
+    settings_ = {"vocab_size": 64, **names.get(architecture, usual)}
+    flat = layout(config.Model(architecture=architecture, settings=settings_))
+    assert len(flat.fragments(7)) == 7  # what is before the layers, five layers, what comes after
+    with pytest.raises(ValueError, match="at most 7"):
+        flat.fragments(8)
+
+
+@pytest.mark.parametrize(
+    ("size", "length"),
+    [(1, SLICE), (MAX_SLICES * SLICE, SLICE), (MAX_SLICES * SLICE + 1, 2 * SLICE), (7 * 10**9, 16 * SLICE)],
+)
+def test_larger_models_have_larger_slices_not_more(size: int, length: int) -> None:
+    assert slice_length(size) == length
+    assert -(-size // length) <= MAX_SLICES

@@ -1,0 +1,116 @@
+"""The cost model against the bytes that real nodes move, and what ``auto`` makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from psyche.exchange.base import Wire
+from psyche.exchange.cost import Shapes
+from psyche.exchange.gather import Gather
+from psyche.exchange.shape import Shape
+from psyche.exchange.sharded import Sharded
+from psyche.exchange.shelf import Shelf
+from psyche.network.identity import Identity
+from psyche.network.node import NetworkNode
+from psyche.numerics.backends.choice import best
+from psyche.numerics.codecs.registry import codec
+from psyche.numerics.digest import payload_root
+from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record, Reducing
+from psyche.protocol.reduction import ring
+
+COUNTS = (1 << 18,) * 9 + (1 << 16,)
+PEERS = 4
+
+
+async def start(directory: Path) -> list[NetworkNode]:
+    nodes: list[NetworkNode] = []
+    for number in range(PEERS):
+        identity = Identity.load_or_create(directory / f"{number}.key")
+        bootstrap = await nodes[0].addresses() if nodes else ()
+        nodes.append(
+            await NetworkNode.create(
+                identity, run_id=bytes(32), kinds=("m",), listen=["/ip4/127.0.0.1/tcp/0"], bootstrap=bootstrap
+            )
+        )
+    return sorted(nodes, key=lambda node: node.peer_id)
+
+
+async def exchanged(nodes: list[NetworkNode], name: str, reducers: int) -> list[torch.Tensor]:
+    """One exchange by real nodes; everybody's outer gradient."""
+    used, result = best().codec(name), best().codec("int8")
+    plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, tuple(Member(n.peer_id, 1, 1) for n in nodes))
+    wires = [Wire(node, Shelf(node), node.peer_id, lambda peer, what: pytest.fail(what)) for node in nodes]
+    shape = Shape(used, COUNTS)
+    sides = [Sharded(wire, plan, shape, result) if reducers else Gather(wire, plan, shape) for wire in wires]
+    payloads = [
+        [used.encode(torch.randn(count), torch.zeros(count), None, 0.0) for count in COUNTS] for _ in range(PEERS)
+    ]
+    given = {
+        node.peer_id: Contribution(
+            bytes(32), bytes(32), bytes(32), payload_root(payload), sum(map(len, payload)), 1, 0, 1, bytes(32)
+        )
+        for node, payload in zip(nodes, payloads, strict=True)
+    }
+    order = ring(plan.seed, given) if reducers else ()
+    reducing = Reducing(1, order, (), (), tuple(sorted(given)))
+    for side, payload in zip(sides, payloads, strict=True):
+        await side.offer(payload)
+        if isinstance(side, Sharded):
+            side.drawn(reducing)
+    await asyncio.gather(*(side.collect(node, given[node]) for side in sides for node in given))
+    assert all(side.held == set(given) for side in sides)
+    results: dict[int, bytes] = {}
+    for side in sides:
+        for group, root in (await side.reduce(reducing, given)).items() if isinstance(side, Sharded) else ():
+            assert results.setdefault(group, root) == root, "reducers find the same bytes"
+    record = Record(
+        plan,
+        tuple(Accepted(node, given[node]) for node in sorted(given)),
+        (),
+        tuple(sorted(given)),
+        False,
+        order,
+        tuple(results[group] for group in sorted(results)),
+        (),
+    )
+    gradients = []
+    for gradient in await asyncio.gather(*(side.prepare(record) for side in sides)):
+        out = [torch.empty(count) for count in COUNTS]
+        for number, part in enumerate(out):
+            gradient(number, part)
+        gradients.append(torch.cat(out))
+    return gradients
+
+
+@pytest.mark.parametrize(("name", "reducers"), [("int8", 0), ("int8", 1), ("int8", 2), ("topk2-512", 0)])
+def test_the_model_is_what_is_measured(tmp_path: Path, name: str, reducers: int) -> None:
+    async def main() -> None:
+        nodes = await start(tmp_path)
+        try:
+            gradients = await exchanged(nodes, name, reducers)
+        finally:
+            for node in nodes:
+                await node.close()
+        assert all(torch.equal(one, gradients[0]) for one in gradients), "the same bits everywhere"
+        shapes = Shapes.of(codec(name), codec("int8"), COUNTS)
+        cost = shapes.sharded(PEERS, reducers) if reducers else shapes.gather(PEERS)
+        down = sum(node.traffic.bytes_down for node in nodes) / PEERS
+        up = sum(node.traffic.bytes_up for node in nodes) / PEERS
+        assert abs(down - cost.down) <= 0.02 * cost.down, (down, cost)
+        assert abs(up - cost.up) <= 0.02 * cost.up, (up, cost)
+
+    asyncio.run(main())
+
+
+def test_gather_grows_with_the_peers_and_sharded_hardly_does() -> None:
+    shapes = Shapes.of(codec("int8"), codec("int8"), (1 << 18,) * 96)
+    assert shapes.gather(16).up == 5 * shapes.gather(4).up
+    one = [shapes.sharded(peers, 1).up for peers in (4, 8, 16, 64)]
+    assert one[2] / one[0] == pytest.approx(1.25, abs=0.02), "2(n−1)/n: from few to many it cannot be flat"
+    assert one[2] / one[1] < 1.10
+    assert one[3] / one[2] < 1.06
+    assert shapes.gather(4).seconds(1e6, 1e6) == shapes.gather(4).up / 1e6

@@ -1,0 +1,324 @@
+"""Fragments and late steps: what is kept, what is exchanged, and that all nodes end with the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from torch import Tensor
+
+from psyche.config import load_config
+from psyche.errors import ConfigError
+from psyche.network.identity import Identity
+from psyche.numerics.aggregate import share
+from psyche.protocol.acceptor import plan_fault
+from psyche.protocol.admission import contribution_fault
+from psyche.protocol.assignment import next_position, positions
+from psyche.protocol.messages import Accepted, Member, Plan, Record
+from psyche.protocol.proposals import round_seed
+from psyche.roles.costs import costs_of
+from psyche.roles.launch import launch
+from psyche.roles.reference import play
+from psyche.roles.replica import Exploded, Replica, Work
+from psyche.roles.rules import rules_of
+from psyche.verification.traces import Trace
+from tests.protocol.players import nodes
+from tests.roles.tiny import replica, write_config
+
+FP32 = {"codec": {"name": "fp32"}}
+
+
+def swarm(directory: Path, members: int, **changes: object) -> dict[str, Replica]:
+    """Replicas of one run by node id, all at its beginning."""
+    config = load_config(write_config(directory, members=members, **changes))
+    identities = [Identity.load_or_create(directory / f"{number}.key") for number in range(members)]
+    manifest = launch(config, identities[0].peer_id).manifest
+    return {identity.peer_id: replica(manifest, config.node, identity) for identity in identities}
+
+
+def alone(directory: Path, **changes: object) -> Replica:
+    (one,) = swarm(directory, 1, **changes).values()
+    return one
+
+
+def rounds(replicas: dict[str, Replica], late: Callable[[int, str], int]) -> Iterator[tuple[Record, dict[str, Work]]]:
+    return play(replicas[min(replicas)].manifest, replicas, late)
+
+
+def plan_for(one: Replica) -> Plan:
+    """The next round of a swarm of this node alone."""
+    chain, member = one.chain, Member(one.node, one.run.rounds.inner_steps, 1)
+    root, seed = chain.state_root, round_seed(chain.head)
+    return Plan(chain.rounds + 1, 1, chain.head, root, seed, chain.position, 0, (member,))
+
+
+def record_of(plan: Plan, work: Work) -> Record:
+    node = plan.members[0].node
+    return Record(plan, (Accepted(node, work.contribution),), (), (node,), False, (), (), ())
+
+
+def trained(one: Replica) -> Tensor:
+    """x, the parameters that the engine trains."""
+    local = torch.empty_like(one.outer.theta)
+    one.engine.read(local)
+    return local
+
+
+# ------------------------------------------------------------------------------------- the algorithm
+
+
+def test_without_overlap_it_is_diloco_to_the_bit(tmp_path: Path) -> None:
+    """Plain formulas, all parameters at once: every round starts from θ, and the outer step is Nesterov's."""
+    replicas = swarm(tmp_path, 2, **FP32)
+    run = replicas[min(replicas)].run
+    lr, mu = run.outer.lr, run.outer.momentum
+    theta = {node: one.outer.theta.clone() for node, one in replicas.items()}[min(replicas)]
+    momentum = torch.zeros_like(theta)
+    weight = share(1, 2)
+    for _, works in rounds(replicas, lambda round, node: 0):
+        gradient = torch.zeros_like(theta)
+        for node in sorted(replicas):  # fp32 payloads are Δ itself
+            delta = torch.zeros_like(theta)
+            one = replicas[node]
+            for part, encoded in zip(one.slices_of(1), works[node].payload, strict=True):
+                one.codec.decode_add(encoded, 1.0, delta[part])
+            gradient += delta * weight
+        momentum = momentum * mu + gradient
+        theta = theta - (momentum * mu + gradient) * lr
+        for one in replicas.values():
+            assert torch.equal(one.outer.theta, theta)
+            assert torch.equal(one.outer.momentum, momentum)
+            assert torch.equal(trained(one), theta), "the next round starts from θ"
+            assert one.index == one.outer.index(), "what was not hashed again had changed"
+    assert all(work.contribution.late_steps == 0 for work in works.values())
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk2"])
+@pytest.mark.parametrize("overlap", [{"late_steps": 2}, {"fragments": 2, "late_steps": 3}, {"fragments": 4}])
+def test_replicas_agree_whatever_each_of_them_does_meanwhile(
+    tmp_path: Path, codec: str, overlap: dict[str, int]
+) -> None:
+    changes = {"codec": {"name": codec}, "rounds": {"total": 6, "inner_steps": 4, "start_members": 3}}
+    replicas = swarm(tmp_path, 3, overlap=overlap, **changes)
+    order, most = sorted(replicas), overlap.get("late_steps", 0)
+    seen, before = set(), replicas[order[0]].outer.theta.clone()
+    for record, works in rounds(replicas, lambda round, node: (round + order.index(node)) % (most + 1)):
+        number = record.plan.round
+        assert len({one.chain.state_root for one in replicas.values()}) == 1
+        seen.add(replicas[order[0]].chain.state_root)
+        for rank, node in enumerate(order):
+            one = replicas[node]
+            taken = (number - 1 + rank) % (most + 1) if number > 1 else 0
+            assert works[node].contribution.late_steps == taken
+            assert works[node].contribution.inner_steps == 4
+            assert one.index == one.outer.index(), "what was not hashed again had changed"
+        changed = replicas[order[0]].outer.theta != before
+        before = replicas[order[0]].outer.theta.clone()
+        for part in replicas[order[0]].slices_of(number):
+            assert changed[part].any()
+            changed[part] = False
+        assert not changed.any(), "a round changes the parameters of its own fragment only"
+    assert len(seen) == 6
+    assert sum(work.contribution.late_steps for work in works.values()) > 0 or not most
+
+
+def test_late_steps_are_kept_on_top_of_what_the_others_found(tmp_path: Path) -> None:
+    one = alone(tmp_path, **FP32, overlap={"late_steps": 3})
+    plan = plan_for(one)
+    work = one.train(plan)
+    snapshot = trained(one)
+    assert [one.step_late(plan) for _ in range(5)] == [True, True, True, False, False]
+    ahead = trained(one)
+    assert not torch.equal(ahead, snapshot)
+    one.apply(record_of(plan, work), one.gradient_of(record_of(plan, work), {one.node: work.payload}))
+    assert torch.equal(trained(one), ahead + (one.outer.theta - snapshot))
+    assert plan_fault(plan_for(one), one.chain) is None
+    assert one.train(plan_for(one)).contribution.late_steps == 3
+
+
+def test_what_trains_becomes_the_outer_parameters_where_no_step_was_taken(tmp_path: Path) -> None:
+    """x + (θ' − x) is not θ' in floating point; nothing may be left of x all the same."""
+    one = alone(tmp_path, overlap={"fragments": 2, "late_steps": 3})
+    plan = plan_for(one)
+    work = one.train(plan)
+    snapshot, before = trained(one), one.outer.theta.clone()
+    record = record_of(plan, work)
+    one.apply(record, one.gradient_of(record, {one.node: work.payload}))
+    local, exchanged = trained(one), torch.zeros(len(before), dtype=torch.bool)
+    for part in one.slices_of(1):
+        exchanged[part] = True
+    assert torch.equal(local[exchanged], one.outer.theta[exchanged])
+    assert not torch.equal(local[exchanged], before[exchanged])
+    assert torch.equal(local[~exchanged], snapshot[~exchanged]), "the other fragment goes on as if nothing had happened"
+    assert torch.equal(one.outer.theta[~exchanged], before[~exchanged])
+
+
+def test_no_late_steps_are_taken_for_a_round_that_will_not_be(tmp_path: Path) -> None:
+    rounds = {"total": 1, "inner_steps": 4, "start_members": 1}
+    one = alone(tmp_path, rounds=rounds, overlap={"late_steps": 3})
+    plan = plan_for(one)
+    assert not one.step_late(plan), "before the round's own steps there is nothing to go on from"
+    one.train(plan)
+    assert not one.step_late(plan)
+
+
+def test_a_round_may_be_all_late_steps(tmp_path: Path) -> None:
+    one = alone(tmp_path, **FP32, overlap={"late_steps": 3})
+    plan = plan_for(one)
+    record = record_of(plan, work := one.train(plan))
+    while one.step_late(plan):
+        pass
+    one.apply(record, one.gradient_of(record, {one.node: work.payload}))
+    work = one.train(plan_for(one))
+    assert work.contribution.late_steps == work.contribution.inner_steps == 3
+    assert work.lr > 0
+
+
+def test_whoever_takes_over_a_state_starts_from_it(tmp_path: Path) -> None:
+    one = alone(tmp_path, overlap={"fragments": 2, "late_steps": 3})
+    genesis, plan = one.outer.clone(), plan_for(one)
+    first = one.train(plan)
+    one.step_late(plan)
+    one.adopt(genesis, None)
+    again = one.train(plan)
+    assert again.contribution.late_steps == 0
+    assert again.contribution.data_digest == first.contribution.data_digest
+
+
+def test_judging_the_outer_parameters_leaves_what_trains_alone(tmp_path: Path) -> None:
+    one = alone(tmp_path, overlap={"fragments": 2, "late_steps": 3})
+    fresh = one.heldout_loss(0, 1)
+    plan = plan_for(one)
+    one.train(plan)
+    one.step_late(plan)
+    before = trained(one)
+    assert one.heldout_loss(0, 1) == fresh, "θ has not moved"
+    assert torch.equal(trained(one), before)
+    with pytest.raises(RuntimeError, match="mid-air"), one.judging():
+        raise RuntimeError("mid-air")
+    assert torch.equal(trained(one), before)
+
+
+def test_work_that_was_not_accepted_is_given_back_to_its_own_fragment(tmp_path: Path) -> None:
+    one = alone(tmp_path, overlap={"fragments": 2})
+    record = record_of(plan := plan_for(one), work := one.train(plan))
+    one.apply(record, one.gradient_of(record, {one.node: work.payload}))
+    assert one.residual is not None
+    second = one.train(plan_for(one))
+    kept = one.residual.clone()
+    one.give_back(second)
+    given, theta, local = one.residual - kept, one.outer.theta, trained(one)
+    for part in one.slices_of(2):
+        torch.testing.assert_close(one.residual[part], (theta - local)[part], rtol=1e-5, atol=1e-9)
+        assert given[part].any()
+        given[part] = 0
+    assert not given.any(), "the other fragment lost nothing"
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_trace_says_what_the_round_was_trained_from_where_that_is_not_the_outer_state(
+    tmp_path: Path, late: int
+) -> None:
+    one = alone(tmp_path, overlap={"late_steps": late}, **FP32)
+    start = None
+    for _ in range(2):
+        record = record_of(plan := plan_for(one), work := one.train(plan))
+        expected = Trace(start)
+        end = expected.mark(work.contribution.inner_steps, trained(one))
+        assert work.contribution.trace_root == expected.root
+        start = end if late else None  # else the base root says it
+        one.apply(record, one.gradient_of(record, {one.node: work.payload}))
+
+
+def test_a_parameter_that_explodes_in_a_fragment_is_named(tmp_path: Path) -> None:
+    one = alone(tmp_path, overlap={"fragments": 2})
+    (span,) = (s for s in one.engine.layout.spans if s.name == "model.layers.1.mlp.up_proj.weight")
+    broken = one.outer.theta.clone()
+    broken[span.start + 5] = float("nan")
+    step = one.engine.step
+    one.engine.step = lambda batch, lr: (step(batch, lr), one.engine.write(broken))[0]  # type: ignore[method-assign]
+    with pytest.raises(Exploded, match=r"^model\.layers\.1\.mlp\.up_proj\.weight became NaN"):
+        one.train(plan_for(one))
+
+
+# --------------------------------------------------------------------------------- data, rules, errors
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    most=st.integers(0, 4),
+    batch=st.integers(1, 3),
+    history=st.lists(
+        st.dictionaries(st.sampled_from(nodes(5)), st.integers(0, 4), min_size=1, max_size=5), min_size=1, max_size=6
+    ),
+    seed=st.binary(min_size=32, max_size=32),
+)
+def test_no_sequence_is_used_twice_whoever_was_late_with_what(
+    most: int, batch: int, history: list[dict[str, int]], seed: bytes
+) -> None:
+    """Members come and go; each takes some late steps, as many as it likes up to τ, for the round after."""
+    steps, position, used = 4, 0, []
+    ahead: dict[str, int] = {}
+    for number, late in enumerate(history):
+        members = tuple(Member(node, steps, 1) for node in sorted(late))
+        plan = Plan(number + 1, 1, seed, seed, seed, position, 0, members)
+        for node, more in late.items():
+            span = positions(plan, node, batch, most)
+            used += span[ahead.get(node, 0) * batch : (steps + min(more, most)) * batch]
+        ahead = {node: min(more, most) for node, more in late.items()}
+        assert not used or max(used) < next_position(plan, batch, most)
+        position = next_position(plan, batch, most)
+    assert len(set(used)) == len(used)
+
+
+def test_more_late_steps_than_the_run_allows_are_refused(tmp_path: Path) -> None:
+    one = alone(tmp_path, overlap={"late_steps": 2})
+    rules, plan = rules_of(one.manifest), plan_for(one)
+    given = one.train(plan).contribution
+    member = plan.members[0]
+    assert contribution_fault(rules, plan, member, given) is None
+    assert contribution_fault(rules, plan, member, replace(given, late_steps=2)) is None
+    fault = contribution_fault(rules, plan, member, replace(given, late_steps=3))
+    assert fault == "3 late steps claimed where 2 are allowed"
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8", "topk2e"])
+def test_the_bound_of_payloads_holds_for_every_fragment(tmp_path: Path, codec: str) -> None:
+    one = alone(tmp_path, codec={"name": codec}, overlap={"fragments": 3})
+    rules = rules_of(one.manifest)
+    bounds = [sum(one.codec.payload_bytes(p.stop - p.start) for p in one.slices_of(r)) for r in (1, 2, 3)]
+    assert rules.payload_bytes == max(bounds)
+    assert rules.slices == tuple(len(one.slices_of(r)) for r in (1, 2, 3))
+    assert costs_of(one.run).payload_bytes <= max(bounds)
+
+
+def test_more_fragments_than_the_model_has_parts_are_refused_in_words(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, members=1, overlap={"fragments": 5}))
+    for refuse in (
+        lambda: launch(config, Identity.load_or_create(tmp_path / "key").peer_id),
+        lambda: costs_of(config.run),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"^run.overlap.fragments: 5 fragments; this model can be cut into at most 4"
+        ):
+            refuse()
+
+
+@pytest.mark.parametrize(
+    ("overlap", "message"),
+    [
+        ({"late_steps": 4}, r"overlap.late_steps \(4\) is above rounds.inner_steps \(3\)"),
+        ({"late_steps": -1}, "run.overlap.late_steps: Input should be greater than or equal to 0"),
+        ({"fragments": 0}, "run.overlap.fragments: Input should be greater than or equal to 1"),
+        ({"late_steps": "2"}, "run.overlap.late_steps: Input should be a valid integer"),
+        ({"merge": 0.5}, "run.overlap.merge: unknown key"),
+    ],
+)
+def test_an_overlap_that_cannot_be_is_refused_by_name(tmp_path: Path, overlap: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write_config(tmp_path, members=1, overlap=overlap))
