@@ -163,7 +163,7 @@ def utilisation(
         list[str] | None, typer.Option(help="none, tail or fragments; repeatable. Default: all of them.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds that count; two more come before.", min=1)] = 6,
-    step_seconds: Annotated[float, typer.Option(help="What an inner step takes.", min=0.001)] = 0.1,
+    step_seconds: Annotated[float, typer.Option(help="What an inner step takes.", min=0.001)] = 0.2,
     json: JsonFile = None,
 ) -> None:
     """The share of its time that a node trains on slow links, with and without overlap. Needs root."""
