@@ -128,6 +128,11 @@ def test_unknown_names_are_refused_with_those_that_exist(option: tuple[str, str]
     assert option[1] in str(result.exception)
 
 
+def test_what_does_not_fit_the_memory_is_refused_before_anything_is_started() -> None:
+    with pytest.raises(PsycheError, match="name fewer codecs and exchanges, or lower --peers or --params"):
+        bench.measure(Plan(peers=2, parameters=1 << 44))
+
+
 # ------------------------------------------------------------------------------------------- a run
 
 
