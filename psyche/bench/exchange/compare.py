@@ -8,10 +8,11 @@ hits all of them.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from psyche.bench.exchange.table import Row, against_rivals, table, to_json
 from psyche.bench.exchange.talk import Spec
 from psyche.bench.output import require_folder, write_rows
 from psyche.errors import PsycheError
-from psyche.telemetry.wording import amount, plural
+from psyche.telemetry.wording import amount, plural, size
 
 WIDTH = 150
 """Columns that the table needs."""
@@ -93,6 +94,7 @@ def measure(plan: Plan) -> Result:
     if plan.peers < 2:
         raise PsycheError("an exchange needs two peers or more: raise --peers")
     systems = own_systems(plan.codecs, plan.exchanges, plan.reducers) + (list(RIVALS) if plan.rivals else [])
+    _require_memory(plan, systems)
     result = Result(notes=_busy())
     seen: dict[System, list[Exchanged]] = {system: [] for system in systems}
     with (
@@ -188,6 +190,20 @@ def _preface(plan: Plan) -> str:
 
 def _mbit(bits: int | None) -> str:
     return "no limit" if bits is None else f"{bits / 1e6:g} Mbit/s"
+
+
+def _require_memory(plan: Plan, systems: Sequence[System]) -> None:
+    """Refuse what the machine would end by killing some process of somebody's."""
+    needed = sum(system.memory(plan.parameters) for system in systems) * plan.peers
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):  # what the kernel would give up for us counts, too
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        free = int(match[1]) * 1024 if match else free
+    if needed > free:
+        raise PsycheError(
+            f"this needs about {size(needed)} of memory and {size(free)} are free: all systems are there at once; name "
+            "fewer codecs and exchanges, or lower --peers or --params"
+        )
 
 
 def _busy() -> list[str]:

@@ -53,7 +53,7 @@ class Child:
         """The answer. Raises :class:`PsycheError` where there is none or it is a failure."""
         reply = decode_reply(self._line())
         if isinstance(reply, Failed):
-            raise PsycheError(f"{self} failed: {reply.reason} (its output: {self._output})")
+            raise PsycheError(f"{self} failed: {reply.reason}")
         assert isinstance(reply, kind)
         return reply
 
@@ -85,7 +85,7 @@ class Child:
         while b"\n" not in self._unread:
             readable, _, _ = select.select([source], [], [], max(0.0, deadline - time.monotonic()))
             if not readable:
-                raise PsycheError(f"{self} has said nothing for {PATIENCE:g} s (its output: {self._output})")
+                raise PsycheError(f"{self} has said nothing for {PATIENCE:g} s")
             piece = source.read(1 << 16)
             if not piece:
                 raise self._gone()
@@ -95,7 +95,9 @@ class Child:
 
     def _gone(self) -> PsycheError:
         words = self._output.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        return PsycheError(f"{self} ended: {words[-1]} (all of its output: {self._output})")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)  # its pipe is closed, so it is about to end
+        return PsycheError(f"{self} ended with code {self.process.returncode}: {words[-1]}")
 
 
 class Crew:

@@ -12,6 +12,13 @@ from psyche.errors import PsycheError
 from psyche.numerics.codecs.names import CODECS, usual_result_codec
 from psyche.numerics.codecs.registry import codec
 
+PROCESS_BYTES = {"psyche": 350_000_000, "hivemind": 450_000_000, "gloo": 250_000_000}
+"""Of a peer without its vectors: Python, torch and the rest; measured here."""
+PSYCHE_VECTORS = 8
+"""θ, m, e, x, s, the gradients' sum, and payloads and buffers that are at most two vectors' worth."""
+HIVEMIND_VECTORS = 6
+"""The vector itself, shared between its processes, and what it buffers of it; measured here."""
+
 Kind = Literal["gather", "sharded", "auto"]
 KINDS: tuple[Kind, ...] = ("gather", "sharded", "auto")
 
@@ -30,6 +37,11 @@ class System:
     def led(self) -> bool:
         """Whether a process leads that exchanges nothing."""
         return self.name == "psyche"
+
+    def memory(self, parameters: int) -> int:
+        """Bytes that a peer's processes take at most, about."""
+        vectors = {"psyche": PSYCHE_VECTORS, "hivemind": HIVEMIND_VECTORS, "gloo": 1}[self.name]
+        return PROCESS_BYTES[self.name] + 4 * vectors * parameters
 
     def ideal_seconds(
         self, parameters: int, payload: int, links: Sequence[Link], served: Sequence[int]

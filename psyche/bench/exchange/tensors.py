@@ -23,7 +23,8 @@ def blocks(count: int) -> list[slice]:
 
 def draw(peer: int, block: slice) -> Tensor:
     """Elements ``block`` of what peer number ``peer`` brings: Gaussian, fp32."""
-    generator = torch.Generator().manual_seed((peer << 32) + block.start // BLOCK)
+    seed = (peer << 20) + block.start // BLOCK  # all within 32 bits: torch's generator ignores the others
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(block.stop - block.start, generator=generator).mul_(SCALE)
 
 

@@ -29,7 +29,7 @@ from psyche.training.models import layout
 Way = Literal["none", "tail", "fragments"]
 WAYS: tuple[Way, ...] = ("none", "tail", "fragments")
 FRAGMENTS = 2
-SLACK = 1.5
+SLACK = 1.25
 """Late steps allowed, over those that the wire alone takes: votes and waiting for others come on top."""
 SKIPPED = 2
 """Rounds at the start that are not counted: connections are made, deadlines found."""
@@ -47,7 +47,7 @@ class Plan:
     ways: Sequence[Way] = WAYS
     rounds: int = 6
     """Counted ones."""
-    step_seconds: float = 0.1
+    step_seconds: float = 0.2
     """Of an inner step, on each node."""
     inner_steps: int = 40
     """H without fragments. Where ``rate`` is given, it is chosen instead, so that ``ratio`` holds."""

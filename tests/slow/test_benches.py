@@ -1,0 +1,75 @@
+"""The benches on shaped links, with the rivals: that they measure what they say, not how fast it was."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from psyche.bench.exchange import compare
+from psyche.bench.exchange.links import namespaces, remove_stale
+from psyche.bench.utilisation.compare import measure
+from psyche.bench.utilisation.plan import Plan, trials
+from tests.bench.test_links import needs_namespaces
+from tests.roles.swarm import PATIENCE, alive, descendants
+
+MBIT = 10**6
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_all_systems_average_the_same_vectors_and_none_beats_its_line() -> None:
+    plan = compare.Plan(
+        peers=3,
+        parameters=1 << 20,
+        codecs=("int8", "topk2"),
+        exchanges=("gather", "sharded"),
+        rate=50 * MBIT,
+        repeats=2,
+    )
+    result = compare.measure(plan)
+    assert [row.system for row in result.rows] == ["psyche"] * 4 + ["hivemind"] * 2 + ["gloo"], result.notes
+    for row in result.rows:
+        assert row.averaged == 3
+        assert row.relative_error < {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.05, "topk2": 2.0}[row.codec]
+        assert row.ideal_seconds is not None
+        assert 0.95 * row.ideal_seconds < row.seconds, "a rate that is not kept"
+        assert row.share_of_line == pytest.approx(row.ideal_seconds / row.seconds, rel=0.5)
+        assert row.bytes_down is not None
+        assert row.bytes_down * 8 / (50 * MBIT) > 0.9 * row.ideal_seconds, "bytes that were not counted"
+    assert not namespaces()
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_a_bench_that_is_killed_leaves_no_process_and_its_namespaces_to_the_next() -> None:
+    command = [sys.executable, "-m", "psyche", "bench", "exchange", "--peers", "2", "--params", "4M"]
+    with subprocess.Popen(
+        [*command, "--rate", "1mbit", "--no-rivals"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + PATIENCE
+        while len(below := descendants(process.pid)) < 6 and time.monotonic() < deadline:  # three, each with its p2pd
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    while any(map(alive, below)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in below if alive(pid)]
+    remove_stale()
+    assert not namespaces()
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_with_overlap_a_node_trains_for_more_of_its_time() -> None:
+    plan = Plan(peers=3, ratio=0.5, ways=("none", "tail"), rounds=3, step_seconds=0.1)
+    rows = measure(trials(plan))
+    shares = {
+        way: min(row.utilisation for row in rows if row.overlap == way and row.node.startswith("node-"))
+        for way in plan.ways
+    }
+    assert len(rows) == 6
+    assert all(row.rounds == 3 and row.step_seconds >= 0.1 for row in rows)
+    assert shares["none"] < 0.75 < shares["tail"] <= 1.01
