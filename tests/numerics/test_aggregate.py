@@ -94,7 +94,14 @@ def test_aggregate_of_a_malformed_payload_raises() -> None:
         aggregate(used, [(0.5, good), (0.5, good[:-1])], torch.empty(CHUNK))
 
 
-PAIRS = [("int8", "int8"), ("int4", "int8"), ("int2", "int4"), ("topk2", "topk2-512"), ("topk2e", "int4"), ("fp32", "fp32")]
+PAIRS = [
+    ("int8", "int8"),
+    ("int4", "int8"),
+    ("int2", "int4"),
+    ("topk2", "topk2-512"),
+    ("topk2e", "int4"),
+    ("fp32", "fp32"),
+]
 
 
 @pytest.mark.parametrize(("name", "result"), PAIRS)
