@@ -30,19 +30,28 @@ def convergence(
         bool,
         typer.Option("--codecs", help="Compare all codecs instead, against tokens, rounds and bytes; half an hour."),
     ] = False,
+    overlap: Annotated[
+        bool,
+        typer.Option("--overlap", help="Compare ways to train on during the exchange instead; half an hour."),
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="With --codecs: draw the curves to this PNG file.", show_default=False)
     ] = None,
 ) -> None:
     """Held-out loss of large-batch AdamW, DiLoCo fp32 and DiLoCo int8, at equal tokens and at equal steps."""
     from psyche.bench import convergence as large_batch
+    from psyche.bench.overlap import compare as ways_to_overlap
     from psyche.bench.quality import compare as codec_quality
     from psyche.cli.data import progress_display
 
+    if codecs and overlap:
+        raise typer.BadParameter("one section at a time", param_hint="--overlap")
     if codecs:
         codec_quality.main(json, plot, full=full, only=only, preparing=progress_display)
     elif plot is not None:
         raise typer.BadParameter("only the curves of --codecs are drawn", param_hint="--plot")
+    elif overlap:
+        ways_to_overlap.main(json, full=full, only=only, preparing=progress_display)
     else:
         large_batch.main(json, full=full, only=only, preparing=progress_display)
 

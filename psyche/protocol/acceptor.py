@@ -99,12 +99,17 @@ def consider(
 def _results_fault(record: Record, rules: Rules, reduced: Mapping[int, bytes]) -> str | None:
     """What is wrong with who reduced what, and with what they found, or None."""
     plan = record.plan
+    if not plan.reducers:  # allowed in any round: where everybody aggregates nobody has to be believed
+        found = record.results or record.ring or record.minority
+        return "there are results where everybody aggregates" if found else None
     if plan.reducers != rules.reducers_for(len(plan.members)):
         return "the plan does not choose the exchange as the manifest does"
-    if not plan.reducers:
-        return "there are results where everybody aggregates" if record.results or record.ring else None
     if fault := ring_fault(plan.seed, record.ring, [member.node for member in plan.members]):
         return fault
+    if not {accepted.node for accepted in record.accepted} <= set(record.ring):
+        return "who contributed is left out of those who reduce"
+    if list(record.minority) != sorted(set(record.minority) & set(record.ring)):
+        return "who found something else is not named in ascending order, or did not reduce"
     draw = Draw(record.ring, frozenset(), (), plan.reducers, rules.slices_in(plan.round))
     if len(record.results) != draw.groups or not draw.groups:
         return "there is not one result for each group"

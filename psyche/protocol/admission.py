@@ -155,11 +155,15 @@ def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | 
                     held_at=_put(current.held_at, node, now),
                 )
         case Reported():
+            if event.results and all(node not in found for found in current.reports.values()):
+                state = replace(state, reduce_seconds=observed(state.reduce_seconds, now - current.since))
             reports = dict(current.reports)
             for group, root in event.results.items():
                 reports[group] = _put(reports.get(group, {}), node, root)
             current = replace(current, reports=reports)
         case Voted():
+            if current.ring and node not in current.votes:
+                state = replace(state, result_seconds=observed(state.result_seconds, now - current.since))
             current = replace(current, votes=_put(current.votes, node, event.proof))
         case Attested():
             current = replace(current, attestations=_put(current.attestations, node, event.state_root))
@@ -191,6 +195,7 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
         term=max(state.term, record.plan.term),
         electorate=record.electorate,
         round=None,
+        gathering=False,
     )
     return restored, effects
 

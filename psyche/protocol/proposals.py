@@ -50,7 +50,15 @@ def propose(
         minority=tuple(sorted(minority)),
     )
     term = state.term + 1
-    proposed = replace(current, term=term, proposal=record, votes={}, deadline=now + exchange_allowed(rules, state))
+    proposed = replace(
+        current,
+        term=term,
+        proposals=current.proposals + 1,
+        proposal=record,
+        votes={},
+        since=now,
+        deadline=now + allowed(rules, state.result_seconds if results else state.exchange_seconds),
+    )
     return replace(state, term=term, round=proposed, note=""), [Proposed(term, record)]
 
 
@@ -95,14 +103,28 @@ def exclusion(state: State, current: Round, node: str) -> str:
 
 
 def abandon(state: State, current: Round, reason: str) -> Step:
-    """The round ends without a record. Deadlines that could not be kept are forgotten, not set once more."""
-    waiting = replace(state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), exchange_seconds=())
+    """The round ends without a record. Deadlines that could not be kept are forgotten, not set once more.
+
+    A sharded one is tried again without reducers, for those of the next attempt would be drawn as these were.
+    """
+    waiting = replace(
+        state,
+        phase=Phase.WAITING,
+        round=None,
+        note=reason,
+        commit_seconds=(),
+        exchange_seconds=(),
+        reduce_seconds=(),
+        result_seconds=(),
+        gathering=bool(current.ring),
+    )
     return waiting, [Abandoned(current.plan.round, reason)]
 
 
-def exchange_allowed(rules: Rules, state: State) -> float:
+def allowed(rules: Rules, seconds: Sequence[float]) -> float:
+    """How long a stage of the exchange may take that has taken ``seconds`` before."""
     least, most = rules.exchange_bounds
-    return adaptive(state.exchange_seconds, spread=rules.spread, least=least, most=most)
+    return adaptive(seconds, spread=rules.spread, least=least, most=most)
 
 
 def living(state: State, current: Round) -> list[str]:

@@ -1,16 +1,24 @@
 """The stage of a sharded round between holding payloads and voting: its slices are added up, by k nodes each.
 
 Who does not report in time is replaced by the next on the ring, within the round; where reports contradict each other
-one more node is drawn; a contribution that a group's reducers cannot get is given up rather than waited for.
+one more node is drawn. What nobody may gain by:
+
+- keeping a slice of its own payload from the others that reduce it, so that they cannot report and its word stands
+  alone. A contribution that most of the nodes tried could not get for a group is given up, and no result is believed
+  on fewer than k reports while k nodes are here.
+- saying that others' contributions were not to be had. It takes more than one to say so of a group, and who lacks
+  much is itself at fault.
+- reporting a result and keeping its bytes to itself and its friends, who would be the only ones to vote. Results that
+  did not reach half of the members that are here end the attempt; the next one is gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from psyche.protocol.admission import Step
-from psyche.protocol.proposals import abandon, exchange_allowed, living, propose
+from psyche.protocol.admission import Step, observed
+from psyche.protocol.proposals import abandon, allowed, half, living, propose
 from psyche.protocol.reduction import Draw, minority, verdict
 from psyche.protocol.state import Round, Rules, State
 
@@ -27,81 +35,146 @@ def select(
     """Have ``selected`` contributions reduced, without the help of ``out``, in a term of its own."""
     if not selected:
         return abandon(state, current, "no payload can be reduced")
+    here = set(living(state, current))
     out = frozenset(out)
     if out >= set(current.ring):  # nobody was ready; all are asked once more
-        out = frozenset(current.ring) - set(living(state, current))
+        out = frozenset(current.ring) - here
     if out >= set(current.ring):
         return abandon(state, current, "no reducer is left")
-    term = state.term + 1
-    reducing = replace(
-        current,
-        selected=selected,
-        out=out,
-        again=(),
-        reports={},
-        term=term,
-        selected_in=term,
-        deadline=now + exchange_allowed(rules, state),
-    )
-    return replace(state, term=term, round=reducing), []
+    chosen = replace(current, selected=selected, out=frozenset(), again=(), reports={}, lacking={}, term=state.term + 1)
+    lacking = _lacking(chosen, draw_of(rules, chosen), out & here)
+    reducing = replace(chosen, out=out, lacking=lacking, selected_in=chosen.term)
+    return replace(state, term=chosen.term, round=_begun(rules, state, reducing, now)), []
 
 
 def collect_results(rules: Rules, state: State, current: Round, now: float) -> Step:
     """Wait for the reports; propose the record once every group has a result to believe."""
     here = set(living(state, current))
     draw = draw_of(rules, current)
-    gone = set(current.ring) - here - current.out
-    if silent := {node for group in range(draw.groups) for node in _unreported(draw, current, group) if node in gone}:
-        return _replace_reducers(rules, state, current, silent, now)
-    waiting = [group for group in range(draw.groups) if _unreported(draw, current, group)]
-    if waiting and now < current.deadline:
+    waiting = {group: nodes for group in range(draw.groups) if (nodes := _unreported(draw, current, group))}
+    silent = frozenset(node for nodes in waiting.values() for node in nodes)
+    if gone := silent - here:
+        return _put_out(rules, state, current, gone, now)
+    if silent and now < current.deadline:
         return state, []
-    if silent := {node for group in waiting for node in _unreported(draw, current, group)}:
-        return _after_deadline(rules, state, current, draw, silent, now)
+    if silent:
+        return _after_deadline(rules, state, current, silent, now)
     return _judge(rules, state, current, draw, now)
+
+
+def vote_anew(rules: Rules, state: State, current: Round, now: float) -> Step:
+    """The deadline of a vote on results has passed: go on with those who voted, if they are half of who is here.
+
+    A voter has all results, and serves them. Where fewer voted all are asked once more: it may have been the line.
+    """
+    record = current.proposal
+    assert record is not None
+    here = living(state, current)
+    voted = [node for node in here if node in current.votes]
+    late = (now - current.since for node in here if node in record.electorate and node not in current.votes)
+    state = replace(state, result_seconds=observed(state.result_seconds, *late))
+    votes = {member.node: member.votes for member in current.plan.members}
+    enough = half(sum(votes[node] for node in voted), sum(votes[node] for node in here))
+    if not enough and current.proposals > 1:
+        return abandon(state, current, "the results did not reach half of the members")
+    electorate = tuple(voted if enough else here)
+    accepted = frozenset(one.node for one in record.accepted)
+    return propose(rules, state, current, accepted, electorate, now, record.results, record.minority)
+
+
+def reduce_anew(rules: Rules, state: State, current: Round, now: float) -> Step | None:
+    """Back to the reduction of groups whose result is lost: all who had it went away, and nobody voted. Else None."""
+    record = current.proposal
+    assert record is not None
+    here = set(living(state, current))
+    believed = {
+        group: {node for node, found in current.reports[group].items() if found == root}
+        for group, root in enumerate(record.results)
+    }
+    lost = {group: nodes for group, nodes in believed.items() if not nodes & here}
+    gone = frozenset(node for nodes in lost.values() for node in nodes)
+    if not lost or gone | current.out >= set(current.ring):
+        return None
+    reports = {group: found for group, found in current.reports.items() if group not in lost}
+    return _put_out(rules, state, replace(current, proposal=None, votes={}, reports=reports), gone, now)
+
+
+# -------------------------------------------------------------------------------------- helpers
 
 
 def _judge(rules: Rules, state: State, current: Round, draw: Draw, now: float) -> Step:
     """Every group has all the reports it will get: believe those that agree, ask one more where they do not."""
     reports = [current.reports.get(group, {}) for group in range(draw.groups)]
+    least = min(draw.reducers, len(set(draw.ring) & set(living(state, current))))
+    if any(len(found) < least for found in reports):
+        return abandon(state, current, "too few reducers reported to be believed")
     roots = [verdict(found) for found in reports]
     disputed = tuple(group for group, root in enumerate(roots) if root is None)
     if disputed:
-        wider = replace(
-            current, again=tuple(sorted((*current.again, *disputed))), deadline=now + exchange_allowed(rules, state)
-        )
-        if all(draw_of(rules, wider).reducers_of(group) == draw.reducers_of(group) for group in disputed):
+        wider = replace(current, again=tuple(sorted((*current.again, *disputed))))
+        if any(draw_of(rules, wider).reducers_of(group) == draw.reducers_of(group) for group in disputed):
             return abandon(state, current, "the reducers contradict each other, and nobody is left to ask")
-        return replace(state, round=wider), []
+        return replace(state, round=_begun(rules, state, wider, now)), []
     results = tuple(root for root in roots if root is not None)
     losers = {node for found, root in zip(reports, results, strict=True) for node in minority(found, root)}
     electorate = tuple(member.node for member in current.plan.members)
     return propose(rules, state, current, current.selected, electorate, now, results, losers)
 
 
-def _after_deadline(rules: Rules, state: State, current: Round, draw: Draw, silent: set[str], now: float) -> Step:
+def _after_deadline(rules: Rules, state: State, current: Round, silent: frozenset[str], now: float) -> Step:
     """Who has not reported either cannot, for want of a payload that is given up then, or is too slow."""
-    stuck = [group for group in range(draw.groups) if not current.reports.get(group)]
-    lost = frozenset(
-        one
-        for group in stuck
-        for one in current.selected
-        if all(one not in current.holdings.get(node, frozenset()) for node in draw.reducers_of(group))
-    )
-    if lost:
-        return select(rules, state, current, current.selected - lost, current.out, now)
-    return _replace_reducers(rules, state, current, silent, now)
+    late = (now - current.since for _ in silent)
+    state = replace(state, reduce_seconds=observed(state.reduce_seconds, *late))
+    draw = draw_of(rules, current)
+    current = replace(current, lacking=_lacking(current, draw, silent))
+    lost = frozenset(one for group in range(draw.groups) for one in current.selected if _withheld(current, group, one))
+    if not lost:
+        return _put_out(rules, state, current, silent, now)
+    # Who was put out for want of just these may help again.
+    wanted = {node: _wants(current, node) for node in current.out & set(living(state, current))}
+    excused = {node for node, lacked in wanted.items() if lacked and lacked <= lost}
+    return select(rules, state, current, current.selected - lost, current.out - excused, now)
 
 
-def _replace_reducers(rules: Rules, state: State, current: Round, silent: set[str], now: float) -> Step:
-    """Put nodes out; what they would have reduced goes to the next on the ring."""
-    out = current.out | silent
+def _withheld(current: Round, group: int, one: str) -> bool:
+    """Whether a contribution is to be given up: more nodes lack it for a group than have reported on the group.
+
+    The word of its author does not count, and that of one node alone is not enough.
+    """
+    lack = sum(one in lacked for lacked in current.lacking.get(group, {}).values())
+    have = sum(node != one for node in current.reports.get(group, {}))
+    return lack > max(1, have)
+
+
+def _lacking(current: Round, draw: Draw, nodes: Collection[str]) -> Mapping[int, Mapping[str, frozenset[str]]]:
+    """``current.lacking`` with what ``nodes`` lack of the groups they reduce; without who lacks more than a third."""
+    lacking = {group: dict(found) for group, found in current.lacking.items()}
+    for node in nodes:
+        lacked = current.selected - current.holdings.get(node, frozenset())
+        if lacked and 3 * len(lacked) <= len(current.selected):
+            for group in draw.duties(node):
+                lacking.setdefault(group, {})[node] = lacked
+    return lacking
+
+
+def _wants(current: Round, node: str) -> frozenset[str]:
+    """All that ``node`` was found to lack."""
+    return frozenset[str]().union(*(found.get(node, frozenset()) for found in current.lacking.values()))
+
+
+def _put_out(rules: Rules, state: State, current: Round, nodes: frozenset[str], now: float) -> Step:
+    """Go on without ``nodes``; what they would have reduced goes to the next on the ring."""
+    out = current.out | nodes
     if out >= set(current.ring):
         draw = draw_of(rules, current)
         if all(current.reports.get(group) for group in range(draw.groups)):
             return _judge(rules, state, current, draw, now)  # fewer than k, but nobody else is left to ask
         return abandon(state, current, "no reducer is left")
-    return replace(state, round=replace(current, out=out, deadline=now + exchange_allowed(rules, state))), []
+    return replace(state, round=_begun(rules, state, replace(current, out=out), now)), []
+
+
+def _begun(rules: Rules, state: State, current: Round, now: float) -> Round:
+    return replace(current, since=now, deadline=now + allowed(rules, state.reduce_seconds))
 
 
 def _unreported(draw: Draw, current: Round, group: int) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from psyche.numerics.digest import digest
 
@@ -42,8 +43,9 @@ class Draw:
 
     def reducers_of(self, group: int) -> tuple[str, ...]:
         """The nodes that reduce a group; fewer than k where no more are left."""
-        around = (*self.ring[group:], *self.ring[:group])
-        return tuple(node for node in around if node not in self.out)[: self.reducers + self.again.count(group)]
+        around = (self.ring[place] for place in chain(range(group, len(self.ring)), range(group)))
+        wanted = self.reducers + self.again.count(group)
+        return tuple(islice((node for node in around if node not in self.out), wanted))
 
     def duties(self, node: str) -> tuple[int, ...]:
         """The groups that ``node`` reduces."""

@@ -16,8 +16,8 @@ from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import Member, Plan
 from psyche.protocol.proposals import (
     abandon,
+    allowed,
     carries_quorum,
-    exchange_allowed,
     half,
     having,
     held_in_common,
@@ -28,7 +28,7 @@ from psyche.protocol.proposals import (
     round_seed,
     seated,
 )
-from psyche.protocol.reducing import collect_results, select
+from psyche.protocol.reducing import collect_results, reduce_anew, select, vote_anew
 from psyche.protocol.reduction import ring
 from psyche.protocol.state import (
     Certified,
@@ -107,12 +107,12 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         base_root=state.state_root,
         seed=round_seed(state.head),
         position=state.position,
-        reducers=rules.reducers_for(len(seats)),
+        reducers=0 if state.gathering else rules.reducers_for(len(seats)),
         members=tuple(Member(node, rules.inner_steps, 1) for node in seats),
     )
     least, most = rules.round_bounds
-    allowed = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
-    opened = Round(plan, opened=now, deadline=now + allowed, term=plan.term)
+    seconds = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
+    opened = Round(plan, opened=now, deadline=now + seconds, term=plan.term)
     return replace(state, phase=Phase.TRAINING, term=plan.term, round=opened, note=""), [Planned(plan)]
 
 
@@ -138,12 +138,11 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
     state = replace(state, commit_seconds=observed(state.commit_seconds, *late))
     if not current.commitments:
         return abandon(state, current, "no member committed before the deadline")
-    drawn = ring(current.plan.seed, set(living(state, current)) & set(current.commitments))
     closed = replace(
         current,
         closed=now,
-        deadline=now + exchange_allowed(rules, state),
-        ring=drawn if current.plan.reducers else (),
+        deadline=now + allowed(rules, state.exchange_seconds),
+        ring=ring(current.plan.seed, current.commitments) if current.plan.reducers else (),
     )
     return replace(state, phase=Phase.CERTIFYING, round=closed), []
 
@@ -175,27 +174,26 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
     record = current.proposal
     assert record is not None
     if carries_quorum(current.plan, current.votes, record.electorate):
-        certified = replace(current, certified=True, deadline=now + exchange_allowed(rules, state))
+        certified = replace(current, certified=True, deadline=now + allowed(rules, state.exchange_seconds))
         seconds = now - current.opened
         effect = Certified(record, tuple(current.votes[node] for node in sorted(current.votes)), seconds)
         return replace(state, round=certified), [effect]
+    if record.results and not current.votes and (step := reduce_anew(rules, state, current, now)):
+        return step
     if now < current.deadline:
         return state, []
     here = living(state, current)
     if not here:
         note = f"round {current.plan.round} waits for votes of {names(set(record.electorate) - set(current.votes))}"
         return (state, []) if state.note == note else (replace(state, note=note), [])
+    if record.results:
+        return vote_anew(rules, state, current, now)
     # Who was asked for a vote and gave none is not waited for twice, whatever it says it holds; nor does it get to
     # say what the others vote on. Where nobody voted there is nobody to go on with, and all are asked once more.
     asked = [node for node in here if node in current.votes or node not in record.electorate]
-    if not asked and current.term <= current.plan.term + 1:
+    if not asked and current.proposals == 1:
         asked = here
-    accepted = frozenset(one.node for one in record.accepted)
-    if record.results:  # they are of just these contributions, whoever holds what
-        if not asked:
-            return abandon(state, current, "nobody voted")
-        return propose(rules, state, current, accepted, tuple(asked), now, record.results, record.minority)
-    accepted, holders = held_in_common(current, accepted, asked, half)
+    accepted, holders = held_in_common(current, frozenset(one.node for one in record.accepted), asked, half)
     if not accepted:
         return abandon(state, current, "nobody voted" if not asked else "the voters hold no payload in common")
     return propose(rules, state, current, accepted, tuple(holders), now)
@@ -237,6 +235,7 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
         position=next_position(current.plan, rules.batch_size, rules.late_steps),
         electorate=record.electorate,
         round=None,
+        gathering=False,
         note="",
     )
     return settled, effects

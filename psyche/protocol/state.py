@@ -80,9 +80,13 @@ class Round:
     holdings: Mapping[str, frozenset[str]] = field(default_factory=dict)
     held_at: Mapping[str, float] = field(default_factory=dict)
     """When each member last said something new of what it holds."""
+    since: float = 0.0
+    """When the reduction, or the vote on its results, began; or began anew with other nodes."""
     ring: tuple[str, ...] = ()
     out: frozenset[str] = frozenset()
     again: tuple[int, ...] = ()
+    lacking: Mapping[int, Mapping[str, frozenset[str]]] = field(default_factory=dict)
+    """Selected contributions of which nodes did not get what a group takes, by group and node."""
     selected: frozenset[str] = frozenset()
     """Contributions that are being reduced."""
     selected_in: int = 0
@@ -90,6 +94,8 @@ class Round:
     reports: Mapping[int, Mapping[str, bytes]] = field(default_factory=dict)
     """Results of their reduction, by group and reducer."""
     term: int = 0
+    proposals: int = 0
+    """Records put to the vote so far."""
     proposal: Record | None = None
     votes: Mapping[str, bytes] = field(default_factory=dict)
     certified: bool = False
@@ -113,6 +119,12 @@ class State:
     round: Round | None = None
     commit_seconds: tuple[float, ...] = ()
     exchange_seconds: tuple[float, ...] = ()
+    reduce_seconds: tuple[float, ...] = ()
+    """From a selection to a reducer's report."""
+    result_seconds: tuple[float, ...] = ()
+    """From the results' proposal to a vote: in between they are fetched."""
+    gathering: bool = False
+    """This round was to be sharded and came to nothing: the next attempt at it needs no reducers."""
     note: str = ""
 
     @classmethod

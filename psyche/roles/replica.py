@@ -69,6 +69,8 @@ class Steps:
     """Of the last one."""
     late: int = 0
     """Those among them that were taken while the round before was on the wire."""
+    based: bool = False
+    """Whether that round's outer step has reached x. No late step follows it: a replay has to know where it came."""
 
 
 class Replica:
@@ -159,7 +161,7 @@ class Replica:
         False, and nothing done, where the run allows no more of them or has no next round.
         """
         steps, member = self._steps, plan.member(self.node)
-        if steps is None or member is None or steps.late >= self.run.overlap.late_steps:
+        if steps is None or steps.based or member is None or steps.late >= self.run.overlap.late_steps:
             return False
         if plan.round == self.run.rounds.total:
             return False
@@ -198,6 +200,7 @@ class Replica:
         """
         if self._steps is None:
             return
+        self._steps.based = True
         parts = self.slices_of(round)
         if self._steps.late == 0:
             self.engine.write(self.outer.theta, parts)

@@ -153,6 +153,8 @@ def test_a_slow_source_is_given_up(tmp_path: Path) -> None:
             await stream.read_request(blobs.REQUEST_BYTES)
             await stream.accept()
             await stream.write_frame(index.encode())
+            await stream.read_request(blobs.REQUEST_BYTES)  # now for the chunk
+            await stream.accept()
             await stream.accept()
             for at in range(len(data)):
                 await stream.write(data[at : at + 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -39,6 +40,7 @@ def report(table: Table, node: str, results: Mapping[int, bytes] | None = None) 
 def reducing(count: int = 4, **changes: object) -> tuple[Table, list[str]]:
     """A table at which all payloads are there and are to be reduced."""
     table, members = started(count, **{"sharded_from": 2, **changes})
+    table.state = replace(table.state, reduce_seconds=(1.0,), result_seconds=(1.0,))  # of rounds before
     table.close(members)
     table.exchange(members)
     assert table.state.round is not None

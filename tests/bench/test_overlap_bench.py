@@ -1,0 +1,149 @@
+"""The overlap section of the convergence bench: real runs at a size where nothing is learned but everything happens."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from psyche.bench.overlap import compare
+from psyche.bench.overlap.plan import OverlapScale, Way, items, overlap_scale, steps_in_that_time
+from psyche.bench.overlap.table import Row
+from psyche.bench.plan import CENTRE
+from psyche.bench.table import percent
+from psyche.bench.trials import Outcome, Setting, Trial, run_of, run_trial
+from psyche.cli.bench import app
+from psyche.config import Outer
+from psyche.errors import PsycheError
+
+
+@pytest.fixture(scope="module")
+def scale(setting: Setting) -> OverlapScale:
+    return OverlapScale(
+        setting=setting,
+        steps=8,
+        outer=Outer(lr=0.7, momentum=0.5),
+        seeds=(0, 1),
+        waiting=(Way(4), Way(4, fragments=2)),
+        equal_tokens=(
+            Way(4, late=2),
+            Way(4, late=2, mix=0.5),
+            Way(4, late=1, fragments=2, outer=Outer(lr=0.5, momentum=0.9)),
+        ),
+        equal_wall_time=(Way(4, late=2), Way(6, late=2)),
+    )
+
+
+def _here(setting: Setting, trials: Iterable[Trial], done) -> dict[Trial, Outcome]:  # type: ignore[no-untyped-def]
+    """Two more processes would only take longer."""
+    outcomes = {trial: run_trial(setting, trial) for trial in trials}
+    for trial, outcome in outcomes.items():
+        done(trial, outcome)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def rows(scale: OverlapScale) -> list[Row]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "run_all", _here)
+        return compare.measure(scale)
+
+
+def test_every_planned_row_is_measured_once_and_in_order(scale: OverlapScale, rows: list[Row]) -> None:
+    assert [row.name for row in rows] == [item.name for item in items(scale)]
+    assert len({row.name for row in rows}) == len(rows) == 2 * (2 + 3 + 1 + 2)  # seeds × (ways, and the control)
+    assert all(3.0 < row.heldout_loss < 6.0 for row in rows)  # ln 300 = 5.70
+
+
+def test_what_is_done_with_late_steps_makes_a_difference(rows: list[Row]) -> None:
+    losses = {row.heldout_loss for row in rows if row.comparison == "equal tokens" and not row.nudge and not row.seed}
+    assert len(losses) == 5
+
+
+def test_losses_are_compared_with_the_run_that_waits_seed_by_seed(rows: list[Row]) -> None:
+    waiting = {row.seed: row.heldout_loss for row in rows[:2]}
+    assert {row.against_waiting_percent for row in rows[:2]} == {0.0}
+    for row in rows:
+        assert row.against_waiting_percent == percent(row.heldout_loss, waiting[row.seed])
+    assert {row.against_waiting_percent != 0 for row in rows if row.nudge} == {True}
+
+
+def test_equal_tokens_are_equal_and_equal_time_gives_the_steps_that_waiting_costs(rows: list[Row]) -> None:
+    each = 2 * 32  # batch × length
+    assert {row.tokens for row in rows if row.comparison == "equal tokens"} == {CENTRE * 8 * each}
+    longer = [(row.inner_steps, row.steps_per_node, row.rounds) for row in rows if row.comparison == "equal wall time"]
+    assert set(longer) == {(4, 12, 3), (6, 12, 2)}  # two rounds that wait take the time of 2 × (4 + 2) steps
+    assert all(row.tokens == CENTRE * row.steps_per_node * each for row in rows)
+
+
+def test_an_exchange_of_a_fragment_is_as_much_shorter_as_it_is_smaller(scale: OverlapScale) -> None:
+    assert Way(24, late=4).share == Way(24, late=2, fragments=2).share == Fraction(1, 6)
+    assert Way(24).share == 0
+    whole, fragments = (steps_in_that_time(scale, way) for way in (Way(4, late=2), Way(4, late=1, fragments=2)))
+    assert whole == fragments == 12
+
+
+def test_fragments_send_as_much_in_smaller_pieces(rows: list[Row]) -> None:
+    whole, half = (next(row for row in rows if row.fragments == count) for count in (1, 2))
+    assert half.rounds == 2 * whole.rounds
+    assert half.bytes_per_token == pytest.approx(whole.bytes_per_token, rel=0.01)  # but for the headers of slices
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_real_section_can_be_run(full: bool, tmp_path: Path) -> None:
+    scale = overlap_scale(tmp_path, full=full)
+    planned = list(items(scale))
+    for item in planned:
+        run = run_of(scale.setting, item.trial)  # raises where steps, H and fragments do not fit
+        assert run.overlap.late_steps == item.way.late
+    assert len({item.name for item in planned}) == len(planned)
+    assert {item.reference for item in planned} <= {item.trial for item in planned}
+
+
+def test_main_writes_flat_rows_and_prints_both_tables(
+    scale: OverlapScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = replace(scale, seeds=(0,), waiting=scale.waiting[:1], equal_tokens=scale.equal_tokens[:1])
+    monkeypatch.setattr(compare, "overlap_scale", lambda full: one)
+    monkeypatch.setattr(compare, "run_all", _here)
+    path = tmp_path / "new" / "rows.json"
+    compare.main(path)
+    found = json.loads(path.read_text())
+    assert [set(row) for row in found] == [{field.name for field in fields(Row)}] * 5
+    captured = capsys.readouterr()
+    assert "(a) Equal tokens" in captured.out
+    assert "(b) Equal wall time" in captured.out
+    assert "5/5" in captured.err
+
+
+def test_a_row_alone_is_compared_with_nothing(scale: OverlapScale, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "run_all", _here)
+    (row,) = compare.measure(scale, only="equal-tokens/diloco-fp32/k4/8-steps/lr0.7/mu0.5/H4/late2/seed0")
+    assert row.against_waiting_percent is None
+    with pytest.raises(PsycheError, match="no row has 'nosuch' in its name; names are like equal-tokens/"):
+        compare.measure(scale, only="nosuch")
+
+
+def test_the_tables_show_every_way_once(scale: OverlapScale, rows: list[Row]) -> None:
+    console = Console(file=io.StringIO(), width=132)
+    compare.show(scale, rows, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    assert len(lines) == 6 + 2
+    assert sum("waits" in line for line in lines) == 3
+    assert sum("re-based" in line for line in lines) == 4
+    assert sum("mixed, α 0.5" in line for line in lines) == 1
+    assert sum("(nudged)" in line for line in lines) == 1
+
+
+def test_one_section_at_a_time() -> None:
+    result = CliRunner().invoke(app, ["convergence", "--overlap", "--codecs"])
+    assert result.exit_code == 2
+    assert "one section at a time" in result.output
