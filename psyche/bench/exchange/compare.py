@@ -22,6 +22,7 @@ from psyche.bench.exchange import links as links_module
 from psyche.bench.exchange.crew import Crew, crew
 from psyche.bench.exchange.links import Link, Place, on_loopback, shaped
 from psyche.bench.exchange.measure import Exchanged, measured
+from psyche.bench.exchange.reap import ended_politely
 from psyche.bench.exchange.summary import summary
 from psyche.bench.exchange.systems import RIVALS, System, own_systems
 from psyche.bench.exchange.table import Row, against_rivals, table, to_json
@@ -81,7 +82,8 @@ class Result:
 def main(json: Path | None, plan: Plan) -> None:
     """``psyche bench exchange``: a table to stdout, progress to stderr, rows to ``json``. Raises ``PsycheError``."""
     require_folder(json)
-    result = measure(plan)
+    with ended_politely():
+        result = measure(plan)
     if json is not None:
         write_rows(json, to_json(result.rows))
     console = Console()
@@ -117,7 +119,8 @@ def measure(plan: Plan) -> Result:
                     continue
                 if repeat >= 0:
                     seen[system].append(exchanged)
-                    _say(f"{repeat + 1}/{plan.repeats}  {system!s:32} {exchanged.seconds(plan.served):8.3f} s")
+                turn = f"{repeat + 1}/{plan.repeats}" if repeat >= 0 else "warm"
+                _say(f"{turn}  {system!s:32} {exchanged.seconds(plan.served):8.3f} s")
     result.rows = [summary(plan, system, seen[system]) for system in systems if system in crews]
     return result
 

@@ -14,6 +14,8 @@ from psyche.errors import PsycheError
 
 MATCHMAKING_SECONDS, REQUEST_SECONDS = 2.0, 1.0
 """How long the leader of a group waits for others, and a follower for the leader. The latter must be the smaller."""
+GROUP_SECONDS = 120.0
+"""After which no group is hoped for any more: hivemind's peers at times all follow each other and none leads."""
 POLL_SECONDS = 0.01
 """hivemind shows the stage of a step in shared memory and signals no change of it."""
 
@@ -54,7 +56,7 @@ class HivemindNode(Participant):
         return Met(str(self._dht.get_visible_maddrs()[0]), str(self._dht.peer_id))
 
     def prepare(self) -> Ready:
-        """Load the vector and find a group; the exchange then waits for a trigger."""
+        """Load the vector and find a group; the exchange then waits for a trigger. Raises :class:`PsycheError`."""
         from hivemind.averaging.control import AveragingStage
 
         with self._averager.get_tensors() as (values,):
@@ -63,7 +65,7 @@ class HivemindNode(Participant):
         began = time.monotonic()
         self._step = self._averager.step(timeout=PATIENCE, require_trigger=True, wait=False)
         while self._step.stage != AveragingStage.AWAITING_TRIGGER:
-            if self._step.done() or time.monotonic() - began > PATIENCE:
+            if self._step.done() or time.monotonic() - began > GROUP_SECONDS:
                 raise PsycheError("no group was found")
             time.sleep(POLL_SECONDS)
         return Ready(time.monotonic() - began)

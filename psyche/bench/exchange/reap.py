@@ -7,8 +7,19 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 
 POLL_SECONDS = 0.02
+
+
+@contextlib.contextmanager
+def ended_politely() -> Iterator[None]:
+    """SIGTERM within the block is like Ctrl-C, so that what has to be undone is. For the main thread."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def reap(process: subprocess.Popen[bytes], deadline: float) -> None:

@@ -14,9 +14,9 @@ from psyche.numerics.codecs.registry import codec
 
 PROCESS_BYTES = {"psyche": 350_000_000, "hivemind": 450_000_000, "gloo": 250_000_000}
 """Of a peer without its vectors: Python, torch and the rest; measured here."""
-PSYCHE_VECTORS = 8
-"""θ, m, e, x, s, the gradients' sum, and payloads and buffers that are at most two vectors' worth."""
-HIVEMIND_VECTORS = 6
+PSYCHE_VECTORS = 7
+"""θ, m, e, x, s, the gradients' sum, and payloads and buffers."""
+HIVEMIND_VECTORS = 5
 """The vector itself, shared between its processes, and what it buffers of it; measured here."""
 
 Kind = Literal["gather", "sharded", "auto"]

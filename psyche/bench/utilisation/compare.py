@@ -15,6 +15,7 @@ from statistics import median
 from rich.console import Console
 
 from psyche.bench.exchange.links import congestion_control
+from psyche.bench.exchange.reap import ended_politely
 from psyche.bench.output import require_folder, write_rows
 from psyche.bench.utilisation.plan import SKIPPED, Plan, Trial, trials
 from psyche.bench.utilisation.run import run
@@ -28,7 +29,8 @@ def main(json: Path | None, plan: Plan) -> None:
     """``psyche bench utilisation``: a table to stdout, progress to stderr, rows to ``json``. Raises ``PsycheError``."""
     require_folder(json)
     planned = trials(plan)
-    rows = measure(planned)
+    with ended_politely():
+        rows = measure(planned)
     if json is not None:
         write_rows(json, to_json(rows))
     console = Console()
