@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from psyche.config import load_config
 from psyche.exchange.base import Wire
 from psyche.exchange.cost import Shapes
 from psyche.exchange.gather import Gather
@@ -17,10 +18,13 @@ from psyche.exchange.shelf import Shelf
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.numerics.backends.choice import best
+from psyche.numerics.codecs.names import CODECS, usual_result_codec
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record, Reducing
 from psyche.protocol.reduction import ring
+from psyche.roles.costs import costs_of
+from tests.roles.tiny import write_config
 
 COUNTS = (1 << 18,) * 9 + (1 << 16,)
 PEERS = 4
@@ -114,3 +118,44 @@ def test_gather_grows_with_the_peers_and_sharded_hardly_does() -> None:
     assert one[2] / one[1] < 1.10
     assert one[3] / one[2] < 1.06
     assert shapes.gather(4).seconds(1e6, 1e6) == shapes.gather(4).up / 1e6
+
+
+def test_every_codec_has_a_result_codec_that_is_no_coarser() -> None:
+    for name in CODECS:
+        result = usual_result_codec(name)
+        assert codec(result).expected_bytes(1 << 18) >= 0.9 * codec(name).expected_bytes(1 << 18), (name, result)
+    assert usual_result_codec("topk2e") == "topk2e-512", "the same values as topk2-512 in fewer bytes"
+    assert usual_result_codec("topk2-256") == "int2"
+
+
+def test_more_reducers_than_peers_are_as_many_as_there_are() -> None:
+    shapes = Shapes.of(codec("int8"), codec("int8"), (1 << 18,) * 8)
+    assert shapes.sharded(2, 5) == shapes.sharded(2, 2)
+    assert shapes.sharded(1, 2).up == shapes.gather(1).up == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "taken"), [("gather", 64, "gather"), ("sharded", 2, "sharded"), ("auto", 2, "gather")]
+)
+def test_what_a_run_costs_is_what_its_way_of_exchange_costs(
+    tmp_path: Path, kind: str, members: int, taken: str
+) -> None:
+    run = load_config(write_config(tmp_path, members=members, exchange={"kind": kind})).run
+    costs = costs_of(run)
+    assert costs.exchange == (costs.sharded if taken == "sharded" else costs.gather)
+    assert costs.bytes_per_token == members * costs.exchange.up / costs.tokens_per_round
+    told = dict(costs.lines())
+    assert told["exchange taken"].startswith(taken)
+    assert "100 Mbit/s" in told["exchange by gather"]
+    assert "1 Gbit/s" in told["by 2 reducers a slice"]
+
+
+def test_auto_shards_from_where_the_configuration_check_says(tmp_path: Path) -> None:
+    run = load_config(write_config(tmp_path, members=2, exchange={"kind": "auto"})).run
+    first = costs_of(run).sharded_from
+    assert first is not None
+    for members in (first - 1, first):
+        rounds = run.rounds.model_copy(update={"start_members": members})
+        costs = costs_of(run.model_copy(update={"rounds": rounds}))
+        assert (costs.exchange is costs.sharded) == (members >= first)
+        assert (2 * costs.sharded.up < costs.gather.up) == (members >= first)

@@ -17,7 +17,15 @@ def usual_error_feedback(name: str) -> float:
 
 
 def usual_result_codec(name: str) -> str:
-    """The codec of a sum of payloads of codec ``name``, which is sent without error feedback and must be finer."""
+    """The codec of a sum of payloads of codec ``name``, which is sent without error feedback and must be finer.
+
+    Held-out loss after 400 steps of 4 nodes against that of gather (139.6k parameters, H = 10, for topk2-256 5; one
+    seed, for topk2 two, which differ by 2 %): topk2 with topk2-512 −.8 %, with topk2-256 −.6 %, with topk2-128 +4 %,
+    with itself +9 %; topk2-256 with int2 +.4 %, with topk2-512 +3 %; int2 with int4 −.1 %, int8 with int8 −.1 %. Of a
+    single sum topk2-512 loses more (.49 to .52, relative, at 4 to 32 nodes) than topk2-128 (.37): that says little
+    about training.
+    """
     if name.startswith("topk2"):
-        return "topk2-512"
+        coded, _, kept = name.partition("-")
+        return "int2" if kept in ("256", "512") else f"{coded}-512"
     return {"fp32": "fp32", "int2": "int4"}.get(name, "int8")
