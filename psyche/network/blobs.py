@@ -116,16 +116,19 @@ class BlobServer:
             while True:
                 if request.root not in self._entries:
                     raise Refused("does not have it")
-                await loop.run_in_executor(self._threads, self._answer, pipe, request)
+                answering = loop.run_in_executor(self._threads, self._answer, pipe, request)
+                try:
+                    await asyncio.shield(answering)
+                except asyncio.CancelledError:
+                    pipe.interrupt()  # the thread may be waiting for the caller to read
+                    await asyncio.wait([answering])
+                    raise
                 frame = await stream.next_request(REQUEST_BYTES)
                 if frame is None:
                     return
                 request = Request.decode(frame)
-        except asyncio.CancelledError:
-            pipe.close()  # a thread may be waiting for the caller to read
-            raise
         finally:
-            pipe.release()
+            pipe.close()
 
     def _answer(self, pipe: Pipe, request: Request) -> None:
         """Send what was asked for. Runs on a thread."""

@@ -50,6 +50,7 @@ class Download:
 
     def __init__(
         self,
+        caller: str,
         root: bytes,
         create: Callable[[BlobIndex], Content],
         max_chunks: int,
@@ -60,13 +61,14 @@ class Download:
         known: BlobIndex | None,
     ) -> None:
         """``create`` makes the place for a blob of an index that is the root's; it raises ``ValueError`` to refuse."""
-        self.root, self.stall = root, stall
+        self.root, self.stall, self._caller = root, stall, caller
         self.received = 0
         """Chunks so far."""
         self.fault: Exception | None = None
         """Why it was given up, whoever the source."""
         self._create, self._check, self._max_chunks = create, check, max_chunks
-        self._wanted = None if chunks is None else list(dict.fromkeys(chunks))
+        self._missing = None if chunks is None else self._ordered(chunks)
+        """Chunks still to come, in this caller's order; None before the index says which there are."""
         self._guess = chunk_bytes
         self._lock = threading.Condition()
         self._content: Content | None = None
@@ -75,14 +77,8 @@ class Download:
         self._pipes: set[Pipe] = set()
         self._over = False
         self._progress = time.monotonic()
-        self._me = ""
         if known is not None:
             self._learn(known)
-
-    def start_at(self, caller: str) -> None:
-        """Each caller has an order of its own, which its PeerID and the root decide."""
-        self._me = caller
-        self._rotate()
 
     @property
     def finished(self) -> bool:
@@ -94,7 +90,7 @@ class Download:
         with self._lock:
             self._over = True
             for pipe in self._pipes:
-                pipe.close()
+                pipe.interrupt()
             self._lock.notify_all()
 
     @contextmanager
@@ -103,7 +99,7 @@ class Download:
         with self._lock:
             self._pipes.add(pipe)
             if self._over:
-                pipe.close()
+                pipe.interrupt()
         try:
             yield
         finally:
@@ -138,6 +134,8 @@ class Download:
                 index = self._content is None
                 if not batch and not index:
                     break
+                if not asked:
+                    last = time.monotonic()
                 request = Request(self.root, index, tuple(batch)).encode()
                 pipe.send(memoryview(len(request).to_bytes(4, "big") + request), self.stall)
                 asked.append((index, batch))
@@ -191,6 +189,8 @@ class Download:
         with self._lock:
             self.received += 1
             self._progress = time.monotonic()
+            if self._missing is not None:
+                self._missing.pop(number, None)
             self._release(pipe, number)
         return len(chunk)
 
@@ -212,12 +212,12 @@ class Download:
                 self._lock.wait(RETRY_SECONDS)
 
     def _pick(self, source: str, budget: int) -> list[int]:
-        if self._wanted is None:
+        if self._missing is None:
             return []  # the index comes first
         now = time.monotonic()
         batch: list[int] = []
         for rescue in (False, True):
-            for number in self._wanted:
+            for number in self._missing:
                 if budget <= 0 or len(batch) == MAX_ASKED:
                     break
                 if self._available(source, number, now, rescue=rescue):
@@ -230,8 +230,6 @@ class Download:
         return batch
 
     def _available(self, source: str, number: int, now: float, *, rescue: bool) -> bool:
-        if self._content is not None and self._content.present(number):
-            return False
         if now - self._lacking.get((source, number), -RETRY_SECONDS) < RETRY_SECONDS:
             return False
         if number not in self._taken:
@@ -250,22 +248,22 @@ class Download:
         return self._guess or FIRST_BYTES
 
     def _complete(self) -> bool:
-        content, wanted = self._content, self._wanted
-        return content is not None and wanted is not None and all(content.present(number) for number in wanted)
+        return self._content is not None and not self._missing
 
     def _learn(self, index: BlobIndex) -> None:
         """Take the index, if it is the first and wanted. Raises ``ValueError`` where it is not."""
         with self._lock:
             if self._content is not None:
                 return
-            self._content = self._create(index)
-            if self._wanted is None:
-                self._wanted = list(range(index.chunks))
-                self._rotate()
-            elif any(number >= index.chunks for number in self._wanted):
+            if self._missing is not None and any(number >= index.chunks for number in self._missing):
                 raise ValueError("it has fewer chunks than are wanted")
+            content = self._create(index)
+            wanted = self._ordered(range(index.chunks)) if self._missing is None else self._missing
+            self._missing = {number: None for number in wanted if not content.present(number)}
+            self._content = content
 
-    def _rotate(self) -> None:
-        if self._wanted and self._me:
-            start = int.from_bytes(digest("chunk order", self._me.encode(), self.root)[:8], "big") % len(self._wanted)
-            self._wanted = [*self._wanted[start:], *self._wanted[:start]]
+    def _ordered(self, chunks: Iterable[int]) -> dict[int, None]:
+        """Each caller has an order of its own, which its PeerID and the root decide."""
+        wanted = list(dict.fromkeys(chunks))
+        start = int.from_bytes(digest("chunk order", self._caller.encode(), self.root)[:8], "big") % max(1, len(wanted))
+        return dict.fromkeys([*wanted[start:], *wanted[:start]])

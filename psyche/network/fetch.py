@@ -61,7 +61,6 @@ async def fetch_blob(
     chunk_bytes: int | None = None,
     into: Blob | None = None,
     check: Callable[[int, bytes], None] | None = None,
-    parallel: int = 1,
     stall: float = STALL_SECONDS,
     on_liar: OnLiar | None = None,
 ) -> Blob:
@@ -70,7 +69,7 @@ async def fetch_blob(
     ``accept`` raises ``ValueError`` for an index, of at most ``max_chunks``, that is not wanted, and ``check`` (on a
     worker thread) for a chunk whose content is not acceptable. ``chunk_bytes`` is the usual size of a chunk, if that
     is known: then the first request need not wait for the index. ``into`` goes on with a blob fetched in part.
-    ``parallel`` sources are asked from the start. ``stall``: seconds without progress (not in all) after which a source
+    ``stall``: seconds without progress (not in all) after which a source
     is given up. ``on_liar`` hears of each source that broke the protocol, also when the fetch then succeeds.
     Raises :class:`BadBlob`, :class:`FetchError` when no source is left, and ``PsycheError`` when the disk is full.
     """
@@ -85,9 +84,9 @@ async def fetch_blob(
         return blob
 
     known = None if into is None else into.index
-    download = Download(root, create, max_chunks, chunks, chunk_bytes, check, stall, known)
+    download = Download(network.peer_id, root, create, max_chunks, chunks, chunk_bytes, check, stall, known)
     try:
-        await _run(network, download, rotated(sources, network.peer_id, root, keep_first=True), parallel, on_liar)
+        await _run(network, download, rotated(sources, network.peer_id, root, keep_first=True), 1, on_liar)
     except BaseException:
         if into is None and made:
             network.blobs.remove(root)
@@ -120,7 +119,7 @@ async def fetch(
         data.extend(bytes(index.size))
         return _Memory(index, data)
 
-    download = Download(root, create, max(1, chunk_count(max_size)), None, None, None, stall, None)
+    download = Download(network.peer_id, root, create, max(1, chunk_count(max_size)), None, None, None, stall, None)
     await _run(network, download, rotated(sources, network.peer_id, root), 1, on_liar)
     return data
 
@@ -146,7 +145,7 @@ async def fetch_into(
             raise ValueError("a blob of another size than agreed")
         return _Memory(index, target)
 
-    download = Download(root, create, max(1, chunk_count(size)), None, None, None, stall, None)
+    download = Download(network.peer_id, root, create, max(1, chunk_count(size)), None, None, None, stall, None)
     await _run(network, download, rotated(sources, network.peer_id, root), parallel, on_liar)
 
 
@@ -189,7 +188,6 @@ async def _run(
     waiting = list(sources)
     running: dict[asyncio.Future[None], str] = {}
     patient_until, progress = loop.time() + BUSY_SECONDS, 0
-    download.start_at(network.peer_id)
 
     def start(source: str) -> None:
         future: Future[None] = network.downloads.submit(_pull, network, download, source)

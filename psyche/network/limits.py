@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 
 BURST_SECONDS = 0.05
 """How much of a limit may be used at once after a pause. More would be felt by whoever shares the line."""
@@ -20,27 +19,23 @@ class Limiter:
     from when it began to wait, so that many streams of one peer get no more than the one stream of another.
     """
 
-    def __init__(
-        self,
-        rate: float | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, rate: float | None) -> None:
         self.rate = rate
-        self._clock = clock
         self._tokens = 0.0
-        self._filled = clock()
+        self._filled = time.monotonic()
         self._turn = threading.Condition()
         self._waiting: Counter[str] = Counter()
-        self._taken: dict[str, float] = {}
+        self._taken: dict[str, int] = {}
 
-    def take(self, peer: str, size: int) -> None:
-        """Wait until ``size`` bytes, at most QUANTUM, may be moved to or from ``peer``."""
+    def take(self, peer: str, size: int) -> float:
+        """Wait until ``size`` bytes, at most QUANTUM, may be moved to or from ``peer``; the seconds that took."""
         if self.rate is None:
-            return
+            return 0.0
+        began = time.monotonic()
         with self._turn:
             if not self._waiting[peer]:
-                floor = min((self._taken[other] for other in +self._waiting), default=0.0)
-                self._taken[peer] = max(self._taken.get(peer, 0.0), floor)
+                floor = min((self._taken[other] for other in +self._waiting), default=0)
+                self._taken[peer] = max(self._taken.get(peer, 0), floor)
             self._waiting[peer] += 1
             try:
                 while (delay := self._delay(peer, size)) > 0:
@@ -53,11 +48,12 @@ class Limiter:
                     self._waiting.clear()
                     self._taken.clear()
                 self._turn.notify_all()
+        return time.monotonic() - began
 
     def _delay(self, peer: str, size: int) -> float:
         """Seconds until it may be this peer's turn; 0 if it is now."""
         assert self.rate is not None
-        now = self._clock()
+        now = time.monotonic()
         most = max(self.rate * BURST_SECONDS, float(QUANTUM))
         self._tokens = min(self._tokens + (now - self._filled) * self.rate, most)
         self._filled = now

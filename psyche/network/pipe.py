@@ -53,7 +53,6 @@ class Pipe:
     ) -> None:
         self.peer_id = peer_id
         self._socket, self._traffic, self._up, self._down = connection, traffic, up, down
-        self._closed = False
 
     @classmethod
     def open(cls, control: Path, peer_id: str, name: str, traffic: Traffic, down: Limiter) -> Pipe:
@@ -84,17 +83,13 @@ class Pipe:
         """A second handle of a stream that the event loop holds, for a thread to write to."""
         return cls(peer_id, socket.socket(fileno=os.dup(descriptor)), traffic, up=up)
 
-    def close(self) -> None:
+    def interrupt(self) -> None:
         """End the stream; whoever is blocked in it is woken. From any thread, any number of times."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket.close()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
-    def release(self) -> None:
-        """Let go of this handle and leave the stream open."""
-        self._closed = True
+    def close(self) -> None:
+        """Let go of this handle; a stream that the event loop holds, too, stays open. When nobody is in it any more."""
         self._socket.close()
 
     def send(self, data: memoryview, stall: float) -> None:
@@ -103,7 +98,7 @@ class Pipe:
         deadline = time.monotonic() + stall
         while sent < len(data):
             piece = data[sent : sent + QUANTUM]
-            self._up.take(self.peer_id, len(piece))
+            deadline += self._up.take(self.peer_id, len(piece))
             done = 0
             while done < len(piece):
                 done += self._step(lambda: self._socket.send(piece[done:]), deadline, stall)  # noqa: B023
@@ -128,9 +123,7 @@ class Pipe:
             count = self._step(lambda: self._socket.recv_into(piece), deadline, stall)  # noqa: B023
             got += count
             self._traffic.down(self.peer_id, count)
-            if self._down.rate is not None:
-                self._down.take(self.peer_id, count)
-                deadline = max(deadline, time.monotonic() + 1.0)  # what we hold back is not the peer's fault
+            deadline += self._down.take(self.peer_id, count)  # what we hold back is not the peer's fault
             if got - mark >= PROGRESS:
                 mark, deadline = got, time.monotonic() + stall
 

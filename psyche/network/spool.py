@@ -40,22 +40,25 @@ class Blob:
 
         Raises ``PsycheError`` where the disk is full.
         """
+        view, offset = memoryview(chunk).cast("B"), self.index.offsets[number]
         try:
-            os.pwrite(self._descriptor, chunk, self.index.offsets[number])
+            with self._lock:  # the descriptor may belong to another file once this one is closed
+                if self._closed:
+                    return  # nobody wants it any more
+                while view:  # a disk that fills up takes a part
+                    written = os.pwrite(self._descriptor, view, offset)
+                    view, offset = view[written:], offset + written
+                self._present[number] = 1
         except OSError as error:
             raise PsycheError(
                 f"cannot keep what is received: {error.strerror}; free some disk space or choose another --directory"
             ) from None
-        self._present[number] = 1
-
-    def __len__(self) -> int:
-        return self.index.chunks
 
     def __getitem__(self, number: int) -> bytes:
         """A chunk. Raises ``LookupError`` where it is not here, or not any more."""
         if not 0 <= number < self.index.chunks:
             raise IndexError(number)
-        with self._lock:  # the descriptor may belong to another file once this one is closed
+        with self._lock:
             if self._closed or not self._present[number]:
                 raise LookupError(f"chunk {number} is not here")
             return os.pread(self._descriptor, self.index.sizes[number], self.index.offsets[number])

@@ -44,13 +44,15 @@ class Traffic:
         if count < MEASURED_BYTES or seconds <= 0:
             return
         with self._lock:
-            peer, rate = self._peer(peer_id), count / seconds
+            peer = self._peer(peer_id)
             if down:
-                peer.rate_down = (
-                    rate if peer.rate_down is None else peer.rate_down + SMOOTHING * (rate - peer.rate_down)
-                )
+                peer.rate_down = _smoothed(peer.rate_down, count / seconds)
             else:
-                peer.rate_up = rate if peer.rate_up is None else peer.rate_up + SMOOTHING * (rate - peer.rate_up)
+                peer.rate_up = _smoothed(peer.rate_up, count / seconds)
 
     def _peer(self, peer_id: str) -> PeerTraffic:
         return self.peers.setdefault(peer_id, PeerTraffic())
+
+
+def _smoothed(before: float | None, now: float) -> float:
+    return now if before is None else before + SMOOTHING * (now - before)
