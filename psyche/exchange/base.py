@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from psyche.exchange.shape import Shape
 from psyche.exchange.shelf import Shelf
-from psyche.network.fetch import fetch_blob
+from psyche.network.fetch import FetchError, fetch_blob
 from psyche.network.node import NetworkNode
 from psyche.network.spool import Blob
+from psyche.numerics.aggregate import Gradient
 from psyche.numerics.digest import BlobIndex
-from psyche.protocol.messages import Contribution, Plan, Record
-
-Gradient = Callable[[int, Tensor], None]
-"""Fills a tensor (``[n]`` fp32, holding anything) with the outer gradient of slice number i of the round."""
+from psyche.protocol.messages import Contribution, Plan, Record, Reducing
 
 
 @dataclass(frozen=True)
@@ -49,18 +45,23 @@ class Wire:
             if size is not None and index.size != size:
                 raise ValueError(f"{index.size} bytes where {size} were announced")
 
-        blob = await fetch_blob(
-            self.network,
-            root,
-            sources=sources,
-            accept=accept,
-            chunks=chunks,
-            into=into,
-            check=shape.check,
-            max_chunks=len(shape.counts),
-            chunk_bytes=shape.usual_bytes,
-            on_liar=self.on_liar,
-        )
+        try:
+            blob = await fetch_blob(
+                self.network,
+                root,
+                sources=sources,
+                accept=accept,
+                chunks=chunks,
+                into=into,
+                check=shape.check,
+                max_chunks=len(shape.counts),
+                chunk_bytes=shape.usual_bytes,
+                on_liar=self.on_liar,
+            )
+        except FetchError as error:
+            if into is None and error.partial is not None:
+                self.shelf.keep(error.partial)
+            raise
         if into is None:
             self.shelf.keep(blob)
         return blob
@@ -90,14 +91,19 @@ class Exchange(ABC):
         self._asked.add(author)
         if author in self.held:
             return
-        self.payloads[author] = await self.wire.fetch(
-            given.payload_root,
-            [author, *self.members],
-            self.shape,
-            self.part(),
-            size=given.payload_bytes,
-            into=self.payloads.get(author),
-        )
+        try:
+            self.payloads[author] = await self.wire.fetch(
+                given.payload_root,
+                [author, *self.members],
+                self.shape,
+                self.part(),
+                size=given.payload_bytes,
+                into=self.payloads.get(author),
+            )
+        except FetchError as error:
+            if error.partial is not None:  # the next attempt goes on from there
+                self.payloads[author] = error.partial
+            raise
 
     @property
     def held(self) -> frozenset[str]:
@@ -108,6 +114,18 @@ class Exchange(ABC):
             for author in self._asked | set(self.payloads)
             if not part or (author in self.payloads and all(map(self.payloads[author].present, part)))
         )
+
+    def drawn(self, reducing: Reducing) -> None:
+        """Take in who reduces what now. Where everybody aggregates, nobody does."""
+        return
+
+    def due(self, reducing: Reducing) -> Sequence[int]:
+        """Groups that this node has to reduce and has not, and for which everything is here."""
+        return ()
+
+    async def reduce(self, reducing: Reducing, given: Mapping[str, Contribution]) -> Mapping[int, bytes]:
+        """Add up the groups that are :meth:`due`, over the selected contributions; the addresses of the results."""
+        return {}
 
     @abstractmethod
     def part(self) -> Sequence[int]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from psyche.exchange.base import Exchange, Gradient
-from psyche.numerics.aggregate import aggregate, shares
+from psyche.exchange.base import Exchange
+from psyche.numerics.aggregate import Gradient, gathered
 from psyche.protocol.messages import Record
 
 
@@ -20,10 +18,5 @@ class Gather(Exchange):
 
     async def prepare(self, record: Record) -> Gradient:
         await asyncio.gather(*(self.collect(one.node, one.contribution) for one in record.accepted))
-        weights = shares({one.node: one.contribution.tokens for one in record.accepted})
-        payloads, codec = self.payloads, self.shape.codec
-
-        def gradient(number: int, out: Tensor) -> None:
-            aggregate(codec, ((weight, payloads[node][number]) for node, weight in weights.items()), out)
-
-        return gradient
+        tokens = {one.node: one.contribution.tokens for one in record.accepted}
+        return gathered(self.shape.codec, tokens, self.payloads)

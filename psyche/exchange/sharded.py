@@ -9,14 +9,12 @@ decode the same bytes; equal results of the reducers are the proof that they are
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
-from psyche.exchange.base import Exchange, Gradient, Wire
+from psyche.exchange.base import Exchange, Wire
 from psyche.exchange.shape import Shape
 from psyche.network.spool import Blob
-from psyche.numerics.aggregate import reduce_slice, shares
+from psyche.numerics.aggregate import Gradient, decoded, gathered, reduce_slice
 from psyche.numerics.codecs.base import Codec
 from psyche.protocol.messages import Contribution, Plan, Record, Reducing
 from psyche.protocol.reduction import Draw
@@ -33,7 +31,6 @@ class Sharded(Exchange):
         self._results: dict[bytes, Blob] = {}
 
     def drawn(self, reducing: Reducing) -> None:
-        """Take in who reduces what now."""
         self._draw = Draw(
             reducing.ring, frozenset(reducing.out), reducing.again, self.plan.reducers, len(self.shape.counts)
         )
@@ -44,21 +41,19 @@ class Sharded(Exchange):
             return ()
         return sorted(number for group in draw.duties(self.wire.me) for number in draw.slices_of(group))
 
-    def due(self, reducing: Reducing) -> list[int]:
-        """Groups that this node has to reduce and has not, and for which everything is here."""
+    def due(self, reducing: Reducing) -> Sequence[int]:
         assert self._draw is not None
         if not reducing.selected or not set(reducing.selected) <= self.held:
             return []
         return [group for group in self._draw.duties(self.wire.me) if self._reduced_in.get(group) != reducing.term]
 
-    async def reduce(self, reducing: Reducing, given: dict[str, Contribution]) -> dict[int, bytes]:
-        """Add up the groups that are :meth:`due`, over the selected contributions; the addresses of the results."""
+    async def reduce(self, reducing: Reducing, given: Mapping[str, Contribution]) -> Mapping[int, bytes]:
         draw, groups = self._draw, self.due(reducing)
         assert draw is not None
-        weights = shares({node: given[node].tokens for node in reducing.selected})
+        gradient = gathered(self.shape.codec, {node: given[node].tokens for node in reducing.selected}, self.payloads)
         found = {}
         for group in groups:
-            parts = await asyncio.to_thread(self._add_up, weights, draw.slices_of(group))
+            parts = await asyncio.to_thread(self._add_up, gradient, draw.slices_of(group))
             blob = await self.wire.shelf.put(parts)
             self._results[blob.index.root] = blob
             found[group] = blob.index.root
@@ -66,28 +61,18 @@ class Sharded(Exchange):
         self._reduced_in |= dict.fromkeys(groups, reducing.term)
         return found
 
-    def _add_up(self, weights: dict[str, float], slices: range) -> list[bytes]:
-        return [
-            reduce_slice(
-                self.shape.codec,
-                self._result_codec,
-                ((weight, self.payloads[node][number]) for node, weight in weights.items()),
-                self.shape.counts[number],
-            )
-            for number in slices
-        ]
+    def _add_up(self, gradient: Gradient, slices: range) -> list[bytes]:
+        return [reduce_slice(gradient, self._result_codec, number, self.shape.counts[number]) for number in slices]
 
     async def prepare(self, record: Record) -> Gradient:
         draw = Draw(record.ring, frozenset(), (), self.plan.reducers, len(self.shape.counts))
         results = await asyncio.gather(*(self._result(record, draw, group) for group in range(draw.groups)))
-        codec = self._result_codec
 
-        def gradient(number: int, out: Tensor) -> None:
+        def encoded(number: int) -> bytes:
             position, group = divmod(number, draw.groups)
-            out.zero_()
-            codec.decode_add(results[group][position], 1.0, out)
+            return results[group][position]
 
-        return gradient
+        return decoded(self._result_codec, encoded)
 
     async def _result(self, record: Record, draw: Draw, group: int) -> Blob:
         """A group's result: this node's own, or from those who reduced it or fetched it before."""

@@ -67,7 +67,7 @@ class Download:
         self.fault: Exception | None = None
         """Why it was given up, whoever the source."""
         self._create, self._check, self._max_chunks = create, check, max_chunks
-        self._missing = None if chunks is None else self._ordered(chunks)
+        self._missing = None if chunks is None else ordered(chunks, caller, root)
         """Chunks still to come, in this caller's order; None before the index says which there are."""
         self._guess = chunk_bytes
         self._lock = threading.Condition()
@@ -258,12 +258,14 @@ class Download:
             if self._missing is not None and any(number >= index.chunks for number in self._missing):
                 raise ValueError("it has fewer chunks than are wanted")
             content = self._create(index)
-            wanted = self._ordered(range(index.chunks)) if self._missing is None else self._missing
+            wanted = ordered(range(index.chunks), self._caller, self.root) if self._missing is None else self._missing
             self._missing = {number: None for number in wanted if not content.present(number)}
             self._content = content
 
-    def _ordered(self, chunks: Iterable[int]) -> dict[int, None]:
-        """Each caller has an order of its own, which its PeerID and the root decide."""
-        wanted = list(dict.fromkeys(chunks))
-        start = int.from_bytes(digest("chunk order", self._caller.encode(), self.root)[:8], "big") % max(1, len(wanted))
-        return dict.fromkeys([*wanted[start:], *wanted[:start]])
+
+def ordered(chunks: Iterable[int], caller: str, root: bytes) -> dict[int, None]:
+    """Chunks in the order in which ``caller`` asks for them: its PeerID and the root decide where it starts, so that
+    those who fetch one blob soon have different parts of it to give each other."""
+    wanted = list(dict.fromkeys(chunks))
+    start = int.from_bytes(digest("chunk order", caller.encode(), root)[:8], "big") % max(1, len(wanted))
+    return dict.fromkeys([*wanted[start:], *wanted[:start]])

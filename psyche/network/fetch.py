@@ -40,6 +40,8 @@ class FetchError(PsycheError):
         told = "; ".join(f"{peer_id} {reason}" for peer_id, reason in reasons.items()) or "nobody is known to have it"
         super().__init__(f"could not fetch blob {root.hex()[:12]}: {told}")
         self.root, self.reasons = root, reasons
+        self.partial: Blob | None = None
+        """What :func:`fetch_blob` got of it, to go on with; served meanwhile."""
 
 
 class BadBlob(FetchError):
@@ -87,8 +89,10 @@ async def fetch_blob(
     download = Download(network.peer_id, root, create, max_chunks, chunks, chunk_bytes, check, stall, known)
     try:
         await _run(network, download, rotated(sources, network.peer_id, root, keep_first=True), 1, on_liar)
-    except BaseException:
-        if into is None and made:
+    except BaseException as error:
+        if isinstance(error, FetchError) and not isinstance(error, BadBlob):
+            error.partial = made[0] if made else None
+        elif into is None and made:
             network.blobs.remove(root)
         raise
     return made[0]

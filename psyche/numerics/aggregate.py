@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs.base import Codec
+
+Gradient = Callable[[int, Tensor], None]
+"""Fills a tensor (``[n]`` fp32, holding anything) with the outer gradient of slice number i of the round."""
+
+
+class Chunks(Protocol):
+    """The encoded slices of a payload, in memory or on disk."""
+
+    def __getitem__(self, number: int, /) -> bytes: ...
 
 
 def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tensor) -> None:
@@ -23,14 +33,33 @@ def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tenso
         codec.decode_add(payload, weight, out)
 
 
-def reduce_slice(codec: Codec, result_codec: Codec, payloads: Iterable[tuple[float, Buffer]], count: int) -> bytes:
-    """:func:`aggregate` over ``count`` parameters, encoded once: the same bytes from every node that does it.
+def gathered(codec: Codec, tokens: Mapping[str, int], payloads: Mapping[str, Chunks]) -> Gradient:
+    """The mean of ``payloads`` by node id, weighted by ``tokens``: slice i of the gradient from slice i of each."""
+    weights = shares(tokens)
 
-    Both codecs are of one backend. A sum that overflows becomes the largest fp32 value: weights are rounded, so that
-    payloads at the end of the range could otherwise stop every node that reduces them.
+    def gradient(number: int, out: Tensor) -> None:
+        aggregate(codec, ((weight, payloads[node][number]) for node, weight in weights.items()), out)
+
+    return gradient
+
+
+def decoded(codec: Codec, encoded: Callable[[int], Buffer]) -> Gradient:
+    """The gradient whose slice i is what ``encoded(i)`` stands for."""
+
+    def gradient(number: int, out: Tensor) -> None:
+        aggregate(codec, [(1.0, encoded(number))], out)
+
+    return gradient
+
+
+def reduce_slice(gradient: Gradient, result_codec: Codec, number: int, count: int) -> bytes:
+    """Slice ``number`` of a gradient, ``count`` parameters, encoded once: the same bytes from every node that does it.
+
+    ``result_codec`` is of the backend that computes the gradient. A sum that overflows becomes the largest fp32 value:
+    weights are rounded, so that payloads at the end of the range could otherwise stop every node that reduces them.
     """
-    total = torch.empty(count, device=codec.device)
-    aggregate(codec, payloads, total)
+    total = torch.empty(count, device=result_codec.device)
+    gradient(number, total)
     most = torch.finfo(torch.float32).max
     return result_codec.encode(total.clamp_(-most, most), torch.zeros_like(total), None, 0.0)
 

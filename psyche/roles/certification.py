@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from psyche.config import Manifest
-from psyche.exchange.base import Exchange, Gradient
-from psyche.exchange.sharded import Sharded
+from psyche.exchange.base import Exchange
 from psyche.network.fetch import FetchError
 from psyche.network.identity import BadSignature, WrongContext, open_envelope
 from psyche.network.streams import Refused
+from psyche.numerics.aggregate import Gradient
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider
 from psyche.protocol.certificates import BadCertificate, check_certificate
@@ -137,7 +137,7 @@ class Certification:
 
     async def _take_part(self, board: Board) -> None:
         """Fetch what is shown, say what is here, reduce, and vote."""
-        if isinstance(self._exchange, Sharded) and board.reducing is not None:
+        if board.reducing is not None:
             self._exchange.drawn(board.reducing)
         for node, given in self._openings.contributions.items():
             if node not in self._exchange.held:
@@ -146,18 +146,18 @@ class Certification:
         if held != self._told:
             self._told = held
             await self._submit(Holding(tuple(sorted(held))))
-        if isinstance(self._exchange, Sharded) and board.reducing is not None:
-            self._reduce(self._exchange, board.reducing)
+        if board.reducing is not None:
+            self._reduce(board.reducing)
         await self._vote(board)
 
-    def _reduce(self, exchange: Sharded, reducing: Reducing) -> None:
+    def _reduce(self, reducing: Reducing) -> None:
         """Start adding up what this node has to, once everything for it is here."""
 
         async def reduce() -> None:
-            found = await exchange.reduce(reducing, self._openings.contributions)
+            found = await self._exchange.reduce(reducing, self._openings.contributions)
             await self._submit(Reduced(reducing.term, tuple(Result(group, found[group]) for group in sorted(found))))
 
-        if exchange.due(reducing):
+        if self._exchange.due(reducing):
             self._start(("reduce", reducing.term), reduce)
 
     def _prepare(self, record: Record) -> None:
@@ -195,11 +195,12 @@ class Certification:
         record = proposal.record
         if proposal.term <= self._voted or record.plan != self._plan:
             return
-        if any(self._openings.contributions.get(one.node) != one.contribution for one in record.accepted):
-            return  # what was not committed to is not fetched, either
-        self._prepare(record)
-        if record.hash not in self._gradients:
-            return
+        opened = self._openings.contributions
+        if all(opened.get(one.node) == one.contribution for one in record.accepted):
+            self._prepare(record)
+            if record.hash not in self._gradients:
+                return
+        # What was not committed to is not fetched, and gets no vote.
         self._voted = proposal.term
         try:
             self._voter.acceptor = consider(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from psyche.config import Manifest
-from psyche.numerics.aggregate import reduce_slice, shares
+from psyche.numerics.aggregate import gathered, reduce_slice
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.reducing import draw_of
@@ -112,13 +112,13 @@ def _reduced(
     if not plan.reducers:
         return {}
     replica, draw = replicas[min(replicas)], machine.draw
-    weights = shares({node: work.contribution.tokens for node, work in works.items()})
+    tokens = {node: work.contribution.tokens for node, work in works.items()}
+    mean = gathered(replica.codec, tokens, {node: work.payload for node, work in works.items()})
     counts = [part.stop - part.start for part in replica.slices_of(plan.round)]
-    codec, result_codec = replica.codec, replica.backend.codec(replica.run.result_codec)
+    result_codec = replica.backend.codec(replica.run.result_codec)
 
     def chunk(number: int) -> bytes:
-        payloads = ((weight, works[node].payload[number]) for node, weight in weights.items())
-        return reduce_slice(codec, result_codec, payloads, counts[number])
+        return reduce_slice(mean, result_codec, number, counts[number])
 
     roots = [payload_root([chunk(number) for number in draw.slices_of(group)]) for group in range(draw.groups)]
     return {node: {group: roots[group] for group in draw.duties(node)} for node in works}

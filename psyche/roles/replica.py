@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from math import sqrt
 
 import torch
-from torch import Tensor
 
 from psyche.config import Manifest
 from psyche.data.store import TokenStore
 from psyche.errors import PsycheError
-from psyche.numerics.aggregate import aggregate, shares
+from psyche.numerics.aggregate import Gradient, decoded, gathered, reduce_slice
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import NonFinite
@@ -32,8 +31,6 @@ from psyche.verification.traces import Trace
 
 Slices = Sequence[bytes]
 """The encoded slices of one contribution, in the order of ``FlatLayout.fragments()``."""
-Gradient = Callable[[int, Tensor], None]
-"""Fills a tensor (``[n]`` fp32, holding anything) with the outer gradient of slice number i of the round."""
 
 
 class Interrupted(Exception):
@@ -111,6 +108,8 @@ class Replica:
         """What trained when it was last encoded: x at the end of a round's inner steps."""
         self._sum = torch.empty(max(p.stop - p.start for f in self._fragments for p in f), device=self.backend.device)
         self.residual = torch.zeros_like(self.outer.theta) if self.codec.error_feedback else None
+        self._dealt: tuple[Plan, range] | None = None
+        """This node's positions of the data in the round that it trains for."""
 
     # ------------------------------------------------------------------------------- one round
 
@@ -216,18 +215,16 @@ class Replica:
     def gradient_of(self, record: Record, payloads: Mapping[str, Slices]) -> Gradient:
         """The outer gradient, aggregated from the payloads of all that ``record`` accepted; if the round is sharded,
         as everybody decodes it from its encoded result."""
-        weights = shares({one.node: one.contribution.tokens for one in record.accepted})
-        result_codec = self.backend.codec(self.run.result_codec)
+        tokens = {one.node: one.contribution.tokens for one in record.accepted}
+        mean = gathered(self.codec, tokens, payloads)
+        if not record.plan.reducers:
+            return mean
+        result_codec, parts = self.backend.codec(self.run.result_codec), self.slices_of(record.plan.round)
 
-        def gathered(number: int, out: Tensor) -> None:
-            aggregate(self.codec, ((weight, payloads[node][number]) for node, weight in weights.items()), out)
+        def encoded(number: int) -> bytes:
+            return reduce_slice(mean, result_codec, number, parts[number].stop - parts[number].start)
 
-        def reduced(number: int, out: Tensor) -> None:
-            gathered(number, out)
-            encoded = result_codec.encode(out, torch.zeros_like(out), None, 0.0)
-            aggregate(result_codec, [(1.0, encoded)], out)
-
-        return reduced if record.plan.reducers else gathered
+        return decoded(result_codec, encoded)
 
     def adopt(self, outer: OuterState, record: Record | None) -> None:
         """Take over an outer state fetched from others: that after ``record``, or that before the first round.
@@ -289,8 +286,10 @@ class Replica:
 
     def _step(self, steps: Steps, plan: Plan, step: int, global_step: int) -> None:
         """One inner step on the data of step ``step`` of this node in round ``plan``."""
-        batch, train, late = self.run.inner.batch_size, self.store.train, self.run.overlap.late_steps
-        span = positions(plan, self.node, batch, late)[step * batch : (step + 1) * batch]
+        batch, train = self.run.inner.batch_size, self.store.train
+        if self._dealt is None or self._dealt[0] is not plan:
+            self._dealt = plan, positions(plan, self.node, batch, self.run.overlap.late_steps)
+        span = self._dealt[1][step * batch : (step + 1) * batch]
         tokens = train.batch(sequences(span, len(train), self.run.seed))
         steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps)
         steps.losses.append(self.engine.step(tokens, steps.lr))

@@ -12,6 +12,7 @@ from swarm import spawn_child, start, until, with_swarm
 
 from psyche.network import blobs
 from psyche.network.blobs import Request
+from psyche.network.download import ordered
 from psyche.network.fetch import BadBlob, FetchError, fetch, fetch_blob, fetch_into, rotated
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
@@ -182,18 +183,20 @@ def test_a_source_that_dies_or_freezes_is_replaced_where_it_stopped(tmp_path: Pa
         index = index_blob(data)
         asked: list[int] = []
         honest.blobs.add(index, recorded(data, asked))
-        child, daemon, addresses = await asyncio.to_thread(spawn_child, tmp_path, data, 3)
+        second = list(ordered(range(6), caller.peer_id, index.root))[1]
+        child, daemon, addresses = await asyncio.to_thread(spawn_child, tmp_path, data, second)
         try:
             assert await caller.connect(addresses) == {}
             blob = asyncio.create_task(
                 fetch_blob(caller, index.root, sources=sources, max_chunks=6, chunks=range(6), stall=3.0)
             )
-            await until(lambda: caller.traffic.bytes_down > CHUNK)  # it hangs on one chunk
+            given = len(index.encode()) + CHUNK  # and hangs on the next
+            await until(lambda: child_id in caller.traffic.peers and caller.traffic.peers[child_id].bytes_down > given)
             for pid in (daemon, child.pid):
                 os.kill(pid, number)
             whole = await blob
             assert b"".join([whole[chunk] for chunk in range(6)]) == data
-            assert asked.count(3) == 1, "what was missing came from the other"
+            assert asked.count(second) == 1, "what was missing came from the other"
             assert len(asked) < 6, "what had arrived was not asked for again"
         finally:
             child.kill()

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.aggregate import aggregate, reduce_slice, share
+from psyche.numerics.aggregate import aggregate, gathered, reduce_slice, share
 from psyche.numerics.backends.base import TorchBackend
 from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import MalformedPayload
@@ -107,15 +107,17 @@ PAIRS = [
 @pytest.mark.parametrize(("name", "result"), PAIRS)
 def test_a_reduced_slice_is_the_aggregate_encoded_once_by_every_backend(name: str, result: str) -> None:
     torch.manual_seed(5)
-    count, weights = 3 * CHUNK, [share(part, 10) for part in (1, 2, 3, 4)]
+    count, tokens = 3 * CHUNK, {f"node {part}": part for part in (1, 2, 3, 4)}
+    weights = [share(part, 10) for part in tokens.values()]
     values = [torch.randn(count) * 1e-3 for _ in weights]
     payloads = [codec(name).encode(v, torch.zeros(count), None, 0.0) for v in values]
     total = torch.empty(count)
     aggregate(codec(name), zip(weights, payloads, strict=True), total)
     expected = codec(result).encode(total, torch.zeros(count), None, 0.0)
     for backend in (TorchBackend(), best()):
-        found = reduce_slice(backend.codec(name), backend.codec(result), zip(weights, payloads, strict=True), count)
-        assert found == expected
+        used = backend.codec(name)
+        mean = gathered(used, tokens, {node: [payload] for node, payload in zip(tokens, payloads, strict=True)})
+        assert reduce_slice(mean, backend.codec(result), 0, count) == expected
     codec(result).check(expected, count)
 
 
@@ -125,9 +127,13 @@ def test_payloads_at_the_end_of_the_range_cannot_stop_who_reduces_them(name: str
     count, most = CHUNK, torch.finfo(torch.float32).max
     payload = codec(name).encode(torch.full((count,), most), torch.zeros(count), None, 0.0)
     total = torch.empty(count)
-    aggregate(codec(name), [(share(1, 3), payload)] * 3 + [(1.0, payload)], total)
+
+    def gradient(_: int, out: torch.Tensor) -> None:
+        aggregate(codec(name), [(share(1, 3), payload)] * 3 + [(1.0, payload)], out)
+
+    gradient(0, total)
     assert bool(torch.isinf(total).any())
-    found = reduce_slice(codec(name), codec(result), [(share(1, 3), payload)] * 3 + [(1.0, payload)], count)
+    found = reduce_slice(gradient, codec(result), 0, count)
     decoded = torch.zeros(count)
     codec(result).decode_add(found, 1.0, decoded)
     assert bool(torch.isfinite(decoded).all())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from psyche.cli import main
+from psyche.numerics.aggregate import Gradient
 from psyche.protocol.messages import Record
-from psyche.roles.replica import Gradient, Replica
+from psyche.roles.replica import Replica
 
 honest = Replica.step_outer
 

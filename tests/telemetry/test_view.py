@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from psyche.protocol import rounds
+from psyche.protocol import proposals
 from psyche.telemetry.events import (
     Attested,
     Checkpointed,
@@ -174,7 +174,7 @@ class TestPlain:
         ]
 
     def test_the_protocols_reasons_are_known(self) -> None:
-        source = inspect.getsource(rounds)
+        source = inspect.getsource(proposals)
         assert all(reason in source for reason in OWN_WORK)
         reason = "its payload did not reach enough members; it was not heard from any more"
         (line,) = plain(ContributorView(ME), [certified(1, (OTHER,), excluded=((ME, reason),))])

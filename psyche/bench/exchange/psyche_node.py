@@ -27,12 +27,13 @@ from psyche.data.store import TokenStore
 from psyche.errors import PsycheError
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
+from psyche.numerics.aggregate import Gradient
 from psyche.numerics.flat import ALIGNMENT, FlatLayout
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Record
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.presence import KINDS, announce
-from psyche.roles.replica import Gradient, Interrupted, Replica, Work
+from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.worker import Worker
 from psyche.telemetry.events import LOG_NAME, EventLog
 from psyche.training.engine import Batch
