@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from psyche.errors import ConfigError
 from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_result_codec
 from psyche.numerics.digest import digest
+from psyche.rates import bits_per_second
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -338,22 +339,8 @@ class Wandb(Strict):
     """Also log this node's own run, in the training run's group."""
 
 
-_RATE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)(bit|B)(?:/s)?", re.IGNORECASE)
-
-
-def bytes_per_second(text: str | None) -> float | None:
-    """``20mbit`` or ``2.5MB`` as bytes a second; None is no limit. Raises ``ValueError``."""
-    if text is None:
-        return None
-    match = _RATE.fullmatch(text.strip())
-    if match is None or not float(match[1]):
-        raise ValueError(f"{text!r} is not a rate such as 20mbit or 2.5MB (a second)")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()]
-    return float(match[1]) * scale / (8 if match[3].lower() == "bit" else 1)
-
-
 def _rate(text: str) -> str:
-    bytes_per_second(text)
+    bits_per_second(text)
     return text
 
 

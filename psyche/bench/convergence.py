@@ -11,8 +11,8 @@ parameters changed by a millionth. What the control shows, too, is not int8's do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -20,15 +20,9 @@ from rich.console import Console
 
 from psyche.bench.output import require_folder, write_rows
 from psyche.bench.plan import Scale, default_scale, full_scale, items
-from psyche.bench.pool import run_all
-from psyche.bench.progress import progress
+from psyche.bench.section import Preparing, chosen, outcomes_of, prepare_corpus, wide_console
 from psyche.bench.table import Row, differences_table, differences_to_fp32, results_table, rows_of, to_json, verdict
-from psyche.data.prepare import Report, prepare
-from psyche.errors import PsycheError
 from psyche.telemetry.wording import amount
-
-WIDTH = 132
-"""Columns that the tables need; a narrower terminal wraps lines, which reads better than cells of three letters."""
 
 
 def main(
@@ -36,7 +30,7 @@ def main(
     *,
     full: bool = False,
     only: str | None = None,
-    preparing: Callable[[], AbstractContextManager[Report | None]] = nullcontext,
+    preparing: Preparing = nullcontext,
 ) -> None:
     """``psyche bench convergence``: tables to stdout, progress to stderr, rows to ``json`` (a list of flat dicts).
 
@@ -44,15 +38,11 @@ def main(
     """
     scale = full_scale() if full else default_scale()
     require_folder(json)
-    with preparing() as report:
-        setting = scale.setting
-        prepare(setting.data, setting.cache.expanduser(), vocab_limit=setting.model.vocab_size, progress=report)
+    prepare_corpus(scale.setting, preparing)
     rows = measure(scale, only)
     if json is not None:
         write_rows(json, to_json(rows))
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    show(scale, rows, console)
+    show(scale, rows, wide_console())
 
 
 def measure(scale: Scale, only: str | None = None) -> list[Row]:
@@ -60,14 +50,8 @@ def measure(scale: Scale, only: str | None = None) -> list[Row]:
 
     ``only`` keeps the rows whose name contains it. Raises :class:`PsycheError` where none does.
     """
-    wanted = [item for item in items(scale) if only is None or only in item.name]
-    if not wanted:
-        names = [item.name for item in items(scale)]
-        raise PsycheError(f"no row of the bench has {only!r} in its name; names are like {names[0]} and {names[-1]}")
-    trials = {item.trial for item in wanted}
-    with progress(trials) as done:
-        outcomes = run_all(scale.setting, trials, done)
-    return rows_of(wanted, outcomes)
+    wanted = chosen(items(scale), lambda item: item.name, only)
+    return rows_of(wanted, outcomes_of(scale.setting, (item.trial for item in wanted)))
 
 
 def show(scale: Scale, rows: Sequence[Row], console: Console) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from psyche.rates import bits_per_second
+
 app = typer.Typer(help="Measure, with the rival in the same run.", no_args_is_help=True)
 
 JsonFile = Annotated[Path | None, typer.Option(help="Write the rows here, too.", show_default=False)]
@@ -96,10 +98,8 @@ def codec(
 
 def rate(text: str) -> int:
     """``100mbit`` as bits a second. Raises ``typer.BadParameter``."""
-    from psyche.bench.exchange import links
-
     try:
-        return links.rate(text)
+        return bits_per_second(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

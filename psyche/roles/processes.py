@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from psyche.config import Config, Manifest, Node, bytes_per_second
+from psyche.config import Config, Manifest, Node
 from psyche.data.durable import disk_errors, write_durably
 from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
@@ -21,6 +21,7 @@ from psyche.network.invite import MAX_ADDRESSES, Invite
 from psyche.network.node import NetworkNode
 from psyche.numerics.backends.choice import on
 from psyche.numerics.outer import OuterState
+from psyche.rates import bytes_per_second
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
 from psyche.roles.presence import KINDS, announce, sources

@@ -173,7 +173,7 @@ def test_main_writes_rows_picture_and_table(
 
 
 def test_a_filter_that_matches_nothing_says_what_names_look_like(codecs: CodecScale) -> None:
-    with pytest.raises(PsycheError, match="no trial has 'nosuch' in its name; names are like diloco-fp32/"):
+    with pytest.raises(PsycheError, match="no row has 'nosuch' in its name; names are like diloco-fp32/"):
         codec_quality.measure(codecs, only="nosuch")
 
 

@@ -160,7 +160,7 @@ def test_main_writes_flat_rows_and_prints_the_tables(
 
 
 def test_a_filter_that_matches_nothing_says_what_names_look_like(scale: Scale) -> None:
-    with pytest.raises(PsycheError, match="no row of the bench has 'nosuch' in its name; names are like equal-tokens/"):
+    with pytest.raises(PsycheError, match="no row has 'nosuch' in its name; names are like equal-tokens/"):
         convergence.measure(scale, only="nosuch")
 
 

@@ -169,7 +169,7 @@ def test_json_rows_are_flat_and_finite(tiny: tuple[Plan, bench.Result], tmp_path
 
 def test_the_table_says_what_was_measured(tiny: tuple[Plan, bench.Result]) -> None:
     screen = io.StringIO()
-    bench.show(*tiny, Console(file=screen, width=bench.WIDTH))
+    bench.show(*tiny, Console(file=screen, width=150))
     assert "2 peers, 1.0M parameters, on the loopback interface, not shaped" in screen.getvalue()
     assert "2 of 2" in screen.getvalue()
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from psyche.bench.exchange import links
-from psyche.bench.exchange.links import Link, Place, burst_bytes, namespaces, queue_bytes, rate, remove_stale, shaped
+from psyche.bench.exchange.links import Link, Place, burst_bytes, namespaces, queue_bytes, remove_stale, shaped
 from psyche.errors import PsycheError
 
 RECEIVER = """
@@ -45,19 +45,6 @@ def _can_shape() -> bool:
 
 
 needs_namespaces = pytest.mark.skipif(not _can_shape(), reason="needs root, network namespaces and tc tbf")
-
-
-@pytest.mark.parametrize(
-    ("text", "bits"), [("100mbit", 10**8), ("1.5mbit", 1_500_000), ("800kbit", 800_000), ("1Gbit", 10**9), ("9bit", 9)]
-)
-def test_rates_are_read_in_the_words_of_tc(text: str, bits: int) -> None:
-    assert rate(text) == bits
-
-
-@pytest.mark.parametrize("text", ["", "100", "0mbit", "100mb", "-1mbit", "fast", "1e3bit"])
-def test_what_is_no_rate_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a rate such as 100mbit"):
-        rate(text)
 
 
 @pytest.mark.parametrize("bits", [10**6, 10**7, 10**8, 10**9])

@@ -3,20 +3,7 @@
 import threading
 import time
 
-import pytest
-
-from psyche.config import bytes_per_second
 from psyche.network.limits import BURST_SECONDS, QUANTUM, Limiter
-
-
-def test_rates_as_people_write_them() -> None:
-    assert bytes_per_second("20mbit") == 2.5e6
-    assert bytes_per_second("2.5MB") == 2.5e6
-    assert bytes_per_second("1 Gbit/s") == 1.25e8
-    assert bytes_per_second(None) is None
-    for wrong in ("fast", "20", "-1mbit", "0mbit", "20 mph"):
-        with pytest.raises(ValueError, match="is not a rate such as"):
-            bytes_per_second(wrong)
 
 
 def test_no_limit_takes_no_turn() -> None:

@@ -12,12 +12,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import msgspec
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,15 +26,13 @@ from psyche.bench.codec.measure import PROBE, Bench
 from psyche.bench.codec.rivals import rival_steppers, rivals
 from psyche.bench.codec.systems import Coder, PsycheCoder, PsycheStepper, Stepper, backends, codec_names
 from psyche.bench.codec.table import Row, against_rival, codec_table, outer_table, percent, speed, to_json
+from psyche.bench.output import require_folder, write_rows
+from psyche.bench.section import Preparing, prepare_corpus, wide_console
 from psyche.bench.trials import Setting
-from psyche.data.durable import disk_errors, write_durably
-from psyche.data.prepare import Report, prepare
 from psyche.errors import PsycheError
 from psyche.numerics.flat import ALIGNMENT, SLICE
 from psyche.telemetry.wording import amount, plural
 
-WIDTH = 132
-"""Columns that the tables need; a narrower terminal wraps lines."""
 MENDED = "hivemind    its 8-bit decoders raise TypeError with NumPy 2.4 or newer; that one call is mended here"
 DEFAULT_SIZE = 1 << 24
 """Parameters: vectors of 64 MiB, larger than the last-level cache of most CPUs."""
@@ -68,7 +65,7 @@ def main(
     plan: Plan,
     *,
     threads: int | None = None,
-    preparing: Callable[[], AbstractContextManager[Report | None]] = nullcontext,
+    preparing: Preparing = nullcontext,
 ) -> None:
     """``psyche bench codec``: tables to stdout, progress to stderr, rows to ``json`` (a list of flat dicts).
 
@@ -77,20 +74,14 @@ def main(
     """
     check(plan)
     setting = default_setting()
-    if json is not None:  # rather than after minutes
-        with disk_errors(json):
-            json.parent.mkdir(parents=True, exist_ok=True)
-    with preparing() as report:
-        prepare(setting.data, setting.cache.expanduser(), vocab_limit=setting.model.vocab_size, progress=report)
+    require_folder(json)
+    prepare_corpus(setting, preparing)
     if threads is not None:
         torch.set_num_threads(threads)
     result = measure(plan, setting)
     if json is not None:
-        with disk_errors(json):
-            write_durably(json, msgspec.json.format(msgspec.json.encode(to_json(result.rows))) + b"\n")
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    show(result, console)
+        write_rows(json, to_json(result.rows))
+    show(result, wide_console())
 
 
 def check(plan: Plan) -> None:

@@ -28,11 +28,9 @@ from psyche.bench.exchange.systems import RIVALS, System, own_systems
 from psyche.bench.exchange.table import Row, against_rivals, table, to_json
 from psyche.bench.exchange.talk import Spec
 from psyche.bench.output import require_folder, write_rows
+from psyche.bench.section import wide_console
 from psyche.errors import PsycheError
 from psyche.telemetry.wording import amount, plural, size
-
-WIDTH = 150
-"""Columns that the table needs."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ def main(json: Path | None, plan: Plan) -> None:
         result = measure(plan)
     if json is not None:
         write_rows(json, to_json(result.rows))
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    show(plan, result, console)
+    show(plan, result, wide_console(150))
 
 
 def measure(plan: Plan) -> Result:

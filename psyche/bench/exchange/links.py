@@ -9,7 +9,6 @@ What is shaped are Ethernet frames, so TCP carries at most 1448/1514 = 95.6 % of
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -35,8 +34,6 @@ at 100 Mbit/s: 96.1 Mbit/s of payload over 0.5 MB, 95.6 over 50 MB. With 16 KiB 
 QUEUE_SECONDS = 0.05
 """What waits at a link at most, as bytes at its rate: a home router's buffer, not a bloated one."""
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-
 
 @dataclass(frozen=True)
 class Link:
@@ -59,14 +56,6 @@ class Place:
     def command(self, arguments: Sequence[str]) -> list[str]:
         """``arguments``, so that they run there; the process itself has the pid of the one started."""
         return list(arguments) if self.namespace is None else ["ip", "netns", "exec", self.namespace, *arguments]
-
-
-def rate(text: str) -> int:
-    """``100mbit`` as bits a second, in ``tc``'s words. Raises ``ValueError``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", text.strip().lower())
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is not a rate such as 100mbit, 1.5mbit, 800kbit or 1gbit")
-    return round(float(match[1]) * _UNITS[match[2]])
 
 
 def on_loopback(count: int) -> list[Place]:

@@ -36,8 +36,8 @@ PATIENCE = 600.0
 """Seconds after which something that should have happened counts as a hang."""
 
 
-class Participant(ABC):
-    """A system's part in an exchange. The methods are called one after another, in the order of a run."""
+class Process(ABC):
+    """A process of a system. The methods are called one after another, in the order of a run."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -51,6 +51,14 @@ class Participant(ABC):
         """Start, and connect with the others."""
 
     @abstractmethod
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+class Participant(Process):
+    """One that exchanges."""
+
+    @abstractmethod
     def prepare(self) -> Ready:
         """Everything that does not count, with this process's vector in place."""
 
@@ -61,10 +69,6 @@ class Participant(ABC):
     @abstractmethod
     def verify(self, names: tuple[str, ...]) -> Verified:
         """How far the result is from the truth."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Leave nothing behind."""
 
 
 def main() -> None:
@@ -77,16 +81,16 @@ def main() -> None:
     commands: SimpleQueue[Command] = SimpleQueue()
     threading.Thread(target=_listen, args=[source, commands], daemon=True).start()
     torch.set_num_threads(spec.threads)
-    participant = _participant(spec)
+    process = _process(spec)
 
     def serve() -> None:
         while not isinstance(command := commands.get(), Quit):
-            replies.write(encode(_answer(participant, command)) + b"\n")
+            replies.write(encode(_answer(process, command)) + b"\n")
 
     try:
-        participant.run(serve)
+        process.run(serve)
     finally:
-        participant.close()
+        process.close()
 
 
 def _listen(source: IO[bytes], commands: SimpleQueue[Command]) -> None:
@@ -95,25 +99,28 @@ def _listen(source: IO[bytes], commands: SimpleQueue[Command]) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)  # a group of our own: the bench starts each process in a new session
 
 
-def _answer(participant: Participant, command: Command) -> Reply:
+def _answer(process: Process, command: Command) -> Reply:
     try:
-        match command:
-            case Meet(meeting):
-                return participant.meet(meeting)
-            case Prepare():
-                return participant.prepare()
-            case Exchange():
-                return participant.exchange()
-            case Verify(names):
-                return participant.verify(names)
-            case Quit():
-                raise AssertionError("never answered")
+        return process.meet(command.meeting) if isinstance(command, Meet) else _take_part(process, command)
     except Exception as error:  # other people's code: whatever it raises ends up in the bench's own words
         traceback.print_exc()
         return Failed(" ".join((str(error) or type(error).__name__).split())[:300])
 
 
-def _participant(spec: Spec) -> Participant:
+def _take_part(participant: Process, command: Command) -> Reply:
+    assert isinstance(participant, Participant), "who leads is not asked to exchange"
+    match command:
+        case Prepare():
+            return participant.prepare()
+        case Exchange():
+            return participant.exchange()
+        case Verify(names):
+            return participant.verify(names)
+        case _:
+            raise AssertionError(f"{command} is not answered")
+
+
+def _process(spec: Spec) -> Process:
     if spec.system == "gloo":
         from psyche.bench.exchange.gloo_node import GlooNode
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psyche.bench.exchange.participant import PATIENCE, Participant
+from psyche.bench.exchange.participant import PATIENCE, Participant, Process
 from psyche.bench.exchange.talk import Done, Met, Ready, Spec, Verified
 from psyche.bench.exchange.tensors import Error, blocks, checked, draw, true_mean
 from psyche.config import CodecSpec, Deadlines, ExchangeSpec, Inner, Manifest, Model, Node, Outer, Resolved, Rounds, Run
@@ -45,7 +46,7 @@ LONG_SECONDS = 86400.0
 """For the deadline of training, which here waits for the bench. The exchange's own deadlines are the defaults."""
 
 
-class PsycheProcess(Participant):
+class PsycheProcess(Process):
     """A process with a network node. Its event loop has the main thread, as p2pd needs it; commands come on another."""
 
     def run(self, serve: Callable[[], None]) -> None:
@@ -55,8 +56,9 @@ class PsycheProcess(Participant):
     def meet(self, meeting: str) -> Met:
         return self._on_loop(self._meet(meeting))
 
+    @abstractmethod
     async def _meet(self, meeting: str) -> Met:
-        raise NotImplementedError
+        """:meth:`meet`, on the event loop."""
 
     async def _start(self, run_id: bytes, bootstrap: list[str], kind: str) -> None:
         folder = Path(self.spec.folder)
@@ -93,20 +95,11 @@ class PsycheLead(PsycheProcess):
         addresses = await self.network.addresses()
         return Met(msgspec.json.encode([manifest.encode(), addresses]).decode(), self.identity.peer_id)
 
-    def prepare(self) -> Ready:
-        raise NotImplementedError("the coordinator follows its members")
-
-    def exchange(self) -> Done:
-        raise NotImplementedError("the coordinator follows its members")
-
-    def verify(self, names: tuple[str, ...]) -> Verified:
-        raise NotImplementedError("the coordinator has no tensors")
-
     def close(self) -> None:
         self._loop.run_until_complete(self._leave(self._work))
 
 
-class PsycheNode(PsycheProcess):
+class PsycheNode(PsycheProcess, Participant):
     """A member."""
 
     async def _meet(self, meeting: str) -> Met:

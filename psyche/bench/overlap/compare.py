@@ -8,8 +8,8 @@ that a real run would; one with a shorter exchange takes fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -18,14 +18,8 @@ from rich.console import Console
 from psyche.bench.output import require_folder, write_rows
 from psyche.bench.overlap.plan import OverlapScale, items, overlap_scale
 from psyche.bench.overlap.table import Row, overlap_table, rows_of, to_json
-from psyche.bench.pool import run_all
-from psyche.bench.progress import progress
-from psyche.data.prepare import Report, prepare
-from psyche.errors import PsycheError
+from psyche.bench.section import Preparing, chosen, outcomes_of, prepare_corpus, wide_console
 from psyche.telemetry.wording import amount
-
-WIDTH = 132
-"""As the convergence bench's tables."""
 
 
 def main(
@@ -33,7 +27,7 @@ def main(
     *,
     full: bool = False,
     only: str | None = None,
-    preparing: Callable[[], AbstractContextManager[Report | None]] = nullcontext,
+    preparing: Preparing = nullcontext,
 ) -> None:
     """``psyche bench convergence --overlap``: tables to stdout, progress to stderr, rows to ``json`` (a list of flat
     dicts).
@@ -42,15 +36,11 @@ def main(
     """
     scale = overlap_scale(full=full)
     require_folder(json)
-    with preparing() as report:
-        setting = scale.setting
-        prepare(setting.data, setting.cache.expanduser(), vocab_limit=setting.model.vocab_size, progress=report)
+    prepare_corpus(scale.setting, preparing)
     rows = measure(scale, only)
     if json is not None:
         write_rows(json, to_json(rows))
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    show(scale, rows, console)
+    show(scale, rows, wide_console())
 
 
 def measure(scale: OverlapScale, only: str | None = None) -> list[Row]:
@@ -58,14 +48,8 @@ def measure(scale: OverlapScale, only: str | None = None) -> list[Row]:
 
     ``only`` keeps the rows whose name contains it. Raises :class:`PsycheError` where none does.
     """
-    wanted = [item for item in items(scale) if only is None or only in item.name]
-    if not wanted:
-        names = [item.name for item in items(scale)]
-        raise PsycheError(f"no row has {only!r} in its name; names are like {names[0]} and {names[-1]}")
-    trials = {item.trial for item in wanted}
-    with progress(trials) as done:
-        outcomes = run_all(scale.setting, trials, done)
-    return rows_of(wanted, outcomes)
+    wanted = chosen(items(scale), lambda item: item.name, only)
+    return rows_of(wanted, outcomes_of(scale.setting, (item.trial for item in wanted)))
 
 
 def show(scale: OverlapScale, rows: Sequence[Row], console: Console) -> None:

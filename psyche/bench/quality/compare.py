@@ -7,24 +7,18 @@ differ. "At equal bytes" compares with int8 where it has sent no more, at whiche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from psyche.bench.output import require_folder, write_rows
-from psyche.bench.pool import run_all
-from psyche.bench.progress import progress
 from psyche.bench.quality.plan import CodecScale, codec_scale
 from psyche.bench.quality.table import CurveRow, codecs_table, curve_rows, summaries, to_json
+from psyche.bench.section import Preparing, chosen, outcomes_of, prepare_corpus, wide_console
 from psyche.data.durable import disk_errors
-from psyche.data.prepare import Report, prepare
-from psyche.errors import PsycheError
 from psyche.telemetry.wording import amount
-
-WIDTH = 132
-"""As the convergence bench's tables."""
 
 
 def main(
@@ -33,7 +27,7 @@ def main(
     *,
     full: bool = False,
     only: str | None = None,
-    preparing: Callable[[], AbstractContextManager[Report | None]] = nullcontext,
+    preparing: Preparing = nullcontext,
 ) -> None:
     """``psyche bench convergence --codecs``: a table to stdout, progress to stderr, the points of all curves to
     ``json`` (a list of flat dicts), a picture of them to ``plot`` (PNG).
@@ -43,9 +37,7 @@ def main(
     scale = codec_scale(full=full)
     require_folder(json)
     require_folder(plot)
-    with preparing() as report:
-        setting = scale.setting
-        prepare(setting.data, setting.cache.expanduser(), vocab_limit=setting.model.vocab_size, progress=report)
+    prepare_corpus(scale.setting, preparing)
     rows = measure(scale, only)
     if json is not None:
         write_rows(json, to_json(rows))
@@ -54,9 +46,7 @@ def main(
 
         with disk_errors(plot):
             plot_curves(rows, plot)
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    show(scale, rows, console)
+    show(scale, rows, wide_console())
 
 
 def measure(scale: CodecScale, only: str | None = None) -> list[CurveRow]:
@@ -64,13 +54,8 @@ def measure(scale: CodecScale, only: str | None = None) -> list[CurveRow]:
 
     ``only`` keeps the trials whose label contains it. Raises :class:`PsycheError` where none does.
     """
-    trials = [trial for trial in scale.trials() if only is None or only in trial.label]
-    if not trials:
-        labels = [trial.label for trial in scale.trials()]
-        raise PsycheError(f"no trial has {only!r} in its name; names are like {labels[0]} and {labels[-1]}")
-    with progress(set(trials)) as done:
-        outcomes = run_all(scale.setting, trials, done)
-    return curve_rows(scale.setting, trials, outcomes)
+    trials = chosen(scale.trials(), lambda trial: trial.label, only)
+    return curve_rows(scale.setting, trials, outcomes_of(scale.setting, trials))
 
 
 def show(scale: CodecScale, rows: Sequence[CurveRow], console: Console) -> None:

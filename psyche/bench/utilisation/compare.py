@@ -17,12 +17,11 @@ from rich.console import Console
 from psyche.bench.exchange.links import congestion_control
 from psyche.bench.exchange.reap import ended_politely
 from psyche.bench.output import require_folder, write_rows
+from psyche.bench.section import wide_console
 from psyche.bench.utilisation.plan import SKIPPED, Plan, Trial, trials
 from psyche.bench.utilisation.run import run
 from psyche.bench.utilisation.table import Row, rows_of, table, to_json
 from psyche.telemetry.wording import amount
-
-WIDTH = 120
 
 
 def main(json: Path | None, plan: Plan) -> None:
@@ -33,9 +32,7 @@ def main(json: Path | None, plan: Plan) -> None:
         rows = measure(planned)
     if json is not None:
         write_rows(json, to_json(rows))
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    show(plan, planned, rows, console)
+    show(plan, planned, rows, wide_console())
 
 
 def measure(planned: Sequence[Trial]) -> list[Row]:
