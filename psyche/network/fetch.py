@@ -71,8 +71,9 @@ async def fetch_blob(
     ``accept`` raises ``ValueError`` for an index, of at most ``max_chunks``, that is not wanted, and ``check`` (on a
     worker thread) for a chunk whose content is not acceptable. ``chunk_bytes`` is the usual size of a chunk, if that
     is known: then the first request need not wait for the index. ``into`` goes on with a blob fetched in part.
-    ``stall``: seconds without progress (not in all) after which a source
-    is given up. ``on_liar`` hears of each source that broke the protocol, also when the fetch then succeeds.
+    ``stall``: seconds without progress (not in all) after which a source is given up. ``on_liar`` hears of each source
+    that broke the protocol, also when the fetch then succeeds.
+
     Raises :class:`BadBlob`, :class:`FetchError` when no source is left, and ``PsycheError`` when the disk is full.
     """
     made: list[Blob] = []

@@ -216,6 +216,8 @@ class Coordinator:
                 seconds=self._certified.seconds,
             )
         )
+        for node in record.minority:
+            self.log.emit(events.outvoted(node, round))
 
     def _refuse(self, peer: str, reason: str) -> None:
         self.log.emit(events.Rejected(peer=peer, reason=reason, what="submission"))

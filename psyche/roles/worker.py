@@ -286,6 +286,8 @@ class Worker:
                 seconds=self._meter.total(),
             )
         )
+        if self.identity.peer_id in record.minority:
+            self.log.emit(events.outvoted(self.identity.peer_id, record.plan.round))
 
     async def _checkpoint(self, *, force: bool = False) -> None:
         chain = self.replica.chain

@@ -218,6 +218,11 @@ class Rejected(Event, frozen=True):
     what: str
 
 
+def outvoted(peer: str, round: int) -> Rejected:
+    """A reducer whose result was not that of the others."""
+    return Rejected(peer, f"the other reducers of round {round} agree on another", "result")
+
+
 class Diverged(Event, frozen=True):
     """A member holds another outer state than the certified one."""
 

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from swarm import spawn_child, start, until, with_swarm
@@ -15,9 +17,10 @@ from psyche.network.blobs import Request
 from psyche.network.download import ordered
 from psyche.network.fetch import BadBlob, FetchError, fetch, fetch_blob, fetch_into, rotated
 from psyche.network.identity import Identity
+from psyche.network.limits import BURST_SECONDS, QUANTUM, Limiter
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Stream
-from psyche.numerics.digest import CHUNK, BlobIndex, chunked, index_blob, payload_root
+from psyche.numerics.digest import CHUNK, BlobIndex, chunked, index_blob, index_chunks, payload_root
 
 
 def data_for(caller: NetworkNode, order: list[str], size: int) -> bytes:
@@ -146,9 +149,11 @@ def test_liars_are_named_and_the_next_source_goes_on(tmp_path: Path) -> None:
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_a_slow_source_is_given_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [None, 1e8])
+def test_a_slow_source_is_given_up(tmp_path: Path, limit: float | None) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         honest, caller = nodes
+        caller.download_limit = Limiter(limit)  # the time that it takes is not the source's
 
         async def drip(stream: Stream) -> None:
             await stream.read_request(blobs.REQUEST_BYTES)
@@ -226,6 +231,57 @@ def test_holders_of_parts_make_a_whole(tmp_path: Path) -> None:
         assert sum(map(len, parts)) < received < 1.02 * sum(map(len, parts)), "nothing came twice"
 
     with_swarm(tmp_path, 4, scenario)
+
+
+def test_what_was_fetched_in_part_is_served_and_gone_on_with(tmp_path: Path) -> None:
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        author, caller, third = nodes
+        parts = [os.urandom(CHUNK + number) for number in range(6)]
+        root = payload_root(parts)
+        half = author.spool.create(index_chunks(parts))
+        author.blobs.add_blob(half)
+        for number in (0, 2, 5):
+            half.write(number, parts[number])
+        wanted: dict[str, Any] = {"max_chunks": 6, "stall": 3.0}
+        with pytest.raises(FetchError, match="only a part of it") as failed:
+            await fetch_blob(caller, root, sources=[author.peer_id], **wanted)
+        partial = failed.value.partial
+        assert partial is not None
+        assert [number for number in range(6) if partial.present(number)] == [0, 2, 5]
+        served = await fetch_blob(third, root, sources=[caller.peer_id], chunks=(2,), **wanted)
+        assert served[2] == parts[2]
+        for number in (1, 3, 4):
+            half.write(number, parts[number])
+        whole = await fetch_blob(caller, root, sources=[author.peer_id], into=partial, **wanted)
+        assert whole is partial
+        assert [whole[number] for number in range(6)] == parts
+        assert caller.traffic.bytes_down < 1.02 * sum(map(len, parts)), "nothing came twice"
+
+    with_swarm(tmp_path, 3, scenario)
+
+
+@pytest.mark.parametrize("limited", ["max_upload", "max_download"])
+def test_a_limit_holds_for_all_transfers_together(tmp_path: Path, limited: str) -> None:
+    async def main() -> None:
+        rate = 4.0 * CHUNK
+        async with await start(tmp_path, "limited", **{limited: rate}) as node:
+            options = {"bootstrap": await node.addresses()}
+            async with await start(tmp_path, "one", **options) as one, await start(tmp_path, "two", **options) as two:
+                givers, takers = ([node, node], [one, two]) if limited == "max_upload" else ([one, two], [node, node])
+                data = [os.urandom(CHUNK) for _ in givers]
+                roots = [giver.blobs.add_bytes(content) for giver, content in zip(givers, data, strict=True)]
+                began = time.monotonic()
+                fetched = await asyncio.gather(
+                    *(
+                        fetch(taker, root, sources=[giver.peer_id], max_size=CHUNK)
+                        for taker, giver, root in zip(takers, givers, roots, strict=True)
+                    )
+                )
+                assert fetched == data
+                burst = max(rate * BURST_SECONDS, QUANTUM)
+                assert rate * (time.monotonic() - began) + burst >= 2 * CHUNK
+
+    asyncio.run(main())
 
 
 def test_content_that_is_not_acceptable_is_the_authors_fault(tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ class Swarm:
     def coordinator(self) -> None:
         self._start("coordinator", "coordinator", str(self.config), "--directory", str(self.directory / "coordinator"))
 
-    def node(self, name: str, *, module: str = "psyche", config: Path | None = None) -> None:
-        """Start ``psyche join``, or a ``module`` of the tests that runs it with something changed."""
+    def node(self, name: str, *arguments: str, module: str = "psyche", config: Path | None = None) -> None:
+        """Start ``psyche join``, or a ``module`` of the tests that runs it with something that ``arguments`` change."""
         invite = f"@{self.directory / 'coordinator' / 'invite'}"
         place = ["--directory", str(self.directory / name), "--config", str(config or self.config)]
-        command = ["join"] if module == "psyche" else []
+        command = ["join"] if module == "psyche" else arguments
         self._start(name, *command, invite, *place, module=module)
 
     def _start(self, name: str, *arguments: str, module: str = "psyche") -> None:

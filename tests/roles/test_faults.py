@@ -43,7 +43,7 @@ def test_a_killed_node_is_left_out_and_comes_back(tmp_path: Path) -> None:
         run.node("node-4")
         run.wait("coordinator", RoundCertified, lambda e: e.round > later.round and gone.peer in e.accepted)
         assert run.events("node-4", Resynchronised), "it had missed rounds"
-        _stop_and_compare(run, names)
+        stop_and_compare(run, names)
 
 
 def test_half_of_two_nodes_dies_and_the_survivor_goes_on(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_stopped_node_does_not_stop_the_others(tmp_path: Path) -> None:
         os.kill(run.processes["node-2"].pid, signal.SIGCONT)
         cut = run.events("coordinator", RoundCertified)[-1].round
         run.wait("coordinator", RoundCertified, lambda event: event.round > cut and len(event.accepted) == 4)
-        _stop_and_compare(run, names)
+        stop_and_compare(run, names)
 
 
 def test_a_killed_coordinator_takes_the_run_up_again(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_node_with_other_bits_is_told_and_resynchronises(tmp_path: Path) -> No
         run.wait("coordinator", RoundCertified, lambda event: event.round > told.round and told.peer in event.accepted)
         found = run.events("node-4", RoundCertified)
         assert [event.state_root for event in found if event.round == told.round] == [told.found]
-        _stop_and_compare(run, ["node-1", "node-2", "node-3"])
+        stop_and_compare(run, ["node-1", "node-2", "node-3"])
 
 
 def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_ctrl_c_leaves_a_run_cleanly(tmp_path: Path) -> None:
         assert run.wait("coordinator", PeerLeft).reason == "it was stopped"
 
 
-def _stop_and_compare(run: Swarm, names: list[str]) -> None:
+def stop_and_compare(run: Swarm, names: list[str]) -> None:
     """Ctrl-C for everybody; what each node certified is what the coordinator did."""
     for name in [*names, "coordinator"]:
         assert run.kill(name, signal.SIGINT) == 130, run.output(name)

@@ -1,0 +1,65 @@
+"""A node that in a sharded round fails as its first argument says, from round 3 on; otherwise ``psyche join``.
+
+``kill`` and ``freeze``: the process does that to itself while it adds up. ``lie``: its results are others than it
+found. ``withhold``: it reports its results and serves them to nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+from typing_extensions import Buffer
+
+from psyche.cli import main
+from psyche.exchange.sharded import Sharded
+from psyche.exchange.shelf import Shelf
+from psyche.network.spool import Blob
+from psyche.numerics.aggregate import Gradient
+from psyche.protocol.messages import Contribution, Reducing
+
+FIRST = 3
+add_up, put = Sharded._add_up, Shelf.put
+
+
+def turn(fault: str) -> None:
+    """Make this process's reductions fail that way."""
+
+    def wayward(self: Sharded, gradient: Gradient, slices: range) -> list[bytes]:
+        parts = add_up(self, gradient, slices)
+        if self.plan.round < FIRST:
+            return parts
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault == "lie":
+            parts[0] = parts[0][:-1] + bytes([parts[0][-1] ^ 1])
+        return parts
+
+    async def unserved(self: Shelf, parts: Sequence[Buffer]) -> Blob:
+        blob = await put(self, parts)
+        if adding:
+            self._network.blobs.remove(blob.index.root)
+        return blob
+
+    async def reduce(self: Sharded, reducing: Reducing, given: Mapping[str, Contribution]) -> Mapping[int, bytes]:
+        adding.append(reducing.term)
+        try:
+            return await honest(self, reducing, given)
+        finally:
+            adding.pop()
+
+    adding: list[int] = []
+    honest = Sharded.reduce
+    Sharded._add_up = wayward  # type: ignore[method-assign]
+    if fault == "withhold":
+        Sharded.reduce, Shelf.put = reduce, unserved  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    turn(sys.argv.pop(1))
+    sys.argv[0:1] = ["psyche", "join"]
+    main()
