@@ -171,6 +171,7 @@ class NetworkNode:
 
     async def close(self) -> None:
         """Leave: stop serving, then end the daemon."""
+        self.rpc.close()
         await self.streams.close()
         self.blobs.close()
         self.downloads.shutdown(wait=False, cancel_futures=True)

@@ -1,37 +1,56 @@
-"""Request and response between peers, both opaque bytes of bounded length."""
+"""Request and response between peers, both opaque bytes of bounded length.
+
+A stream serves one call after the other and is kept a while for the next: opening one costs milliseconds of two
+daemons, and on a long line a round trip or two, and a round is made of many small calls to the same peer.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable
 
 from psyche.network.streams import STALL_SECONDS, Busy, Stream, Streams, Unreachable
 
 CALLS_AT_ONCE = 512
-"""Calls of one name that are answered at once. A member that waits for news from a coordinator holds one."""
+"""Streams of calls of one name that are served at once. A member that waits for news from a coordinator holds one."""
+KEPT_SECONDS = STALL_SECONDS / 2
+"""How long an idle stream is kept; its server gives it up after STALL_SECONDS."""
+KEPT_STREAMS = 2
+"""To one peer, for calls of one name."""
 
 Handler = Callable[[str, bytes], Awaitable[bytes]]
 """(PeerID of the caller, request) -> reply. Raise ``Refused(reason)`` to say no."""
 
 
 class Rpc:
-    """Calls by name over streams: one request frame, then a status and one reply frame."""
+    """Calls by name over streams: a request frame, then a status and a reply frame; a refusal ends the stream."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
+        self._kept: dict[tuple[str, str], list[tuple[Stream, asyncio.TimerHandle]]] = {}
+
+    def close(self) -> None:
+        """Hang up everywhere."""
+        for line in list(self._kept):
+            while (stream := self._idle(line)) is not None:
+                stream.close()
 
     async def serve(self, name: str, handler: Handler, *, max_request: int) -> None:
         """Answer calls of ``name`` whose request has at most ``max_request`` bytes.
 
         The caller's PeerID is authenticated by the connection. ``Refused`` reaches the caller with its reason;
-        any other exception is logged here and reaches it as "internal error".
+        any other exception is logged here and reaches it as "internal error". A call may reach ``handler`` twice.
         """
 
         async def answer(stream: Stream) -> None:
-            reply = await handler(stream.peer_id, await stream.read_request(max_request))
-            await stream.accept()
-            await stream.write_frame(reply)
+            request: bytes | None = await stream.read_request(max_request)
+            while request is not None:
+                reply = await handler(stream.peer_id, request)
+                await stream.accept()
+                await stream.write_frame(reply)
+                request = await stream.next_request(max_request)
 
         await self._streams.serve(name, answer, at_once=CALLS_AT_ONCE)
 
@@ -60,7 +79,43 @@ class Rpc:
             raise Unreachable(peer_id, f"did not answer {name} within {timeout:g} s") from None
 
     async def _call(self, peer_id: str, name: str, request: bytes, max_reply: int, patience: float) -> bytes:
-        async with self._streams.open(peer_id, name) as stream:
+        line = peer_id, name
+        while (stream := self._idle(line)) is not None:
+            with contextlib.suppress(Unreachable):  # it may have ended since, with the peer or without
+                return await self._ask(line, stream, request, max_reply, patience)
+        return await self._ask(line, await self._streams.dial(peer_id, name), request, max_reply, patience)
+
+    async def _ask(
+        self, line: tuple[str, str], stream: Stream, request: bytes, max_reply: int, patience: float
+    ) -> bytes:
+        """One call over ``stream``, which is then kept if it may be used again, and closed if not."""
+        try:
             await stream.write_frame(request)
             await stream.expect(patience)
-            return await stream.read_frame(max_reply, STALL_SECONDS)
+            reply = await stream.read_frame(max_reply, STALL_SECONDS)
+        except BaseException:
+            stream.close()
+            raise
+        self._keep(line, stream)
+        return reply
+
+    def _keep(self, line: tuple[str, str], stream: Stream) -> None:
+        kept = self._kept.setdefault(line, [])
+        if len(kept) == KEPT_STREAMS:
+            stream.close()
+            return
+
+        def forget() -> None:
+            kept.remove((stream, timer))
+            stream.close()
+
+        timer = asyncio.get_running_loop().call_later(KEPT_SECONDS, forget)
+        kept.append((stream, timer))
+
+    def _idle(self, line: tuple[str, str]) -> Stream | None:
+        """A stream that was kept, now the caller's; None where there is none."""
+        if not self._kept.get(line):
+            return None
+        stream, timer = self._kept[line].pop()
+        timer.cancel()
+        return stream

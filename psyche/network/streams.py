@@ -68,10 +68,22 @@ class Stream:
     """One open stream to or from ``peer_id``. Reads and writes raise :class:`Unreachable` when it ends or stalls."""
 
     def __init__(
-        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: Traffic
+        self,
+        peer_id: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        traffic: Traffic,
+        closed: Callable[[], None] = lambda: None,
     ) -> None:
+        """``closed`` is called when this side hangs up."""
         self.peer_id = peer_id
-        self._reader, self._writer, self._traffic = reader, writer, traffic
+        self._reader, self._writer, self._traffic, self._closed = reader, writer, traffic, closed
+
+    def close(self) -> None:
+        """Hang up, once."""
+        self._writer.close()
+        self._closed()
+        self._closed = lambda: None
 
     async def read(self, size: int, stall: float) -> bytes:
         """Exactly ``size`` bytes."""
@@ -189,7 +201,15 @@ class Streams:
 
     @contextlib.asynccontextmanager
     async def open(self, peer_id: str, name: str) -> AsyncIterator[Stream]:
-        """A stream to the server ``name`` at ``peer_id``, closed at the end of the block.
+        """:meth:`dial`, and hang up at the end of the block."""
+        stream = await self.dial(peer_id, name)
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    async def dial(self, peer_id: str, name: str) -> Stream:
+        """A stream to the server ``name`` at ``peer_id``, which the caller closes.
 
         Waits while CALLS_PER_PEER are open, then at most DIAL_SECONDS for the peer to answer. Raises
         :class:`Unreachable`, or :class:`Refused` where the peer has no such server.
@@ -203,7 +223,8 @@ class Streams:
                 peer=base58.b58decode(peer_id), proto=[PROTOCOL_PREFIX + name], timeout=round(DIAL_SECONDS)
             ),
         )
-        async with gate:
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(gate)
             try:
                 _, reader, writer = await self._daemon.request(request, DIAL_SECONDS)
             except TimeoutError:
@@ -212,10 +233,8 @@ class Streams:
                 if "protocols not supported" in str(error):
                     raise Refused(f"it does not serve {name}") from None
                 raise Unreachable(peer_id, f"cannot be reached: {dial_reason(str(error))}") from None
-            try:
-                yield Stream(peer_id, reader, writer, self.traffic)
-            finally:
-                writer.close()
+            stack.pop_all()  # the gate is the stream's now
+            return Stream(peer_id, reader, writer, self.traffic, gate.release)
 
     async def serve(self, name: str, handler: Callable[[Stream], Awaitable[None]], *, at_once: int) -> None:
         """Answer streams opened for ``name``, at most ``at_once`` of them at a time; more are told that we are busy.
@@ -224,6 +243,9 @@ class Streams:
         """
 
         async def accept(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if self._closing:  # the daemon may hand one over until it ends
+                writer.close()
+                return
             task = asyncio.current_task()
             assert task is not None
             self._tasks.add(task)

@@ -47,6 +47,9 @@ from psyche.telemetry.events import EventLog
 WATCH_SECONDS = 4.0
 """How long a watcher's question is left open when nothing changes; well under any ``silence`` bound."""
 TICK_SECONDS = 0.2
+BURST_SECONDS = 0.02
+"""What is shown of many contributions at once: each board goes to every member, so that one a contribution would cost
+the square of the members."""
 UNKNOWN = "present yourself first"
 """What a watcher hears whom the coordinator does not know, or no longer: after a restart, or a long silence."""
 MAX_SUBMISSION = 1 << 20
@@ -73,6 +76,7 @@ class Coordinator:
         self._version = 0
         self._board = b""
         self._changed = asyncio.Condition()
+        self._later: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until the run is finished and its members have said goodbye (or gone silent)."""
@@ -176,6 +180,8 @@ class Coordinator:
             self.log.emit(events.Notice(level="info", text=self.state.note))  # what is waited for, and for whom
         if effects or _visible(before) != _visible(self.state):
             await self._publish()
+        elif _opened(before) != _opened(self.state) and (self._later is None or self._later.done()):
+            self._later = asyncio.create_task(self._publish_later())
         for refusal in refusals:
             self._refuse(refusal.node, refusal.reason)
 
@@ -231,6 +237,10 @@ class Coordinator:
             self._board = self._seal(self._compose(), self.state.rounds)
             self._changed.notify_all()
 
+    async def _publish_later(self) -> None:
+        await asyncio.sleep(BURST_SECONDS)
+        await self._publish()
+
     def _compose(self) -> Board:
         state, current = self.state, self.state.round
         closed = current is not None and current.closed is not None
@@ -263,10 +273,16 @@ def _reducing(current: protocol.Round) -> Reducing:
 
 
 def _visible(state: State) -> tuple[object, ...]:
-    """What of the state members can see: a change in it is worth a new board."""
+    """What of the state members can see: a change in it is worth a new board, at once."""
     current = state.round
     seen: tuple[object, ...] = (state.phase, state.rounds, state.note)
     if current is None:
         return seen
     drawn = (current.out, current.again, current.term)
-    return (*seen, current.plan, current.closed, len(current.contributions), drawn, current.certified)
+    complete = len(current.contributions) == len(current.commitments)
+    return (*seen, current.plan, current.closed, complete, drawn, current.certified)
+
+
+def _opened(state: State) -> int:
+    """Members see these, too, some of them a moment later."""
+    return len(state.round.contributions) if state.round else 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import pytest
 
+from psyche.bench import section
 from psyche.bench.plan import Scale
-from psyche.bench.trials import Setting
+from psyche.bench.trials import Outcome, Setting, Trial, run_trial
 from psyche.config import BpeTokenizer, Data, Inner, Model, Outer
 from psyche.data.prepare import prepare
 
@@ -40,3 +43,18 @@ def scale(setting: Setting) -> Scale:
         other_inner_steps=(2,),
         nodes=(2, 4),
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_this_process() -> Iterator[None]:
+    """Trials so small are over before the processes for them have started."""
+
+    def run_all(setting: Setting, trials: Iterable[Trial], done) -> dict[Trial, Outcome]:  # type: ignore[no-untyped-def]
+        outcomes = {trial: run_trial(setting, trial) for trial in trials}
+        for trial, outcome in outcomes.items():
+            done(trial, outcome)
+        return outcomes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(section, "run_all", run_all)
+        yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from psyche.bench.quality import compare as codec_quality
 from psyche.bench.quality.plan import CHOICES, Choice, CodecScale, codec_scale
 from psyche.bench.quality.table import CurveRow, summaries
 from psyche.bench.table import percent
-from psyche.bench.trials import Outcome, Setting, Trial, run_of, run_trial
+from psyche.bench.trials import Setting, Trial, run_of, run_trial
 from psyche.cli.bench import app
 from psyche.errors import PsycheError
 from psyche.numerics.codecs.names import CODECS
@@ -38,19 +37,9 @@ def codecs(setting: Setting) -> CodecScale:
     return CodecScale(replace(setting, curve_points=3, curve_sequences=20), steps=8, seeds=(0, 1), choices=CHOSEN)
 
 
-def _here(setting: Setting, trials: Iterable[Trial], done) -> dict[Trial, Outcome]:  # type: ignore[no-untyped-def]
-    """Two more processes would only take longer."""
-    outcomes = {trial: run_trial(setting, trial) for trial in trials}
-    for trial, outcome in outcomes.items():
-        done(trial, outcome)
-    return outcomes
-
-
 @pytest.fixture(scope="module")
 def rows(codecs: CodecScale) -> list[CurveRow]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec_quality, "run_all", _here)
-        return codec_quality.measure(codecs)
+    return codec_quality.measure(codecs)
 
 
 def test_every_trial_has_a_curve_and_then_its_final_loss(rows: list[CurveRow]) -> None:
@@ -160,7 +149,6 @@ def test_main_writes_rows_picture_and_table(
     codecs: CodecScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(codec_quality, "codec_scale", lambda full: codecs)
-    monkeypatch.setattr(codec_quality, "run_all", _here)
     rows, picture = tmp_path / "new" / "rows.json", tmp_path / "new" / "curves.png"
     codec_quality.main(rows, picture, only="seed0")
     found = json.loads(rows.read_text())

@@ -138,14 +138,7 @@ def test_the_real_scales_can_be_run(full: bool) -> None:
 def test_main_writes_flat_rows_and_prints_the_tables(
     scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def in_this_process(setting, trials, done):  # type: ignore[no-untyped-def]
-        outcomes = {trial: run_trial(setting, trial) for trial in trials}
-        for trial in trials:
-            done(trial, outcomes[trial])
-        return outcomes
-
     monkeypatch.setattr(convergence, "default_scale", lambda: scale)
-    monkeypatch.setattr(convergence, "run_all", in_this_process)  # two more processes would only take longer
     path = tmp_path / "new" / "rows.json"
     convergence.main(path, only="equal-tokens/diloco")
     found = json.loads(path.read_text())

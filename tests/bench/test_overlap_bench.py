@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +17,7 @@ from psyche.bench.overlap.plan import OverlapScale, Way, items, overlap_scale, s
 from psyche.bench.overlap.table import Row
 from psyche.bench.plan import CENTRE
 from psyche.bench.table import percent
-from psyche.bench.trials import Outcome, Setting, Trial, run_of, run_trial
+from psyche.bench.trials import Setting, run_of
 from psyche.cli.bench import app
 from psyche.config import Outer
 from psyche.errors import PsycheError
@@ -41,19 +40,9 @@ def scale(setting: Setting) -> OverlapScale:
     )
 
 
-def _here(setting: Setting, trials: Iterable[Trial], done) -> dict[Trial, Outcome]:  # type: ignore[no-untyped-def]
-    """Two more processes would only take longer."""
-    outcomes = {trial: run_trial(setting, trial) for trial in trials}
-    for trial, outcome in outcomes.items():
-        done(trial, outcome)
-    return outcomes
-
-
 @pytest.fixture(scope="module")
 def rows(scale: OverlapScale) -> list[Row]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "run_all", _here)
-        return compare.measure(scale)
+    return compare.measure(scale)
 
 
 def test_every_planned_row_is_measured_once_and_in_order(scale: OverlapScale, rows: list[Row]) -> None:
@@ -112,7 +101,6 @@ def test_main_writes_flat_rows_and_prints_both_tables(
 ) -> None:
     one = replace(scale, seeds=(0,), waiting=scale.waiting[:1], equal_tokens=scale.equal_tokens[:1])
     monkeypatch.setattr(compare, "overlap_scale", lambda full: one)
-    monkeypatch.setattr(compare, "run_all", _here)
     path = tmp_path / "new" / "rows.json"
     compare.main(path)
     found = json.loads(path.read_text())
@@ -124,7 +112,6 @@ def test_main_writes_flat_rows_and_prints_both_tables(
 
 
 def test_a_row_alone_is_compared_with_nothing(scale: OverlapScale, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "run_all", _here)
     (row,) = compare.measure(scale, only="equal-tokens/diloco-fp32/k4/8-steps/lr0.7/mu0.5/H4/late2/seed0")
     assert row.against_waiting_percent is None
     with pytest.raises(PsycheError, match="no row has 'nosuch' in its name; names are like equal-tokens/"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from swarm import spawn_child, start, until, with_swarm
 
-from psyche.network import streams
+from psyche.network import rpc, streams
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Busy, Refused, Unreachable, Violation
 
@@ -144,9 +144,48 @@ def test_one_peer_cannot_hold_all_slots(tmp_path: Path, monkeypatch: pytest.Monk
         await until(lambda: b.streams.rejections["wait: busy"] >= 2)
         free.set()
         assert await asyncio.gather(*waiting, retried) == [b"done"] * 3
-        assert not any(name == "wait" and peer for name, peer in b.streams._served)
+        a.rpc.close()
+        c.rpc.close()
+        await until(lambda: not any(name == "wait" and peer for name, peer in b.streams._served))
 
     with_swarm(tmp_path, 3, scenario)
+
+
+def test_calls_one_after_the_other_share_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "KEPT_SECONDS", 1.0)
+
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        a, b = nodes
+        dialled = 0
+        dial = a.streams.dial
+
+        async def counted(peer_id: str, name: str) -> streams.Stream:
+            nonlocal dialled
+            dialled += 1
+            return await dial(peer_id, name)
+
+        monkeypatch.setattr(a.streams, "dial", counted)
+
+        async def call() -> None:
+            assert await a.rpc.call(b.peer_id, "echo", b"x", timeout=10, max_reply=99) == a.peer_id.encode() + b"x"
+
+        await b.rpc.serve("echo", echo, max_request=10)
+        for _ in range(5):
+            await call()
+        assert dialled == 1
+        (serving,) = b.streams._tasks
+        serving.cancel()  # the server ends what the caller wanted to use again
+        await call()
+        assert dialled == 2
+        await until(lambda: not b.streams._tasks)  # nobody keeps a stream for ever
+        await call()
+        assert dialled == 3
+        with pytest.raises(Refused):
+            await a.rpc.call(b.peer_id, "echo", bytes(11), timeout=10, max_reply=99)
+        await call()
+        assert dialled == 4, "a refusal ends the stream"
+
+    with_swarm(tmp_path, 2, scenario)
 
 
 def test_callers_that_go_away_free_their_slot(tmp_path: Path) -> None:

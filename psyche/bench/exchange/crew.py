@@ -35,7 +35,7 @@ class Child:
         self._output = folder / "output.log"
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                place.command([sys.executable, "-m", "psyche.bench.exchange.participant"]),
+                place.command([sys.executable, "-m", "psyche.bench.exchange"]),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
@@ -141,11 +141,12 @@ class Crew:
         return [child.hear(kind) for child in self.members]
 
     def close(self) -> None:
-        """End all of them."""
-        for child in self._all:
+        """End all of them, once."""
+        children, self._all = self._all, []
+        for child in children:
             child.quit()
         deadline = time.monotonic() + STOP_SECONDS
-        for child in self._all:
+        for child in children:
             child.reap(deadline)
 
 
