@@ -46,6 +46,7 @@ def test_a_killed_node_is_left_out_and_comes_back(tmp_path: Path) -> None:
         stop_and_compare(run, names)
 
 
+@pytest.mark.slow
 def test_half_of_two_nodes_dies_and_the_survivor_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 8, "start_members": 2}, deadlines=QUICK)
     with swarm(tmp_path / "run", config) as run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,17 @@ from psyche.roles.local import run_locally
 from psyche.telemetry.events import LOG_NAME
 from tests.roles.tiny import LARGER, certified_roots, late_steps, reference_roots, report, write_config
 
+SLOW = [("fp32", 1), ("int8", 2), ("fp32", 4), ("int8", 4), ("int4", 2)]
+
+
+def slow(*values: object) -> object:
+    """Each is ten to thirty seconds; of each kind one runs every time, and these with the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
 
 @pytest.mark.parametrize(
     ("codec", "members", "reducers"),
-    [("int8", 4, 2), ("topk2", 3, 1), ("fp32", 2, 3)],
+    [("int8", 4, 2), slow("topk2", 3, 1), slow("fp32", 2, 3)],
 )
 def test_a_sharded_run_matches_the_reference(tmp_path: Path, codec: str, members: int, reducers: int) -> None:
     exchange = {"kind": "sharded", "reducers": reducers}
@@ -31,7 +37,11 @@ def test_a_sharded_run_matches_the_reference(tmp_path: Path, codec: str, members
 
 @pytest.mark.parametrize(
     ("codec", "overlap"),
-    [("int8", {"late_steps": 2}), ("topk2", {"fragments": 2, "late_steps": 3}), ("fp32", {"fragments": 4})],
+    [
+        slow("int8", {"late_steps": 2}),
+        ("topk2", {"fragments": 2, "late_steps": 3}),
+        slow("fp32", {"fragments": 4}),
+    ],
 )
 def test_an_overlapped_run_matches_the_reference_of_the_steps_it_took(
     tmp_path: Path, codec: str, overlap: dict[str, int]
@@ -51,7 +61,7 @@ def test_an_overlapped_run_matches_the_reference_of_the_steps_it_took(
 
 @pytest.mark.parametrize(
     ("codec", "members"),
-    [*product(("fp32", "int8"), (1, 2, 4)), ("int4", 2), ("topk2e", 4)],
+    [("int8", 1), ("fp32", 2), ("topk2e", 4), *(slow(*one) for one in SLOW)],
 )
 def test_a_distributed_run_matches_the_reference(tmp_path: Path, codec: str, members: int) -> None:
     config = write_config(tmp_path, members=members, codec={"name": codec})
