@@ -9,11 +9,14 @@ WINDOW = 64
 """How many recent observations a deadline rests on."""
 
 
-def adaptive(observed: Sequence[float], *, spread: float, least: float, most: float) -> float:
-    """median + ``spread`` × MAD of ``observed`` seconds, within [least, most]; ``most`` before any observation."""
+def adaptive(observed: Sequence[float], *, spread: float, least: float, most: float, deviation: float = 0.0) -> float:
+    """median + ``spread`` × MAD of ``observed`` seconds, within [least, most]; ``most`` before any observation.
+
+    The MAD counts as ``deviation`` of the median at least.
+    """
     recent = observed[-WINDOW:]
     if not recent:
         return most
     middle = median(recent)
-    deviation = median(abs(value - middle) for value in recent)
-    return min(max(middle + spread * deviation, least), most)
+    mad = max(median(abs(value - middle) for value in recent), deviation * middle)
+    return min(max(middle + spread * mad, least), most)

@@ -11,6 +11,10 @@ from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import MAX_MEMBERS, Accepted, Excluded, Plan, Record
 from psyche.protocol.state import Abandoned, Phase, Proposed, Round, Rules, State
 
+LEAST_DEVIATION = 0.1
+"""Of exchanges, over their median: a few on quiet lines agree to the tenth of a second and say nothing of the next. At
+20 Mbit/s up a third took 14.1 s after 11.5 and 11.8 s, and half of the payloads were left out."""
+
 
 def quorum(yes: int, total: int) -> bool:
     """More than two thirds of the voting weight."""
@@ -124,7 +128,7 @@ def abandon(state: State, current: Round, reason: str) -> Step:
 def allowed(rules: Rules, seconds: Sequence[float]) -> float:
     """How long a stage of the exchange may take that has taken ``seconds`` before."""
     least, most = rules.exchange_bounds
-    return adaptive(seconds, spread=rules.spread, least=least, most=most)
+    return adaptive(seconds, spread=rules.spread, least=least, most=most, deviation=LEAST_DEVIATION)
 
 
 def living(state: State, current: Round) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from psyche.protocol.assignment import next_position
 from psyche.protocol.deadlines import WINDOW, adaptive
-from psyche.protocol.proposals import quorum, round_seed
+from psyche.protocol.proposals import allowed, quorum, round_seed
 from psyche.protocol.state import (
     Abandoned,
     Arrived,
@@ -547,6 +547,10 @@ def test_an_older_record_does_not_turn_the_run_back() -> None:
 )
 def test_a_deadline_is_median_plus_spread_times_mad(observed: tuple[float, ...], expected: float) -> None:
     assert adaptive(observed, spread=5.0, least=10.0, most=100.0) == expected
+
+
+def test_exchanges_that_took_the_same_are_no_reason_to_cut_the_next_one_short() -> None:
+    assert allowed(replace(RULES, spread=5.0, exchange_bounds=(1.0, 600.0)), (12.0,) * 8) == pytest.approx(18.0)
 
 
 def test_only_recent_observations_count() -> None:

@@ -176,7 +176,7 @@ def _preface(plan: Plan) -> str:
         [
             f"{plan.peers} peers, {amount(plan.parameters)} parameters, {links}; "
             f"{plural(os.cpu_count() or 1, 'core')} for all of them. Medians of {plural(plan.repeats, 'exchange')}.",
-            "seconds     from the word to begin until the last peer holds the result; psyche: until θ is hashed,",
+            "seconds     from the word to begin until the last peer has the result; psyche: took the outer step,",
             "            by way of a whole round: commitments, votes, certificate. hivemind's group was found before.",
             "ideal       the bytes that must cross the busiest link, over its rate; % of line: ideal / seconds",
             "MB up/down  TCP payload of a peer, median over peers",
