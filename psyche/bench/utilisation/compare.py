@@ -55,7 +55,7 @@ def show(plan: Plan, planned: Sequence[Trial], rows: Sequence[Row], console: Con
         f"{plan.peers} nodes, {amount(first.parameters)} parameters, {first.config.run.codec.name}, links of "
         f"{first.rate / 1e6:.3g} Mbit/s (TCP {congestion_control()}): the bytes alone take {100 * plan.ratio:.0f} % of "
         f"a round's computing.\nA step lasts {1e3 * plan.step_seconds:g} ms, mostly slept, as while a GPU works. The "
-        f"first {SKIPPED} rounds are not counted.\n",
+        f"first {SKIPPED} rounds are not counted, nor the last.\n",
         highlight=False,
         markup=False,
     )

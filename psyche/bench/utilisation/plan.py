@@ -34,6 +34,8 @@ SLACK = 2.0
 exchange of 4 nodes took 1.7 times as long."""
 SKIPPED = 2
 """Rounds at the start that are not counted: connections are made, deadlines found."""
+LAST = 1
+"""Nor is the last round, which has no next one to train for while it is on the wire."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def small_config() -> Config:
 
 def _with(config: Config, plan: Plan, way: Way, steps: int) -> Config:
     setting, each = overlap(way, steps, plan.ratio)
-    total = (plan.rounds + SKIPPED) * setting.fragments
+    total = (plan.rounds + SKIPPED) * setting.fragments + LAST
     rounds = Rounds(total=total, inner_steps=each, start_members=plan.peers, min_members=config.run.rounds.min_members)
     run = config.run.model_copy(update={"rounds": rounds, "overlap": setting})
     return config.model_copy(update={"run": run})

@@ -11,7 +11,7 @@ import msgspec
 from rich.table import Table
 
 from psyche.bench.codec.table import percent
-from psyche.bench.utilisation.plan import SKIPPED, Trial
+from psyche.bench.utilisation.plan import LAST, SKIPPED, Trial
 from psyche.errors import PsycheError
 from psyche.telemetry.events import MemberMetrics, RoundSummary, read_events
 from psyche.telemetry.wording import number
@@ -92,8 +92,8 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _row(trial: Trial, node: str, log: Path, losses: Sequence[float | None]) -> Row:
     run = trial.config.run
-    skipped = SKIPPED * run.overlap.fragments
-    told = [event for event in read_events(log) if isinstance(event, MemberMetrics) and event.round > skipped]
+    counted = range(SKIPPED * run.overlap.fragments + 1, run.rounds.total - LAST + 1)
+    told = [event for event in read_events(log) if isinstance(event, MemberMetrics) and event.round in counted]
     if not told:
         raise PsycheError(f"{node} took part in no round that counts (its log: {log})")
     train, whole = (sum(getattr(event, name) or 0.0 for event in told) for name in ("train_seconds", "round_seconds"))
