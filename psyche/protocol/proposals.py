@@ -107,21 +107,16 @@ def exclusion(state: State, current: Round, node: str) -> str:
 
 
 def abandon(state: State, current: Round, reason: str) -> Step:
-    """The round ends without a record. Deadlines that could not be kept are forgotten, not set once more.
+    """The round ends without a record. Deadlines that could not be kept are forgotten, not set once more; those of an
+    exchange only where there was one: its next would be given ``most`` seconds, for whoever does not take part.
 
     A sharded one is tried again without reducers, for those of the next attempt would be drawn as these were.
     """
     waiting = replace(
-        state,
-        phase=Phase.WAITING,
-        round=None,
-        note=reason,
-        commit_seconds=(),
-        exchange_seconds=(),
-        reduce_seconds=(),
-        result_seconds=(),
-        gathering=bool(current.ring),
+        state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), gathering=bool(current.ring)
     )
+    if current.closed is not None:
+        waiting = replace(waiting, exchange_seconds=(), reduce_seconds=(), result_seconds=())
     return waiting, [Abandoned(current.plan.round, reason)]
 
 

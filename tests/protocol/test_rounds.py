@@ -598,3 +598,13 @@ def test_a_word_from_somebody_unknown_is_nothing() -> None:
     assert peer_id(99) not in table.state.peers
     assert table.send(Tick()) == []
     assert rejected(table.send(Held(peer_id(99), 1, frozenset())))
+
+
+def test_a_round_nobody_committed_to_forgets_no_exchange() -> None:
+    """Else whoever goes away in the next one is waited for as long as the manifest allows at all."""
+    table, members = started()
+    table.play_round(members)
+    seconds = table.state.exchange_seconds
+    assert seconds
+    assert Abandoned in kinds(table.wait(2 * RULES.round_bounds[1]))
+    assert table.state.exchange_seconds == seconds
