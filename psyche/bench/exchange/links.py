@@ -29,9 +29,8 @@ DEVICE = "wire0"
 FRAME = 1514
 """Bytes of the largest Ethernet frame without its checksum: what is counted."""
 BURST_SECONDS = 0.0004
-BURST_BYTES = 16384
-"""What may go at once: bytes at the link's rate, and so many at least, .1 % of the 25 MB of a usual payload. With three
-frames instead, the kernel's timers took as much of the processor as what is measured: 3.9 s a peer instead of 2.7."""
+"""What may go at once, as bytes at the link's rate, though three frames at least: 1 % of half a megabyte. Measured here
+at 100 Mbit/s: 96.1 Mbit/s of payload over 0.5 MB, 95.6 over 50 MB. With 16 KiB the former were 98.3."""
 QUEUE_SECONDS = 0.05
 """What waits at a link at most, as bytes at its rate: a home router's buffer, not a bloated one."""
 
@@ -108,7 +107,7 @@ def congestion_control() -> str:
 
 def burst_bytes(bits: int) -> int:
     """What may go at once on a link of that rate."""
-    return max(round(bits / 8 * BURST_SECONDS), BURST_BYTES)
+    return max(round(bits / 8 * BURST_SECONDS), 3 * FRAME)
 
 
 def queue_bytes(bits: int) -> int:
