@@ -16,9 +16,7 @@ from psyche.network.streams import STALL_SECONDS, Busy, Stream, Streams, Unreach
 CALLS_AT_ONCE = 512
 """Streams of calls of one name that are served at once. A member that waits for news from a coordinator holds one."""
 KEPT_SECONDS = STALL_SECONDS / 2
-"""How long an idle stream is kept; its server gives it up after STALL_SECONDS."""
-KEPT_STREAMS = 2
-"""To one peer, for calls of one name."""
+"""How long an idle stream is kept, one to a peer and name; its server gives it up after STALL_SECONDS."""
 
 Handler = Callable[[str, bytes], Awaitable[bytes]]
 """(PeerID of the caller, request) -> reply. Raise ``Refused(reason)`` to say no."""
@@ -29,12 +27,12 @@ class Rpc:
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self._kept: dict[tuple[str, str], list[tuple[Stream, asyncio.TimerHandle]]] = {}
+        self._kept: dict[tuple[str, str], tuple[Stream, asyncio.TimerHandle]] = {}
 
     def close(self) -> None:
         """Hang up everywhere."""
         for line in list(self._kept):
-            while (stream := self._idle(line)) is not None:
+            if (stream := self._idle(line)) is not None:
                 stream.close()
 
     async def serve(self, name: str, handler: Handler, *, max_request: int) -> None:
@@ -80,7 +78,7 @@ class Rpc:
 
     async def _call(self, peer_id: str, name: str, request: bytes, max_reply: int, patience: float) -> bytes:
         line = peer_id, name
-        while (stream := self._idle(line)) is not None:
+        if (stream := self._idle(line)) is not None:
             with contextlib.suppress(Unreachable):  # it may have ended since, with the peer or without
                 return await self._ask(line, stream, request, max_reply, patience)
         return await self._ask(line, await self._streams.dial(peer_id, name), request, max_reply, patience)
@@ -100,22 +98,20 @@ class Rpc:
         return reply
 
     def _keep(self, line: tuple[str, str], stream: Stream) -> None:
-        kept = self._kept.setdefault(line, [])
-        if len(kept) == KEPT_STREAMS:
+        if line in self._kept:
             stream.close()
             return
 
         def forget() -> None:
-            kept.remove((stream, timer))
+            del self._kept[line]
             stream.close()
 
-        timer = asyncio.get_running_loop().call_later(KEPT_SECONDS, forget)
-        kept.append((stream, timer))
+        self._kept[line] = stream, asyncio.get_running_loop().call_later(KEPT_SECONDS, forget)
 
     def _idle(self, line: tuple[str, str]) -> Stream | None:
         """A stream that was kept, now the caller's; None where there is none."""
-        if not self._kept.get(line):
+        if line not in self._kept:
             return None
-        stream, timer = self._kept[line].pop()
+        stream, timer = self._kept.pop(line)
         timer.cancel()
         return stream

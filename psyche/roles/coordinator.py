@@ -76,7 +76,10 @@ class Coordinator:
         self._version = 0
         self._board = b""
         self._changed = asyncio.Condition()
+        self._shown = 0
+        """Contributions on the board."""
         self._later: asyncio.Task[None] | None = None
+        """Will show more of them in a moment."""
 
     async def run(self) -> None:
         """Serve until the run is finished and its members have said goodbye (or gone silent)."""
@@ -86,6 +89,8 @@ class Coordinator:
         while self.state.phase is not Phase.FINISHED or self.state.peers:
             await self._dispatch(protocol.Tick())
             await asyncio.sleep(TICK_SECONDS)
+        if self._later is not None:
+            self._later.cancel()
         # Said last, when the members' reports of the last round are in: whoever follows the log can stop here.
         self.log.emit(events.RunFinished(rounds=self.state.rounds, reason="all rounds are done"))
 
@@ -129,7 +134,7 @@ class Coordinator:
             case Metrics():
                 self._report_metrics(node, round, body)
             case Commitment():
-                await self._dispatch(protocol.Committed(node, round, body.digest, proof))
+                await self._dispatch(protocol.Committed(node, round, body.term, body.digest, proof))
             case Contribution():
                 await self._dispatch(protocol.Opened(node, round, body, proof))
             case Holding():
@@ -180,7 +185,7 @@ class Coordinator:
             self.log.emit(events.Notice(level="info", text=self.state.note))  # what is waited for, and for whom
         if effects or _visible(before) != _visible(self.state):
             await self._publish()
-        elif _opened(before) != _opened(self.state) and (self._later is None or self._later.done()):
+        elif _opened(self.state) != self._shown and self._later is None:
             self._later = asyncio.create_task(self._publish_later())
         for refusal in refusals:
             self._refuse(refusal.node, refusal.reason)
@@ -234,12 +239,15 @@ class Coordinator:
     async def _publish(self) -> None:
         async with self._changed:
             self._version += 1
+            self._shown = _opened(self.state)
             self._board = self._seal(self._compose(), self.state.rounds)
             self._changed.notify_all()
 
     async def _publish_later(self) -> None:
         await asyncio.sleep(BURST_SECONDS)
-        await self._publish()
+        self._later = None
+        if _opened(self.state) != self._shown:
+            await self._publish()
 
     def _compose(self) -> Board:
         state, current = self.state, self.state.round
