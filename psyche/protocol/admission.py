@@ -71,6 +71,8 @@ def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Repo
     if current.plan.member(event.node) is None and not (isinstance(event, Attested) and event.node in state.peers):
         return f"not a member of round {event.round}"
     if isinstance(event, Committed):
+        if event.term != current.plan.term:
+            return f"round {event.round} was begun again meanwhile"
         if current.closed is not None:
             return f"round {event.round} no longer takes commitments: its deadline has passed"
         if current.commitments.get(event.node, (event.digest,))[0] != event.digest:

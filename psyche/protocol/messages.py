@@ -176,6 +176,8 @@ class Commitment(Body, frozen=True):
     DOMAIN = "commitment"
 
     digest: Hash
+    term: Positive
+    """Of the plan: a round that is tried again takes no commitment to the work of the first attempt."""
 
 
 class Holding(Body, frozen=True):

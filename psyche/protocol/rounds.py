@@ -133,6 +133,11 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
         if state.phase is Phase.TRAINING and current.commitments:
             return replace(state, phase=Phase.COMMITTING), []
         return state, []
+    if missing and not current.commitments and now < current.opened + rules.round_bounds[1]:
+        # There is nobody to go on with. Beginning again would throw away what all of them have done.
+        later = min(now + (now - current.opened), current.opened + rules.round_bounds[1])
+        note = f"round {current.plan.round} takes longer than those before; nobody has finished it yet"
+        return replace(state, note=note, round=replace(current, deadline=later)), []
     # Who is here and did not make it took at least this long; without them a deadline could only ever shrink.
     late = (now - current.opened for _ in missing)
     state = replace(state, commit_seconds=observed(state.commit_seconds, *late))

@@ -165,6 +165,8 @@ class Left:
 class Committed:
     node: str
     round: int
+    term: int
+    """Of the plan that was worked on."""
     digest: bytes
     proof: bytes
 

@@ -22,7 +22,9 @@ class Openings:
     def update(self, board: Board) -> list[str]:
         """Take in what a board shows; the nodes whose contribution is new. Ignores whatever does not hold up."""
         for envelope in self._fresh(board.commitments, Commitment.DOMAIN):
-            self._commitments[envelope.author] = decode(Commitment, envelope.body).digest
+            made = decode(Commitment, envelope.body)
+            if made.term == self._plan.term:
+                self._commitments[envelope.author] = made.digest
         new = []
         for envelope in self._fresh(board.contributions, Contribution.DOMAIN):
             given, node = decode(Contribution, envelope.body), envelope.author

@@ -75,7 +75,9 @@ def play(
         works = {node: replicas[node].train(plan) for node in sorted(replicas)}
         for node, work in works.items():
             machine.send(
-                Committed(node, plan.round, work.contribution.commitment(node, manifest.run_id, plan.round), b"")
+                Committed(
+                    node, plan.round, plan.term, work.contribution.commitment(node, manifest.run_id, plan.round), b""
+                )
             )
         for node, work in works.items():
             machine.send(Opened(node, plan.round, work.contribution, b""))

@@ -231,7 +231,7 @@ class Worker:
         self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))
         digest = work.contribution.commitment(self.identity.peer_id, self.manifest.run_id, plan.round)
         try:
-            await self._client.submit(Commitment(digest), plan.round)
+            await self._client.submit(Commitment(digest, plan.term), plan.round)
         except Refused as refusal:
             self._warn(f"this round's work was not taken: {refusal}; it is kept for the next one")
         return work

@@ -136,7 +136,7 @@ class Table:
     def commit(self, node: str, **changes: object) -> list[Effect]:
         plan = self.plan
         digest_ = contribution(node, plan, self.rules, **changes).commitment(node, RUN_ID, plan.round)
-        return self.send(Committed(node, plan.round, digest_, f"commitment {node}".encode()))
+        return self.send(Committed(node, plan.round, plan.term, digest_, f"commitment {node}".encode()))
 
     def open(self, node: str, **changes: object) -> list[Effect]:
         plan = self.plan
@@ -304,4 +304,8 @@ def started(count: int = 4, **changes: object) -> tuple[Table, list[str]]:
     return table, members
 
 
-__all__ = ["Left", "Table", "contribution", "nodes", "peer_id", "rejected", "root_after", "started"]
+def kinds(effects: list) -> list[type]:
+    return [type(effect) for effect in effects]
+
+
+__all__ = ["Left", "Table", "contribution", "kinds", "nodes", "peer_id", "rejected", "root_after", "started"]

@@ -82,10 +82,10 @@ FORGERIES: dict[str, tuple[str, list[bytes]]] = {
     "in another's name": ("cannot be believed", [*TWO, in_the_name_of(TWO[0], NAMES[2])]),
     "of another run": ("cannot be believed", [*TWO, ballot(MEMBERS[2], run_id=b"q" * 32)]),
     "of another round": ("cannot be believed", [*TWO, sealed(MEMBERS[2], Ballot(TERM, RECORD.hash), round=2)]),
-    "of another domain": ("cannot be believed", [*TWO, sealed(MEMBERS[2], Commitment(b"c" * 32))]),
+    "of another domain": ("cannot be believed", [*TWO, sealed(MEMBERS[2], Commitment(b"c" * 32, 3))]),
     "a commitment passed off as a vote": (
         "not a vote message",
-        [*TWO, sealed(MEMBERS[2], Commitment(b"c" * 32), domain="vote")],
+        [*TWO, sealed(MEMBERS[2], Commitment(b"c" * 32, 3), domain="vote")],
     ),
     "of another term": ("something else", [*TWO, ballot(MEMBERS[2], term=TERM + 1)]),
     "for another record": ("something else", [*TWO, sealed(MEMBERS[2], Ballot(TERM, b"o" * 32))]),
@@ -115,7 +115,7 @@ def test_a_proposal_must_be_signed_for_this_run_and_round() -> None:
         with_broken_signature(sealed(COORDINATOR, body)),
         in_the_name_of(sealed(STRANGER, body), COORDINATOR.peer_id),
         sealed(COORDINATOR, body, domain="board"),
-        sealed(COORDINATOR, Commitment(b"c" * 32), domain="proposal"),
+        sealed(COORDINATOR, Commitment(b"c" * 32, 3), domain="proposal"),
         b"",
     ):
         with pytest.raises(BadCertificate):

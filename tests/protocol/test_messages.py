@@ -55,7 +55,7 @@ EXAMPLES: list[Body] = [
     CERTIFICATE,
     Present(3, b"h" * 32, b"s" * 32, "CPU, 1 threads", CERTIFICATE),
     Present(0, b"h" * 32, b"s" * 32, "", None),
-    Commitment(b"c" * 32),
+    Commitment(b"c" * 32, 3),
     Holding((A, B)),
     Reduced(4, (Result(1, b"r" * 32),)),
     Vote(9, b"r" * 32),
@@ -194,10 +194,12 @@ def test_bytes_that_claim_the_earth(kind: type, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        (Commitment, [b"c" * 31]),
-        (Commitment, [b"c" * 33]),
-        (Commitment, ["c" * 32]),
-        (Commitment, [b"c" * 32, 1]),
+        (Commitment, [b"c" * 31, 1]),
+        (Commitment, [b"c" * 33, 1]),
+        (Commitment, ["c" * 32, 1]),
+        (Commitment, [b"c" * 32]),
+        (Commitment, [b"c" * 32, 0]),
+        (Commitment, [b"c" * 32, 1, 1]),
         (Vote, [0, b"r" * 32]),
         (Vote, [-1, b"r" * 32]),
         (Vote, [2**62 + 1, b"r" * 32]),
@@ -226,7 +228,7 @@ def test_bounds_are_part_of_the_format(kind: type[Body], fields: list[object]) -
     [
         (Vote, b"\xdc\x00\x02" + Vote(9, b"r" * 32).encode()[1:]),  # a longer array header
         (Vote, b"\x92\xcc\x09" + Vote(9, b"r" * 32).encode()[2:]),  # a longer integer
-        (Commitment, b"\x91\xc5\x00\x20" + b"c" * 32),  # a longer byte-string header
+        (Commitment, b"\x92\xc5\x00\x20" + b"c" * 32 + b"\x03"),  # a longer byte-string header
         (Leave, b"\x91\xd9\x02hi"),
     ],
 )

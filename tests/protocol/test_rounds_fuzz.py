@@ -87,7 +87,7 @@ def happen(table: Table, verb: str, who: int, what: int) -> None:
         case "restore" if table.certified:
             table.send(Restored(table.certified[sorted(table.certified)[what % len(table.certified)]]))
         case "bad commit":
-            table.send(Committed(node, number + what % 2, bytes([what]) * 32, b""))
+            table.send(Committed(node, number + what % 2, table.state.term, bytes([what]) * 32, b""))
         case "bad hold":
             table.send(Held(node, number, frozenset(EVERYBODY[what % 3 : what])))
         case "bad attest":

@@ -181,13 +181,13 @@ async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
         "noise": b"\xff" * 100,
         "oversized": bytes((1 << 20) + 1),
         "unknown domain": envelopes.encode(me.seal("board", run, 1, b"")),
-        "another run": envelopes.encode(me.seal("commitment", bytes(32), 1, Commitment(bytes(32)).encode())),
+        "another run": envelopes.encode(me.seal("commitment", bytes(32), 1, Commitment(bytes(32), 1).encode())),
         "wrongly signed": envelopes.encode(
             envelopes.Envelope(forged.domain, run, 1, forged.author, forged.body, bytes(64))
         ),
         "somebody else's": envelopes.encode(other.seal("leave", run, 1, Leave("bye").encode())),
         "malformed body": envelopes.encode(me.seal("vote", run, 1, b"\x93\x01\x02\x03")),
-        "another round": envelopes.encode(me.seal("commitment", run, 7, Commitment(bytes(32)).encode())),
+        "another round": envelopes.encode(me.seal("commitment", run, 7, Commitment(bytes(32), 1).encode())),
         "a stranger's attestation": envelopes.encode(me.seal("attestation", run, 1, Attestation(bytes(32)).encode())),
         "a forged history": envelopes.encode(me.seal("present", run, 5, history.encode())),
     }
