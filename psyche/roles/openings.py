@@ -21,10 +21,11 @@ class Openings:
 
     def update(self, board: Board) -> list[str]:
         """Take in what a board shows; the nodes whose contribution is new. Ignores whatever does not hold up."""
-        for envelope in self._fresh(board.commitments, Commitment.DOMAIN):
-            made = decode(Commitment, envelope.body)
-            if made.term == self._plan.term:
-                self._commitments[envelope.author] = made.digest
+        if not self._commitments:  # shown all at once; what is added when openings can be seen proves nothing
+            for envelope in self._fresh(board.commitments, Commitment.DOMAIN):
+                made = decode(Commitment, envelope.body)
+                if made.term == self._plan.term:
+                    self._commitments.setdefault(envelope.author, made.digest)
         new = []
         for envelope in self._fresh(board.contributions, Contribution.DOMAIN):
             given, node = decode(Contribution, envelope.body), envelope.author
