@@ -188,6 +188,20 @@ def test_calls_one_after_the_other_share_a_stream(tmp_path: Path, monkeypatch: p
     with_swarm(tmp_path, 2, scenario)
 
 
+def test_who_is_leaving_answers_nobody(tmp_path: Path) -> None:
+    """Its daemon hands over streams until it ends, when the threads that would serve them are gone."""
+
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        a, b = nodes
+        await b.rpc.serve("echo", echo, max_request=10)
+        assert await a.rpc.call(b.peer_id, "echo", b"x", timeout=10, max_reply=99)
+        await b.streams.close()
+        with pytest.raises(Unreachable):
+            await a.rpc.call(b.peer_id, "echo", b"x", timeout=10, max_reply=99)
+
+    with_swarm(tmp_path, 2, scenario)
+
+
 def test_callers_that_go_away_free_their_slot(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
