@@ -26,6 +26,7 @@ from psyche.protocol.state import (
     Opened,
     Peer,
     Phase,
+    Promised,
     Rejected,
     Reported,
     Restored,
@@ -50,9 +51,13 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             peer = state.peers.get(node)
             return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
         case Arrived(node, state_root, device):
+            if node not in state.peers:
+                state = replace(state, arrived=now)
             return with_peer(state, node, Peer(now, state_root, device[:64])), []
         case Left(node, reason):
             return without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
+        case Promised():
+            return _promise(state, event)
         case Restored(record):
             return _restore(rules, state, record)
         case _:
@@ -174,6 +179,16 @@ def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | 
     return replace(state, round=current)
 
 
+def _promise(state: State, event: Promised) -> Step:
+    """A voter that is ahead of this coordinator proves it first: what it voted for belongs to a round unknown here."""
+    if event.term != state.leading:
+        return state, [Rejected(event.node, f"term {event.term} is not the one in which this coordinator leads")]
+    known = state.rounds + (state.round is not None and state.round.certified)
+    if max(event.rounds, event.accepted.plan.round - 1 if event.accepted else 0) > known:
+        return state, [Rejected(event.node, f"it is ahead: this coordinator knows of {state.rounds} certified rounds")]
+    return replace(state, promises=_put(state.promises, event.node, event)), []
+
+
 def _restore(rules: Rules, state: State, record: Record) -> Step:
     """Take over a certified history longer than ours.
 
@@ -195,7 +210,10 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
         state_root=b"",
         position=next_position(record.plan, rules.batch_size, rules.late_steps),
         term=max(state.term, record.plan.term),
-        electorate=record.electorate,
+        electorate=record.voters,
+        roster=0,
+        bound=b"",
+        taken_up=False,
         round=None,
         gathering=False,
     )

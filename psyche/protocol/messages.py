@@ -16,6 +16,7 @@ from psyche.numerics.digest import digest
 from psyche.protocol.envelope import MalformedMessage
 
 MAX_MEMBERS = 4096
+MAX_COORDINATORS = 16
 
 NodeId = Annotated[str, Meta(pattern=r"\A12D3Koo[1-9A-HJ-NP-Za-km-z]{45}\Z")]
 """A base58 PeerID of an Ed25519 key. Ascending order of these strings is the order of summation."""
@@ -131,9 +132,13 @@ class Record(Body, frozen=True):
     plan: Plan
     accepted: Annotated[tuple[Accepted, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
     excluded: Annotated[tuple[Excluded, ...], Meta(max_length=MAX_MEMBERS)]
+    roster: Natural
+    """0: the electorate is the ``voters`` of the record before. Otherwise a reconfiguration: the number of the roster
+    that named the electorate, the first of the run's first round being one, too."""
     electorate: Nodes
-    """Whose votes are counted: all members, or the survivors of a reconfiguration."""
-    reconfiguration: bool
+    """Whose votes are counted."""
+    voters: Nodes
+    """The electorate of the next round."""
     ring: Nodes
     """Who reduced, in the order of ``protocol/reduction.py``; nobody where everybody aggregates."""
     results: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]
@@ -149,13 +154,39 @@ class Record(Body, frozen=True):
 # ---------------------------------------------------------------------- member to coordinator
 
 
+class Roster(Body, frozen=True):
+    """A reconfiguration: who votes in a round from now on, whatever was said of its electorate before.
+
+    In force once more than half of the coordinators have signed it; each signs one of a number, and none any more
+    once it has sealed a record of the round.
+    """
+
+    DOMAIN = "roster"
+
+    previous: Hash
+    """Hash of the record before the round."""
+    number: Positive
+    """Counts the rosters of a round."""
+    electorate: Annotated[Nodes, Meta(min_length=1)]
+
+
+class Seal(Body, frozen=True):
+    """A coordinator's word that it takes ``record`` for the one of its round, and will sign no later roster."""
+
+    DOMAIN = "seal"
+
+    roster: Natural
+    record: Hash
+
+
 class Certificate(Body, frozen=True):
-    """A certified record: the coordinator's signed proposal and the signed votes for it."""
+    """A certified record: the coordinator's signed proposal, the signed votes for it, and the seals."""
 
     DOMAIN = "certificate"
 
     proposal: Signed
     votes: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+    seals: Annotated[tuple[Signed, ...], Meta(max_length=MAX_COORDINATORS)]
 
 
 class Present(Body, frozen=True):
@@ -211,6 +242,26 @@ class Vote(Body, frozen=True):
     record: Hash
 
 
+class Promise(Body, frozen=True):
+    """The sender takes part in nothing that was begun before ``term``; and what it last voted for, if anything.
+
+    With what a new leader needs to go on with the round that the sender is in.
+    """
+
+    DOMAIN = "promise"
+
+    term: Positive
+    rounds: Natural
+    """Certified rounds the sender has applied."""
+    accepted: Signed | None
+    """The proposal it voted for in the highest term so far."""
+    plan: Plan | None
+    """Of the round it is in."""
+    commitments: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+    """As it was shown them when commitments were closed; none before."""
+    contributions: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+
+
 class Attestation(Body, frozen=True):
     """The sender's state_root after the certified round."""
 
@@ -256,6 +307,8 @@ class Proposal(Body, frozen=True):
 
     term: Positive
     record: Record
+    roster: Annotated[tuple[Signed, ...], Meta(max_length=MAX_COORDINATORS)]
+    """Signatures under the roster that the record names."""
 
 
 class Reducing(Message, frozen=True):
@@ -275,6 +328,8 @@ class Board(Body, frozen=True):
     DOMAIN = "board"
 
     version: Natural
+    term: Positive
+    """In which its author leads. Who follows it takes part in nothing of an earlier term any more."""
     phase: Annotated[str, Meta(max_length=16)]
     rounds: Natural
     """Certified so far."""
@@ -293,6 +348,6 @@ class Board(Body, frozen=True):
 
 SUBMISSIONS: dict[str, type[Body]] = {
     kind.DOMAIN: kind
-    for kind in (Present, Commitment, Contribution, Holding, Reduced, Vote, Attestation, Leave, Metrics)
+    for kind in (Present, Promise, Commitment, Contribution, Holding, Reduced, Vote, Attestation, Leave, Metrics)
 }
 """What a member may send to a coordinator, by domain."""
