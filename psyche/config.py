@@ -172,6 +172,8 @@ class Deadlines(Strict):
     exchange_max: Seconds = 600.0
     silence: Seconds = 15.0
     """A member not heard from for this long is counted as gone."""
+    lease: Seconds = 15.0
+    """A standby coordinator takes over when it has heard of no leader for this long."""
     spread: Positive = 5.0
 
     @model_validator(mode="after")

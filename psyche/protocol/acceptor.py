@@ -95,8 +95,6 @@ def consider(
     if fault := _results_fault(record, rules, reduced):
         raise Refusal(fault)
     nodes = [accepted.node for accepted in record.accepted]
-    if not set(nodes) <= set(record.voters):
-        raise Refusal("who contributed is left without a vote")
     if nodes != sorted(set(nodes)):
         raise Refusal("accepted contributions are not in ascending order of node")
     for accepted in record.accepted:
@@ -109,6 +107,8 @@ def consider(
             raise Refusal(f"the contribution of {accepted.node[-6:]}: {fault}")
         if accepted.node not in held:
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
+    if not set(nodes) <= set(record.voters):
+        raise Refusal("who contributed is left without a vote")
     return Acceptor(max(acceptor.promised, proposal.term), proposal.term, record.hash)
 
 

@@ -99,7 +99,7 @@ def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open
 def _check_seals(
     seals: Iterable[bytes], record: Record, run_id: bytes, coordinators: Sequence[str], open_envelope: Open
 ) -> None:
-    seal = Seal(record.roster, record.hash)
+    seal = Seal(record.plan.previous, record.roster, record.hash)
     count = len(_signers(seals, seal, record.plan.round, run_id, coordinators, open_envelope))
     needed = seals_needed(len(coordinators))
     if count < needed:

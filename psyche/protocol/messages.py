@@ -175,6 +175,7 @@ class Seal(Body, frozen=True):
 
     DOMAIN = "seal"
 
+    previous: Hash
     roster: Natural
     record: Hash
 
@@ -199,6 +200,8 @@ class Present(Body, frozen=True):
     head: Hash
     state_root: Hash
     device: Annotated[str, Meta(max_length=64)]
+    claim: Signed | None
+    """Of the leader this node follows: one that begins to lead in an earlier term learns that it is not heard."""
     certificate: Certificate | None
     """That of the last round applied, for a coordinator that starts again; none before the first."""
 
@@ -240,6 +243,16 @@ class Vote(Body, frozen=True):
 
     term: Positive
     record: Hash
+
+
+class Heartbeat(Body, frozen=True):
+    """A coordinator's word whether it leads, and in which term; 0: it does not."""
+
+    DOMAIN = "heartbeat"
+
+    term: Natural
+    latest: Natural
+    """The highest term it has used or heard of."""
 
 
 class Promise(Body, frozen=True):
@@ -330,6 +343,8 @@ class Board(Body, frozen=True):
     version: Natural
     term: Positive
     """In which its author leads. Who follows it takes part in nothing of an earlier term any more."""
+    claim: Signed
+    """That it does: a heartbeat."""
     phase: Annotated[str, Meta(max_length=16)]
     rounds: Natural
     """Certified so far."""

@@ -10,6 +10,8 @@ from psyche.protocol.messages import Contribution, Plan, Record
 
 
 class Phase(StrEnum):
+    ELECTING = "electing"
+    """Shown to members only: this coordinator begins to lead, and does not know yet what to go on with."""
     WAITING = "waiting"
     """For enough members to open a round."""
     TRAINING = "training"
@@ -120,6 +122,8 @@ class Promised:
     accepted: Record | None = None
     """What it voted for last, and in which term."""
     accepted_in: int = 0
+    roster: tuple[bytes, ...] = ()
+    """Signatures under the roster that ``accepted`` names."""
     plan: Plan | None = None
     """Of the round it is in."""
     commitments: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)

@@ -81,7 +81,7 @@ async def coordinate(
         if heldout is not None:
             log.emit(events.GenesisJudged(heldout_loss=heldout[0] / heldout[1], heldout_tokens=heldout[1]))
         try:
-            await Coordinator(manifest, identity, network, log).run()
+            await Coordinator(manifest, identity, network, log, directory).run()
         finally:
             await asyncio.to_thread(wandb.close)
             log.close()

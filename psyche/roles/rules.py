@@ -36,6 +36,7 @@ def rules_of(manifest: Manifest) -> Rules:
         exchange_bounds=(run.deadlines.exchange_min, run.deadlines.exchange_max),
         silence=run.deadlines.silence,
         spread=run.deadlines.spread,
+        coordinators=len(resolved.coordinators),
     )
 
 

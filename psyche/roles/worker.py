@@ -36,15 +36,17 @@ from psyche.protocol.messages import (
     Leave,
     Plan,
     Present,
+    Promise,
     Record,
     decode,
 )
 from psyche.protocol.state import Phase
 from psyche.roles.board import RETRY_SECONDS, BoardClient
-from psyche.roles.certification import Certification, Moved, Voter
+from psyche.roles.certification import Certification, Moved
 from psyche.roles.metrics import Meter, metrics_event
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
+from psyche.roles.voter import Voter
 from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.sync import fetch_state, serve_state
 from psyche.telemetry import events
@@ -72,8 +74,8 @@ class Worker:
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log = identity, network, log
         self.manifest = replica.manifest
-        self._voter = Voter(self.manifest, rules_of(self.manifest), certificates)
-        self._client = BoardClient(self.manifest, identity, network.rpc, self._introduce, self._warn)
+        self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificates)
+        self._client = BoardClient(self.manifest, identity, network.rpc, self, self._warn)
         self._wire = Wire(network, Shelf(network), identity.peer_id, self._name_liar)
         self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(settings.threads,))
         self._late: asyncio.Task[None] | None = None
@@ -128,10 +130,23 @@ class Worker:
             return True
         return board.plan is not None and plan_fault(board.plan, self.replica.chain) is None
 
-    def _introduce(self) -> Present:
+    # ----------------------------------------------------------------- what BoardClient asks of its node
+
+    @property
+    def term(self) -> int:
+        """Of the leader this node follows."""
+        return self._voter.term
+
+    def introduce(self) -> Present:
+        """What this node says of itself to a coordinator that does not know it."""
         chain = self.replica.chain
         certificate = decode(Certificate, self._voter.certificates[-1]) if self._voter.certificates else None
-        return Present(chain.rounds, chain.head, chain.state_root, _describe_device(self.settings), certificate)
+        device = _describe_device(self.settings)
+        return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
+
+    async def promise(self, term: int, claim: bytes) -> Promise:
+        """Follow the leader of ``term``."""
+        return await self._voter.promise(term, claim, self.replica.chain.rounds)
 
     async def _synchronise(self, board: Board) -> None:
         """Fetch the certified outer state from those who hold it, because this node's is another or older."""
@@ -339,7 +354,9 @@ class Worker:
 
     def _closed_to_me(self, plan: Plan) -> bool:
         board = self._client.board
-        return board is not None and (board.plan != plan or board.phase == Phase.CERTIFYING)
+        if board is None or board.phase == Phase.ELECTING:
+            return False
+        return board.plan != plan or board.phase == Phase.CERTIFYING
 
     async def _on_trainer(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._trainer, lambda: function(*arguments))

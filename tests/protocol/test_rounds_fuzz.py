@@ -164,7 +164,7 @@ def test_a_coordinator_that_restarts_goes_on_from_what_members_prove(
         new.send(Restored(table.certified[number]))
     record = table.certified[last]
     assert new.state.rounds == last
-    for node in record.electorate:
+    for node in record.voters:
         new.send(Arrived(node, root_after(record), "cpu"))
     if new.state.phase is not Phase.FINISHED:
         assert new.plan.round == last + 1

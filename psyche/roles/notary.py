@@ -1,0 +1,104 @@
+"""Coordinators' signatures: each keeps its oath on disk, and asks the others for theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from psyche.config import Manifest
+from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
+from psyche.network.rpc import Rpc
+from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.messages import Roster, Seal, decode
+from psyche.protocol.oath import Oath, Perjury, lead, seal, sign_roster
+from psyche.state.pledges import keep, recall
+
+OATH = "oath.msgpack"
+MAX_REQUEST = 1 << 20
+CALL_SECONDS = 10.0
+RETRY_SECONDS = 1.0
+
+
+class Notary:
+    """Signs rosters and seals for this coordinator, and gathers those of others."""
+
+    def __init__(self, manifest: Manifest, identity: Identity, rpc: Rpc, directory: Path) -> None:
+        self._manifest, self._identity, self._rpc = manifest, identity, rpc
+        self._path = directory / OATH
+        self._oath = recall(self._path, manifest.run_id, Oath())
+        self._coordinators = manifest.resolved.coordinators
+        self._lock = asyncio.Lock()
+
+    async def serve(self) -> None:
+        """Sign for the other coordinators, too."""
+        await self._rpc.serve("sign", self._sign_for, max_request=MAX_REQUEST)
+
+    async def term(self, above: int) -> int:
+        """A term to begin to lead in, above any that this coordinator had, and ``above``."""
+        place = self._coordinators.index(self._identity.peer_id)
+        await self._swear(lambda oath: lead(oath, place, len(self._coordinators), above))
+        return self._oath.term
+
+    async def gather(self, body: Roster | Seal, round: int, needed: int) -> tuple[bytes, ...]:
+        """Signatures of ``needed`` coordinators under ``body``, this one's first; waits for as long as it takes.
+
+        Raises :class:`Perjury` where this coordinator must not give its own.
+        """
+        found = {self._identity.peer_id: await self._sign(body, round)}
+        others = [peer for peer in self._coordinators if peer not in found]
+        while len(found) < needed:
+            missing = [peer for peer in others if peer not in found]
+            given = await asyncio.gather(*(self._ask(peer, body, round) for peer in missing))
+            found |= {peer: signed for peer, signed in zip(missing, given, strict=True) if signed is not None}
+            if len(found) < needed:
+                await asyncio.sleep(RETRY_SECONDS)
+        return tuple(found.values())[:needed]
+
+    async def _sign(self, body: Roster | Seal, round: int) -> bytes:
+        if isinstance(body, Roster):
+            await self._swear(lambda oath: sign_roster(oath, round, body.previous, body.number, body.electorate))
+        else:
+            await self._swear(lambda oath: seal(oath, round, body.previous, body.roster, body.record))
+        return self._sealed(body, round)
+
+    def _sealed(self, body: Roster | Seal, round: int) -> bytes:
+        return envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round, body.encode()))
+
+    async def _swear(self, step: Callable[[Oath], Oath]) -> None:
+        async with self._lock:
+            oath = step(self._oath)
+            if oath != self._oath:
+                await asyncio.to_thread(keep, self._path, self._manifest.run_id, oath)
+                self._oath = oath
+
+    async def _ask(self, peer: str, body: Roster | Seal, round: int) -> bytes | None:
+        """``peer``'s signature, if it gives it now."""
+        with contextlib.suppress(
+            Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext, TimeoutError
+        ):
+            reply = await self._rpc.call(
+                peer, "sign", self._sealed(body, round), timeout=CALL_SECONDS, max_reply=MAX_REQUEST
+            )
+            envelope = envelopes.decode(reply)
+            open_envelope(envelope, domain=body.DOMAIN, run_id=self._manifest.run_id, round=round)
+            if envelope.author == peer and envelope.body == body.encode():
+                return reply
+        return None
+
+    async def _sign_for(self, peer: str, request: bytes) -> bytes:
+        if peer not in self._coordinators:
+            raise Refused("only the run's coordinators sign for each other")
+        try:
+            envelope = envelopes.decode(request, MAX_REQUEST)
+            open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
+            if envelope.author != peer or envelope.domain not in (Roster.DOMAIN, Seal.DOMAIN):
+                raise WrongContext("that is not the caller's roster or seal")
+            roster = envelope.domain == Roster.DOMAIN
+            body = decode(Roster, envelope.body) if roster else decode(Seal, envelope.body)
+            return await self._sign(body, envelope.round)
+        except (MalformedMessage, BadSignature, WrongContext, Perjury) as error:
+            raise Refused(str(error)) from None
