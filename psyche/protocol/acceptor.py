@@ -22,7 +22,7 @@ class Acceptor:
     """What a member remembers of its voting, whatever happens to it."""
 
     promised: int = 0
-    """It takes part in nothing of an earlier term."""
+    """In which the leader it follows began to lead. It takes part in nothing of an earlier term."""
     term: int = 0
     """The highest it voted in, and for which record hash."""
     record: bytes = b""
@@ -42,8 +42,8 @@ class Chain:
 
 def promise(acceptor: Acceptor, term: int) -> Acceptor:
     """The acceptor after following the leader of ``term``. Raises :class:`Refusal` where it follows a later one."""
-    if term < acceptor.promised:
-        raise Refusal(f"term {term} is over; this node follows the leader of term {acceptor.promised}")
+    if term != acceptor.promised and term < max(acceptor.promised, acceptor.term):
+        raise Refusal(f"term {term} is over; this node is in term {max(acceptor.promised, acceptor.term)}")
     return replace(acceptor, promised=term)
 
 
@@ -109,7 +109,7 @@ def consider(
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
     if not set(nodes) <= set(record.voters):
         raise Refusal("who contributed is left without a vote")
-    return Acceptor(max(acceptor.promised, proposal.term), proposal.term, record.hash)
+    return replace(acceptor, term=proposal.term, record=record.hash)
 
 
 def _results_fault(record: Record, rules: Rules, reduced: Mapping[int, bytes]) -> str | None:

@@ -201,7 +201,8 @@ class Present(Body, frozen=True):
     state_root: Hash
     device: Annotated[str, Meta(max_length=64)]
     claim: Signed | None
-    """Of the leader this node follows: one that begins to lead in an earlier term learns that it is not heard."""
+    """A coordinator's signed heartbeat or proposal of the latest term that this node took part in: one that begins to
+    lead in an earlier term learns that it is not heard."""
     certificate: Certificate | None
     """That of the last round applied, for a coordinator that starts again; none before the first."""
 

@@ -19,6 +19,7 @@ from psyche.network.identity import BadSignature, Identity, WrongContext, open_e
 from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
+from psyche.protocol.acceptor import Refusal
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Board, Body, Commitment, Contribution, Holding, Present, Promise, decode
 from psyche.protocol.state import Phase
@@ -173,7 +174,11 @@ class BoardClient:
 
     async def _follow(self, board: Board) -> None:
         """Promise the board's author to take part in nothing earlier, and repeat what was said in this round."""
-        promise = await self._node.promise(board.term, board.claim)
+        try:
+            promise = await self._node.promise(board.term, board.claim)
+        except Refusal as refusal:
+            await self.present()  # so that it hears of a later term
+            raise Refused(str(refusal)) from None
         await self.submit(promise, promise.rounds)
         self._promised = board.term
         self._repeat = promise.rounds + 1

@@ -17,7 +17,7 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Heartbeat, decode
+from psyche.protocol.messages import Heartbeat, Proposal, decode
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
 
@@ -56,14 +56,20 @@ class Succession:
         return envelopes.encode(self._identity.seal(beat.DOMAIN, self._manifest.run_id, 0, beat.encode()))
 
     def hear(self, claim: bytes | None) -> None:
-        """A member follows the leader that signed ``claim``. Raises like ``open_envelope`` where none of them did."""
+        """A member took part in something of ``claim``'s term. Raises like ``open_envelope`` where no coordinator did.
+
+        Only what a coordinator signed counts: a member's own word must not cost anybody the lead.
+        """
         if claim is None:
             return
         envelope = envelopes.decode(claim)
-        open_envelope(envelope, domain=Heartbeat.DOMAIN, run_id=self._manifest.run_id)
+        open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
         if envelope.author not in self._manifest.resolved.coordinators:
             raise BadSignature(f"{envelope.author} is no coordinator of this run")
-        self.later = max(self.later, decode(Heartbeat, envelope.body).term)
+        if envelope.domain == Heartbeat.DOMAIN:
+            self.later = max(self.later, decode(Heartbeat, envelope.body).term)
+        elif envelope.domain == Proposal.DOMAIN:
+            self.later = max(self.later, decode(Proposal, envelope.body).term)
 
     async def turn(self, log: EventLog) -> int:
         """Wait until it is this coordinator's turn; the highest term heard of."""

@@ -43,8 +43,9 @@ class Voter:
 
     @property
     def claim(self) -> bytes | None:
-        """That leader's own word for it, signed."""
-        return self._ballot.claim
+        """Something a coordinator signed in the latest term that this node has taken part in."""
+        acceptor = self._ballot.acceptor
+        return self._ballot.proposal if acceptor.term > acceptor.promised else self._ballot.claim
 
     async def promise(self, term: int, claim: bytes, rounds: int) -> Promise:
         """Follow the leader of ``term``, who signed ``claim``. Raises ``Refusal`` where a later one is followed."""
