@@ -24,6 +24,7 @@ from psyche.protocol.state import (
     Held,
     Left,
     Opened,
+    Overruled,
     Peer,
     Phase,
     Promised,
@@ -34,6 +35,7 @@ from psyche.protocol.state import (
     Rules,
     Seen,
     State,
+    Submission,
     Tick,
     Voted,
 )
@@ -50,16 +52,18 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Seen(node):
             peer = state.peers.get(node)
             return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
-        case Arrived(node, state_root, device):
+        case Arrived(node, state_root, device, rounds):
             if node not in state.peers:
                 state = replace(state, arrived=now)
-            return with_peer(state, node, Peer(now, state_root, device[:64])), []
+            return with_peer(state, node, Peer(now, state_root, device[:64], rounds)), []
         case Left(node, reason):
             return without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
         case Promised():
             return _promise(state, event)
         case Restored(record):
             return _restore(rules, state, record)
+        case Overruled():
+            return state, []  # rounds.py
         case _:
             refusal = _refusal(rules, state, event)
             if refusal:
@@ -67,7 +71,7 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             return _accept(state, event, now), []
 
 
-def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Reported | Voted | Attested) -> str | None:
+def _refusal(rules: Rules, state: State, event: Submission) -> str | None:
     """Why a member's message about a round is not taken, or None."""
     current = state.round
     if current is None or current.plan.round != event.round:
@@ -140,7 +144,7 @@ def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribu
     return None
 
 
-def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | Attested, now: float) -> State:
+def _accept(state: State, event: Submission, now: float) -> State:
     current = state.round
     assert current is not None
     node = event.node
@@ -175,7 +179,9 @@ def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | 
         case Attested():
             current = replace(current, attestations=_put(current.attestations, node, event.state_root))
             if node in state.peers:
-                state = with_peer(state, node, replace(state.peers[node], state_root=event.state_root))
+                state = with_peer(
+                    state, node, replace(state.peers[node], state_root=event.state_root, rounds=event.round)
+                )
     return replace(state, round=current)
 
 

@@ -37,6 +37,13 @@ class Oath:
 class Perjury(ValueError):
     """Why a signature is refused: it would stand against an earlier one."""
 
+    def __init__(self, reason: str, *, roster: int = 0, sealed: bytes = b"") -> None:
+        super().__init__(reason)
+        self.roster = roster
+        """Number of a roster that stands in the way; a later one would not. 0: there is none."""
+        self.sealed = sealed
+        """Hash of a record that does."""
+
 
 def lead(oath: Oath, place: int, coordinators: int, above: int) -> Oath:
     """The oath with a term to lead in: the first of this coordinator's own above ``above`` and all it had before."""
@@ -48,11 +55,11 @@ def sign_roster(oath: Oath, round: int, previous: bytes, number: int, electorate
     """After signing roster ``number`` of ``round``. Raises :class:`Perjury`."""
     signed = _signed(oath, round, previous)
     if signed.sealed:
-        raise Perjury(f"round {round} has a sealed record: its electorate cannot be changed any more")
+        raise Perjury(f"a record of round {round} was sealed: its electorate cannot change", sealed=signed.sealed)
     if (number, electorate) == (signed.roster, signed.electorate):
         return oath
     if number <= signed.roster:
-        raise Perjury(f"roster {signed.roster} of round {round} was signed before")
+        raise Perjury(f"roster {signed.roster} of round {round} was signed before", roster=signed.roster)
     return _with(oath, round, previous, replace(signed, roster=number, electorate=electorate))
 
 
@@ -60,9 +67,9 @@ def seal(oath: Oath, round: int, previous: bytes, roster: int, record: bytes) ->
     """After sealing ``record`` of ``round``. Raises :class:`Perjury`."""
     signed = _signed(oath, round, previous)
     if signed.sealed not in (b"", record):
-        raise Perjury(f"another record of round {round} was sealed before")
+        raise Perjury(f"another record of round {round} was sealed before", sealed=signed.sealed)
     if roster < signed.roster:
-        raise Perjury(f"roster {signed.roster} of round {round} is in force, not {roster}")
+        raise Perjury(f"roster {signed.roster} of round {round} was signed, after {roster}", roster=signed.roster)
     return _with(oath, round, previous, replace(signed, sealed=record))
 
 

@@ -38,6 +38,7 @@ from psyche.protocol.state import (
     Effect,
     Event,
     Finished,
+    Overruled,
     Phase,
     Planned,
     Round,
@@ -45,12 +46,15 @@ from psyche.protocol.state import (
     Settled,
     State,
 )
-from psyche.protocol.succession import agree_on_restart, alone, ready_members, said, take_up
+from psyche.protocol.succession import agree_on_restart, alone, ready_members, said, take_up, vote_on_the_sealed
 
 
 def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
     """Absorb one event at time ``now`` (seconds, any monotonic origin) and advance as far as possible."""
-    state, effects = absorb(rules, state, event, now)
+    if isinstance(event, Overruled):
+        state, effects = _overrule(rules, state, event, now)
+    else:
+        state, effects = absorb(rules, state, event, now)
     while True:
         after, more = _advance(rules, state, now)
         effects += more
@@ -196,6 +200,20 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
     if not accepted:
         return abandon(state, current, "nobody voted" if not asked else "the voters hold no payload in common")
     return propose(rules, state, current, accepted, tuple(holders), now)
+
+
+def _overrule(rules: Rules, state: State, event: Overruled, now: float) -> Step:
+    """Put the same to the vote again, under a roster that nothing stands in the way of; or what was sealed."""
+    current = state.round
+    if current is None or current.proposal is None or current.proposal.hash != event.record:
+        return state, []
+    if event.sealed:
+        return vote_on_the_sealed(rules, state, event.sealed, now)
+    record = current.proposal
+    state = replace(state, roster=max(state.roster, event.roster), bound=record.hash)
+    again = replace(current, certified=False, attestations={})
+    accepted = frozenset(one.node for one in record.accepted)
+    return propose(rules, state, again, accepted, None, now, record.results, record.minority)
 
 
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:

@@ -68,6 +68,8 @@ class Peer:
     seen: float
     state_root: bytes
     device: str
+    rounds: int
+    """After which it holds that state, as it says."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ class Arrived:
     node: str
     state_root: bytes
     device: str
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,23 @@ class Restored:
     record: Record
 
 
-Event = Tick | Arrived | Seen | Left | Promised | Committed | Opened | Held | Reported | Voted | Attested | Restored
+@dataclass(frozen=True)
+class Overruled:
+    """A coordinator does not sign for ``record``, because of what it has signed before.
+
+    Either it was a later roster than the one that the record is under, or the seal of another record.
+    """
+
+    record: bytes
+    """Its hash."""
+    roster: int = 0
+    sealed: bytes = b""
+    """Hash of the other record. Nothing else can be certified."""
+
+
+Submission = Committed | Opened | Held | Reported | Voted | Attested
+"""What a member says of a round it is in."""
+Event = Tick | Overruled | Arrived | Seen | Left | Promised | Submission | Restored
 
 
 # -------------------------------------------------------------------------------------- effects

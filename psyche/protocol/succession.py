@@ -48,13 +48,16 @@ def alone(rules: Rules, state: State, now: float) -> bool:
 
 
 def agree_on_restart(rules: Rules, state: State, now: float) -> Step:
-    """Believe the state of more than two thirds of the electorate; or of who is here, where the others stay away."""
-    back = {node: peer.state_root for node, peer in state.peers.items()}
+    """Believe the state of more than two thirds of the electorate; or of who has it, where the others stay away.
+
+    Only those count who have applied the last record: who has not is behind, however many they are.
+    """
+    back = {node: peer.state_root for node, peer in state.peers.items() if peer.rounds == state.rounds}
     voters = {node: root for node, root in back.items() if node in state.electorate}
     for root in sorted(set(voters.values())):
         if quorum(len(having(voters, root)), len(state.electorate)):
             return replace(state, state_root=root), []
-    if len(back) >= rules.min_members and alone(rules, state, now):
+    if alone(rules, state, now):
         for root in sorted(set(back.values())):
             if quorum(len(having(back, root)), len(back)):
                 return replace(state, state_root=root), []
@@ -98,6 +101,15 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
     )
     state = replace(state, phase=Phase.CERTIFYING, bound=record.hash)
     return put_to_the_vote(rules, state, round, record, now)
+
+
+def vote_on_the_sealed(rules: Rules, state: State, sealed: bytes, now: float) -> Step:
+    """Put a record to the vote that a coordinator has sealed under another leader, if a member told of it."""
+    for promise in state.promises.values():
+        if promise.accepted is not None and promise.accepted.hash == sealed:
+            under = replace(state, roster=promise.accepted.roster, electorate=promise.accepted.electorate)
+            return _vote_again(rules, under, promise, promise.accepted, promise.accepted.electorate, now)
+    return state, []
 
 
 def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised], now: float) -> Step:

@@ -109,7 +109,7 @@ class Coordinator:
         await self.network.rpc.serve("submit", self._submit, max_request=MAX_SUBMISSION)
         try:
             while not await self._lead():
-                self.log.emit(events.Notice(level="warning", text="another coordinator leads; standing by"))
+                self.log.emit(events.Notice(level="warning", text="members take part in a later term than this one"))
         finally:
             for task in (self._later, self._signing):
                 if task is not None:
@@ -120,7 +120,8 @@ class Coordinator:
     async def _lead(self) -> bool:
         """Stand by, then lead: to the end of the run (True), or until another coordinator does."""
         heard = await self._succession.turn(self.log)
-        self.state = State.initial(self.rules, await self._notary.term(max(heard, self.state.term)))
+        used = self.state.term if self._claim else 0
+        self.state = State.initial(self.rules, await self._notary.term(max(heard, used)))
         self._leads, self._proposal, self._certificate = True, None, None
         self._claim = self._succession.claim(self.state.leading)
         await self._publish()
@@ -208,7 +209,7 @@ class Coordinator:
                 self._certificate = body.certificate
         if node not in self.state.peers:
             self.log.emit(events.PeerJoined(peer=node, device=body.device, round=self.state.rounds + 1))
-        await self._dispatch(protocol.Arrived(node, body.state_root, body.device))
+        await self._dispatch(protocol.Arrived(node, body.state_root, body.device, body.rounds))
 
     def _report_metrics(self, node: str, round: int, body: Metrics) -> None:
         """Metrics are for people: taken from who is here, of the round that is ending or has just ended."""

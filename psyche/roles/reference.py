@@ -74,7 +74,7 @@ def play(
     machine = Machine(manifest)
     effects: list[Effect] = []
     for node in sorted(replicas):
-        effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference"))
+        effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
     for node in sorted(replicas):
         effects += machine.send(machine.promise(node))
     while plans := [effect.plan for effect in effects if isinstance(effect, Planned)]:

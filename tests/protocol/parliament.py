@@ -1,7 +1,7 @@
 """Several coordinators and their members, without a network: who talks to whom, and who is down, the test decides.
 
-Members have a disk: an acceptor and a chain. Coordinators have one: an oath. All the rest is lost in a crash. Signatures
-are not made; that somebody signed is that its oath allowed it.
+Members have a disk: an acceptor and a chain. Coordinators have one: an oath. All the rest is lost in a crash.
+Signatures are not made: that somebody signed is that its oath allowed it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from psyche.protocol.state import (
     Event,
     Held,
     Opened,
+    Overruled,
     Planned,
     Promised,
     Proposed,
@@ -74,6 +75,7 @@ class Seat:
         self.unsigned: tuple[int, Record] | None = None
         self.unsealed: Record | None = None
         self.certificate: Record | None = None
+        self.overruled: Overruled | None = None
 
     def begin(self) -> None:
         self.up = self.leads = True
@@ -88,7 +90,7 @@ class Seat:
                 case Planned() | Abandoned():
                     self.proposal = self.unsigned = None
                 case Proposed(term, record):
-                    self.proposal, self.unsigned = None, (term, record)
+                    self.proposal, self.unsigned, self.unsealed = None, (term, record), None
                 case Certified(record, _):
                     self.unsigned, self.unsealed = None, record
         self.sign()
@@ -114,6 +116,8 @@ class Parliament:
         self.rosters: set[tuple[bytes, int, tuple[str, ...]]] = set()
         self.cut: set[frozenset[int]] = set()
         """Pairs of coordinators that cannot reach each other."""
+        for seat in self.seats:
+            seat.up = True
         self.seats[0].begin()
 
     # ------------------------------------------------------------------------------ coordinators
@@ -134,11 +138,14 @@ class Parliament:
                     one.oath, record.plan.round, record.plan.previous, record.roster, record.electorate
                 )
                 signed += 1
-            except Perjury:
+            except Perjury as reason:
+                if key not in self.rosters and seat.overruled is None:
+                    seat.overruled = Overruled(record.hash, reason.roster, reason.sealed)
                 if one is seat:
                     return key in self.rosters
         if signed >= signatures_needed(self.rules.coordinators):
             self.rosters.add(key)
+            seat.overruled = None
         return key in self.rosters
 
     def sealed(self, seat: Seat, record: Record) -> bool:
@@ -147,11 +154,14 @@ class Parliament:
             try:
                 one.oath = seal(one.oath, record.plan.round, record.plan.previous, record.roster, record.hash)
                 given += 1
-            except Perjury:
+            except Perjury as reason:
+                if seat.overruled is None:
+                    seat.overruled = Overruled(record.hash, reason.roster, reason.sealed)
                 if one is seat:
                     return False
         if given < seals_needed(self.rules.coordinators):
             return False
+        seat.overruled = None
         known = self.certified.setdefault(record.plan.round, record)
         assert known.hash == record.hash, f"round {record.plan.round} was certified twice"
         return True
@@ -171,7 +181,9 @@ class Parliament:
         if voter.node not in state.peers:
             if voter.last is not None:
                 seat.send(Restored(voter.last))
-            seat.send(Arrived(voter.node, voter.chain.state_root, "cpu"))
+                if seat.state.head == voter.last.hash and seat.certificate is None:
+                    seat.certificate = voter.last
+            seat.send(Arrived(voter.node, voter.chain.state_root, "cpu", voter.chain.rounds))
         seat.send(Seen(voter.node))
         if voter.node not in seat.state.promises:
             voter.acceptor = acceptor
@@ -207,13 +219,13 @@ class Parliament:
         if current is not None and current.certified and current.plan.round == record.plan.round:
             seat.send(Attested(voter.node, record.plan.round, root))
         else:
-            seat.send(Arrived(voter.node, root, "cpu"))
+            seat.send(Arrived(voter.node, root, "cpu", voter.chain.rounds))
 
     def take_part(self, voter: Voter, seat: Seat) -> None:
         current = seat.state.round
         if current is None:
             if seat.state.peers[voter.node].state_root != voter.chain.state_root:
-                seat.send(Arrived(voter.node, voter.chain.state_root, "cpu"))
+                seat.send(Arrived(voter.node, voter.chain.state_root, "cpu", voter.chain.rounds))
             return
         plan, node = current.plan, voter.node
         if plan.member(node) is None:
@@ -233,7 +245,7 @@ class Parliament:
             seat.send(Opened(node, plan.round, given, b""))
         elif current.proposal is None or not current.holdings.get(node):
             seat.send(Held(node, plan.round, frozenset(current.contributions)))
-        if seat.proposal is not None and not seat.state.round.certified if seat.state.round else False:
+        if seat.proposal is not None and seat.state.round is not None and not seat.state.round.certified:
             self.vote(voter, seat, seat.proposal)
 
     def vote(self, voter: Voter, seat: Seat, proposal: Proposal) -> None:
@@ -258,6 +270,9 @@ class Parliament:
         self.now += seconds
         for seat in self.seats:
             if seat.up and seat.leads:
+                if seat.overruled is not None:
+                    event, seat.overruled = seat.overruled, None
+                    seat.send(event)
                 seat.send(Tick())
 
     def calm(self, seat: Seat, turns: int) -> None:
