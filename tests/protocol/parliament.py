@@ -6,7 +6,7 @@ Signatures are not made: that somebody signed is that its oath allowed it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, promise
@@ -130,41 +130,41 @@ class Parliament:
         ]
 
     def roster(self, seat: Seat, record: Record) -> bool:
+        """Whether the roster that ``record`` is under is in force, now that ``seat`` has asked for signatures."""
         key = (record.plan.previous, record.roster, record.electorate)
-        signed = 0
-        for one in self.reached(seat):
-            try:
-                one.oath = sign_roster(
-                    one.oath, record.plan.round, record.plan.previous, record.roster, record.electorate
-                )
-                signed += 1
-            except Perjury as reason:
-                if key not in self.rosters and seat.overruled is None:
-                    seat.overruled = Overruled(record.hash, reason.roster, reason.sealed)
-                if one is seat:
-                    return key in self.rosters
+        if key in self.rosters:
+            return True
+        number, previous = record.plan.round, record.plan.previous
+        signed = self.gather(
+            seat, record, lambda oath: sign_roster(oath, number, previous, record.roster, record.electorate)
+        )
         if signed >= signatures_needed(self.rules.coordinators):
             self.rosters.add(key)
             seat.overruled = None
         return key in self.rosters
 
     def sealed(self, seat: Seat, record: Record) -> bool:
-        given = 0
-        for one in self.reached(seat):
-            try:
-                one.oath = seal(one.oath, record.plan.round, record.plan.previous, record.roster, record.hash)
-                given += 1
-            except Perjury as reason:
-                if seat.overruled is None:
-                    seat.overruled = Overruled(record.hash, reason.roster, reason.sealed)
-                if one is seat:
-                    return False
+        number, previous = record.plan.round, record.plan.previous
+        given = self.gather(seat, record, lambda oath: seal(oath, number, previous, record.roster, record.hash))
         if given < seals_needed(self.rules.coordinators):
             return False
         seat.overruled = None
-        known = self.certified.setdefault(record.plan.round, record)
-        assert known.hash == record.hash, f"round {record.plan.round} was certified twice"
+        known = self.certified.setdefault(number, record)
+        assert known.hash == record.hash, f"round {number} was certified twice"
         return True
+
+    def gather(self, seat: Seat, record: Record, swear: Callable[[Oath], Oath]) -> int:
+        """How many sign; why others do not is told to ``seat``'s machine with the next tick."""
+        signed = 0
+        for one in self.reached(seat):
+            try:
+                one.oath = swear(one.oath)
+                signed += 1
+            except Perjury as reason:
+                known = seat.overruled.roster if seat.overruled else 0
+                if seat.overruled is None or reason.roster > known:
+                    seat.overruled = Overruled(record.hash, reason.roster, b"" if reason.roster else reason.sealed)
+        return signed
 
     # ----------------------------------------------------------------------------------- members
 
