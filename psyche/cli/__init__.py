@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from psyche.cli import bench, config, data, runs
+from psyche.cli import bench, config, data, ledger, runs
 from psyche.cli.dashboard import dashboard
 from psyche.errors import PsycheError
 
@@ -26,6 +26,7 @@ app.command()(runs.export)
 app.command()(dashboard)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(ledger.app, name="ledger")
 app.add_typer(bench.app, name="bench")
 
 

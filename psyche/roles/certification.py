@@ -46,12 +46,12 @@ class Moved(Exception):
 
 
 class Voter:
-    """What a member remembers from round to round: how it voted, and the certificates it has seen."""
+    """What a member remembers from round to round: how it voted, and the last certificate it has seen."""
 
-    def __init__(self, manifest: Manifest, rules: Rules, certificates: tuple[bytes, ...]) -> None:
+    def __init__(self, manifest: Manifest, rules: Rules, certificate: bytes | None) -> None:
         self.manifest, self.rules = manifest, rules
         self.acceptor = Acceptor()
-        self.certificates = list(certificates)
+        self.certificate = certificate
         self._checked: tuple[bytes, Record] | None = None
 
     def record_of(self, certificate: Certificate) -> Record:
@@ -66,8 +66,7 @@ class Voter:
             open_envelope=open_envelope,
         )
         self._checked = encoded, record
-        if encoded not in self.certificates[-1:]:
-            self.certificates.append(encoded)
+        self.certificate = encoded
         return record
 
     def proposal_in(self, signed: bytes, round: int) -> Proposal:

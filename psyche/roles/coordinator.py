@@ -39,6 +39,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import Phase, State
+from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import metrics_event
 from psyche.roles.rules import rules_of
 from psyche.telemetry import events
@@ -65,9 +66,11 @@ class Coordinator:
         identity: Identity,
         network: NetworkNode,
         log: EventLog,
+        ledger: LedgerWriter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest, self.identity, self.network, self.log, self._clock = manifest, identity, network, log, clock
+        self.ledger = ledger
         self.rules = rules_of(manifest)
         self.state = State.initial(self.rules)
         self._proposal: bytes | None = None
@@ -88,6 +91,7 @@ class Coordinator:
         await self.network.rpc.serve("submit", self._submit, max_request=MAX_SUBMISSION)
         while self.state.phase is not Phase.FINISHED or self.state.peers:
             await self._dispatch(protocol.Tick())
+            self.ledger.check()
             await asyncio.sleep(TICK_SECONDS)
         if self._later is not None:
             self._later.cancel()
@@ -154,6 +158,7 @@ class Coordinator:
             await self._dispatch(protocol.Restored(record))
             if self.state.head == record.hash:
                 self._certificate = body.certificate
+                self.ledger.enter(body.certificate.encode(), record, None)
         if node not in self.state.peers:
             self.log.emit(events.PeerJoined(peer=node, device=body.device, round=self.state.rounds + 1))
         await self._dispatch(protocol.Arrived(node, body.state_root, body.device))
@@ -217,7 +222,9 @@ class Coordinator:
 
     def _report_round(self, round: int, state_root: bytes) -> None:
         assert self._certified is not None
+        assert self._certificate is not None
         record = self._certified.record
+        self.ledger.enter(self._certificate.encode(), record, state_root)
         self.log.emit(
             events.RoundCertified(
                 round=round,

@@ -24,11 +24,14 @@ from psyche.numerics.outer import OuterState
 from psyche.rates import bytes_per_second
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
+from psyche.roles.ledger import backfill, writing
 from psyche.roles.presence import KINDS, announce, sources
 from psyche.roles.provision import fetch_manifest, obtain_store, serve_file, serve_provisions, sign_manifest
 from psyche.roles.replica import Replica
 from psyche.roles.worker import Worker
 from psyche.state.checkpoint import load_latest
+from psyche.state.ledger import NAME as LEDGER
+from psyche.state.ledger import Ledger
 from psyche.telemetry import events
 from psyche.telemetry.events import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
@@ -81,7 +84,9 @@ async def coordinate(
         if heldout is not None:
             log.emit(events.GenesisJudged(heldout_loss=heldout[0] / heldout[1], heldout_tokens=heldout[1]))
         try:
-            await Coordinator(manifest, identity, network, log).run()
+            ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
+            async with writing(ledger, _warning(log)) as writer:
+                await Coordinator(manifest, identity, network, log, writer).run()
         finally:
             await asyncio.to_thread(wandb.close)
             log.close()
@@ -144,13 +149,17 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         await serve_provisions(network, signed, store)
         with disk_errors(directory):
             write_durably(directory / MANIFEST, manifest.encode())
-        warn: Callable[[str], None] = lambda text: log.emit(events.Notice(level="warning", text=text))  # noqa: E731
+        warn = _warning(log)
         replica, certificates = await asyncio.to_thread(_replica, manifest, store, node, directory, identity, warn)
         wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
         if wandb is not None:
             log.subscribe(wandb)
         try:
-            await Worker(replica, node, directory, identity, network, log, certificates).run()
+            ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
+            async with writing(ledger, warn) as writer:
+                await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
+                last = certificates[-1] if certificates else None
+                await Worker(replica, node, directory, identity, network, log, writer, last).run()
         finally:
             if wandb is not None:
                 await asyncio.to_thread(wandb.close)
@@ -165,7 +174,7 @@ def _replica(
     identity: Identity,
     warn: Callable[[str], None],
 ) -> tuple[Replica, tuple[bytes, ...]]:
-    """This node's tensors, as the last checkpoint left them or as the run begins; and the chain so far."""
+    """This node's tensors, as the last checkpoint left them or as the run begins; and what certificates it held."""
     if node.threads is not None:
         torch.set_num_threads(node.threads)
     engine = TorchEngine(build(manifest.run.model, seed=manifest.run.seed), manifest.run.inner, node)
@@ -214,6 +223,10 @@ def _run_started(manifest: Manifest, invite: str) -> events.RunStarted:
         codec=run.codec.name,
         invite=invite,
     )
+
+
+def _warning(log: EventLog) -> Callable[[str], None]:
+    return lambda text: log.emit(events.Notice(level="warning", text=text))
 
 
 @contextlib.asynccontextmanager
