@@ -20,6 +20,9 @@ from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_res
 from psyche.numerics.digest import digest
 from psyche.rates import bits_per_second
 
+MANIFEST = "manifest.msgpack"
+"""The run manifest in the directory of each of its processes."""
+
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]

@@ -19,6 +19,9 @@ Place = Annotated[
     Path, typer.Argument(help="A ledger file, or the directory of a node or a coordinator.", show_default=False)
 ]
 
+_PREFIX = 8
+"""Digits of a hash that a table shows."""
+
 
 @app.command("show")
 def show_command(
@@ -60,10 +63,10 @@ def verify_command(
     ] = None,
 ) -> None:
     """Check every signature, vote and link against nothing but the run's manifest; the first bad round is named."""
+    from psyche.config import MANIFEST
     from psyche.errors import PsycheError
     from psyche.protocol.ledger import BadLedger
     from psyche.roles.ledger import verify_ledger
-    from psyche.roles.processes import MANIFEST
 
     file = _file(path)
     try:
@@ -107,18 +110,18 @@ def _rounds_table(story: Story) -> Table:
     table = Table(box=SIMPLE_HEAD, title=f"run {story.run_id[:16]}…", title_justify="left")
     for heading in ("round", "accepted", "tokens"):
         table.add_column(heading, justify="right")
-    table.add_column("left out", overflow="fold")
     table.add_column("record", no_wrap=True)
-    table.add_column("state root after", no_wrap=True)
+    table.add_column("state root", no_wrap=True)
+    table.add_column("left out")
     for round in story.rounds:
         accepted = [part.tokens for part in round.members if part.tokens is not None]
         table.add_row(
             f"{round.round:,}",
             f"{len(accepted)}/{len(round.members)}",
             f"{sum(accepted):,}",
+            round.record[:_PREFIX],
+            "unknown" if round.state_root is None else round.state_root[:_PREFIX],
             _remarks(round),
-            round.record[:12],
-            "unknown" if round.state_root is None else round.state_root[:12],
         )
     return table
 
@@ -139,7 +142,7 @@ def _totals_table(story: Story) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from psyche.telemetry.wording import size
+    from psyche.telemetry.wording import peer_name, size
 
     title = f"in all of {story.held:,} rounds"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
@@ -147,7 +150,9 @@ def _totals_table(story: Story) -> Table:
     for heading in ("accepted", "tokens", "payloads"):
         table.add_column(heading, justify="right")
     for node, total in story.totals.items():
-        table.add_row(node, f"{total.accepted:,}/{total.rounds:,}", f"{total.tokens:,}", size(total.payload_bytes))
+        table.add_row(
+            peer_name(node), f"{total.accepted:,}/{total.rounds:,}", f"{total.tokens:,}", size(total.payload_bytes)
+        )
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from psyche.config import Config, Manifest, Node
+from psyche.config import MANIFEST, Config, Manifest, Node
 from psyche.data.durable import disk_errors, write_durably
 from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
@@ -39,7 +39,6 @@ from psyche.telemetry.wandb_run import own_run, swarm_run
 from psyche.training.engine import TorchEngine
 from psyche.training.models import build
 
-MANIFEST = "manifest.msgpack"
 GENESIS = "genesis.bin"
 INVITE = "invite"
 IDENTITY = "identity.key"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.config import Manifest
+from psyche.config import MANIFEST, Manifest
 from psyche.network.address import split_address
 from psyche.network.identity import Identity
 from psyche.network.invite import Invite
@@ -22,7 +22,6 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Attestation, Commitment, Leave, Present, Vote
 from psyche.roles.presence import KINDS
-from psyche.roles.processes import MANIFEST
 from psyche.roles.provision import serve_provisions, sign_manifest
 from psyche.telemetry.events import Checkpointed, Rejected, RoundCertified, RunFinished, RunStarted
 from tests.roles.swarm import PATIENCE, swarm
