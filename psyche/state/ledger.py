@@ -95,10 +95,10 @@ class Ledger:
     def append(self, certificate: bytes, record: Record, state_root: bytes | None) -> None:
         """Put a certified round in its place, durably; rounds may be missing, before it and elsewhere.
 
-        ``certificate``, checked before, proves ``record``; ``state_root`` is what this node holds after it, None where
-        it does not know. The same record again changes nothing but that: what the round after builds on counts most,
-        then the last word. Raises :class:`Forked`, and leaves the file as it was, where another record has that place
-        or a neighbour in the chain is not this one's.
+        ``certificate``, checked before, proves ``record``, which is built on the record before, or on the run id;
+        ``state_root`` is what this node holds after it, None where it does not know. The same record again changes
+        nothing but that: what the round after builds on counts most, then the last word. Raises :class:`Forked`, and
+        leaves the file as it was, where another record has that place or a neighbour in the chain is not this one's.
         """
         with self._transaction() as cursor:
             self._append(cursor, certificate, record, state_root)
@@ -129,6 +129,8 @@ class Ledger:
         row = round_row(record)
         round, own, previous, base_root, _ = row
         there, before = _hash_at(cursor, round), _hash_at(cursor, round - 1)
+        if round == 1:
+            before = bytes(cursor.execute("SELECT run_id FROM run").fetchone()[0])
         if there not in (None, own):
             raise self._forked(round, there, own)
         if before not in (None, previous):
@@ -152,6 +154,8 @@ class Ledger:
         return Forked(
             f"round {round} was certified twice: {self.path} holds record {name}, and {other.hex()[:12]} claims its "
             "place; keep the file, it is the proof"
+            if round
+            else f"the first round is built on run {other.hex()[:12]}, and {self.path} is the ledger of run {name}"
         )
 
     # --------------------------------------------------------------------------------------- reading

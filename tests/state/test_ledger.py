@@ -12,17 +12,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche.protocol.ledger import Entry
 from psyche.state.ledger import Forked, Ledger, LedgerError
 from psyche.state.ledger_schema import member_rows, round_row
 from tests.chains import NAMES, REASON, RULES, Link, chain, link, verified
 
 CHAIN = chain(6)
 OTHER = chain(6, flavour=b"other")
-RUN = RULES.run_id
+RUN, GENESIS = RULES.run_id, RULES.genesis
 
 
 def append(ledger: Ledger, one: Link, root: bytes | None = b"") -> None:
@@ -114,7 +116,17 @@ def test_what_contradicts_the_chain_is_refused_and_changes_nothing(upto: int, at
 
 
 def test_the_first_record_must_be_built_on_the_run(path: Path) -> None:
-    """A first round of another run would be refused by its certificate; this is one of our run, after itself."""
+    (astray,) = chain(
+        1, mend=lambda r: msgspec.structs.replace(r, plan=msgspec.structs.replace(r.plan, previous=GENESIS))
+    )
+    with Ledger.open(path, RUN) as ledger:
+        for use in (ledger.append, ledger.supersede):
+            with pytest.raises(Forked, match="the first round is built on run"):
+                use(astray.certificate, astray.record, None)
+        assert ledger.rounds() == []
+
+
+def test_what_comes_before_must_be_what_the_next_is_built_on(path: Path) -> None:
     with Ledger.open(path, RUN) as ledger:
         append(ledger, CHAIN[1])
         with pytest.raises(Forked):
@@ -270,6 +282,9 @@ def test_a_killed_writer_leaves_a_chain(tmp_path: Path) -> None:
         wait = 0.002 + 0.0037 * turn
         said = _killed_after(folder, wait)
         for file in sorted(folder.glob("*.sqlite")):
+            if turn % 2:  # what was half done is undone for a reader, too
+                found = looked_at(file)
+                assert found == [one.entry for one in CHAIN[: len(found)]]
             with Ledger.open(file, RUN) as ledger:
                 rounds = ledger.rounds()
                 assert holds(ledger, CHAIN[: len(rounds)])
@@ -278,6 +293,17 @@ def test_a_killed_writer_leaves_a_chain(tmp_path: Path) -> None:
                 for one in CHAIN:
                     append(ledger, one)
                 assert holds(ledger, CHAIN)
+
+
+def looked_at(path: Path) -> list[Entry]:
+    """What a reader finds; nothing where the file was never begun."""
+    try:
+        with Ledger.read(path) as ledger:
+            return list(ledger.entries())
+    except LedgerError:
+        if path.stat().st_size:
+            raise
+        return []
 
 
 def _killed_after(folder: Path, wait: float) -> dict[int, int]:
