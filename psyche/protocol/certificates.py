@@ -41,12 +41,12 @@ def _check(certificate: Certificate, run_id: bytes, coordinators: Collection[str
     members = {member.node for member in plan.members}
     if not set(record.electorate) <= members or (set(record.electorate) != members) != record.reconfiguration:
         raise BadCertificate("the electorate is not that of the round")
-    voters = set()
+    wanted, voters = (proposal.term, record.hash), set()
     for item in certificate.votes:
         envelope = envelopes.decode(item)
         _open(open_envelope, envelope, "vote", run_id, plan.round)
         vote = decode(Vote, envelope.body)
-        if (vote.term, vote.record) != (proposal.term, record.hash):
+        if (vote.term, vote.record) != wanted:
             raise BadCertificate(f"the vote of {envelope.author} is for something else")
         voters.add(envelope.author)
     if not carries_quorum(plan, voters, record.electorate):

@@ -28,7 +28,7 @@ from psyche.protocol.messages import Record
 from psyche.roles.ledger import LedgerWriter, backfill, verify_ledger, writing
 from psyche.roles.local import run_locally
 from psyche.state.ledger import NAME, Ledger, LedgerError
-from psyche.telemetry.events import Resynchronised, RoundCertified
+from psyche.telemetry.events import Resynchronised, RoundCertified, RoundStarted
 from tests.chains import MANIFEST, NAMES, REASON, RULES, Link, certify, chain, link, manifest
 from tests.roles.swarm import swarm
 from tests.roles.tiny import certified_roots, write_config
@@ -438,5 +438,32 @@ def test_a_killed_node_comes_back_from_an_older_checkpoint_to_the_same_chain(tmp
 
 def _hashes(path: Path) -> dict[int, bytes | None]:
     with Ledger.read(path) as ledger:
-        assert ledger.superseded() == []
         return {round: ledger.hash_of(round) for round in ledger.rounds()}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_altogether_goes_back_and_its_ledgers_say_so(tmp_path: Path) -> None:
+    """Nobody holds the state after round 3 any more: all go on from their checkpoints of round 2."""
+    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"start_members": 2}, deadlines=QUICK)
+    names = ["node-1", "node-2", "coordinator"]
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in names[:2]:
+            run.node(name)
+        run.wait("coordinator", RoundCertified, lambda event: event.round == 3)
+        for name in names:
+            run.kill(name)
+        (run.directory / "coordinator" / "invite").unlink()
+        run.coordinator()
+        for name in names[:2]:
+            run.node(name)
+        run.wait("coordinator", RoundStarted, lambda event: event.round > 4)
+        for name in names:
+            assert run.kill(name, signal.SIGINT) == 130, run.output(name)
+        for name in names:
+            with Ledger.read(run.directory / name / NAME) as ledger:
+                assert ledger.missing() == ()
+                assert [entry.round for entry in ledger.superseded()] == [3]
+                hashes = [ledger.hash_of(round) for round in range(1, 5)]
+            assert hashes == list(_hashes(run.directory / names[0] / NAME).values())[:4]
+            assert "round 3: certified twice" in str(psyche("verify", run.directory / name).exception)
