@@ -210,16 +210,11 @@ class Ledger:
 
     def check_pages(self) -> None:
         """Have SQLite look for damage in the whole file. Raises :class:`LedgerError` where it finds some."""
-        with self._lock, _naming(self.path):
-            cursor = self._connection.cursor()
-            cursor.execute("BEGIN")
-            try:
-                found = str(cursor.execute("PRAGMA integrity_check(1)").fetchone()[0])
-                size = self._pragma("page_count") * self._pragma("page_size")
-                if self.path.stat().st_size < size:
-                    found = f"it was cut off before its end, at byte {self.path.stat().st_size:,} of {size:,}"
-            finally:
-                cursor.execute("COMMIT")
+        with self._transaction("DEFERRED") as cursor:
+            found = str(cursor.execute("PRAGMA integrity_check(1)").fetchone()[0])
+            size, there = self._pragma("page_count") * self._pragma("page_size"), self.path.stat().st_size
+        if there < size:
+            found = f"it was cut off at byte {there:,} of {size:,}"
         if found != "ok":
             raise LedgerError(f"{self.path} is damaged ({' '.join(found.split())}): take another node's copy")
 
@@ -252,11 +247,11 @@ class Ledger:
         return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Cursor]:
-        """All of the block or nothing, on disk when it is left."""
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Cursor]:
+        """All of the block or nothing, on disk when it is left; ``DEFERRED`` only reads."""
         with self._lock, _naming(self.path):
             cursor = self._connection.cursor()
-            cursor.execute("BEGIN IMMEDIATE")
+            cursor.execute(f"BEGIN {kind}")
             try:
                 yield cursor
                 cursor.execute("COMMIT")

@@ -204,6 +204,12 @@ def test_a_run_that_went_back_is_told_by_its_ledger(sound: Path) -> None:
             ledger.supersede(other.certificate, other.record, other.root)
         found = fault(path)
         assert (found.round, "certified twice" in found.reason) == (5, True)
+        foreign = chain(6, flavour=b"other")[5]
+        with Ledger.open(path, RULES.run_id) as ledger:
+            change(path, "DELETE FROM superseded")
+            ledger.supersede(foreign.certificate, foreign.record, foreign.root)
+        found = fault(path)
+        assert (found.round, "certified twice" in found.reason) == (5, True), "round 6 is built on another round 5"
         change(path, "UPDATE superseded SET certificate = ?", b"made up")
         assert "proves nothing" in fault(path).reason
 
