@@ -276,7 +276,11 @@ def _is_blank(cursor: sqlite3.Cursor) -> bool:
 
 def _hash_at(cursor: sqlite3.Cursor, round: int) -> bytes | None:
     found = cursor.execute("SELECT record_hash FROM rounds WHERE round = ?", (round,)).fetchone()
-    return None if found is None else bytes(found[0])
+    if found is None:
+        return None
+    if not isinstance(found[0], bytes):
+        raise sqlite3.DatabaseError(f"the record hash of round {round} is none")
+    return found[0]
 
 
 @contextlib.contextmanager

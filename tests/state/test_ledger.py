@@ -271,6 +271,14 @@ def test_a_truncated_file_is_noticed(path: Path, share: float) -> None:
         examine(path)
 
 
+def test_a_record_hash_that_is_none_is_damage(path: Path) -> None:
+    filled(path)
+    with sqlite3.connect(path) as forger:
+        forger.execute("UPDATE rounds SET record_hash = 'six' WHERE round = 6")
+    with Ledger.open(path, RUN) as ledger, pytest.raises(LedgerError, match="the record hash of round 6 is none"):
+        append(ledger, CHAIN[5])
+
+
 # ------------------------------------------------------------------------------------------- kills
 
 
