@@ -180,7 +180,8 @@ def _arguments(
     if announce:
         arguments["announceAddrs"] = ",".join(announce)
     if relays:
-        arguments |= {"autoRelay": "1", "trustedRelays": ",".join(relays)}
+        # Unless relayDiscovery is 0 the daemon searches the DHT for relays, finds none, and ignores the trusted ones.
+        arguments |= {"autoRelay": "1", "relayDiscovery": "0", "trustedRelays": ",".join(relays)}
     return [f"-{name}={value}" for name, value in arguments.items()]
 
 
