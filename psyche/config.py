@@ -354,7 +354,8 @@ class Node(Strict):
     announce: tuple[str, ...] = Field(default=(), strict=False)
     """Addresses others can reach this node at, where those differ from ``listen`` (port forwarding)."""
     relay: Literal["auto", "off"] = "auto"
-    """Whether to be reached through other members where the others find that they cannot dial this node."""
+    """``auto``: where others find that they cannot dial this node, they reach it through other members; and it relays
+    for others if it can be dialled and has no ``max_upload``."""
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     outer_state: Literal["cpu", "gpu"] = "cpu"

@@ -111,7 +111,8 @@ class NetworkNode:
         ending in ``/p2p/<PeerID>``, of nodes already there. With none but its own it is the first.
         ``remembered`` are addresses of peers from an earlier start: as good as ``bootstrap``, but if none was given
         it is no error that none of them answers.
-        With ``relay`` a node that the others find they cannot dial is reached through those it joined by.
+        With ``relay`` a node that the others find they cannot dial is reached through those it joined by, and does the
+        same for others unless ``max_upload`` is set.
         Blobs on their way are kept in ``spool``; they use at most ``max_upload`` and ``max_download`` bytes a second.
         Raises :class:`PsycheError` within about 15 seconds where it cannot listen or nobody answers.
         """
@@ -121,7 +122,9 @@ class NetworkNode:
         peers = _by_peer([*bootstrap, *remembered], identity.peer_id)
         known = [f"{address}/p2p/{peer_id}" for peer_id, addresses in peers.items() for address in addresses]
         relays = [address for address in known if "/p2p-circuit" not in address][:MAX_RELAYS] if relay else []
-        daemon = await Daemon.start(identity, listen, announce, relays)
+        # The daemon's relay knows of no limit: whoever has set one is no relay.
+        serves = relay and max_upload is None
+        daemon = await Daemon.start(identity, listen, announce, relays, relays_others=serves)
         dht = None
         try:
             dht = await _dht_node(daemon.p2p, RecordValidator(run_id, kinds))

@@ -25,8 +25,9 @@ from psyche.rates import bytes_per_second
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
 from psyche.roles.peers import PEERS, PeerBook, remember
+from psyche.roles.preflight import check_machine, tell, warn_of_connection
 from psyche.roles.presence import KINDS, announce, sources
-from psyche.roles.provision import fetch_manifest, obtain_store, serve_file, serve_provisions, sign_manifest
+from psyche.roles.provision import fetch_manifest, find_store, obtain_store, serve_file, serve_provisions, sign_manifest
 from psyche.roles.replica import Replica
 from psyche.roles.worker import Worker
 from psyche.state.checkpoint import load_latest
@@ -125,6 +126,7 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
     identity = Identity.load_or_create(directory / IDENTITY)
     log = EventLog(directory / LOG_NAME, identity.peer_id, (listener(identity.peer_id),))
     log.emit(events.PhaseChanged(round=0, phase="joining"))
+    warn: Callable[[str], None] = lambda text: log.emit(events.Notice(level="warning", text=text))  # noqa: E731
     book = PeerBook(directory / PEERS)
     network = await NetworkNode.create(
         identity,
@@ -139,7 +141,8 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         max_upload=bytes_per_second(node.max_upload),
         max_download=bytes_per_second(node.max_download),
     )
-    async with network, _background(announce(network, "member"), remember(network, book, invite.addresses)):
+    background = announce(network, "member"), remember(network, book, invite.addresses)
+    async with network, _background(*background, warn_of_connection(network, node, warn)):
         hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
         manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
         log.emit(_run_started(manifest, ""))
@@ -147,11 +150,12 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         def downloading(received: int, total: int) -> None:
             log.emit(events.Downloading(what="the text to train on", received=received, total=total))
 
-        store = await obtain_store(network, manifest, node.cache.expanduser(), hosts, downloading)
+        found = await find_store(network, manifest, node.cache.expanduser(), hosts)
+        tell(check_machine(manifest, node, directory, found), warn)
+        store = await obtain_store(network, found, hosts, downloading)
         await serve_provisions(network, signed, store)
         with disk_errors(directory):
             write_durably(directory / MANIFEST, manifest.encode())
-        warn: Callable[[str], None] = lambda text: log.emit(events.Notice(level="warning", text=text))  # noqa: E731
         replica, certificates = await asyncio.to_thread(_replica, manifest, store, node, directory, identity, warn)
         wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
         if wandb is not None:
