@@ -23,6 +23,7 @@ from psyche.network.node import NetworkNode
 from psyche.network.traffic import MEASURED_BYTES
 from psyche.rates import bytes_per_second
 from psyche.roles.checks import Finding, check_disk, check_rate, check_speed, check_versions
+from psyche.roles.peers import PEERS, PeerBook
 from psyche.roles.preflight import check_connection, check_machine, port_of
 from psyche.roles.presence import KINDS, sources
 from psyche.roles.processes import IDENTITY
@@ -82,7 +83,9 @@ async def _visit(network: NetworkNode, invite: Invite, node: Node, directory: Pa
     hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
     met = len(await network.connected())
     report(Finding("peers", "ok", f"{met} connected, {len(hosts)} known"))
-    for finding in await check_connection(network, node):
+    own = PeerBook(directory / PEERS).own if in_use(directory / IDENTITY) else ()
+    connection, _ = await check_connection(network, node, port_of(own) or None)
+    for finding in connection:
         report(finding)
     try:
         manifest, _ = await fetch_manifest(network, invite.run_id, hosts)

@@ -17,7 +17,7 @@ from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
 from psyche.training.engine import pick_device
 
-SETTLE_SECONDS = 5.0
+TRIES_SECONDS = (5.0, 15.0, 30.0)
 """Peers that join at the same moment start to answer a little later."""
 
 
@@ -38,19 +38,28 @@ def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found)
     return findings
 
 
-async def check_connection(network: NetworkNode, node: Node) -> list[Finding]:
-    """Clock and reachability, as peers that are connected see them."""
+async def check_connection(network: NetworkNode, node: Node, port: int | None = None) -> tuple[list[Finding], bool]:
+    """Clock and reachability as connected peers see them, and whether they could tell both.
+
+    ``port`` is the one to be reached at; that of ``network`` by default.
+    """
     peers = sorted(await network.connected())
     own = await network.addresses()
-    port = port_of(own)
-    offset, (verdict, seen) = await asyncio.gather(clock_offset(network, peers), reachable(network, peers, port))
-    return [check_clock(offset), check_reach(verdict, seen, port, own, node.relay == "auto")]
+    at = port_of(own) if port is None else port
+    offset, (verdict, seen) = await asyncio.gather(clock_offset(network, peers), reachable(network, peers, at))
+    findings = [check_clock(offset), check_reach(verdict, seen, at, own, node.relay == "auto")]
+    return findings, offset is not None and verdict is not None
 
 
 async def warn_of_connection(network: NetworkNode, node: Node, warn: Callable[[str], None]) -> None:
     """Say once what is wrong with clock and reachability; joining does not wait for it."""
-    await asyncio.sleep(SETTLE_SECONDS)
-    tell(await check_connection(network, node), warn)
+    findings: list[Finding] = []
+    for pause in TRIES_SECONDS:
+        await asyncio.sleep(pause)
+        findings, sure = await check_connection(network, node)
+        if sure:
+            break
+    tell(findings, warn)
 
 
 def tell(findings: Sequence[Finding], warn: Callable[[str], None]) -> None:

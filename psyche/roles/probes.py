@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from statistics import median
 
 from psyche.network.node import NetworkNode
@@ -77,17 +78,25 @@ async def clock_offset(network: NetworkNode, peers: Sequence[str]) -> Offset | N
 async def reachable(network: NetworkNode, peers: Sequence[str], port: int) -> tuple[bool | None, str]:
     """Whether a peer could open a TCP connection to ``port`` of this machine, and this machine's address as it is seen.
 
-    None where no peer could tell: there is none, or all are reached through relays.
+    None where no peer could tell: there is none, or all are reached through relays. Peers that see this machine at a
+    public address are believed before those in the same local network, who pass no router.
     """
     request = port.to_bytes(2, "big")
     replies = await asyncio.gather(*(_call(network, peer, "reach", request, 64) for peer in peers[:ASKED]))
-    verdict, seen = None, ""
-    for reply in replies:
-        with contextlib.suppress(UnicodeDecodeError):
-            if reply and reply[0] in (0, 1) and re.fullmatch(r"[0-9a-f.:]{2,45}", reply[1:].decode()):
-                seen = seen or reply[1:].decode()
-                verdict = bool(verdict) or reply[0] == 1
-    return verdict, seen
+    answers = [answer for reply in replies if reply is not None and (answer := _answer(reply)) is not None]
+    outside = [answer for answer in answers if ip_address(answer[1]).is_global]
+    if not answers:
+        return None, ""
+    told = outside or answers
+    return any(opened for opened, _ in told), told[0][1]
+
+
+def _answer(reply: bytes) -> tuple[bool, str] | None:
+    """What a peer says of ``reach``, if it makes sense."""
+    with contextlib.suppress(ValueError):
+        if reply[:1] in (b"\0", b"\1"):
+            return reply[0] == 1, str(ip_address(reply[1:].decode()))
+    return None
 
 
 async def _dial_back(network: NetworkNode, peer: str, port: int) -> bytes:
