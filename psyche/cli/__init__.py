@@ -10,6 +10,7 @@ import typer
 
 from psyche.cli import bench, config, data, ledger, runs
 from psyche.cli.dashboard import dashboard
+from psyche.cli.doctor import doctor
 from psyche.errors import PsycheError
 
 app = typer.Typer(
@@ -22,6 +23,8 @@ app.command()(runs.demo)
 app.command()(runs.run)
 app.command()(runs.join)
 app.command()(runs.coordinator)
+app.command()(runs.invite)
+app.command()(doctor)
 app.command()(runs.export)
 app.command()(dashboard)
 app.add_typer(config.app, name="config")

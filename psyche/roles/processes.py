@@ -25,8 +25,10 @@ from psyche.rates import bytes_per_second
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
 from psyche.roles.ledger import backfill, writing
+from psyche.roles.peers import PEERS, PeerBook, remember
+from psyche.roles.preflight import check_machine, tell, warn_of_connection
 from psyche.roles.presence import KINDS, announce, sources
-from psyche.roles.provision import fetch_manifest, obtain_store, serve_file, serve_provisions, sign_manifest
+from psyche.roles.provision import fetch_manifest, find_store, obtain_store, serve_file, serve_provisions, sign_manifest
 from psyche.roles.replica import Replica
 from psyche.roles.worker import Worker
 from psyche.state.checkpoint import load_latest
@@ -56,12 +58,15 @@ async def coordinate(
     """
     identity = Identity.load_or_create(directory / IDENTITY)
     manifest, store, heldout = await asyncio.to_thread(_launched, config, directory, identity, progress)
+    book = PeerBook(directory / PEERS)
     network = await NetworkNode.create(
         identity,
         run_id=manifest.run_id,
         kinds=KINDS,
         listen=config.node.listen,
         announce=config.node.announce,
+        remembered=book.addresses(),
+        relay=config.node.relay == "auto",
         spool=directory,
         max_upload=bytes_per_second(config.node.max_upload),
         max_download=bytes_per_second(config.node.max_download),
@@ -72,7 +77,7 @@ async def coordinate(
     log = EventLog(directory / LOG_NAME, identity.peer_id, (listener, monitor))
     wandb = swarm_run(config.node.wandb, directory, manifest, log.emit)
     log.subscribe(wandb)
-    async with network, _background(announce(network, "coordinator")):
+    async with network, _background(announce(network, "coordinator"), remember(network, book, ())):
         await serve_provisions(network, sign_manifest(manifest, identity), store)
         # Nodes whose random numbers differ from ours fetch the initial state.
         serve_file(network, directory / GENESIS, bytes.fromhex(manifest.resolved.genesis))
@@ -125,6 +130,8 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
     identity = Identity.load_or_create(directory / IDENTITY)
     log = EventLog(directory / LOG_NAME, identity.peer_id, (listener(identity.peer_id),))
     log.emit(events.PhaseChanged(round=0, phase="joining"))
+    warn = _warning(log)
+    book = PeerBook(directory / PEERS)
     network = await NetworkNode.create(
         identity,
         run_id=invite.run_id,
@@ -132,11 +139,14 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         listen=node.listen,
         announce=node.announce,
         bootstrap=invite.addresses,
+        remembered=book.addresses(),
+        relay=node.relay == "auto",
         spool=directory,
         max_upload=bytes_per_second(node.max_upload),
         max_download=bytes_per_second(node.max_download),
     )
-    async with network, _background(announce(network, "member")):
+    background = announce(network, "member"), remember(network, book, invite.addresses)
+    async with network, _background(*background, warn_of_connection(network, node, warn)):
         hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
         manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
         log.emit(_run_started(manifest, ""))
@@ -144,11 +154,12 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         def downloading(received: int, total: int) -> None:
             log.emit(events.Downloading(what="the text to train on", received=received, total=total))
 
-        store = await obtain_store(network, manifest, node.cache.expanduser(), hosts, downloading)
+        found = await find_store(network, manifest, node.cache.expanduser(), hosts)
+        tell(check_machine(manifest, node, directory, found), warn)
+        store = await obtain_store(network, found, hosts, downloading)
         await serve_provisions(network, signed, store)
         with disk_errors(directory):
             write_durably(directory / MANIFEST, manifest.encode())
-        warn = _warning(log)
         replica, certificates = await asyncio.to_thread(_replica, manifest, store, node, directory, identity, warn)
         wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
         if wandb is not None:
@@ -229,11 +240,12 @@ def _warning(log: EventLog) -> Callable[[str], None]:
 
 
 @contextlib.asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def _background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run ``work`` beside the block, and stop it at the block's end."""
-    task = asyncio.create_task(work)
+    tasks = [asyncio.create_task(one) for one in work]
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
