@@ -10,13 +10,12 @@ import pytest
 
 from psyche.protocol.acceptor import Chain
 from psyche.roles.ledger import LedgerWriter, backfill, writing
-from psyche.roles.local import run_locally
 from psyche.state.ledger import NAME, Ledger, LedgerError
 from psyche.telemetry.events import Resynchronised, RoundCertified, RoundStarted
 from tests.chains import MANIFEST, RULES, chain
 from tests.ledgers import CHAIN, fill, psyche_ledger
 from tests.roles.swarm import swarm
-from tests.roles.tiny import certified_roots, write_config
+from tests.roles.tiny import write_config
 
 
 def test_the_writer_writes_what_was_entered_before_it_is_closed(tmp_path: Path) -> None:
@@ -80,24 +79,6 @@ def test_a_checkpoint_fills_a_ledger_that_is_younger(tmp_path: Path, there: int)
 
 
 # --------------------------------------------------------------------------------- of a real run
-
-
-def test_all_of_a_run_keep_the_same_chain(tmp_path: Path) -> None:
-    config = write_config(tmp_path, members=3)
-    run = tmp_path / "run"
-    run_locally(config, None, run, fresh=True, report=False)
-    roots = certified_roots(run / "coordinator" / "events.jsonl")
-    files = [run / name / NAME for name in ("coordinator", "node-1", "node-2", "node-3")]
-    chains = []
-    for file in files:
-        result = psyche_ledger("verify", file.parent)
-        assert result.exit_code == 0, result.exception
-        assert result.stdout.startswith("sound: 4 certified rounds up to round 4")
-        with Ledger.read(file) as ledger:
-            chains.append([ledger.hash_of(round) for round in ledger.rounds()])
-            assert [one.state_root.hex() for one in ledger.entries() if one.state_root] == roots
-    assert len(chains[0]) == 4
-    assert all(one == chains[0] for one in chains)
 
 
 ROUNDS = {"inner_steps": 40, "min_members": 1, "total": 500, "start_members": 3}
