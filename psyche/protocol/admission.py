@@ -49,8 +49,8 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Seen(node):
             peer = state.peers.get(node)
             return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
-        case Arrived(node, state_root, device):
-            return with_peer(state, node, Peer(now, state_root, device[:64])), []
+        case Arrived(node, state_root, device, rounds):
+            return with_peer(state, node, Peer(now, state_root, device[:64], rounds)), []
         case Left(node, reason):
             return without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
         case Restored(record):
@@ -170,7 +170,8 @@ def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | 
         case Attested():
             current = replace(current, attestations=_put(current.attestations, node, event.state_root))
             if node in state.peers:
-                state = with_peer(state, node, replace(state.peers[node], state_root=event.state_root))
+                there = replace(state.peers[node], state_root=event.state_root, rounds=event.round)
+                state = with_peer(state, node, there)
     return replace(state, round=current)
 
 

@@ -117,13 +117,20 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
 
 
 def _agree_on_restart(state: State) -> Step:
-    """After a coordinator's restart: believe the state that more than two thirds of the last electorate hold."""
-    back = {node: state.peers[node].state_root for node in state.electorate if node in state.peers}
+    """After a coordinator's restart: believe the state that more than two thirds of the last electorate hold.
+
+    Only who has applied the last record counts. Who has not is behind, and its state is not the run's, however many
+    they are: a certified round would be lost.
+    """
+    there = [node for node in state.electorate if node in state.peers]
+    back = {node: state.peers[node].state_root for node in there if state.peers[node].rounds == state.rounds}
     for root in sorted(set(back.values())):
         if quorum(len(having(back, root)), len(state.electorate)):
             return replace(state, state_root=root), []
-    missing = set(state.electorate) - set(back)
-    note = f"restarted after round {state.rounds}; waiting for members of that round: {names(missing or back)}"
+    missing, behind = set(state.electorate) - set(there), set(there) - set(back)
+    note = f"restarted after round {state.rounds}; waiting for members of that round: {names(missing | behind or back)}"
+    if behind:
+        note += f"; its state is not known to {names(behind)}, who are behind"
     return (state, []) if state.note == note else (replace(state, phase=Phase.PAUSED, note=note), [])
 
 

@@ -64,6 +64,8 @@ class Peer:
     seen: float
     state_root: bytes
     device: str
+    rounds: int
+    """After which it holds that state, as it says."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Arrived:
     node: str
     state_root: bytes
     device: str
+    rounds: int
 
 
 @dataclass(frozen=True)

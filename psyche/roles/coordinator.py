@@ -161,7 +161,7 @@ class Coordinator:
                 self.ledger.enter(body.certificate.encode(), record, None)
         if node not in self.state.peers:
             self.log.emit(events.PeerJoined(peer=node, device=body.device, round=self.state.rounds + 1))
-        await self._dispatch(protocol.Arrived(node, body.state_root, body.device))
+        await self._dispatch(protocol.Arrived(node, body.state_root, body.device, body.rounds))
 
     def _report_metrics(self, node: str, round: int, body: Metrics) -> None:
         """Metrics are for people: taken from who is here, of the round that is ending or has just ended."""

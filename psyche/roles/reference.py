@@ -69,7 +69,7 @@ def play(
     machine = Machine(manifest)
     effects: list[Effect] = []
     for node in sorted(replicas):
-        effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference"))
+        effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
     while plans := [effect.plan for effect in effects if isinstance(effect, Planned)]:
         plan = plans[-1]
         works = {node: replicas[node].train(plan) for node in sorted(replicas)}

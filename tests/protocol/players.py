@@ -131,7 +131,7 @@ class Table:
 
     def arrive(self, members: Sequence[str], state_root: bytes | None = None) -> list[Effect]:
         root = (self.state.state_root or GENESIS) if state_root is None else state_root
-        return [effect for node in members for effect in self.send(Arrived(node, root, "cpu"))]
+        return [effect for node in members for effect in self.send(Arrived(node, root, "cpu", self.state.rounds))]
 
     def commit(self, node: str, **changes: object) -> list[Effect]:
         plan = self.plan

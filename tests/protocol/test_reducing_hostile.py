@@ -165,7 +165,9 @@ class SlanderingLate(Slandering):
 class Flapping(Hostile):
     def reduce(self) -> None:
         self.table.send(Left(self.me, "bye"))
-        self.table.send(Arrived(self.me, GENESIS if int(self.table.now) % 2 else self.table.state.state_root, "cpu"))
+        state = self.table.state
+        root = GENESIS if int(self.table.now) % 2 else state.state_root
+        self.table.send(Arrived(self.me, root, "cpu", state.rounds))
 
 
 class Spamming(Hostile):

@@ -207,7 +207,7 @@ def test_between_rounds_too_few_members_pause_the_run() -> None:
         table.send(Attested(node, 1, root))
     assert table.state.phase is Phase.PAUSED
     assert "2 of 3" in table.state.note
-    assert kinds(table.send(Arrived(members[3], root, "cpu"))) == [Planned]
+    assert kinds(table.send(Arrived(members[3], root, "cpu", table.state.rounds))) == [Planned]
 
 
 def test_a_newcomer_waits_for_the_next_round() -> None:
@@ -259,14 +259,14 @@ def test_a_member_back_with_another_state_is_not_waited_for() -> None:
     table, members = started()
     table.close(members[:3])
     assert table.state.round.closed is None
-    table.send(Arrived(members[3], b"o" * 32, "cpu"))
+    table.send(Arrived(members[3], b"o" * 32, "cpu", table.state.rounds))
     assert table.state.round.closed is not None
 
 
 def test_a_member_back_with_the_same_state_is_waited_for() -> None:
     table, members = started()
     table.close(members[:3])
-    table.send(Arrived(members[3], GENESIS, "cpu"))
+    table.send(Arrived(members[3], GENESIS, "cpu", table.state.rounds))
     assert table.state.round.closed is None
     table.commit(members[3])
     assert table.state.round.closed is not None
@@ -301,7 +301,7 @@ def test_a_divergent_member_is_planned_again_once_it_is_mended() -> None:
     for node in members[:3]:
         table.attest(node, right)
     table.attest(members[3], b"w" * 32)
-    table.send(Arrived(members[3], right, "cpu"))
+    table.send(Arrived(members[3], right, "cpu", table.state.rounds))
     table.close(members[:3])
     table.exchange(members[:3])
     table.certify(members[:3])

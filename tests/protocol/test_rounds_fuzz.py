@@ -83,7 +83,7 @@ def happen(table: Table, verb: str, who: int, what: int) -> None:
             table.send(Left(node, "bye"))
         case "arrive":
             root = (table.state.state_root, GENESIS, b"o" * 32)[what % 3] or GENESIS
-            table.send(Arrived(node, root, "cpu"))
+            table.send(Arrived(node, root, "cpu", table.state.rounds))
         case "restore" if table.certified:
             table.send(Restored(table.certified[sorted(table.certified)[what % len(table.certified)]]))
         case "bad commit":
@@ -136,9 +136,9 @@ def test_the_run_goes_on_once_the_members_behave_again(
         for node in MEMBERS:
             if node not in table.state.peers:
                 root = root_after(current.proposal) if current and current.certified and current.proposal else held
-                table.send(Arrived(node, root, "cpu"))
+                table.send(Arrived(node, root, "cpu", table.state.rounds))
             elif current is None and table.state.peers[node].state_root != held:
-                table.send(Arrived(node, held, "cpu"))
+                table.send(Arrived(node, held, "cpu", table.state.rounds))
         for _ in range(5):
             happen(table, "due", 15, 0)
         table.wait(30, step=10)
@@ -165,7 +165,7 @@ def test_a_coordinator_that_restarts_goes_on_from_what_members_prove(
     record = table.certified[last]
     assert new.state.rounds == last
     for node in record.electorate:
-        new.send(Arrived(node, root_after(record), "cpu"))
+        new.send(Arrived(node, root_after(record), "cpu", new.state.rounds))
     if new.state.phase is not Phase.FINISHED:
         assert new.plan.round == last + 1
         assert new.plan.previous == record.hash

@@ -108,7 +108,7 @@ def attesting_early_and_wrong(table: Table, node: str) -> None:
 
 def flapping(table: Table, node: str) -> None:
     table.send(Left(node, "bye"))
-    table.send(Arrived(node, GENESIS if int(table.now) % 2 else table.state.state_root, "cpu"))
+    table.send(Arrived(node, GENESIS if int(table.now) % 2 else table.state.state_root, "cpu", table.state.rounds))
 
 
 def silent(table: Table, node: str) -> None:
@@ -230,9 +230,9 @@ def test_a_crowd_does_not_make_a_plan_too_large_to_send() -> None:
     from psyche.protocol.rounds import tick
 
     state = table.state
-    peers = {node: tick(RULES, state, Arrived(node, GENESIS, "cpu"), 0.0)[0].peers[node] for node in crowd}
+    peers = {node: tick(RULES, state, Arrived(node, GENESIS, "cpu", 0), 0.0)[0].peers[node] for node in crowd}
     state = replace(state, peers=peers)
-    _, effects = tick(replace(table.rules, start_members=1), state, Arrived(crowd[0], GENESIS, "cpu"), 0.0)
+    _, effects = tick(replace(table.rules, start_members=1), state, Arrived(crowd[0], GENESIS, "cpu", 0), 0.0)
     (planned,) = (effect for effect in effects if isinstance(effect, Planned))
     assert len(planned.plan.members) == MAX_MEMBERS
     assert [m.node for m in planned.plan.members] == sorted(m.node for m in planned.plan.members)
