@@ -14,8 +14,6 @@
 # pip looks where it always does: PIP_EXTRA_INDEX_URL names an index with the CPU build of torch, which is much smaller.
 set -eu
 
-TORCH=2.13.0 # as in pyproject.toml, which explains why it is pinned
-
 here=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 home=${PSYCHE_HOME:-$HOME/.psyche}
 source=${PSYCHE_SOURCE:-$here}
@@ -89,9 +87,9 @@ wanted() {
             \( -name '*.py' -o -name '*.toml' -o -name '*.txt' -o -path 'kernels/*' \) ! -path '*/__pycache__/*' \
             -exec cksum {} + | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
         version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$source/pyproject.toml")
-        echo "psyche $version ($sum from $source), torch $TORCH $flavour"
+        echo "psyche $version ($sum from $source), $flavour"
     else
-        echo "psyche ($source), torch $TORCH $flavour"
+        echo "psyche ($source), $flavour"
     fi
 }
 
@@ -143,7 +141,6 @@ install() {
     fi
     pins=
     if [ -f "$source/constraints.txt" ]; then pins="--constraint=$source/constraints.txt"; fi
-    pip_install ${pins:+"$pins"} "torch==$TORCH"
     if [ "$flavour" = cuda ] && [ -d "$source" ]; then extra='[cuda]'; fi
     pip_install ${pins:+"$pins"} "$source${extra:-}"
     if [ "$dry" = yes ]; then

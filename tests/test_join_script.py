@@ -44,7 +44,7 @@ def test_a_dry_run_shows_each_step_and_changes_nothing(tmp_path: Path) -> None:
     result = join_sh(tmp_path, "--dry-run", INVITE, "--threads", "2")
     assert result.returncode == 0, result.stderr
     steps = [line for line in result.stdout.splitlines() if line.startswith("  would")]
-    for number, part in enumerate(["mkdir -p", "rm -f", "-m venv", "torch==2.13.0", str(ROOT), "would write"]):
+    for number, part in enumerate(["mkdir -p", "rm -f", "-m venv", str(ROOT), "would write"]):
         assert part in steps[number]
     assert steps[-1].endswith(f"psyche join {INVITE} --threads 2")
     assert list(tmp_path.iterdir()) == []
@@ -82,13 +82,6 @@ def test_only_an_invite_is_joined(tmp_path: Path) -> None:
     assert "is not an invite" in join_sh(tmp_path, "garbage").stderr
     assert join_sh(tmp_path).returncode == 2
     assert "--dry-run" in join_sh(tmp_path, "--help").stdout
-
-
-def test_the_pin_of_torch_is_that_of_the_project() -> None:
-    script, project = ((ROOT / path).read_text() for path in ("scripts/join.sh", "pyproject.toml"))
-    pinned = re.search(r'"torch==([^"]+)"', project)
-    assert pinned
-    assert f"\nTORCH={pinned[1]} " in script
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ They judge numbers that others measured, so that every outcome can be tested.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,6 @@ from psyche.roles.probes import Offset
 from psyche.telemetry.wording import size
 
 Level = Literal["ok", "warn", "fail"]
-PINNED = {"torch": "2.13.0", "hivemind": "1.1.12"}
-"""What pyproject.toml pins, because bits or the daemon depend on it."""
 CLOCK_WARN = 1.5
 """Seconds. Bootstrap nodes turn away who differs by more than 3."""
 ROOM = 1.3
@@ -73,9 +72,13 @@ def needs_of(manifest: Manifest, node: Node, device: torch.device) -> Needs:
 
 def check_versions() -> Finding:
     """Python and the libraries whose versions matter."""
-    found = {name: metadata.version(name) for name in PINNED}
+    # What the project pins, it pins because bits or the daemon depend on it.
+    pinned = dict(
+        text.split("==") for text in metadata.requires("psyche") or () if re.fullmatch(r"[\w-]+==[\w.]+", text)
+    )
+    found = {name: metadata.version(name) for name in pinned}
     text = f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version}" for name, version in found.items())
-    wrong = [f"{name}=={PINNED[name]}" for name, version in found.items() if version.split("+")[0] != PINNED[name]]
+    wrong = [f"{name}=={pinned[name]}" for name, version in found.items() if version.split("+")[0] != pinned[name]]
     if wrong:
         return Finding("versions", "warn", text, f"pip install -c constraints.txt {' '.join(wrong)}")
     return Finding("versions", "ok", text)

@@ -17,7 +17,7 @@ from psyche.protocol.certificates import BadCertificate, check_certificate
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.messages import Certificate, Record, decode
-from psyche.protocol.state import Rules
+from psyche.roles.chain_rules import chain_rules
 from psyche.state.ledger import Forked, Ledger, LedgerError
 from psyche.state.ledger_schema import member_rows, round_row
 
@@ -140,7 +140,7 @@ def _verify_chain(ledger: Ledger, manifest: Manifest) -> Summary:
     rounds = last = reconfigurations = 0
     for verified in verify_chain(
         ledger.entries(),
-        rules=_rules(manifest),
+        rules=chain_rules(manifest),
         coordinators=manifest.resolved.coordinators,
         open_envelope=open_envelope,
     ):
@@ -150,31 +150,6 @@ def _verify_chain(ledger: Ledger, manifest: Manifest) -> Summary:
         rounds, last = rounds + 1, verified.record.plan.round
         reconfigurations += verified.record.reconfiguration
     return Summary(rounds, last, tuple(missing), dict(tokens), reconfigurations)
-
-
-def _rules(manifest: Manifest) -> Rules:
-    """The rules that a chain is held to. What depends on the model's shape alone (sizes of payloads, numbers of slices)
-    was for the voters to check; so nobody has to build the model, or to have what it takes, to verify a ledger."""
-    run = manifest.run
-    return Rules(
-        run_id=manifest.run_id,
-        genesis=bytes.fromhex(manifest.resolved.genesis),
-        rounds=run.rounds.total,
-        inner_steps=run.rounds.inner_steps,
-        late_steps=run.overlap.late_steps,
-        batch_size=run.inner.batch_size,
-        tokens_per_step=run.tokens_per_step,
-        payload_bytes=2**62,
-        slices=(),
-        reducers=run.exchange.reducers,
-        sharded_from=None,
-        start_members=run.rounds.start_members,
-        min_members=run.rounds.min_members,
-        round_bounds=(run.deadlines.round_min, run.deadlines.round_max),
-        exchange_bounds=(run.deadlines.exchange_min, run.deadlines.exchange_max),
-        silence=run.deadlines.silence,
-        spread=run.deadlines.spread,
-    )
 
 
 def _compare(ledger: Ledger, verified: Verified) -> None:

@@ -10,6 +10,7 @@ from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.ledger import Entry, claimed
 from psyche.protocol.messages import Record
 from psyche.state.ledger import Ledger, LedgerError
+from psyche.state.ledger_schema import member_rows
 
 
 class Part(msgspec.Struct):
@@ -101,22 +102,10 @@ def _record(ledger: Ledger, entry: Entry) -> Record:
 
 
 def _round(entry: Entry, record: Record) -> Round:
-    given = {one.node: one.contribution for one in record.accepted}
-    reasons = {one.node: one.reason for one in record.excluded}
-    members = []
-    for member in record.plan.members:
-        done = given.get(member.node)
-        members.append(
-            Part(
-                node=member.node,
-                votes=member.votes,
-                tokens=None if done is None else done.tokens,
-                inner_steps=None if done is None else done.inner_steps,
-                payload_bytes=None if done is None else done.payload_bytes,
-                reason=reasons.get(member.node),
-                minority=member.node in record.minority,
-            )
-        )
+    members = [
+        Part(node, votes, tokens, steps, payload_bytes, reason, bool(minority))
+        for _, node, votes, _, tokens, steps, payload_bytes, reason, minority in member_rows(record)
+    ]
     root = None if entry.state_root is None else entry.state_root.hex()
     return Round(entry.round, record.hash.hex(), root, record.reconfiguration, members)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -56,9 +57,10 @@ async def warn_of_connection(network: NetworkNode, node: Node, warn: Callable[[s
     findings: list[Finding] = []
     for pause in TRIES_SECONDS:
         await asyncio.sleep(pause)
-        findings, sure = await check_connection(network, node)
-        if sure:
-            break
+        with contextlib.suppress(PsycheError, TimeoutError):  # a daemon too busy to answer is asked once more
+            findings, sure = await check_connection(network, node)
+            if sure:
+                break
     tell(findings, warn)
 
 

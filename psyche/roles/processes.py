@@ -28,6 +28,7 @@ from psyche.roles.ledger import backfill, writing
 from psyche.roles.peers import PEERS, PeerBook, remember
 from psyche.roles.preflight import check_machine, tell, warn_of_connection
 from psyche.roles.presence import KINDS, announce, sources
+from psyche.roles.probes import serve_probes
 from psyche.roles.provision import fetch_manifest, find_store, obtain_store, serve_file, serve_provisions, sign_manifest
 from psyche.roles.replica import Replica
 from psyche.roles.worker import Worker
@@ -75,9 +76,11 @@ async def coordinate(
     if (directory / LOG_NAME).exists():  # a restart: totals go on from where they were
         monitor.resume(read_events(directory / LOG_NAME))
     log = EventLog(directory / LOG_NAME, identity.peer_id, (listener, monitor))
+    warn = _warning(log)
     wandb = swarm_run(config.node.wandb, directory, manifest, log.emit)
     log.subscribe(wandb)
-    async with network, _background(announce(network, "coordinator"), remember(network, book, ())):
+    async with network, _background(warn, announce(network, "coordinator"), remember(network, book, ())):
+        await serve_probes(network)
         await serve_provisions(network, sign_manifest(manifest, identity), store)
         # Nodes whose random numbers differ from ours fetch the initial state.
         serve_file(network, directory / GENESIS, bytes.fromhex(manifest.resolved.genesis))
@@ -89,7 +92,7 @@ async def coordinate(
             log.emit(events.GenesisJudged(heldout_loss=heldout[0] / heldout[1], heldout_tokens=heldout[1]))
         try:
             ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
-            async with writing(ledger, _warning(log)) as writer:
+            async with writing(ledger, warn) as writer:
                 await Coordinator(manifest, identity, network, log, writer).run()
         finally:
             await asyncio.to_thread(wandb.close)
@@ -146,7 +149,7 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         max_download=bytes_per_second(node.max_download),
     )
     background = announce(network, "member"), remember(network, book, invite.addresses)
-    async with network, _background(*background, warn_of_connection(network, node, warn)):
+    async with network, _background(warn, *background, warn_of_connection(network, node, warn)):
         hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
         manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
         log.emit(_run_started(manifest, ""))
@@ -157,6 +160,7 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         found = await find_store(network, manifest, node.cache.expanduser(), hosts)
         tell(check_machine(manifest, node, directory, found), warn)
         store = await obtain_store(network, found, hosts, downloading)
+        await serve_probes(network)
         await serve_provisions(network, signed, store)
         with disk_errors(directory):
             write_durably(directory / MANIFEST, manifest.encode())
@@ -240,9 +244,16 @@ def _warning(log: EventLog) -> Callable[[str], None]:
 
 
 @contextlib.asynccontextmanager
-async def _background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run ``work`` beside the block, and stop it at the block's end."""
-    tasks = [asyncio.create_task(one) for one in work]
+async def _background(warn: Callable[[str], None], *work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run ``work`` beside the block, and stop it at the block's end. What fails meanwhile is said and stops nothing."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            warn(f"{task.get_name()} has stopped ({type(error).__name__}: {error}); the rest goes on")
+
+    tasks = [asyncio.create_task(one, name=getattr(one, "__name__", "a task")) for one in work]
+    for task in tasks:
+        task.add_done_callback(ended)
     try:
         yield
     finally:

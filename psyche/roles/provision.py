@@ -22,7 +22,6 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.numerics.digest import CHUNK, index_blob
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
-from psyche.roles.probes import serve_probes
 
 MAX_MANIFEST = 1 << 20
 CALL_SECONDS = 15.0
@@ -40,7 +39,6 @@ async def serve_provisions(network: NetworkNode, manifest: bytes, store: TokenSt
     async def give_index(peer: str, request: bytes) -> bytes:
         return store.index.encode()
 
-    await serve_probes(network)
     await network.rpc.serve("manifest", give_manifest, max_request=0)
     await network.rpc.serve("store", give_index, max_request=0)
     for path, root in _files(store):
