@@ -42,7 +42,7 @@ join: .venv/run.stamp
 	@$(BIN)/psyche join $(INVITE) $(ARGS)
 
 test: .venv/dev.stamp
-	@$(BIN)/pytest -m 'not slow' $(ARGS)
+	@$(BIN)/pytest -m 'not slow' -n 2 --dist worksteal $(ARGS)
 
 test-slow: .venv/dev.stamp
 	@$(BIN)/pytest -m slow --timeout=3600 $(ARGS)

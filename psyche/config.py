@@ -20,6 +20,9 @@ from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_res
 from psyche.numerics.digest import digest
 from psyche.rates import bits_per_second
 
+MANIFEST = "manifest.msgpack"
+"""The run manifest in the directory of each of its processes."""
+
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -355,6 +358,9 @@ class Node(Strict):
     listen: tuple[str, ...] = Field(default=("/ip4/0.0.0.0/tcp/0",), min_length=1, strict=False)
     announce: tuple[str, ...] = Field(default=(), strict=False)
     """Addresses others can reach this node at, where those differ from ``listen`` (port forwarding)."""
+    relay: Literal["auto", "off"] = "auto"
+    """``auto``: where others find that they cannot dial this node, they reach it through other members; and it relays
+    for others if it can be dialled and has no ``max_upload``."""
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     outer_state: Literal["cpu", "gpu"] = "cpu"

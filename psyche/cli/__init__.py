@@ -8,8 +8,9 @@ import sys
 
 import typer
 
-from psyche.cli import bench, config, data, runs
+from psyche.cli import bench, config, data, ledger, runs
 from psyche.cli.dashboard import dashboard
+from psyche.cli.doctor import doctor
 from psyche.errors import PsycheError
 
 app = typer.Typer(
@@ -22,10 +23,13 @@ app.command()(runs.demo)
 app.command()(runs.run)
 app.command()(runs.join)
 app.command()(runs.coordinator)
+app.command()(runs.invite)
+app.command()(doctor)
 app.command()(runs.export)
 app.command()(dashboard)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(ledger.app, name="ledger")
 app.add_typer(bench.app, name="bench")
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PARENT = "PSYCHE_PARENT"
 """Environment: the pid of a launcher that this process must not outlive."""
+RUNS = Path("~/.local/share/psyche")
+"""Where nodes keep their directories, each named by its run."""
 INVITE_SECONDS = 900.0
 """How long ``join @FILE`` waits for the file: a coordinator may have a corpus to prepare."""
 
@@ -48,13 +50,18 @@ def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
     from psyche.telemetry.events import Listener
     from psyche.telemetry.view import ContributorView, live
 
-    where = directory or Path("~/.local/share/psyche").expanduser() / invite.run_id.hex()[:16]
+    where = directory or home_of(invite)
     with contextlib.ExitStack() as stack:
 
         def listener(me: str) -> Listener:
             return stack.enter_context(live(ContributorView(me)))
 
         _run(join(invite, node, where, listener))
+
+
+def home_of(invite: Invite) -> Path:
+    """The directory of a node that was given none."""
+    return RUNS.expanduser() / invite.run_id.hex()[:16]
 
 
 def run_coordinator(config: Config, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""``psyche demo | run | join | coordinator | export``."""
+"""``psyche demo | run | join | coordinator | invite | export``."""
 
 from __future__ import annotations
 
@@ -94,6 +94,19 @@ def coordinator(
     loaded = load_config(config)
     settings = loaded.model_copy(update={"node": override_node(loaded.node, port=port)})
     run_coordinator(settings, directory or Path("runs") / loaded.run.name / "coordinator")
+
+
+def invite(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(help="A node's or coordinator's directory; the one run joined from here.", show_default=False),
+    ] = None,
+) -> None:
+    """Print an invite that holds this node's address and those of the peers it knows. Any member can invite."""
+    from psyche.cli.process import RUNS
+    from psyche.roles.inviting import invite_of, only_directory
+
+    typer.echo(invite_of(directory or only_directory(RUNS.expanduser())).encode())
 
 
 def export(

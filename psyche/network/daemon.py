@@ -74,22 +74,29 @@ class Daemon:
 
     @classmethod
     async def start(
-        cls, identity: Identity, listen: Sequence[str], announce: Sequence[str], relays: Sequence[str]
+        cls,
+        identity: Identity,
+        listen: Sequence[str],
+        announce: Sequence[str],
+        relays: Sequence[str],
+        *,
+        relays_others: bool,
     ) -> Self:
         """Start p2pd and attach to it.
 
         ``listen`` and ``announce`` are multiaddresses without a PeerID; ``relays`` are those (with PeerID) through
-        which to be reachable behind a NAT. Raises :class:`PsycheError` naming the cause and the mend.
+        which to be reachable behind a NAT; with ``relays_others`` it does the same for them. Raises
+        :class:`PsycheError` naming the cause and the mend.
         """
         for address in listen:
-            _check_free(address)
+            check_free(address)
         async with contextlib.AsyncExitStack() as undo:
             lock = _lock(identity.path)
             undo.callback(os.close, lock)
             # Not under $TMPDIR: the path of a unix socket has at most 107 bytes. mkdtemp makes it ours alone (0700).
             directory = Path(tempfile.mkdtemp(prefix="psyche-", dir="/tmp"))
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
-            process = await _spawn(_arguments(directory, identity, listen, announce, relays))
+            process = await _spawn(_arguments(directory, identity, listen, announce, relays, relays_others))
             undo.push_async_callback(_end, process)
             daemon = cls(process, directory, lock)
             await daemon._attach(identity)
@@ -156,7 +163,12 @@ def _private_p2p(directory: Path) -> Any:
 
 
 def _arguments(
-    directory: Path, identity: Identity, listen: Sequence[str], announce: Sequence[str], relays: Sequence[str]
+    directory: Path,
+    identity: Identity,
+    listen: Sequence[str],
+    announce: Sequence[str],
+    relays: Sequence[str],
+    relays_others: bool,
 ) -> list[str]:
     """p2pd's command line, as ``hivemind.P2P.create`` would write it, less its bootstrap.
 
@@ -172,6 +184,7 @@ def _arguments(
         "connManager": "1",
         "natPortMap": "1",
         "relay": "1",
+        "relayService": "1" if relays_others else "0",
         "tls": "1",
         "noise": "0",  # AES in hardware moves a quarter more bytes than ChaCha20; all our nodes speak TLS
         "idleTimeout": f"{START_SECONDS:.0f}s",
@@ -180,7 +193,8 @@ def _arguments(
     if announce:
         arguments["announceAddrs"] = ",".join(announce)
     if relays:
-        arguments |= {"autoRelay": "1", "trustedRelays": ",".join(relays)}
+        # Unless relayDiscovery is 0 the daemon searches the DHT for relays, finds none, and ignores the trusted ones.
+        arguments |= {"autoRelay": "1", "relayDiscovery": "0", "trustedRelays": ",".join(relays)}
     return [f"-{name}={value}" for name, value in arguments.items()]
 
 
@@ -248,7 +262,7 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def _check_free(address: str) -> None:
+def check_free(address: str) -> None:
     """Raise :class:`PsycheError` where a TCP port is taken.
 
     p2pd listens with SO_REUSEPORT: a second one on the same port starts without complaint and takes half of the

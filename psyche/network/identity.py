@@ -8,6 +8,7 @@ connection is authenticated as and the author that signs messages are one.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 from pathlib import Path
@@ -68,6 +69,18 @@ class Identity:
     def secret_digest(self, *parts: bytes) -> bytes:
         """32 bytes that the same key and parts always give and nobody else can guess, for salts of commitments."""
         return digest("identity secret", self._seed, *parts)
+
+
+def in_use(path: Path) -> bool:
+    """Whether a node runs with this key file: its daemon holds a lock on it."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # not there, or on a file system without locks
+        return False
+    return False
 
 
 def verify(peer_id: str, data: bytes, signature: bytes) -> bool:

@@ -37,6 +37,12 @@ from psyche.network.traffic import Traffic
 
 BOOTSTRAP_SECONDS = 8.0
 """How long bootstrap nodes have to be connected to, all at once. With start and pings it stays around 15 s."""
+SLOWER_SECONDS = 1.0
+"""How much longer the others have once one has answered."""
+SHOWN = 4
+"""Bootstrap nodes whose failure is told in full."""
+MAX_RELAYS = 32
+"""Addresses of relays: what the daemon is told on its command line."""
 DHT_SECONDS = 3.0
 """How long one DHT request may take."""
 SILENT_SECONDS = 30.0
@@ -92,6 +98,8 @@ class NetworkNode:
         listen: Sequence[str],
         announce: Sequence[str] = (),
         bootstrap: Sequence[str] = (),
+        remembered: Sequence[str] = (),
+        relay: bool = True,
         spool: Path | None = None,
         max_upload: float | None = None,
         max_download: float | None = None,
@@ -101,14 +109,22 @@ class NetworkNode:
         ``kinds`` are the kinds of announcements this run's nodes make; ``listen`` are multiaddresses to listen at
         (``/ip4/0.0.0.0/tcp/0`` takes a free port), ``announce`` those to tell others instead, ``bootstrap`` those,
         ending in ``/p2p/<PeerID>``, of nodes already there. With none but its own it is the first.
+        ``remembered`` are addresses of peers from an earlier start: as good as ``bootstrap``, but if none was given
+        it is no error that none of them answers.
+        With ``relay`` a node that the others find they cannot dial is reached through those it joined by, and does the
+        same for others unless ``max_upload`` is set.
         Blobs on their way are kept in ``spool``; they use at most ``max_upload`` and ``max_download`` bytes a second.
         Raises :class:`PsycheError` within about 15 seconds where it cannot listen or nobody answers.
         """
         quieten()
         _allow_open_files()
-        peers = _by_peer(bootstrap, identity.peer_id)
-        relays = [f"{address}/p2p/{peer_id}" for peer_id, addresses in peers.items() for address in addresses]
-        daemon = await Daemon.start(identity, listen, announce, relays)
+        invited = _by_peer(bootstrap, identity.peer_id)
+        peers = _by_peer([*bootstrap, *remembered], identity.peer_id)
+        known = [f"{address}/p2p/{peer_id}" for peer_id, addresses in peers.items() for address in addresses]
+        relays = [address for address in known if "/p2p-circuit" not in address][:MAX_RELAYS] if relay else []
+        # The daemon's relay knows of no limit: whoever has set one is no relay.
+        serves = relay and max_upload is None
+        daemon = await Daemon.start(identity, listen, announce, relays, relays_others=serves)
         dht = None
         try:
             dht = await _dht_node(daemon.p2p, RecordValidator(run_id, kinds))
@@ -124,7 +140,7 @@ class NetworkNode:
             )
             await node.blobs.start()
             if peers:
-                await node._join(peers)
+                await node._join(peers, needed=bool(invited))
         except BaseException:
             if dht is not None:
                 await _quit_dht(dht)
@@ -158,6 +174,18 @@ class NetworkNode:
         writer.close()
         known = [f"{Multiaddr(raw)}/p2p/{self.peer_id}" for raw in response.identify.addrs]
         return sorted(dict.fromkeys(known), key=is_loopback)
+
+    async def connected(self) -> dict[str, list[str]]:
+        """The peers that this node is connected to now: PeerID -> far ends of the connections, which need not be
+        addresses that others can dial. Raises :class:`PsycheError`, or TimeoutError where the daemon is overloaded."""
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
+        response, _, writer = await self._daemon.request(request, BOOTSTRAP_SECONDS)
+        writer.close()
+        found: dict[str, list[str]] = {}
+        for peer in response.peers:
+            ends = found.setdefault(base58.b58encode(peer.id).decode(), [])
+            ends += [str(Multiaddr(raw)) for raw in peer.addrs]
+        return found
 
     async def connect(self, addresses: Sequence[str]) -> dict[str, str]:
         """Connect to the peers at ``addresses`` (with PeerIDs), all at once: those that failed, and why.
@@ -203,21 +231,32 @@ class NetworkNode:
         writer.close()
         return None
 
-    async def _join(self, peers: dict[str, list[str]]) -> None:
-        """Connect to the bootstrap nodes and enter the DHT through those that answer.
+    async def _join(self, peers: dict[str, list[str]], *, needed: bool) -> None:
+        """Connect to the bootstrap nodes and enter the DHT through those that answer first.
 
         ``DHTNode.create`` would give up where one of several disagrees, or wait for all of them.
         """
-        pings = await asyncio.gather(*(self._greet(peer_id, where) for peer_id, where in peers.items()))
-        failures = [reason for reason in pings if reason is not None]
-        if len(failures) == len(peers):
-            raise PsycheError(
-                f"no bootstrap node could be joined: {'; '.join(failures)}. "
-                "Check this machine's network, or ask the run's operator for a new invite"
-            )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DHT_SECONDS):
-                await self.dht.find_nearest_nodes([self.dht.node_id])
+        pending = {asyncio.create_task(self._greet(peer_id, where)) for peer_id, where in peers.items()}
+        failures: list[str] = []
+        answered = False
+        try:
+            while pending and not answered:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                reasons = [task.result() for task in done]
+                failures += [reason for reason in reasons if reason is not None]
+                answered = None in reasons
+            if pending:
+                await asyncio.wait(pending, timeout=SLOWER_SECONDS)
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+        if answered:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DHT_SECONDS):
+                    await self.dht.find_nearest_nodes([self.dht.node_id])
+        elif needed:
+            raise PsycheError(_nobody(failures))
 
     async def _greet(self, peer_id: str, addresses: list[str]) -> str | None:
         """Connect to one bootstrap node and ping its DHT node; the reason if either fails."""
@@ -234,6 +273,16 @@ class NetworkNode:
                 return f"{where}: its clock and this machine's differ by more than 3 s (set this one by NTP)"
             return f"{where}: it cannot reach this machine back (open the listening port in the firewall)"
         return f"{where}: it answers, but not as a psyche node"
+
+
+def _nobody(failures: list[str]) -> str:
+    """A person's sentence for a start that nobody answered."""
+    shown = "; ".join(failures[:SHOWN])
+    more = f"; and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
+    return (
+        f"no bootstrap node could be joined, {len(failures)} tried: {shown}{more}. "
+        "Check this machine's network, or ask the run's operator or any member (psyche invite) for a new invite"
+    )
 
 
 def quieten() -> None:

@@ -179,9 +179,8 @@ def _accept(state: State, event: Submission, now: float) -> State:
         case Attested():
             current = replace(current, attestations=_put(current.attestations, node, event.state_root))
             if node in state.peers:
-                state = with_peer(
-                    state, node, replace(state.peers[node], state_root=event.state_root, rounds=event.round)
-                )
+                there = replace(state.peers[node], state_root=event.state_root, rounds=event.round)
+                state = with_peer(state, node, there)
     return replace(state, round=current)
 
 

@@ -150,6 +150,11 @@ class Record(Body, frozen=True):
     def hash(self) -> bytes:
         return digest("record", self.encode())
 
+    @property
+    def reconfiguration(self) -> bool:
+        """Whether others voted than those whom the record before named. The first round's voters replace nobody."""
+        return self.roster > 0 and self.plan.round > 1
+
 
 # ---------------------------------------------------------------------- member to coordinator
 
@@ -178,6 +183,18 @@ class Seal(Body, frozen=True):
     previous: Hash
     roster: Natural
     record: Hash
+
+
+class Objection(Body, frozen=True):
+    """Why a coordinator does not sign a roster or a seal: what it has signed of the round before."""
+
+    DOMAIN = "objection"
+
+    reason: Reason
+    roster: Natural
+    """Number of a roster that stands in the way; a later one would not. 0: there is none."""
+    sealed: Hash | None
+    """Of a record that does."""
 
 
 class Certificate(Body, frozen=True):

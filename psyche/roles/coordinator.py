@@ -45,6 +45,7 @@ from psyche.protocol.messages import (
 from psyche.protocol.oath import Perjury
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import Phase, State
+from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import metrics_event
 from psyche.roles.notary import Notary
 from psyche.roles.promises import promised
@@ -75,11 +76,13 @@ class Coordinator:
         identity: Identity,
         network: NetworkNode,
         log: EventLog,
+        ledger: LedgerWriter,
         directory: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``directory`` keeps what this coordinator has signed. It must not be lost while the run goes on."""
         self.manifest, self.identity, self.network, self.log, self._clock = manifest, identity, network, log, clock
+        self.ledger = ledger
         self.rules = rules_of(manifest)
         self.state = State.initial(self.rules)
         self._notary = Notary(manifest, identity, network.rpc, directory)
@@ -129,6 +132,7 @@ class Coordinator:
             self.log.emit(events.Notice(level="info", text=f"leading, in term {self.state.leading}"))
         while self.state.phase is not Phase.FINISHED or self.state.peers:
             await self._dispatch(protocol.Tick())
+            self.ledger.check()
             if self._signing is not None and self._signing.done():
                 self._signing.result()  # a disk that is full, say
             if self._succession.later > self.state.term:
@@ -207,6 +211,7 @@ class Coordinator:
             await self._dispatch(protocol.Restored(record))
             if self.state.head == record.hash:
                 self._certificate = body.certificate
+                self.ledger.enter(body.certificate.encode(), record, None)
         if node not in self.state.peers:
             self.log.emit(events.PeerJoined(peer=node, device=body.device, round=self.state.rounds + 1))
         await self._dispatch(protocol.Arrived(node, body.state_root, body.device, body.rounds))
@@ -286,7 +291,7 @@ class Coordinator:
             try:
                 signed = await self._notary.gather(roster, plan.round, signatures_needed(count))
             except Perjury as reason:
-                self.log.emit(events.Notice(level="warning", text=f"round {plan.round} is not reconfigured: {reason}"))
+                await self._overruled(record, reason)
                 return
             self._signed = {key: value for key, value in self._signed.items() if key[0] >= plan.round}
             self._signed[plan.round, record.roster] = signed
@@ -300,14 +305,21 @@ class Coordinator:
         try:
             seals = await self._notary.gather(seal, record.plan.round, needed)
         except Perjury as reason:
-            self.log.emit(events.Notice(level="warning", text=f"round {record.plan.round} is not sealed: {reason}"))
+            await self._overruled(record, reason)
             return
         self._certificate = Certificate(proposal, votes, seals)
         await self._publish()
 
+    async def _overruled(self, record: Record, reason: Perjury) -> None:
+        """A coordinator's oath stands against ``record``: the machine goes on with what it allows."""
+        self.log.emit(events.Notice(level="warning", text=f"round {record.plan.round} is voted on again: {reason}"))
+        await self._dispatch(protocol.Overruled(record.hash, reason.roster, b"" if reason.roster else reason.sealed))
+
     def _report_round(self, round: int, state_root: bytes) -> None:
         assert self._certified is not None
+        assert self._certificate is not None
         record = self._certified.record
+        self.ledger.enter(self._certificate.encode(), record, state_root)
         self.log.emit(
             events.RoundCertified(
                 round=round,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from psyche.config import Manifest, Node
+from psyche.config import MANIFEST, Manifest, Node
 from psyche.errors import PsycheError
 from psyche.numerics.outer import OuterState
-from psyche.roles.processes import MANIFEST
 from psyche.roles.provision import local_store
 from psyche.state.checkpoint import load_latest
 from psyche.state.export import export

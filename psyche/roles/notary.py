@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from psyche.config import Manifest
@@ -13,7 +13,7 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Roster, Seal, decode
+from psyche.protocol.messages import Objection, Roster, Seal, decode
 from psyche.protocol.oath import Oath, Perjury, lead, seal, sign_roster
 from psyche.state.pledges import keep, recall
 
@@ -44,19 +44,27 @@ class Notary:
         return self._oath.term
 
     async def gather(self, body: Roster | Seal, round: int, needed: int) -> tuple[bytes, ...]:
-        """Signatures of ``needed`` coordinators under ``body``, this one's first; waits for as long as it takes.
+        """Signatures of any ``needed`` coordinators under ``body``; waits for as long as it takes.
 
-        Raises :class:`Perjury` where this coordinator must not give its own.
+        Raises :class:`Perjury` once so many refuse that those left are too few: the one that says most.
         """
-        found = {self._identity.peer_id: await self._sign(body, round)}
-        others = [peer for peer in self._coordinators if peer not in found]
-        while len(found) < needed:
-            missing = [peer for peer in others if peer not in found]
-            given = await asyncio.gather(*(self._ask(peer, body, round) for peer in missing))
-            found |= {peer: signed for peer, signed in zip(missing, given, strict=True) if signed is not None}
-            if len(found) < needed:
-                await asyncio.sleep(RETRY_SECONDS)
-        return tuple(found.values())[:needed]
+        found: dict[str, bytes] = {}
+        refused: dict[str, Perjury] = {}
+        while True:
+            missing = [peer for peer in self._coordinators if peer not in found]
+            for peer, answer in zip(missing, await self._ask_all(missing, body, round), strict=True):
+                if isinstance(answer, Perjury):
+                    refused[peer] = answer
+                elif answer is not None:
+                    found[peer] = answer
+            if len(found) >= needed:
+                return tuple(found.values())[:needed]
+            if len(self._coordinators) - len(refused) < needed:
+                raise max(refused.values(), key=lambda reason: (reason.roster, reason.sealed))
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _ask_all(self, peers: Sequence[str], body: Roster | Seal, round: int) -> list[bytes | Perjury | None]:
+        return await asyncio.gather(*(self._ask(peer, body, round) for peer in peers))
 
     async def _sign(self, body: Roster | Seal, round: int) -> bytes:
         if isinstance(body, Roster):
@@ -65,7 +73,7 @@ class Notary:
             await self._swear(lambda oath: seal(oath, round, body.previous, body.roster, body.record))
         return self._sealed(body, round)
 
-    def _sealed(self, body: Roster | Seal, round: int) -> bytes:
+    def _sealed(self, body: Roster | Seal | Objection, round: int) -> bytes:
         return envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round, body.encode()))
 
     async def _swear(self, step: Callable[[Oath], Oath]) -> None:
@@ -75,8 +83,13 @@ class Notary:
                 await asyncio.to_thread(keep, self._path, self._manifest.run_id, oath)
                 self._oath = oath
 
-    async def _ask(self, peer: str, body: Roster | Seal, round: int) -> bytes | None:
-        """``peer``'s signature, if it gives it now."""
+    async def _ask(self, peer: str, body: Roster | Seal, round: int) -> bytes | Perjury | None:
+        """``peer``'s signature, or why it does not give it; None where it does not answer now."""
+        if peer == self._identity.peer_id:
+            try:
+                return await self._sign(body, round)
+            except Perjury as reason:
+                return reason
         with contextlib.suppress(
             Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext, TimeoutError
         ):
@@ -84,8 +97,13 @@ class Notary:
                 peer, "sign", self._sealed(body, round), timeout=CALL_SECONDS, max_reply=MAX_REQUEST
             )
             envelope = envelopes.decode(reply)
-            open_envelope(envelope, domain=body.DOMAIN, run_id=self._manifest.run_id, round=round)
-            if envelope.author == peer and envelope.body == body.encode():
+            open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id, round=round)
+            if envelope.author != peer:
+                raise WrongContext(f"{peer} answers with what {envelope.author} signed")
+            if envelope.domain == Objection.DOMAIN:
+                against = decode(Objection, envelope.body)
+                return Perjury(against.reason, roster=against.roster, sealed=against.sealed or b"")
+            if (envelope.domain, envelope.body) == (body.DOMAIN, body.encode()):
                 return reply
         return None
 
@@ -99,6 +117,10 @@ class Notary:
                 raise WrongContext("that is not the caller's roster or seal")
             roster = envelope.domain == Roster.DOMAIN
             body = decode(Roster, envelope.body) if roster else decode(Seal, envelope.body)
-            return await self._sign(body, envelope.round)
-        except (MalformedMessage, BadSignature, WrongContext, Perjury) as error:
+        except (MalformedMessage, BadSignature, WrongContext) as error:
             raise Refused(str(error)) from None
+        try:
+            return await self._sign(body, envelope.round)
+        except Perjury as reason:
+            against = Objection(str(reason)[:200], reason.roster, reason.sealed or None)
+            return self._sealed(against, envelope.round)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from psyche.config import Config, Manifest, Node
+from psyche.config import MANIFEST, Config, Manifest, Node
 from psyche.data.durable import disk_errors, write_durably
 from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
@@ -24,11 +24,17 @@ from psyche.numerics.outer import OuterState
 from psyche.rates import bytes_per_second
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
+from psyche.roles.ledger import backfill, writing
+from psyche.roles.peers import PEERS, PeerBook, remember
+from psyche.roles.preflight import check_machine, tell, warn_of_connection
 from psyche.roles.presence import KINDS, announce, sources
-from psyche.roles.provision import fetch_manifest, obtain_store, serve_file, serve_provisions, sign_manifest
+from psyche.roles.probes import serve_probes
+from psyche.roles.provision import fetch_manifest, find_store, obtain_store, serve_file, serve_provisions, sign_manifest
 from psyche.roles.replica import Replica
 from psyche.roles.worker import Worker
 from psyche.state.checkpoint import load_latest
+from psyche.state.ledger import NAME as LEDGER
+from psyche.state.ledger import Ledger
 from psyche.telemetry import events
 from psyche.telemetry.events import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
@@ -36,7 +42,6 @@ from psyche.telemetry.wandb_run import own_run, swarm_run
 from psyche.training.engine import TorchEngine
 from psyche.training.models import build
 
-MANIFEST = "manifest.msgpack"
 GENESIS = "genesis.bin"
 INVITE = "invite"
 IDENTITY = "identity.key"
@@ -54,12 +59,15 @@ async def coordinate(
     """
     identity = Identity.load_or_create(directory / IDENTITY)
     manifest, store, heldout = await asyncio.to_thread(_launched, config, directory, identity, progress)
+    book = PeerBook(directory / PEERS)
     network = await NetworkNode.create(
         identity,
         run_id=manifest.run_id,
         kinds=KINDS,
         listen=config.node.listen,
         announce=config.node.announce,
+        remembered=book.addresses(),
+        relay=config.node.relay == "auto",
         spool=directory,
         max_upload=bytes_per_second(config.node.max_upload),
         max_download=bytes_per_second(config.node.max_download),
@@ -68,9 +76,11 @@ async def coordinate(
     if (directory / LOG_NAME).exists():  # a restart: totals go on from where they were
         monitor.resume(read_events(directory / LOG_NAME))
     log = EventLog(directory / LOG_NAME, identity.peer_id, (listener, monitor))
+    warn = _warning(log)
     wandb = swarm_run(config.node.wandb, directory, manifest, log.emit)
     log.subscribe(wandb)
-    async with network, _background(announce(network, "coordinator")):
+    async with network, _background(warn, announce(network, "coordinator"), remember(network, book, ())):
+        await serve_probes(network)
         await serve_provisions(network, sign_manifest(manifest, identity), store)
         # Nodes whose random numbers differ from ours fetch the initial state.
         serve_file(network, directory / GENESIS, bytes.fromhex(manifest.resolved.genesis))
@@ -81,7 +91,9 @@ async def coordinate(
         if heldout is not None:
             log.emit(events.GenesisJudged(heldout_loss=heldout[0] / heldout[1], heldout_tokens=heldout[1]))
         try:
-            await Coordinator(manifest, identity, network, log, directory).run()
+            ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
+            async with writing(ledger, warn) as writer:
+                await Coordinator(manifest, identity, network, log, writer, directory).run()
         finally:
             await asyncio.to_thread(wandb.close)
             log.close()
@@ -121,6 +133,8 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
     identity = Identity.load_or_create(directory / IDENTITY)
     log = EventLog(directory / LOG_NAME, identity.peer_id, (listener(identity.peer_id),))
     log.emit(events.PhaseChanged(round=0, phase="joining"))
+    warn = _warning(log)
+    book = PeerBook(directory / PEERS)
     network = await NetworkNode.create(
         identity,
         run_id=invite.run_id,
@@ -128,11 +142,14 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         listen=node.listen,
         announce=node.announce,
         bootstrap=invite.addresses,
+        remembered=book.addresses(),
+        relay=node.relay == "auto",
         spool=directory,
         max_upload=bytes_per_second(node.max_upload),
         max_download=bytes_per_second(node.max_download),
     )
-    async with network, _background(announce(network, "member")):
+    background = announce(network, "member"), remember(network, book, invite.addresses)
+    async with network, _background(warn, *background, warn_of_connection(network, node, warn)):
         hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
         manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
         log.emit(_run_started(manifest, ""))
@@ -140,17 +157,23 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         def downloading(received: int, total: int) -> None:
             log.emit(events.Downloading(what="the text to train on", received=received, total=total))
 
-        store = await obtain_store(network, manifest, node.cache.expanduser(), hosts, downloading)
+        found = await find_store(network, manifest, node.cache.expanduser(), hosts)
+        tell(check_machine(manifest, node, directory, found), warn)
+        store = await obtain_store(network, found, hosts, downloading)
+        await serve_probes(network)
         await serve_provisions(network, signed, store)
         with disk_errors(directory):
             write_durably(directory / MANIFEST, manifest.encode())
-        warn: Callable[[str], None] = lambda text: log.emit(events.Notice(level="warning", text=text))  # noqa: E731
         replica, certificates = await asyncio.to_thread(_replica, manifest, store, node, directory, identity, warn)
         wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
         if wandb is not None:
             log.subscribe(wandb)
         try:
-            await Worker(replica, node, directory, identity, network, log, certificates).run()
+            ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
+            async with writing(ledger, warn) as writer:
+                await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
+                last = certificates[-1] if certificates else None
+                await Worker(replica, node, directory, identity, network, log, writer, last).run()
         finally:
             if wandb is not None:
                 await asyncio.to_thread(wandb.close)
@@ -165,7 +188,7 @@ def _replica(
     identity: Identity,
     warn: Callable[[str], None],
 ) -> tuple[Replica, tuple[bytes, ...]]:
-    """This node's tensors, as the last checkpoint left them or as the run begins; and the chain so far."""
+    """This node's tensors, as the last checkpoint left them or as the run begins; and what certificates it held."""
     if node.threads is not None:
         torch.set_num_threads(node.threads)
     engine = TorchEngine(build(manifest.run.model, seed=manifest.run.seed), manifest.run.inner, node)
@@ -216,12 +239,24 @@ def _run_started(manifest: Manifest, invite: str) -> events.RunStarted:
     )
 
 
+def _warning(log: EventLog) -> Callable[[str], None]:
+    return lambda text: log.emit(events.Notice(level="warning", text=text))
+
+
 @contextlib.asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run ``work`` beside the block, and stop it at the block's end."""
-    task = asyncio.create_task(work)
+async def _background(warn: Callable[[str], None], *work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run ``work`` beside the block, and stop it at the block's end. What fails meanwhile is said and stops nothing."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            warn(f"{task.get_name()} has stopped ({type(error).__name__}: {error}); the rest goes on")
+
+    tasks = [asyncio.create_task(one, name=getattr(one, "__name__", "a task")) for one in work]
+    for task in tasks:
+        task.add_done_callback(ended)
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

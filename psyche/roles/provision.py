@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import mmap
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,19 +75,20 @@ def check_manifest(data: bytes, run_id: bytes) -> Manifest:
     return manifest
 
 
-async def obtain_store(
-    network: NetworkNode,
-    manifest: Manifest,
-    cache: Path,
-    sources: Sequence[str],
-    progress: Callable[[int, int], None] = lambda received, total: None,
-) -> TokenStore:
-    """The run's token store: from the cache if it is there, file by file from ``sources`` otherwise.
+@dataclass(frozen=True)
+class Found:
+    """The run's token store: on this machine, or what is known of it and how many bytes are still to be fetched."""
 
-    ``progress`` gets bytes received and bytes in all. What was fetched before an interruption is kept.
-    """
+    store: TokenStore
+    encoded: bytes | None
+    """Its index as it came, until everything is here."""
+    missing: int
+
+
+async def find_store(network: NetworkNode, manifest: Manifest, cache: Path, sources: Sequence[str]) -> Found:
+    """The store in the cache if it is there; its index from ``sources`` otherwise."""
     with contextlib.suppress(PsycheError):
-        return local_store(manifest, cache)
+        return Found(local_store(manifest, cache), None, 0)
     root = bytes.fromhex(manifest.resolved.store)
 
     async def ask(peer: str) -> bytes:
@@ -97,12 +99,38 @@ async def obtain_store(
         return data
 
     encoded = await _first(sources, ask, "the token store's index")
-    path = _fetched_path(cache, root)
-    store = TokenStore(path, decode_index(encoded, "the token store's index"))
-    with disk_errors(path):
-        await _fetch_files(network, store, sources, progress)
-        write_durably(path / INDEX, encoded)
-    return store
+    store = TokenStore(_fetched_path(cache, root), decode_index(encoded, "the token store's index"))
+    sizes = file_sizes(store)
+    return Found(store, encoded, sum(sizes[file] for path, file in _files(store) if not _is_here(path, sizes[file])))
+
+
+async def obtain_store(
+    network: NetworkNode,
+    found: Found,
+    sources: Sequence[str],
+    progress: Callable[[int, int], None] = lambda received, total: None,
+) -> TokenStore:
+    """What :func:`find_store` found, complete: file by file from ``sources``.
+
+    ``progress`` gets bytes received and bytes in all. What was fetched before an interruption is kept.
+    """
+    if found.encoded is not None:
+        path = found.store.path
+        with disk_errors(path):
+            await _fetch_files(network, found.store, sources, progress)
+            write_durably(path / INDEX, found.encoded)
+    return found.store
+
+
+def file_sizes(store: TokenStore) -> dict[bytes, int]:
+    """Root -> bytes of every file of a store but its index."""
+    index = store.index
+    sizes = {bytes.fromhex(item.root): item.bytes for item in index.tokenizer}
+    return sizes | {bytes.fromhex(shard.root): shard.bytes for shard in (*index.train, *index.heldout)}
+
+
+def _is_here(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def local_store(manifest: Manifest, cache: Path) -> TokenStore:
@@ -123,12 +151,10 @@ def _fetched_path(cache: Path, root: bytes) -> Path:
 async def _fetch_files(
     network: NetworkNode, store: TokenStore, sources: Sequence[str], progress: Callable[[int, int], None]
 ) -> None:
-    index, received = store.index, 0
-    sizes = {item.root: item.bytes for item in index.tokenizer}
-    sizes |= {shard.root: shard.bytes for shard in (*index.train, *index.heldout)}
+    sizes, received = file_sizes(store), 0
     for path, root in _files(store):
-        size = sizes[root.hex()]
-        if not (path.is_file() and path.stat().st_size == size):
+        size = sizes[root]
+        if not _is_here(path, size):
             data = await fetch(network, root, sources=sources, size=size, max_size=size)
             path.parent.mkdir(parents=True, exist_ok=True)
             await asyncio.to_thread(write_durably, path, bytes(data))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from psyche.config import Manifest, Run
 from psyche.errors import ConfigError
 from psyche.exchange.cost import sharded_from
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.flat import FlatLayout
 from psyche.protocol.state import Rules
+from psyche.roles.chain_rules import chain_rules
 from psyche.training.models import layout
 
 
@@ -18,25 +21,11 @@ def rules_of(manifest: Manifest) -> Rules:
     # Without fragments the model's size says it all, and nobody has to build the model to know it.
     flat = FlatLayout.of([("", (resolved.flat_size,))]) if run.overlap.fragments == 1 else layout(run.model)
     fragments = fragments_of(run, flat)
-    return Rules(
-        run_id=manifest.run_id,
-        genesis=bytes.fromhex(resolved.genesis),
-        rounds=run.rounds.total,
-        inner_steps=run.rounds.inner_steps,
-        late_steps=run.overlap.late_steps,
-        batch_size=run.inner.batch_size,
-        tokens_per_step=run.tokens_per_step,
+    return replace(
+        chain_rules(manifest),
         payload_bytes=max(sum(encoder.payload_bytes(p.stop - p.start) for p in parts) for parts in fragments),
         slices=tuple(len(parts) for parts in fragments),
-        reducers=run.exchange.reducers,
         sharded_from=sharded_from(run, fragments),
-        start_members=run.rounds.start_members,
-        min_members=run.rounds.min_members,
-        round_bounds=(run.deadlines.round_min, run.deadlines.round_max),
-        exchange_bounds=(run.deadlines.exchange_min, run.deadlines.exchange_max),
-        silence=run.deadlines.silence,
-        spread=run.deadlines.spread,
-        coordinators=len(resolved.coordinators),
     )
 
 

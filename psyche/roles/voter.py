@@ -1,4 +1,4 @@
-"""What a member remembers from round to round: whom it follows, how it voted, and the certificates it has seen."""
+"""What a member remembers from round to round: whom it follows, how it voted, and the last certificate it has seen."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ BALLOT = "ballot.msgpack"
 class Voter:
     """An acceptor with a disk: what it promises and votes is kept before it is said (DESIGN §6)."""
 
-    def __init__(self, manifest: Manifest, rules: Rules, directory: Path, certificates: tuple[bytes, ...]) -> None:
+    def __init__(self, manifest: Manifest, rules: Rules, directory: Path, certificate: bytes | None) -> None:
         self.manifest, self.rules = manifest, rules
-        self.certificates = list(certificates)
+        self.certificate = certificate
         self._path = directory / BALLOT
         self._ballot = recall(self._path, manifest.run_id, Ballot())
         self._lock = asyncio.Lock()
@@ -95,8 +95,7 @@ class Voter:
             open_envelope=open_envelope,
         )
         self._checked = encoded, record
-        if encoded not in self.certificates[-1:]:
-            self.certificates.append(encoded)
+        self.certificate = encoded
         return record
 
     def proposal_in(self, signed: bytes, round: int) -> Proposal:

@@ -43,6 +43,7 @@ from psyche.protocol.messages import (
 from psyche.protocol.state import Phase
 from psyche.roles.board import RETRY_SECONDS, BoardClient
 from psyche.roles.certification import Certification, Moved
+from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
@@ -69,12 +70,14 @@ class Worker:
         identity: Identity,
         network: NetworkNode,
         log: EventLog,
-        certificates: tuple[bytes, ...] = (),
+        ledger: LedgerWriter,
+        certificate: bytes | None = None,
     ) -> None:
+        """``certificate`` is that of the last round applied, where the replica comes from a checkpoint."""
         self.replica, self.settings, self.directory = replica, settings, directory
-        self.identity, self.network, self.log = identity, network, log
+        self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
-        self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificates)
+        self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificate)
         self._client = BoardClient(self.manifest, identity, network.rpc, self, self._warn)
         self._wire = Wire(network, Shelf(network), identity.peer_id, self._name_liar)
         self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(settings.threads,))
@@ -140,7 +143,8 @@ class Worker:
     def introduce(self) -> Present:
         """What this node says of itself to a coordinator that does not know it."""
         chain = self.replica.chain
-        certificate = decode(Certificate, self._voter.certificates[-1]) if self._voter.certificates else None
+        seen = self._voter.certificate
+        certificate = None if seen is None else decode(Certificate, seen)
         device = _describe_device(self.settings)
         return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
 
@@ -170,6 +174,8 @@ class Worker:
             await asyncio.sleep(RETRY_SECONDS)
             return
         await self._on_trainer(self.replica.adopt, outer, record)
+        if record is not None:
+            self._enter(record)
         serve_state(self.network, self.replica.host, self.replica.index, previous=chain.state_root)
         self.log.emit(events.Resynchronised(round=board.rounds, state_root=board.state_root.hex(), donor="the members"))
         await self._client.present()
@@ -222,6 +228,7 @@ class Worker:
         await asyncio.to_thread(self.replica.step_outer, record, gradient)
         await self._on_trainer(self.replica.rebase, plan.round)
         await asyncio.to_thread(self.replica.settle, record)
+        self._enter(record)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
             await self._on_trainer(self.replica.give_back, work)
         self._meter.exchanged()
@@ -304,6 +311,12 @@ class Worker:
         if self.identity.peer_id in record.minority:
             self.log.emit(events.outvoted(self.identity.peer_id, record.plan.round))
 
+    def _enter(self, record: Record) -> None:
+        """The record just applied, whose certificate is the last one seen, goes into the ledger."""
+        assert self._voter.certificate is not None
+        self.ledger.check()
+        self.ledger.enter(self._voter.certificate, record, self.replica.chain.state_root)
+
     async def _checkpoint(self, *, force: bool = False) -> None:
         chain = self.replica.chain
         due = chain.rounds % self.settings.checkpoint_every == 0 or force
@@ -315,7 +328,7 @@ class Worker:
             outer=self.replica.host.tensor,
             residual=self.replica.residual,
             inner=self.replica.engine.state(),
-            certificates=tuple(self._voter.certificates),
+            certificates=() if self._voter.certificate is None else (self._voter.certificate,),
         )
         path = await self._on_trainer(
             lambda: save(checkpoint, self.directory / "checkpoints", keep=self.settings.checkpoints_kept)

@@ -52,7 +52,8 @@ class Checkpoint:
     inner: dict[str, Tensor]
     """The engine's optimizer state."""
     certificates: tuple[bytes, ...]
-    """The record chain: encoded certificates of rounds 1 … ``chain.rounds`` that this node has seen."""
+    """Encoded: that of the last round this node has seen certified. Earlier versions kept the whole chain, in order,
+    which is now the ledger's."""
 
 
 def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:

@@ -11,7 +11,8 @@ import pytest
 from swarm import LOCAL, spawn_child, start, swarm, until, with_swarm
 
 from psyche.errors import PsycheError
-from psyche.network.identity import Identity
+from psyche.network.address import split_address
+from psyche.network.identity import Identity, in_use
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Unreachable
 
@@ -134,6 +135,42 @@ def test_one_good_bootstrap_node_is_enough(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_the_first_bootstrap_node_may_go_for_good(tmp_path: Path) -> None:
+    child, _, first = spawn_child(tmp_path, b"blob")
+
+    async def main() -> None:
+        async with await start(tmp_path, "a", first) as a:
+            assert set(await a.connected()) == {split_address(first[0])[1]}
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            member = await a.addresses()
+            async with await start(tmp_path, "b", [*first, *member]) as b:
+                assert await b.discovery.announce("member", b"b", 60)
+            async with await start(tmp_path, "b", first, remembered=member) as b:
+                assert set(await b.connected()) == {a.peer_id}
+                assert await b.discovery.announce("member", b"again", 61)
+                assert (await a.discovery.lookup("member"))[b.peer_id] == b"again"
+
+    asyncio.run(main())
+
+
+def test_how_many_were_tried_in_vain_is_told(tmp_path: Path) -> None:
+    peers = [Identity.load_or_create(tmp_path / f"{number}.key").peer_id for number in range(6)]
+    dead = [f"/ip4/127.0.0.1/tcp/1/p2p/{peer_id}" for peer_id in peers]
+    text = failure_of(tmp_path, "a", bootstrap=dead[:1], remembered=dead[1:])
+    assert "6 tried" in text
+    assert "and 2 more" in text
+    assert "psyche invite" in text
+
+
+def test_a_node_that_needs_nobody_starts_though_no_remembered_peer_answers(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await start(tmp_path, "a", remembered=[f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER}"]) as node:
+            assert await node.connected() == {}
+
+    asyncio.run(main())
+
+
 def test_a_node_can_be_its_own_first_bootstrap_node(tmp_path: Path) -> None:
     async def main() -> None:
         own = Identity.load_or_create(tmp_path / "a.key").peer_id
@@ -155,8 +192,10 @@ def test_connect_says_who_cannot_be_reached(tmp_path: Path) -> None:
 def test_one_key_is_one_node(tmp_path: Path) -> None:
     async def main() -> None:
         async with await start(tmp_path, "a"):
+            assert in_use(tmp_path / "a.key")
             with pytest.raises(PsycheError, match="another psyche runs with the identity"):
                 await start(tmp_path, "a")
+        assert not in_use(tmp_path / "a.key")
         async with await start(tmp_path, "a"):
             pass
 

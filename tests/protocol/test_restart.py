@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from psyche.protocol.state import (
+    Arrived,
     Finished,
     Restored,
 )
@@ -52,6 +53,24 @@ def test_after_a_restart_one_that_holds_another_state_does_not_decide() -> None:
     assert new.state.round is None
     (planned,) = new.arrive(members[3:], old.state.state_root)
     assert [m.node for m in planned.plan.members] == members[1:]
+
+
+def test_after_a_restart_those_who_are_behind_do_not_decide() -> None:
+    """They are three of four and agree; but on the state of a round before the last one certified."""
+    table, members = started(rounds=9)
+    table.play_round(members)
+    older = table.state.state_root
+    table.play_round(members)
+    new = Table(table.rules)
+    new.send(Restored(table.certified[2]))
+    new.arrive(members[:1], table.state.state_root)
+    for node in members[1:]:
+        new.send(Arrived(node, older, "cpu", 1))
+    assert (new.state.state_root, new.state.round) == (b"", None)
+    assert "who are behind" in new.state.note
+    for node in members[1:3]:  # they apply the record, whose certificate they are shown, and say so
+        new.send(Arrived(node, table.state.state_root, "cpu", 2))
+    assert new.plan.base_root == table.state.state_root
 
 
 def test_the_longest_history_wins_a_restart() -> None:

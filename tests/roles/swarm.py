@@ -28,16 +28,17 @@ class Swarm:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def coordinator(self) -> None:
-        self._start("coordinator", "coordinator", str(self.config), "--directory", str(self.directory / "coordinator"))
+        self.start("coordinator", "coordinator", str(self.config), "--directory", str(self.directory / "coordinator"))
 
     def node(self, name: str, *arguments: str, module: str = "psyche", config: Path | None = None) -> None:
         """Start ``psyche join``, or a ``module`` of the tests that runs it with something that ``arguments`` change."""
         invite = f"@{self.directory / 'coordinator' / 'invite'}"
         place = ["--directory", str(self.directory / name), "--config", str(config or self.config)]
         command = ["join"] if module == "psyche" else arguments
-        self._start(name, *command, invite, *place, module=module)
+        self.start(name, *command, invite, *place, module=module)
 
-    def _start(self, name: str, *arguments: str, module: str = "psyche") -> None:
+    def start(self, name: str, *arguments: str, module: str = "psyche") -> None:
+        """Start a process of psyche, or of ``module``, with its output in ``name``.log."""
         environment = os.environ | {"PSYCHE_PARENT": str(os.getpid())}
         with (self.directory / f"{name}.log").open("ab") as output:
             self.processes[name] = subprocess.Popen(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.config import Manifest
+from psyche.config import MANIFEST, Manifest
 from psyche.network.address import split_address
 from psyche.network.identity import Identity
 from psyche.network.invite import Invite
@@ -22,9 +24,8 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Attestation, Commitment, Leave, Present, Vote
 from psyche.roles.presence import KINDS
-from psyche.roles.processes import MANIFEST
 from psyche.roles.provision import serve_provisions, sign_manifest
-from psyche.telemetry.events import Checkpointed, Rejected, RoundCertified, RunFinished, RunStarted
+from psyche.telemetry.events import Checkpointed, Rejected, RoundCertified, RoundStarted, RunFinished, RunStarted
 from tests.roles.swarm import PATIENCE, swarm
 from tests.roles.tiny import certified_roots, write_config
 
@@ -88,12 +89,28 @@ class TestJoining:
 
 
 class TestDisks:
-    def test_no_room_for_a_checkpoint(self, tmp_path: Path, small_disk: Path) -> None:
+    def test_too_little_room_for_checkpoints_is_said_before_anything_is_trained(
+        self, tmp_path: Path, small_disk: Path
+    ) -> None:
         config = write_config(tmp_path, members=1, rounds=FOREVER)
         with swarm(tmp_path / "run", config) as run:
             run.coordinator()
             (run.directory / "node-1").symlink_to(small_disk)
             run.node("node-1")
+            assert run.join("node-1") == 1
+            words = " ".join(run.output("node-1").split())
+            assert re.search(r"psyche: disk: checkpoints.* free .* needed .*--directory", words)
+            assert "Traceback" not in words
+            assert not run.events("node-1", RoundCertified)
+
+    def test_a_disk_that_fills_up_meanwhile(self, tmp_path: Path, large_disk: Path) -> None:
+        config = write_config(tmp_path, members=1, rounds=FOREVER)
+        with swarm(tmp_path / "run", config) as run:
+            run.coordinator()
+            (run.directory / "node-1").symlink_to(large_disk)
+            run.node("node-1")
+            run.wait("node-1", RoundStarted)
+            leave_room(large_disk, 1 << 20)
             assert run.join("node-1") == 1
             assert re.search(r"psyche: cannot write a checkpoint to .*free some space", run.output("node-1"))
             assert "Traceback" not in run.output("node-1")
@@ -243,11 +260,29 @@ async def _client(identity: Identity, invite: Invite) -> NetworkNode:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
+    with _disk(tmp_path / "small", "1m") as place:
+        yield place
+
+
+@pytest.fixture
+def large_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system on which a tiny run has room."""
+    with _disk(tmp_path / "large", "64m") as place:
+        yield place
+
+
+def leave_room(disk: Path, room: int) -> None:
+    """Fill a disk but for ``room`` bytes: enough for logs, not for a checkpoint."""
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        filler.write(bytes(shutil.disk_usage(disk).free - room))
+
+
+@contextlib.contextmanager
+def _disk(place: Path, size: str) -> Iterator[Path]:
     if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    place = tmp_path / "small"
+        pytest.skip("mounting a file system needs root")
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]).returncode:
         pytest.skip("this machine does not allow mounts")
     try:
         yield place

@@ -9,6 +9,7 @@ import pytest
 from psyche.config import load_config
 from psyche.roles.local import run_locally
 from psyche.telemetry.events import LOG_NAME
+from tests.ledgers import check_one_chain
 from tests.roles.tiny import LARGER, certified_roots, late_steps, reference_roots, report, write_config
 
 SLOW = [("fp32", 1), ("int8", 2), ("fp32", 4), ("int8", 4), ("int4", 2)]
@@ -80,3 +81,4 @@ def test_a_distributed_run_matches_the_reference(tmp_path: Path, codec: str, mem
         assert found["state_roots_agree"] is True
         assert found["peers"] == 4
         assert found["final_loss"] < found["initial_loss"]
+        check_one_chain(directory, ["coordinator", *(f"node-{number}" for number in range(1, 5))], roots)

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 import yaml
 
-from psyche.config import Config, Manifest, Node, load_config
+from psyche.config import MANIFEST, Config, Manifest, Node, load_config
 from psyche.network.identity import Identity
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.outer import OuterState
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.messages import Certificate, Proposal, decode
-from psyche.roles.processes import IDENTITY, MANIFEST
+from psyche.protocol.ledger import claimed
+from psyche.roles.processes import IDENTITY
 from psyche.roles.provision import local_store
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica
-from psyche.state.checkpoint import load_latest
+from psyche.state.ledger import NAME as LEDGER
+from psyche.state.ledger import Ledger
 from psyche.telemetry.events import LOG_NAME, RoundCertified, read_events
 from psyche.training.engine import TorchEngine
 from psyche.training.models import build
@@ -89,18 +89,12 @@ def replica(manifest: Manifest, node: Node, identity: Identity, backend: Backend
 
 def late_steps(directory: Path) -> dict[tuple[int, str], int]:
     """How many late steps each node of a finished run took while a round was on the wire, by round and node."""
-    checkpoint = load_latest(directory / "node-1" / "checkpoints", run_id_of(directory), print)
-    assert checkpoint is not None
     taken = {}
-    for encoded in checkpoint.certificates:
-        proposal = decode(Proposal, envelopes.decode(decode(Certificate, encoded).proposal).body)
-        for accepted in proposal.record.accepted:
-            taken[proposal.record.plan.round - 1, accepted.node] = accepted.contribution.late_steps
+    with Ledger.read(directory / "node-1" / LEDGER) as ledger:
+        for entry in ledger.entries():
+            for accepted in claimed(entry.certificate).record.accepted:
+                taken[entry.round - 1, accepted.node] = accepted.contribution.late_steps
     return taken
-
-
-def run_id_of(directory: Path) -> bytes:
-    return Manifest.decode((directory / "coordinator" / MANIFEST).read_bytes()).run_id
 
 
 def reference_roots(

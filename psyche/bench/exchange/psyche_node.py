@@ -33,9 +33,12 @@ from psyche.numerics.flat import ALIGNMENT, FlatLayout
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Record
 from psyche.roles.coordinator import Coordinator
+from psyche.roles.ledger import LedgerWriter
 from psyche.roles.presence import KINDS, announce
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.worker import Worker
+from psyche.state.ledger import NAME as LEDGER
+from psyche.state.ledger import Ledger
 from psyche.telemetry.events import LOG_NAME, EventLog
 from psyche.training.engine import Batch
 
@@ -64,6 +67,7 @@ class PsycheProcess(Process):
         folder = Path(self.spec.folder)
         self.identity = Identity.load_or_create(folder / "identity.key")
         self.log = EventLog(folder / LOG_NAME, self.identity.peer_id)
+        self.ledger = LedgerWriter(Ledger.open(folder / LEDGER, run_id), print)
         self.network = await NetworkNode.create(
             self.identity,
             run_id=run_id,
@@ -81,6 +85,7 @@ class PsycheProcess(Process):
         for task in (work, self._announcing):
             task.cancel()
         await asyncio.gather(work, self._announcing, return_exceptions=True)
+        self.ledger.close()
         await self.network.close()
 
 
@@ -91,7 +96,7 @@ class PsycheLead(PsycheProcess):
         identity = Identity.load_or_create(Path(self.spec.folder) / "identity.key")
         manifest = manifest_of(self.spec, identity.peer_id)
         await self._start(manifest.run_id, [], "coordinator")
-        coordinator = Coordinator(manifest, self.identity, self.network, self.log, Path(self.spec.folder))
+        coordinator = Coordinator(manifest, self.identity, self.network, self.log, self.ledger, Path(self.spec.folder))
         self._work = asyncio.create_task(coordinator.run())
         addresses = await self.network.addresses()
         return Met(msgspec.json.encode([manifest.encode(), addresses]).decode(), self.identity.peer_id)
@@ -113,7 +118,8 @@ class PsycheNode(PsycheProcess, Participant):
         me, secret = self.identity.peer_id, self.identity.secret_digest(b"salt")
         self._replica = TimedReplica(manifest, self._engine, store, zero, me, secret)
         settings = Node(threads=self.spec.threads, device="cpu", checkpoint_every=NEVER)
-        worker = Worker(self._replica, settings, Path(self.spec.folder), self.identity, self.network, self.log)
+        folder = Path(self.spec.folder)
+        worker = Worker(self._replica, settings, folder, self.identity, self.network, self.log, self.ledger)
         self._work = asyncio.create_task(worker.run())
         self._work.add_done_callback(self._ended)
         return Met("", me)

@@ -1,0 +1,35 @@
+"""The part of a run's rules that its manifest says without the model: enough to check a chain, and quick to import."""
+
+from __future__ import annotations
+
+from psyche.config import Manifest
+from psyche.protocol.state import Rules
+
+
+def chain_rules(manifest: Manifest) -> Rules:
+    """The rules that a certified chain is held to.
+
+    What depends on the model's shape alone (sizes of payloads, numbers of slices) was for the voters to check, and
+    allows anything here; so nobody has to build the model, or to have what it takes, to verify a ledger.
+    """
+    run = manifest.run
+    return Rules(
+        run_id=manifest.run_id,
+        genesis=bytes.fromhex(manifest.resolved.genesis),
+        rounds=run.rounds.total,
+        inner_steps=run.rounds.inner_steps,
+        late_steps=run.overlap.late_steps,
+        batch_size=run.inner.batch_size,
+        tokens_per_step=run.tokens_per_step,
+        payload_bytes=2**62,
+        slices=(),
+        reducers=run.exchange.reducers,
+        sharded_from=None,
+        start_members=run.rounds.start_members,
+        min_members=run.rounds.min_members,
+        round_bounds=(run.deadlines.round_min, run.deadlines.round_max),
+        exchange_bounds=(run.deadlines.exchange_min, run.deadlines.exchange_max),
+        silence=run.deadlines.silence,
+        spread=run.deadlines.spread,
+        coordinators=len(manifest.resolved.coordinators),
+    )

@@ -1,0 +1,94 @@
+"""The cheap checks that every start of ``psyche join`` makes: nothing is said of what is well."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from psyche.config import Manifest, Node
+from psyche.errors import PsycheError
+from psyche.network.address import split_address
+from psyche.network.node import NetworkNode
+from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, check_reach, needs_of
+from psyche.roles.probes import clock_offset, reachable
+from psyche.roles.provision import Found
+from psyche.training.engine import pick_device
+
+TRIES_SECONDS = (5.0, 15.0, 30.0)
+"""Peers that join at the same moment start to answer a little later."""
+
+
+def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found) -> list[Finding]:
+    """Disk and memory against what the run needs of this node."""
+    device = pick_device(node.device)
+    needs = needs_of(manifest, node, device)
+    kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))
+    findings = [
+        check_disk("checkpoints and payloads", directory, max(0, needs.directory - kept), "--directory"),
+        check_disk("the text", node.cache, found.missing, "node.cache"),
+        check_memory("memory", needs.host, available_memory(), "close other programs, or use a machine with more"),
+    ]
+    if needs.device:
+        free = torch.cuda.mem_get_info(device)[0]
+        mend = "free the GPU (nvidia-smi shows who uses it), or set node.outer_state to cpu"
+        findings.append(check_memory("GPU memory", needs.device, free, mend))
+    return findings
+
+
+async def check_connection(network: NetworkNode, node: Node, port: int | None = None) -> tuple[list[Finding], bool]:
+    """Clock and reachability as connected peers see them, and whether they could tell both.
+
+    ``port`` is the one to be reached at; that of ``network`` by default.
+    """
+    peers = sorted(await network.connected())
+    own = await network.addresses()
+    at = port_of(own) if port is None else port
+    offset, (verdict, seen) = await asyncio.gather(clock_offset(network, peers), reachable(network, peers, at))
+    findings = [check_clock(offset), check_reach(verdict, seen, at, own, node.relay == "auto")]
+    return findings, offset is not None and verdict is not None
+
+
+async def warn_of_connection(network: NetworkNode, node: Node, warn: Callable[[str], None]) -> None:
+    """Say once what is wrong with clock and reachability; joining does not wait for it."""
+    findings: list[Finding] = []
+    for pause in TRIES_SECONDS:
+        await asyncio.sleep(pause)
+        with contextlib.suppress(PsycheError, TimeoutError):  # a daemon too busy to answer is asked once more
+            findings, sure = await check_connection(network, node)
+            if sure:
+                break
+    tell(findings, warn)
+
+
+def tell(findings: Sequence[Finding], warn: Callable[[str], None]) -> None:
+    """Pass on what is not well. Raises :class:`PsycheError` for the first thing that cannot work."""
+    for finding in findings:
+        if finding.level == "fail":
+            raise PsycheError(f"{finding.check}: {finding.found}; {finding.mend}")
+        if finding.level == "warn":
+            warn(f"{finding.check}: {finding.found}; {finding.mend}")
+
+
+def port_of(addresses: Sequence[str]) -> int:
+    """The TCP port of the first direct address; 0 where there is none."""
+    for text in addresses:
+        parts = split_address(text)[0].split("/")
+        if "p2p-circuit" not in parts and parts[3] == "tcp":
+            return int(parts[4])
+    return 0
+
+
+def available_memory() -> int:
+    """Bytes of RAM that programs can still take, within the limit of the container that we may be in."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, int(limit) - used)) if limit.isdigit() else free

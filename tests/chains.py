@@ -1,0 +1,131 @@
+"""Chains of certificates with real signatures, and a manifest that they can be checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from psyche.config import Data, Manifest, Model, Resolved, Rounds, Run
+from psyche.network.identity import Identity, open_envelope
+from psyche.numerics.digest import digest
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.assignment import next_position
+from psyche.protocol.ledger import Entry, Verified, verify_chain
+from psyche.protocol.messages import Accepted, Body, Certificate, Excluded, Member, Plan, Proposal, Record, Vote
+from psyche.protocol.proposals import round_seed
+from psyche.protocol.state import Rules
+from psyche.roles.rules import rules_of
+from tests.protocol.players import contribution
+
+COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
+MEMBERS.sort(key=lambda identity: identity.peer_id)
+NAMES = tuple(member.peer_id for member in MEMBERS)
+REASON = "no commitment before the deadline"
+
+
+def manifest(name: str = "ledger") -> Manifest:
+    """Of a run of ten rounds; another name is another run."""
+    digests = {key: f"{number:064x}" for number, key in enumerate(("store", "layout", "genesis"), 1)}
+    return Manifest(
+        run=Run(
+            name=name,
+            model=Model(settings={"vocab_size": 4096}),
+            data=Data(),
+            rounds=Rounds(total=10, inner_steps=5),
+        ),
+        resolved=Resolved(coordinators=(COORDINATOR.peer_id,), parameters=4096, flat_size=4096, **digests),
+    )
+
+
+MANIFEST = manifest()
+RULES = rules_of(MANIFEST)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A certified round: proof, record, and the state after it."""
+
+    certificate: bytes
+    record: Record
+    root: bytes
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.record.plan.round, self.certificate, self.root)
+
+
+def chain(
+    rounds: int,
+    *,
+    left_out: Callable[[int], int] = lambda round: round % 2,
+    mend: Callable[[Record], Record] = lambda record: record,
+    flavour: bytes = b"",
+) -> list[Link]:
+    """So many rounds, each with its last ``left_out(round)`` members excluded. ``mend`` changes a record before it is
+    signed by all: what a coordinator in league with its members could do. ``flavour`` gives other states."""
+    links: list[Link] = []
+    for _ in range(rounds):
+        links.append(link(links[-1] if links else None, left_out, mend, flavour))
+    return links
+
+
+def link(
+    before: Link | None,
+    left_out: Callable[[int], int] = lambda round: 0,
+    mend: Callable[[Record], Record] = lambda record: record,
+    flavour: bytes = b"",
+) -> Link:
+    """The round after ``before``, or the first."""
+    if before is None:
+        round, previous, base, position = 1, RULES.run_id, RULES.genesis, 0
+    else:
+        last = before.record.plan
+        round, previous, base = last.round + 1, before.record.hash, before.root
+        position = next_position(last, RULES.batch_size, RULES.late_steps)
+    members = tuple(Member(name, RULES.inner_steps, 1) for name in NAMES)
+    plan = Plan(round, 2 * round - 1, previous, base, round_seed(previous), position, 0, members)
+    out = left_out(round)
+    accepted, excluded = NAMES[: len(NAMES) - out], NAMES[len(NAMES) - out :]
+    record = mend(
+        Record(
+            plan=plan,
+            accepted=tuple(Accepted(name, contribution(name, plan, RULES)) for name in accepted),
+            excluded=tuple(Excluded(name, REASON) for name in excluded),
+            electorate=NAMES,
+            reconfiguration=False,
+            ring=(),
+            results=(),
+            minority=(),
+        )
+    )
+    return Link(certify(record), record, digest("root", record.hash, flavour))
+
+
+def certify(record: Record, voters: int = len(NAMES)) -> bytes:
+    """The certificate of ``record`` with the votes of the first ``voters`` members."""
+    round, term = record.plan.round, record.plan.term + 1
+    ballots = tuple(sealed(member, Vote(term, record.hash), round) for member in MEMBERS[:voters])
+    return Certificate(sealed(COORDINATOR, Proposal(term, record), round), ballots).encode()
+
+
+def sealed(author: Identity, body: Body, round: int) -> bytes:
+    return envelopes.encode(author.seal(body.DOMAIN, RULES.run_id, round, body.encode()))
+
+
+def with_plan(**changes: object) -> Callable[[Record], Record]:
+    """For ``mend``: the plan of round 3 with ``changes``."""
+
+    def mend(record: Record) -> Record:
+        if record.plan.round != 3:
+            return record
+        return msgspec.structs.replace(record, plan=msgspec.structs.replace(record.plan, **changes))
+
+    return mend
+
+
+def verified(entries: list[Entry], rules: Rules = RULES) -> list[Verified]:
+    """All of them. Raises :class:`BadLedger`."""
+    return list(verify_chain(entries, rules=rules, coordinators=(COORDINATOR.peer_id,), open_envelope=open_envelope))

@@ -1,0 +1,179 @@
+"""The check that anyone can make of a ledger file: whatever is tampered with is named."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche.protocol.ledger import BadLedger
+from psyche.roles.ledger import verify_ledger
+from psyche.state.ledger import NAME, Ledger, LedgerError
+from tests.chains import MANIFEST, NAMES, RULES, certify, chain
+from tests.ledgers import CHAIN, EACH, OTHER, change, fill
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("ledger") / NAME)
+
+
+@contextmanager
+def copied(sound: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copy(sound, Path(folder) / NAME))
+
+
+def fault(path: Path) -> BadLedger:
+    with pytest.raises(BadLedger) as caught:
+        verify_ledger(path, MANIFEST)
+    return caught.value
+
+
+def test_a_sound_ledger(sound: Path) -> None:
+    found = verify_ledger(sound, MANIFEST)
+    assert (found.rounds, found.last, found.missing, found.reconfigurations) == (6, 6, (), 0)
+    assert found.tokens == dict.fromkeys(NAMES[:-1], 6 * EACH) | {NAMES[-1]: 3 * EACH}
+
+
+COLUMNS = ["record_hash", "previous", "base_root", "reconfiguration", "certificate"]
+COUNTS = ["votes", "due_steps", "tokens", "inner_steps", "payload_bytes", "minority"]
+VALUES = st.one_of(
+    st.integers(2, 2**40), st.binary(min_size=1, max_size=40), st.text(min_size=1, max_size=9), st.none()
+)
+
+
+@given(st.integers(1, 6), st.sampled_from(COLUMNS), VALUES)
+@settings(deadline=None, max_examples=40)
+def test_a_changed_round_is_named(sound: Path, round: int, column: str, value: object) -> None:
+    with copied(sound) as path:
+        try:
+            change(path, f"UPDATE rounds SET {column} = ? WHERE round = ?", value, round)
+        except sqlite3.IntegrityError:
+            return  # SQLite itself would not have it
+        if column == "certificate" and not isinstance(value, bytes):
+            with pytest.raises(LedgerError, match=f"the row of round {round} holds no certificate"):
+                verify_ledger(path, MANIFEST)
+        else:
+            assert fault(path).round == round
+
+
+@given(st.integers(1, 6), st.sampled_from(NAMES), st.sampled_from([*COUNTS, "reason", "node"]), VALUES)
+@settings(deadline=None, max_examples=60)
+def test_a_changed_member_is_named_with_its_round(
+    sound: Path, round: int, node: str, column: str, value: object
+) -> None:
+    with copied(sound) as path:
+        where = "WHERE round = ? AND node = ?"
+        with sqlite3.connect(path) as reader:
+            (before,) = reader.execute(f"SELECT {column} FROM members {where}", (round, node)).fetchone()
+        reader.close()
+        try:
+            change(path, f"UPDATE members SET {column} = ? {where}", value, round, node)
+        except sqlite3.IntegrityError:
+            return
+        if value != before:
+            assert fault(path).round == round
+
+
+@given(st.integers(1, 6), st.sampled_from(NAMES))
+@settings(deadline=None, max_examples=10)
+def test_a_member_that_is_gone_is_named_with_its_round(sound: Path, round: int, node: str) -> None:
+    with copied(sound) as path:
+        assert change(path, "DELETE FROM members WHERE round = ? AND node = ?", round, node) == 1
+        assert fault(path).round == round
+
+
+@given(st.integers(1, 5), st.binary(min_size=32, max_size=32))
+@settings(deadline=None, max_examples=10)
+def test_a_changed_state_root_is_contradicted_by_the_next_round(sound: Path, round: int, root: bytes) -> None:
+    with copied(sound) as path:
+        change(path, "UPDATE rounds SET state_root = ? WHERE round = ?", root, round)
+        assert fault(path).round == round + 1
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+@settings(deadline=None, max_examples=15)
+def test_swapped_rounds_are_named(sound: Path, one: int, other: int) -> None:
+    if one == other:
+        return
+    with copied(sound) as path:
+        for table in ("rounds", "members"):
+            for old, new in ((one, 99), (other, one), (99, other)):
+                change(path, f"UPDATE {table} SET round = ? WHERE round = ?", new, old)
+        assert fault(path).round == min(one, other)
+
+
+@given(st.integers(1, 6))
+@settings(deadline=None, max_examples=6)
+def test_another_record_in_the_place_of_one_breaks_the_chain(sound: Path, round: int) -> None:
+    """Every column of the row is that of a record that was certified, too, by the same members."""
+    with copied(sound) as path:
+        for table in ("rounds", "members"):
+            change(path, f"DELETE FROM {table} WHERE round = ?", round)
+        with tempfile.TemporaryDirectory() as folder:
+            foreign = fill(Path(folder) / NAME, [OTHER[round - 1]])
+            with sqlite3.connect(path) as forger:
+                forger.execute("ATTACH ? AS foreign_ledger", (str(foreign),))
+                for table in ("rounds", "members"):
+                    forger.execute(f"INSERT INTO {table} SELECT * FROM foreign_ledger.{table}")
+            forger.close()
+        assert fault(path).round == max(round, 2), "the first is only contradicted by the second"
+
+
+@given(st.sets(st.integers(1, 6), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=15)
+def test_missing_rounds_are_named(sound: Path, gone: set[int]) -> None:
+    with copied(sound) as path:
+        for round in gone:
+            change(path, "DELETE FROM rounds WHERE round = ?", round)
+        assert "members are listed for it" in fault(path).reason
+        for round in gone:
+            change(path, "DELETE FROM members WHERE round = ?", round)
+        found = verify_ledger(path, MANIFEST)
+        last = max(set(range(1, 7)) - gone)
+        assert [round for gap in found.missing for round in gap] == sorted(one for one in gone if one < last)
+        assert found.rounds == 6 - len(gone)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.9999])
+def test_a_truncated_file_is_no_ledger(sound: Path, share: float) -> None:
+    with copied(sound) as path:
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+        with pytest.raises(LedgerError, match=str(path)):
+            verify_ledger(path, MANIFEST)
+
+
+def test_a_changed_vote_is_named(sound: Path) -> None:
+    with copied(sound) as path:
+        (certificate,) = [one.certificate for one in CHAIN if one.record.plan.round == 4]
+        forged = certificate[:-3] + bytes([certificate[-3] ^ 1]) + certificate[-2:]
+        change(path, "UPDATE rounds SET certificate = ? WHERE round = 4", forged)
+        assert fault(path).round == 4
+        assert "cannot be believed" in fault(path).reason
+        change(path, "UPDATE rounds SET certificate = ? WHERE round = 4", certify(CHAIN[3].record, voters=2))
+        assert "2 votes are not more than two thirds of 4" in fault(path).reason
+
+
+def test_a_run_that_went_back_is_told_by_its_ledger(sound: Path) -> None:
+    with copied(sound) as path:
+        with Ledger.open(path, RULES.run_id) as ledger:
+            other = chain(5, left_out=lambda round: round % 2 if round < 5 else 2)[4]
+            ledger.supersede(other.certificate, other.record, other.root)
+        found = fault(path)
+        assert (found.round, "certified twice" in found.reason) == (5, True)
+        foreign = chain(6, flavour=b"other")[5]
+        with Ledger.open(path, RULES.run_id) as ledger:
+            change(path, "DELETE FROM superseded")
+            ledger.supersede(foreign.certificate, foreign.record, foreign.root)
+        found = fault(path)
+        assert (found.round, "certified twice" in found.reason) == (5, True), "round 6 is built on another round 5"
+        change(path, "UPDATE superseded SET certificate = ?", b"made up")
+        assert "proves nothing" in fault(path).reason

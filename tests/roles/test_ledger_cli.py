@@ -1,0 +1,124 @@
+"""``psyche ledger show`` and ``verify``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from psyche.errors import PsycheError
+from psyche.protocol.messages import Record
+from psyche.state.ledger import NAME, Ledger
+from tests.chains import MANIFEST, NAMES, REASON, RULES, link, manifest
+from tests.ledgers import CHAIN, EACH, OTHER, change, fill, psyche_ledger
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A node's, with rounds 3 to 6."""
+    fill(tmp_path / NAME, CHAIN[2:])
+    (tmp_path / "manifest.msgpack").write_bytes(MANIFEST.encode())
+    return tmp_path
+
+
+def test_verify_says_what_is_sound_and_what_is_missing(directory: Path) -> None:
+    result = psyche_ledger("verify", directory)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (
+        f"sound: 4 certified rounds up to round 6, {14 * EACH:,} tokens of 4 nodes, 0 reconfigurations; "
+        "missing here: rounds 1–2\n"
+    )
+    sound = fill(directory / "elsewhere" / NAME)
+    result = psyche_ledger("verify", sound, "--manifest", directory / "manifest.msgpack")
+    assert "6 certified rounds" in result.stdout
+    assert "none is missing" in result.stdout
+
+
+def test_verify_names_the_round_and_the_reason(directory: Path) -> None:
+    change(directory / NAME, "UPDATE members SET tokens = tokens + 1 WHERE round = 5")
+    result = psyche_ledger("verify", directory)
+    assert isinstance(result.exception, PsycheError)
+    assert "round 5: its members are not listed as its certificate says" in str(result.exception)
+
+
+def test_verify_says_what_it_needs(directory: Path) -> None:
+    (directory / "manifest.msgpack").write_bytes(manifest("another").encode())
+    assert "and the manifest that of" in str(psyche_ledger("verify", directory).exception)
+    (directory / "manifest.msgpack").unlink()
+    assert "name it with --manifest" in str(psyche_ledger("verify", directory).exception)
+    assert "there is no ledger at" in str(psyche_ledger("show", directory / "nowhere").exception)
+
+
+def test_verify_ends_with_one_sentence_and_a_code(directory: Path) -> None:
+    change(directory / NAME, "UPDATE rounds SET certificate = x'00' WHERE round = 4")
+    done = subprocess.run(
+        [sys.executable, "-m", "psyche", "ledger", "verify", str(directory)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "is not the history of the run: round 4: its certificate proves nothing" in done.stderr
+
+
+def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    result = psyche_ledger("show", directory)
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    for one in CHAIN[2:]:
+        out = f" …{NAMES[-1][-6:]}: {REASON}" if one.record.excluded else ""
+        count, hashes = len(one.record.accepted), f"{one.record.hash.hex()[:8]} {one.root.hex()[:8]}"
+        assert f"{one.record.plan.round} {count}/4 {count * EACH:,} {hashes}{out}" in words
+    assert f"…{NAMES[-1][-6:]} 2/4 {2 * EACH:,}" in words
+    assert "missing here: rounds 1–2" in words
+    latest = psyche_ledger("show", directory, "--last", 1).stdout
+    assert CHAIN[5].record.hash.hex()[:8] in latest
+    assert CHAIN[4].record.hash.hex()[:8] not in latest
+    assert f"…{NAMES[-1][-6:]}" in latest, "totals are of all rounds"
+
+
+def test_show_marks_reconfigurations_and_what_was_superseded(tmp_path: Path) -> None:
+    def survivors(record: Record) -> Record:
+        return msgspec.structs.replace(record, electorate=NAMES[:3], reconfiguration=record.plan.round == 2)
+
+    path = fill(tmp_path / NAME, CHAIN[:2])
+    with Ledger.open(path, RULES.run_id) as ledger:
+        ledger.supersede(OTHER[0].certificate, OTHER[0].record, OTHER[0].root)
+        again = link(OTHER[0], mend=survivors)
+        ledger.append(again.certificate, again.record, again.root)
+    words = " ".join(psyche_ledger("show", path).stdout.split())
+    assert words.count("reconfiguration") == 1
+    assert "certified before with another record, and superseded: 1, 2" in words
+
+
+def test_show_as_json_and_of_one_node(directory: Path) -> None:
+    story = json.loads(psyche_ledger("show", directory, "--json", "--node", NAMES[-1][-6:], "--last", 2).stdout)
+    assert [(one["round"], len(one["members"])) for one in story["rounds"]] == [(5, 1), (6, 1)]
+    assert story["rounds"][0]["members"][0] == {
+        "node": NAMES[-1],
+        "votes": 1,
+        "tokens": None,
+        "inner_steps": None,
+        "payload_bytes": None,
+        "reason": REASON,
+        "minority": False,
+    }
+    assert story["rounds"][1]["members"][0]["tokens"] == EACH
+    assert list(story["totals"]) == [NAMES[-1]]
+    assert (story["missing"], story["held"], story["run_id"]) == ([[1, 2]], 4, RULES.run_id.hex())
+    assert "no member" in str(psyche_ledger("show", directory, "--node", "nobody").exception)
+    assert "4 members" in str(psyche_ledger("show", directory, "--node", "").exception)
+
+
+def test_show_says_which_certificate_it_cannot_read(directory: Path) -> None:
+    change(directory / NAME, "UPDATE rounds SET certificate = x'00' WHERE round = 4")
+    assert "the certificate of round 4" in str(psyche_ledger("show", directory).exception)
+
+
+def test_importing_the_commands_is_cheap() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'sqlite3', 'rich.table'}"
+    code = f"import sys, psyche.cli.ledger; print({heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -1,0 +1,145 @@
+"""How ledgers are written, and what those of a real run hold."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import pytest
+
+from psyche.protocol.acceptor import Chain
+from psyche.roles.ledger import LedgerWriter, backfill, writing
+from psyche.state.ledger import NAME, Ledger, LedgerError
+from psyche.telemetry.events import Resynchronised, RoundCertified, RoundStarted
+from tests.chains import MANIFEST, RULES, chain
+from tests.ledgers import CHAIN, fill, psyche_ledger
+from tests.roles.swarm import swarm
+from tests.roles.tiny import write_config
+
+
+def test_the_writer_writes_what_was_entered_before_it_is_closed(tmp_path: Path) -> None:
+    warnings: list[str] = []
+
+    async def work() -> None:
+        async with writing(Ledger.open(tmp_path / NAME, RULES.run_id), warnings.append) as writer:
+            for one in (*CHAIN[:3], CHAIN[1]):
+                writer.enter(one.certificate, one.record, one.root)
+                writer.check()
+
+    asyncio.run(work())
+    with Ledger.read(tmp_path / NAME) as ledger:
+        assert list(ledger.entries()) == [one.entry for one in CHAIN[:3]]
+    assert warnings == []
+
+
+def test_the_writer_follows_a_run_that_went_back_and_says_so(tmp_path: Path) -> None:
+    """All of a run's nodes were killed, say, and started again from checkpoints older than their ledgers."""
+    warnings: list[str] = []
+    writer = LedgerWriter(Ledger.open(fill(tmp_path / NAME), RULES.run_id), warnings.append)
+    again = chain(6, left_out=lambda round: round % 2 if round < 5 else 2)
+    for one in again[4:]:
+        writer.enter(one.certificate, one.record, one.root)
+    writer.close()
+    writer.check()
+    with Ledger.read(tmp_path / NAME) as ledger:
+        assert list(ledger.entries()) == [*(one.entry for one in CHAIN[:4]), *(one.entry for one in again[4:])]
+        assert ledger.superseded() == [one.entry for one in CHAIN[4:]]
+    (warning,) = warnings
+    assert "round 5 was certified twice" in warning
+    assert "2 rounds of the ledger are superseded" in warning
+
+
+def test_what_cannot_be_written_is_raised_where_it_is_asked_for(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / NAME, RULES.run_id)
+    ledger._connection.execute("PRAGMA query_only = ON")
+
+    async def work() -> None:
+        async with writing(ledger, print) as writer:
+            writer.enter(CHAIN[0].certificate, CHAIN[0].record, None)
+
+    with pytest.raises(LedgerError, match="cannot use the ledger"):
+        asyncio.run(work())
+
+
+@pytest.mark.parametrize("there", [0, 2, 6])
+def test_a_checkpoint_fills_a_ledger_that_is_younger(tmp_path: Path, there: int) -> None:
+    """Of an earlier version: with the whole chain, here up to round 5. And one of this: with the last certificate."""
+    fill(tmp_path / NAME, CHAIN[:there])
+    warnings: list[str] = []
+    at = Chain(5, CHAIN[4].record.hash, CHAIN[4].root, 0)
+    certificates = [one.certificate for one in CHAIN[:5]]
+    with Ledger.open(tmp_path / NAME, RULES.run_id) as ledger:
+        backfill(ledger, MANIFEST, at, [*certificates[4:], b"made up"], warnings.append)
+        assert ledger.rounds() == sorted({*range(1, there + 1), 5})
+        backfill(ledger, MANIFEST, at, certificates, warnings.append)
+        assert list(ledger.entries()) == [one.entry for one in CHAIN[: max(5, there)]]
+    assert len(warnings) == 1
+    assert "proves nothing" in warnings[0]
+
+
+# --------------------------------------------------------------------------------- of a real run
+
+
+ROUNDS = {"inner_steps": 40, "min_members": 1, "total": 500, "start_members": 3}
+QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
+
+
+@pytest.mark.slow
+def test_a_killed_node_comes_back_from_an_older_checkpoint_to_the_same_chain(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=3, rounds=ROUNDS, deadlines=QUICK)
+    names = ["node-1", "node-2", "node-3"]
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in names:
+            run.node(name)
+        run.wait("node-3", RoundCertified, lambda event: event.round == 3)  # its checkpoint is of round 2
+        run.kill("node-3")
+        cut = run.events("coordinator", RoundCertified)[-1].round
+        run.wait("coordinator", RoundCertified, lambda event: event.round > cut + 1)
+        run.node("node-3")
+        back = run.wait("node-3", Resynchronised)
+        run.wait("node-3", RoundCertified, lambda event: event.round > back.round)
+        for name in [*names, "coordinator"]:
+            assert run.kill(name, signal.SIGINT) == 130, run.output(name)
+        for name in [*names, "coordinator"]:
+            result = psyche_ledger("verify", run.directory / name)
+            assert result.exit_code == 0, result.exception
+        hashes = {name: _hashes(run.directory / name / NAME) for name in [*names, "coordinator"]}
+        for name in names:
+            shared = hashes[name].keys() & hashes["coordinator"].keys()
+            assert len(shared) >= 4
+            assert all(hashes[name][round] == hashes["coordinator"][round] for round in shared)
+
+
+def _hashes(path: Path) -> dict[int, bytes | None]:
+    with Ledger.read(path) as ledger:
+        return {round: ledger.hash_of(round) for round in ledger.rounds()}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_altogether_goes_back_and_its_ledgers_say_so(tmp_path: Path) -> None:
+    """Nobody holds the state after round 3 any more: all go on from their checkpoints of round 2."""
+    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"start_members": 2}, deadlines=QUICK)
+    names = ["node-1", "node-2", "coordinator"]
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in names[:2]:
+            run.node(name)
+        run.wait("coordinator", RoundCertified, lambda event: event.round == 3)
+        for name in names:
+            run.kill(name)
+        (run.directory / "coordinator" / "invite").unlink()
+        run.coordinator()
+        for name in names[:2]:
+            run.node(name)
+        run.wait("coordinator", RoundStarted, lambda event: event.round > 4)
+        for name in names:
+            assert run.kill(name, signal.SIGINT) == 130, run.output(name)
+        for name in names:
+            with Ledger.read(run.directory / name / NAME) as ledger:
+                assert ledger.missing() == ()
+                assert [entry.round for entry in ledger.superseded()] == [3]
+                hashes = [ledger.hash_of(round) for round in range(1, 5)]
+            assert hashes == list(_hashes(run.directory / names[0] / NAME).values())[:4]
+            assert "round 3: certified twice" in str(psyche_ledger("verify", run.directory / name).exception)

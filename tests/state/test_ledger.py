@@ -1,0 +1,340 @@
+"""A ledger file: one chain of one run, whatever happened to the process, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sqlite3
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche.protocol.ledger import Entry
+from psyche.state.ledger import Forked, Ledger, LedgerError
+from psyche.state.ledger_schema import member_rows, round_row
+from tests.chains import NAMES, REASON, RULES, Link, chain, link, verified
+
+CHAIN = chain(6)
+OTHER = chain(6, flavour=b"other")
+RUN, GENESIS = RULES.run_id, RULES.genesis
+
+
+def append(ledger: Ledger, one: Link, root: bytes | None = b"") -> None:
+    ledger.append(one.certificate, one.record, one.root if root == b"" else root)
+
+
+def append_all(ledger: Ledger, links: list[Link]) -> None:
+    for one in links:
+        append(ledger, one)
+
+
+def examine(path: Path) -> None:
+    with Ledger.read(path) as ledger:
+        ledger.check_pages()
+
+
+def filled(path: Path, links: list[Link] = CHAIN) -> Path:
+    with Ledger.open(path, RUN) as ledger:
+        append_all(ledger, links)
+    return path
+
+
+def holds(ledger: Ledger, links: list[Link]) -> bool:
+    return list(ledger.entries()) == [one.entry for one in links]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "node" / "ledger.sqlite"
+
+
+def test_what_is_appended_is_there_after_opening_again(path: Path) -> None:
+    filled(path)
+    with Ledger.open(path, RUN) as ledger:
+        assert holds(ledger, CHAIN)
+        assert ledger.run_id == RUN
+        assert ledger.missing() == ()
+        assert list(ledger.entries(5)) == [one.entry for one in CHAIN[4:]]
+        assert ledger.hash_of(6) == CHAIN[5].record.hash
+        assert ledger.hash_of(7) is None
+        for one in CHAIN:
+            round = one.record.plan.round
+            assert ledger.row(round) == round_row(one.record)
+            assert ledger.member_rows(round) == member_rows(one.record)
+    verified([one.entry for one in CHAIN])
+
+
+def test_it_can_be_asked_in_sql(path: Path) -> None:
+    query = "SELECT sum(tokens), sum(inner_steps), count(reason), max(reason) FROM members WHERE node = ?"
+    with sqlite3.connect(filled(path)) as reader:
+        tokens, steps, left_out, reason = reader.execute(query, (NAMES[-1],)).fetchone()
+    assert (tokens, steps) == (3 * RULES.inner_steps * RULES.tokens_per_step, 3 * RULES.inner_steps)
+    assert (left_out, reason) == (3, REASON)
+
+
+def test_many_rounds_are_read_page_by_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psyche.state.ledger._PAGE", 2)
+    with Ledger.read(filled(path)) as ledger:
+        assert holds(ledger, CHAIN)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=14))
+@settings(deadline=None, max_examples=30)
+def test_in_any_order_and_as_often_as_one_likes(order: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "ledger.sqlite", RUN) as ledger:
+        for at in order:
+            append(ledger, CHAIN[at])
+        there = sorted(set(order))
+        assert holds(ledger, [CHAIN[at] for at in there])
+        assert [round for gap in ledger.missing() for round in gap] == [
+            at + 1 for at in range(there[-1]) if at not in there
+        ]
+
+
+@given(st.integers(0, 5), st.integers(0, 5))
+@settings(deadline=None, max_examples=25)
+def test_what_contradicts_the_chain_is_refused_and_changes_nothing(upto: int, at: int) -> None:
+    """Another record of a round that is there, or one that is built on another than the last one."""
+    with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "ledger.sqlite", RUN) as ledger:
+        for one in CHAIN[: upto + 1]:
+            append(ledger, one)
+        other = chain(at + 1, left_out=lambda round: 2)[at]
+        if at > upto + 1:
+            append(ledger, other)  # after a gap nothing says which chain it is of
+            return
+        with pytest.raises(Forked, match=r"certified twice.*keep the file, it is the proof"):
+            append(ledger, other)
+        assert holds(ledger, CHAIN[: upto + 1])
+
+
+def test_the_first_record_must_be_built_on_the_run(path: Path) -> None:
+    (astray,) = chain(
+        1, mend=lambda r: msgspec.structs.replace(r, plan=msgspec.structs.replace(r.plan, previous=GENESIS))
+    )
+    with Ledger.open(path, RUN) as ledger:
+        for use in (ledger.append, ledger.supersede):
+            with pytest.raises(Forked, match="the first round is built on run"):
+                use(astray.certificate, astray.record, None)
+        assert ledger.rounds() == []
+
+
+def test_what_comes_before_must_be_what_the_next_is_built_on(path: Path) -> None:
+    with Ledger.open(path, RUN) as ledger:
+        append(ledger, CHAIN[1])
+        with pytest.raises(Forked):
+            append(ledger, chain(1, left_out=lambda round: 3)[0])
+        append(ledger, CHAIN[0])
+        assert holds(ledger, CHAIN[:2])
+
+
+def test_a_certificate_of_another_record_is_a_mistake_of_the_caller(path: Path) -> None:
+    with Ledger.open(path, RUN) as ledger, pytest.raises(ValueError, match="another record"):
+        ledger.append(CHAIN[1].certificate, CHAIN[0].record, None)
+
+
+def test_state_roots_are_what_the_next_round_builds_on(path: Path) -> None:
+    """A node that found something else was wrong; one that did not know it then does."""
+    with Ledger.open(path, RUN) as ledger:
+        append(ledger, CHAIN[0], None)
+        append(ledger, CHAIN[1], b"w" * 32)
+        assert [one.state_root for one in ledger.entries()] == [CHAIN[0].root, b"w" * 32]
+        append(ledger, CHAIN[1], None)
+        assert [one.state_root for one in ledger.entries()][1] == b"w" * 32
+        append(ledger, CHAIN[1])
+        append(ledger, CHAIN[2], None)
+        append(ledger, CHAIN[0], b"w" * 32)
+        assert [one.state_root for one in ledger.entries()] == [CHAIN[0].root, CHAIN[1].root, None]
+
+
+@pytest.mark.parametrize(
+    ("at", "keeps", "moved"),
+    [(5, 4, 2), (3, 2, 4), (2, 1, 5), (1, 1, 5), (0, 0, 6)],
+)
+def test_a_run_that_goes_back_is_followed_and_the_proof_of_it_kept(path: Path, at: int, keeps: int, moved: int) -> None:
+    """``OTHER`` has other states from round 1 on, and so other records from round 2 on."""
+    filled(path)
+    other = OTHER[at] if at else chain(1, left_out=lambda round: 3)[0]
+    with Ledger.open(path, RUN) as ledger:
+        assert ledger.supersede(other.certificate, other.record, other.root) == moved
+        kept = [one.entry for one in CHAIN[:keeps]]
+        if at == 1:  # built on the same record and another state after it
+            kept = [replace(CHAIN[0].entry, state_root=OTHER[0].root)]
+        assert list(ledger.entries()) == [*kept, other.entry]
+        assert ledger.superseded() == [one.entry for one in CHAIN[6 - moved :]]
+        assert ledger.strays() == []
+        if at == 5:
+            append(ledger, link(other))
+            assert ledger.missing() == (range(5, 6),)
+
+
+def test_threads_share_it(path: Path) -> None:
+    with Ledger.open(path, RUN) as ledger:
+        threads = [threading.Thread(target=append, args=(ledger, one)) for one in CHAIN for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert holds(ledger, CHAIN)
+
+
+def test_a_reader_looks_on_while_it_is_written(path: Path) -> None:
+    with Ledger.open(path, RUN) as ledger:
+        append(ledger, CHAIN[0])
+        with Ledger.read(path) as reader:
+            entries = reader.entries()
+            assert next(entries).round == 1
+            append(ledger, CHAIN[1])
+            assert reader.rounds() == [1, 2]
+            with pytest.raises(LedgerError):
+                reader.append(CHAIN[2].certificate, CHAIN[2].record, None)
+
+
+# ----------------------------------------------------------------------------------- foreign files
+
+
+def test_another_runs_ledger_is_refused(path: Path) -> None:
+    filled(path)
+    with pytest.raises(LedgerError, match=r"ledger of another run .* choose another --directory"):
+        Ledger.open(path, b"o" * 32)
+    with Ledger.open(path, RUN) as ledger:
+        assert holds(ledger, CHAIN)
+
+
+def test_another_formats_ledger_is_refused(path: Path) -> None:
+    filled(path)
+    with sqlite3.connect(path) as writer:
+        writer.execute("PRAGMA user_version = 2")
+    for use in (lambda: Ledger.open(path, RUN), lambda: Ledger.read(path)):
+        with pytest.raises(LedgerError, match="a ledger of format 2, and this psyche reads 1: use the version"):
+            use()
+
+
+@pytest.mark.parametrize("make", ["text", "database", "folder"])
+def test_what_is_no_ledger_is_refused_and_left_alone(path: Path, make: str) -> None:
+    path.parent.mkdir()
+    if make == "folder":
+        path.mkdir()
+    elif make == "text":
+        path.write_text("the accounts of a grocer\n" * 100)
+    else:
+        with sqlite3.connect(path) as writer:
+            writer.execute("CREATE TABLE rounds (round)")
+    before = path.read_bytes() if path.is_file() else b""
+    for use in (lambda: Ledger.open(path, RUN), lambda: Ledger.read(path)):
+        with pytest.raises(LedgerError, match=str(path)):
+            use()
+    assert not path.is_file() or path.read_bytes() == before
+
+
+def test_an_empty_file_becomes_a_ledger(path: Path) -> None:
+    """Whoever made it was killed before it said what it was to be."""
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(LedgerError, match="no ledger of psyche"):
+        Ledger.read(path)
+    filled(path)
+    with Ledger.read(path) as ledger:
+        assert holds(ledger, CHAIN)
+
+
+def test_there_may_be_none(path: Path) -> None:
+    with pytest.raises(LedgerError, match="there is no ledger at"):
+        Ledger.read(path)
+    assert not path.exists()
+
+
+def test_a_full_disk_is_said_with_the_mend(path: Path) -> None:
+    with Ledger.open(path, RUN) as ledger:
+        append(ledger, CHAIN[0])
+        pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
+        ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(LedgerError, match=r"disk is full.*free some space"):
+            append_all(ledger, CHAIN[1:])
+        rounds = ledger.rounds()
+        assert holds(ledger, CHAIN[: len(rounds)])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_noticed(path: Path, share: float) -> None:
+    filled(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(LedgerError, match=r"damaged|no ledger"):
+        examine(path)
+
+
+def test_a_record_hash_that_is_none_is_damage(path: Path) -> None:
+    filled(path)
+    with sqlite3.connect(path) as forger:
+        forger.execute("UPDATE rounds SET record_hash = 'six' WHERE round = 6")
+    with Ledger.open(path, RUN) as ledger, pytest.raises(LedgerError, match="the record hash of round 6 is none"):
+        append(ledger, CHAIN[5])
+
+
+# ------------------------------------------------------------------------------------------- kills
+
+
+def test_a_killed_writer_leaves_a_chain(tmp_path: Path) -> None:
+    """SIGKILL at many moments: of making the file, of a transaction, between two of them."""
+    for turn in range(40):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        wait = 0.002 + 0.0037 * turn
+        said = _killed_after(folder, wait)
+        for file in sorted(folder.glob("*.sqlite")):
+            if turn % 2:  # what was half done is undone for a reader, too
+                found = looked_at(file)
+                assert found == [one.entry for one in CHAIN[: len(found)]]
+            with Ledger.open(file, RUN) as ledger:
+                rounds = ledger.rounds()
+                assert holds(ledger, CHAIN[: len(rounds)])
+                ledger.check_pages()
+                assert len(rounds) >= said.get(int(file.stem), 0), "a round that was in is lost"
+                for one in CHAIN:
+                    append(ledger, one)
+                assert holds(ledger, CHAIN)
+
+
+def looked_at(path: Path) -> list[Entry]:
+    """What a reader finds; nothing where the file was never begun."""
+    try:
+        with Ledger.read(path) as ledger:
+            return list(ledger.entries())
+    except LedgerError:
+        if path.stat().st_size:
+            raise
+        return []
+
+
+def _killed_after(folder: Path, wait: float) -> dict[int, int]:
+    """Of each file in ``folder`` the last round that a writer, killed ``wait`` seconds after it began, said was in."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            for number in itertools.count():
+                with Ledger.open(folder / f"{number:05d}.sqlite", RUN) as ledger:
+                    for one in CHAIN:
+                        append(ledger, one)
+                        os.write(write, b"%d %d\n" % (number, one.record.plan.round))
+        finally:
+            os._exit(1)
+    os.close(write)
+    time.sleep(wait)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    said: dict[int, int] = {}
+    with os.fdopen(read) as pipe:
+        for line in pipe:
+            number, round = line.split()
+            said[int(number)] = int(round)
+    return said
