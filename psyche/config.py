@@ -263,6 +263,8 @@ class Run(Strict):
     exchange: ExchangeSpec = ExchangeSpec()
     overlap: Overlap = Overlap()
     deadlines: Deadlines = Deadlines()
+    standbys: Annotated[tuple[PeerId, ...], Field(strict=False, max_length=15)] = ()
+    """PeerIDs of coordinators that take over, in this order, when the one that launches the run is gone."""
     heldout_sequences: Count = 64
     """Sequences of the held-out split on which the outer parameters are judged after each round."""
 

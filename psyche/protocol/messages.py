@@ -271,6 +271,8 @@ class Heartbeat(Body, frozen=True):
     term: Natural
     latest: Natural
     """The highest term it has used or heard of."""
+    finished: bool = False
+    """It has seen the last round certified: there is nothing to lead any more."""
 
 
 class Promise(Body, frozen=True):

@@ -28,6 +28,7 @@ from psyche.protocol.messages import (
     Certificate,
     Commitment,
     Contribution,
+    Heartbeat,
     Holding,
     Leave,
     Metrics,
@@ -78,16 +79,20 @@ class Coordinator:
         log: EventLog,
         ledger: LedgerWriter,
         directory: Path,
+        leads: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``directory`` keeps what this coordinator has signed. It must not be lost while the run goes on."""
+        """``directory`` keeps what this coordinator has signed. It must not be lost while the run goes on.
+
+        ``leads`` is called once, when this coordinator begins to lead.
+        """
         self.manifest, self.identity, self.network, self.log, self._clock = manifest, identity, network, log, clock
         self.ledger = ledger
         self.rules = rules_of(manifest)
         self.state = State.initial(self.rules)
         self._notary = Notary(manifest, identity, network.rpc, directory)
         self._succession = Succession(manifest, identity, network.rpc)
-        self._leads = False
+        self._first, self._leads = leads, False
         self._signing: asyncio.Task[None] | None = None
         """Gathers signatures under what the machine has decided last; members see it when they are there."""
         self._signed: dict[tuple[int, int], tuple[bytes, ...]] = {}
@@ -107,13 +112,17 @@ class Coordinator:
     async def run(self) -> None:
         """Serve until the run is finished and its members have said goodbye (or gone silent)."""
         await self._notary.serve()
-        await self._succession.serve(lambda: (self.state.leading if self._leads else 0, self.state.term))
+        await self._succession.serve(self._heartbeat)
         await self.network.rpc.serve("watch", self._watch, max_request=16)
         await self.network.rpc.serve("submit", self._submit, max_request=MAX_SUBMISSION)
         try:
-            while not await self._lead():
-                self.log.emit(events.Notice(level="warning", text="members take part in a later term than this one"))
+            while await self._succession.turn(self.log):
+                if await self._lead():
+                    break
+                self.log.emit(events.Notice(level="warning", text="another coordinator leads now, in a later term"))
+            await self._succession.ask_all()  # those that stand by hear of the end
         finally:
+            self._succession.close()
             for task in (self._later, self._signing):
                 if task is not None:
                     task.cancel()
@@ -121,10 +130,11 @@ class Coordinator:
         self.log.emit(events.RunFinished(rounds=self.state.rounds, reason="all rounds are done"))
 
     async def _lead(self) -> bool:
-        """Stand by, then lead: to the end of the run (True), or until another coordinator does."""
-        heard = await self._succession.turn(self.log)
+        """Lead: to the end of the run (True), or until another coordinator does."""
+        if not self._claim:
+            self._first()
         used = self.state.term if self._claim else 0
-        self.state = State.initial(self.rules, await self._notary.term(max(heard, used)))
+        self.state = State.initial(self.rules, await self._notary.term(max(self._succession.later, used)))
         self._leads, self._proposal, self._certificate = True, None, None
         self._claim = self._succession.claim(self.state.leading)
         await self._publish()
@@ -140,6 +150,10 @@ class Coordinator:
                 return False
             await asyncio.sleep(TICK_SECONDS)
         return True
+
+    def _heartbeat(self) -> Heartbeat:
+        finished = self.state.phase is Phase.FINISHED or self._succession.finished
+        return Heartbeat(self.state.leading if self._leads else 0, self.state.term, finished)
 
     # ---------------------------------------------------------------------------- what members ask
 

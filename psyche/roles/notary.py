@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from psyche.config import Manifest
@@ -50,21 +50,35 @@ class Notary:
         """
         found: dict[str, bytes] = {}
         refused: dict[str, Perjury] = {}
+        me = self._identity.peer_id
+        first, others = [me], [peer for peer in self._coordinators if peer != me]
         while True:
-            missing = [peer for peer in self._coordinators if peer not in found]
-            for peer, answer in zip(missing, await self._ask_all(missing, body, round), strict=True):
-                if isinstance(answer, Perjury):
-                    refused[peer] = answer
-                elif answer is not None:
-                    found[peer] = answer
-            if len(found) >= needed:
-                return tuple(found.values())[:needed]
+            for asked in (first, others):
+                async for peer, answer in self._ask_all([one for one in asked if one not in found], body, round):
+                    if isinstance(answer, Perjury):
+                        refused[peer] = answer
+                    elif answer is not None:
+                        found[peer] = answer
+                    if len(found) >= needed:
+                        return tuple(found.values())
             if len(self._coordinators) - len(refused) < needed:
                 raise max(refused.values(), key=lambda reason: (reason.roster, reason.sealed))
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _ask_all(self, peers: Sequence[str], body: Roster | Seal, round: int) -> list[bytes | Perjury | None]:
-        return await asyncio.gather(*(self._ask(peer, body, round) for peer in peers))
+    async def _ask_all(
+        self, peers: Sequence[str], body: Roster | Seal, round: int
+    ) -> AsyncIterator[tuple[str, bytes | Perjury | None]]:
+        """Answers as they come: who does not answer holds up nobody who is not needed."""
+        tasks = {asyncio.create_task(self._ask(peer, body, round)): peer for peer in peers}
+        waiting = set(tasks)
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield tasks[task], task.result()
+        finally:
+            for task in waiting:
+                task.cancel()
 
     async def _sign(self, body: Roster | Seal, round: int) -> bytes:
         if isinstance(body, Roster):

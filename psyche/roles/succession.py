@@ -22,6 +22,7 @@ from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
 
 ASKS_A_LEASE = 4
+MAX_HEARTBEAT = 64
 
 
 class Succession:
@@ -35,20 +36,27 @@ class Succession:
         self._lease = manifest.run.deadlines.lease
         self._asking: asyncio.Task[None] | None = None
         self._led = time.monotonic()
-        """When a leader was last heard of."""
+        """When a leader was last heard of; before that, when this coordinator came."""
         self.later = 0
         """The highest term that anybody follows, as far as is known here."""
+        self.finished = False
+        """Whether another has seen the run's end."""
+        self._own: Callable[[], Heartbeat] = lambda: Heartbeat(0, 0)
 
-    async def serve(self, own: Callable[[], tuple[int, int]]) -> None:
-        """Tell the others ``own()``: the term this coordinator leads in, or 0, and the highest it has used."""
+    async def serve(self, own: Callable[[], Heartbeat]) -> None:
+        """Exchange words with the others: each that asks says its own, and hears ``own()``."""
+        self._own = own
 
         async def answer(peer: str, request: bytes) -> bytes:
             if peer not in self._others:
                 raise Refused("only the run's coordinators ask each other who leads")
-            leading, latest = own()
-            return Heartbeat(leading, max(latest, self.later)).encode()
+            try:
+                self._heard(decode(Heartbeat, request))
+            except MalformedMessage as error:
+                raise Refused(str(error)) from None
+            return own().encode()
 
-        await self._rpc.serve("heartbeat", answer, max_request=16)
+        await self._rpc.serve("heartbeat", answer, max_request=MAX_HEARTBEAT)
 
     def claim(self, term: int) -> bytes:
         """This coordinator's word that it leads in ``term``, for members to pass on."""
@@ -71,33 +79,48 @@ class Succession:
         elif envelope.domain == Proposal.DOMAIN:
             self.later = max(self.later, decode(Proposal, envelope.body).term)
 
-    async def turn(self, log: EventLog) -> int:
-        """Wait until it is this coordinator's turn; the highest term heard of."""
-        if self._asking is None and self._others:
+    async def turn(self, log: EventLog) -> bool:
+        """Wait until it is this coordinator's turn; False where the run has ended meanwhile.
+
+        Who led, and had to stop because members had taken part in a later term, is not made to wait again unless
+        somebody leads in that term.
+        """
+        patience = self._lease * (1 + self._place / ASKS_A_LEASE) if self._others else 0.0
+        if self._asking is None:
+            if self._place == 0:
+                self._led -= patience  # first on the list, it has nobody to wait for; but it asks
+            await self.ask_all()
             self._asking = asyncio.create_task(self._ask_on())
-        patience = self._lease * (1 + self._place / 2) if self._others else 0.0
-        if self._place and self._others:
-            log.emit(events.Notice(level="info", text=f"standing by, for {patience:.0f} s without a leader"))
-            self._led = time.monotonic()
-        elif self._others:
-            self._led = time.monotonic() - patience  # first on the list; but it asks, once
-            await self._ask_all()
-        while (left := self._led + patience - time.monotonic()) > 0:  # noqa: ASYNC110 (what it waits for is silence)
-            await asyncio.sleep(left)
-        return self.later
+        said = False
+        while not self.finished and (left := self._led + patience - time.monotonic()) > 0:
+            if not said:
+                text = f"standing by: another coordinator leads; takes over after {patience:.0f} s without one"
+                log.emit(events.Notice(level="info", text=text))
+                said = True
+            await asyncio.sleep(min(left, self._lease / ASKS_A_LEASE))
+        return not self.finished
 
     async def _ask_on(self) -> None:
         while True:
-            await self._ask_all()
             await asyncio.sleep(self._lease / ASKS_A_LEASE)
+            await self.ask_all()
 
-    async def _ask_all(self) -> None:
+    async def ask_all(self) -> None:
+        """Tell all that can be reached, and hear them."""
         await asyncio.gather(*(self._ask(peer) for peer in self._others))
+
+    def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
 
     async def _ask(self, peer: str) -> None:
         with contextlib.suppress(Unreachable, Refused, Violation, MalformedMessage, TimeoutError):
-            reply = await self._rpc.call(peer, "heartbeat", b"", timeout=self._lease / 2, max_reply=64)
-            beat = decode(Heartbeat, reply)
-            self.later = max(self.later, beat.latest)
-            if beat.term:
-                self._led = time.monotonic()
+            beat = self._own().encode()
+            reply = await self._rpc.call(peer, "heartbeat", beat, timeout=self._lease / 2, max_reply=MAX_HEARTBEAT)
+            self._heard(decode(Heartbeat, reply))
+
+    def _heard(self, beat: Heartbeat) -> None:
+        self.later = max(self.later, beat.latest)
+        self.finished |= beat.finished
+        if beat.term:
+            self._led = time.monotonic()

@@ -25,6 +25,7 @@ from psyche.protocol.messages import (
     Leave,
     Member,
     Metrics,
+    Objection,
     Plan,
     Present,
     Promise,
@@ -71,6 +72,8 @@ EXAMPLES: list[Body] = [
     Roster(b"p" * 32, 2, (A, C)),
     Seal(b"p" * 32, 2, b"r" * 32),
     Heartbeat(0, 7),
+    Heartbeat(7, 7, True),
+    Objection("a record was sealed", 0, b"r" * 32),
     Promise(8, 2, b"proposal", PLAN, (b"c",), (b"d",)),
     Promise(8, 2, None, None, (), ()),
     Board(

@@ -1,0 +1,75 @@
+"""Two coordinators: one dies, the other goes on with the round, and nothing is certified twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from psyche.config import MANIFEST, Manifest
+from psyche.roles.ledger import verify_ledger
+from psyche.state.ledger import NAME as LEDGER
+from psyche.telemetry.events import Notice, RoundCertified
+from tests.roles.swarm import Swarm, standby_key, swarm
+from tests.roles.tiny import certified_roots, write_config
+
+LEASE = 4.0
+QUICK = {
+    "round_min": 3.0,
+    "round_max": 20.0,
+    "exchange_min": 3.0,
+    "exchange_max": 10.0,
+    "silence": 5.0,
+    "lease": LEASE,
+}
+NAMES = ("node-1", "node-2", "node-3")
+
+
+def two_coordinators(directory: Path) -> Path:
+    """A configuration of a run with a standby."""
+    key = standby_key(directory / "run" / "standby")
+    rounds = {"inner_steps": 40, "min_members": 1, "total": 500, "start_members": 3}
+    return write_config(directory, members=3, rounds=rounds, deadlines=QUICK, standbys=[key])
+
+
+def test_a_standby_takes_over_and_the_first_one_comes_back_as_standby(tmp_path: Path) -> None:
+    config = two_coordinators(tmp_path)
+    with swarm(tmp_path / "run", config) as run:
+        start(run)
+        run.wait("coordinator", RoundCertified, lambda event: event.round == 2)
+        run.kill("coordinator")
+        last = run.events("coordinator", RoundCertified)[-1].round
+        first = run.wait("standby", RoundCertified)
+        assert first.round in (last, last + 1), "the round that was under way goes on"
+        run.start("coordinator", "coordinator", str(config), "--directory", str(tmp_path / "run" / "coordinator"))
+        run.wait("coordinator", Notice, lambda event: "standing by" in event.text)
+        run.wait("standby", RoundCertified, lambda event: event.round > first.round + 1)
+        os.kill(run.processes["standby"].pid, signal.SIGSTOP)  # it does not know that time goes on
+        cut = run.events("standby", RoundCertified)[-1].round
+        run.wait("coordinator", RoundCertified, lambda event: event.round > cut + 1)
+        os.kill(run.processes["standby"].pid, signal.SIGCONT)
+        run.wait("standby", Notice, lambda event: "another coordinator leads" in event.text)
+        seen = run.events("coordinator", RoundCertified)[-1].round
+        run.wait("coordinator", RoundCertified, lambda event: event.round > seen + 1)
+        for name in (*NAMES, "coordinator", "standby"):
+            run.kill(name, signal.SIGINT)
+    one_chain(tmp_path / "run")
+
+
+def start(run: Swarm) -> None:
+    run.coordinator()
+    run.standby("standby")
+    for name in NAMES:
+        run.node(name)
+
+
+def one_chain(directory: Path) -> None:
+    """All ledgers hold up, and tell of no round anything else than the others."""
+    manifest = Manifest.decode((directory / "coordinator" / MANIFEST).read_bytes())
+    roots: dict[int, set[str]] = {}
+    for name in (*NAMES, "coordinator", "standby"):
+        verify_ledger(directory / name / LEDGER, manifest)
+    for name in NAMES:
+        for round, root in enumerate(certified_roots(directory / name / "events.jsonl"), 1):
+            roots.setdefault(round, set()).add(root)
+    assert all(len(found) == 1 for found in roots.values())
