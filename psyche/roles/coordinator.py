@@ -97,6 +97,7 @@ class Coordinator:
         """Gathers signatures under what the machine has decided last; members see it when they are there."""
         self._signed: dict[tuple[int, int], tuple[bytes, ...]] = {}
         """Rosters in force, by round and number."""
+        self._overruled: protocol.Overruled | None = None
         self._claim = b""
         self._proposal: bytes | None = None
         self._certificate: Certificate | None = None
@@ -141,7 +142,8 @@ class Coordinator:
         if len(self.manifest.resolved.coordinators) > 1:
             self.log.emit(events.Notice(level="info", text=f"leading, in term {self.state.leading}"))
         while self.state.phase is not Phase.FINISHED or self.state.peers:
-            await self._dispatch(protocol.Tick())
+            overruled, self._overruled = self._overruled, None
+            await self._dispatch(overruled or protocol.Tick())
             self.ledger.check()
             if self._signing is not None and self._signing.done():
                 self._signing.result()  # a disk that is full, say
@@ -302,11 +304,7 @@ class Coordinator:
         signed = self._signed.get((plan.round, record.roster), ()) if record.roster else ()
         if record.roster and not signed:
             roster = Roster(plan.previous, record.roster, record.electorate)
-            try:
-                signed = await self._notary.gather(roster, plan.round, signatures_needed(count))
-            except Perjury as reason:
-                await self._overruled(record, reason)
-                return
+            signed = await self._notary.gather(roster, plan.round, signatures_needed(count), self._objected(record))
             self._signed = {key: value for key, value in self._signed.items() if key[0] >= plan.round}
             self._signed[plan.round, record.roster] = signed
         self._proposal = self._seal(Proposal(term, record, signed), plan.round)
@@ -316,18 +314,23 @@ class Coordinator:
         """Show a certificate, once it is sealed."""
         seal = Seal(record.plan.previous, record.roster, record.hash)
         needed = seals_needed(len(self.manifest.resolved.coordinators))
-        try:
-            seals = await self._notary.gather(seal, record.plan.round, needed)
-        except Perjury as reason:
-            await self._overruled(record, reason)
-            return
+        seals = await self._notary.gather(seal, record.plan.round, needed, self._objected(record))
         self._certificate = Certificate(proposal, votes, seals)
         await self._publish()
 
-    async def _overruled(self, record: Record, reason: Perjury) -> None:
-        """A coordinator's oath stands against ``record``: the machine goes on with what it allows."""
-        self.log.emit(events.Notice(level="warning", text=f"round {record.plan.round} is voted on again: {reason}"))
-        await self._dispatch(protocol.Overruled(record.hash, reason.roster, b"" if reason.roster else reason.sealed))
+    def _objected(self, record: Record) -> Callable[[Perjury], None]:
+        """Has the machine hear, with its next tick, that an oath stands against ``record``."""
+
+        heard: set[str] = set()
+
+        def hear(reason: Perjury) -> None:
+            if str(reason) not in heard:
+                heard.add(str(reason))
+                text = f"round {record.plan.round} cannot be certified as it stands: {reason}"
+                self.log.emit(events.Notice(level="warning", text=text))
+            self._overruled = protocol.Overruled(record.hash, reason.roster, b"" if reason.roster else reason.sealed)
+
+        return hear
 
     def _report_round(self, round: int, state_root: bytes) -> None:
         assert self._certified is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 from psyche.config import Manifest
@@ -43,31 +43,35 @@ class Notary:
         await self._swear(lambda oath: lead(oath, place, len(self._coordinators), above))
         return self._oath.term
 
-    async def gather(self, body: Roster | Seal, round: int, needed: int) -> tuple[bytes, ...]:
+    async def gather(
+        self, body: Roster | Seal, round: int, needed: int, objected: Callable[[Perjury], None]
+    ) -> tuple[bytes, ...]:
         """Signatures of any ``needed`` coordinators under ``body``; waits for as long as it takes.
 
-        Raises :class:`Perjury` once so many refuse that those left are too few: the one that says most.
+        ``objected`` hears, each time that all were asked and too few signed, of the refusal that says most.
         """
         found: dict[str, bytes] = {}
-        refused: dict[str, Perjury] = {}
         me = self._identity.peer_id
-        first, others = [me], [peer for peer in self._coordinators if peer != me]
+        others = [peer for peer in self._coordinators if peer != me]
         while True:
-            for asked in (first, others):
-                async for peer, answer in self._ask_all([one for one in asked if one not in found], body, round):
-                    if isinstance(answer, Perjury):
-                        refused[peer] = answer
-                    elif answer is not None:
-                        found[peer] = answer
-                    if len(found) >= needed:
-                        return tuple(found.values())
-            if len(self._coordinators) - len(refused) < needed:
-                raise max(refused.values(), key=lambda reason: (reason.roster, reason.sealed))
+            refused: list[Perjury] = []
+            for asked in ([me], others):
+                asking = self._ask_all([peer for peer in asked if peer not in found], body, round)
+                async with contextlib.aclosing(asking) as answers:
+                    async for peer, answer in answers:
+                        if isinstance(answer, Perjury):
+                            refused.append(answer)
+                        elif answer is not None:
+                            found[peer] = answer
+                        if len(found) >= needed:
+                            return tuple(found.values())
+            if refused:
+                objected(max(refused, key=lambda reason: (reason.roster, reason.sealed)))
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask_all(
         self, peers: Sequence[str], body: Roster | Seal, round: int
-    ) -> AsyncIterator[tuple[str, bytes | Perjury | None]]:
+    ) -> AsyncGenerator[tuple[str, bytes | Perjury | None], None]:
         """Answers as they come: who does not answer holds up nobody who is not needed."""
         tasks = {asyncio.create_task(self._ask(peer, body, round)): peer for peer in peers}
         waiting = set(tasks)
