@@ -88,15 +88,19 @@ class Voter:
         encoded = certificate.encode()
         if self._checked is not None and self._checked[0] == encoded:
             return self._checked[1]  # every board of a round shows the same one
-        record = check_certificate(
+        record = self.prove(certificate)
+        self._checked = encoded, record
+        self.certificate = encoded
+        return record
+
+    def prove(self, certificate: Certificate) -> Record:
+        """The record that a certificate makes final. Raises ``BadCertificate``."""
+        return check_certificate(
             certificate,
             run_id=self.manifest.run_id,
             coordinators=self.manifest.resolved.coordinators,
             open_envelope=open_envelope,
         )
-        self._checked = encoded, record
-        self.certificate = encoded
-        return record
 
     def proposal_in(self, signed: bytes, round: int) -> Proposal:
         """The proposal that a coordinator signed for ``round``. Raises ``BadCertificate`` or ``MalformedMessage``."""
