@@ -16,7 +16,9 @@ QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max
 
 
 def test_a_node_that_missed_rounds_takes_their_outer_steps(tmp_path: Path) -> None:
-    config = write_config(tmp_path, members=3, rounds=ROUNDS | {"start_members": 3}, deadlines=QUICK)
+    """Its payloads are small and its rounds long enough that the state would be more to fetch."""
+    rounds = ROUNDS | {"start_members": 3, "inner_steps": 200}
+    config = write_config(tmp_path, members=3, rounds=rounds, deadlines=QUICK, codec={"name": "topk2"})
     names = ["node-1", "node-2", "node-3"]
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
