@@ -62,7 +62,10 @@ def agree_on_restart(rules: Rules, state: State, now: float) -> Step:
             if quorum(len(having(back, root)), len(back)):
                 return replace(state, state_root=root), []
     missing = set(state.electorate) - set(voters)
+    behind = missing & set(state.peers)
     note = f"restarted after round {state.rounds}; waiting for members of that round: {names(missing or voters)}"
+    if behind:
+        note += f"; its state is not known to {names(behind)}, who are behind"
     return said(state, Phase.PAUSED, note)
 
 
