@@ -73,13 +73,13 @@ def play(count: int, steps: list[tuple[str, int, int]]) -> Parliament:
     return world
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(count=COUNTS, steps=STEPS)
 def test_no_round_is_certified_twice(count: int, steps: list[tuple[str, int, int]]) -> None:
     play(count, steps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(count=COUNTS, steps=STEPS, which=st.integers(0, 2))
 def test_once_all_talk_to_one_coordinator_the_run_goes_on(
     count: int, steps: list[tuple[str, int, int]], which: int

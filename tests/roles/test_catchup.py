@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry.events import CaughtUp, Notice, PeerLeft, Resynchronised, RoundCertified
@@ -15,6 +17,7 @@ ROUNDS = {"inner_steps": 40, "min_members": 1, "total": 500}
 QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
 
 
+@pytest.mark.slow
 def test_a_node_that_missed_rounds_takes_their_outer_steps(tmp_path: Path) -> None:
     """Its payloads are small and its rounds long enough that the state would be more to fetch."""
     rounds = ROUNDS | {"start_members": 3, "inner_steps": 200}

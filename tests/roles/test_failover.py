@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from psyche.config import MANIFEST, Manifest
 from psyche.roles.ledger import verify_ledger
 from psyche.state.ledger import NAME as LEDGER
@@ -26,13 +28,14 @@ NAMES = ("node-1", "node-2", "node-3", "node-4")
 """One of four may be slow to vote: with one coordinator away, nobody can be left out of the electorate."""
 
 
-def two_coordinators(directory: Path) -> Path:
+def two_coordinators(directory: Path, members: int = len(NAMES)) -> Path:
     """A configuration of a run with a standby."""
     key = standby_key(directory / "run" / "standby")
-    rounds = {"inner_steps": 40, "min_members": 1, "total": 500, "start_members": 4}
-    return write_config(directory, members=4, rounds=rounds, deadlines=QUICK, standbys=[key])
+    rounds = {"inner_steps": 40, "min_members": 1, "total": 500, "start_members": members}
+    return write_config(directory, members=members, rounds=rounds, deadlines=QUICK, standbys=[key])
 
 
+@pytest.mark.slow
 def test_a_standby_takes_over_and_the_first_one_comes_back_as_standby(tmp_path: Path) -> None:
     config = two_coordinators(tmp_path)
     with swarm(tmp_path / "run", config) as run:
@@ -74,3 +77,31 @@ def one_chain(directory: Path) -> None:
         for round, root in enumerate(certified_roots(directory / name / "events.jsonl"), 1):
             roots.setdefault(round, set()).add(root)
     assert all(len(found) == 1 for found in roots.values())
+
+
+def test_a_standby_goes_on_with_the_round_of_a_coordinator_that_was_killed(tmp_path: Path) -> None:
+    config = two_coordinators(tmp_path, members=2)
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        run.standby("standby")
+        for name in NAMES[:2]:
+            run.node(name)
+        run.wait("coordinator", RoundCertified)
+        run.kill("coordinator")
+        last = run.events("coordinator", RoundCertified)[-1].round
+        first = run.wait("standby", RoundCertified)
+        assert first.round in (last, last + 1), "no round was lost"
+        for name in (*NAMES[:2], "standby"):
+            run.kill(name, signal.SIGINT)
+        roots = [certified_roots(tmp_path / "run" / name / "events.jsonl")[: first.round] for name in NAMES[:2]]
+        assert roots[0] == roots[1]
+
+
+def test_a_standby_that_the_launch_did_not_name_is_told_how_it_would_be(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=1)
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        run.standby("standby")
+        assert run.join("standby") == 1
+        assert "is no coordinator of the run tiny: its launch names them, under run.standbys" in run.output("standby")
+        run.kill("coordinator", signal.SIGINT)

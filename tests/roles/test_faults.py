@@ -78,6 +78,7 @@ def test_a_stopped_node_does_not_stop_the_others(tmp_path: Path) -> None:
         stop_and_compare(run, names)
 
 
+@pytest.mark.slow
 def test_a_killed_coordinator_takes_the_run_up_again(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 12, "start_members": 2}, deadlines=QUICK)
     text = config.read_text().replace("/ip4/127.0.0.1/tcp/0", f"/ip4/127.0.0.1/tcp/{_free_port()}")
