@@ -175,6 +175,8 @@ class Deadlines(Strict):
     exchange_max: Seconds = 600.0
     silence: Seconds = 15.0
     """A member not heard from for this long is counted as gone."""
+    lease: Seconds = 15.0
+    """A standby coordinator takes over when it has heard of no leader for this long."""
     spread: Positive = 5.0
 
     @model_validator(mode="after")
@@ -261,6 +263,8 @@ class Run(Strict):
     exchange: ExchangeSpec = ExchangeSpec()
     overlap: Overlap = Overlap()
     deadlines: Deadlines = Deadlines()
+    standbys: Annotated[tuple[PeerId, ...], Field(strict=False, max_length=15)] = ()
+    """PeerIDs of coordinators that take over, in this order, when the one that launches the run is gone."""
     heldout_sequences: Count = 64
     """Sequences of the held-out split on which the outer parameters are judged after each round."""
 

@@ -14,7 +14,19 @@ from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.assignment import next_position
 from psyche.protocol.ledger import Entry, Verified, verify_chain
-from psyche.protocol.messages import Accepted, Body, Certificate, Excluded, Member, Plan, Proposal, Record, Vote
+from psyche.protocol.messages import (
+    Accepted,
+    Body,
+    Certificate,
+    Excluded,
+    Member,
+    Plan,
+    Proposal,
+    Record,
+    Roster,
+    Seal,
+    Vote,
+)
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.state import Rules
 from psyche.roles.rules import rules_of
@@ -94,8 +106,9 @@ def link(
             plan=plan,
             accepted=tuple(Accepted(name, contribution(name, plan, RULES)) for name in accepted),
             excluded=tuple(Excluded(name, REASON) for name in excluded),
+            roster=int(before is None),
             electorate=NAMES,
-            reconfiguration=False,
+            voters=NAMES,
             ring=(),
             results=(),
             minority=(),
@@ -108,7 +121,11 @@ def certify(record: Record, voters: int = len(NAMES)) -> bytes:
     """The certificate of ``record`` with the votes of the first ``voters`` members."""
     round, term = record.plan.round, record.plan.term + 1
     ballots = tuple(sealed(member, Vote(term, record.hash), round) for member in MEMBERS[:voters])
-    return Certificate(sealed(COORDINATOR, Proposal(term, record), round), ballots).encode()
+    previous, roster = record.plan.previous, ()
+    if record.roster:
+        roster = (sealed(COORDINATOR, Roster(previous, record.roster, record.electorate), round),)
+    seal = sealed(COORDINATOR, Seal(previous, record.roster, record.hash), round)
+    return Certificate(sealed(COORDINATOR, Proposal(term, record, roster), round), ballots, (seal,)).encode()
 
 
 def sealed(author: Identity, body: Body, round: int) -> bytes:

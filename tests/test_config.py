@@ -256,6 +256,8 @@ def other(value: Any) -> Any:
             return ("f" if value[:1] != "f" else "e") + value[1:]
         case None:
             return 7
+        case ():
+            return ("a name",)
         case tuple():
             return (*value[:-1], other(value[-1]))
         case dict():

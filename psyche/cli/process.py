@@ -75,6 +75,16 @@ def run_coordinator(config: Config, directory: Path) -> None:
         _run(coordinate(config, directory, listener, progress))
 
 
+def run_standby(invite: Invite, node: Node, directory: Path) -> None:
+    """Be a standby coordinator until the run ends or Ctrl-C."""
+    _stay_with_parent()
+    from psyche.roles.standby import stand_by
+    from psyche.telemetry.view import SwarmView, live
+
+    with live(SwarmView()) as listener:
+        _run(stand_by(invite, node, directory, listener))
+
+
 def _run(work: Coroutine[Any, Any, None]) -> None:
     """Run to the end. Ctrl-C and SIGTERM cancel once, so that goodbyes are said; a second one kills."""
 

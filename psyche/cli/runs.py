@@ -1,4 +1,4 @@
-"""``psyche demo | run | join | coordinator | invite | export``."""
+"""``psyche demo | run | join | coordinator | key | invite | export``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from psyche.errors import PsycheError
 
 DEMO = Path("configs/demo.yaml")
 
@@ -80,7 +82,18 @@ def join(
 
 
 def coordinator(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(help="Configuration file (YAML) of the run to launch.", show_default=False)
+    ] = None,
+    standby: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of launching a run, stand by for the one of this invite (or @FILE) and take over when its "
+            "coordinator is gone. The run's configuration names this directory's key under run.standbys.",
+            metavar="INVITE",
+            show_default=False,
+        ),
+    ] = None,
     directory: Directory = None,
     port: Annotated[
         int | None,
@@ -88,12 +101,28 @@ def coordinator(
     ] = None,
 ) -> None:
     """Lead a run: prepare it, print the invite, close its rounds. Trains nothing itself."""
-    from psyche.cli.process import run_coordinator
-    from psyche.config import load_config, override_node
+    from psyche.cli.process import home_of, read_invite, run_coordinator, run_standby
+    from psyche.config import load_config, load_node, override_node
 
+    if standby is not None:
+        invite = read_invite(standby)
+        settings = override_node(load_node(config), port=port)
+        run_standby(invite, settings, directory or home_of(invite))
+        return
+    if config is None:
+        raise PsycheError("psyche coordinator needs the CONFIG of a run to launch, or --standby INVITE to back one up")
     loaded = load_config(config)
-    settings = loaded.model_copy(update={"node": override_node(loaded.node, port=port)})
-    run_coordinator(settings, directory or Path("runs") / loaded.run.name / "coordinator")
+    launched = loaded.model_copy(update={"node": override_node(loaded.node, port=port)})
+    run_coordinator(launched, directory or Path("runs") / loaded.run.name / "coordinator")
+
+
+def key(
+    directory: Annotated[Path, typer.Argument(help="A node's or coordinator's directory.", show_default=False)],
+) -> None:
+    """Print the PeerID of a directory, whose key is made if there is none: for run.standbys of a configuration."""
+    from psyche.network.identity import IDENTITY, Identity
+
+    typer.echo(Identity.load_or_create(directory / IDENTITY).peer_id)
 
 
 def invite(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.shelf import Shelf
 from psyche.network.fetch import FetchError, fetch_blob
@@ -22,6 +24,7 @@ class Wire:
 
     network: NetworkNode
     shelf: Shelf
+    journal: Journal
     me: str
     on_liar: Callable[[str, str], None]
 
@@ -37,8 +40,11 @@ class Wire:
     ) -> Blob:
         """A blob of slices of ``shape``, all or some, checked as they arrive; served from then on for two rounds.
 
-        ``size`` is that of the whole blob, where it was agreed on. Raises ``FetchError`` and ``BadBlob``.
+        What the journal has is not fetched again. ``size`` is that of the whole blob, where it was agreed on. Raises
+        ``FetchError`` and ``BadBlob``.
         """
+        if (found := await asyncio.to_thread(self.journal.blob, root)) is not None:
+            return found
 
         def accept(index: BlobIndex) -> None:
             shape.accept(index)
@@ -65,6 +71,29 @@ class Wire:
         if into is None:
             self.shelf.keep(blob)
         return blob
+
+    async def keep(self, round: int, blob: Blob) -> None:
+        """Have ``blob``, which the outer step of ``round`` takes, on disk before anybody votes for that."""
+        if await asyncio.to_thread(self.journal.put, round, blob):
+            self.serve(blob.index)
+
+    def serve(self, index: BlobIndex) -> None:
+        """Serve a blob of the journal, to those who are some rounds behind."""
+        self.network.blobs.add(index, self.journal.reader(index.root))
+
+    def forget(self, first: int) -> None:
+        """Drop from the journal what only rounds before ``first`` took."""
+        for root in self.journal.before(first):
+            self.network.blobs.remove(root, self.journal.reader(root))
+            self.journal.drop(root)
+
+
+def taken(record: Record) -> Mapping[bytes, int]:
+    """What the outer step of ``record`` takes: roots of blobs, and how large they are, about."""
+    size = max(one.contribution.payload_bytes for one in record.accepted)
+    if record.results:
+        return dict.fromkeys(record.results, size // len(record.results))
+    return {one.contribution.payload_root: one.contribution.payload_bytes for one in record.accepted}
 
 
 class Exchange(ABC):

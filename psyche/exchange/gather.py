@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from psyche.exchange.base import Exchange
 from psyche.numerics.aggregate import Gradient, gathered
-from psyche.protocol.messages import Record
+from psyche.protocol.messages import Contribution, Record
 
 
 class Gather(Exchange):
@@ -17,6 +17,10 @@ class Gather(Exchange):
         return range(len(self.shape.counts))
 
     async def prepare(self, record: Record) -> Gradient:
-        await asyncio.gather(*(self.collect(one.node, one.contribution) for one in record.accepted))
+        await asyncio.gather(*(self._keep(one.node, one.contribution) for one in record.accepted))
         tokens = {one.node: one.contribution.tokens for one in record.accepted}
         return gathered(self.shape.codec, tokens, self.payloads)
+
+    async def _keep(self, author: str, given: Contribution) -> None:
+        await self.collect(author, given)
+        await self.wire.keep(self.plan.round, self.payloads[author])

@@ -78,6 +78,7 @@ class Sharded(Exchange):
         """A group's result: this node's own, or from those who reduced it or fetched it before."""
         root = record.results[group]
         if root in self._results:
+            await self.wire.keep(self.plan.round, self._results[root])
             return self._results[root]
         around = [*record.ring[group:], *record.ring[:group]]
         ours = [node for node in around if node not in record.minority]
@@ -87,4 +88,5 @@ class Sharded(Exchange):
         sources = [*ours[first : first + 1], *ours, *self.members]
         blob = await self.wire.fetch(root, sources, shape, range(len(shape.counts)))
         self._results[root] = blob
+        await self.wire.keep(self.plan.round, blob)
         return blob

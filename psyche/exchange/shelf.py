@@ -33,7 +33,7 @@ class Shelf:
         """Another round begins."""
         self._rounds.append([])
         for blob in self._rounds.pop(0) if len(self._rounds) > 2 else []:
-            self._network.blobs.remove(blob.index.root)
+            self._network.blobs.remove_blob(blob)
             blob.close()
 
     def close(self) -> None:

@@ -97,12 +97,22 @@ class BlobServer:
         self._put(_Entry(index, pieces.__getitem__, live=False))
         return index.root
 
-    def remove(self, root: bytes) -> None:
-        """Take back the oldest :meth:`add` of a blob, if there is one; after the last, also amid a transfer."""
+    def remove(self, root: bytes, read: Read | None = None) -> None:
+        """Take back the oldest :meth:`add` of a blob (with ``read``, if given), if there is one.
+
+        After the last, it is served no more, also amid a transfer.
+        """
         entries = self._entries.get(root, [])
-        del entries[:1]
+        for number, entry in enumerate(entries):
+            if read is None or entry.read == read:
+                del entries[number]
+                break
         if not entries:
             self._entries.pop(root, None)
+
+    def remove_blob(self, blob: Blob) -> None:
+        """Take back :meth:`add_blob`."""
+        self.remove(blob.index.root, blob.__getitem__)
 
     def _put(self, entry: _Entry) -> None:
         self._entries.setdefault(entry.index.root, []).append(entry)

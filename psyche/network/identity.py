@@ -27,6 +27,9 @@ from psyche.protocol.envelope import Envelope, signing_bytes
 _PRIVATE_HEADER = bytes((0x08, 0x01, 0x12, 64))  # PrivateKey{Ed25519, private ‖ public}
 _PEER_HEADER = bytes((0x00, 36, 0x08, 0x01, 0x12, 32))  # identity multihash of PublicKey{Ed25519, public}
 
+IDENTITY = "identity.key"
+"""Of the key file, in the directory of a node or coordinator."""
+
 
 class BadSignature(Exception):
     """An envelope was not signed by the author it names."""

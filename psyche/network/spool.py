@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from typing_extensions import Buffer
 
@@ -63,8 +65,37 @@ class Blob:
                 raise LookupError(f"chunk {number} is not here")
             return os.pread(self._descriptor, self.index.sizes[number], self.index.offsets[number])
 
+    @classmethod
+    def of(cls, index: BlobIndex, descriptor: int) -> Self:
+        """A whole blob, whose chunks are at the start of an open file; the file is the blob's to close."""
+        blob = cls(index, descriptor)
+        blob._present = bytearray(b"\1" * index.chunks)
+        return blob
+
+    def link(self, path: Path, tail: bytes) -> None:
+        """Give the blob, which must be complete, a name, with ``tail`` after its last chunk; on disk when this returns.
+
+        Raises ``OSError``.
+        """
+        assert self.complete, "a blob is named once it is whole"
+        with self._lock:
+            descriptor = os.dup(self._descriptor)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.pwrite(descriptor, tail, self.index.size)
+            os.fsync(descriptor)
+            try:  # the file as it is, without a copy
+                os.link(f"/proc/self/fd/{descriptor}", path.name, src_dir_fd=directory, dst_dir_fd=directory)
+            except FileExistsError:
+                pass
+            except OSError:
+                _copy(descriptor, path)
+        finally:
+            os.close(directory)
+            os.close(descriptor)
+
     def close(self) -> None:
-        """Free the disk space."""
+        """Free the disk space, unless the file has a name."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -85,8 +116,7 @@ class Spool:
         try:
             if self._directory is not None:
                 self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(prefix="psyche-", dir=self._directory) as file:
-                return Blob(index, os.dup(file.fileno()))
+            return Blob(index, _nameless(self._directory or Path(tempfile.gettempdir())))
         except OSError as error:
             where = self._directory or tempfile.gettempdir()
             raise PsycheError(f"cannot make a file in {where}: {error.strerror}; choose another --directory") from None
@@ -97,3 +127,24 @@ class Spool:
         for number, part in enumerate(parts):
             blob.write(number, part)
         return blob
+
+
+def _nameless(directory: Path) -> int:
+    """An open file without a name in ``directory``: one that can still be given one, where the system has such."""
+    with contextlib.suppress(OSError, AttributeError):  # not on every file system, nor on every system
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+    with tempfile.TemporaryFile(prefix="psyche-", dir=directory) as file:
+        return os.dup(file.fileno())
+
+
+def _copy(descriptor: int, path: Path) -> None:
+    """A copy of an open file at ``path``, whole or absent."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        offset = 0
+        while piece := os.pread(descriptor, 1 << 20, offset):
+            file.write(piece)
+            offset += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,13 +1,13 @@
-"""When a member votes: the rules of an acceptor, pure.
+"""When a member promises and votes: the rules of an acceptor, pure.
 
-One coordinator proposes today; the rules already hold for several. A member never votes for two records in
-one term, never goes back to an earlier term, and votes only for what it has checked itself.
+A member takes part in nothing of a term earlier than the one it promised, never votes for two records in one term, and
+votes only for what it has checked itself. What is returned here is on its disk before anybody hears of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from psyche.protocol.admission import contribution_fault
@@ -19,9 +19,12 @@ from psyche.protocol.state import Rules
 
 @dataclass(frozen=True)
 class Acceptor:
-    """What a member remembers of its voting: the highest term it voted in, and for which record hash."""
+    """What a member remembers of its voting, whatever happens to it."""
 
+    promised: int = 0
+    """In which the leader it follows began to lead. It takes part in nothing of an earlier term."""
     term: int = 0
+    """The highest it voted in, and for which record hash."""
     record: bytes = b""
 
 
@@ -33,6 +36,15 @@ class Chain:
     head: bytes
     state_root: bytes
     position: int
+    voters: tuple[str, ...] = ()
+    """The electorate of the next round, if no roster names another; nobody before the first."""
+
+
+def promise(acceptor: Acceptor, term: int) -> Acceptor:
+    """The acceptor after following the leader of ``term``. Raises :class:`Refusal` where it follows a later one."""
+    if term != acceptor.promised and term < max(acceptor.promised, acceptor.term):
+        raise Refusal(f"term {term} is over; this node is in term {max(acceptor.promised, acceptor.term)}")
+    return replace(acceptor, promised=term)
 
 
 def plan_fault(plan: Plan, chain: Chain) -> str | None:
@@ -66,18 +78,20 @@ def consider(
     ``chain`` is this member's own; ``opened`` are the contributions whose
     signed commitment and opening it has checked; ``held`` those of whose payload it has fetched and checked what its
     own part of the exchange takes; ``reduced`` the results it found itself, by group. What ``record`` says of results
-    must have been fetched and be decodable before.
+    must have been fetched and be decodable before; and a roster that it names been found in force before.
     """
     record, plan = proposal.record, proposal.record.plan
-    if proposal.term < acceptor.term:
-        raise Refusal(f"term {proposal.term} is over; this node voted in term {acceptor.term}")
+    if proposal.term < max(acceptor.promised, acceptor.term):
+        raise Refusal(f"term {proposal.term} is over; this node is in term {max(acceptor.promised, acceptor.term)}")
     if proposal.term == acceptor.term and record.hash != acceptor.record:
         raise Refusal(f"two different records in term {proposal.term}")
     if fault := plan_fault(plan, chain):
         raise Refusal(fault)
     members = {member.node for member in plan.members}
-    if not set(record.electorate) <= members or (set(record.electorate) != members) != record.reconfiguration:
-        raise Refusal("the electorate is not that of the round, and the record is not marked as a reconfiguration")
+    if not record.roster and record.electorate != chain.voters:
+        raise Refusal("the electorate is not that of the record before, and no roster names another")
+    if list(record.voters) != sorted(set(record.voters) & members):
+        raise Refusal("the voters of the next round are not members of this one in ascending order")
     if fault := _results_fault(record, rules, reduced):
         raise Refusal(fault)
     nodes = [accepted.node for accepted in record.accepted]
@@ -93,7 +107,9 @@ def consider(
             raise Refusal(f"the contribution of {accepted.node[-6:]}: {fault}")
         if accepted.node not in held:
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
-    return Acceptor(proposal.term, record.hash)
+    if not set(nodes) <= set(record.voters):
+        raise Refusal("who contributed is left without a vote")
+    return replace(acceptor, term=proposal.term, record=record.hash)
 
 
 def _results_fault(record: Record, rules: Rules, reduced: Mapping[int, bytes]) -> str | None:

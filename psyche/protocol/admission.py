@@ -24,8 +24,10 @@ from psyche.protocol.state import (
     Held,
     Left,
     Opened,
+    Overruled,
     Peer,
     Phase,
+    Promised,
     Rejected,
     Reported,
     Restored,
@@ -33,6 +35,7 @@ from psyche.protocol.state import (
     Rules,
     Seen,
     State,
+    Submission,
     Tick,
     Voted,
 )
@@ -50,11 +53,17 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             peer = state.peers.get(node)
             return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
         case Arrived(node, state_root, device, rounds):
+            if node not in state.peers:
+                state = replace(state, arrived=now)
             return with_peer(state, node, Peer(now, state_root, device[:64], rounds)), []
         case Left(node, reason):
             return without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
+        case Promised():
+            return _promise(state, event)
         case Restored(record):
             return _restore(rules, state, record)
+        case Overruled():
+            return state, []  # rounds.py
         case _:
             refusal = _refusal(rules, state, event)
             if refusal:
@@ -62,7 +71,7 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             return _accept(state, event, now), []
 
 
-def _refusal(rules: Rules, state: State, event: Committed | Opened | Held | Reported | Voted | Attested) -> str | None:
+def _refusal(rules: Rules, state: State, event: Submission) -> str | None:
     """Why a member's message about a round is not taken, or None."""
     current = state.round
     if current is None or current.plan.round != event.round:
@@ -135,7 +144,7 @@ def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribu
     return None
 
 
-def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | Attested, now: float) -> State:
+def _accept(state: State, event: Submission, now: float) -> State:
     current = state.round
     assert current is not None
     node = event.node
@@ -175,6 +184,16 @@ def _accept(state: State, event: Committed | Opened | Held | Reported | Voted | 
     return replace(state, round=current)
 
 
+def _promise(state: State, event: Promised) -> Step:
+    """A voter that is ahead of this coordinator proves it first: what it voted for belongs to a round unknown here."""
+    if event.term != state.leading:
+        return state, [Rejected(event.node, f"term {event.term} is not the one in which this coordinator leads")]
+    known = state.rounds + (state.round is not None and state.round.certified)
+    if max(event.rounds, event.accepted.plan.round - 1 if event.accepted else 0) > known:
+        return state, [Rejected(event.node, f"it is ahead: this coordinator knows of {state.rounds} certified rounds")]
+    return replace(state, promises=_put(state.promises, event.node, event)), []
+
+
 def _restore(rules: Rules, state: State, record: Record) -> Step:
     """Take over a certified history longer than ours.
 
@@ -196,7 +215,10 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
         state_root=b"",
         position=next_position(record.plan, rules.batch_size, rules.late_steps),
         term=max(state.term, record.plan.term),
-        electorate=record.electorate,
+        electorate=record.voters,
+        roster=0,
+        bound=b"",
+        taken_up=False,
         round=None,
         gathering=False,
     )

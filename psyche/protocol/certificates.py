@@ -1,14 +1,22 @@
-"""Proof that a record is final: the proposal a coordinator signed, and the votes of a quorum for it."""
+"""Proof that a record is final: the proposal a coordinator signed, a quorum's votes for it, and the seals.
+
+Seals keep reconfigurations safe, in which those who vote have nothing to do with those who voted before. Of n
+coordinators more than half sign a roster, and ``seals_needed(n)`` a certificate, so that one of them is asked for both;
+and no coordinator gives both, unless the roster was first and the certificate is of its electorate. With one or two
+coordinators a single one can go on certifying; a reconfiguration takes one, or both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import Envelope, MalformedMessage
-from psyche.protocol.messages import Certificate, Proposal, Record, Vote, decode
+from psyche.protocol.messages import Body, Certificate, Proposal, Record, Roster, Seal, Vote, decode
 from psyche.protocol.proposals import carries_quorum
+
+B = TypeVar("B", bound=Body)
 
 
 class Open(Protocol):
@@ -21,38 +29,97 @@ class BadCertificate(ValueError):
     """Why a certificate proves nothing."""
 
 
+def signatures_needed(coordinators: int) -> int:
+    """Under a roster: of more than half."""
+    return coordinators // 2 + 1
+
+
+def seals_needed(coordinators: int) -> int:
+    """In a certificate: so many that one of those who signed a roster is among them, whoever they are."""
+    return coordinators - signatures_needed(coordinators) + 1
+
+
 def check_certificate(
-    certificate: Certificate, *, run_id: bytes, coordinators: Collection[str], open_envelope: Open
+    certificate: Certificate, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open
 ) -> Record:
-    """The record that ``certificate`` makes final. Raises :class:`BadCertificate`."""
+    """The record that ``certificate`` makes final. Raises :class:`BadCertificate`.
+
+    Whether the electorate is the one that the record before named is for whoever holds that record to say.
+    """
     try:
-        return _check(certificate, run_id, coordinators, open_envelope)
+        signed = envelopes.decode(certificate.proposal)
+        proposal = check_proposal(signed, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope)
+        _check_votes(certificate.votes, proposal, run_id, open_envelope)
+        _check_seals(certificate.seals, proposal.record, run_id, coordinators, open_envelope)
     except MalformedMessage as error:
         raise BadCertificate(str(error)) from None
+    return proposal.record
 
 
-def _check(certificate: Certificate, run_id: bytes, coordinators: Collection[str], open_envelope: Open) -> Record:
-    signed = envelopes.decode(certificate.proposal)
-    proposal = decode(Proposal, signed.body)
-    record, plan = proposal.record, proposal.record.plan
+def check_proposal(
+    signed: Envelope, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open, round: int | None = None
+) -> Proposal:
+    """The proposal in an envelope: of a coordinator, in a term of its own, under a roster that is in force.
+
+    Raises :class:`BadCertificate` or ``MalformedMessage``.
+    """
     if signed.author not in coordinators:
         raise BadCertificate(f"proposed by {signed.author}, who is no coordinator of this run")
-    _open(open_envelope, signed, "proposal", run_id, plan.round)
-    members = {member.node for member in plan.members}
-    if not set(record.electorate) <= members or (set(record.electorate) != members) != record.reconfiguration:
-        raise BadCertificate("the electorate is not that of the round")
-    wanted, voters = (proposal.term, record.hash), set()
-    for item in certificate.votes:
+    proposal = decode(Proposal, signed.body)
+    record, plan = proposal.record, proposal.record.plan
+    if coordinators[proposal.term % len(coordinators)] != signed.author:
+        raise BadCertificate(f"term {proposal.term} is not one of {signed.author}")
+    _open(open_envelope, signed, Proposal.DOMAIN, run_id, plan.round if round is None else round)
+    if not record.electorate:
+        raise BadCertificate("nobody votes on the record")
+    if record.roster:
+        roster = Roster(plan.previous, record.roster, record.electorate)
+        count = len(_signers(proposal.roster, roster, plan.round, run_id, coordinators, open_envelope))
+        if count < signatures_needed(len(coordinators)):
+            raise BadCertificate(
+                f"{count} of {len(coordinators)} coordinators signed the reconfiguration; more than half must"
+            )
+    return proposal
+
+
+def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open_envelope: Open) -> None:
+    record, voters = proposal.record, set()
+    for item in votes:
         envelope = envelopes.decode(item)
-        _open(open_envelope, envelope, "vote", run_id, plan.round)
+        _open(open_envelope, envelope, Vote.DOMAIN, run_id, record.plan.round)
         vote = decode(Vote, envelope.body)
-        if (vote.term, vote.record) != wanted:
+        if (vote.term, vote.record) != (proposal.term, record.hash):
             raise BadCertificate(f"the vote of {envelope.author} is for something else")
         voters.add(envelope.author)
-    if not carries_quorum(plan, voters, record.electorate):
+    if not carries_quorum(voters, record.electorate):
         counted = len(voters & set(record.electorate))
         raise BadCertificate(f"{counted} votes are not more than two thirds of {len(record.electorate)}")
-    return record
+
+
+def _check_seals(
+    seals: Iterable[bytes], record: Record, run_id: bytes, coordinators: Sequence[str], open_envelope: Open
+) -> None:
+    seal = Seal(record.plan.previous, record.roster, record.hash)
+    count = len(_signers(seals, seal, record.plan.round, run_id, coordinators, open_envelope))
+    needed = seals_needed(len(coordinators))
+    if count < needed:
+        raise BadCertificate(f"{count} of {len(coordinators)} coordinators sealed it; {needed} must")
+
+
+def _signers(
+    items: Iterable[bytes], body: Body, round: int, run_id: bytes, coordinators: Collection[str], open_envelope: Open
+) -> set[str]:
+    """Coordinators whose signature under exactly ``body`` is among ``items``."""
+    signers = set()
+    for item in items:
+        envelope = envelopes.decode(item)
+        _open(open_envelope, envelope, body.DOMAIN, run_id, round)
+        if envelope.author not in coordinators:
+            raise BadCertificate(f"a {body.DOMAIN} signed by {envelope.author}, who is no coordinator of this run")
+        if envelope.body != body.encode():
+            raise BadCertificate(f"the {body.DOMAIN} that {envelope.author} signed is another one")
+        signers.add(envelope.author)
+    return signers
 
 
 def _open(open_envelope: Open, envelope: Envelope, domain: str, run_id: bytes, round: int) -> None:

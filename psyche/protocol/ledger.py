@@ -6,7 +6,7 @@ round on its own and against the one before it that is there, and what is not is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from psyche.protocol import envelope as envelopes
@@ -57,16 +57,17 @@ def claimed(certificate: bytes) -> Proposal:
 
 
 def verify_chain(
-    entries: Iterable[Entry], *, rules: Rules, coordinators: Collection[str], open_envelope: Open
+    entries: Iterable[Entry], *, rules: Rules, coordinators: Sequence[str], open_envelope: Open
 ) -> Iterator[Verified]:
     """Each entry, in the order given, once it is proven. Raises :class:`BadLedger` at the first that is not.
 
     Proven is that a quorum made the record final, that it follows from the record before (hash, seed, position in
-    the data, state_root, term), and that no contribution counts for more than its plan allows. Where the round before
-    is missing the record's own word is taken for what precedes it. The last state_root is its owner's word.
+    the data, state_root, term, voters), and that no contribution counts for more than its plan allows. Where the
+    round before is missing the record's own word is taken for what precedes it. The last state_root is its owner's
+    word.
     """
     before: Entry | None = None
-    plan: Plan | None = None
+    last: Record | None = None
     chain = Chain(0, rules.run_id, rules.genesis, 0)
     for entry in entries:
         record = prove(entry, run_id=rules.run_id, coordinators=coordinators, open_envelope=open_envelope)
@@ -74,17 +75,17 @@ def verify_chain(
         if entry.round <= chain.rounds or entry.round > rules.rounds:
             raise BadLedger(entry.round, f"it stands after round {chain.rounds} of {rules.rounds}")
         fault = _link_fault(record.plan, chain, stated=before is None or before.state_root is not None)
-        if fault is None and plan is not None and record.plan.term <= plan.term:
-            fault = f"its term {record.plan.term} is not above that of round {plan.round}, {plan.term}"
+        if fault is None:
+            fault = _succession_fault(record, last)
         if fault := fault or _accounts_fault(record, rules):
             raise BadLedger(entry.round, fault)
         yield Verified(record, missing)
         position = next_position(record.plan, rules.batch_size, rules.late_steps)
-        before, plan = entry, record.plan
+        before, last = entry, record
         chain = Chain(entry.round, record.hash, entry.state_root or bytes(32), position)
 
 
-def prove(entry: Entry, *, run_id: bytes, coordinators: Collection[str], open_envelope: Open) -> Record:
+def prove(entry: Entry, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open) -> Record:
     """The record that an entry's certificate makes final. Raises :class:`BadLedger` where it proves nothing."""
     try:
         certificate = decode(Certificate, entry.certificate)
@@ -112,6 +113,18 @@ def _link_fault(plan: Plan, chain: Chain, *, stated: bool) -> str | None:
     if plan.position < chain.position:
         return f"its data begin before those of round {chain.rounds} end"
     return plan_fault(plan, Chain(plan.round - 1, plan.previous, plan.base_root, plan.position))
+
+
+def _succession_fault(record: Record, last: Record | None) -> str | None:
+    """Why ``record`` cannot have been decided after ``last``, or None: terms only grow, and voters are named before."""
+    if last is None:
+        return "no roster names its voters" if record.plan.round == 1 and not record.roster else None
+    if record.plan.term <= last.plan.term:
+        return f"its term {record.plan.term} is not above that of round {last.plan.round}, {last.plan.term}"
+    follows = record.plan.round == last.plan.round + 1
+    if follows and not record.roster and record.electorate != last.voters:
+        return f"its voters are not those that round {last.plan.round} named"
+    return None
 
 
 def _accounts_fault(record: Record, rules: Rules) -> str | None:

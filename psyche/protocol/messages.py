@@ -16,6 +16,7 @@ from psyche.numerics.digest import digest
 from psyche.protocol.envelope import MalformedMessage
 
 MAX_MEMBERS = 4096
+MAX_COORDINATORS = 16
 
 NodeId = Annotated[str, Meta(pattern=r"\A12D3Koo[1-9A-HJ-NP-Za-km-z]{45}\Z")]
 """A base58 PeerID of an Ed25519 key. Ascending order of these strings is the order of summation."""
@@ -131,9 +132,13 @@ class Record(Body, frozen=True):
     plan: Plan
     accepted: Annotated[tuple[Accepted, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
     excluded: Annotated[tuple[Excluded, ...], Meta(max_length=MAX_MEMBERS)]
+    roster: Natural
+    """0: the electorate is the ``voters`` of the record before. Otherwise a reconfiguration: the number of the roster
+    that named the electorate, the first of the run's first round being one, too."""
     electorate: Nodes
-    """Whose votes are counted: all members, or the survivors of a reconfiguration."""
-    reconfiguration: bool
+    """Whose votes are counted."""
+    voters: Nodes
+    """The electorate of the next round."""
     ring: Nodes
     """Who reduced, in the order of ``protocol/reduction.py``; nobody where everybody aggregates."""
     results: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]
@@ -145,17 +150,61 @@ class Record(Body, frozen=True):
     def hash(self) -> bytes:
         return digest("record", self.encode())
 
+    @property
+    def reconfiguration(self) -> bool:
+        """Whether others voted than those whom the record before named. The first round's voters replace nobody."""
+        return self.roster > 0 and self.plan.round > 1
+
 
 # ---------------------------------------------------------------------- member to coordinator
 
 
+class Roster(Body, frozen=True):
+    """A reconfiguration: who votes in a round from now on, whatever was said of its electorate before.
+
+    In force once more than half of the coordinators have signed it; each signs one of a number, and none any more
+    once it has sealed a record of the round.
+    """
+
+    DOMAIN = "roster"
+
+    previous: Hash
+    """Hash of the record before the round."""
+    number: Positive
+    """Counts the rosters of a round."""
+    electorate: Annotated[Nodes, Meta(min_length=1)]
+
+
+class Seal(Body, frozen=True):
+    """A coordinator's word that it takes ``record`` for the one of its round, and will sign no later roster."""
+
+    DOMAIN = "seal"
+
+    previous: Hash
+    roster: Natural
+    record: Hash
+
+
+class Objection(Body, frozen=True):
+    """Why a coordinator does not sign a roster or a seal: what it has signed of the round before."""
+
+    DOMAIN = "objection"
+
+    reason: Reason
+    roster: Natural
+    """Number of a roster that stands in the way; a later one would not. 0: there is none."""
+    sealed: Hash | None
+    """Of a record that does."""
+
+
 class Certificate(Body, frozen=True):
-    """A certified record: the coordinator's signed proposal and the signed votes for it."""
+    """A certified record: the coordinator's signed proposal, the signed votes for it, and the seals."""
 
     DOMAIN = "certificate"
 
     proposal: Signed
     votes: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+    seals: Annotated[tuple[Signed, ...], Meta(max_length=MAX_COORDINATORS)]
 
 
 class Present(Body, frozen=True):
@@ -168,6 +217,9 @@ class Present(Body, frozen=True):
     head: Hash
     state_root: Hash
     device: Annotated[str, Meta(max_length=64)]
+    claim: Signed | None
+    """A coordinator's signed heartbeat or proposal of the latest term that this node took part in: one that begins to
+    lead in an earlier term learns that it is not heard."""
     certificate: Certificate | None
     """That of the last round applied, for a coordinator that starts again; none before the first."""
 
@@ -209,6 +261,38 @@ class Vote(Body, frozen=True):
 
     term: Positive
     record: Hash
+
+
+class Heartbeat(Body, frozen=True):
+    """A coordinator's word whether it leads, and in which term; 0: it does not."""
+
+    DOMAIN = "heartbeat"
+
+    term: Natural
+    latest: Natural
+    """The highest term it has used or heard of."""
+    finished: bool = False
+    """It has seen the last round certified: there is nothing to lead any more."""
+
+
+class Promise(Body, frozen=True):
+    """The sender takes part in nothing that was begun before ``term``; and what it last voted for, if anything.
+
+    With what a new leader needs to go on with the round that the sender is in.
+    """
+
+    DOMAIN = "promise"
+
+    term: Positive
+    rounds: Natural
+    """Certified rounds the sender has applied."""
+    accepted: Signed | None
+    """The proposal it voted for in the highest term so far."""
+    plan: Plan | None
+    """Of the round it is in."""
+    commitments: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+    """As it was shown them when commitments were closed; none before."""
+    contributions: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
 
 
 class Attestation(Body, frozen=True):
@@ -256,6 +340,8 @@ class Proposal(Body, frozen=True):
 
     term: Positive
     record: Record
+    roster: Annotated[tuple[Signed, ...], Meta(max_length=MAX_COORDINATORS)]
+    """Signatures under the roster that the record names."""
 
 
 class Reducing(Message, frozen=True):
@@ -275,6 +361,10 @@ class Board(Body, frozen=True):
     DOMAIN = "board"
 
     version: Natural
+    term: Positive
+    """In which its author leads. Who follows it takes part in nothing of an earlier term any more."""
+    claim: Signed
+    """That it does: a heartbeat."""
     phase: Annotated[str, Meta(max_length=16)]
     rounds: Natural
     """Certified so far."""
@@ -293,6 +383,6 @@ class Board(Body, frozen=True):
 
 SUBMISSIONS: dict[str, type[Body]] = {
     kind.DOMAIN: kind
-    for kind in (Present, Commitment, Contribution, Holding, Reduced, Vote, Attestation, Leave, Metrics)
+    for kind in (Present, Promise, Commitment, Contribution, Holding, Reduced, Vote, Attestation, Leave, Metrics)
 }
 """What a member may send to a coordinator, by domain."""

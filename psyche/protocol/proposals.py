@@ -8,7 +8,7 @@ from dataclasses import replace
 from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
 from psyche.protocol.deadlines import adaptive
-from psyche.protocol.messages import MAX_MEMBERS, Accepted, Excluded, Plan, Record
+from psyche.protocol.messages import MAX_MEMBERS, Accepted, Excluded, Record
 from psyche.protocol.state import Abandoned, Phase, Proposed, Round, Rules, State
 
 LEAST_DEVIATION = 0.1
@@ -31,13 +31,19 @@ def propose(
     state: State,
     current: Round,
     accepted: frozenset[str],
-    electorate: tuple[str, ...],
+    electorate: tuple[str, ...] | None,
     now: float,
     results: tuple[bytes, ...] = (),
     minority: Collection[str] = (),
 ) -> Step:
-    """Put a record to the vote, in a term of its own."""
+    """Put a record to the vote, in a term of its own. Another ``electorate`` than the one in force takes a roster.
+
+    So does another record than the one that an earlier leader may have certified: signing the roster, the coordinators
+    say that it was not.
+    """
     plan = current.plan
+    if (electorate is not None and set(electorate) != set(state.electorate)) or state.bound:
+        state = reconfigured(state, state.electorate if electorate is None else electorate)
     excluded = tuple(
         Excluded(member.node, exclusion(state, current, member.node))
         for member in plan.members
@@ -47,13 +53,19 @@ def propose(
         plan=plan,
         accepted=tuple(Accepted(node, current.contributions[node][0]) for node in sorted(accepted)),
         excluded=excluded,
-        electorate=electorate,
-        reconfiguration=len(electorate) < len(plan.members),
+        roster=state.roster,
+        electorate=state.electorate,
+        voters=tuple(sorted(accepted | set(living(state, current)))),
         ring=current.ring,
         results=results,
         minority=tuple(sorted(minority)),
     )
-    term = state.term + 1
+    return put_to_the_vote(rules, state, current, record, now)
+
+
+def put_to_the_vote(rules: Rules, state: State, current: Round, record: Record, now: float) -> Step:
+    """``record`` in a term of its own."""
+    term = state.term + rules.coordinators
     proposed = replace(
         current,
         term=term,
@@ -61,9 +73,14 @@ def propose(
         proposal=record,
         votes={},
         since=now,
-        deadline=now + allowed(rules, state.result_seconds if results else state.exchange_seconds),
+        deadline=now + allowed(rules, state.result_seconds if record.results else state.exchange_seconds),
     )
     return replace(state, term=term, round=proposed, note=""), [Proposed(term, record)]
+
+
+def reconfigured(state: State, electorate: Sequence[str]) -> State:
+    """``electorate`` votes in the round from now on; nothing that another one voted for can be certified any more."""
+    return replace(state, electorate=tuple(sorted(electorate)), roster=state.roster + 1, bound=b"")
 
 
 def held_in_common(
@@ -112,6 +129,8 @@ def abandon(state: State, current: Round, reason: str) -> Step:
 
     A sharded one is tried again without reducers, for those of the next attempt would be drawn as these were.
     """
+    if state.bound:
+        state = reconfigured(state, state.electorate)
     waiting = replace(
         state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), gathering=bool(current.ring)
     )
@@ -136,10 +155,9 @@ def living(state: State, current: Round) -> list[str]:
     ]
 
 
-def carries_quorum(plan: Plan, voters: Iterable[str], electorate: tuple[str, ...]) -> bool:
+def carries_quorum(voters: Iterable[str], electorate: Sequence[str]) -> bool:
     """Whether ``voters`` carry more than two thirds of the electorate's voting weight."""
-    votes = {member.node: member.votes for member in plan.members}
-    return quorum(sum(votes[n] for n in set(voters) & set(electorate)), sum(votes[n] for n in electorate))
+    return quorum(len(set(voters) & set(electorate)), len(electorate))
 
 
 def having(mapping: Mapping[str, bytes], value: bytes) -> list[str]:

@@ -49,7 +49,7 @@ def select(
         reports={},
         fetched=frozenset(),
         lacking={},
-        term=state.term + 1,
+        term=state.term + rules.coordinators,
     )
     lacking = _lacking(chosen, draw_of(rules, chosen), out & here)
     reducing = replace(chosen, out=out, lacking=lacking, selected_in=chosen.term)
@@ -127,8 +127,7 @@ def _judge(rules: Rules, state: State, current: Round, draw: Draw, now: float) -
     if step := reduce_anew(rules, state, current, results, now):
         return step
     losers = {node for found, root in zip(reports, results, strict=True) for node in minority(found, root)}
-    electorate = tuple(member.node for member in current.plan.members)
-    return propose(rules, state, current, current.selected, electorate, now, results, losers)
+    return propose(rules, state, current, current.selected, None, now, results, losers)
 
 
 def _after_deadline(rules: Rules, state: State, current: Round, silent: frozenset[str], now: float) -> Step:

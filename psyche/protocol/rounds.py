@@ -25,6 +25,7 @@ from psyche.protocol.proposals import (
     names,
     propose,
     quorum,
+    reconfigured,
     round_seed,
     seated,
 )
@@ -37,6 +38,7 @@ from psyche.protocol.state import (
     Effect,
     Event,
     Finished,
+    Overruled,
     Phase,
     Planned,
     Round,
@@ -44,11 +46,15 @@ from psyche.protocol.state import (
     Settled,
     State,
 )
+from psyche.protocol.succession import agree_on_restart, alone, ready_members, said, take_up, vote_on_the_sealed
 
 
 def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
     """Absorb one event at time ``now`` (seconds, any monotonic origin) and advance as far as possible."""
-    state, effects = absorb(rules, state, event, now)
+    if isinstance(event, Overruled):
+        state, effects = _overrule(rules, state, event, now)
+    else:
+        state, effects = absorb(rules, state, event, now)
     while True:
         after, more = _advance(rules, state, now)
         effects += more
@@ -87,8 +93,8 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
             Finished(state.rounds)
         ]
     if not state.state_root:
-        return _agree_on_restart(state)
-    ready = sorted(node for node, peer in state.peers.items() if peer.state_root == state.state_root)
+        return agree_on_restart(rules, state, now)
+    ready = ready_members(state)
     needed = rules.min_members if state.rounds else rules.start_members
     if len(ready) < needed:
         phase = Phase.PAUSED if state.rounds else Phase.WAITING
@@ -96,13 +102,17 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         note = f"waiting for members: {len(ready)} of {needed} are ready" + (
             f", {syncing} synchronising" * bool(syncing)
         )
-        return (
-            (state, []) if (state.phase, state.note) == (phase, note) else (replace(state, phase=phase, note=note), [])
-        )
+        return said(state, phase, note)
+    if not carries_quorum(ready, state.electorate):
+        if state.electorate and not alone(rules, state, now):
+            return said(state, Phase.PAUSED, f"waiting for votes of {names(set(state.electorate) - set(ready))}")
+        state = reconfigured(state, seated(ready, round_seed(state.head)))
+    if not state.taken_up:
+        return take_up(rules, state, ready, now)
     seats = seated(ready, round_seed(state.head))
     plan = Plan(
         round=state.rounds + 1,
-        term=state.term + 1,
+        term=state.term + rules.coordinators,
         previous=state.head,
         base_root=state.state_root,
         seed=round_seed(state.head),
@@ -114,24 +124,6 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
     seconds = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
     opened = Round(plan, opened=now, deadline=now + seconds, term=plan.term)
     return replace(state, phase=Phase.TRAINING, term=plan.term, round=opened, note=""), [Planned(plan)]
-
-
-def _agree_on_restart(state: State) -> Step:
-    """After a coordinator's restart: believe the state that more than two thirds of the last electorate hold.
-
-    Only who has applied the last record counts. Who has not is behind, and its state is not the run's, however many
-    they are: a certified round would be lost.
-    """
-    there = [node for node in state.electorate if node in state.peers]
-    back = {node: state.peers[node].state_root for node in there if state.peers[node].rounds == state.rounds}
-    for root in sorted(set(back.values())):
-        if quorum(len(having(back, root)), len(state.electorate)):
-            return replace(state, state_root=root), []
-    missing, behind = set(state.electorate) - set(there), set(there) - set(back)
-    note = f"restarted after round {state.rounds}; waiting for members of that round: {names(missing | behind or back)}"
-    if behind:
-        note += f"; its state is not known to {names(behind)}, who are behind"
-    return (state, []) if state.note == note else (replace(state, phase=Phase.PAUSED, note=note), [])
 
 
 def _collect_commitments(rules: Rules, state: State, current: Round, now: float) -> Step:
@@ -178,14 +170,13 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
     state = replace(state, exchange_seconds=seconds)
     if current.ring:
         return select(rules, state, current, accepted, set(current.ring) - set(holders), now)
-    electorate = tuple(member.node for member in current.plan.members)
-    return propose(rules, state, current, accepted, electorate, now)
+    return propose(rules, state, current, accepted, None, now)
 
 
 def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> Step:
     record = current.proposal
     assert record is not None
-    if carries_quorum(current.plan, current.votes, record.electorate):
+    if carries_quorum(current.votes, record.electorate):
         certified = replace(current, certified=True, deadline=now + allowed(rules, state.exchange_seconds))
         seconds = now - current.opened
         effect = Certified(record, tuple(current.votes[node] for node in sorted(current.votes)), seconds)
@@ -197,7 +188,7 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
     here = living(state, current)
     if not here:
         note = f"round {current.plan.round} waits for votes of {names(set(record.electorate) - set(current.votes))}"
-        return (state, []) if state.note == note else (replace(state, note=note), [])
+        return said(state, state.phase, note)
     if record.results:
         return vote_anew(rules, state, current, now)
     # Who was asked for a vote and gave none is not waited for twice, whatever it says it holds; nor does it get to
@@ -209,6 +200,20 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
     if not accepted:
         return abandon(state, current, "nobody voted" if not asked else "the voters hold no payload in common")
     return propose(rules, state, current, accepted, tuple(holders), now)
+
+
+def _overrule(rules: Rules, state: State, event: Overruled, now: float) -> Step:
+    """Put the same to the vote again, under a roster that nothing stands in the way of; or what was sealed."""
+    current = state.round
+    if current is None or current.proposal is None or current.proposal.hash != event.record:
+        return state, []
+    if event.sealed:
+        return vote_on_the_sealed(rules, state, event.sealed, now)
+    record = current.proposal
+    state = replace(state, roster=max(state.roster, event.roster), bound=record.hash)
+    again = replace(current, certified=False, attestations={})
+    accepted = frozenset(one.node for one in record.accepted)
+    return propose(rules, state, again, accepted, None, now, record.results, record.minority)
 
 
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:
@@ -230,9 +235,7 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
         note = f"no half of the members agrees on the state after round {current.plan.round}" + (
             f"; waiting for {names(silent)}" if silent else ""
         )
-        if (state.phase, state.note) == (Phase.PAUSED, note):
-            return state, []
-        return replace(state, phase=Phase.PAUSED, note=note), []
+        return said(state, Phase.PAUSED, note)
     root = agreed[0]
     effects: list[Effect] = [Settled(current.plan.round, root)]
     for node, other in sorted(current.attestations.items()):
@@ -245,7 +248,9 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
         head=record.hash,
         state_root=root,
         position=next_position(current.plan, rules.batch_size, rules.late_steps),
-        electorate=record.electorate,
+        electorate=record.voters,
+        roster=0,
+        bound=b"",
         round=None,
         gathering=False,
         note="",

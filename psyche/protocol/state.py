@@ -10,6 +10,8 @@ from psyche.protocol.messages import Contribution, Plan, Record
 
 
 class Phase(StrEnum):
+    ELECTING = "electing"
+    """Shown to members only: this coordinator begins to lead, and does not know yet what to go on with."""
     WAITING = "waiting"
     """For enough members to open a round."""
     TRAINING = "training"
@@ -47,6 +49,8 @@ class Rules:
     exchange_bounds: tuple[float, float]
     silence: float
     spread: float
+    coordinators: int
+    """Of the manifest. A term belongs to the one at place ``term % coordinators``, so that no two share one."""
 
     def reducers_for(self, members: int) -> int:
         """``Plan.reducers`` of a round of so many members."""
@@ -107,7 +111,32 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Promised:
+    """A voter's answer to a new leader: it takes part in nothing of an earlier term (DESIGN §6: an acceptor's promise).
+
+    ``proofs`` after a value are its author's signed envelopes; all signatures were checked by the role.
+    """
+
+    node: str
+    term: int
+    rounds: int
+    """It has applied."""
+    accepted: Record | None = None
+    """What it voted for last, and in which term."""
+    accepted_in: int = 0
+    roster: tuple[bytes, ...] = ()
+    """Signatures under the roster that ``accepted`` names."""
+    plan: Plan | None = None
+    """Of the round it is in."""
+    commitments: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    """Shown to it when they were closed."""
+    contributions: Mapping[str, tuple[Contribution, bytes]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class State:
+    """``leading`` is the term in which this coordinator began to lead; its plans and proposals have later ones."""
+
     phase: Phase
     rounds: int
     """Certified and settled."""
@@ -117,8 +146,19 @@ class State:
     """What members must hold now. Empty after a restart, until two thirds of the electorate are back and agree."""
     position: int
     term: int
+    leading: int = 1
+    promises: Mapping[str, Promised] = field(default_factory=dict)
+    """Of the term ``leading``."""
+    taken_up: bool = False
+    """What the members voted for, or were in the middle of, under the leader before has been gone on with."""
     electorate: tuple[str, ...] = ()
-    """Of the last certified record."""
+    """Who votes in the round that comes: the last record's ``voters``, or who the last roster names."""
+    roster: int = 0
+    """Number of that roster; 0: none."""
+    bound: bytes = b""
+    """Hash of a record that may have been certified under an earlier leader. Another one takes another roster."""
+    arrived: float | None = None
+    """When somebody was last seen for the first time, or this coordinator began."""
     peers: Mapping[str, Peer] = field(default_factory=dict)
     round: Round | None = None
     commit_seconds: tuple[float, ...] = ()
@@ -132,8 +172,8 @@ class State:
     note: str = ""
 
     @classmethod
-    def initial(cls, rules: Rules) -> State:
-        return cls(Phase.WAITING, 0, rules.run_id, rules.genesis, 0, 0)
+    def initial(cls, rules: Rules, leading: int = 1) -> State:
+        return cls(Phase.WAITING, 0, rules.run_id, rules.genesis, 0, term=leading, leading=leading)
 
 
 # --------------------------------------------------------------------------------------- events
@@ -220,7 +260,23 @@ class Restored:
     record: Record
 
 
-Event = Tick | Arrived | Seen | Left | Committed | Opened | Held | Reported | Voted | Attested | Restored
+@dataclass(frozen=True)
+class Overruled:
+    """A coordinator does not sign for ``record``, because of what it has signed before.
+
+    Either it was a later roster than the one that the record is under, or the seal of another record.
+    """
+
+    record: bytes
+    """Its hash."""
+    roster: int = 0
+    sealed: bytes = b""
+    """Hash of the other record. Nothing else can be certified."""
+
+
+Submission = Committed | Opened | Held | Reported | Voted | Attested
+"""What a member says of a round it is in."""
+Event = Tick | Overruled | Arrived | Seen | Left | Promised | Submission | Restored
 
 
 # -------------------------------------------------------------------------------------- effects

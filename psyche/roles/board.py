@@ -1,10 +1,17 @@
-"""A member's line to the coordinator: it watches the board and submits signed messages."""
+"""A member's line to the coordinator that leads: it watches the board and submits signed messages.
+
+Which of the run's coordinators that is, a member finds out by asking them in turn. It follows the latest term it has
+heard of, promising to take part in nothing of an earlier one, and tells a new leader once more what it has done in the
+round: the one before may have taken it along.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from psyche.config import Manifest
 from psyche.errors import PsycheError
@@ -12,15 +19,35 @@ from psyche.network.identity import BadSignature, Identity, WrongContext, open_e
 from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
+from psyche.protocol.acceptor import Refusal
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Board, Body, Present, decode
+from psyche.protocol.messages import Board, Body, Commitment, Contribution, Holding, Present, Promise, decode
 from psyche.protocol.state import Phase
-from psyche.roles.coordinator import MAX_BOARD, UNKNOWN, WATCH_SECONDS
+from psyche.roles.coordinator import MAX_BOARD, STANDBY, UNKNOWN, WATCH_SECONDS
 
 CALL_SECONDS = 15.0
 RETRY_SECONDS = 1.0
+REPEATED = (Commitment.DOMAIN, Contribution.DOMAIN, Holding.DOMAIN)
+"""What is said once more to a new leader, in this order. Votes and reports belong to a term."""
 PATIENCE_SECONDS = 600.0
 """How long a member keeps its work and waits for a coordinator that does not answer."""
+
+
+class Follower(Protocol):
+    """The node whose line this is."""
+
+    @property
+    def term(self) -> int:
+        """Of the leader it follows."""
+        ...
+
+    def introduce(self) -> Present:
+        """What it says of itself."""
+        ...
+
+    async def promise(self, term: int, claim: bytes) -> Promise:
+        """Follow the leader of ``term``, who signed ``claim``."""
+        ...
 
 
 class BoardClient:
@@ -31,12 +58,19 @@ class BoardClient:
         manifest: Manifest,
         identity: Identity,
         rpc: Rpc,
-        present: Callable[[], Present],
+        node: Follower,
         warn: Callable[[str], None],
     ) -> None:
         self._manifest, self._identity, self._rpc = manifest, identity, rpc
-        self._present, self._warn = present, warn
-        self._coordinator = manifest.resolved.coordinators[0]
+        self._node, self._warn = node, warn
+        self._coordinators = manifest.resolved.coordinators
+        self._coordinator = self._coordinators[0]
+        self._promised = 0
+        """The term of the promise that this process has sent last."""
+        self._repeat = 0
+        """The round of which a new leader has to hear yet."""
+        self._said: dict[str, tuple[int, bytes]] = {}
+        """What was submitted last of each kind, and in which round."""
         self._changed = asyncio.Condition()
         self.board: Board | None = None
 
@@ -58,6 +92,7 @@ class BoardClient:
                     self._warn("the coordinator is back")
                 silent_since = None
             except (Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext) as error:
+                self._ask_another()
                 if silent_since is None:
                     silent_since = time.monotonic()
                     self._warn(
@@ -80,22 +115,28 @@ class BoardClient:
 
     async def present(self) -> None:
         """Tell the coordinator that this node is here, and with which state."""
-        body = self._present()
+        body = self._node.introduce()
         await self.submit(body, body.rounds)
 
     async def submit(self, body: Body, round: int) -> None:
         """Sign and send, again and again while the coordinator is away. Raises ``Refused`` with its reason."""
         sealed = self._identity.seal(body.DOMAIN, self._manifest.run_id, round, body.encode())
         data = envelopes.encode(sealed)
+        if body.DOMAIN in REPEATED:
+            self._said[body.DOMAIN] = round, data
         while True:
             try:
                 await self._rpc.call(self._coordinator, "submit", data, timeout=CALL_SECONDS, max_reply=64)
                 return
+            except Refused as refusal:
+                if str(refusal) != STANDBY:
+                    raise
+                await asyncio.sleep(RETRY_SECONDS)
             except (Unreachable, Violation):
-                await asyncio.sleep(RETRY_SECONDS)  # watch() tells people, and gives up in time
+                await asyncio.sleep(RETRY_SECONDS)  # watch() tells people, asks another coordinator, gives up in time
 
     async def _refresh(self) -> None:
-        seen = self.board.version if self.board else 0
+        seen = self.board.version if self.board and self.board.term == self._promised else 0
         data = await self._rpc.call(
             self._coordinator,
             "watch",
@@ -105,11 +146,43 @@ class BoardClient:
         )
         envelope = envelopes.decode(data, MAX_BOARD)
         open_envelope(envelope, domain=Board.DOMAIN, run_id=self._manifest.run_id)
-        if envelope.author not in self._manifest.resolved.coordinators:
-            raise BadSignature(f"the board is signed by {envelope.author}, who is no coordinator of this run")
         board = decode(Board, envelope.body)
+        if self._coordinators[board.term % len(self._coordinators)] != envelope.author:
+            raise BadSignature(f"the board is signed by {envelope.author}, who does not lead in term {board.term}")
+        if board.term < self._node.term:
+            await self.present()  # so that it hears of the later one
+            raise Refused(f"it leads in term {board.term}, and this node follows the leader of term {self._node.term}")
+        if board.term > self._promised:
+            await self._follow(board)
         if board.note and board.phase != Phase.FINISHED and board.note != (self.board.note if self.board else ""):
             self._warn(f"the coordinator says: {board.note}")
+        if self._repeat and board.phase != Phase.ELECTING:
+            await self._say_again(board)
         async with self._changed:
             self.board = board
             self._changed.notify_all()
+
+    async def _say_again(self, board: Board) -> None:
+        """Tell a new leader that goes on with the round what the one before was told of it."""
+        round, self._repeat = self._repeat, 0
+        for domain in REPEATED:
+            said = self._said.get(domain)
+            if said is None or board.plan is None or (said[0], board.plan.round) != (round, round):
+                continue
+            with contextlib.suppress(Refused):  # of an attempt that is over, say
+                await self._rpc.call(self._coordinator, "submit", said[1], timeout=CALL_SECONDS, max_reply=64)
+
+    async def _follow(self, board: Board) -> None:
+        """Promise the board's author to take part in nothing earlier, and repeat what was said in this round."""
+        try:
+            promise = await self._node.promise(board.term, board.claim)
+        except Refusal as refusal:
+            await self.present()  # so that it hears of a later term
+            raise Refused(str(refusal)) from None
+        await self.submit(promise, promise.rounds)
+        self._promised = board.term
+        self._repeat = promise.rounds + 1
+
+    def _ask_another(self) -> None:
+        place = self._coordinators.index(self._coordinator)
+        self._coordinator = self._coordinators[(place + 1) % len(self._coordinators)]

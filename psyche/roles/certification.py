@@ -7,33 +7,28 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from psyche.config import Manifest
 from psyche.exchange.base import Exchange
 from psyche.network.fetch import FetchError
-from psyche.network.identity import BadSignature, WrongContext, open_envelope
 from psyche.network.streams import Refused
 from psyche.numerics.aggregate import Gradient
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider
-from psyche.protocol.certificates import BadCertificate, check_certificate
+from psyche.protocol.acceptor import Chain, Refusal
+from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import (
     Board,
-    Certificate,
     Holding,
     Plan,
-    Proposal,
     Record,
     Reduced,
     Reducing,
     Result,
     Vote,
-    decode,
 )
-from psyche.protocol.state import Phase, Rules
+from psyche.protocol.state import Phase
 from psyche.roles.board import BoardClient
 from psyche.roles.openings import Openings
 from psyche.roles.replica import Work
+from psyche.roles.voter import Voter
 
 
 class Moved(Exception):
@@ -43,39 +38,6 @@ class Moved(Exception):
         super().__init__()
         self.accepted = accepted
         """Whether this node's own work is in the round's record all the same."""
-
-
-class Voter:
-    """What a member remembers from round to round: how it voted, and the last certificate it has seen."""
-
-    def __init__(self, manifest: Manifest, rules: Rules, certificate: bytes | None) -> None:
-        self.manifest, self.rules = manifest, rules
-        self.acceptor = Acceptor()
-        self.certificate = certificate
-        self._checked: tuple[bytes, Record] | None = None
-
-    def record_of(self, certificate: Certificate) -> Record:
-        """The record that a certificate makes final; remembered. Raises ``BadCertificate``."""
-        encoded = certificate.encode()
-        if self._checked is not None and self._checked[0] == encoded:
-            return self._checked[1]  # every board of a round shows the same one
-        record = check_certificate(
-            certificate,
-            run_id=self.manifest.run_id,
-            coordinators=self.manifest.resolved.coordinators,
-            open_envelope=open_envelope,
-        )
-        self._checked = encoded, record
-        self.certificate = encoded
-        return record
-
-    def proposal_in(self, signed: bytes, round: int) -> Proposal:
-        """The proposal that a coordinator signed for ``round``. Raises like ``open_envelope``."""
-        envelope = envelopes.decode(signed)
-        open_envelope(envelope, domain=Proposal.DOMAIN, run_id=self.manifest.run_id, round=round)
-        if envelope.author not in self.manifest.resolved.coordinators:
-            raise BadSignature(f"{envelope.author} is no coordinator of this run")
-        return decode(Proposal, envelope.body)
 
 
 class Certification:
@@ -95,6 +57,7 @@ class Certification:
         self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.wire.me
         self._voter, self._client, self._exchange, self._warn = voter, client, exchange, warn
         self._openings = Openings(voter.manifest.run_id, plan)
+        voter.follows(plan, self._openings)
         self._tasks: dict[object, asyncio.Task[None]] = {}
         self._failed: set[object] = set()
         self._gradients: dict[bytes, Gradient] = {}
@@ -104,7 +67,7 @@ class Certification:
 
     async def run(self) -> tuple[Record, Gradient]:
         """The certified record, and the outer gradient that follows from it. Raises :class:`Moved`."""
-        board = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or b.plan != self._plan)
+        board = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or self._over(b))
         try:
             await self._open(board)
             while True:
@@ -112,7 +75,7 @@ class Certification:
                 self._openings.update(board)
                 if record is not None and record.hash in self._gradients:
                     return record, self._gradients[record.hash]
-                if board.plan != self._plan and (record is None or record.hash in self._failed):
+                if self._over(board) and (record is None or record.hash in self._failed):
                     # Either the round came to nothing, or what it accepted is not to be had any more.
                     accepted = record is not None and any(one.node == self._me for one in record.accepted)
                     raise Moved(accepted=accepted)
@@ -188,7 +151,7 @@ class Certification:
             return
         try:
             proposal = self._voter.proposal_in(board.proposal, self._plan.round)
-        except (MalformedMessage, BadSignature, WrongContext) as error:
+        except (MalformedMessage, BadCertificate) as error:
             self._warn(f"the coordinator shows a proposal that cannot be believed: {error}")
             return
         record = proposal.record
@@ -202,12 +165,11 @@ class Certification:
         # What was not committed to is not fetched, and gets no vote.
         self._voted = proposal.term
         try:
-            self._voter.acceptor = consider(
-                self._voter.acceptor,
+            await self._voter.vote(
                 proposal,
-                rules=self._voter.rules,
+                board.proposal,
                 chain=self._chain,
-                opened=self._openings.contributions,
+                openings=self._openings,
                 held=self._exchange.held,
                 reduced=self._exchange.reduced,
             )
@@ -246,4 +208,10 @@ class Certification:
         except BadCertificate as error:
             self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
             return None
-        return record if record.plan == self._plan else None
+        # Without a roster its electorate must be the one this node knows: a certificate alone does not say so.
+        known = record.roster > 0 or record.electorate == self._chain.voters
+        return record if record.plan == self._plan and known else None
+
+    def _over(self, board: Board) -> bool:
+        """Whether the run goes on without this round. Who begins to lead does not know yet what it goes on with."""
+        return board.phase != Phase.ELECTING and board.plan != self._plan

@@ -31,4 +31,5 @@ def chain_rules(manifest: Manifest) -> Rules:
         exchange_bounds=(run.deadlines.exchange_min, run.deadlines.exchange_max),
         silence=run.deadlines.silence,
         spread=run.deadlines.spread,
+        coordinators=len(manifest.resolved.coordinators),
     )

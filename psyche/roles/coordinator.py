@@ -1,14 +1,16 @@
 """The coordinator: it closes rounds. It holds no tensors and no secret but its key, and pushes nothing.
 
 Members submit signed messages and watch the board; the pure state machine of ``protocol/rounds.py`` decides;
-this module checks signatures, keeps time, and turns effects into bytes and events.
+this module checks signatures, keeps time, and turns effects into bytes and events. Of several one leads, and the
+others stand by (``succession.py`` says when one begins, ``protocol/succession.py`` how it goes on).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from pathlib import Path
 
 from psyche.config import Manifest
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
@@ -16,7 +18,7 @@ from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
 from psyche.protocol import envelope as envelopes
 from psyche.protocol import state as protocol
-from psyche.protocol.certificates import BadCertificate, check_certificate
+from psyche.protocol.certificates import BadCertificate, check_certificate, seals_needed, signatures_needed
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import (
     SUBMISSIONS,
@@ -26,22 +28,30 @@ from psyche.protocol.messages import (
     Certificate,
     Commitment,
     Contribution,
+    Heartbeat,
     Holding,
     Leave,
     Metrics,
     Present,
+    Promise,
     Proposal,
     Record,
     Reduced,
     Reducing,
+    Roster,
+    Seal,
     Vote,
     decode,
 )
+from psyche.protocol.oath import Perjury
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import Phase, State
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import metrics_event
+from psyche.roles.notary import Notary
+from psyche.roles.promises import promised
 from psyche.roles.rules import rules_of
+from psyche.roles.succession import Succession
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
 
@@ -51,6 +61,7 @@ TICK_SECONDS = 0.2
 BURST_SECONDS = 0.02
 """What is shown of many contributions at once: each board goes to every member, so that one a contribution would cost
 the square of the members."""
+STANDBY = "this coordinator does not lead"
 UNKNOWN = "present yourself first"
 """What a watcher hears whom the coordinator does not know, or no longer: after a restart, or a long silence."""
 MAX_SUBMISSION = 1 << 20
@@ -67,12 +78,27 @@ class Coordinator:
         network: NetworkNode,
         log: EventLog,
         ledger: LedgerWriter,
+        directory: Path,
+        leads: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``directory`` keeps what this coordinator has signed. It must not be lost while the run goes on.
+
+        ``leads`` is called once, when this coordinator begins to lead.
+        """
         self.manifest, self.identity, self.network, self.log, self._clock = manifest, identity, network, log, clock
         self.ledger = ledger
         self.rules = rules_of(manifest)
         self.state = State.initial(self.rules)
+        self._notary = Notary(manifest, identity, network.rpc, directory)
+        self._succession = Succession(manifest, identity, network.rpc)
+        self._first, self._leads = leads, False
+        self._signing: asyncio.Task[None] | None = None
+        """Gathers signatures under what the machine has decided last; members see it when they are there."""
+        self._signed: dict[tuple[int, int], tuple[bytes, ...]] = {}
+        """Rosters in force, by round and number."""
+        self._overruled: protocol.Overruled | None = None
+        self._claim = b""
         self._proposal: bytes | None = None
         self._certificate: Certificate | None = None
         self._certified: protocol.Certified | None = None
@@ -86,22 +112,57 @@ class Coordinator:
 
     async def run(self) -> None:
         """Serve until the run is finished and its members have said goodbye (or gone silent)."""
-        await self._publish()
+        await self._notary.serve()
+        await self._succession.serve(self._heartbeat)
         await self.network.rpc.serve("watch", self._watch, max_request=16)
         await self.network.rpc.serve("submit", self._submit, max_request=MAX_SUBMISSION)
-        while self.state.phase is not Phase.FINISHED or self.state.peers:
-            await self._dispatch(protocol.Tick())
-            self.ledger.check()
-            await asyncio.sleep(TICK_SECONDS)
-        if self._later is not None:
-            self._later.cancel()
+        try:
+            while await self._succession.turn(self.log):
+                if await self._lead():
+                    break
+                self.log.emit(events.Notice(level="warning", text="another coordinator leads now, in a later term"))
+            await self._succession.ask_all()  # those that stand by hear of the end
+        finally:
+            self._succession.close()
+            for task in (self._later, self._signing):
+                if task is not None:
+                    task.cancel()
         # Said last, when the members' reports of the last round are in: whoever follows the log can stop here.
         self.log.emit(events.RunFinished(rounds=self.state.rounds, reason="all rounds are done"))
+
+    async def _lead(self) -> bool:
+        """Lead: to the end of the run (True), or until another coordinator does."""
+        if not self._claim:
+            self._first()
+        used = self.state.term if self._claim else 0
+        self.state = State.initial(self.rules, await self._notary.term(max(self._succession.later, used)))
+        self._leads, self._proposal, self._certificate = True, None, None
+        self._claim = self._succession.claim(self.state.leading)
+        await self._publish()
+        if len(self.manifest.resolved.coordinators) > 1:
+            self.log.emit(events.Notice(level="info", text=f"leading, in term {self.state.leading}"))
+        while self.state.phase is not Phase.FINISHED or self.state.peers:
+            overruled, self._overruled = self._overruled, None
+            await self._dispatch(overruled or protocol.Tick())
+            self.ledger.check()
+            if self._signing is not None and self._signing.done():
+                self._signing.result()  # a disk that is full, say
+            if self._succession.later > self.state.term:
+                self._leads = False
+                return False
+            await asyncio.sleep(TICK_SECONDS)
+        return True
+
+    def _heartbeat(self) -> Heartbeat:
+        finished = self.state.phase is Phase.FINISHED or self._succession.finished
+        return Heartbeat(self.state.leading if self._leads else 0, self.state.term, finished)
 
     # ---------------------------------------------------------------------------- what members ask
 
     async def _watch(self, peer: str, request: bytes) -> bytes:
         """The board, as soon as its version is not the one the caller has seen. Asking is a sign of life."""
+        if not self._leads:
+            raise Refused(STANDBY)
         if peer not in self.state.peers:
             raise Refused(UNKNOWN)
         seen = int.from_bytes(request, "little")
@@ -115,6 +176,8 @@ class Coordinator:
         return self._board
 
     async def _submit(self, peer: str, request: bytes) -> bytes:
+        if not self._leads:
+            raise Refused(STANDBY)
         try:
             envelope = envelopes.decode(request, MAX_SUBMISSION)
             kind = SUBMISSIONS.get(envelope.domain)
@@ -133,6 +196,11 @@ class Coordinator:
         match body:
             case Present():
                 await self._greet(node, body)
+            case Promise():
+                promise = promised(node, body, self.manifest)
+                if promise.accepted is not None and promise.roster:
+                    self._signed[promise.accepted.plan.round, promise.accepted.roster] = promise.roster
+                await self._dispatch(promise)
             case Leave():
                 await self._dispatch(protocol.Left(node, body.reason))
             case Metrics():
@@ -153,6 +221,7 @@ class Coordinator:
                 self.log.emit(events.Attested(round=round, peer=node, state_root=body.state_root.hex()))
 
     async def _greet(self, node: str, body: Present) -> None:
+        self._succession.hear(body.claim)
         if body.certificate is not None and body.rounds > self.state.rounds:
             record = self._checked(body.certificate)
             await self._dispatch(protocol.Restored(record))
@@ -206,11 +275,12 @@ class Coordinator:
             case protocol.Abandoned(round, reason):
                 self.log.emit(events.Notice(level="warning", text=f"round {round} starts again: {reason}"))
             case protocol.Proposed(term, record):
-                self._proposal = self._seal(Proposal(term, record), record.plan.round)
-            case protocol.Certified(_, votes):
+                self._proposal = None
+                self._sign(self._propose(term, record))
+            case protocol.Certified(record, votes):
                 assert self._proposal is not None
-                self._certificate = Certificate(self._proposal, votes)
                 self._certified = effect
+                self._sign(self._certify(record, self._proposal, votes))
             case protocol.Settled(round, state_root):
                 self._report_round(round, state_root)
             case protocol.Diverged(node, round, expected, found):
@@ -219,6 +289,48 @@ class Coordinator:
                 self.log.emit(events.PeerLeft(peer=node, reason=reason, round=self.state.rounds + 1))
             case protocol.Finished() | protocol.Rejected():
                 pass  # run() ends when the members have left; the sender of what is rejected hears from _dispatch
+
+    # ------------------------------------------------------------------------------ what takes signatures
+
+    def _sign(self, work: Coroutine[None, None, None]) -> None:
+        """Do ``work`` in place of what was to be signed before, which has been decided over."""
+        if self._signing is not None:
+            self._signing.cancel()
+        self._signing = asyncio.create_task(work)
+
+    async def _propose(self, term: int, record: Record) -> None:
+        """Show a proposal, once the roster that it names is in force."""
+        plan, count = record.plan, len(self.manifest.resolved.coordinators)
+        signed = self._signed.get((plan.round, record.roster), ()) if record.roster else ()
+        if record.roster and not signed:
+            roster = Roster(plan.previous, record.roster, record.electorate)
+            signed = await self._notary.gather(roster, plan.round, signatures_needed(count), self._objected(record))
+            self._signed = {key: value for key, value in self._signed.items() if key[0] >= plan.round}
+            self._signed[plan.round, record.roster] = signed
+        self._proposal = self._seal(Proposal(term, record, signed), plan.round)
+        await self._publish()
+
+    async def _certify(self, record: Record, proposal: bytes, votes: tuple[bytes, ...]) -> None:
+        """Show a certificate, once it is sealed."""
+        seal = Seal(record.plan.previous, record.roster, record.hash)
+        needed = seals_needed(len(self.manifest.resolved.coordinators))
+        seals = await self._notary.gather(seal, record.plan.round, needed, self._objected(record))
+        self._certificate = Certificate(proposal, votes, seals)
+        await self._publish()
+
+    def _objected(self, record: Record) -> Callable[[Perjury], None]:
+        """Has the machine hear, with its next tick, that an oath stands against ``record``."""
+
+        heard: set[str] = set()
+
+        def hear(reason: Perjury) -> None:
+            if str(reason) not in heard:
+                heard.add(str(reason))
+                text = f"round {record.plan.round} cannot be certified as it stands: {reason}"
+                self.log.emit(events.Notice(level="warning", text=text))
+            self._overruled = protocol.Overruled(record.hash, reason.roster, b"" if reason.roster else reason.sealed)
+
+        return hear
 
     def _report_round(self, round: int, state_root: bytes) -> None:
         assert self._certified is not None
@@ -261,7 +373,9 @@ class Coordinator:
         closed = current is not None and current.closed is not None
         return Board(
             version=self._version,
-            phase=state.phase.value,
+            term=state.leading,
+            claim=self._claim,
+            phase=(state.phase if state.taken_up or state.phase is Phase.FINISHED else Phase.ELECTING).value,
             rounds=state.rounds,
             state_root=state.state_root or bytes(32),
             plan=current.plan if current else None,
@@ -290,7 +404,7 @@ def _reducing(current: protocol.Round) -> Reducing:
 def _visible(state: State) -> tuple[object, ...]:
     """What of the state members can see: a change in it is worth a new board, at once."""
     current = state.round
-    seen: tuple[object, ...] = (state.phase, state.rounds, state.note)
+    seen: tuple[object, ...] = (state.phase, state.rounds, state.note, state.taken_up, state.state_root)
     if current is None:
         return seen
     drawn = (current.out, current.again, current.term)

@@ -17,7 +17,7 @@ from psyche.errors import PsycheError
 from psyche.network.address import split_address
 from psyche.network.daemon import check_free
 from psyche.network.fetch import FetchError, fetch
-from psyche.network.identity import Identity, in_use
+from psyche.network.identity import IDENTITY, Identity, in_use
 from psyche.network.invite import Invite
 from psyche.network.node import NetworkNode
 from psyche.network.traffic import MEASURED_BYTES
@@ -26,7 +26,6 @@ from psyche.roles.checks import Finding, check_disk, check_rate, check_speed, ch
 from psyche.roles.peers import PEERS, PeerBook
 from psyche.roles.preflight import check_connection, check_machine, port_of
 from psyche.roles.presence import KINDS, sources
-from psyche.roles.processes import IDENTITY
 from psyche.roles.provision import Found, fetch_manifest, file_sizes, find_store
 from psyche.telemetry.wording import size
 from psyche.training.engine import TorchEngine, pick_device

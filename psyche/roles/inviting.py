@@ -7,10 +7,9 @@ from pathlib import Path
 from psyche.config import MANIFEST, Manifest
 from psyche.errors import PsycheError
 from psyche.network.address import is_loopback
-from psyche.network.identity import in_use
+from psyche.network.identity import IDENTITY, in_use
 from psyche.network.invite import MAX_ADDRESSES, Invite
 from psyche.roles.peers import PEERS, PeerBook, in_turns
-from psyche.roles.processes import IDENTITY
 
 
 def invite_of(directory: Path) -> Invite:

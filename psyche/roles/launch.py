@@ -35,6 +35,11 @@ def launch(config: Config, coordinator: str, progress: Callable[[Progress], None
     Raises ``PsycheError`` where the data cannot be prepared and :class:`ConfigError` where it does not fit.
     """
     run = config.run
+    coordinators = (coordinator, *run.standbys)
+    if len(set(coordinators)) < len(coordinators):
+        raise ConfigError(
+            "run.standbys: every coordinator needs a key of its own, and the one that launches the run too"
+        )
     store = prepare(run.data, config.node.cache.expanduser(), vocab_limit=run.model.vocab_size, progress=progress)
     check_fit(run, store)
     if config.node.threads is not None:
@@ -47,7 +52,7 @@ def launch(config: Config, coordinator: str, progress: Callable[[Progress], None
     count = min(run.heldout_sequences, len(store.heldout))
     heldout = engine.evaluate(store.heldout.batch(range(count)))
     resolved = Resolved(
-        coordinators=(coordinator,),
+        coordinators=coordinators,
         store=store.root.hex(),
         layout=engine.layout.digest.hex(),
         genesis=genesis.index().root.hex(),

@@ -49,6 +49,19 @@ class LedgerWriter:
         """Append a certified round, soon. Where the run went back on rounds that are in, it is followed, and said."""
         self._thread.submit(self._enter, certificate, record, state_root)
 
+    async def certificates(self, first: int, most: int) -> list[bytes]:
+        """Of the rounds from ``first`` on, one after the other without a gap, as many as ``most`` bytes hold."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._certificates, first, most)
+
+    def _certificates(self, first: int, most: int) -> list[bytes]:
+        found: list[bytes] = []
+        for entry in self._ledger.entries(first):
+            most -= len(entry.certificate)
+            if entry.round != first + len(found) or (found and most < 0):
+                break
+            found.append(entry.certificate)
+        return found
+
     def check(self) -> None:
         """Raise what a round could not be written for (:class:`LedgerError`: the disk is full, say), if anything."""
         if self._failure is not None:

@@ -18,6 +18,9 @@ class Openings:
         self._seen: set[bytes] = set()
         self._commitments: dict[str, bytes] = {}
         self.contributions: dict[str, Contribution] = {}
+        self.commitments_shown: tuple[bytes, ...] = ()
+        """Signed, as is each of the next: what a later leader needs to go on with the round."""
+        self.contributions_shown: tuple[bytes, ...] = ()
 
     def update(self, board: Board) -> list[str]:
         """Take in what a board shows; the nodes whose contribution is new. Ignores whatever does not hold up."""
@@ -26,12 +29,15 @@ class Openings:
                 made = decode(Commitment, envelope.body)
                 if made.term == self._plan.term:
                     self._commitments.setdefault(envelope.author, made.digest)
+            self.commitments_shown = board.commitments
         new = []
         for envelope in self._fresh(board.contributions, Contribution.DOMAIN):
             given, node = decode(Contribution, envelope.body), envelope.author
             if self._commitments.get(node) == given.commitment(node, self._run_id, self._plan.round):
                 self.contributions[node] = given
                 new.append(node)
+        if new:
+            self.contributions_shown = board.contributions
         return new
 
     def _fresh(self, items: Iterable[bytes], domain: str) -> list[Envelope]:

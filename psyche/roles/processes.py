@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,12 +14,13 @@ from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
-from psyche.network.identity import Identity
+from psyche.network.identity import IDENTITY, Identity
 from psyche.network.invite import MAX_ADDRESSES, Invite
 from psyche.network.node import NetworkNode
 from psyche.numerics.backends.choice import on
 from psyche.numerics.outer import OuterState
 from psyche.rates import bytes_per_second
+from psyche.roles.background import beside, warning
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
 from psyche.roles.ledger import backfill, writing
@@ -44,7 +43,6 @@ from psyche.training.models import build
 
 GENESIS = "genesis.bin"
 INVITE = "invite"
-IDENTITY = "identity.key"
 
 
 # ---------------------------------------------------------------------------------- the coordinator
@@ -60,26 +58,15 @@ async def coordinate(
     identity = Identity.load_or_create(directory / IDENTITY)
     manifest, store, heldout = await asyncio.to_thread(_launched, config, directory, identity, progress)
     book = PeerBook(directory / PEERS)
-    network = await NetworkNode.create(
-        identity,
-        run_id=manifest.run_id,
-        kinds=KINDS,
-        listen=config.node.listen,
-        announce=config.node.announce,
-        remembered=book.addresses(),
-        relay=config.node.relay == "auto",
-        spool=directory,
-        max_upload=bytes_per_second(config.node.max_upload),
-        max_download=bytes_per_second(config.node.max_download),
-    )
+    network = await connect(identity, manifest.run_id, config.node, directory, book, ())
     monitor = Monitor(manifest.run, manifest.resolved.parameters, lambda event: log.emit(event))
     if (directory / LOG_NAME).exists():  # a restart: totals go on from where they were
         monitor.resume(read_events(directory / LOG_NAME))
     log = EventLog(directory / LOG_NAME, identity.peer_id, (listener, monitor))
-    warn = _warning(log)
+    warn = warning(log)
     wandb = swarm_run(config.node.wandb, directory, manifest, log.emit)
     log.subscribe(wandb)
-    async with network, _background(warn, announce(network, "coordinator"), remember(network, book, ())):
+    async with network, beside(warn, announce(network, "coordinator"), remember(network, book, ())):
         await serve_probes(network)
         await serve_provisions(network, sign_manifest(manifest, identity), store)
         # Nodes whose random numbers differ from ours fetch the initial state.
@@ -87,13 +74,13 @@ async def coordinate(
         invite = Invite(manifest.run_id, tuple((await network.addresses())[:MAX_ADDRESSES])).encode()
         with disk_errors(directory):
             write_durably(directory / INVITE, invite.encode())
-        log.emit(_run_started(manifest, invite))
+        log.emit(run_started(manifest, invite))
         if heldout is not None:
             log.emit(events.GenesisJudged(heldout_loss=heldout[0] / heldout[1], heldout_tokens=heldout[1]))
         try:
             ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
             async with writing(ledger, warn) as writer:
-                await Coordinator(manifest, identity, network, log, writer).run()
+                await Coordinator(manifest, identity, network, log, writer, directory).run()
         finally:
             await asyncio.to_thread(wandb.close)
             log.close()
@@ -133,26 +120,14 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
     identity = Identity.load_or_create(directory / IDENTITY)
     log = EventLog(directory / LOG_NAME, identity.peer_id, (listener(identity.peer_id),))
     log.emit(events.PhaseChanged(round=0, phase="joining"))
-    warn = _warning(log)
+    warn = warning(log)
     book = PeerBook(directory / PEERS)
-    network = await NetworkNode.create(
-        identity,
-        run_id=invite.run_id,
-        kinds=KINDS,
-        listen=node.listen,
-        announce=node.announce,
-        bootstrap=invite.addresses,
-        remembered=book.addresses(),
-        relay=node.relay == "auto",
-        spool=directory,
-        max_upload=bytes_per_second(node.max_upload),
-        max_download=bytes_per_second(node.max_download),
-    )
+    network = await connect(identity, invite.run_id, node, directory, book, invite.addresses)
     background = announce(network, "member"), remember(network, book, invite.addresses)
-    async with network, _background(warn, *background, warn_of_connection(network, node, warn)):
+    async with network, beside(warn, *background, warn_of_connection(network, node, warn)):
         hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
         manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
-        log.emit(_run_started(manifest, ""))
+        log.emit(run_started(manifest))
 
         def downloading(received: int, total: int) -> None:
             log.emit(events.Downloading(what="the text to train on", received=received, total=total))
@@ -225,7 +200,27 @@ def _outer_device(node: Node, trains_on: torch.device) -> torch.device:
 # -------------------------------------------------------------------------------------------- both
 
 
-def _run_started(manifest: Manifest, invite: str) -> events.RunStarted:
+async def connect(
+    identity: Identity, run_id: bytes, node: Node, directory: Path, book: PeerBook, bootstrap: tuple[str, ...]
+) -> NetworkNode:
+    """This process's place in the run's network, as ``node`` has it."""
+    return await NetworkNode.create(
+        identity,
+        run_id=run_id,
+        kinds=KINDS,
+        listen=node.listen,
+        announce=node.announce,
+        bootstrap=bootstrap,
+        remembered=book.addresses(),
+        relay=node.relay == "auto",
+        spool=directory,
+        max_upload=bytes_per_second(node.max_upload),
+        max_download=bytes_per_second(node.max_download),
+    )
+
+
+def run_started(manifest: Manifest, invite: str = "") -> events.RunStarted:
+    """What a log says of its run first."""
     run = manifest.run
     return events.RunStarted(
         run_id=manifest.run_id.hex(),
@@ -237,26 +232,3 @@ def _run_started(manifest: Manifest, invite: str) -> events.RunStarted:
         codec=run.codec.name,
         invite=invite,
     )
-
-
-def _warning(log: EventLog) -> Callable[[str], None]:
-    return lambda text: log.emit(events.Notice(level="warning", text=text))
-
-
-@contextlib.asynccontextmanager
-async def _background(warn: Callable[[str], None], *work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run ``work`` beside the block, and stop it at the block's end. What fails meanwhile is said and stops nothing."""
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            warn(f"{task.get_name()} has stopped ({type(error).__name__}: {error}); the rest goes on")
-
-    tasks = [asyncio.create_task(one, name=getattr(one, "__name__", "a task")) for one in work]
-    for task in tasks:
-        task.add_done_callback(ended)
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

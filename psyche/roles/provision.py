@@ -33,16 +33,22 @@ T = TypeVar("T")
 async def serve_provisions(network: NetworkNode, manifest: bytes, store: TokenStore) -> None:
     """Serve the signed manifest (as received), the token store's index, and its files as blobs."""
 
-    async def give_manifest(peer: str, request: bytes) -> bytes:
-        return manifest
-
     async def give_index(peer: str, request: bytes) -> bytes:
         return store.index.encode()
 
-    await network.rpc.serve("manifest", give_manifest, max_request=0)
+    await serve_manifest(network, manifest)
     await network.rpc.serve("store", give_index, max_request=0)
     for path, root in _files(store):
         await asyncio.to_thread(serve_file, network, path, root)
+
+
+async def serve_manifest(network: NetworkNode, manifest: bytes) -> None:
+    """Serve the signed manifest, as received."""
+
+    async def give_manifest(peer: str, request: bytes) -> bytes:
+        return manifest
+
+    await network.rpc.serve("manifest", give_manifest, max_request=0)
 
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> bytes:

@@ -25,6 +25,7 @@ from psyche.protocol.state import (
     Held,
     Opened,
     Planned,
+    Promised,
     Proposed,
     Reported,
     Round,
@@ -53,6 +54,10 @@ class Machine:
         """Who reduces what of it."""
         return draw_of(self._rules, self.round)
 
+    def promise(self, node: str) -> Promised:
+        """``node`` follows the one leader there is."""
+        return Promised(node, self._state.leading, self._state.rounds)
+
     def send(self, event: Event) -> list[Effect]:
         self._state, effects = tick(self._rules, self._state, event, now=0.0)
         return effects
@@ -70,6 +75,8 @@ def play(
     effects: list[Effect] = []
     for node in sorted(replicas):
         effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
+    for node in sorted(replicas):
+        effects += machine.send(machine.promise(node))
     while plans := [effect.plan for effect in effects if isinstance(effect, Planned)]:
         plan = plans[-1]
         works = {node: replicas[node].train(plan) for node in sorted(replicas)}

@@ -303,7 +303,7 @@ class Replica:
             self.chain = Chain(0, self.manifest.run_id, self.index.root, 0)
         else:
             position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.late_steps)
-            self.chain = Chain(record.plan.round, record.hash, self.index.root, position)
+            self.chain = Chain(record.plan.round, record.hash, self.index.root, position, record.voters)
 
     def _encode(self, round: int) -> list[bytes]:
         payload = []

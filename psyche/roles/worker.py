@@ -19,6 +19,8 @@ import torch
 from psyche.config import Node
 from psyche.exchange.base import Exchange, Wire
 from psyche.exchange.gather import Gather
+from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import Shelf
@@ -26,6 +28,7 @@ from psyche.network.fetch import FetchError
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
+from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.messages import (
@@ -36,17 +39,22 @@ from psyche.protocol.messages import (
     Leave,
     Plan,
     Present,
+    Promise,
     Record,
     decode,
 )
 from psyche.protocol.state import Phase
 from psyche.roles.board import RETRY_SECONDS, BoardClient
-from psyche.roles.certification import Certification, Moved, Voter
+from psyche.roles.catchup import CatchUp, serve_history
+from psyche.roles.certification import Certification, Moved
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
+from psyche.roles.presence import sources
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
+from psyche.roles.voter import Voter
 from psyche.state.checkpoint import Checkpoint, save
+from psyche.state.snapshots import Snapshots
 from psyche.state.sync import fetch_state, serve_state
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
@@ -75,14 +83,17 @@ class Worker:
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
-        self._voter = Voter(self.manifest, rules_of(self.manifest), certificate)
-        self._client = BoardClient(self.manifest, identity, network.rpc, self._introduce, self._warn)
-        self._wire = Wire(network, Shelf(network), identity.peer_id, self._name_liar)
+        self._stopping = False
+        self._warned = ""
+        self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificate)
+        self._client = BoardClient(self.manifest, identity, network.rpc, self, self._warn)
+        journal = Journal(directory / JOURNAL, self._warn)
+        self._wire = Wire(network, Shelf(network), journal, identity.peer_id, self._name_liar)
+        self._snapshots = Snapshots(network, settings.checkpoints_kept)
+        self._catch_up = CatchUp(self._wire, self._voter, ledger, replica, self._retake)
         self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(settings.threads,))
         self._late: asyncio.Task[None] | None = None
         """Inner steps of the next round, while this one is on the wire."""
-        self._stopping = False
-        self._warned = ""
         self._meter = Meter()
         self._saved = replica.chain.rounds
 
@@ -90,6 +101,7 @@ class Worker:
         """Take part until the run is finished. Cancelling it says goodbye and leaves within seconds."""
         backend = self.replica.backend
         self.log.emit(events.Notice(level="info", text=f"codecs are computed by {backend.name} ({backend.detail})"))
+        await self._recover()
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         try:
@@ -105,6 +117,17 @@ class Worker:
             await self._halt_late()
             await self._say_goodbye()
             await asyncio.to_thread(self._trainer.shutdown)
+
+    async def _recover(self) -> None:
+        """Go on from where this node was when it ended, which may be after its last checkpoint; serve what it has."""
+        for index in self._wire.journal.blobs.values():
+            self._wire.serve(index)
+        if taken_again := await self._catch_up.recover():
+            text = (
+                f"took {taken_again} outer steps again after the last checkpoint; at round {self.replica.chain.rounds}"
+            )
+            self.log.emit(events.Notice(level="info", text=text))
+        await serve_history(self.network, self.ledger, self._snapshots)
 
     # ------------------------------------------------------------------------------ between rounds
 
@@ -131,11 +154,24 @@ class Worker:
             return True
         return board.plan is not None and plan_fault(board.plan, self.replica.chain) is None
 
-    def _introduce(self) -> Present:
+    # ----------------------------------------------------------------- what BoardClient asks of its node
+
+    @property
+    def term(self) -> int:
+        """Of the leader this node follows."""
+        return self._voter.term
+
+    def introduce(self) -> Present:
+        """What this node says of itself to a coordinator that does not know it."""
         chain = self.replica.chain
         seen = self._voter.certificate
         certificate = None if seen is None else decode(Certificate, seen)
-        return Present(chain.rounds, chain.head, chain.state_root, _describe_device(self.settings), certificate)
+        device = _describe_device(self.settings)
+        return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
+
+    async def promise(self, term: int, claim: bytes) -> Promise:
+        """Follow the leader of ``term``."""
+        return await self._voter.promise(term, claim, self.replica.chain.rounds)
 
     async def _synchronise(self, board: Board) -> None:
         """Fetch the certified outer state from those who hold it, because this node's is another or older."""
@@ -143,6 +179,8 @@ class Worker:
         if board.rounds == chain.rounds and chain.rounds:
             expected, found = board.state_root.hex(), chain.state_root.hex()
             self.log.emit(events.Diverged(peer=me, round=chain.rounds, expected=expected, found=found))
+        elif await self._replayed(at_most=self.replica.outer.tensor.nbytes):
+            return
         record = None
         if board.rounds:
             record = self._proven(board)
@@ -153,17 +191,54 @@ class Worker:
         members = [] if record is None else [member.node for member in record.plan.members]
         sources = [*members, *self.manifest.resolved.coordinators]
         try:
-            outer = await fetch_state(self.network, board.state_root, self.replica.outer.theta.numel(), sources)
+            await self._fetch_state(record, board.state_root, sources)
+        except FetchError as error:
+            if not await self._from_snapshot(sources):
+                self._warn(f"{error}; trying again")
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _replayed(self, at_most: int | None) -> bool:
+        """Whether this node is nearer to the run now, by taking outer steps that it missed."""
+        began = self.replica.chain.rounds
+        try:
+            await self._catch_up.replay(await self._others(), at_most=at_most)
+        except FetchError as error:
+            self._warn(f"the outer steps of the rounds missed cannot all be taken: {error}")
+        if (now := self.replica.chain.rounds) == began:
+            return False
+        self.log.emit(events.CaughtUp(round=now, rounds=now - began))
+        await self._client.present()
+        return True
+
+    async def _from_snapshot(self, sources: list[str]) -> bool:
+        """Whether this node could fetch a state of some rounds ago: today's has changed while it was on the way."""
+        if (found := await self._catch_up.snapshot(sources)) is None:
+            return False
+        record, certificate, root = found
+        self._voter.certificate = certificate
+        try:
+            await self._fetch_state(record, root, sources)
         except FetchError as error:
             self._warn(f"{error}; trying again")
-            await asyncio.sleep(RETRY_SECONDS)
-            return
+            return False
+        await self._replayed(at_most=None)
+        return True
+
+    async def _fetch_state(self, record: Record | None, root: bytes, sources: list[str]) -> None:
+        """Fetch and take over the outer state after ``record``, whose certificate was seen last. Raises FetchError."""
+        before = self.replica.chain.state_root
+        outer = await fetch_state(self.network, root, self.replica.outer.theta.numel(), sources)
         await self._on_trainer(self.replica.adopt, outer, record)
         if record is not None:
             self._enter(record)
-        serve_state(self.network, self.replica.host, self.replica.index, previous=chain.state_root)
-        self.log.emit(events.Resynchronised(round=board.rounds, state_root=board.state_root.hex(), donor="the members"))
+        serve_state(self.network, self.replica.host, self.replica.index, previous=before)
+        round = self.replica.chain.rounds
+        self.log.emit(events.Resynchronised(round=round, state_root=root.hex(), donor="the members"))
         await self._client.present()
+
+    async def _others(self) -> list[str]:
+        """Whom to ask for what is past: those who are connected first."""
+        return await sources(self.network, self.manifest.resolved.coordinators)
 
     def _proven(self, board: Board) -> Record | None:
         """The last certified record, if the board proves it."""
@@ -209,15 +284,10 @@ class Worker:
                 await self._on_trainer(self.replica.give_back, work)
             await self._on_trainer(self.replica.forsake)
             raise
-        before = self.replica.chain.state_root
-        await asyncio.to_thread(self.replica.step_outer, record, gradient)
-        await self._on_trainer(self.replica.rebase, plan.round)
-        await asyncio.to_thread(self.replica.settle, record)
-        self._enter(record)
+        await self._step(record, gradient)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
             await self._on_trainer(self.replica.give_back, work)
         self._meter.exchanged()
-        serve_state(self.network, self.replica.host, self.replica.index, previous=before)
         self._announce_record(record)
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root), plan.round)
@@ -226,6 +296,21 @@ class Worker:
         if quota is not None:
             await self._report(plan, work)
         await self._checkpoint()
+
+    async def _step(self, record: Record, gradient: Gradient) -> None:
+        """The outer step of a record whose certificate was seen last."""
+        before = self.replica.chain.state_root
+        await asyncio.to_thread(self.replica.step_outer, record, gradient)
+        await self._on_trainer(self.replica.rebase, record.plan.round)
+        await asyncio.to_thread(self.replica.settle, record)
+        self._enter(record)
+        serve_state(self.network, self.replica.host, self.replica.index, previous=before)
+
+    async def _retake(self, record: Record, certificate: bytes) -> None:
+        """The outer step of a round that is over. Raises ``FetchError``."""
+        gradient = await self._exchange(record.plan).prepare(record)
+        self._voter.certificate = certificate
+        await self._step(record, gradient)
 
     async def _train(self, plan: Plan) -> Work | None:
         """The inner steps, and the commitment to them; None where the round closed before we were done."""
@@ -319,6 +404,9 @@ class Worker:
             lambda: save(checkpoint, self.directory / "checkpoints", keep=self.settings.checkpoints_kept)
         )
         self._saved = chain.rounds
+        await asyncio.to_thread(self._snapshots.add, chain.rounds, self.replica.index, path)
+        if self._snapshots.oldest:
+            await asyncio.to_thread(self._wire.forget, self._snapshots.oldest + 1)
         self.log.emit(events.Checkpointed(round=chain.rounds, path=str(path)))
 
     async def _say_goodbye(self) -> None:
@@ -352,7 +440,9 @@ class Worker:
 
     def _closed_to_me(self, plan: Plan) -> bool:
         board = self._client.board
-        return board is not None and (board.plan != plan or board.phase == Phase.CERTIFYING)
+        if board is None or board.phase == Phase.ELECTING:
+            return False
+        return board.plan != plan or board.phase == Phase.CERTIFYING
 
     async def _on_trainer(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._trainer, lambda: function(*arguments))

@@ -36,6 +36,7 @@ class _Meta(msgspec.Struct, frozen=True):
     head: str
     state_root: str
     position: int
+    voters: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,13 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
     tensors |= {f"inner/{name}": value.contiguous() for name, value in checkpoint.inner.items()}
     chain = checkpoint.chain
     meta = _Meta(
-        FORMAT, checkpoint.run_id.hex(), chain.rounds, chain.head.hex(), chain.state_root.hex(), chain.position
+        FORMAT,
+        checkpoint.run_id.hex(),
+        chain.rounds,
+        chain.head.hex(),
+        chain.state_root.hex(),
+        chain.position,
+        chain.voters,
     )
     staging = directory / ".writing"  # always the same, so that what a killed process left there goes with it
     try:
@@ -113,7 +120,7 @@ def _load(path: Path) -> Checkpoint:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return Checkpoint(
         run_id=bytes.fromhex(meta.run_id),
-        chain=Chain(meta.rounds, bytes.fromhex(meta.head), bytes.fromhex(meta.state_root), meta.position),
+        chain=Chain(meta.rounds, bytes.fromhex(meta.head), bytes.fromhex(meta.state_root), meta.position, meta.voters),
         outer=tensors["outer"],
         residual=tensors.get("residual"),
         inner={name.removeprefix("inner/"): value for name, value in tensors.items() if name.startswith("inner/")},

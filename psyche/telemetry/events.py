@@ -242,6 +242,15 @@ class Resynchronised(Event, frozen=True):
     """A PeerID, or words for several: "the members"."""
 
 
+class CaughtUp(Event, frozen=True):
+    """This node took outer steps of rounds that it had missed."""
+
+    round: int
+    """The last of them."""
+    rounds: int
+    """How many."""
+
+
 class Checkpointed(Event, frozen=True):
     """A checkpoint is on disk."""
 
@@ -279,6 +288,7 @@ AnyEvent = (
     | Rejected
     | Diverged
     | Resynchronised
+    | CaughtUp
     | Checkpointed
     | Notice
     | RunFinished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from psyche.telemetry.events import (
     Attested,
+    CaughtUp,
     Checkpointed,
     Diverged,
     Downloading,
@@ -141,6 +142,8 @@ def message(event: Event) -> str:
             return f"diverged: {peer_name(event.peer)} {held} {_moment(event.round)}"
         case Resynchronised():
             return f"model restored to the state {_moment(event.round)}, fetched from {donor_name(event.donor)}"
+        case CaughtUp():
+            return f"caught up: took the outer steps of {plural(event.rounds, 'round')}, up to round {event.round}"
         case Checkpointed():
             return f"checkpoint {_moment(event.round)}: {clean(event.path, 400)}"
         case RoundSummary():

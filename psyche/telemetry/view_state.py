@@ -9,6 +9,7 @@ import msgspec
 
 from psyche.telemetry.events import (
     Attested,
+    CaughtUp,
     Checkpointed,
     Diverged,
     Downloading,
@@ -85,7 +86,9 @@ class ViewState(msgspec.Struct, frozen=True):
     def apply(self, event: Event) -> ViewState:
         """The state after ``event``. Events that no view shows change nothing."""
         changes = _changes(event, self)
-        if isinstance(event, PeerJoined | PeerLeft | Rejected | Diverged | Resynchronised | Checkpointed | Notice):
+        if isinstance(
+            event, PeerJoined | PeerLeft | Rejected | Diverged | Resynchronised | CaughtUp | Checkpointed | Notice
+        ):
             changes["messages"] = (*self.messages, event)[-MESSAGES:]
         return msgspec.structs.replace(self, **changes)
 

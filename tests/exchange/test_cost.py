@@ -12,6 +12,7 @@ from psyche.config import load_config
 from psyche.exchange.base import Wire
 from psyche.exchange.cost import Shapes
 from psyche.exchange.gather import Gather
+from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import Shelf
@@ -43,11 +44,17 @@ async def start(directory: Path) -> list[NetworkNode]:
     return sorted(nodes, key=lambda node: node.peer_id)
 
 
-async def exchanged(nodes: list[NetworkNode], name: str, reducers: int) -> list[torch.Tensor]:
+def on_liar(peer: str, what: str) -> None:
+    pytest.fail(f"{peer}: {what}")
+
+
+async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reducers: int) -> list[torch.Tensor]:
     """One exchange by real nodes; everybody's outer gradient."""
     used, result = best().codec(name), best().codec("int8")
     plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, tuple(Member(n.peer_id, 1, 1) for n in nodes))
-    wires = [Wire(node, Shelf(node), node.peer_id, lambda peer, what: pytest.fail(what)) for node in nodes]
+    wires = [
+        Wire(node, Shelf(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_liar) for node in nodes
+    ]
     shape = Shape(used, COUNTS)
     sides = [Sharded(wire, plan, shape, result) if reducers else Gather(wire, plan, shape) for wire in wires]
     payloads = [
@@ -75,8 +82,9 @@ async def exchanged(nodes: list[NetworkNode], name: str, reducers: int) -> list[
         plan,
         tuple(Accepted(node, given[node]) for node in sorted(given)),
         (),
+        1,
         tuple(sorted(given)),
-        False,
+        tuple(sorted(given)),
         order,
         tuple(results[group] for group in sorted(results)),
         (),
@@ -95,7 +103,7 @@ def test_the_model_is_what_is_measured(tmp_path: Path, name: str, reducers: int)
     async def main() -> None:
         nodes = await start(tmp_path)
         try:
-            gradients = await exchanged(nodes, name, reducers)
+            gradients = await exchanged(tmp_path, nodes, name, reducers)
         finally:
             for node in nodes:
                 await node.close()

@@ -24,6 +24,7 @@ from psyche.protocol.state import (
     Opened,
     Phase,
     Planned,
+    Promised,
     Proposed,
     Rejected,
     Rules,
@@ -56,6 +57,7 @@ RULES = Rules(
     exchange_bounds=(5.0, 50.0),
     silence=15.0,
     spread=5.0,
+    coordinators=1,
 )
 
 
@@ -101,6 +103,7 @@ class Table:
         self.rules, self.now = rules, now
         self.state = state or State.initial(rules)
         self.effects: list[Effect] = []
+        self.promising = True
         self.certified: dict[int, Record] = {}
         self.commitments_before_closing: dict[tuple[int, int], dict[str, bytes]] = {}
 
@@ -115,6 +118,8 @@ class Table:
         self._inspect(self.state, event, state, effects)
         self.state = state
         self.effects += effects
+        if isinstance(event, Arrived) and self.promising:  # whoever comes follows the leader
+            effects = effects + self.send(Promised(event.node, state.leading, state.rounds))
         return effects
 
     def wait(self, seconds: float, alive: Iterable[str] | None = None, step: float = 1.0) -> list[Effect]:
@@ -248,8 +253,8 @@ class Table:
         assert accepted == sorted(set(accepted))
         assert sorted(accepted + excluded) == members, "everybody is accepted, or left out with a reason"
         assert all(e.reason for e in record.excluded)
-        assert set(record.electorate) <= set(members)
-        assert record.reconfiguration == (len(record.electorate) < len(members))
+        assert record.electorate == state.electorate
+        assert set(accepted) <= set(record.voters) <= set(members)
         committed = self.commitments_before_closing.get((plan.round, plan.term), {})
         assert state.round is not None
         for one in record.accepted:
@@ -286,7 +291,7 @@ class Table:
             voters.add(event.node)
         assert len(votes) == len(voters)
         assert 3 * len(voters & set(record.electorate)) > 2 * len(record.electorate)
-        assert carries_quorum(record.plan, voters, record.electorate)
+        assert carries_quorum(voters, record.electorate)
 
 
 def rejected(effects: list[Effect]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault
+from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault, promise
 from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.reduction import ring
@@ -16,15 +16,16 @@ from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, 
 
 A, B, C, D = nodes(4)
 STRANGER = peer_id(70)
-CHAIN = Chain(0, RUN_ID, GENESIS, 0)
+CHAIN = Chain(0, RUN_ID, GENESIS, 0, (A, B, C, D))
 PLAN = Plan(1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, 0, tuple(Member(node, 5, 1) for node in (A, B, C, D)))
 OPENED = {node: contribution(node, PLAN) for node in (A, B, C)}
 RECORD = Record(
     plan=PLAN,
     accepted=tuple(Accepted(node, OPENED[node]) for node in (A, B, C)),
     excluded=(Excluded(D, "no commitment before the deadline"),),
+    roster=0,
     electorate=(A, B, C, D),
-    reconfiguration=False,
+    voters=(A, B, C),
     ring=(),
     results=(),
     minority=(),
@@ -41,12 +42,12 @@ def by_name(accepted: Accepted) -> str:
 
 def vote(record: Record, *, term: int = 2, acceptor: Acceptor | None = None, **situation: Any) -> Acceptor:
     known = {"rules": RULES, "chain": CHAIN, "opened": OPENED, "held": frozenset((A, B, C))} | situation
-    return consider(acceptor or Acceptor(), Proposal(term, record), **known)
+    return consider(acceptor or Acceptor(), Proposal(term, record, ()), **known)
 
 
 def test_a_good_record_gets_the_vote() -> None:
-    assert vote(RECORD) == Acceptor(2, RECORD.hash)
-    assert vote(RECORD, held=frozenset((A, B, C, D))) == Acceptor(2, RECORD.hash)
+    assert vote(RECORD) == Acceptor(0, 2, RECORD.hash)
+    assert vote(RECORD, held=frozenset((A, B, C, D))) == Acceptor(0, 2, RECORD.hash)
 
 
 def test_the_same_vote_again_is_no_harm() -> None:
@@ -56,7 +57,7 @@ def test_the_same_vote_again_is_no_harm() -> None:
 
 def test_a_higher_term_supersedes() -> None:
     other = changed(RECORD, accepted=RECORD.accepted[:2], excluded=(Excluded(C, "x"), Excluded(D, "y")))
-    assert vote(other, term=3, acceptor=vote(RECORD)) == Acceptor(3, other.hash)
+    assert vote(other, term=3, acceptor=vote(RECORD)) == Acceptor(0, 3, other.hash)
 
 
 def other_contribution(**changes: object) -> Record:
@@ -70,8 +71,8 @@ def with_plan(**fields: object) -> Record:
 
 SHORT = contribution(B, PLAN, tokens=1)
 REFUSED: dict[str, tuple[Record, dict[str, Any]]] = {
-    "term 2 is over": (RECORD, {"acceptor": Acceptor(3, RECORD.hash)}),
-    "two different records in term 2": (RECORD, {"acceptor": Acceptor(2, b"o" * 32)}),
+    "term 2 is over": (RECORD, {"acceptor": Acceptor(3, 3, RECORD.hash)}),
+    "two different records in term 2": (RECORD, {"acceptor": Acceptor(2, 2, b"o" * 32)}),
     "does not follow this node's last record": (with_plan(round=2), {}),
     "does not follow": (with_plan(previous=b"o" * 32), {}),
     "another state": (with_plan(base_root=b"o" * 32), {}),
@@ -79,9 +80,12 @@ REFUSED: dict[str, tuple[Record, dict[str, Any]]] = {
     "the plan's data": (with_plan(position=4), {}),
     "members are not in ascending order": (with_plan(members=PLAN.members[::-1]), {}),
     "in ascending order": (with_plan(members=(PLAN.members[0], *PLAN.members)), {}),
+    "this node is in term 3": (RECORD, {"acceptor": promise(Acceptor(), 3)}),
     "the electorate is not": (changed(RECORD, electorate=(A, B, C)), {}),
-    "not marked as a reconfiguration": (changed(RECORD, reconfiguration=True), {}),
-    "electorate is not that of the round": (changed(RECORD, electorate=(A, STRANGER), reconfiguration=True), {}),
+    "no roster names another": (RECORD, {"chain": replace(CHAIN, voters=(A, B, C))}),
+    "not members of this one": (changed(RECORD, voters=tuple(sorted((A, B, C, STRANGER)))), {}),
+    "voters of the next round": (changed(RECORD, voters=(C, B, A)), {}),
+    "left without a vote": (changed(RECORD, voters=(A, B)), {}),
     "not in ascending order of node": (changed(RECORD, accepted=RECORD.accepted[::-1]), {}),
     "accepted contributions are not": (changed(RECORD, accepted=(RECORD.accepted[0], *RECORD.accepted)), {}),
     "is no member of the round": (
@@ -103,7 +107,7 @@ def test_a_bad_record_gets_no_vote(reason: str) -> None:
 
 
 def test_a_reconfiguration_names_survivors_of_the_round() -> None:
-    record = changed(RECORD, electorate=(A, C), reconfiguration=True)
+    record = changed(RECORD, electorate=(A, C), roster=1)
     assert vote(record).record == record.hash
 
 
@@ -115,13 +119,18 @@ def test_a_plan_that_follows_has_no_fault() -> None:
     assert plan_fault(following, later) is None
 
 
-@pytest.mark.xfail(strict=True, reason="DESIGN §6: no prepare phase, so a coordinator that crashed can certify twice")
-def test_a_member_does_not_vote_for_another_record_of_a_round_it_voted_in() -> None:
-    """The coordinator got its quorum, died, came back knowing nothing, and plans the round again."""
+def test_who_promised_takes_part_in_nothing_earlier() -> None:
+    """The coordinator got its quorum and died; the next one hears of the votes before it proposes anything."""
     voted = vote(RECORD)
-    again = changed(RECORD, plan=changed(PLAN, term=5), accepted=RECORD.accepted[:2])
-    with pytest.raises(Refusal):
-        vote(again, term=6, acceptor=voted)
+    following = promise(voted, 6)
+    assert (following.term, following.record) == (2, RECORD.hash), "what it voted for is not forgotten"
+    assert promise(following, 6) == following
+    for term in (1, 2, 5):
+        with pytest.raises(Refusal, match="is over"):
+            promise(following, term)
+        with pytest.raises(Refusal, match="is over"):
+            vote(RECORD, term=term, acceptor=following)
+    assert vote(RECORD, term=6, acceptor=following) == Acceptor(6, 6, RECORD.hash)
 
 
 # ---------------------------------------------------------------------------------- sharded rounds

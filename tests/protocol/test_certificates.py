@@ -10,8 +10,20 @@ import pytest
 
 from psyche.network.identity import Identity, open_envelope
 from psyche.protocol import envelope as envelopes
-from psyche.protocol.certificates import BadCertificate, check_certificate
-from psyche.protocol.messages import Accepted, Body, Certificate, Commitment, Excluded, Member, Plan, Proposal, Record
+from psyche.protocol.certificates import BadCertificate, check_certificate, seals_needed, signatures_needed
+from psyche.protocol.messages import (
+    Accepted,
+    Body,
+    Certificate,
+    Commitment,
+    Excluded,
+    Member,
+    Plan,
+    Proposal,
+    Record,
+    Roster,
+    Seal,
+)
 from psyche.protocol.messages import Vote as Ballot
 from tests.protocol.players import GENESIS, RUN_ID, contribution
 
@@ -23,8 +35,9 @@ RECORD = Record(
     plan=PLAN,
     accepted=tuple(Accepted(name, contribution(name, PLAN)) for name in NAMES[:3]),
     excluded=(Excluded(NAMES[3], "no commitment before the deadline"),),
+    roster=0,
     electorate=NAMES,
-    reconfiguration=False,
+    voters=NAMES,
     ring=(),
     results=(),
     minority=(),
@@ -40,11 +53,21 @@ def ballot(author: Identity, record: Record = RECORD, *, term: int = TERM, run_i
     return sealed(author, Ballot(term, record.hash), run_id=run_id)
 
 
+def seal_by(author: Identity, record: Record = RECORD) -> bytes:
+    return sealed(author, Seal(record.plan.previous, record.roster, record.hash))
+
+
+def roster_by(author: Identity, record: Record) -> bytes:
+    return sealed(author, Roster(record.plan.previous, record.roster, record.electorate))
+
+
 def certificate(
     votes: Sequence[bytes] | None = None, record: Record = RECORD, proposer: Identity = COORDINATOR
 ) -> Certificate:
-    proposal = sealed(proposer, Proposal(TERM, record))
-    return Certificate(proposal, tuple([ballot(m, record) for m in MEMBERS[:3]] if votes is None else votes))
+    roster = (roster_by(COORDINATOR, record),) if record.roster else ()
+    proposal = sealed(proposer, Proposal(TERM, record, roster))
+    cast = [ballot(m, record) for m in MEMBERS[:3]] if votes is None else votes
+    return Certificate(proposal, tuple(cast), (seal_by(COORDINATOR, record),))
 
 
 def check(given: Certificate, run_id: bytes = RUN_ID) -> Record:
@@ -108,7 +131,7 @@ def test_only_a_coordinator_proposes() -> None:
 
 def test_a_proposal_must_be_signed_for_this_run_and_round() -> None:
     votes = certificate().votes
-    body = Proposal(TERM, RECORD)
+    body = Proposal(TERM, RECORD, ())
     for proposal in (
         sealed(COORDINATOR, body, run_id=b"q" * 32),
         sealed(COORDINATOR, body, round=2),
@@ -119,7 +142,7 @@ def test_a_proposal_must_be_signed_for_this_run_and_round() -> None:
         b"",
     ):
         with pytest.raises(BadCertificate):
-            check(Certificate(proposal, votes))
+            check(Certificate(proposal, votes, certificate().seals))
 
 
 def test_another_runs_certificate_proves_nothing() -> None:
@@ -127,38 +150,62 @@ def test_another_runs_certificate_proves_nothing() -> None:
         check(certificate(), run_id=b"q" * 32)
 
 
-@pytest.mark.parametrize(
-    ("electorate", "reconfiguration"),
-    [
-        (NAMES[:3], False),
-        (NAMES, True),
-        ((*NAMES[:3], STRANGER.peer_id), True),
-        ((STRANGER.peer_id,), True),
-    ],
-)
-def test_an_electorate_that_is_not_the_rounds(electorate: tuple[str, ...], reconfiguration: bool) -> None:
-    record = msgspec.structs.replace(RECORD, electorate=electorate, reconfiguration=reconfiguration)
-    with pytest.raises(BadCertificate, match="electorate"):
-        check(certificate(record=record))
-
-
 def test_survivors_of_a_reconfiguration_are_enough() -> None:
-    record = msgspec.structs.replace(RECORD, electorate=NAMES[:2], reconfiguration=True)
+    record = msgspec.structs.replace(RECORD, electorate=NAMES[:2], roster=1)
     assert check(certificate([ballot(m, record) for m in MEMBERS[:2]], record)) == record
     with pytest.raises(BadCertificate, match="1 votes are not more than two thirds of 2"):
         check(certificate([ballot(m, record) for m in MEMBERS[1:]], record))
 
 
-def test_an_empty_electorate_elects_nobody() -> None:
-    record = msgspec.structs.replace(RECORD, electorate=(), reconfiguration=True)
-    with pytest.raises(BadCertificate):
-        check(certificate([ballot(m, record) for m in MEMBERS], record))
+# ------------------------------------------------------------------------------ several coordinators
+
+THREE = [COORDINATOR, STRANGER, Identity(bytes([77]) * 32, Path("unused"))]
+KEYS = tuple(one.peer_id for one in THREE)
 
 
-def test_votes_weigh_what_the_plan_says() -> None:
-    weights = (10, 1, 1, 0)
-    plan = msgspec.structs.replace(PLAN, members=tuple(Member(n, 5, w) for n, w in zip(NAMES, weights, strict=True)))
-    record = msgspec.structs.replace(RECORD, plan=plan)
-    assert check(certificate([ballot(MEMBERS[0], record)], record)) == record
-    with pytest.raises(BadCertificate, match="3 votes"):
-        check(certificate([ballot(m, record) for m in MEMBERS[1:]], record))
+def check_three(given: Certificate) -> Record:
+    return check_certificate(given, run_id=RUN_ID, coordinators=KEYS, open_envelope=open_envelope)
+
+
+def of_three(
+    signers: Sequence[Identity], sealers: Sequence[Identity], *, roster: int = 0, term: int = 3
+) -> Certificate:
+    record = msgspec.structs.replace(RECORD, roster=roster)
+    signed = tuple(roster_by(one, record) for one in signers)
+    proposal = sealed(THREE[term % 3], Proposal(term, record, signed))
+    votes = tuple(ballot(member, record, term=term) for member in MEMBERS[:3])
+    return Certificate(proposal, votes, tuple(seal_by(one, record) for one in sealers))
+
+
+def test_every_roster_and_every_certificate_have_a_coordinator_in_common() -> None:
+    for count in range(1, 17):
+        assert signatures_needed(count) + seals_needed(count) > count
+        assert seals_needed(count) <= signatures_needed(count)
+    assert [seals_needed(count) for count in (1, 2, 3)] == [1, 1, 2]
+
+
+def test_two_of_three_seal_and_sign_a_roster() -> None:
+    for seals in (THREE[:2], THREE[1:], THREE):
+        assert check_three(of_three((), seals)).roster == 0
+        assert check_three(of_three(seals, seals, roster=1)).roster == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "given"),
+    [
+        ("1 of 3 coordinators sealed it; 2 must", of_three((), THREE[:1])),
+        ("1 of 3 coordinators sealed it", of_three((), [THREE[0], THREE[0]])),
+        ("who is no coordinator", of_three((), [*THREE[:2], MEMBERS[0]])),
+        ("1 of 3 coordinators signed the reconfiguration", of_three(THREE[:1], THREE, roster=1)),
+        ("0 of 3 coordinators signed the reconfiguration", of_three((), THREE, roster=1)),
+        ("term 3 is not one of", msgspec.structs.replace(
+            of_three((), THREE), proposal=sealed(THREE[1], Proposal(3, RECORD, ()))
+        )),
+        ("is another one", msgspec.structs.replace(
+            of_three((), THREE), seals=tuple(sealed(one, Seal(RUN_ID, 0, b"o" * 32)) for one in THREE)
+        )),
+    ],
+)  # fmt: skip
+def test_coordinators_signatures_are_counted_and_checked(reason: str, given: Certificate) -> None:
+    with pytest.raises(BadCertificate, match=reason):
+        check_three(given)

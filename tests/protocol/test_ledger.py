@@ -90,7 +90,7 @@ def test_a_vote_passed_off_as_another_members() -> None:
     certificate = decode(Certificate, CHAIN[2].certificate)
     votes = [envelopes.decode(vote) for vote in certificate.votes]
     votes[1] = msgspec.structs.replace(votes[1], author=NAMES[3])
-    changed = Certificate(certificate.proposal, tuple(envelopes.encode(vote) for vote in votes)).encode()
+    changed = msgspec.structs.replace(certificate, votes=tuple(envelopes.encode(vote) for vote in votes)).encode()
     found = fault([*ENTRIES[:2], replace(ENTRIES[2], certificate=changed)])
     assert found.round == 3
     assert "cannot be believed" in found.reason
@@ -171,3 +171,16 @@ def test_a_gap_does_not_hide_data_that_are_used_twice() -> None:
 
 def test_a_claim_is_read_without_proof() -> None:
     assert claimed(CHAIN[0].certificate).record == CHAIN[0].record
+
+
+def test_voters_that_nobody_named() -> None:
+    """Without a roster, those vote whom the round before named; the first round's are named by one."""
+
+    def usurped(record: Record) -> Record:
+        return msgspec.structs.replace(record, electorate=NAMES[1:], voters=NAMES[1:])
+
+    first = chain(1)[0]
+    second = link(first, mend=usurped)
+    assert "its voters are not those" in fault([first.entry, second.entry]).reason
+    unfounded = link(None, mend=lambda record: msgspec.structs.replace(record, roster=0))
+    assert "no roster names its voters" in fault([unfounded.entry]).reason

@@ -49,14 +49,14 @@ def do_what_is_due(table: Table, node: str, holds: frozenset[str] | None = None)
         return
     if current.closed is None:
         table.commit(node)
+    elif current.certified:
+        table.attest(node)
     elif node in current.commitments and node not in current.contributions:
         table.open(node)
     elif current.proposal is None:
         table.hold(node, current.contributions if holds is None else holds)
         if table.state.round is not None and table.state.round.selected and table.state.round.proposal is None:
             report(table, node)
-    elif current.certified:
-        table.attest(node)
     elif node in current.proposal.electorate:
         table.vote(node)
 
@@ -164,7 +164,7 @@ def test_a_coordinator_that_restarts_goes_on_from_what_members_prove(
         new.send(Restored(table.certified[number]))
     record = table.certified[last]
     assert new.state.rounds == last
-    for node in record.electorate:
+    for node in record.voters:
         new.send(Arrived(node, root_after(record), "cpu", new.state.rounds))
     if new.state.phase is not Phase.FINISHED:
         assert new.plan.round == last + 1

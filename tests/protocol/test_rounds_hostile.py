@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from psyche.protocol.messages import MAX_MEMBERS
-from psyche.protocol.state import Abandoned, Arrived, Attested, Held, Left, Phase, Planned, Restored, Settled
+from psyche.protocol.state import Abandoned, Arrived, Attested, Held, Left, Phase, Planned, Promised, Restored, Settled
 from tests.protocol.players import GENESIS, RULES, Table, nodes, peer_id, rejected, root_after, started
 
 LONG = 4 * (RULES.round_bounds[1] + 3 * RULES.exchange_bounds[1])
@@ -231,7 +231,8 @@ def test_a_crowd_does_not_make_a_plan_too_large_to_send() -> None:
 
     state = table.state
     peers = {node: tick(RULES, state, Arrived(node, GENESIS, "cpu", 0), 0.0)[0].peers[node] for node in crowd}
-    state = replace(state, peers=peers)
+    promises = {node: Promised(node, state.leading, 0) for node in crowd}
+    state = replace(state, peers=peers, promises=promises)
     _, effects = tick(replace(table.rules, start_members=1), state, Arrived(crowd[0], GENESIS, "cpu", 0), 0.0)
     (planned,) = (effect for effect in effects if isinstance(effect, Planned))
     assert len(planned.plan.members) == MAX_MEMBERS

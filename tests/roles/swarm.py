@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from psyche.network.identity import IDENTITY, Identity
 from psyche.telemetry.events import LOG_NAME, Event, read_events
 
 E = TypeVar("E", bound=Event)
@@ -29,6 +30,12 @@ class Swarm:
 
     def coordinator(self) -> None:
         self.start("coordinator", "coordinator", str(self.config), "--directory", str(self.directory / "coordinator"))
+
+    def standby(self, name: str) -> None:
+        """Start a standby; the configuration names its key, which :func:`standby_key` made."""
+        invite = f"@{self.directory / 'coordinator' / 'invite'}"
+        place = ["--directory", str(self.directory / name)]
+        self.start(name, "coordinator", str(self.config), "--standby", invite, *place)
 
     def node(self, name: str, *arguments: str, module: str = "psyche", config: Path | None = None) -> None:
         """Start ``psyche join``, or a ``module`` of the tests that runs it with something that ``arguments`` change."""
@@ -78,6 +85,12 @@ class Swarm:
     def join(self, name: str) -> int:
         """Wait for a process to end by itself; its exit code."""
         return self.processes.pop(name).wait(PATIENCE)
+
+
+def standby_key(directory: Path) -> str:
+    """The PeerID of the standby in ``directory``, made now."""
+    directory.mkdir(parents=True)
+    return Identity.load_or_create(directory / IDENTITY).peer_id
 
 
 @contextmanager

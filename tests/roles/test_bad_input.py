@@ -193,7 +193,7 @@ async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
     run = invite.run_id
     vote = Vote(1, bytes(32)).encode()
     forged = me.seal("vote", run, 1, vote)
-    history = Present(5, bytes(32), bytes(32), "CPU", certificate=_forged_certificate(me, run))
+    history = Present(5, bytes(32), bytes(32), "CPU", claim=None, certificate=_forged_certificate(me, run))
     messages = {
         "noise": b"\xff" * 100,
         "oversized": bytes((1 << 20) + 1),
@@ -226,10 +226,10 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
     zero = bytes(32)
     plan = Plan(5, 1, zero, zero, zero, 0, 0, (Member(me.peer_id, 40, 1),))
     contribution = Contribution(zero, zero, zero, zero, 1, 40, 0, 2560, zero)
-    record = Record(plan, (Accepted(me.peer_id, contribution),), (), (me.peer_id,), False, (), (), ())
-    proposal = me.seal("proposal", run, 5, Proposal(2, record).encode())
+    record = Record(plan, (Accepted(me.peer_id, contribution),), (), 1, (me.peer_id,), (me.peer_id,), (), (), ())
+    proposal = me.seal("proposal", run, 5, Proposal(2, record, ()).encode())
     vote = me.seal("vote", run, 5, Vote(2, record.hash).encode())
-    return Certificate(envelopes.encode(proposal), (envelopes.encode(vote),))
+    return Certificate(envelopes.encode(proposal), (envelopes.encode(vote),), ())
 
 
 async def _join_a_liar(directory: Path, manifest: Manifest) -> str:

@@ -82,7 +82,7 @@ def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyP
 
 def test_show_marks_reconfigurations_and_what_was_superseded(tmp_path: Path) -> None:
     def survivors(record: Record) -> Record:
-        return msgspec.structs.replace(record, electorate=NAMES[:3], reconfiguration=record.plan.round == 2)
+        return msgspec.structs.replace(record, electorate=NAMES[:3], roster=1)
 
     path = fill(tmp_path / NAME, CHAIN[:2])
     with Ledger.open(path, RULES.run_id) as ledger:

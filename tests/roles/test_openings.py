@@ -20,6 +20,8 @@ COMMITTED, OPENED = sealed(AUTHOR, Commitment(DIGEST, PLAN.term)), sealed(AUTHOR
 def board(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> Board:
     return Board(
         version=1,
+        term=1,
+        claim=b"",
         phase="certifying",
         rounds=0,
         state_root=PLAN.base_root,

@@ -13,11 +13,10 @@ import torch
 import yaml
 
 from psyche.config import MANIFEST, Config, Manifest, Node, load_config
-from psyche.network.identity import Identity
+from psyche.network.identity import IDENTITY, Identity
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.outer import OuterState
 from psyche.protocol.ledger import claimed
-from psyche.roles.processes import IDENTITY
 from psyche.roles.provision import local_store
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica

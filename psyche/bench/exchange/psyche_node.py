@@ -96,7 +96,7 @@ class PsycheLead(PsycheProcess):
         identity = Identity.load_or_create(Path(self.spec.folder) / "identity.key")
         manifest = manifest_of(self.spec, identity.peer_id)
         await self._start(manifest.run_id, [], "coordinator")
-        coordinator = Coordinator(manifest, self.identity, self.network, self.log, self.ledger)
+        coordinator = Coordinator(manifest, self.identity, self.network, self.log, self.ledger, Path(self.spec.folder))
         self._work = asyncio.create_task(coordinator.run())
         addresses = await self.network.addresses()
         return Met(msgspec.json.encode([manifest.encode(), addresses]).decode(), self.identity.peer_id)

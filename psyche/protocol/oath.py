@@ -1,0 +1,89 @@
+"""What a coordinator may sign of a round: a roster, or the seal of a record, and never both against each other. Pure.
+
+What is returned here is on the coordinator's disk before anybody sees the signature. It is the only thing a coordinator
+must not forget; everything else it reads from the members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+KEPT_ROUNDS = 64
+"""Of which a coordinator remembers what it signed. Nobody asks about older ones, and who does is refused."""
+
+
+@dataclass(frozen=True)
+class Signed:
+    """What was signed of one round."""
+
+    roster: int = 0
+    """The highest number of a roster."""
+    electorate: tuple[str, ...] = ()
+    """That it named."""
+    sealed: bytes = b""
+    """Hash of the record that was sealed."""
+
+
+@dataclass(frozen=True)
+class Oath:
+    """What a coordinator has signed, by hash of the record before the round; and the last term it began to lead in."""
+
+    term: int = 0
+    rounds: Mapping[bytes, tuple[int, Signed]] = field(default_factory=dict)
+    """Number of the round, and what was signed of it."""
+
+
+class Perjury(ValueError):
+    """Why a signature is refused: it would stand against an earlier one."""
+
+    def __init__(self, reason: str, *, roster: int = 0, sealed: bytes = b"") -> None:
+        super().__init__(reason)
+        self.roster = roster
+        """Number of a roster that stands in the way; a later one would not. 0: there is none."""
+        self.sealed = sealed
+        """Hash of a record that does."""
+
+
+def lead(oath: Oath, place: int, coordinators: int, above: int) -> Oath:
+    """The oath with a term to lead in: the first of this coordinator's own above ``above`` and all it had before."""
+    term = max(oath.term, above) + 1
+    return replace(oath, term=term + (place - term) % coordinators)
+
+
+def sign_roster(oath: Oath, round: int, previous: bytes, number: int, electorate: tuple[str, ...]) -> Oath:
+    """After signing roster ``number`` of ``round``. Raises :class:`Perjury`."""
+    signed = _signed(oath, round, previous)
+    if signed.sealed:
+        raise Perjury(f"a record of round {round} was sealed: its electorate cannot change", sealed=signed.sealed)
+    if (number, electorate) == (signed.roster, signed.electorate):
+        return oath
+    if number <= signed.roster:
+        raise Perjury(f"roster {signed.roster} of round {round} was signed before", roster=signed.roster)
+    return _with(oath, round, previous, replace(signed, roster=number, electorate=electorate))
+
+
+def seal(oath: Oath, round: int, previous: bytes, roster: int, record: bytes) -> Oath:
+    """After sealing ``record`` of ``round``. Raises :class:`Perjury`."""
+    signed = _signed(oath, round, previous)
+    if signed.sealed not in (b"", record):
+        raise Perjury(f"another record of round {round} was sealed before", sealed=signed.sealed)
+    if roster < signed.roster:
+        raise Perjury(f"roster {signed.roster} of round {round} was signed, after {roster}", roster=signed.roster)
+    return _with(oath, round, previous, replace(signed, sealed=record))
+
+
+def _signed(oath: Oath, round: int, previous: bytes) -> Signed:
+    if previous in oath.rounds:
+        return oath.rounds[previous][1]
+    newest = max((number for number, _ in oath.rounds.values()), default=0)
+    if round <= newest - KEPT_ROUNDS:
+        raise Perjury(f"round {round} is too long ago")
+    if any(number == round for number, _ in oath.rounds.values()):
+        raise Perjury(f"something else was signed before round {round}")
+    return Signed()
+
+
+def _with(oath: Oath, round: int, previous: bytes, signed: Signed) -> Oath:
+    rounds = {key: value for key, value in oath.rounds.items() if value[0] > round - KEPT_ROUNDS}
+    return replace(oath, rounds=rounds | {previous: (round, signed)})

@@ -1,0 +1,148 @@
+"""Coordinators' signatures: each keeps its oath on disk, and asks the others for theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+
+from psyche.config import Manifest
+from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
+from psyche.network.rpc import Rpc
+from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.messages import Objection, Roster, Seal, decode
+from psyche.protocol.oath import Oath, Perjury, lead, seal, sign_roster
+from psyche.state.pledges import keep, recall
+
+OATH = "oath.msgpack"
+MAX_REQUEST = 1 << 20
+CALL_SECONDS = 10.0
+RETRY_SECONDS = 1.0
+
+
+class Notary:
+    """Signs rosters and seals for this coordinator, and gathers those of others."""
+
+    def __init__(self, manifest: Manifest, identity: Identity, rpc: Rpc, directory: Path) -> None:
+        self._manifest, self._identity, self._rpc = manifest, identity, rpc
+        self._path = directory / OATH
+        self._oath = recall(self._path, manifest.run_id, Oath())
+        self._coordinators = manifest.resolved.coordinators
+        self._lock = asyncio.Lock()
+
+    async def serve(self) -> None:
+        """Sign for the other coordinators, too."""
+        await self._rpc.serve("sign", self._sign_for, max_request=MAX_REQUEST)
+
+    async def term(self, above: int) -> int:
+        """A term to begin to lead in, above any that this coordinator had, and ``above``."""
+        place = self._coordinators.index(self._identity.peer_id)
+        await self._swear(lambda oath: lead(oath, place, len(self._coordinators), above))
+        return self._oath.term
+
+    async def gather(
+        self, body: Roster | Seal, round: int, needed: int, objected: Callable[[Perjury], None]
+    ) -> tuple[bytes, ...]:
+        """Signatures of any ``needed`` coordinators under ``body``; waits for as long as it takes.
+
+        ``objected`` hears, each time that all were asked and too few signed, of the refusal that says most.
+        """
+        found: dict[str, bytes] = {}
+        me = self._identity.peer_id
+        others = [peer for peer in self._coordinators if peer != me]
+        # A roster that it has signed itself binds it even where nobody else signs; a seal mostly needs nobody else.
+        order = (others, [me]) if isinstance(body, Roster) else ([me], others)
+        while True:
+            refused: list[Perjury] = []
+            for asked in order:
+                if asked == [me] and isinstance(body, Roster) and len(found) + 1 < needed:
+                    break
+                asking = self._ask_all([peer for peer in asked if peer not in found], body, round)
+                async with contextlib.aclosing(asking) as answers:
+                    async for peer, answer in answers:
+                        if isinstance(answer, Perjury):
+                            refused.append(answer)
+                        elif answer is not None:
+                            found[peer] = answer
+                        if len(found) >= needed:
+                            return tuple(found.values())
+            if refused:
+                objected(max(refused, key=lambda reason: (reason.roster, reason.sealed)))
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _ask_all(
+        self, peers: Sequence[str], body: Roster | Seal, round: int
+    ) -> AsyncGenerator[tuple[str, bytes | Perjury | None], None]:
+        """Answers as they come: who does not answer holds up nobody who is not needed."""
+        tasks = {asyncio.create_task(self._ask(peer, body, round)): peer for peer in peers}
+        waiting = set(tasks)
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield tasks[task], task.result()
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    async def _sign(self, body: Roster | Seal, round: int) -> bytes:
+        if isinstance(body, Roster):
+            await self._swear(lambda oath: sign_roster(oath, round, body.previous, body.number, body.electorate))
+        else:
+            await self._swear(lambda oath: seal(oath, round, body.previous, body.roster, body.record))
+        return self._sealed(body, round)
+
+    def _sealed(self, body: Roster | Seal | Objection, round: int) -> bytes:
+        return envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round, body.encode()))
+
+    async def _swear(self, step: Callable[[Oath], Oath]) -> None:
+        async with self._lock:
+            oath = step(self._oath)
+            if oath != self._oath:
+                await asyncio.to_thread(keep, self._path, self._manifest.run_id, oath)
+                self._oath = oath
+
+    async def _ask(self, peer: str, body: Roster | Seal, round: int) -> bytes | Perjury | None:
+        """``peer``'s signature, or why it does not give it; None where it does not answer now."""
+        if peer == self._identity.peer_id:
+            try:
+                return await self._sign(body, round)
+            except Perjury as reason:
+                return reason
+        with contextlib.suppress(
+            Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext, TimeoutError
+        ):
+            reply = await self._rpc.call(
+                peer, "sign", self._sealed(body, round), timeout=CALL_SECONDS, max_reply=MAX_REQUEST
+            )
+            envelope = envelopes.decode(reply)
+            open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id, round=round)
+            if envelope.author != peer:
+                raise WrongContext(f"{peer} answers with what {envelope.author} signed")
+            if envelope.domain == Objection.DOMAIN:
+                against = decode(Objection, envelope.body)
+                return Perjury(against.reason, roster=against.roster, sealed=against.sealed or b"")
+            if (envelope.domain, envelope.body) == (body.DOMAIN, body.encode()):
+                return reply
+        return None
+
+    async def _sign_for(self, peer: str, request: bytes) -> bytes:
+        if peer not in self._coordinators:
+            raise Refused("only the run's coordinators sign for each other")
+        try:
+            envelope = envelopes.decode(request, MAX_REQUEST)
+            open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
+            if envelope.author != peer or envelope.domain not in (Roster.DOMAIN, Seal.DOMAIN):
+                raise WrongContext("that is not the caller's roster or seal")
+            roster = envelope.domain == Roster.DOMAIN
+            body = decode(Roster, envelope.body) if roster else decode(Seal, envelope.body)
+        except (MalformedMessage, BadSignature, WrongContext) as error:
+            raise Refused(str(error)) from None
+        try:
+            return await self._sign(body, envelope.round)
+        except Perjury as reason:
+            against = Objection(str(reason)[:200], reason.roster, reason.sealed or None)
+            return self._sealed(against, envelope.round)

@@ -1,0 +1,54 @@
+"""Outer states of finished checkpoints, served from disk: what a slow line fetches does not change under it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from psyche.network.node import NetworkNode
+from psyche.numerics.digest import BlobIndex
+
+TENSOR = "outer"
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header, which is JSON; offsets count from the header's end."""
+
+
+class Snapshots:
+    """The states of the newest ``keep`` checkpoints that this process has written or gone on from."""
+
+    def __init__(self, network: NetworkNode, keep: int) -> None:
+        self._network, self._keep = network, keep
+        self._there: dict[int, BlobIndex] = {}
+
+    @property
+    def states(self) -> Mapping[int, bytes]:
+        """State_root by round."""
+        return {round: index.root for round, index in self._there.items()}
+
+    @property
+    def oldest(self) -> int:
+        """The first round that one is of, once there are as many as are kept; 0 before."""
+        return min(self._there) if len(self._there) == self._keep else 0
+
+    def add(self, round: int, index: BlobIndex, path: Path) -> None:
+        """Serve the outer state in the checkpoint file at ``path``, whose chunks are ``index``."""
+        start = tensor_offset(path, TENSOR)
+
+        def read(number: int) -> bytes:
+            with path.open("rb") as file:
+                return os.pread(file.fileno(), index.sizes[number], start + index.offsets[number])
+
+        self._network.blobs.add(index, read)
+        self._there[round] = index
+        for old in sorted(self._there)[: -self._keep]:
+            self._network.blobs.remove(self._there.pop(old).root)
+
+
+def tensor_offset(path: Path, name: str) -> int:
+    """Where in a safetensors file the bytes of a tensor begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        header = json.loads(file.read(length))
+    return _LENGTH_BYTES + length + int(header[name]["data_offsets"][0])

@@ -1,0 +1,113 @@
+"""What outer steps took is on disk before it is needed, and what the disk spoils is not believed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche.exchange.journal import Journal
+from psyche.network.spool import Blob, Spool
+
+
+def silent(text: str) -> None:
+    pytest.fail(text)
+
+
+def blob(directory: Path, *parts: bytes) -> Blob:
+    return Spool(directory).put(parts)
+
+
+def content(found: Blob | None) -> list[bytes]:
+    assert found is not None
+    return [found[number] for number in range(found.index.chunks)]
+
+
+def test_a_blob_is_there_after_its_spool_is_gone_and_the_process_starts_again(tmp_path: Path) -> None:
+    given = blob(tmp_path, b"one", b"two and more")
+    root = given.index.root
+    journal = Journal(tmp_path / "journal", silent)
+    assert journal.blob(root) is None
+    assert journal.put(3, given)
+    assert not journal.put(4, given), "it is there already"
+    given.close()
+    for one in (journal, Journal(tmp_path / "journal", silent)):
+        assert content(one.blob(root)) == [b"one", b"two and more"]
+        assert one.reader(root)(1) == b"two and more"
+        assert set(one.blobs) == {root}
+
+
+def test_old_rounds_are_dropped(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, silent)
+    roots = []
+    for round in range(1, 6):
+        made = blob(tmp_path, bytes([round]))
+        roots.append(made.index.root)
+        journal.put(round, made)
+    assert journal.before(4) == roots[:3]
+    for root in roots[:3]:
+        journal.drop(root)
+    assert [journal.blob(root) is not None for root in roots] == [False] * 3 + [True] * 2
+    assert set(Journal(tmp_path, silent).blobs) == set(roots[3:])
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_a_file_that_was_changed_or_cut_off_is_not_believed(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    directory = tmp_path_factory.mktemp("journal")
+    journal = Journal(directory, silent)
+    made = blob(directory, b"some chunk", b"another")
+    journal.put(1, made)
+    (path,) = directory.glob("*.blob")
+    whole = path.read_bytes()
+    if data.draw(st.booleans()):
+        path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    else:
+        at = data.draw(st.integers(0, len(whole) - 1))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :])
+    warnings: list[str] = []
+    again = Journal(directory, warnings.append)
+    assert again.blob(made.index.root) is None
+    assert not set(again.blobs) - {made.index.root}
+
+
+def test_a_killed_writer_leaves_whole_blobs_or_none(tmp_path: Path) -> None:
+    writer = (
+        "import sys; from pathlib import Path; from psyche.network.spool import Spool; "
+        "from psyche.exchange.journal import Journal\n"
+        "where = Path(sys.argv[1]); journal = Journal(where / 'journal', print); spool = Spool(where)\n"
+        "for round in range(10**6):\n"
+        "    blob = spool.put([round.to_bytes(8, 'little') * 1000, b'x' * 5000])\n"
+        "    journal.put(round, blob); print(blob.index.root.hex(), flush=True); blob.close()\n"
+    )
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", writer, str(tmp_path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        said = [process.stdout.readline().split()[-1] for _ in range(40)]
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        journal = Journal(tmp_path / "journal", silent)
+        assert {bytes.fromhex(root.decode()) for root in said} <= set(journal.blobs)
+        assert all(journal.blob(root) is not None for root in journal.blobs)
+        for root in journal.before(10**7):
+            journal.drop(root)
+
+
+def test_a_file_system_that_cannot_name_nameless_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "link", refuse)
+    made = blob(tmp_path, b"one", b"two")
+    journal = Journal(tmp_path / "journal", silent)
+    journal.put(1, made)
+    assert content(Journal(tmp_path / "journal", silent).blob(made.index.root)) == [b"one", b"two"]

@@ -1,0 +1,76 @@
+"""A node that is behind takes the steps it missed; a run that lost its power goes on where it was."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from psyche.state.ledger import NAME as LEDGER
+from psyche.state.ledger import Ledger
+from psyche.telemetry.events import CaughtUp, Notice, PeerLeft, Resynchronised, RoundCertified
+from tests.roles.swarm import swarm
+from tests.roles.tiny import certified_roots, write_config
+
+ROUNDS = {"inner_steps": 40, "min_members": 1, "total": 500}
+QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
+
+
+@pytest.mark.slow
+def test_a_node_that_missed_rounds_takes_their_outer_steps(tmp_path: Path) -> None:
+    """Its payloads are small and its rounds long enough that the state would be more to fetch."""
+    rounds = ROUNDS | {"start_members": 3, "inner_steps": 200}
+    config = write_config(tmp_path, members=3, rounds=rounds, deadlines=QUICK, codec={"name": "topk2"})
+    config.write_text(config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 10"))  # what is kept, too
+    names = ["node-1", "node-2", "node-3"]
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in names:
+            run.node(name)
+        run.wait("node-3", RoundCertified, lambda event: event.round == 3)  # it has no checkpoint yet
+        run.kill("node-3")
+        gone = run.wait("coordinator", PeerLeft)
+        run.wait("coordinator", RoundCertified, lambda event: event.round > gone.round + 1)
+        run.node("node-3")
+        run.wait("node-3", Notice, lambda event: "after the last checkpoint" in event.text)
+        back = run.wait("node-3", CaughtUp)
+        run.wait("coordinator", RoundCertified, lambda event: event.round > back.round and gone.peer in event.accepted)
+        assert not run.events("node-3", Resynchronised), "no state was fetched"
+        for name in (*names, "coordinator"):
+            run.kill(name, signal.SIGINT)
+    roots = dict(enumerate(certified_roots(tmp_path / "run" / "node-1" / "events.jsonl"), 1))
+    with Ledger.read(tmp_path / "run" / "node-3" / LEDGER) as ledger:
+        assert ledger.missing() == ()
+        for entry in ledger.entries():
+            assert entry.state_root is not None
+            assert roots.get(entry.round, entry.state_root.hex()) == entry.state_root.hex()
+
+
+def test_a_run_that_lost_its_power_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Checkpoints are of earlier rounds; what came after is on every node's disk."""
+    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"start_members": 2}, deadlines=QUICK)
+    names = ["node-1", "node-2", "coordinator"]
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in names[:2]:
+            run.node(name)
+        run.wait("coordinator", RoundCertified, lambda event: event.round == 5)
+        for name in names:
+            run.kill(name)
+        last = run.events("coordinator", RoundCertified)[-1]
+        (run.directory / "coordinator" / "invite").unlink()
+        run.coordinator()
+        for name in names[:2]:
+            run.node(name)
+        run.wait("coordinator", RoundCertified, lambda event: event.round > last.round + 1)
+        for name in names:
+            run.kill(name, signal.SIGINT)
+        certified = [event.round for event in run.events("coordinator", RoundCertified)]
+        assert certified == list(range(1, certified[-1] + 1)), "no round was lost, and none certified again"
+        for name in names:
+            with Ledger.read(run.directory / name / LEDGER) as ledger:
+                assert ledger.superseded() == []
+    first, second = (certified_roots(tmp_path / "run" / name / "events.jsonl") for name in names[:2])
+    shared = min(len(first), len(second))
+    assert first[:shared] == second[:shared]
