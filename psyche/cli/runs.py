@@ -100,7 +100,7 @@ def coordinator(
         typer.Option(help="TCP port to listen at; a free one by default.", min=1, max=65535, show_default=False),
     ] = None,
 ) -> None:
-    """Lead a run: prepare it, print the invite, close its rounds. Trains nothing itself."""
+    """Launch a run and lead it, or stand by for one (--standby). Trains nothing itself."""
     from psyche.cli.process import home_of, read_invite, run_coordinator, run_standby
     from psyche.config import load_config, load_node, override_node
 
