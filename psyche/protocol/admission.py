@@ -37,6 +37,7 @@ from psyche.protocol.state import (
     State,
     Submission,
     Tick,
+    Unsigned,
     Voted,
 )
 
@@ -62,7 +63,7 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             return _promise(state, event)
         case Restored(record):
             return _restore(rules, state, record)
-        case Overruled():
+        case Overruled() | Unsigned():
             return state, []  # rounds.py
         case _:
             refusal = _refusal(rules, state, event)
@@ -217,6 +218,8 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
         term=max(state.term, record.plan.term),
         electorate=record.voters,
         roster=0,
+        used=0,
+        replaced=None,
         bound=b"",
         taken_up=False,
         round=None,

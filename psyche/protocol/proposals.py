@@ -80,7 +80,10 @@ def put_to_the_vote(rules: Rules, state: State, current: Round, record: Record, 
 
 def reconfigured(state: State, electorate: Sequence[str]) -> State:
     """``electorate`` votes in the round from now on; nothing that another one voted for can be certified any more."""
-    return replace(state, electorate=tuple(sorted(electorate)), roster=state.roster + 1, bound=b"")
+    before = None if state.bound or not state.electorate else (state.electorate, state.roster)
+    number = max(state.roster, state.used) + 1
+    voters = tuple(sorted(electorate))
+    return replace(state, electorate=voters, roster=number, used=number, replaced=before, bound=b"")
 
 
 def held_in_common(

@@ -45,6 +45,7 @@ from psyche.protocol.state import (
     Rules,
     Settled,
     State,
+    Unsigned,
 )
 from psyche.protocol.succession import agree_on_restart, alone, ready_members, said, take_up, vote_on_the_sealed
 
@@ -53,6 +54,8 @@ def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
     """Absorb one event at time ``now`` (seconds, any monotonic origin) and advance as far as possible."""
     if isinstance(event, Overruled):
         state, effects = _overrule(rules, state, event, now)
+    elif isinstance(event, Unsigned):
+        state, effects = _fall_back(rules, state, event, now)
     else:
         state, effects = absorb(rules, state, event, now)
     while True:
@@ -216,6 +219,20 @@ def _overrule(rules: Rules, state: State, event: Overruled, now: float) -> Step:
     return propose(rules, state, again, accepted, None, now, record.results, record.minority)
 
 
+def _fall_back(rules: Rules, state: State, event: Unsigned, now: float) -> Step:
+    """Put the same to the vote again under the electorate that the roster was to replace: some may only be slow.
+
+    The leader has shown nothing under that roster, and none of its votes can come any more.
+    """
+    current = state.round
+    if current is None or current.proposal is None or current.proposal.hash != event.record or not state.replaced:
+        return state, []
+    record, (electorate, roster) = current.proposal, state.replaced
+    accepted = frozenset(one.node for one in record.accepted)
+    state = replace(state, electorate=electorate, roster=roster, replaced=None)
+    return propose(rules, state, current, accepted, None, now, record.results, record.minority)
+
+
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:
     record = current.proposal
     assert record is not None
@@ -250,6 +267,8 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
         position=next_position(current.plan, rules.batch_size, rules.late_steps),
         electorate=record.voters,
         roster=0,
+        used=0,
+        replaced=None,
         bound=b"",
         round=None,
         gathering=False,

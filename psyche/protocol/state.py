@@ -155,6 +155,10 @@ class State:
     """Who votes in the round that comes: the last record's ``voters``, or who the last roster names."""
     roster: int = 0
     """Number of that roster; 0: none."""
+    used: int = 0
+    """Highest number of a roster of this round; each is used once."""
+    replaced: tuple[tuple[str, ...], int] | None = None
+    """The electorate, and the number of its roster, that the last roster takes the place of."""
     bound: bytes = b""
     """Hash of a record that may have been certified under an earlier leader. Another one takes another roster."""
     arrived: float | None = None
@@ -274,9 +278,17 @@ class Overruled:
     """Hash of the other record. Nothing else can be certified."""
 
 
+@dataclass(frozen=True)
+class Unsigned:
+    """Too few coordinators can be reached to sign the roster of ``record``; this one has not signed it either."""
+
+    record: bytes
+    """Its hash."""
+
+
 Submission = Committed | Opened | Held | Reported | Voted | Attested
 """What a member says of a round it is in."""
-Event = Tick | Overruled | Arrived | Seen | Left | Promised | Submission | Restored
+Event = Tick | Overruled | Unsigned | Arrived | Seen | Left | Promised | Submission | Restored
 
 
 # -------------------------------------------------------------------------------------- effects

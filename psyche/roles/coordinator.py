@@ -97,7 +97,7 @@ class Coordinator:
         """Gathers signatures under what the machine has decided last; members see it when they are there."""
         self._signed: dict[tuple[int, int], tuple[bytes, ...]] = {}
         """Rosters in force, by round and number."""
-        self._overruled: protocol.Overruled | None = None
+        self._overruled: protocol.Overruled | protocol.Unsigned | None = None
         self._claim = b""
         self._proposal: bytes | None = None
         self._certificate: Certificate | None = None
@@ -318,12 +318,15 @@ class Coordinator:
         self._certificate = Certificate(proposal, votes, seals)
         await self._publish()
 
-    def _objected(self, record: Record) -> Callable[[Perjury], None]:
-        """Has the machine hear, with its next tick, that an oath stands against ``record``."""
+    def _objected(self, record: Record) -> Callable[[Perjury | None], None]:
+        """Has the machine hear, with its next tick, that an oath stands against ``record``, or too few can be asked."""
 
         heard: set[str] = set()
 
-        def hear(reason: Perjury) -> None:
+        def hear(reason: Perjury | None) -> None:
+            if reason is None:
+                self._overruled = protocol.Unsigned(record.hash)
+                return
             if str(reason) not in heard:
                 heard.add(str(reason))
                 text = f"round {record.plan.round} cannot be certified as it stands: {reason}"

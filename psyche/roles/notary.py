@@ -44,11 +44,12 @@ class Notary:
         return self._oath.term
 
     async def gather(
-        self, body: Roster | Seal, round: int, needed: int, objected: Callable[[Perjury], None]
+        self, body: Roster | Seal, round: int, needed: int, objected: Callable[[Perjury | None], None]
     ) -> tuple[bytes, ...]:
         """Signatures of any ``needed`` coordinators under ``body``; waits for as long as it takes.
 
-        ``objected`` hears, each time that all were asked and too few signed, of the refusal that says most.
+        ``objected`` hears, each time that all were asked and too few signed, of the refusal that says most; of
+        None where nobody refuses, but too few answer.
         """
         found: dict[str, bytes] = {}
         me = self._identity.peer_id
@@ -69,8 +70,7 @@ class Notary:
                             found[peer] = answer
                         if len(found) >= needed:
                             return tuple(found.values())
-            if refused:
-                objected(max(refused, key=lambda reason: (reason.roster, reason.sealed)))
+            objected(max(refused, key=lambda reason: (reason.roster, reason.sealed), default=None))
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask_all(

@@ -33,6 +33,7 @@ from psyche.protocol.state import (
     Seen,
     State,
     Tick,
+    Unsigned,
     Voted,
 )
 from tests.protocol.players import GENESIS, RUN_ID, contribution, root_after
@@ -76,6 +77,7 @@ class Seat:
         self.unsealed: Record | None = None
         self.certificate: Record | None = None
         self.overruled: Overruled | None = None
+        self.unsigned_by_enough: Unsigned | None = None
 
     def begin(self) -> None:
         self.up = self.leads = True
@@ -135,10 +137,15 @@ class Parliament:
         if key in self.rosters:
             return True
         number, previous = record.plan.round, record.plan.previous
+        needed = signatures_needed(self.rules.coordinators)
+        seat.unsigned_by_enough = None
+        if len(self.reached(seat)) < needed:  # so it does not sign itself, either
+            seat.unsigned_by_enough = Unsigned(record.hash)
+            return False
         signed = self.gather(
             seat, record, lambda oath: sign_roster(oath, number, previous, record.roster, record.electorate)
         )
-        if signed >= signatures_needed(self.rules.coordinators):
+        if signed >= needed:
             self.rosters.add(key)
             seat.overruled = None
         return key in self.rosters
@@ -273,6 +280,9 @@ class Parliament:
                 if seat.overruled is not None:
                     event, seat.overruled = seat.overruled, None
                     seat.send(event)
+                if seat.unsigned_by_enough is not None:
+                    unsigned, seat.unsigned_by_enough = seat.unsigned_by_enough, None
+                    seat.send(unsigned)
                 seat.send(Tick())
 
     def calm(self, seat: Seat, turns: int) -> None:

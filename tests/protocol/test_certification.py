@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.protocol.acceptor import Acceptor
+from psyche.protocol.state import Seen
 from tests.protocol.parliament import Parliament, Seat, Voter, with_coordinators
 from tests.protocol.players import RULES, nodes
 
@@ -184,7 +185,26 @@ def the_voters_leave_for_good_with_a_sealed_record() -> None:
     go_on(world, world.seats[0], world.voters[3:], 400)
 
 
+def a_slow_voter_while_the_other_coordinator_is_away() -> None:
+    """All three votes are needed. Without the third a roster is, which takes both coordinators."""
+    world = Parliament(replace(with_coordinators(RULES, 2), start_members=3), MEMBERS[:3])
+    slow = world.voters[2]
+    while len(world.certified) < 2:
+        go_on(world, world.seats[0], world.voters, 1)
+    world.cut.add(frozenset((0, 1)))
+    seat = world.seats[0]
+    for _ in range(400):
+        go_on(world, seat, world.voters[:2], 1)
+        if (known := seat.state.round) is None or known.proposal is None or known.certified:
+            world.talk(slow, seat)
+        seat.send(Seen(slow.node))
+    last = max(world.certified)
+    go_on(world, seat, world.voters, 200)
+    assert max(world.certified) > last, seat.state.note
+
+
 CASES = (
+    a_slow_voter_while_the_other_coordinator_is_away,
     the_leader_dies_and_its_voters_start_again,
     two_leaders_with_two_members_each,
     the_voters_leave_for_good_with_a_sealed_record,
