@@ -204,10 +204,10 @@ def a_slow_voter_while_the_other_coordinator_is_away() -> None:
 
 
 CASES = (
-    a_slow_voter_while_the_other_coordinator_is_away,
     the_leader_dies_and_its_voters_start_again,
     two_leaders_with_two_members_each,
     the_voters_leave_for_good_with_a_sealed_record,
+    a_slow_voter_while_the_other_coordinator_is_away,
 )
 
 
