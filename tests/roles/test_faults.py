@@ -29,6 +29,7 @@ ROUNDS = {"inner_steps": 40, "min_members": 1}
 QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
 
 
+@pytest.mark.slow
 def test_a_killed_node_is_left_out_and_comes_back(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=4, rounds=ROUNDS | {"total": 500, "start_members": 4}, deadlines=QUICK)
     names = [f"node-{number}" for number in range(1, 5)]
@@ -62,6 +63,7 @@ def test_half_of_two_nodes_dies_and_the_survivor_goes_on(tmp_path: Path) -> None
         assert certified_roots(tmp_path / "run" / "node-1" / "events.jsonl") == roots
 
 
+@pytest.mark.slow
 def test_a_stopped_node_does_not_stop_the_others(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=4, rounds=ROUNDS | {"total": 500, "start_members": 4}, deadlines=QUICK)
     names = [f"node-{number}" for number in range(1, 5)]
