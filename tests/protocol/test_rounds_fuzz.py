@@ -107,7 +107,7 @@ def happen(table: Table, verb: str, who: int, what: int) -> None:
             table.send(Opened(node, number, given_, b""))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(steps=STEPS, least=st.integers(1, 3), way=WAYS)
 def test_any_interleaving(steps: list[tuple[str, int, int]], least: int, way: tuple[int | None, int]) -> None:
     table = Table(replace(RULES, min_members=least, sharded_from=way[0], reducers=way[1]))

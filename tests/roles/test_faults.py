@@ -103,6 +103,7 @@ def test_a_killed_coordinator_takes_the_run_up_again(tmp_path: Path) -> None:
         assert len(first) == 12
 
 
+@pytest.mark.slow
 def test_a_node_with_other_bits_is_told_and_resynchronises(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=4, rounds=ROUNDS | {"total": 500, "start_members": 4}, deadlines=QUICK)
     with swarm(tmp_path / "run", config) as run:
