@@ -11,16 +11,20 @@ from psyche.protocol.messages import Contribution, Record
 
 
 class Gather(Exchange):
-    """Everybody aggregates everything."""
+    """Everybody aggregates everything. A payload is on disk soon after it is here: the others are still coming."""
 
     def part(self) -> Sequence[int]:
         return range(len(self.shape.counts))
 
+    async def offer(self, payload: Sequence[bytes]) -> None:
+        await super().offer(payload)
+        await self.wire.keep(self.plan.round, self.payloads[self.wire.me])
+
+    async def collect(self, author: str, given: Contribution) -> None:
+        await super().collect(author, given)
+        await self.wire.keep(self.plan.round, self.payloads[author])
+
     async def prepare(self, record: Record) -> Gradient:
-        await asyncio.gather(*(self._keep(one.node, one.contribution) for one in record.accepted))
+        await asyncio.gather(*(self.collect(one.node, one.contribution) for one in record.accepted))
         tokens = {one.node: one.contribution.tokens for one in record.accepted}
         return gathered(self.shape.codec, tokens, self.payloads)
-
-    async def _keep(self, author: str, given: Contribution) -> None:
-        await self.collect(author, given)
-        await self.wire.keep(self.plan.round, self.payloads[author])

@@ -78,8 +78,8 @@ class Journal:
         with disk_errors(path):
             blob.link(path, index.encode() + index.chunks.to_bytes(_COUNT_BYTES, "little"))
             sync_directory(self._directory)
-        self._there[index.root] = _Entry(round, index, partial(self._read, index.root))
-        return True
+        entry = _Entry(round, index, partial(self._read, index.root))
+        return self._there.setdefault(index.root, entry) is entry  # another thread may have been as fast
 
     def blob(self, root: bytes) -> Blob | None:
         """A blob, every chunk of it checked; None where it is not there, or not whole any more."""
