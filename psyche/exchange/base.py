@@ -43,7 +43,7 @@ class Wire:
         What the journal has is not fetched again. ``size`` is that of the whole blob, where it was agreed on. Raises
         ``FetchError`` and ``BadBlob``.
         """
-        if (found := await asyncio.to_thread(self.journal.blob, root)) is not None:
+        if root in self.journal and (found := await asyncio.to_thread(self.journal.blob, root)) is not None:
             return found
 
         def accept(index: BlobIndex) -> None:

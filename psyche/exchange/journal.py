@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from psyche.data.durable import disk_errors, sync_directory
 from psyche.network.blobs import Read
-from psyche.network.spool import Blob
+from psyche.network.spool import UNFINISHED, Blob
 from psyche.numerics.digest import INDEX_BYTES, BlobIndex
 
 DIRECTORY = "journal"
@@ -43,6 +43,8 @@ class Journal:
             for path in sorted(directory.iterdir()):
                 match = _NAME.fullmatch(path.name)
                 if match is None:
+                    if path.suffix == UNFINISHED:
+                        path.unlink()
                     continue
                 try:
                     index = _index_of(path)
@@ -54,10 +56,13 @@ class Journal:
                     continue
                 self._there[index.root] = _Entry(int(match[1]), index, partial(self._read, index.root))
 
+    def __contains__(self, root: bytes) -> bool:
+        return root in self._there
+
     @property
-    def blobs(self) -> Mapping[bytes, BlobIndex]:
-        """All that are there, by root."""
-        return {root: entry.index for root, entry in self._there.items()}
+    def blobs(self) -> list[BlobIndex]:
+        """All that are there."""
+        return [entry.index for entry in list(self._there.values())]
 
     def reader(self, root: bytes) -> Read:
         """Gives the chunks of a blob that is there, always the same for the same blob. They are not checked.
@@ -82,7 +87,7 @@ class Journal:
         return self._there.setdefault(index.root, entry) is entry  # another thread may have been as fast
 
     def blob(self, root: bytes) -> Blob | None:
-        """A blob, every chunk of it checked; None where it is not there, or not whole any more."""
+        """A blob, every chunk of it checked; None where it is not there. What the disk has spoilt is dropped."""
         entry = self._there.get(root)
         if entry is None:
             return None
@@ -94,16 +99,17 @@ class Journal:
                 return blob
         except OSError:
             pass
+        self.drop(root)
         return None
 
     def drop(self, root: bytes) -> None:
         """Forget a blob."""
-        entry = self._there.pop(root)
-        self._path(entry.round, root).unlink(missing_ok=True)
+        if (entry := self._there.pop(root, None)) is not None:
+            self._path(entry.round, root).unlink(missing_ok=True)
 
     def before(self, first: int) -> list[bytes]:
         """Roots of what only rounds before ``first`` took."""
-        return [root for root, entry in self._there.items() if entry.round < first]
+        return [root for root, entry in list(self._there.items()) if entry.round < first]
 
     def _read(self, root: bytes, number: int) -> bytes:
         entry = self._there[root]

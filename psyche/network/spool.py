@@ -15,6 +15,9 @@ from typing_extensions import Buffer
 from psyche.errors import PsycheError
 from psyche.numerics.digest import BlobIndex, index_chunks
 
+UNFINISHED = ".tmp"
+"""Ends the name of a copy that is being written."""
+
 
 class Blob:
     """A blob in a file without a name: chunk i is ``blob[i]``, read when asked for; some may not be there yet.
@@ -139,7 +142,7 @@ def _nameless(directory: Path) -> int:
 
 def _copy(descriptor: int, path: Path) -> None:
     """A copy of an open file at ``path``, whole or absent."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(path.name + UNFINISHED)
     with temporary.open("wb") as file:
         offset = 0
         while piece := os.pread(descriptor, 1 << 20, offset):

@@ -208,24 +208,26 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
         if current.certified or record.plan.round < current.plan.round:
             return state, []
         effects.append(Abandoned(current.plan.round, f"round {record.plan.round} was certified before a restart"))
-    restored = replace(
+    restored = replace(state, phase=Phase.PAUSED, term=max(state.term, record.plan.term), taken_up=False)
+    return after_record(rules, restored, record, b""), effects
+
+
+def after_record(rules: Rules, state: State, record: Record, state_root: bytes) -> State:
+    """The state between ``record``'s round and the next one."""
+    return replace(
         state,
-        phase=Phase.PAUSED,
         rounds=record.plan.round,
         head=record.hash,
-        state_root=b"",
+        state_root=state_root,
         position=next_position(record.plan, rules.batch_size, rules.late_steps),
-        term=max(state.term, record.plan.term),
         electorate=record.voters,
         roster=0,
         used=0,
         replaced=None,
         bound=b"",
-        taken_up=False,
         round=None,
         gathering=False,
     )
-    return restored, effects
 
 
 # -------------------------------------------------------------------------------------- helpers

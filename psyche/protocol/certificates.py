@@ -9,14 +9,12 @@ coordinators a single one can go on certifying; a reconfiguration takes one, or 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import Body, Certificate, Proposal, Record, Roster, Seal, Vote, decode
 from psyche.protocol.proposals import carries_quorum
-
-B = TypeVar("B", bound=Body)
 
 
 class Open(Protocol):

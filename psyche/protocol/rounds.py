@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psyche.protocol.admission import Step, absorb, observed, without_peer
-from psyche.protocol.assignment import next_position
+from psyche.protocol.admission import Step, absorb, after_record, observed, without_peer
 from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import Member, Plan
 from psyche.protocol.proposals import (
@@ -225,7 +224,9 @@ def _fall_back(rules: Rules, state: State, event: Unsigned, now: float) -> Step:
     The leader has shown nothing under that roster, and none of its votes can come any more.
     """
     current = state.round
-    if current is None or current.proposal is None or current.proposal.hash != event.record or not state.replaced:
+    if current is None or current.proposal is None or current.proposal.hash != event.record:
+        return state, []
+    if current.certified or state.replaced is None:
         return state, []
     record, (electorate, roster) = current.proposal, state.replaced
     accepted = frozenset(one.node for one in record.accepted)
@@ -258,20 +259,5 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     for node, other in sorted(current.attestations.items()):
         if other != root:
             effects.append(Diverged(node, current.plan.round, root, other))
-    settled = replace(
-        state,
-        phase=Phase.WAITING,
-        rounds=current.plan.round,
-        head=record.hash,
-        state_root=root,
-        position=next_position(current.plan, rules.batch_size, rules.late_steps),
-        electorate=record.voters,
-        roster=0,
-        used=0,
-        replaced=None,
-        bound=b"",
-        round=None,
-        gathering=False,
-        note="",
-    )
+    settled = after_record(rules, replace(state, phase=Phase.WAITING, note=""), record, root)
     return settled, effects

@@ -162,7 +162,7 @@ class State:
     bound: bytes = b""
     """Hash of a record that may have been certified under an earlier leader. Another one takes another roster."""
     arrived: float | None = None
-    """When somebody was last seen for the first time, or this coordinator began."""
+    """When somebody was last seen for the first time."""
     peers: Mapping[str, Peer] = field(default_factory=dict)
     round: Round | None = None
     commit_seconds: tuple[float, ...] = ()

@@ -11,7 +11,7 @@ of its proposals, and none any more of those that it has replaced.)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from psyche.protocol.admission import Step
@@ -100,7 +100,6 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
         commitments=last.commitments,
         contributions=last.contributions,
         ring=record.ring,
-        proposals=0,
     )
     state = replace(state, phase=Phase.CERTIFYING, bound=record.hash)
     return put_to_the_vote(rules, state, round, record, now)
@@ -120,7 +119,7 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
     commitments: dict[str, tuple[bytes, bytes]] = {}
     for promise in promises:
         if promise.plan == plan:
-            commitments |= _first(commitments, promise.commitments)
+            commitments = {**promise.commitments, **commitments}
     least, most = rules.round_bounds
     seconds = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
     round = Round(plan, opened=now, deadline=now + seconds, term=state.term, commitments=commitments)
@@ -129,12 +128,6 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
         round = replace(round, closed=now, deadline=now + allowed(rules, state.exchange_seconds), ring=drawn)
     phase = Phase.CERTIFYING if commitments else Phase.TRAINING
     return replace(state, phase=phase, round=round, note=""), [Planned(plan)]
-
-
-def _first(
-    known: Mapping[str, tuple[bytes, bytes]], more: Mapping[str, tuple[bytes, bytes]]
-) -> dict[str, tuple[bytes, bytes]]:
-    return {node: given for node, given in more.items() if node not in known}
 
 
 def _follows(rules: Rules, state: State, plan: Plan, ready: Sequence[str]) -> bool:

@@ -164,16 +164,17 @@ class BoardClient:
 
     async def _say_again(self, board: Board) -> None:
         """Tell a new leader that goes on with the round what the one before was told of it."""
-        round, self._repeat = self._repeat, 0
+        round = self._repeat
         for domain in REPEATED:
             said = self._said.get(domain)
             if said is None or board.plan is None or (said[0], board.plan.round) != (round, round):
                 continue
             with contextlib.suppress(Refused):  # of an attempt that is over, say
                 await self._rpc.call(self._coordinator, "submit", said[1], timeout=CALL_SECONDS, max_reply=64)
+        self._repeat = 0
 
     async def _follow(self, board: Board) -> None:
-        """Promise the board's author to take part in nothing earlier, and repeat what was said in this round."""
+        """Promise the board's author to take part in nothing earlier; what was said in this round is repeated."""
         try:
             promise = await self._node.promise(board.term, board.claim)
         except Refusal as refusal:

@@ -1,4 +1,4 @@
-"""How a node that is behind catches up: certified records from anybody's ledger, then the outer steps they name.
+"""How a node that is behind, or holds other bits, gets to where the run is.
 
 A record says what its outer step takes, by hash, so that a node needs nobody's word: it takes the same steps as those
 who were there. Only where that is more to fetch than the outer state itself, or cannot be had, is the state fetched;
@@ -8,167 +8,173 @@ first the one of now, and, for a line so slow that this changes before it is her
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated
+from collections.abc import Callable
 
-import msgspec
-from msgspec import Meta
-
-from psyche.exchange.base import Wire, taken
-from psyche.network.node import NetworkNode
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.config import Node
+from psyche.exchange.base import Exchange, Wire, taken
+from psyche.network.fetch import FetchError
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.certificates import BadCertificate
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Certificate, Hash, Record, decode
+from psyche.protocol.messages import Board, Plan, Record
+from psyche.roles.advance import Advance
+from psyche.roles.board import RETRY_SECONDS, BoardClient
+from psyche.roles.history import Past, Proven, following
 from psyche.roles.ledger import LedgerWriter
+from psyche.roles.presence import sources
 from psyche.roles.replica import Replica
 from psyche.roles.voter import Voter
-from psyche.state.snapshots import Snapshots
+from psyche.state.sync import fetch_state
+from psyche.telemetry import events
+from psyche.telemetry.events import EventLog
 
-MAX_HISTORY = 4 << 20
-"""Bytes of certificates in one reply."""
-CALL_SECONDS = 15.0
-MAX_SNAPSHOTS = 64
 MAX_OWN_HISTORY = 1 << 30
 
 
-class History(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Certificates of rounds one after the other, as many as fit."""
-
-    certificates: Annotated[tuple[bytes, ...], Meta(max_length=4096)]
-
-
-class Kept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Rounds after which a node has the outer state on disk, and its state_root."""
-
-    states: Annotated[tuple[tuple[int, Hash], ...], Meta(max_length=MAX_SNAPSHOTS)]
-
-
-async def serve_history(network: NetworkNode, ledger: LedgerWriter, snapshots: Snapshots) -> None:
-    """Tell whoever asks of certified rounds, and of the states that are kept."""
-
-    async def history(peer: str, request: bytes) -> bytes:
-        first = int.from_bytes(request, "little")
-        return msgspec.msgpack.encode(History(tuple(await ledger.certificates(first, MAX_HISTORY))))
-
-    async def kept(peer: str, request: bytes) -> bytes:
-        return msgspec.msgpack.encode(Kept(tuple(snapshots.states.items())[-MAX_SNAPSHOTS:]))
-
-    await network.rpc.serve("history", history, max_request=8)
-    await network.rpc.serve("snapshots", kept, max_request=0)
-
-
 class CatchUp:
-    """Brings a node to where the run is. ``step`` takes a record's outer step: it raises ``FetchError``."""
+    """One node's. ``exchange`` makes its part in the exchange of a plan's round."""
 
     def __init__(
         self,
-        wire: Wire,
-        voter: Voter,
-        ledger: LedgerWriter,
         replica: Replica,
-        step: Callable[[Record, bytes], Awaitable[None]],
+        settings: Node,
+        wire: Wire,
+        *,
+        voter: Voter,
+        client: BoardClient,
+        advance: Advance,
+        exchange: Callable[[Plan], Exchange],
+        log: EventLog,
+        warn: Callable[[str], None],
     ) -> None:
-        self._wire, self._voter, self._ledger, self._replica, self._step = wire, voter, ledger, replica, step
+        self._replica, self._wire, self._voter, self._client = replica, wire, voter, client
+        self._advance, self._exchange, self._log, self._warn = advance, exchange, log, warn
+        self._past = Past(replica.manifest, wire.network.rpc)
+        self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
+        """Rounds. Others keep what their steps took for about as long; of longer ones not even the records are asked
+        for."""
 
-    async def recover(self) -> int:
-        """Take again the steps that this node took after its last checkpoint, from its own disk; how many."""
+    async def recover(self, ledger: LedgerWriter) -> None:
+        """Take again the steps that this node took after its last checkpoint, from its own disk."""
         began = self._replica.chain.rounds
-        for encoded in await self._ledger.certificates(began + 1, MAX_OWN_HISTORY):
-            record, chain = self._proven(encoded, self._replica.chain), self._replica.chain
-            if (
-                record is None
-                or plan_fault(record.plan, chain)
-                or not set(taken(record)) <= set(self._wire.journal.blobs)
-            ):
-                break
-            await self._step(record, encoded)
-        return self._replica.chain.rounds - began
-
-    async def replay(self, sources: Sequence[str], *, at_most: int | None = None) -> int:
-        """Take the outer steps of the rounds that this node lacks; how many it took.
-
-        None where more than ``at_most`` bytes would have to be fetched. Raises ``FetchError`` where something is not
-        to be had any more, after the steps before that.
-        """
-        began, known = self._replica.chain.rounds, self._wire.journal.blobs
-        while missing := await self._after(self._replica.chain, sources):
-            cost = sum(size for record, _ in missing for root, size in taken(record).items() if root not in known)
-            if at_most is not None and cost > at_most:
-                break
-            for record, encoded in missing:
-                if plan_fault(record.plan, self._replica.chain) is not None:
-                    return self._replica.chain.rounds - began  # this node's state is not that of the run
-                await self._step(record, encoded)
-        return self._replica.chain.rounds - began
-
-    async def snapshot(self, sources: Sequence[str]) -> tuple[Record, bytes, bytes] | None:
-        """The newest state that others keep on disk and a record proves: the record it follows, with its certificate,
-        and its state_root."""
-        for (round, root), _ in sorted((await self._kept(sources)).items(), reverse=True):
-            if round <= self._replica.chain.rounds:
-                break
-            found = await self._history(round, sources)
-            first = None if not found else self._proven(found[0])
-            if first is None or first.plan.round != round or len(found) < 2:
-                continue
-            after = self._proven(found[1], Chain(round, first.hash, b"", 0, first.voters))
-            if after is not None and after.plan.base_root == root:
-                return first, found[0], root
-        return None
-
-    async def _after(self, chain: Chain, sources: Sequence[str]) -> list[tuple[Record, bytes]]:
-        """Certified records that follow ``chain``, each with its certificate: as many as one source tells at once.
-
-        Each follows from the one before, and those voted whom that one named.
-        """
-        following = []
-        for encoded in await self._history(chain.rounds + 1, sources):
-            record = self._proven(encoded, chain)
-            if record is None:
-                break
-            following.append((record, encoded))
-            chain = Chain(record.plan.round, record.hash, b"", 0, record.voters)
-        return following
-
-    def _proven(self, encoded: bytes, chain: Chain | None = None) -> Record | None:
-        """The record of a certificate that holds up, and follows ``chain`` where that is given."""
+        encoded = await ledger.certificates(began + 1, MAX_OWN_HISTORY)
+        mine = await asyncio.to_thread(following, self._replica.manifest, encoded, self._replica.chain)
         try:
-            record = self._voter.prove(decode(Certificate, encoded))
-        except (MalformedMessage, BadCertificate):
+            for record, certificate in mine:
+                if not all(root in self._wire.journal for root in taken(record)):
+                    break
+                if not await self._retake(record, certificate):
+                    break
+        except FetchError as error:  # the disk has spoilt it, and nobody else is there yet
+            self._warn(f"the outer steps after the last checkpoint cannot all be taken from this disk: {error}")
+        if self._replica.chain.rounds > began:
+            self._tell(began)
+
+    async def synchronise(self, board: Board) -> None:
+        """Get to the state that ``board`` shows, or nearer to it."""
+        chain = self._replica.chain
+        if board.rounds == chain.rounds and chain.rounds:
+            expected, found = board.state_root.hex(), chain.state_root.hex()
+            self._log.emit(events.Diverged(peer=self._wire.me, round=chain.rounds, expected=expected, found=found))
+        elif 0 < board.rounds - chain.rounds <= self._replayed_at_most and await self._replay(sparingly=True):
+            return
+        record = None
+        if board.rounds:
+            record = self._shown_by(board)
+            if record is None or record.plan.round != board.rounds:
+                await self._client.until(lambda new: new.version != board.version)
+                return
+        self._log.emit(events.PhaseChanged(round=board.rounds, phase="joining"))
+        try:
+            await self._fetch(record, board.state_root)
+        except FetchError as error:
+            if not await self._from_disks():
+                self._warn(f"{error}; trying again")
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _replay(self, *, sparingly: bool) -> bool:
+        """Take the outer steps of the rounds that this node lacks; whether it took any.
+
+        ``sparingly``: unless the state itself would be less to fetch.
+        """
+        began = self._replica.chain.rounds
+        others = await self._others()
+        try:
+            while missing := await self._past.after(self._replica.chain, others):
+                if sparingly and self._bytes_of(missing) > self._replica.outer.tensor.nbytes:
+                    break
+                for record, certificate in missing:
+                    if not await self._retake(record, certificate):
+                        return False  # this node's state is not that of the run
+        except FetchError as error:
+            self._warn(f"the outer steps of the rounds missed cannot all be taken: {error}")
+        if self._replica.chain.rounds == began:
+            return False
+        self._tell(began)
+        await self._client.present()
+        return True
+
+    async def _retake(self, record: Record, certificate: bytes) -> bool:
+        """The outer step of a round that is over, unless it starts from another state than this node's.
+
+        Raises ``FetchError``.
+        """
+        if plan_fault(record.plan, self._replica.chain) is not None:
+            return False
+        gradient = await self._exchange(record.plan).prepare(record)
+        self._voter.certificate = certificate
+        await self._advance.step(record, gradient)
+        return True
+
+    async def _from_disks(self) -> bool:
+        """Whether this node could fetch a state of some rounds ago: today's has changed while it was on the way."""
+        if (found := await self._past.state(self._replica.chain.rounds, await self._others())) is None:
+            return False
+        (record, certificate), root = found
+        self._voter.certificate = certificate
+        try:
+            await self._fetch(record, root)
+        except FetchError as error:
+            self._warn(f"{error}; trying again")
+            return False
+        await self._replay(sparingly=False)
+        return True
+
+    async def _fetch(self, record: Record | None, root: bytes) -> None:
+        """Fetch and take over the outer state after ``record``, whose certificate was seen last.
+
+        Raises ``FetchError``.
+        """
+        members = [] if record is None else [member.node for member in record.plan.members]
+        holders = [*members, *self._replica.manifest.resolved.coordinators]
+        outer = await fetch_state(self._wire.network, root, self._replica.outer.theta.numel(), holders)
+        await self._advance.take_over(outer, record)
+        round = self._replica.chain.rounds
+        self._log.emit(events.Resynchronised(round=round, state_root=root.hex(), donor="the members"))
+        await self._client.present()
+
+    def _bytes_of(self, missing: list[Proven]) -> int:
+        """That the outer steps of ``missing`` take, and that are not on this disk, about."""
+        there = self._wire.journal
+        return sum(size for record, _ in missing for root, size in taken(record).items() if root not in there)
+
+    async def _others(self) -> list[str]:
+        """Whom to ask for what is past: those who are connected first."""
+        return await sources(self._wire.network, self._replica.manifest.resolved.coordinators)
+
+    def _shown_by(self, board: Board) -> Record | None:
+        """The last certified record, if the board proves it."""
+        try:
+            return None if board.certificate is None else self._voter.record_of(board.certificate)
+        except BadCertificate as error:
+            self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
             return None
-        if chain is None:
-            return record
-        follows = (record.plan.round, record.plan.previous) == (chain.rounds + 1, chain.head)
-        known = record.roster > 0 or record.electorate == chain.voters
-        return record if follows and known else None
 
-    async def _history(self, first: int, sources: Sequence[str]) -> tuple[bytes, ...]:
-        """Certificates from round ``first`` on, of the first source that has any."""
-        for peer in sources:
-            try:
-                reply = await self._wire.network.rpc.call(
-                    peer, "history", first.to_bytes(8, "little"), timeout=CALL_SECONDS, max_reply=2 * MAX_HISTORY
-                )
-                found = msgspec.msgpack.decode(reply, type=History).certificates
-            except (Unreachable, Refused, Violation, msgspec.MsgspecError):
-                continue
-            if found:
-                return found
-        return ()
+    def _tell(self, began: int) -> None:
+        now = self._replica.chain.rounds
+        self._log.emit(events.CaughtUp(round=now, rounds=now - began))
 
-    async def _kept(self, sources: Sequence[str]) -> Counter[tuple[int, bytes]]:
-        """States on the disks of others, by round and state_root: how many say that they have it."""
 
-        async def ask(peer: str) -> set[tuple[int, bytes]]:
-            try:
-                reply = await self._wire.network.rpc.call(
-                    peer, "snapshots", b"", timeout=CALL_SECONDS, max_reply=MAX_SNAPSHOTS * 64
-                )
-                return set(msgspec.msgpack.decode(reply, type=Kept).states)
-            except (Unreachable, Refused, Violation, msgspec.MsgspecError):
-                return set()
-
-        return Counter(state for told in await asyncio.gather(*map(ask, sources)) for state in told)
+def behind(board: Board, chain: Chain) -> bool:
+    """Whether the run has certified and settled a state that a node at ``chain`` does not hold."""
+    known = board.state_root != bytes(32)  # a coordinator that starts again does not know it yet
+    return known and board.rounds >= chain.rounds and board.state_root != chain.state_root

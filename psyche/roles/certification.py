@@ -27,6 +27,7 @@ from psyche.protocol.messages import (
 from psyche.protocol.state import Phase
 from psyche.roles.board import BoardClient
 from psyche.roles.openings import Openings
+from psyche.roles.proofs import proposal_in
 from psyche.roles.replica import Work
 from psyche.roles.voter import Voter
 
@@ -150,12 +151,12 @@ class Certification:
         if board.proposal is None:
             return
         try:
-            proposal = self._voter.proposal_in(board.proposal, self._plan.round)
+            proposal = proposal_in(self._voter.manifest, board.proposal, self._plan.round)
         except (MalformedMessage, BadCertificate) as error:
             self._warn(f"the coordinator shows a proposal that cannot be believed: {error}")
             return
         record = proposal.record
-        if proposal.term <= self._voted or record.plan != self._plan:
+        if proposal.term <= self._voted or record.plan != self._plan or self._me not in record.electorate:
             return
         opened = self._openings.contributions
         if all(opened.get(one.node) == one.contribution for one in record.accepted):

@@ -18,12 +18,11 @@ from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
 from psyche.protocol import envelope as envelopes
 from psyche.protocol import state as protocol
-from psyche.protocol.certificates import BadCertificate, check_certificate, seals_needed, signatures_needed
+from psyche.protocol.certificates import BadCertificate, seals_needed, signatures_needed
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import (
     SUBMISSIONS,
     Attestation,
-    Board,
     Body,
     Certificate,
     Commitment,
@@ -37,7 +36,6 @@ from psyche.protocol.messages import (
     Proposal,
     Record,
     Reduced,
-    Reducing,
     Roster,
     Seal,
     Vote,
@@ -49,8 +47,10 @@ from psyche.protocol.state import Phase, State
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import metrics_event
 from psyche.roles.notary import Notary
-from psyche.roles.promises import promised
+from psyche.roles.promises import Promises
+from psyche.roles.proofs import record_in
 from psyche.roles.rules import rules_of
+from psyche.roles.shown import board_of, opened, visible
 from psyche.roles.succession import Succession
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
@@ -90,6 +90,7 @@ class Coordinator:
         self.ledger = ledger
         self.rules = rules_of(manifest)
         self.state = State.initial(self.rules)
+        self._promises = Promises(manifest)
         self._notary = Notary(manifest, identity, network.rpc, directory)
         self._succession = Succession(manifest, identity, network.rpc)
         self._first, self._leads = leads, False
@@ -97,7 +98,8 @@ class Coordinator:
         """Gathers signatures under what the machine has decided last; members see it when they are there."""
         self._signed: dict[tuple[int, int], tuple[bytes, ...]] = {}
         """Rosters in force, by round and number."""
-        self._overruled: protocol.Overruled | protocol.Unsigned | None = None
+        self._hindrance: protocol.Overruled | protocol.Unsigned | None = None
+        """Why what is to be signed is not, for the machine to hear with its next tick."""
         self._claim = b""
         self._proposal: bytes | None = None
         self._certificate: Certificate | None = None
@@ -124,31 +126,34 @@ class Coordinator:
             await self._succession.ask_all()  # those that stand by hear of the end
         finally:
             self._succession.close()
-            for task in (self._later, self._signing):
-                if task is not None:
-                    task.cancel()
+            self._stop_signing()
+            if self._later is not None:
+                self._later.cancel()
         # Said last, when the members' reports of the last round are in: whoever follows the log can stop here.
         self.log.emit(events.RunFinished(rounds=self.state.rounds, reason="all rounds are done"))
 
     async def _lead(self) -> bool:
         """Lead: to the end of the run (True), or until another coordinator does."""
-        if not self._claim:
+        used = 0
+        if self._claim:  # it has led before
+            used = self.state.term
+        else:
             self._first()
-        used = self.state.term if self._claim else 0
         self.state = State.initial(self.rules, await self._notary.term(max(self._succession.later, used)))
-        self._leads, self._proposal, self._certificate = True, None, None
+        self._leads, self._proposal, self._certificate, self._hindrance = True, None, None, None
         self._claim = self._succession.claim(self.state.leading)
         await self._publish()
         if len(self.manifest.resolved.coordinators) > 1:
             self.log.emit(events.Notice(level="info", text=f"leading, in term {self.state.leading}"))
         while self.state.phase is not Phase.FINISHED or self.state.peers:
-            overruled, self._overruled = self._overruled, None
-            await self._dispatch(overruled or protocol.Tick())
+            hindrance, self._hindrance = self._hindrance, None
+            await self._dispatch(hindrance or protocol.Tick())
             self.ledger.check()
             if self._signing is not None and self._signing.done():
                 self._signing.result()  # a disk that is full, say
             if self._succession.later > self.state.term:
                 self._leads = False
+                self._stop_signing()
                 return False
             await asyncio.sleep(TICK_SECONDS)
         return True
@@ -197,7 +202,7 @@ class Coordinator:
             case Present():
                 await self._greet(node, body)
             case Promise():
-                promise = promised(node, body, self.manifest)
+                promise = self._promises.check(node, body)
                 if promise.accepted is not None and promise.roster:
                     self._signed[promise.accepted.plan.round, promise.accepted.roster] = promise.roster
                 await self._dispatch(promise)
@@ -223,7 +228,7 @@ class Coordinator:
     async def _greet(self, node: str, body: Present) -> None:
         self._succession.hear(body.claim)
         if body.certificate is not None and body.rounds > self.state.rounds:
-            record = self._checked(body.certificate)
+            record = record_in(self.manifest, body.certificate)
             await self._dispatch(protocol.Restored(record))
             if self.state.head == record.hash:
                 self._certificate = body.certificate
@@ -238,14 +243,6 @@ class Coordinator:
             self._refuse(node, f"metrics of round {round} are not wanted now")
         self.log.emit(metrics_event(node, round, body))
 
-    def _checked(self, certificate: Certificate) -> Record:
-        return check_certificate(
-            certificate,
-            run_id=self.manifest.run_id,
-            coordinators=self.manifest.resolved.coordinators,
-            open_envelope=open_envelope,
-        )
-
     # ------------------------------------------------------------------------ the machine's effects
 
     async def _dispatch(self, event: protocol.Event) -> None:
@@ -257,9 +254,9 @@ class Coordinator:
             self._perform(effect)
         if self.state.note not in ("", before.note) and self.state.phase is not Phase.FINISHED:
             self.log.emit(events.Notice(level="info", text=self.state.note))  # what is waited for, and for whom
-        if effects or _visible(before) != _visible(self.state):
+        if effects or visible(before) != visible(self.state):
             await self._publish()
-        elif _opened(self.state) != self._shown and self._later is None:
+        elif opened(self.state) != self._shown and self._later is None:
             self._later = asyncio.create_task(self._publish_later())
         for refusal in refusals:
             self._refuse(refusal.node, refusal.reason)
@@ -294,9 +291,13 @@ class Coordinator:
 
     def _sign(self, work: Coroutine[None, None, None]) -> None:
         """Do ``work`` in place of what was to be signed before, which has been decided over."""
+        self._stop_signing()
+        self._signing = asyncio.create_task(work)
+
+    def _stop_signing(self) -> None:
         if self._signing is not None:
             self._signing.cancel()
-        self._signing = asyncio.create_task(work)
+            self._signing = None
 
     async def _propose(self, term: int, record: Record) -> None:
         """Show a proposal, once the roster that it names is in force."""
@@ -304,7 +305,7 @@ class Coordinator:
         signed = self._signed.get((plan.round, record.roster), ()) if record.roster else ()
         if record.roster and not signed:
             roster = Roster(plan.previous, record.roster, record.electorate)
-            signed = await self._notary.gather(roster, plan.round, signatures_needed(count), self._objected(record))
+            signed = await self._notary.gather(roster, plan.round, signatures_needed(count), self._hinder(record))
             self._signed = {key: value for key, value in self._signed.items() if key[0] >= plan.round}
             self._signed[plan.round, record.roster] = signed
         self._proposal = self._seal(Proposal(term, record, signed), plan.round)
@@ -314,24 +315,25 @@ class Coordinator:
         """Show a certificate, once it is sealed."""
         seal = Seal(record.plan.previous, record.roster, record.hash)
         needed = seals_needed(len(self.manifest.resolved.coordinators))
-        seals = await self._notary.gather(seal, record.plan.round, needed, self._objected(record))
+        seals = await self._notary.gather(seal, record.plan.round, needed, self._hinder(record))
         self._certificate = Certificate(proposal, votes, seals)
         await self._publish()
 
-    def _objected(self, record: Record) -> Callable[[Perjury | None], None]:
-        """Has the machine hear, with its next tick, that an oath stands against ``record``, or too few can be asked."""
+    def _hinder(self, record: Record) -> Callable[[Perjury | None], None]:
+        """Hears why ``record`` is not signed, says so once, and has the machine hear it."""
+        told: set[str] = set()
 
-        heard: set[str] = set()
-
-        def hear(reason: Perjury | None) -> None:
-            if reason is None:
-                self._overruled = protocol.Unsigned(record.hash)
-                return
-            if str(reason) not in heard:
-                heard.add(str(reason))
-                text = f"round {record.plan.round} cannot be certified as it stands: {reason}"
+        def hear(perjury: Perjury | None) -> None:
+            if perjury is not None:
+                sealed = b"" if perjury.roster else perjury.sealed
+                self._hindrance = protocol.Overruled(record.hash, perjury.roster, sealed)
+            else:
+                self._hindrance = protocol.Unsigned(record.hash)
+            reason = str(perjury or "too few of the coordinators that would have to sign can be reached")
+            if reason not in told:
+                told.add(reason)
+                text = f"round {record.plan.round} cannot be decided as it stands: {reason}"
                 self.log.emit(events.Notice(level="warning", text=text))
-            self._overruled = protocol.Overruled(record.hash, reason.roster, b"" if reason.roster else reason.sealed)
 
         return hear
 
@@ -361,60 +363,22 @@ class Coordinator:
     async def _publish(self) -> None:
         async with self._changed:
             self._version += 1
-            self._shown = _opened(self.state)
-            self._board = self._seal(self._compose(), self.state.rounds)
+            self._shown = opened(self.state)
+            board = board_of(
+                self.state,
+                version=self._version,
+                claim=self._claim,
+                proposal=self._proposal,
+                certificate=self._certificate,
+            )
+            self._board = self._seal(board, self.state.rounds)
             self._changed.notify_all()
 
     async def _publish_later(self) -> None:
         await asyncio.sleep(BURST_SECONDS)
         self._later = None
-        if _opened(self.state) != self._shown:
+        if opened(self.state) != self._shown:
             await self._publish()
-
-    def _compose(self) -> Board:
-        state, current = self.state, self.state.round
-        closed = current is not None and current.closed is not None
-        return Board(
-            version=self._version,
-            term=state.leading,
-            claim=self._claim,
-            phase=(state.phase if state.taken_up or state.phase is Phase.FINISHED else Phase.ELECTING).value,
-            rounds=state.rounds,
-            state_root=state.state_root or bytes(32),
-            plan=current.plan if current else None,
-            commitments=tuple(proof for _, proof in current.commitments.values()) if current and closed else (),
-            contributions=tuple(proof for _, proof in current.contributions.values()) if current else (),
-            reducing=_reducing(current) if current and current.ring else None,
-            proposal=self._proposal if current and current.proposal else None,
-            certificate=self._certificate,
-            note=state.note[:500],
-        )
 
     def _seal(self, body: Body, round: int) -> bytes:
         return envelopes.encode(self.identity.seal(body.DOMAIN, self.manifest.run_id, round, body.encode()))
-
-
-def _reducing(current: protocol.Round) -> Reducing:
-    return Reducing(
-        term=current.selected_in,
-        ring=current.ring,
-        out=tuple(sorted(current.out)),
-        again=current.again,
-        selected=tuple(sorted(current.selected)),
-    )
-
-
-def _visible(state: State) -> tuple[object, ...]:
-    """What of the state members can see: a change in it is worth a new board, at once."""
-    current = state.round
-    seen: tuple[object, ...] = (state.phase, state.rounds, state.note, state.taken_up, state.state_root)
-    if current is None:
-        return seen
-    drawn = (current.out, current.again, current.term)
-    complete = len(current.contributions) == len(current.commitments)
-    return (*seen, current.plan, current.closed, complete, drawn, current.certified)
-
-
-def _opened(state: State) -> int:
-    """Members see these, too, some of them a moment later."""
-    return len(state.round.contributions) if state.round else 0

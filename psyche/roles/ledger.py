@@ -13,11 +13,12 @@ from pathlib import Path
 from psyche.config import Manifest
 from psyche.network.identity import open_envelope
 from psyche.protocol.acceptor import Chain
-from psyche.protocol.certificates import BadCertificate, check_certificate
+from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.messages import Certificate, Record, decode
 from psyche.roles.chain_rules import chain_rules
+from psyche.roles.proofs import record_in
 from psyche.state.ledger import Forked, Ledger, LedgerError
 from psyche.state.ledger_schema import member_rows, round_row
 
@@ -95,12 +96,7 @@ def backfill(
     for encoded in certificates:
         try:
             certificate = decode(Certificate, encoded)
-            record = check_certificate(
-                certificate,
-                run_id=manifest.run_id,
-                coordinators=manifest.resolved.coordinators,
-                open_envelope=open_envelope,
-            )
+            record = record_in(manifest, certificate)
         except (MalformedMessage, BadCertificate) as error:
             warn(f"a certificate in the checkpoint proves nothing, and is not entered in the ledger: {error}")
             continue

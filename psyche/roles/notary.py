@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from psyche.config import Manifest
@@ -44,46 +44,51 @@ class Notary:
         return self._oath.term
 
     async def gather(
-        self, body: Roster | Seal, round: int, needed: int, objected: Callable[[Perjury | None], None]
+        self, body: Roster | Seal, round: int, needed: int, hinder: Callable[[Perjury | None], None]
     ) -> tuple[bytes, ...]:
         """Signatures of any ``needed`` coordinators under ``body``; waits for as long as it takes.
 
-        ``objected`` hears, each time that all were asked and too few signed, of the refusal that says most; of
-        None where nobody refuses, but too few answer.
+        ``hinder`` hears, each time that all were asked and too few signed, of the refusal that says most; of None where
+        nobody refuses, but too few answer.
         """
         found: dict[str, bytes] = {}
         me = self._identity.peer_id
         others = [peer for peer in self._coordinators if peer != me]
-        # A roster that it has signed itself binds it even where nobody else signs; a seal mostly needs nobody else.
-        order = (others, [me]) if isinstance(body, Roster) else ([me], others)
         while True:
             refused: list[Perjury] = []
-            for asked in order:
-                if asked == [me] and isinstance(body, Roster) and len(found) + 1 < needed:
-                    break
-                asking = self._ask_all([peer for peer in asked if peer not in found], body, round)
-                async with contextlib.aclosing(asking) as answers:
-                    async for peer, answer in answers:
-                        if isinstance(answer, Perjury):
-                            refused.append(answer)
-                        elif answer is not None:
-                            found[peer] = answer
-                        if len(found) >= needed:
-                            return tuple(found.values())
-            objected(max(refused, key=lambda reason: (reason.roster, reason.sealed), default=None))
+            if isinstance(body, Roster):
+                # It binds who signs it, whether it gets into force or not: this coordinator is the last to sign.
+                await self._ask_all(others, body, round, needed - 1, found, refused)
+                if len(found) >= needed - 1:
+                    await self._ask_all([me], body, round, needed, found, refused)
+            else:
+                await self._ask_all([me], body, round, needed, found, refused)
+                await self._ask_all(others, body, round, needed, found, refused)
+            if len(found) >= needed:
+                return tuple(found.values())
+            hinder(max(refused, key=lambda perjury: (perjury.roster, perjury.sealed), default=None))
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask_all(
-        self, peers: Sequence[str], body: Roster | Seal, round: int
-    ) -> AsyncGenerator[tuple[str, bytes | Perjury | None], None]:
-        """Answers as they come: who does not answer holds up nobody who is not needed."""
-        tasks = {asyncio.create_task(self._ask(peer, body, round)): peer for peer in peers}
-        waiting = set(tasks)
+        self,
+        peers: Sequence[str],
+        body: Roster | Seal,
+        round: int,
+        enough: int,
+        found: dict[str, bytes],
+        refused: list[Perjury],
+    ) -> None:
+        """Ask those of ``peers`` that are not in ``found`` yet, until ``enough`` are: who is not needed, or does not
+        answer, holds up nobody."""
+        waiting = {asyncio.create_task(self._ask(peer, body, round)) for peer in peers if peer not in found}
         try:
-            while waiting:
+            while waiting and len(found) < enough:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    yield tasks[task], task.result()
+                for peer, answer in (task.result() for task in done):
+                    if isinstance(answer, Perjury):
+                        refused.append(answer)
+                    elif answer is not None:
+                        found[peer] = answer
         finally:
             for task in waiting:
                 task.cancel()
@@ -105,13 +110,16 @@ class Notary:
                 await asyncio.to_thread(keep, self._path, self._manifest.run_id, oath)
                 self._oath = oath
 
-    async def _ask(self, peer: str, body: Roster | Seal, round: int) -> bytes | Perjury | None:
-        """``peer``'s signature, or why it does not give it; None where it does not answer now."""
-        if peer == self._identity.peer_id:
-            try:
-                return await self._sign(body, round)
-            except Perjury as reason:
-                return reason
+    async def _ask(self, peer: str, body: Roster | Seal, round: int) -> tuple[str, bytes | Perjury | None]:
+        """``peer``, and its signature, or why it does not give it; None where it does not answer now."""
+        if peer != self._identity.peer_id:
+            return peer, await self._call(peer, body, round)
+        try:
+            return peer, await self._sign(body, round)
+        except Perjury as reason:
+            return peer, reason
+
+    async def _call(self, peer: str, body: Roster | Seal, round: int) -> bytes | Perjury | None:
         with contextlib.suppress(
             Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext, TimeoutError
         ):

@@ -1,60 +1,66 @@
-"""A member's promise as the state machine takes it: every signature in it checked first."""
+"""Members' promises as the state machine takes them: every signature in them checked first."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
 
 from psyche.config import Manifest
 from psyche.network.identity import open_envelope
 from psyche.protocol import envelope as envelopes
-from psyche.protocol.certificates import check_proposal
-from psyche.protocol.messages import Commitment, Contribution, Plan, Promise, decode
+from psyche.protocol.messages import MAX_MEMBERS, Body, Commitment, Contribution, Plan, Promise, decode
 from psyche.protocol.state import Promised
+from psyche.roles.proofs import proposal_in
+
+MAX_REMEMBERED = 2 * MAX_MEMBERS
+"""Signed items of a round: a commitment and a contribution of each member."""
+B = TypeVar("B", bound=Body)
 
 
-def promised(node: str, body: Promise, manifest: Manifest) -> Promised:
-    """``body`` of ``node``. Raises ``BadCertificate``, ``MalformedMessage``, ``BadSignature`` or ``WrongContext``."""
-    accepted, accepted_in, plan = None, 0, body.plan
-    roster: tuple[bytes, ...] = ()
-    if body.accepted is not None:
-        proposal = check_proposal(
-            envelopes.decode(body.accepted),
-            run_id=manifest.run_id,
-            coordinators=manifest.resolved.coordinators,
-            open_envelope=open_envelope,
+class Promises:
+    """Checks promises. Members were shown the same commitments and contributions, and each of those is checked once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._opened: dict[bytes, tuple[str, Body]] = {}
+        """Author and content of signed items of one round, by their bytes."""
+        self._round = 0
+
+    def check(self, node: str, body: Promise) -> Promised:
+        """``body`` of ``node``. Raises ``BadCertificate``, ``MalformedMessage``, ``BadSignature``, ``WrongContext``."""
+        proposal = None if body.accepted is None else proposal_in(self._manifest, body.accepted)
+        plan = body.plan
+        if proposal is not None and proposal.record.plan.round == body.rounds + 1:
+            plan = proposal.record.plan
+        return Promised(
+            node=node,
+            term=body.term,
+            rounds=body.rounds,
+            accepted=proposal.record if proposal else None,
+            accepted_in=proposal.term if proposal else 0,
+            roster=proposal.roster if proposal else (),
+            plan=body.plan,
+            commitments={
+                author: (made.digest, item)
+                for author, made, item in self._shown(body.commitments, Commitment, plan)
+                if plan is not None and made.term == plan.term
+            },
+            contributions={
+                author: (given, item) for author, given, item in self._shown(body.contributions, Contribution, plan)
+            },
         )
-        accepted, accepted_in, roster = proposal.record, proposal.term, proposal.roster
-    of = accepted.plan if accepted is not None and accepted.plan.round == body.rounds + 1 else plan
-    return Promised(
-        node=node,
-        term=body.term,
-        rounds=body.rounds,
-        accepted=accepted,
-        accepted_in=accepted_in,
-        roster=roster,
-        plan=plan,
-        commitments=_commitments(body.commitments, of, manifest.run_id),
-        contributions=_contributions(body.contributions, of, manifest.run_id),
-    )
 
-
-def _commitments(items: tuple[bytes, ...], plan: Plan | None, run_id: bytes) -> dict[str, tuple[bytes, bytes]]:
-    """Commitments to work on ``plan``."""
-    found = {}
-    for item in items if plan is not None else ():
-        assert plan is not None
-        envelope = envelopes.decode(item)
-        open_envelope(envelope, domain=Commitment.DOMAIN, run_id=run_id, round=plan.round)
-        made = decode(Commitment, envelope.body)
-        if made.term == plan.term and plan.member(envelope.author) is not None:
-            found[envelope.author] = made.digest, item
-    return found
-
-
-def _contributions(items: tuple[bytes, ...], plan: Plan | None, run_id: bytes) -> dict[str, tuple[Contribution, bytes]]:
-    found = {}
-    for item in items if plan is not None else ():
-        assert plan is not None
-        envelope = envelopes.decode(item)
-        open_envelope(envelope, domain=Contribution.DOMAIN, run_id=run_id, round=plan.round)
-        if plan.member(envelope.author) is not None:
-            found[envelope.author] = decode(Contribution, envelope.body), item
-    return found
+    def _shown(self, items: tuple[bytes, ...], kind: type[B], plan: Plan | None) -> Iterator[tuple[str, B, bytes]]:
+        """What members of ``plan`` signed in its round: author, content, and the signed item."""
+        if plan is None:
+            return
+        if plan.round != self._round or len(self._opened) > MAX_REMEMBERED:
+            self._round, self._opened = plan.round, {}
+        for item in items:
+            if item not in self._opened:
+                envelope = envelopes.decode(item)
+                open_envelope(envelope, domain=kind.DOMAIN, run_id=self._manifest.run_id, round=plan.round)
+                self._opened[item] = envelope.author, decode(kind, envelope.body)
+            author, body = self._opened[item]
+            if isinstance(body, kind) and plan.member(author) is not None:
+                yield author, body, item

@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from psyche.config import Manifest
-from psyche.network.identity import open_envelope
-from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Chain, consider, promise
-from psyche.protocol.certificates import check_certificate, check_proposal
 from psyche.protocol.messages import Certificate, Plan, Promise, Proposal, Record
 from psyche.protocol.state import Rules
 from psyche.roles.openings import Openings
+from psyche.roles.proofs import record_in
 from psyche.state.pledges import Ballot, keep, recall
 
 BALLOT = "ballot.msgpack"
@@ -88,29 +86,10 @@ class Voter:
         encoded = certificate.encode()
         if self._checked is not None and self._checked[0] == encoded:
             return self._checked[1]  # every board of a round shows the same one
-        record = self.prove(certificate)
+        record = record_in(self.manifest, certificate)
         self._checked = encoded, record
         self.certificate = encoded
         return record
-
-    def prove(self, certificate: Certificate) -> Record:
-        """The record that a certificate makes final. Raises ``BadCertificate``."""
-        return check_certificate(
-            certificate,
-            run_id=self.manifest.run_id,
-            coordinators=self.manifest.resolved.coordinators,
-            open_envelope=open_envelope,
-        )
-
-    def proposal_in(self, signed: bytes, round: int) -> Proposal:
-        """The proposal that a coordinator signed for ``round``. Raises ``BadCertificate`` or ``MalformedMessage``."""
-        return check_proposal(
-            envelopes.decode(signed),
-            run_id=self.manifest.run_id,
-            coordinators=self.manifest.resolved.coordinators,
-            open_envelope=open_envelope,
-            round=round,
-        )
 
     async def _keep(self, ballot: Ballot) -> None:
         if ballot != self._ballot:

@@ -24,13 +24,10 @@ from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import Shelf
-from psyche.network.fetch import FetchError
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
-from psyche.numerics.aggregate import Gradient
-from psyche.protocol.acceptor import Chain, plan_fault
-from psyche.protocol.certificates import BadCertificate
+from psyche.protocol.acceptor import plan_fault
 from psyche.protocol.messages import (
     Attestation,
     Board,
@@ -44,18 +41,18 @@ from psyche.protocol.messages import (
     decode,
 )
 from psyche.protocol.state import Phase
-from psyche.roles.board import RETRY_SECONDS, BoardClient
-from psyche.roles.catchup import CatchUp, serve_history
+from psyche.roles.advance import Advance
+from psyche.roles.board import BoardClient
+from psyche.roles.catchup import CatchUp, behind
 from psyche.roles.certification import Certification, Moved
+from psyche.roles.history import serve_history
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
-from psyche.roles.presence import sources
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
 from psyche.roles.voter import Voter
 from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.snapshots import Snapshots
-from psyche.state.sync import fetch_state, serve_state
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
 
@@ -90,8 +87,19 @@ class Worker:
         journal = Journal(directory / JOURNAL, self._warn)
         self._wire = Wire(network, Shelf(network), journal, identity.peer_id, self._name_liar)
         self._snapshots = Snapshots(network, settings.checkpoints_kept)
-        self._catch_up = CatchUp(self._wire, self._voter, ledger, replica, self._retake)
         self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(settings.threads,))
+        self._advance = Advance(replica, network, ledger, self._voter, self._on_trainer)
+        self._catch_up = CatchUp(
+            replica,
+            settings,
+            self._wire,
+            voter=self._voter,
+            client=self._client,
+            advance=self._advance,
+            exchange=self._exchange,
+            log=log,
+            warn=self._warn,
+        )
         self._late: asyncio.Task[None] | None = None
         """Inner steps of the next round, while this one is on the wire."""
         self._meter = Meter()
@@ -101,7 +109,10 @@ class Worker:
         """Take part until the run is finished. Cancelling it says goodbye and leaves within seconds."""
         backend = self.replica.backend
         self.log.emit(events.Notice(level="info", text=f"codecs are computed by {backend.name} ({backend.detail})"))
-        await self._recover()
+        for index in self._wire.journal.blobs:
+            self._wire.serve(index)
+        await self._catch_up.recover(self.ledger)
+        await serve_history(self.network, self.ledger, self._snapshots)
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         try:
@@ -118,28 +129,16 @@ class Worker:
             await self._say_goodbye()
             await asyncio.to_thread(self._trainer.shutdown)
 
-    async def _recover(self) -> None:
-        """Go on from where this node was when it ended, which may be after its last checkpoint; serve what it has."""
-        for index in self._wire.journal.blobs.values():
-            self._wire.serve(index)
-        if taken_again := await self._catch_up.recover():
-            text = (
-                f"took {taken_again} outer steps again after the last checkpoint; at round {self.replica.chain.rounds}"
-            )
-            self.log.emit(events.Notice(level="info", text=text))
-        await serve_history(self.network, self.ledger, self._snapshots)
-
     # ------------------------------------------------------------------------------ between rounds
 
     async def _rounds(self) -> None:
         replica = self.replica
-        serve_state(self.network, replica.host, replica.index, previous=b"")
         while True:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(self._concerns_me)
             await self._halt_late()
-            if _behind(board, replica.chain):
-                await self._synchronise(board)
+            if behind(board, replica.chain):
+                await self._catch_up.synchronise(board)
             elif board.phase == Phase.FINISHED:
                 break
             elif board.plan is not None:
@@ -150,7 +149,7 @@ class Worker:
 
     def _concerns_me(self, board: Board) -> bool:
         """Whether there is something to do: a state to catch up with, a round to take part in, or the end."""
-        if _behind(board, self.replica.chain) or board.phase == Phase.FINISHED:
+        if behind(board, self.replica.chain) or board.phase == Phase.FINISHED:
             return True
         return board.plan is not None and plan_fault(board.plan, self.replica.chain) is None
 
@@ -172,81 +171,6 @@ class Worker:
     async def promise(self, term: int, claim: bytes) -> Promise:
         """Follow the leader of ``term``."""
         return await self._voter.promise(term, claim, self.replica.chain.rounds)
-
-    async def _synchronise(self, board: Board) -> None:
-        """Fetch the certified outer state from those who hold it, because this node's is another or older."""
-        me, chain = self.identity.peer_id, self.replica.chain
-        if board.rounds == chain.rounds and chain.rounds:
-            expected, found = board.state_root.hex(), chain.state_root.hex()
-            self.log.emit(events.Diverged(peer=me, round=chain.rounds, expected=expected, found=found))
-        elif await self._replayed(at_most=self.replica.outer.tensor.nbytes):
-            return
-        record = None
-        if board.rounds:
-            record = self._proven(board)
-            if record is None or record.plan.round != board.rounds:
-                await self._client.until(lambda new: new.version != board.version)
-                return
-        self.log.emit(events.PhaseChanged(round=board.rounds, phase="joining"))
-        members = [] if record is None else [member.node for member in record.plan.members]
-        sources = [*members, *self.manifest.resolved.coordinators]
-        try:
-            await self._fetch_state(record, board.state_root, sources)
-        except FetchError as error:
-            if not await self._from_snapshot(sources):
-                self._warn(f"{error}; trying again")
-                await asyncio.sleep(RETRY_SECONDS)
-
-    async def _replayed(self, at_most: int | None) -> bool:
-        """Whether this node is nearer to the run now, by taking outer steps that it missed."""
-        began = self.replica.chain.rounds
-        try:
-            await self._catch_up.replay(await self._others(), at_most=at_most)
-        except FetchError as error:
-            self._warn(f"the outer steps of the rounds missed cannot all be taken: {error}")
-        if (now := self.replica.chain.rounds) == began:
-            return False
-        self.log.emit(events.CaughtUp(round=now, rounds=now - began))
-        await self._client.present()
-        return True
-
-    async def _from_snapshot(self, sources: list[str]) -> bool:
-        """Whether this node could fetch a state of some rounds ago: today's has changed while it was on the way."""
-        if (found := await self._catch_up.snapshot(sources)) is None:
-            return False
-        record, certificate, root = found
-        self._voter.certificate = certificate
-        try:
-            await self._fetch_state(record, root, sources)
-        except FetchError as error:
-            self._warn(f"{error}; trying again")
-            return False
-        await self._replayed(at_most=None)
-        return True
-
-    async def _fetch_state(self, record: Record | None, root: bytes, sources: list[str]) -> None:
-        """Fetch and take over the outer state after ``record``, whose certificate was seen last. Raises FetchError."""
-        before = self.replica.chain.state_root
-        outer = await fetch_state(self.network, root, self.replica.outer.theta.numel(), sources)
-        await self._on_trainer(self.replica.adopt, outer, record)
-        if record is not None:
-            self._enter(record)
-        serve_state(self.network, self.replica.host, self.replica.index, previous=before)
-        round = self.replica.chain.rounds
-        self.log.emit(events.Resynchronised(round=round, state_root=root.hex(), donor="the members"))
-        await self._client.present()
-
-    async def _others(self) -> list[str]:
-        """Whom to ask for what is past: those who are connected first."""
-        return await sources(self.network, self.manifest.resolved.coordinators)
-
-    def _proven(self, board: Board) -> Record | None:
-        """The last certified record, if the board proves it."""
-        try:
-            return None if board.certificate is None else self._voter.record_of(board.certificate)
-        except BadCertificate as error:
-            self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
-            return None
 
     # ------------------------------------------------------------------------------------- a round
 
@@ -284,7 +208,7 @@ class Worker:
                 await self._on_trainer(self.replica.give_back, work)
             await self._on_trainer(self.replica.forsake)
             raise
-        await self._step(record, gradient)
+        await self._advance.step(record, gradient)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
             await self._on_trainer(self.replica.give_back, work)
         self._meter.exchanged()
@@ -296,21 +220,6 @@ class Worker:
         if quota is not None:
             await self._report(plan, work)
         await self._checkpoint()
-
-    async def _step(self, record: Record, gradient: Gradient) -> None:
-        """The outer step of a record whose certificate was seen last."""
-        before = self.replica.chain.state_root
-        await asyncio.to_thread(self.replica.step_outer, record, gradient)
-        await self._on_trainer(self.replica.rebase, record.plan.round)
-        await asyncio.to_thread(self.replica.settle, record)
-        self._enter(record)
-        serve_state(self.network, self.replica.host, self.replica.index, previous=before)
-
-    async def _retake(self, record: Record, certificate: bytes) -> None:
-        """The outer step of a round that is over. Raises ``FetchError``."""
-        gradient = await self._exchange(record.plan).prepare(record)
-        self._voter.certificate = certificate
-        await self._step(record, gradient)
 
     async def _train(self, plan: Plan) -> Work | None:
         """The inner steps, and the commitment to them; None where the round closed before we were done."""
@@ -380,12 +289,6 @@ class Worker:
         )
         if self.identity.peer_id in record.minority:
             self.log.emit(events.outvoted(self.identity.peer_id, record.plan.round))
-
-    def _enter(self, record: Record) -> None:
-        """The record just applied, whose certificate is the last one seen, goes into the ledger."""
-        assert self._voter.certificate is not None
-        self.ledger.check()
-        self.ledger.enter(self._voter.certificate, record, self.replica.chain.state_root)
 
     async def _checkpoint(self, *, force: bool = False) -> None:
         chain = self.replica.chain
@@ -457,12 +360,6 @@ class Worker:
         if text != self._warned:  # what is tried again every second is said once
             self._warned = text
             self.log.emit(events.Notice(level="warning", text=text))
-
-
-def _behind(board: Board, chain: Chain) -> bool:
-    """Whether the run has certified and settled a state that a node at ``chain`` does not hold."""
-    known = board.state_root != bytes(32)  # a coordinator that starts again does not know it yet
-    return known and board.rounds >= chain.rounds and board.state_root != chain.state_root
 
 
 def _use_threads(count: int | None) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from psyche.network.blobs import Read
 from psyche.network.node import NetworkNode
 from psyche.numerics.digest import BlobIndex
 
@@ -16,16 +17,16 @@ _LENGTH_BYTES = 8
 
 
 class Snapshots:
-    """The states of the newest ``keep`` checkpoints that this process has written or gone on from."""
+    """The states of the newest ``keep`` checkpoints that this process has written."""
 
     def __init__(self, network: NetworkNode, keep: int) -> None:
         self._network, self._keep = network, keep
-        self._there: dict[int, BlobIndex] = {}
+        self._there: dict[int, tuple[BlobIndex, Read]] = {}
 
     @property
     def states(self) -> Mapping[int, bytes]:
         """State_root by round."""
-        return {round: index.root for round, index in self._there.items()}
+        return {round: index.root for round, (index, _) in self._there.items()}
 
     @property
     def oldest(self) -> int:
@@ -41,9 +42,10 @@ class Snapshots:
                 return os.pread(file.fileno(), index.sizes[number], start + index.offsets[number])
 
         self._network.blobs.add(index, read)
-        self._there[round] = index
+        self._there[round] = index, read
         for old in sorted(self._there)[: -self._keep]:
-            self._network.blobs.remove(self._there.pop(old).root)
+            gone, reader = self._there.pop(old)
+            self._network.blobs.remove(gone.root, reader)
 
 
 def tensor_offset(path: Path, name: str) -> int:

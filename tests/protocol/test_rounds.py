@@ -23,6 +23,7 @@ from psyche.protocol.state import (
     Proposed,
     Seen,
     Settled,
+    Unsigned,
 )
 from tests.protocol.players import (
     GENESIS,
@@ -344,6 +345,38 @@ def test_survivors_of_a_round_can_close_it() -> None:
         if 1 in table.certified:
             break
     assert table.certified[1] == record
+
+
+def test_a_roster_that_cannot_be_signed_gives_way_to_those_it_was_to_replace() -> None:
+    table, members = started(6)
+    table.close(members)
+    table.exchange(members)
+    first = table.proposal
+    table.vote(members[0])
+    table.wait(200, alive=members[:3])
+    unsigned = table.proposal
+    assert len(unsigned.electorate) < len(first.electorate)
+    table.send(Unsigned(first.hash))
+    assert table.proposal == unsigned, "that is not the one in question"
+    table.send(Unsigned(unsigned.hash))
+    assert (table.proposal.roster, table.proposal.electorate) == (first.roster, first.electorate)
+    assert table.proposal.accepted == unsigned.accepted
+
+
+def test_what_has_its_votes_gives_way_to_nothing_but_another_seal() -> None:
+    """A certificate waits for coordinators, too. Until they answer there is nothing else that could be certified."""
+    table, members = started(6)
+    table.close(members)
+    table.exchange(members)
+    table.vote(members[0])
+    table.wait(200, alive=members[:3])
+    for node in table.proposal.electorate:
+        if 1 not in table.certified:
+            table.vote(node)
+    record = table.certified[1]
+    assert table.state.replaced is not None
+    assert table.send(Unsigned(record.hash)) == []
+    assert table.proposal == record
 
 
 def test_a_member_that_returns_can_vote_again() -> None:

@@ -82,6 +82,15 @@ class Swarm:
         process.send_signal(number)
         return process.wait(PATIENCE)
 
+    def cut_power(self) -> None:
+        """Kill all processes at once. Nodes that start again wait for the coordinator's new invite."""
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.wait(PATIENCE)
+        self.processes.clear()
+        (self.directory / "coordinator" / "invite").unlink()
+
     def join(self, name: str) -> int:
         """Wait for a process to end by itself; its exit code."""
         return self.processes.pop(name).wait(PATIENCE)

@@ -131,9 +131,7 @@ def test_a_run_that_goes_back_against_its_word_is_told_of_by_its_ledgers(tmp_pat
         for name in names[:2]:
             run.node(name)
         run.wait("coordinator", RoundCertified, lambda event: event.round == 3)
-        for name in names:
-            run.kill(name)
-        (run.directory / "coordinator" / "invite").unlink()
+        run.cut_power()
         for name in names:
             shutil.rmtree(run.directory / name / JOURNAL, ignore_errors=True)
             for pledge in (BALLOT, OATH):

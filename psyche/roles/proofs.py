@@ -1,0 +1,33 @@
+"""Signed things of a run, checked against its manifest."""
+
+from __future__ import annotations
+
+from psyche.config import Manifest
+from psyche.network.identity import open_envelope
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.certificates import check_certificate, check_proposal
+from psyche.protocol.messages import Certificate, Proposal, Record
+
+
+def record_in(manifest: Manifest, certificate: Certificate) -> Record:
+    """The record that ``certificate`` makes final. Raises ``BadCertificate``."""
+    return check_certificate(
+        certificate,
+        run_id=manifest.run_id,
+        coordinators=manifest.resolved.coordinators,
+        open_envelope=open_envelope,
+    )
+
+
+def proposal_in(manifest: Manifest, signed: bytes, round: int | None = None) -> Proposal:
+    """The proposal in an encoded envelope, for ``round`` where that is given.
+
+    Raises ``BadCertificate`` or ``MalformedMessage``.
+    """
+    return check_proposal(
+        envelopes.decode(signed),
+        run_id=manifest.run_id,
+        coordinators=manifest.resolved.coordinators,
+        open_envelope=open_envelope,
+        round=round,
+    )

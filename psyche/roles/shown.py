@@ -1,0 +1,55 @@
+"""What members see of a coordinator's state, and when that is worth a new board."""
+
+from __future__ import annotations
+
+from psyche.protocol.messages import Board, Certificate, Reducing
+from psyche.protocol.state import Phase, Round, State
+
+
+def board_of(
+    state: State, *, version: int, claim: bytes, proposal: bytes | None, certificate: Certificate | None
+) -> Board:
+    """The board. ``proposal`` and ``certificate`` are those that have all their signatures."""
+    current = state.round
+    closed = current is not None and current.closed is not None
+    return Board(
+        version=version,
+        term=state.leading,
+        claim=claim,
+        phase=(state.phase if state.taken_up or state.phase is Phase.FINISHED else Phase.ELECTING).value,
+        rounds=state.rounds,
+        state_root=state.state_root or bytes(32),
+        plan=current.plan if current else None,
+        commitments=tuple(proof for _, proof in current.commitments.values()) if current and closed else (),
+        contributions=tuple(proof for _, proof in current.contributions.values()) if current else (),
+        reducing=_reducing(current) if current and current.ring else None,
+        proposal=proposal if current and current.proposal else None,
+        certificate=certificate,
+        note=state.note[:500],
+    )
+
+
+def visible(state: State) -> tuple[object, ...]:
+    """What of the state members can see: a change in it is worth a new board, at once."""
+    current = state.round
+    seen: tuple[object, ...] = (state.phase, state.rounds, state.note, state.taken_up, state.state_root)
+    if current is None:
+        return seen
+    drawn = (current.out, current.again, current.term)
+    complete = len(current.contributions) == len(current.commitments)
+    return (*seen, current.plan, current.closed, complete, drawn, current.certified)
+
+
+def opened(state: State) -> int:
+    """Members see these, too, some of them a moment later."""
+    return len(state.round.contributions) if state.round else 0
+
+
+def _reducing(current: Round) -> Reducing:
+    return Reducing(
+        term=current.selected_in,
+        ring=current.ring,
+        out=tuple(sorted(current.out)),
+        again=current.again,
+        selected=tuple(sorted(current.selected)),
+    )

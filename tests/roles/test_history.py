@@ -1,0 +1,90 @@
+"""What others tell of the past is believed for its proofs alone, and one who tells nonsense hides nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import cast
+
+import msgspec
+
+from psyche.network.rpc import Rpc
+from psyche.network.streams import Unreachable
+from psyche.protocol.acceptor import Chain
+from psyche.protocol.messages import Record
+from psyche.roles.history import Certificates, Past, States
+from tests.chains import MANIFEST, NAMES, RULES, Link, chain, link
+
+CHAIN = chain(6)
+FORGED = chain(6, flavour=b"forged")
+START = Chain(0, RULES.run_id, RULES.genesis, 0)
+
+
+class Others:
+    """Peers by name: the certificates each has, from which round on, and the states."""
+
+    def __init__(self, **peers: tuple[Sequence[Link], Sequence[tuple[int, bytes]]] | bytes) -> None:
+        self.peers = peers
+
+    async def call(self, peer: str, name: str, request: bytes, *, timeout: float, max_reply: int) -> bytes:  # noqa: ASYNC109
+        found = self.peers.get(peer)
+        if found is None:
+            raise Unreachable(peer, "is away")
+        if isinstance(found, bytes):
+            return found
+        links, states = found
+        if name == "states":
+            return msgspec.msgpack.encode(States(tuple(states)))
+        first = int.from_bytes(request, "little")
+        wanted = (link.certificate for link in links if link.record.plan.round >= first)
+        return msgspec.msgpack.encode(Certificates(tuple(wanted)))
+
+
+def at(link: Link) -> Chain:
+    return Chain(link.record.plan.round, link.record.hash, link.root, 0, link.record.voters)
+
+
+def after(others: Others, chain: Chain, *asked: str) -> list[int]:
+    found = asyncio.run(Past(MANIFEST, cast(Rpc, others)).after(chain, asked))
+    return [record.plan.round for record, _ in found]
+
+
+def test_who_tells_nonsense_or_is_away_hides_nobody_else() -> None:
+    others = Others(
+        noise=b"\xff" * 50,
+        empty=((), ()),
+        forger=(FORGED, ()),
+        late=(CHAIN[4:], ()),
+        good=(CHAIN, ()),
+    )
+    asked = ("away", "noise", "empty", "forger", "late", "good")
+    assert after(others, at(CHAIN[1]), *asked) == [3, 4, 5, 6]
+    assert after(others, at(CHAIN[1]), *asked[:-1]) == []
+
+
+def test_a_gap_ends_what_is_believed() -> None:
+    assert after(Others(good=([*CHAIN[:2], *CHAIN[3:]], ())), START, "good") == [1, 2]
+
+
+def test_voters_that_nobody_named_are_not_believed() -> None:
+    """They are no fewer, and coordinators sealed what they decided; but the record before named others."""
+
+    def usurped(record: Record) -> Record:
+        return msgspec.structs.replace(record, electorate=NAMES[1:], voters=NAMES[1:])
+
+    third = link(CHAIN[1], mend=usurped)
+    assert after(Others(good=([*CHAIN[:2], third], ())), START, "good") == [1, 2]
+
+
+def newest(others: Others, above: int = 0) -> tuple[int, bytes] | None:
+    found = asyncio.run(Past(MANIFEST, cast(Rpc, others)).state(above, tuple(others.peers)))
+    return None if found is None else (found[0][0].plan.round, found[1])
+
+
+def test_a_state_is_believed_where_the_record_after_it_started_from_it() -> None:
+    true = [(number, CHAIN[number - 1].root) for number in (2, 4)]
+    lies = [(5, b"l" * 32), (4, b"l" * 32), (2**61, b"l" * 32), (-1, b"l" * 32)]
+    assert newest(Others(liar=(CHAIN, lies), good=(CHAIN, true))) == (4, CHAIN[3].root)
+    assert newest(Others(liar=(CHAIN, lies))) is None
+    assert newest(Others(good=(CHAIN, true)), above=4) is None, "this node is as far itself"
+    assert newest(Others(last=(CHAIN, [(6, CHAIN[5].root)]))) is None, "nobody has built on it yet"
