@@ -354,12 +354,12 @@ def test_a_roster_that_cannot_be_signed_gives_way_to_those_it_was_to_replace() -
     first = table.proposal
     table.vote(members[0])
     table.wait(200, alive=members[:3])
-    unsigned = table.proposal
+    unsigned, before = table.proposal, table.state.replaced
     assert len(unsigned.electorate) < len(first.electorate)
     table.send(Unsigned(first.hash))
     assert table.proposal == unsigned, "that is not the one in question"
     table.send(Unsigned(unsigned.hash))
-    assert (table.proposal.roster, table.proposal.electorate) == (first.roster, first.electorate)
+    assert (table.proposal.electorate, table.proposal.roster) == before
     assert table.proposal.accepted == unsigned.accepted
 
 
