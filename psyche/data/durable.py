@@ -35,12 +35,15 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an :class:`OSError` while writing below ``path`` into a :class:`PsycheError` naming disk and mend."""
+def disk_errors(path: Path, setting: str = "node.cache") -> Iterator[None]:
+    """Turn an :class:`OSError` while writing below ``path`` into a :class:`PsycheError` naming disk and mend.
+
+    ``setting`` is what says where ``path`` is.
+    """
     try:
         yield
     except OSError as error:
-        mend = "choose another place with node.cache"
+        mend = f"choose another place with {setting}"
         if error.errno not in FULL:
             raise PsycheError(f"cannot write {error.filename or path} ({error.strerror or error}): {mend}") from error
         disk = _mount(path)

@@ -38,7 +38,7 @@ class Journal:
         """Take up what is in ``directory``, which is made. Raises ``PsycheError`` where that cannot be."""
         self._directory = directory
         self._there: dict[bytes, _Entry] = {}
-        with disk_errors(directory):
+        with disk_errors(directory, "--directory"):
             directory.mkdir(parents=True, exist_ok=True)
             for path in sorted(directory.iterdir()):
                 match = _NAME.fullmatch(path.name)
@@ -80,7 +80,7 @@ class Journal:
         if index.root in self._there:
             return False
         path = self._path(round, index.root)
-        with disk_errors(path):
+        with disk_errors(path, "--directory"):
             blob.link(path, index.encode() + index.chunks.to_bytes(_COUNT_BYTES, "little"))
             sync_directory(self._directory)
         entry = _Entry(round, index, partial(self._read, index.root))

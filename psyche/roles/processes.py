@@ -72,7 +72,7 @@ async def coordinate(
         # Nodes whose random numbers differ from ours fetch the initial state.
         serve_file(network, directory / GENESIS, bytes.fromhex(manifest.resolved.genesis))
         invite = Invite(manifest.run_id, tuple((await network.addresses())[:MAX_ADDRESSES])).encode()
-        with disk_errors(directory):
+        with disk_errors(directory, "--directory"):
             write_durably(directory / INVITE, invite.encode())
         log.emit(run_started(manifest, invite))
         if heldout is not None:
@@ -102,7 +102,7 @@ def _launched(
         store = prepare(run.data, config.node.cache.expanduser(), vocab_limit=run.model.vocab_size, progress=progress)
         return manifest, TokenStore.open(store.path, bytes.fromhex(manifest.resolved.store)), None
     new: Launch = launch(config, identity.peer_id, progress)
-    with disk_errors(directory):
+    with disk_errors(directory, "--directory"):
         directory.mkdir(parents=True, exist_ok=True)
         write_durably(directory / GENESIS, bytes(new.genesis.buffer))
         write_durably(path, new.manifest.encode())
@@ -137,7 +137,7 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
         store = await obtain_store(network, found, hosts, downloading)
         await serve_probes(network)
         await serve_provisions(network, signed, store)
-        with disk_errors(directory):
+        with disk_errors(directory, "--directory"):
             write_durably(directory / MANIFEST, manifest.encode())
         replica, certificates = await asyncio.to_thread(_replica, manifest, store, node, directory, identity, warn)
         wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)

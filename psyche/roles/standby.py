@@ -46,7 +46,7 @@ async def stand_by(invite: Invite, node: Node, directory: Path, listener: Listen
                 f"{identity.peer_id} (the key in {directory}) is no coordinator of the run {manifest.run.name}: its "
                 "launch names them, under run.standbys; `psyche key` prints a directory's"
             )
-        with disk_errors(directory):
+        with disk_errors(directory, "--directory"):
             write_durably(directory / MANIFEST, manifest.encode())
         await serve_probes(network)
         await serve_manifest(network, signed)

@@ -41,7 +41,7 @@ class Ballot:
 def keep(path: Path, run_id: bytes, pledge: Ballot | Oath) -> None:
     """Write ``pledge`` durably. Raises :class:`PsycheError` where the disk is full: then nothing may be said."""
     content = msgspec.msgpack.encode(pledge)
-    with disk_errors(path):
+    with disk_errors(path, "--directory"):
         write_durably(path, digest("pledge", run_id, content) + content)
 
 

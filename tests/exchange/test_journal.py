@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche.errors import PsycheError
 from psyche.exchange.journal import Journal
 from psyche.network.spool import Blob, Spool
 
@@ -114,3 +116,16 @@ def test_a_file_system_that_cannot_name_nameless_files(tmp_path: Path, monkeypat
     journal = Journal(tmp_path / "journal", silent)
     journal.put(1, made)
     assert content(Journal(tmp_path / "journal", silent).blob(made.index.root)) == [b"one", b"two"]
+
+
+def test_a_full_disk_is_named_with_the_option_that_says_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made, journal = blob(tmp_path, b"one"), Journal(tmp_path / "journal", silent)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PsycheError, match=r"no space left .* free some .*, or choose another place with --directory"):
+        journal.put(1, made)
+    assert made.index.root not in journal
