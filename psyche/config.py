@@ -227,6 +227,8 @@ class Rounds(Strict):
     """Members that must be there before the first round."""
     min_members: Count = 1
     """Members without which no later round opens: with fewer, the run pauses and says for whom it waits."""
+    probation: Annotated[int, Field(ge=0)] = 3
+    """Accepted contributions of a newcomer before it has a vote. Those who begin a run have one at once."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -28,6 +28,7 @@ from psyche.protocol.messages import (
     Vote,
 )
 from psyche.protocol.proposals import round_seed
+from psyche.protocol.standing import standing_after
 from psyche.protocol.state import Rules
 from psyche.roles.rules import rules_of
 from tests.protocol.players import contribution
@@ -109,6 +110,13 @@ def link(
             roster=int(before is None),
             electorate=NAMES,
             voters=NAMES,
+            standing=standing_after(
+                before.record.standing if before else (),
+                round=round,
+                electorate=NAMES,
+                accepted=accepted,
+                probation=RULES.probation,
+            ),
             ring=(),
             results=(),
             minority=(),

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from psyche.protocol.admission import contribution_fault
-from psyche.protocol.messages import Contribution, Plan, Proposal, Record
+from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.reduction import Draw, ring_fault
+from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import Rules
 
 
@@ -38,6 +39,8 @@ class Chain:
     position: int
     voters: tuple[str, ...] = ()
     """The electorate of the next round, if no roster names another; nobody before the first."""
+    standing: tuple[Standing, ...] = ()
+    """Of the last record."""
 
 
 def promise(acceptor: Acceptor, term: int) -> Acceptor:
@@ -87,11 +90,8 @@ def consider(
         raise Refusal(f"two different records in term {proposal.term}")
     if fault := plan_fault(plan, chain):
         raise Refusal(fault)
-    members = {member.node for member in plan.members}
     if not record.roster and record.electorate != chain.voters:
         raise Refusal("the electorate is not that of the record before, and no roster names another")
-    if list(record.voters) != sorted(set(record.voters) & members):
-        raise Refusal("the voters of the next round are not members of this one in ascending order")
     if fault := _results_fault(record, rules, reduced):
         raise Refusal(fault)
     nodes = [accepted.node for accepted in record.accepted]
@@ -107,8 +107,8 @@ def consider(
             raise Refusal(f"the contribution of {accepted.node[-6:]}: {fault}")
         if accepted.node not in held:
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
-    if not set(nodes) <= set(record.voters):
-        raise Refusal("who contributed is left without a vote")
+    if fault := standing_fault(record, chain.standing, rules.probation):
+        raise Refusal(fault)
     return replace(acceptor, term=proposal.term, record=record.hash)
 
 

@@ -77,8 +77,10 @@ def _refusal(rules: Rules, state: State, event: Submission) -> str | None:
     current = state.round
     if current is None or current.plan.round != event.round:
         return f"round {event.round} is not open; the run has certified {state.rounds} rounds"
-    # Who only follows a round may attest, too: that is how a newcomer gets into the next one.
-    if current.plan.member(event.node) is None and not (isinstance(event, Attested) and event.node in state.peers):
+    # Who only follows a round may attest, too: that is how a newcomer gets into the next one. And it may vote, if the
+    # record before named it: a voter that was not ready when the round was planned would be missing for a quorum.
+    follows = isinstance(event, (Attested, Voted)) and event.node in state.peers
+    if current.plan.member(event.node) is None and not follows:
         return f"not a member of round {event.round}"
     if isinstance(event, Committed):
         if event.term != current.plan.term:
@@ -221,6 +223,7 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
         state_root=state_root,
         position=next_position(record.plan, rules.batch_size, rules.late_steps),
         electorate=record.voters,
+        standing=record.standing,
         roster=0,
         used=0,
         replaced=None,

@@ -16,6 +16,7 @@ from psyche.protocol.assignment import next_position
 from psyche.protocol.certificates import BadCertificate, Open, check_certificate
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Certificate, Plan, Proposal, Record, decode
+from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import Rules
 
 
@@ -76,7 +77,7 @@ def verify_chain(
             raise BadLedger(entry.round, f"it stands after round {chain.rounds} of {rules.rounds}")
         fault = _link_fault(record.plan, chain, stated=before is None or before.state_root is not None)
         if fault is None:
-            fault = _succession_fault(record, last)
+            fault = _succession_fault(record, last, rules)
         if fault := fault or _accounts_fault(record, rules):
             raise BadLedger(entry.round, fault)
         yield Verified(record, missing)
@@ -115,16 +116,18 @@ def _link_fault(plan: Plan, chain: Chain, *, stated: bool) -> str | None:
     return plan_fault(plan, Chain(plan.round - 1, plan.previous, plan.base_root, plan.position))
 
 
-def _succession_fault(record: Record, last: Record | None) -> str | None:
+def _succession_fault(record: Record, last: Record | None, rules: Rules) -> str | None:
     """Why ``record`` cannot have been decided after ``last``, or None: terms only grow, and voters are named before."""
     if last is None:
-        return "no roster names its voters" if record.plan.round == 1 and not record.roster else None
+        if record.plan.round > 1:
+            return None
+        return standing_fault(record, (), rules.probation) if record.roster else "no roster names its voters"
     if record.plan.term <= last.plan.term:
         return f"its term {record.plan.term} is not above that of round {last.plan.round}, {last.plan.term}"
     follows = record.plan.round == last.plan.round + 1
     if follows and not record.roster and record.electorate != last.voters:
         return f"its voters are not those that round {last.plan.round} named"
-    return None
+    return standing_fault(record, last.standing, rules.probation) if follows else None
 
 
 def _accounts_fault(record: Record, rules: Rules) -> str | None:

@@ -124,6 +124,16 @@ class Excluded(Message, frozen=True):
     reason: Reason
 
 
+class Standing(Message, frozen=True):
+    """How far a node is past its probation."""
+
+    node: NodeId
+    rounds: Positive
+    """In which its contribution was accepted; counted no further than the probation."""
+    last: Positive
+    """Of them."""
+
+
 class Record(Body, frozen=True):
     """What happened in a round. Chained by ``plan.previous``; final once certified."""
 
@@ -139,6 +149,8 @@ class Record(Body, frozen=True):
     """Whose votes are counted."""
     voters: Nodes
     """The electorate of the next round."""
+    standing: Annotated[tuple[Standing, ...], Meta(max_length=MAX_MEMBERS)]
+    """Of who has contributed to this round or an earlier one; nobody's where there is no probation."""
     ring: Nodes
     """Who reduced, in the order of ``protocol/reduction.py``; nobody where everybody aggregates."""
     results: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]

@@ -9,6 +9,7 @@ from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
 from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import MAX_MEMBERS, Accepted, Excluded, Record
+from psyche.protocol.standing import standing_after, voting
 from psyche.protocol.state import Abandoned, Phase, Proposed, Round, Rules, State
 
 LEAST_DEVIATION = 0.1
@@ -44,6 +45,13 @@ def propose(
     plan = current.plan
     if (electorate is not None and set(electorate) != set(state.electorate)) or state.bound:
         state = reconfigured(state, state.electorate if electorate is None else electorate)
+    standing = standing_after(
+        state.standing,
+        round=plan.round,
+        electorate=state.electorate,
+        accepted=accepted,
+        probation=rules.probation,
+    )
     excluded = tuple(
         Excluded(member.node, exclusion(state, current, member.node))
         for member in plan.members
@@ -55,7 +63,15 @@ def propose(
         excluded=excluded,
         roster=state.roster,
         electorate=state.electorate,
-        voters=tuple(sorted(accepted | set(living(state, current)))),
+        voters=tuple(
+            voting(
+                accepted | set(living(state, current)),
+                standing=standing,
+                electorate=state.electorate,
+                probation=rules.probation,
+            )
+        ),
+        standing=standing,
         ring=current.ring,
         results=results,
         minority=tuple(sorted(minority)),
@@ -86,6 +102,16 @@ def reconfigured(state: State, electorate: Sequence[str]) -> State:
     return replace(state, electorate=voters, roster=number, used=number, replaced=before, bound=b"")
 
 
+def with_vote(rules: Rules, state: State, nodes: Iterable[str]) -> list[str]:
+    """Those of ``nodes`` who may be given a vote in the round to come, in ascending order."""
+    return voting(nodes, standing=state.standing, electorate=state.electorate, probation=rules.probation)
+
+
+def electors(rules: Rules, state: State, nodes: Sequence[str]) -> tuple[str, ...]:
+    """Whom of ``nodes`` a roster names: who is on probation only where nobody else is there to go on with."""
+    return tuple(with_vote(rules, state, nodes) or sorted(nodes))
+
+
 def held_in_common(
     current: Round, candidates: frozenset[str], among: Sequence[str], enough: Callable[[int, int], bool]
 ) -> tuple[frozenset[str], list[str]]:
@@ -109,11 +135,14 @@ def half(yes: int, total: int) -> bool:
     return total > 0 and 2 * yes >= total
 
 
-def seated(ready: Sequence[str], seed: bytes) -> list[str]:
-    """As many of ``ready`` as a plan has room for, drawn by the round's seed, in ascending order."""
+def seated(rules: Rules, state: State, ready: Sequence[str]) -> list[str]:
+    """As many of ``ready`` as a plan has room for, in ascending order: who has a vote, then the others, each drawn by
+    the round's seed."""
     if len(ready) <= MAX_MEMBERS:
         return list(ready)
-    return sorted(sorted(ready, key=lambda node: digest("seat", seed, node.encode()))[:MAX_MEMBERS])
+    seed, first = round_seed(state.head), set(with_vote(rules, state, ready))
+    drawn = sorted(ready, key=lambda node: (node not in first, digest("seat", seed, node.encode())))
+    return sorted(drawn[:MAX_MEMBERS])
 
 
 def exclusion(state: State, current: Round, node: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from psyche.protocol.admission import Step, observed
-from psyche.protocol.proposals import abandon, allowed, half, living, propose
+from psyche.protocol.proposals import abandon, allowed, electors, half, living, propose
 from psyche.protocol.reduction import Draw, minority, verdict
 from psyche.protocol.state import Round, Rules, State
 
@@ -86,7 +86,7 @@ def vote_anew(rules: Rules, state: State, current: Round, now: float) -> Step:
     enough = half(sum(votes[node] for node in voted), sum(votes[node] for node in here))
     if not enough and current.proposals > 1:
         return abandon(state, current, "the results did not reach half of the members")
-    electorate = tuple(voted if enough else here)
+    electorate = electors(rules, state, voted if enough else here)
     accepted = frozenset(one.node for one in record.accepted)
     return propose(rules, state, current, accepted, electorate, now, record.results, record.minority)
 

@@ -17,6 +17,7 @@ from psyche.protocol.proposals import (
     abandon,
     allowed,
     carries_quorum,
+    electors,
     half,
     having,
     held_in_common,
@@ -27,6 +28,7 @@ from psyche.protocol.proposals import (
     reconfigured,
     round_seed,
     seated,
+    with_vote,
 )
 from psyche.protocol.reducing import collect_results, reduce_anew, select, vote_anew
 from psyche.protocol.reduction import ring
@@ -108,10 +110,11 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
     if not carries_quorum(ready, state.electorate):
         if state.electorate and not alone(rules, state, now):
             return said(state, Phase.PAUSED, f"waiting for votes of {names(set(state.electorate) - set(ready))}")
-        state = reconfigured(state, seated(ready, round_seed(state.head)))
+        state = reconfigured(state, electors(rules, state, seated(rules, state, ready)))
     if not state.taken_up:
         return take_up(rules, state, ready, now)
-    seats = seated(ready, round_seed(state.head))
+    seats = seated(rules, state, ready)
+    voters = set(with_vote(rules, state, seats))
     plan = Plan(
         round=state.rounds + 1,
         term=state.term + rules.coordinators,
@@ -120,7 +123,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         seed=round_seed(state.head),
         position=state.position,
         reducers=0 if state.gathering else rules.reducers_for(len(seats)),
-        members=tuple(Member(node, rules.inner_steps, 1) for node in seats),
+        members=tuple(Member(node, rules.inner_steps, int(node in voters)) for node in seats),
     )
     least, most = rules.round_bounds
     seconds = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
@@ -201,7 +204,7 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
     accepted, holders = held_in_common(current, frozenset(one.node for one in record.accepted), asked, half)
     if not accepted:
         return abandon(state, current, "nobody voted" if not asked else "the voters hold no payload in common")
-    return propose(rules, state, current, accepted, tuple(holders), now)
+    return propose(rules, state, current, accepted, electors(rules, state, holders), now)
 
 
 def _overrule(rules: Rules, state: State, event: Overruled, now: float) -> Step:
@@ -244,8 +247,9 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     # The state after a round is computed, not chosen: where fewer than half of the members lie, a root that more than
     # half of them found is the right one. Members that attest count, in the electorate or not, so that a small
     # electorate is no shortcut; who only followed the round does not.
-    votes = {member.node: member.votes for member in current.plan.members}
-    total = sum(votes[node] for node in votes if node in record.electorate or node in current.attestations)
+    votes = {member.node: member.votes for member in current.plan.members} | dict.fromkeys(record.electorate, 1)
+    members = {member.node for member in current.plan.members} & set(record.electorate)
+    total = sum(votes.get(node, 0) for node in members | set(current.attestations))
     found = {root: having(current.attestations, root) for root in set(current.attestations.values())}
     agreed = [root for root, nodes in found.items() if 2 * sum(votes.get(node, 0) for node in nodes) > total]
     if not agreed:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from psyche.protocol.messages import Contribution, Plan, Record
+from psyche.protocol.messages import Contribution, Plan, Record, Standing
 
 
 class Phase(StrEnum):
@@ -49,6 +49,8 @@ class Rules:
     exchange_bounds: tuple[float, float]
     silence: float
     spread: float
+    probation: int
+    """Accepted contributions before a node has a vote."""
     coordinators: int
     """Of the manifest. A term belongs to the one at place ``term % coordinators``, so that no two share one."""
 
@@ -153,6 +155,8 @@ class State:
     """What the members voted for, or were in the middle of, under the leader before has been gone on with."""
     electorate: tuple[str, ...] = ()
     """Who votes in the round that comes: the last record's ``voters``, or who the last roster names."""
+    standing: tuple[Standing, ...] = ()
+    """Of the last record."""
     roster: int = 0
     """Number of that roster; 0: none."""
     used: int = 0

@@ -63,6 +63,8 @@ class Certification:
         self._failed: set[object] = set()
         self._gradients: dict[bytes, Gradient] = {}
         self._member = plan.member(self._me) is not None
+        self._takes_part = self._member or self._me in chain.voters
+        """A voter that was not ready when the round was planned votes all the same."""
         self._told: frozenset[str] = frozenset()
         self._voted = 0
 
@@ -82,7 +84,7 @@ class Certification:
                     raise Moved(accepted=accepted)
                 if record is not None:
                     self._prepare(record)
-                elif self._member and board.plan == self._plan:
+                elif self._takes_part and board.plan == self._plan:
                     await self._take_part(board)
                 board = await self._next(board)
         finally:
@@ -106,7 +108,7 @@ class Certification:
             if node not in self._exchange.held:
                 self._start(node, partial(self._exchange.collect, node, given))
         held = self._exchange.held & frozenset(self._openings.contributions)
-        if held != self._told:
+        if held != self._told and self._member:
             self._told = held
             await self._submit(Holding(tuple(sorted(held))))
         if board.reducing is not None:

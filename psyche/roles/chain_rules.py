@@ -31,5 +31,6 @@ def chain_rules(manifest: Manifest) -> Rules:
         exchange_bounds=(run.deadlines.exchange_min, run.deadlines.exchange_max),
         silence=run.deadlines.silence,
         spread=run.deadlines.spread,
+        probation=run.rounds.probation,
         coordinators=len(manifest.resolved.coordinators),
     )

@@ -74,7 +74,7 @@ def following(manifest: Manifest, encoded: Sequence[bytes], chain: Chain) -> lis
         if not record.roster and record.electorate != chain.voters:
             break
         found.append((record, item))
-        chain = Chain(record.plan.round, record.hash, b"", 0, record.voters)
+        chain = Chain(record.plan.round, record.hash, b"", 0, record.voters, record.standing)
     return found
 
 
@@ -108,7 +108,7 @@ class Past:
         first = _proven(self._manifest, encoded[0])
         if first is None or first.plan.round != round:
             return None
-        chain = Chain(round, first.hash, b"", 0, first.voters)
+        chain = Chain(round, first.hash, b"", 0, first.voters, first.standing)
         after = following(self._manifest, encoded[1:2], chain)
         return first if after and after[0][0].plan.base_root == root else None
 

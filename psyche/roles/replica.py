@@ -302,8 +302,9 @@ class Replica:
         if record is None:
             self.chain = Chain(0, self.manifest.run_id, self.index.root, 0)
         else:
-            position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.late_steps)
-            self.chain = Chain(record.plan.round, record.hash, self.index.root, position, record.voters)
+            plan = record.plan
+            position = next_position(plan, self.run.inner.batch_size, self.run.overlap.late_steps)
+            self.chain = Chain(plan.round, record.hash, self.index.root, position, record.voters, record.standing)
 
     def _encode(self, round: int) -> list[bytes]:
         payload = []

@@ -40,6 +40,7 @@ from psyche.protocol.messages import (
     Record,
     decode,
 )
+from psyche.protocol.standing import probation_note
 from psyche.protocol.state import Phase
 from psyche.roles.advance import Advance
 from psyche.roles.board import BoardClient
@@ -289,6 +290,8 @@ class Worker:
         )
         if self.identity.peer_id in record.minority:
             self.log.emit(events.outvoted(self.identity.peer_id, record.plan.round))
+        if text := probation_note(record, self.identity.peer_id, self.manifest.run.rounds.probation):
+            self.log.emit(events.Notice(level="info", text=text))
 
     async def _checkpoint(self, *, force: bool = False) -> None:
         chain = self.replica.chain

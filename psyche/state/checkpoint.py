@@ -24,6 +24,7 @@ from torch import Tensor
 from psyche.data.durable import sync_directory
 from psyche.errors import PsycheError
 from psyche.protocol.acceptor import Chain
+from psyche.protocol.messages import Standing
 
 FORMAT = 1
 _NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
@@ -37,6 +38,7 @@ class _Meta(msgspec.Struct, frozen=True):
     state_root: str
     position: int
     voters: tuple[str, ...]
+    standing: tuple[Standing, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
         chain.state_root.hex(),
         chain.position,
         chain.voters,
+        chain.standing,
     )
     staging = directory / ".writing"  # always the same, so that what a killed process left there goes with it
     try:
@@ -120,7 +123,14 @@ def _load(path: Path) -> Checkpoint:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return Checkpoint(
         run_id=bytes.fromhex(meta.run_id),
-        chain=Chain(meta.rounds, bytes.fromhex(meta.head), bytes.fromhex(meta.state_root), meta.position, meta.voters),
+        chain=Chain(
+            meta.rounds,
+            bytes.fromhex(meta.head),
+            bytes.fromhex(meta.state_root),
+            meta.position,
+            meta.voters,
+            meta.standing,
+        ),
         outer=tensors["outer"],
         residual=tensors.get("residual"),
         inner={name.removeprefix("inner/"): value for name, value in tensors.items() if name.startswith("inner/")},

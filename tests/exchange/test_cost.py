@@ -85,6 +85,7 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         1,
         tuple(sorted(given)),
         tuple(sorted(given)),
+        (),
         order,
         tuple(results[group] for group in sorted(results)),
         (),

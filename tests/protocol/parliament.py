@@ -220,7 +220,7 @@ class Parliament:
         """Take the outer step, or the state of those who did."""
         position = next_position(record.plan, self.rules.batch_size, self.rules.late_steps)
         root = root_after(record)
-        voter.chain = Chain(record.plan.round, record.hash, root, position, record.voters)
+        voter.chain = Chain(record.plan.round, record.hash, root, position, record.voters, record.standing)
         voter.last, voter.plan, voter.shown, voter.opened = record, None, {}, {}
         current = seat.state.round
         if current is not None and current.certified and current.plan.round == record.plan.round:
@@ -235,14 +235,15 @@ class Parliament:
                 seat.send(Arrived(voter.node, voter.chain.state_root, "cpu", voter.chain.rounds))
             return
         plan, node = current.plan, voter.node
-        if plan.member(node) is None:
+        member = plan.member(node) is not None
+        if not member and node not in voter.chain.voters:
             return
         if voter.plan != plan:
             voter.plan, voter.shown, voter.opened = plan, {}, {}
         given = contribution(node, plan, self.rules)
         commitment = given.commitment(node, RUN_ID, plan.round)
         if current.closed is None:
-            if node not in current.commitments:
+            if member and node not in current.commitments:
                 seat.send(Committed(node, plan.round, plan.term, commitment, b""))
             return
         if not voter.shown:
@@ -250,7 +251,7 @@ class Parliament:
         voter.opened |= {one: shown for one, shown in current.contributions.items() if one in voter.shown}
         if node in current.commitments and node not in current.contributions:
             seat.send(Opened(node, plan.round, given, b""))
-        elif current.proposal is None or not current.holdings.get(node):
+        elif member and (current.proposal is None or not current.holdings.get(node)):
             seat.send(Held(node, plan.round, frozenset(current.contributions)))
         if seat.proposal is not None and seat.state.round is not None and not seat.state.round.certified:
             self.vote(voter, seat, seat.proposal)
@@ -300,5 +301,5 @@ class Parliament:
             self.wait(1.0)
 
 
-def with_coordinators(rules: Rules, count: int) -> Rules:
-    return replace(rules, coordinators=count, rounds=10**6, min_members=1)
+def with_coordinators(rules: Rules, count: int, probation: int = 0) -> Rules:
+    return replace(rules, coordinators=count, rounds=10**6, min_members=1, probation=probation)

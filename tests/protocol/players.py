@@ -12,6 +12,7 @@ from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.proposals import carries_quorum
 from psyche.protocol.reduction import ring_fault
 from psyche.protocol.rounds import tick
+from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import (
     Arrived,
     Attested,
@@ -57,6 +58,7 @@ RULES = Rules(
     exchange_bounds=(5.0, 50.0),
     silence=15.0,
     spread=5.0,
+    probation=0,
     coordinators=1,
 )
 
@@ -217,7 +219,8 @@ class Table:
                 case Planned(plan):
                     assert plan.round == after.rounds + 1, "a round was skipped"
                     assert [m.node for m in plan.members] == sorted({m.node for m in plan.members})
-                    assert all(m.votes == 1 for m in plan.members)
+                    assert all(m.votes == 1 or self.rules.probation for m in plan.members)
+                    assert any(m.votes for m in plan.members)
                     assert plan.previous == after.head
                     assert plan.base_root == after.state_root
                 case Certified(record, votes):
@@ -242,8 +245,9 @@ class Table:
             assert self.commitments_before_closing.setdefault(key, commitments) == commitments
         if after.round is not None:
             members = {member.node for member in after.round.plan.members}
-            for mapping in (after.round.commitments, after.round.contributions, after.round.votes):
+            for mapping in (after.round.commitments, after.round.contributions):
                 assert set(mapping) <= members, "somebody from outside the plan got in"
+            assert set(after.round.votes) <= members | set(after.electorate)
         assert (after.phase is Phase.FINISHED) == (after.rounds >= self.rules.rounds) or after.round is None
 
     def _inspect_record(self, state: State, record: Record) -> None:
@@ -254,7 +258,9 @@ class Table:
         assert sorted(accepted + excluded) == members, "everybody is accepted, or left out with a reason"
         assert all(e.reason for e in record.excluded)
         assert record.electorate == state.electorate
-        assert set(accepted) <= set(record.voters) <= set(members)
+        assert set(record.voters) <= set(members)
+        assert self.rules.probation or set(accepted) <= set(record.voters)
+        assert standing_fault(record, state.standing, self.rules.probation) is None
         committed = self.commitments_before_closing.get((plan.round, plan.term), {})
         assert state.round is not None
         for one in record.accepted:

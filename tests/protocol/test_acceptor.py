@@ -26,6 +26,7 @@ RECORD = Record(
     roster=0,
     electorate=(A, B, C, D),
     voters=(A, B, C),
+    standing=(),
     ring=(),
     results=(),
     minority=(),

@@ -38,6 +38,7 @@ RECORD = Record(
     roster=0,
     electorate=NAMES,
     voters=NAMES,
+    standing=(),
     ring=(),
     results=(),
     minority=(),

@@ -21,6 +21,7 @@ from tests.protocol.parliament import Parliament, Seat, Voter, with_coordinators
 from tests.protocol.players import RULES, nodes
 
 COUNTS = st.sampled_from([1, 2, 2, 3])
+PROBATIONS = st.sampled_from([0, 2])
 VERBS = (
     *(["talk"] * 16 + ["session"] * 16 + ["wait"] * 3 + ["up"] * 6),
     *(["half"] * 4 + ["begin"] * 2 + ["down"] * 2),
@@ -67,25 +68,25 @@ def happen(world: Parliament, verb: str, who: int, which: int) -> None:
             world.cut.clear()
 
 
-def play(count: int, steps: list[tuple[str, int, int]]) -> Parliament:
-    world = Parliament(with_coordinators(RULES, count), MEMBERS)
+def play(count: int, probation: int, steps: list[tuple[str, int, int]]) -> Parliament:
+    world = Parliament(with_coordinators(RULES, count, probation), MEMBERS)
     for verb, who, which in steps:
         happen(world, verb, who, which)
     return world
 
 
 @settings(max_examples=150, deadline=None)
-@given(count=COUNTS, steps=STEPS)
-def test_no_round_is_certified_twice(count: int, steps: list[tuple[str, int, int]]) -> None:
-    play(count, steps)
+@given(count=COUNTS, probation=PROBATIONS, steps=STEPS)
+def test_no_round_is_certified_twice(count: int, probation: int, steps: list[tuple[str, int, int]]) -> None:
+    play(count, probation, steps)
 
 
 @settings(max_examples=25, deadline=None)
-@given(count=COUNTS, steps=STEPS, which=st.integers(0, 2))
+@given(count=COUNTS, probation=PROBATIONS, steps=STEPS, which=st.integers(0, 2))
 def test_once_all_talk_to_one_coordinator_the_run_goes_on(
-    count: int, steps: list[tuple[str, int, int]], which: int
+    count: int, probation: int, steps: list[tuple[str, int, int]], which: int
 ) -> None:
-    world = play(count, steps)
+    world = play(count, probation, steps)
     seat = world.seats[which % count]
     for one in world.seats:
         one.leads = False
@@ -104,7 +105,7 @@ def schedule(seed: int, length: int = 160) -> list[tuple[str, int, int]]:
 def test_twenty_thousand_schedules() -> None:
     certified = 0
     for seed in range(20_000):
-        certified += len(play(seed % 3 + 1, schedule(seed)).certified)
+        certified += len(play(seed % 3 + 1, 2 * (seed % 2), schedule(seed)).certified)
     assert certified > 20_000, "the schedules get somewhere"
 
 

@@ -36,6 +36,7 @@ from psyche.protocol.messages import (
     Result,
     Roster,
     Seal,
+    Standing,
     Vote,
     decode,
 )
@@ -50,6 +51,7 @@ RECORD = Record(
     roster=0,
     electorate=(A, B, C),
     voters=(A, C),
+    standing=(Standing(A, 3, 3), Standing(B, 1, 2)),
     ring=(),
     results=(),
     minority=(),

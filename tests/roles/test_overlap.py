@@ -59,7 +59,7 @@ def plan_for(one: Replica) -> Plan:
 
 def record_of(plan: Plan, work: Work) -> Record:
     node = plan.members[0].node
-    return Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), (), ())
+    return Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), (), (), ())
 
 
 def trained(one: Replica) -> Tensor:

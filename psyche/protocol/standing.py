@@ -1,0 +1,74 @@
+"""Who has a vote: identities are free, accepted work is not (DESIGN §6: probation).
+
+A member votes once ``probation`` of its contributions were accepted; until then its work counts and its word does not.
+Who votes in a round is past it, so that the first members of a run, and those whom a roster names because nobody else
+is left, need no one before them. A record says how far everybody has got, and each voter has checked that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from psyche.protocol.messages import MAX_MEMBERS, Record, Standing
+
+
+def standing_after(
+    before: Sequence[Standing], *, round: int, electorate: Iterable[str], accepted: Iterable[str], probation: int
+) -> tuple[Standing, ...]:
+    """How far nodes have got after round ``round``, in ascending order of node.
+
+    Who stays away loses nothing; of more nodes than a round has members, those who were accepted last are remembered.
+    """
+    if not probation:
+        return ()
+    reached = {one.node: one for one in before}
+    voting = set(electorate)
+    for node in accepted:
+        rounds = reached[node].rounds if node in reached else 0
+        reached[node] = Standing(node, probation if node in voting else min(rounds + 1, probation), round)
+    latest = sorted(reached.values(), key=lambda one: (-one.last, one.node))[:MAX_MEMBERS]
+    return tuple(sorted(latest, key=lambda one: one.node))
+
+
+def voting(
+    nodes: Iterable[str], *, standing: Sequence[Standing], electorate: Collection[str], probation: int
+) -> list[str]:
+    """Those of ``nodes`` who have a vote, in ascending order: in the electorate already, or past their probation."""
+    if not probation:
+        return sorted(set(nodes))
+    past = {one.node for one in standing if one.rounds >= probation}
+    return sorted(set(nodes) & (past | set(electorate)))
+
+
+def probation_note(record: Record, node: str, probation: int) -> str | None:
+    """What ``record`` means for the vote of ``node``, for whoever runs it; None where it had one, or did nothing."""
+    mine = next((one for one in record.standing if one.node == node), None)
+    if mine is None or mine.last < record.plan.round or node in record.electorate:
+        return None
+    if mine.rounds < probation:
+        return f"on probation: {mine.rounds} of {probation} contributions accepted; then this node has a vote"
+    return "past its probation: this node has a vote from the next round on"
+
+
+def standing_fault(record: Record, before: Sequence[Standing], probation: int) -> str | None:
+    """What is wrong with how far ``record`` says that nodes have got, and whom it lets vote next, or None.
+
+    ``before``: what the record before says.
+    """
+    accepted = [one.node for one in record.accepted]
+    electorate = record.electorate
+    standing = standing_after(
+        before, round=record.plan.round, electorate=electorate, accepted=accepted, probation=probation
+    )
+    if record.standing != standing:
+        return "how far nodes are past their probation does not follow from the record before"
+
+    def may_vote(nodes: Iterable[str]) -> list[str]:
+        return voting(nodes, standing=standing, electorate=electorate, probation=probation)
+
+    members = {member.node for member in record.plan.members}
+    if list(record.voters) != may_vote(set(record.voters) & members):
+        return "the voters of the next round are not members of this one, past their probation, in ascending order"
+    if not set(may_vote(accepted)) <= set(record.voters):
+        return "who contributed and is past its probation is left without a vote"
+    return None
