@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from psyche.protocol.admission import Step, absorb, after_record, observed, without_peer
 from psyche.protocol.deadlines import adaptive
-from psyche.protocol.messages import Member, Plan
+from psyche.protocol.messages import Member, Plan, Record
 from psyche.protocol.proposals import (
     abandon,
     allowed,
@@ -49,6 +49,10 @@ from psyche.protocol.state import (
     Unsigned,
 )
 from psyche.protocol.succession import agree_on_restart, alone, ready_members, said, take_up, vote_on_the_sealed
+
+GRACE = 0.1
+"""How long the others wait for who was too slow in the exchange, over what the round's training took. Without it the
+next round loses the work of one; this is what waiting may cost all."""
 
 
 def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
@@ -182,7 +186,8 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
     record = current.proposal
     assert record is not None
     if carries_quorum(current.votes, record.electorate):
-        certified = replace(current, certified=True, deadline=now + allowed(rules, state.exchange_seconds))
+        deadline = now + allowed(rules, state.exchange_seconds)
+        certified = replace(current, certified=True, certified_at=now, deadline=deadline)
         seconds = now - current.opened
         effect = Certified(record, tuple(current.votes[node] for node in sorted(current.votes)), seconds)
         return replace(state, round=certified), [effect]
@@ -237,12 +242,26 @@ def _fall_back(rules: Rules, state: State, event: Unsigned, now: float) -> Step:
     return propose(rules, state, current, accepted, None, now, record.results, record.minority)
 
 
+def _left_behind(current: Round, record: Record) -> set[str]:
+    """Members that the exchange's deadline has passed without what the outer step takes: they were waited for once.
+
+    A newcomer, who could not begin to fetch before the record was known, is none of them.
+    """
+    if record.results:
+        return set()
+    accepted = {one.node for one in record.accepted}
+    return {m.node for m in current.plan.members if not accepted <= current.holdings.get(m.node, frozenset())}
+
+
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:
     record = current.proposal
     assert record is not None
-    base = current.plan.base_root
+    base, late = current.plan.base_root, _left_behind(current, record)
     waiting = [n for n, peer in state.peers.items() if peer.state_root == base and n not in current.attestations]
-    if waiting and now < current.deadline:
+    until = current.deadline
+    if set(waiting) <= late and current.closed is not None:
+        until = min(until, current.certified_at + GRACE * (current.closed - current.opened))
+    if waiting and now < until:
         return state, []
     # The state after a round is computed, not chosen: where fewer than half of the members lie, a root that more than
     # half of them found is the right one. Members that attest count, in the electorate or not, so that a small

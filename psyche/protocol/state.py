@@ -109,6 +109,7 @@ class Round:
     proposal: Record | None = None
     votes: Mapping[str, bytes] = field(default_factory=dict)
     certified: bool = False
+    certified_at: float = 0.0
     attestations: Mapping[str, bytes] = field(default_factory=dict)
 
 

@@ -326,6 +326,48 @@ def test_an_attestation_that_never_comes_costs_one_deadline() -> None:
     assert [m.node for m in table.plan.members] == members[:3]
 
 
+@pytest.mark.parametrize("seconds", [20, 40])
+def test_who_was_too_slow_to_fetch_is_waited_for_by_what_training_took(seconds: int) -> None:
+    """Not by another deadline of the exchange: a line that is a tenth of the others' would double each of theirs."""
+    table, members = started()
+    quick = members[:3]
+    table.wait(seconds)
+    table.close(members)
+    for node in members:
+        table.open(node)
+    for node in quick:
+        table.hold(node, members)
+    table.wait(RULES.exchange_bounds[1])
+    for node in quick:
+        table.vote(node)
+    for node in quick:
+        table.attest(node)
+    certified = table.now
+    while table.plan.round == 1:
+        table.wait(0.5, step=0.5)
+    assert table.now - certified == pytest.approx(seconds / 10, abs=0.6)
+    assert [member.node for member in table.plan.members] == quick
+
+
+def test_a_slow_one_that_comes_within_that_is_in_the_next_round() -> None:
+    table, members = started()
+    *quick, slow = members
+    table.wait(80)
+    table.close(members)
+    for node in members:
+        table.open(node)
+    for node in quick:
+        table.hold(node, members)
+    table.wait(RULES.exchange_bounds[1])
+    for node in quick:
+        table.vote(node)
+    for node in quick:
+        table.attest(node)
+    table.wait(4)
+    table.attest(slow)
+    assert [member.node for member in table.plan.members] == members
+
+
 # -------------------------------------------------------------------------------- reconfigurations
 
 
