@@ -296,7 +296,7 @@ class Replica:
             self._dealt = plan, positions(plan, self.node, batch, self.run.overlap.late_steps)
         span = self._dealt[1][step * batch : (step + 1) * batch]
         tokens = train.batch(sequences(span, len(train), self.run.seed))
-        steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps)
+        steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps, self.engine.steps)
         steps.losses.append(self.engine.step(tokens, steps.lr))
         steps.trace.saw(tokens)
 
