@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -24,6 +25,8 @@ PARENT = "PSYCHE_PARENT"
 """Environment: the pid of a launcher that this process must not outlive."""
 RUNS = Path("~/.local/share/psyche")
 """Where nodes keep their directories, each named by its run."""
+STOP_SECONDS = 20.0
+"""After SIGTERM, which also comes when the launcher is gone: nobody may be there to send another."""
 INVITE_SECONDS = 900.0
 """How long ``join @FILE`` waits for the file: a coordinator may have a corpus to prepare."""
 
@@ -92,7 +95,8 @@ def _run(work: Coroutine[Any, Any, None], farewell: Farewell | None = None) -> N
 
     Ctrl-C asks a node to hand in what it can within seconds and to leave, SIGUSR1 (``psyche leave``) to finish the
     round first. SIGTERM, and Ctrl-C where nobody is there to ask, cancel, so that goodbyes are said. A second Ctrl-C
-    or SIGTERM ends the process at once.
+    or SIGTERM ends the process at once, and the first SIGTERM after STOP_SECONDS: a thread that prepares text, say,
+    cannot be cancelled.
     """
     pressed: set[int] = set()
 
@@ -112,6 +116,9 @@ def _run(work: Coroutine[Any, Any, None], farewell: Farewell | None = None) -> N
                 ask(quickly=True)
             else:
                 task.cancel()
+                hurry = threading.Timer(STOP_SECONDS, _end_at_once, [number])
+                hurry.daemon = True
+                hurry.start()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
