@@ -10,7 +10,7 @@ from pathlib import Path
 
 from psyche.errors import PsycheError
 from psyche.roles.running import Running, process_of
-from psyche.telemetry.events import LOG_NAME, Downloading, Event, Leaving, Left, StepDone
+from psyche.telemetry.events import LOG_NAME, Downloading, Event, Leaving, Left, PhaseChanged, RunFinished, StepDone
 from psyche.telemetry.follow import EventFollower
 from psyche.telemetry.lines import contributor_line
 from psyche.telemetry.view_state import ViewState
@@ -43,7 +43,7 @@ def ask_to_leave(directory: Path, say: Callable[[str], None], *, now: bool) -> N
                     f"was stopped, kill -9 {running.pid} to end it; the others go on without it"
                 )
         story.read(say)
-    if not story.left and story.state.phase != "joining":
+    if not story.orderly:
         raise PsycheError(
             f"the node in {directory} ended, and did not say how: look at {directory / LOG_NAME}; the same psyche join "
             "line brings it back"
@@ -61,8 +61,8 @@ class _Story:
     def __init__(self, path: Path) -> None:
         self._follower = EventFollower(path)
         self.state = ViewState()
-        self.left = False
-        """It has said how it left, since this process began to read."""
+        self.orderly = False
+        """There is nothing to explain if it ends now: it has left, the run is finished, or it has not joined yet."""
 
     def read(self, say: Callable[[str], None]) -> list[Event]:
         """What is new."""
@@ -70,7 +70,10 @@ class _Story:
         for event in found:
             self.state = ViewState(me=event.node) if not self.state.me else self.state
             self.state = self.state.apply(event)
-            self.left = isinstance(event, Left)
+            if isinstance(event, Left | RunFinished):
+                self.orderly = True
+            elif isinstance(event, PhaseChanged):
+                self.orderly = event.phase == "joining"
             if not isinstance(event, StepDone | Downloading) and (line := contributor_line(self.state, event)):
                 say(line)
         return found

@@ -7,6 +7,7 @@ stays until the record is certified. Until the others are done, too, it can as w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from psyche.config import Deadlines
@@ -53,10 +54,10 @@ class Departure:
         self._plan: Plan | None = None
         """Of the round that this node has a part in."""
         self._began = 0.0
+        self._said = False
         self._sealed = False
         """This node has done its inner steps of it."""
         self._outcome = "it was in no round"
-        farewell.heeded = True
 
     @property
     def asked(self) -> bool:
@@ -67,11 +68,6 @@ class Departure:
     def quickly(self) -> bool:
         """Within seconds."""
         return self._farewell.quickly
-
-    @property
-    def reason(self) -> str:
-        """What the others are told of why it goes."""
-        return "it leaves, as it was asked to" if self.asked and not self.quickly else "it was stopped"
 
     def begin(self, plan: Plan) -> None:
         """This node trains for the round of ``plan``."""
@@ -100,6 +96,7 @@ class Departure:
 
     async def run(self, working: asyncio.Task[None]) -> None:
         """Wait to be asked to leave, then for ``working`` to end by itself while that can still hand something in."""
+        self._farewell.heeded = True
         await self._farewell.wait()
         while not working.done():
             what, seconds = self._waits_for()
@@ -114,8 +111,18 @@ class Departure:
             finally:
                 again.cancel()
 
+    async def goodbye(self, rounds: int, *, finished: bool) -> None:
+        """Tell the others, once, that this node goes, which has applied so many ``rounds``."""
+        if self._said:
+            return
+        self._said = True
+        reason = "it leaves, as it was asked to" if self.asked and not self.quickly else "it was stopped"
+        with contextlib.suppress(Exception):  # we leave, whether anybody listens or not
+            async with asyncio.timeout(GOODBYE_SECONDS):
+                await self._client.leave("the run is finished" if finished else reason, rounds)
+
     def tell(self) -> None:
-        """Say how it ended."""
+        """Say to this machine's owner how it ended."""
         if self.asked:
             self._log.emit(events.Left(outcome=self._outcome))
 

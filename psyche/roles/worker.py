@@ -33,7 +33,6 @@ from psyche.protocol.messages import (
     Board,
     Certificate,
     Commitment,
-    Leave,
     Plan,
     Present,
     Promise,
@@ -46,7 +45,7 @@ from psyche.roles.board import BoardClient
 from psyche.roles.catchup import CatchUp, behind
 from psyche.roles.certification import Certification, Moved
 from psyche.roles.history import serve_history
-from psyche.roles.leaving import GOODBYE_SECONDS, Departure, Farewell
+from psyche.roles.leaving import Departure, Farewell
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
 from psyche.roles.replica import Interrupted, Replica, Work
@@ -135,7 +134,7 @@ class Worker:
                 task.cancel()
             await asyncio.gather(leaving, watching, working, return_exceptions=True)
             await self._halt_late()
-            await self._say_goodbye()
+            await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._departure.tell()
             await asyncio.to_thread(self._trainer.shutdown)
 
@@ -227,12 +226,16 @@ class Worker:
             await self._on_trainer(self.replica.give_back, work)
         self._meter.exchanged()
         self._announce_record(record)
+        if leaves := self._departure.asked:  # said before the last attestation, after which the next round is planned
+            if quota is not None:
+                await self._report(plan, work, judge=False)
+            await self._departure.goodbye(plan.round, finished=self._finished())
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root), plan.round)
         except Refused:
             await self._client.present()  # too late for the round, not for the run
         self._departure.end(record)
-        if quota is not None:
+        if quota is not None and not leaves:
             await self._report(plan, work)
         await self._checkpoint()
 
@@ -287,10 +290,11 @@ class Worker:
 
     # ---------------------------------------------------------------------------- after the outer step
 
-    async def _report(self, plan: Plan, work: Work | None) -> None:
+    async def _report(self, plan: Plan, work: Work | None, *, judge: bool = True) -> None:
         """Judge this node's share of the held-out set and tell the coordinator what the round was like."""
-        rank = [member.node for member in plan.members].index(self.identity.peer_id)
-        heldout = await self._on_trainer(self.replica.heldout_loss, rank, len(plan.members))
+        rank, heldout = [member.node for member in plan.members].index(self.identity.peer_id), (0.0, 0)
+        if judge:
+            heldout = await self._on_trainer(self.replica.heldout_loss, rank, len(plan.members))
         momentum_norm = await self._on_trainer(self.replica.momentum_norm)
         metrics = self._meter.metrics(work, heldout, momentum_norm, self.network.traffic)
         self.log.emit(metrics_event(self.identity.peer_id, plan.round, metrics))
@@ -331,12 +335,6 @@ class Worker:
         if self._snapshots.oldest:
             await asyncio.to_thread(self._wire.forget, self._snapshots.oldest + 1)
         self.log.emit(events.Checkpointed(round=chain.rounds, path=str(path)))
-
-    async def _say_goodbye(self) -> None:
-        reason = "the run is finished" if self._finished() else self._departure.reason
-        with contextlib.suppress(Exception):  # we leave, whether anybody listens or not
-            async with asyncio.timeout(GOODBYE_SECONDS):
-                await self._client.submit(Leave(reason), self.replica.chain.rounds)
 
     # -------------------------------------------------------------------------------------- helpers
 

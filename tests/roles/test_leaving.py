@@ -23,7 +23,7 @@ from psyche.roles.rules import rules_of
 from psyche.roles.running import LOCK, process_of, registered
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
-from psyche.telemetry.events import Leaving, Left, PeerLeft, PhaseChanged, RoundCertified, StepDone
+from psyche.telemetry.events import Leaving, Left, PeerLeft, PhaseChanged, RoundCertified, RoundStarted, StepDone
 from tests.roles.swarm import PATIENCE, Swarm, swarm
 from tests.roles.test_overlap import alone, plan_for
 from tests.roles.tiny import write_config
@@ -72,6 +72,7 @@ def test_who_leaves_while_it_trains_hands_in_the_steps_it_has(two: Swarm) -> Non
     assert "leaving (at most" in done.stdout
     assert "round 1 is certified, with this node's work" in done.stdout
     two.wait("node-1", RoundCertified, lambda event: event.round == 3)
+    assert [len(event.members) for event in two.events("coordinator", RoundStarted)][:3] == [2, 1, 1]
 
 
 @pytest.mark.slow
