@@ -153,6 +153,9 @@ class Inner(Strict):
     batch_size: Count = 8
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 100
+    fresh_warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """First steps of an optimizer without state, on a node that joins later than the run's own warm-up; never more than
+    ``warmup_steps``. The default is (1 + β₁)/(1 − β₁): ``schedules.py`` says why."""
     final_lr: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Share of ``lr`` left at the end of a cosine or WSD schedule."""
     decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2

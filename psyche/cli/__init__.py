@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command()(runs.demo)
 app.command()(runs.run)
 app.command()(runs.join)
+app.command()(runs.leave)
 app.command()(runs.coordinator)
 app.command()(runs.key)
 app.command()(runs.invite)

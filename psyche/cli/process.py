@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,11 +19,14 @@ from psyche.errors import PsycheError
 if TYPE_CHECKING:
     from psyche.config import Config, Node
     from psyche.network.invite import Invite
+    from psyche.roles.leaving import Farewell
 
 PARENT = "PSYCHE_PARENT"
 """Environment: the pid of a launcher that this process must not outlive."""
 RUNS = Path("~/.local/share/psyche")
 """Where nodes keep their directories, each named by its run."""
+STOP_SECONDS = 20.0
+"""After SIGTERM, which also comes when the launcher is gone: nobody may be there to send another."""
 INVITE_SECONDS = 900.0
 """How long ``join @FILE`` waits for the file: a coordinator may have a corpus to prepare."""
 
@@ -44,19 +48,20 @@ def read_invite(text: str) -> Invite:
 
 
 def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
-    """Be a node until the run ends or Ctrl-C."""
+    """Be a node until the run ends, Ctrl-C, or ``psyche leave``."""
     _stay_with_parent()
+    from psyche.roles.leaving import Farewell
     from psyche.roles.processes import join
     from psyche.telemetry.events import Listener
     from psyche.telemetry.view import ContributorView, live
 
-    where = directory or home_of(invite)
+    where, farewell = directory or home_of(invite), Farewell()
     with contextlib.ExitStack() as stack:
 
         def listener(me: str) -> Listener:
             return stack.enter_context(live(ContributorView(me)))
 
-        _run(join(invite, node, where, listener))
+        _run(join(invite, node, where, listener, farewell), farewell)
 
 
 def home_of(invite: Invite) -> Path:
@@ -85,26 +90,56 @@ def run_standby(invite: Invite, node: Node, directory: Path) -> None:
         _run(stand_by(invite, node, directory, listener))
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end. Ctrl-C and SIGTERM cancel once, so that goodbyes are said; a second one kills."""
+def _run(work: Coroutine[Any, Any, None], farewell: Farewell | None = None) -> None:
+    """Run to the end, or until a signal ends it.
+
+    Ctrl-C asks a node to hand in what it can within seconds and to leave, SIGUSR1 (``psyche leave``) to finish the
+    round first. SIGTERM, and Ctrl-C where nobody is there to ask, cancel, so that goodbyes are said. A second Ctrl-C
+    or SIGTERM ends the process at once, and the first SIGTERM after STOP_SECONDS: a thread that prepares text, say,
+    cannot be cancelled.
+    """
+    pressed: set[int] = set()
 
     async def main() -> None:
         task = asyncio.ensure_future(work)
         loop = asyncio.get_running_loop()
 
-        def stop() -> None:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-            task.cancel()
+        def ask(*, quickly: bool) -> None:
+            if farewell is None or not farewell.ask(quickly=quickly):
+                task.cancel()
+
+        def stop(number: int) -> None:
+            if number in pressed:
+                _end_at_once(number)
+            pressed.add(number)
+            if number == signal.SIGINT:
+                ask(quickly=True)
+            else:
+                task.cancel()
+                hurry = threading.Timer(STOP_SECONDS, _end_at_once, [number])
+                hurry.daemon = True
+                hurry.start()
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
+            loop.add_signal_handler(number, stop, number)
+        if farewell is not None:
+            loop.add_signal_handler(signal.SIGUSR1, lambda: ask(quickly=False))
         try:
             await task
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
 
     asyncio.run(main())
+    if signal.SIGINT in pressed:
+        raise KeyboardInterrupt
+
+
+def _end_at_once(number: int) -> None:
+    """End here and now: what is on disk is whole at any moment, and the kernel ends our children."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h\n")  # the view hides the cursor
+        sys.stdout.flush()
+    os._exit(128 + number)
 
 
 def _stay_with_parent() -> None:

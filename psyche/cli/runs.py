@@ -1,4 +1,4 @@
-"""``psyche demo | run | join | coordinator | key | invite | export``."""
+"""``psyche demo | run | join | leave | coordinator | key | invite | export``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ def join(
     max_upload: MaxUpload = None,
     max_download: MaxDownload = None,
 ) -> None:
-    """Join a run with this machine, and train until it ends. Ctrl-C leaves cleanly; the same line comes back."""
+    """Join a run with this machine, and train until it ends.
+
+    Ctrl-C hands in what can be handed in within 5 seconds and leaves; a second one ends at once. `psyche leave`
+    finishes the round first. The same line comes back.
+    """
     from psyche.cli.process import read_invite, run_node
     from psyche.config import load_node, override_node
 
@@ -79,6 +83,27 @@ def join(
         max_download=max_download,
     )
     run_node(read_invite(invite), settings, directory)
+
+
+def leave(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(help="The node's directory; that of the one run joined from here.", show_default=False),
+    ] = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="Within seconds, as Ctrl-C: only what is done is handed in.")
+    ] = False,
+) -> None:
+    """Ask a node that runs on this machine to leave, and wait until it has.
+
+    It trains until the other members are done, hands in what it has, stays until the round is certified (it says how
+    long that takes at most), says goodbye and ends. Ctrl-C here stops the waiting, not the leaving.
+    """
+    from psyche.cli.process import RUNS
+    from psyche.roles.farewell import ask_to_leave
+    from psyche.roles.inviting import only_directory
+
+    ask_to_leave(directory or only_directory(RUNS.expanduser()), typer.echo, now=now)
 
 
 def coordinator(

@@ -154,5 +154,14 @@ def _create(path: Path) -> None:
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):  # another process was first: its key is the one
             os.link(draft, path)
+        _flush_names(path.parent)  # before anything is signed with it: who comes back without its key is another peer
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _flush_names(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

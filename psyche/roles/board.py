@@ -21,7 +21,7 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Refusal
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Board, Body, Commitment, Contribution, Holding, Present, Promise, decode
+from psyche.protocol.messages import Board, Body, Commitment, Contribution, Holding, Leave, Present, Promise, decode
 from psyche.protocol.state import Phase
 from psyche.roles.coordinator import MAX_BOARD, STANDBY, UNKNOWN, WATCH_SECONDS
 
@@ -71,6 +71,7 @@ class BoardClient:
         """The round of which a new leader has to hear yet."""
         self._said: dict[str, tuple[int, bytes]] = {}
         """What was submitted last of each kind, and in which round."""
+        self._left = False
         self._changed = asyncio.Condition()
         self.board: Board | None = None
 
@@ -88,6 +89,8 @@ class BoardClient:
                     if str(refusal) != UNKNOWN:
                         raise
                     await self.present()
+                    if self._left:  # it will not be known any more, however often it asks
+                        await asyncio.sleep(RETRY_SECONDS)
                 if silent_since is not None:
                     self._warn("the coordinator is back")
                 silent_since = None
@@ -114,9 +117,16 @@ class BoardClient:
             return self.board
 
     async def present(self) -> None:
-        """Tell the coordinator that this node is here, and with which state."""
+        """Tell the coordinator that this node is here, and with which state; not once it has left."""
+        if self._left:
+            return
         body = self._node.introduce()
         await self.submit(body, body.rounds)
+
+    async def leave(self, reason: str, round: int) -> None:
+        """Say goodbye. What was begun may still be submitted, but this node does not come back."""
+        self._left = True
+        await self.submit(Leave(reason), round)
 
     async def submit(self, body: Body, round: int) -> None:
         """Sign and send, again and again while the coordinator is away. Raises ``Refused`` with its reason."""

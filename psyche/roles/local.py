@@ -97,7 +97,7 @@ def _children() -> Iterator[list[Child]]:
         signal.signal(signal.SIGTERM, previous)
         for child in children:
             if child.process.poll() is None:
-                child.process.send_signal(signal.SIGINT)
+                child.process.terminate()  # not Ctrl-C's signal: without the coordinator no round can be finished
         deadline = time.monotonic() + STOP_SECONDS
         for child in children:
             try:

@@ -23,6 +23,7 @@ from psyche.rates import bytes_per_second
 from psyche.roles.background import beside, warning
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
+from psyche.roles.leaving import Farewell
 from psyche.roles.ledger import backfill, writing
 from psyche.roles.peers import PEERS, PeerBook, remember
 from psyche.roles.preflight import check_machine, tell, warn_of_connection
@@ -30,6 +31,7 @@ from psyche.roles.presence import KINDS, announce, sources
 from psyche.roles.probes import serve_probes
 from psyche.roles.provision import fetch_manifest, find_store, obtain_store, serve_file, serve_provisions, sign_manifest
 from psyche.roles.replica import Replica
+from psyche.roles.running import registered
 from psyche.roles.worker import Worker
 from psyche.state.checkpoint import load_latest
 from psyche.state.ledger import NAME as LEDGER
@@ -112,8 +114,16 @@ def _launched(
 # ------------------------------------------------------------------------------------------- a node
 
 
-async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[str], Listener]) -> None:
-    """Join a run and take part until it ends. ``listener`` makes the event listener from this node's PeerID.
+async def join(
+    invite: Invite,
+    node: Node,
+    directory: Path,
+    listener: Callable[[str], Listener],
+    farewell: Farewell | None = None,
+) -> None:
+    """Join a run and take part until it ends, or ``farewell`` says to leave.
+
+    ``listener`` makes the event listener from this node's PeerID.
 
     Goes on from the checkpoint in ``directory`` if there is one. Raises ``PsycheError``.
     """
@@ -124,7 +134,8 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
     book = PeerBook(directory / PEERS)
     network = await connect(identity, invite.run_id, node, directory, book, invite.addresses)
     background = announce(network, "member"), remember(network, book, invite.addresses)
-    async with network, beside(warn, *background, warn_of_connection(network, node, warn)):
+    # Registered once the key is ours: of two that are started in one directory the second must not be found instead.
+    async with network, registered(directory), beside(warn, *background, warn_of_connection(network, node, warn)):
         hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
         manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
         log.emit(run_started(manifest))
@@ -148,7 +159,7 @@ async def join(invite: Invite, node: Node, directory: Path, listener: Callable[[
             async with writing(ledger, warn) as writer:
                 await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
                 last = certificates[-1] if certificates else None
-                await Worker(replica, node, directory, identity, network, log, writer, last).run()
+                await Worker(replica, node, directory, identity, network, log, writer, last, farewell).run()
         finally:
             if wandb is not None:
                 await asyncio.to_thread(wandb.close)

@@ -119,11 +119,13 @@ class Replica:
         *,
         progress: Callable[[int, float, float], None] = lambda step, loss, lr: None,
         stop: Callable[[], bool] = lambda: False,
+        enough: Callable[[], bool] = lambda: False,
     ) -> Work:
         """The inner steps that are left of H, on this node's part of the data; then encode Δ = θ − x of the fragment.
 
-        Calls ``progress(step, loss, lr)`` after each inner step. Raises :class:`Interrupted` once ``stop()``
-        is true, and :class:`Exploded`.
+        Calls ``progress(step, loss, lr)`` after each inner step. Once ``enough()`` is true the steps taken so far, if
+        there are any, are all that this contribution has. Raises :class:`Interrupted` once ``stop()`` is true, and
+        :class:`Exploded`.
         """
         member = plan.member(self.node)
         assert member is not None, "only members train"
@@ -134,10 +136,13 @@ class Replica:
         for step in range(steps.late, member.inner_steps):
             if stop():
                 raise Interrupted
+            if steps.losses and enough():
+                break
             self._step(steps, plan, step, self.global_step(plan) + step)
             progress(step, steps.losses[-1], steps.lr)
+        done = len(steps.losses)
         self.engine.read(self._snapshot)
-        end = steps.trace.mark(member.inner_steps, self._snapshot)
+        end = steps.trace.mark(done, self._snapshot)
         payload = self._encode(plan.round)
         self._steps = Steps(Trace(end if self._overlaps else None))
         contribution = Contribution(
@@ -146,9 +151,9 @@ class Replica:
             trace_root=steps.trace.root,
             payload_root=payload_root(payload),
             payload_bytes=sum(len(part) for part in payload),
-            inner_steps=member.inner_steps,
+            inner_steps=done,
             late_steps=steps.late,
-            tokens=member.inner_steps * self.run.tokens_per_step,
+            tokens=done * self.run.tokens_per_step,
             salt=self._salt(plan),
         )
         loss = sum(steps.losses) / len(steps.losses)
@@ -291,7 +296,7 @@ class Replica:
             self._dealt = plan, positions(plan, self.node, batch, self.run.overlap.late_steps)
         span = self._dealt[1][step * batch : (step + 1) * batch]
         tokens = train.batch(sequences(span, len(train), self.run.seed))
-        steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps)
+        steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps, self.engine.steps)
         steps.losses.append(self.engine.step(tokens, steps.lr))
         steps.trace.saw(tokens)
 

@@ -33,7 +33,6 @@ from psyche.protocol.messages import (
     Board,
     Certificate,
     Commitment,
-    Leave,
     Plan,
     Present,
     Promise,
@@ -47,6 +46,7 @@ from psyche.roles.board import BoardClient
 from psyche.roles.catchup import CatchUp, behind
 from psyche.roles.certification import Certification, Moved
 from psyche.roles.history import serve_history
+from psyche.roles.leaving import Departure, Farewell
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
 from psyche.roles.replica import Interrupted, Replica, Work
@@ -76,8 +76,10 @@ class Worker:
         log: EventLog,
         ledger: LedgerWriter,
         certificate: bytes | None = None,
+        farewell: Farewell | None = None,
     ) -> None:
-        """``certificate`` is that of the last round applied, where the replica comes from a checkpoint."""
+        """``certificate`` is that of the last round applied, where the replica comes from a checkpoint; ``farewell``
+        will say that this node is to leave."""
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
@@ -85,6 +87,8 @@ class Worker:
         self._warned = ""
         self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificate)
         self._client = BoardClient(self.manifest, identity, network.rpc, self, self._warn)
+        deadlines = self.manifest.run.deadlines
+        self._departure = Departure(farewell or Farewell(), self._client, deadlines, identity.peer_id, log)
         journal = Journal(directory / JOURNAL, self._warn)
         self._wire = Wire(network, Shelf(network), journal, identity.peer_id, self._name_liar)
         self._snapshots = Snapshots(network, settings.checkpoints_kept)
@@ -107,7 +111,10 @@ class Worker:
         self._saved = replica.chain.rounds
 
     async def run(self) -> None:
-        """Take part until the run is finished. Cancelling it says goodbye and leaves within seconds."""
+        """Take part until the run is finished, or this node is asked to leave and has handed in what it can.
+
+        Cancelling it says goodbye at once.
+        """
         backend = self.replica.backend
         self.log.emit(events.Notice(level="info", text=f"codecs are computed by {backend.name} ({backend.detail})"))
         for index in self._wire.journal.blobs:
@@ -116,25 +123,27 @@ class Worker:
         await serve_history(self.network, self.ledger, self._snapshots)
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
+        leaving = asyncio.create_task(self._departure.run(working))
         try:
-            await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({watching, working, leaving}, return_when=asyncio.FIRST_COMPLETED)
             for task in (working, watching):
                 if task.done():
                     task.result()
         finally:
             self._stopping = True
-            watching.cancel()
-            working.cancel()
-            await asyncio.gather(watching, working, return_exceptions=True)
+            for task in (leaving, watching, working):
+                task.cancel()
+            await asyncio.gather(leaving, watching, working, return_exceptions=True)
             await self._halt_late()
-            await self._say_goodbye()
+            await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
+            self._departure.tell()
             await asyncio.to_thread(self._trainer.shutdown)
 
     # ------------------------------------------------------------------------------ between rounds
 
     async def _rounds(self) -> None:
         replica = self.replica
-        while True:
+        while not self._departure.asked:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(self._concerns_me)
             await self._halt_late()
@@ -145,7 +154,10 @@ class Worker:
             elif board.plan is not None:
                 with contextlib.suppress(Moved):
                     await self._take_part(board.plan)
-        await self._checkpoint(force=True)
+                self._departure.end()
+        await self._checkpoint(force=not self._departure.quickly)
+        if not self._finished():
+            return
         self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
 
     def _concerns_me(self, board: Board) -> bool:
@@ -187,6 +199,7 @@ class Worker:
         if (quota := plan.member(self.identity.peer_id)) is not None:
             members = tuple(member.node for member in plan.members)
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
+            self._departure.begin(plan)
             work = await self._train(plan)
         try:
             self._meter.exchanging()
@@ -214,11 +227,16 @@ class Worker:
             await self._on_trainer(self.replica.give_back, work)
         self._meter.exchanged()
         self._announce_record(record)
+        if leaves := self._departure.asked:  # said before the last attestation, after which the next round is planned
+            if quota is not None:
+                await self._report(plan, work, judge=False)
+            await self._departure.goodbye(plan.round, finished=self._finished())
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root), plan.round)
         except Refused:
             await self._client.present()  # too late for the round, not for the run
-        if quota is not None:
+        self._departure.end(record)
+        if quota is not None and not leaves:
             await self._report(plan, work)
         await self._checkpoint()
 
@@ -229,6 +247,7 @@ class Worker:
             work = await self._on_trainer(self._train_blocking, plan)
         except Interrupted:
             self._warn(f"round {plan.round} closed before this node was done; it follows the others")
+            self._departure.end()
             return None
         self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))
         digest = work.contribution.commitment(self.identity.peer_id, self.manifest.run_id, plan.round)
@@ -236,6 +255,8 @@ class Worker:
             await self._client.submit(Commitment(digest, plan.term), plan.round)
         except Refused as refusal:
             self._warn(f"this round's work was not taken: {refusal}; it is kept for the next one")
+            self._departure.end()
+        self._departure.sealed()
         return work
 
     def _exchange(self, plan: Plan) -> Exchange:
@@ -252,6 +273,8 @@ class Worker:
             pass
 
     def _step_late(self, plan: Plan) -> bool:
+        if self._departure.asked:
+            return False
         began = time.monotonic()
         taken = self.replica.step_late(plan)
         self._meter.trained(time.monotonic() - began)
@@ -268,10 +291,11 @@ class Worker:
 
     # ---------------------------------------------------------------------------- after the outer step
 
-    async def _report(self, plan: Plan, work: Work | None) -> None:
+    async def _report(self, plan: Plan, work: Work | None, *, judge: bool = True) -> None:
         """Judge this node's share of the held-out set and tell the coordinator what the round was like."""
-        rank = [member.node for member in plan.members].index(self.identity.peer_id)
-        heldout = await self._on_trainer(self.replica.heldout_loss, rank, len(plan.members))
+        rank, heldout = [member.node for member in plan.members].index(self.identity.peer_id), (0.0, 0)
+        if judge:
+            heldout = await self._on_trainer(self.replica.heldout_loss, rank, len(plan.members))
         momentum_norm = await self._on_trainer(self.replica.momentum_norm)
         metrics = self._meter.metrics(work, heldout, momentum_norm, self.network.traffic)
         self.log.emit(metrics_event(self.identity.peer_id, plan.round, metrics))
@@ -315,12 +339,6 @@ class Worker:
             await asyncio.to_thread(self._wire.forget, self._snapshots.oldest + 1)
         self.log.emit(events.Checkpointed(round=chain.rounds, path=str(path)))
 
-    async def _say_goodbye(self) -> None:
-        reason = "the run is finished" if self._finished() else "it was stopped"
-        with contextlib.suppress(Exception):  # we leave, whether anybody listens or not
-            async with asyncio.timeout(3.0):
-                await self._client.submit(Leave(reason), self.replica.chain.rounds)
-
     # -------------------------------------------------------------------------------------- helpers
 
     def _train_blocking(self, plan: Plan) -> Work:
@@ -342,7 +360,8 @@ class Worker:
                     )
                 )
 
-        return self.replica.train(plan, progress=progress, stop=lambda: self._stopping or self._closed_to_me(plan))
+        stop = lambda: self._stopping or self._closed_to_me(plan)  # noqa: E731
+        return self.replica.train(plan, progress=progress, stop=stop, enough=self._departure.enough)
 
     def _closed_to_me(self, plan: Plan) -> bool:
         board = self._client.board

@@ -258,6 +258,24 @@ class Checkpointed(Event, frozen=True):
     path: str
 
 
+class Leaving(Event, frozen=True):
+    """This node was asked to leave, and waits for something first."""
+
+    round: int
+    """The one it has a part in; 0: none."""
+    what: str
+    """In words."""
+    seconds: float
+    """At most so long; 0: it goes now."""
+
+
+class Left(Event, frozen=True):
+    """This node has said goodbye, as it was asked to."""
+
+    outcome: str
+    """What became of the round it was in, in words."""
+
+
 class Notice(Event, frozen=True):
     """Something for a person to read."""
 
@@ -290,6 +308,8 @@ AnyEvent = (
     | Resynchronised
     | CaughtUp
     | Checkpointed
+    | Leaving
+    | Left
     | Notice
     | RunFinished
 )

@@ -10,6 +10,8 @@ from psyche.telemetry.events import (
     Downloading,
     Event,
     GenesisJudged,
+    Leaving,
+    Left,
     MemberMetrics,
     Notice,
     PeerJoined,
@@ -148,6 +150,11 @@ def message(event: Event) -> str:
             return f"checkpoint {_moment(event.round)}: {clean(event.path, 400)}"
         case RoundSummary():
             return f"{_moment(event.round)} the model's held-out loss is {number(event.heldout_loss)}"
+        case Leaving():
+            bound = f" (at most {event.seconds:.0f} s)" if event.seconds else ""
+            return f"leaving{bound}: {clean(event.what)}"
+        case Left():
+            return f"left the run: {clean(event.outcome)}"
         case Notice(level="info"):
             return clean(event.text, 400)
         case Notice():

@@ -15,6 +15,8 @@ from psyche.telemetry.events import (
     Downloading,
     Event,
     GenesisJudged,
+    Leaving,
+    Left,
     MemberMetrics,
     Notice,
     PeerJoined,
@@ -87,7 +89,17 @@ class ViewState(msgspec.Struct, frozen=True):
         """The state after ``event``. Events that no view shows change nothing."""
         changes = _changes(event, self)
         if isinstance(
-            event, PeerJoined | PeerLeft | Rejected | Diverged | Resynchronised | CaughtUp | Checkpointed | Notice
+            event,
+            PeerJoined
+            | PeerLeft
+            | Rejected
+            | Diverged
+            | Resynchronised
+            | CaughtUp
+            | Checkpointed
+            | Leaving
+            | Left
+            | Notice,
         ):
             changes["messages"] = (*self.messages, event)[-MESSAGES:]
         return msgspec.structs.replace(self, **changes)

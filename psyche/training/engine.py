@@ -23,6 +23,8 @@ class Engine(Protocol):
     """Trains a model whose parameters the rest of the system sees as one flat fp32 vector."""
 
     layout: FlatLayout
+    steps: int
+    """Inner steps behind the optimizer's state; 0 where it has none."""
 
     def step(self, batch: Batch, lr: float) -> float:
         """One inner step: forward, backward, clip, AdamW. Returns the mean loss in nats a token."""
@@ -72,6 +74,7 @@ class TorchEngine:
         self._micro_batch = node.micro_batch
         self._autocast_dtype = pick_precision(node.precision, self.device)
         self._optimizer = adamw(self.model, inner)
+        self.steps = 0
 
     def step(self, batch: Batch, lr: float) -> float:
         for group in self._optimizer.param_groups:
@@ -86,6 +89,7 @@ class TorchEngine:
         if self._clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizer.step()
+        self.steps += 1
         return float(loss_sum)
 
     @torch.no_grad()
@@ -139,6 +143,7 @@ class TorchEngine:
             raise ValueError(f"the inner optimizer state has {min(unknown)}, which this model has not")
         self._optimizer.state.clear()
         self._optimizer.state.update(loaded)
+        self.steps = min((int(own["step"]) for own in loaded.values()), default=0)
 
     def _pieces(self, batch: Batch) -> list[Batch]:
         size = self._micro_batch or len(batch)

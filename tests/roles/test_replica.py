@@ -8,7 +8,7 @@ import torch
 
 from psyche.config import load_config
 from psyche.network.identity import Identity
-from psyche.protocol.messages import Member, Plan
+from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.roles.launch import launch
 from tests.roles.tiny import replica, write_config
@@ -32,3 +32,26 @@ def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_pat
     assert not torch.allclose(lost, learned, atol=0, rtol=1e-3), "the residual alone is not what was learned"
     torch.testing.assert_close(one.residual, learned, rtol=1e-5, atol=1e-9)
     assert one.chain == chain, "nothing of the outer state moved"
+
+
+def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in_the_schedule(tmp_path: Path) -> None:
+    inner = {"lr": 0.003, "batch_size": 2, "warmup_steps": 3, "fresh_warmup_steps": 2, "schedule": "constant"}
+    rounds = {"total": 4, "inner_steps": 4, "start_members": 1}
+    config = load_config(write_config(tmp_path, members=1, inner=inner, rounds=rounds))
+    identity = Identity.load_or_create(tmp_path / "node.key")
+    manifest = launch(config, identity.peer_id).manifest
+    there, joined = (replica(manifest, config.node, identity) for _ in range(2))
+    lrs: dict[str, list[float]] = {"there": [], "joined": []}
+    for round in (1, 2):
+        chain, member = there.chain, Member(identity.peer_id, 4, 1)
+        plan = Plan(round, 1, chain.head, chain.state_root, round_seed(chain.head), chain.position, 0, (member,))
+        work = there.train(plan, progress=lambda step, loss, lr: lrs["there"].append(lr))
+        if round == 1:
+            node = identity.peer_id
+            record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), (), ())
+            there.apply(record, there.gradient_of(record, {node: work.payload}))
+            joined.adopt(there.outer.clone(), record)
+        else:
+            joined.train(plan, progress=lambda step, loss, lr: lrs["joined"].append(lr))
+    assert lrs["there"] == [0.001, 0.002, *[0.003] * 6]
+    assert lrs["joined"] == [0.0015, *[0.003] * 3]

@@ -135,6 +135,19 @@ def test_state_and_parameters_together_continue_to_the_bit() -> None:
     assert torch.equal(parameters(one), parameters(other))
 
 
+def test_the_steps_behind_the_optimizers_state_go_where_the_state_goes() -> None:
+    one, other = engine(1), engine(2)
+    assert one.steps == 0
+    steps(one, 3)
+    one.write(parameters(other))
+    assert one.steps == 3
+    other.load_state(one.state())
+    steps(other, 2)
+    assert other.steps == 5
+    other.load_state(engine().state())
+    assert other.steps == 0, "a state that is lost begins anew"
+
+
 def test_without_the_state_it_would_not_continue() -> None:
     one, other = engine(1), engine(1)
     steps(one, 5)

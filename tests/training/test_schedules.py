@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,6 +60,55 @@ def test_to_nothing_and_to_everything(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_a_run_shorter_than_its_warm_up_only_warms_up(schedule: str) -> None:
     assert lrs(2, schedule=schedule, warmup_steps=4) == [0.25, 0.5, 0.75]
+
+
+MEMBERS = st.builds(
+    Inner,
+    lr=st.floats(1e-6, 1.0),
+    schedule=st.sampled_from(["cosine", "wsd", "constant"]),
+    warmup_steps=st.integers(0, 50),
+    fresh_warmup_steps=st.integers(0, 60),
+)
+
+
+@given(inner=MEMBERS, total=st.integers(1, 200), step=st.integers(0, 200))
+def test_who_is_there_from_the_beginning_has_the_runs_schedule_to_the_bit(inner: Inner, total: int, step: int) -> None:
+    assert learning_rate(inner, step, total, step) == learning_rate(inner, step, total)
+
+
+@given(inner=MEMBERS, total=st.integers(1, 200), step=st.integers(0, 200), taken=st.integers(0, 200))
+def test_a_fresh_optimizer_is_never_faster_than_the_schedule_and_soon_as_fast(
+    inner: Inner, total: int, step: int, taken: int
+) -> None:
+    rate, scheduled = learning_rate(inner, step, total, taken), learning_rate(inner, step, total)
+    assert 0 < rate <= scheduled
+    if taken >= inner.fresh_warmup_steps or not inner.warmup_steps:
+        assert rate == scheduled
+
+
+def test_the_warm_up_of_a_fresh_optimizer_is_a_share_of_what_the_schedule_says_then() -> None:
+    inner = Inner(lr=1.0, warmup_steps=10, fresh_warmup_steps=4, schedule="cosine", final_lr=0.1)
+    scheduled = [learning_rate(inner, step, 100) for step in range(80, 86)]
+    rates = [learning_rate(inner, 80 + taken, 100, taken) for taken in range(6)]
+    assert [a / b for a, b in zip(rates, scheduled, strict=True)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+def test_twenty_steps_keep_the_moves_of_noise_at_what_they_are_later() -> None:
+    """What the default rests on: AdamW on pure noise, its first moves against those it makes in the long run."""
+    inner = Inner(lr=1.0, warmup_steps=100, schedule="constant", betas=(0.9, 0.99))
+    parameter = torch.zeros(20_000, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=inner.betas, weight_decay=0.0)
+    noise, moves = torch.Generator().manual_seed(1), []
+    for taken in range(300):
+        optimizer.param_groups[0]["lr"] = learning_rate(inner, 5000 + taken, 10_000, taken)
+        before = parameter.detach().clone()
+        parameter.grad = torch.randn(20_000, generator=noise)
+        optimizer.step()
+        moves.append(float((parameter.detach() - before).square().mean().sqrt()))
+    later = sum(moves[200:]) / 100
+    assert later == pytest.approx((0.1 / 1.9) ** 0.5, rel=0.05)
+    assert max(moves[:30]) < 1.17 * later
+    assert inner.lr > 4 * later, "the first move is ±lr in every coordinate"
 
 
 @given(
