@@ -56,9 +56,15 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Arrived(node, state_root, device, rounds):
             if node not in state.peers:
                 state = replace(state, arrived=now)
+            state = replace(state, goodbyes=state.goodbyes - {node})
             return with_peer(state, node, Peer(now, state_root, device[:64], rounds)), []
-        case Left(node, reason):
-            return without_peer(state, node), [Departed(node, reason)] if node in state.peers else []
+        case Left(node, reason) if node in state.peers:
+            proposal = state.round.proposal if state.round else None
+            if node in state.electorate or (proposal and node in proposal.voters):
+                state = replace(state, goodbyes=state.goodbyes | {node})
+            return without_peer(state, node), [Departed(node, reason)]
+        case Left():
+            return state, []
         case Promised():
             return _promise(state, event)
         case Restored(record):
@@ -224,6 +230,7 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
         position=next_position(record.plan, rules.batch_size, rules.late_steps),
         electorate=record.voters,
         standing=record.standing,
+        goodbyes=state.goodbyes & set(record.voters),
         roster=0,
         used=0,
         replaced=None,

@@ -112,8 +112,9 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         )
         return said(state, phase, note)
     if not carries_quorum(ready, state.electorate):
-        if state.electorate and not alone(rules, state, now):
-            return said(state, Phase.PAUSED, f"waiting for votes of {names(set(state.electorate) - set(ready))}")
+        missing = set(state.electorate) - set(ready) - state.goodbyes
+        if missing and not alone(rules, state, now):
+            return said(state, Phase.PAUSED, f"waiting for votes of {names(missing)}")
         state = reconfigured(state, electors(rules, state, seated(rules, state, ready)))
     if not state.taken_up:
         return take_up(rules, state, ready, now)
@@ -265,14 +266,14 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
         return state, []
     # The state after a round is computed, not chosen: where fewer than half of the members lie, a root that more than
     # half of them found is the right one. Members that attest count, in the electorate or not, so that a small
-    # electorate is no shortcut; who only followed the round does not.
+    # electorate is no shortcut; who only followed the round does not, nor who voted and has gone since.
     votes = {member.node: member.votes for member in current.plan.members} | dict.fromkeys(record.electorate, 1)
-    members = {member.node for member in current.plan.members} & set(record.electorate)
-    total = sum(votes.get(node, 0) for node in members | set(current.attestations))
+    here = {member.node for member in current.plan.members} & set(record.electorate) & set(state.peers)
+    total = sum(votes.get(node, 0) for node in here | set(current.attestations))
     found = {root: having(current.attestations, root) for root in set(current.attestations.values())}
     agreed = [root for root, nodes in found.items() if 2 * sum(votes.get(node, 0) for node in nodes) > total]
     if not agreed:
-        silent = set(record.electorate) - set(current.attestations)
+        silent = here - set(current.attestations)
         note = f"no half of the members agrees on the state after round {current.plan.round}" + (
             f"; waiting for {names(silent)}" if silent else ""
         )

@@ -169,6 +169,8 @@ class State:
     arrived: float | None = None
     """When somebody was last seen for the first time."""
     peers: Mapping[str, Peer] = field(default_factory=dict)
+    goodbyes: frozenset[str] = frozenset()
+    """Of the electorate, who has said that it leaves, and has not come back: nobody waits for their votes."""
     round: Round | None = None
     commit_seconds: tuple[float, ...] = ()
     exchange_seconds: tuple[float, ...] = ()

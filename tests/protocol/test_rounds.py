@@ -436,3 +436,32 @@ def test_a_member_that_returns_can_vote_again() -> None:
                 table.vote(node)
         table.wait(51)
     assert 1 in table.certified
+
+
+@pytest.mark.parametrize("attested", [False, True])
+def test_who_says_goodbye_is_not_waited_for(attested: bool) -> None:
+    """Its vote is missing for good: the others go on at once, not after the time in which it could have come back."""
+    table, (stays, leaves) = started(2, rounds=9)
+    table.close([stays, leaves])
+    table.exchange([stays, leaves])
+    table.certify([stays, leaves])
+    if attested:
+        table.attest(leaves)
+    table.send(Left(leaves, "it leaves"))
+    table.attest(stays)
+    assert [(table.plan.round, member.node) for member in table.plan.members] == [(2, stays)]
+    record = table.play_round([stays])
+    assert record.electorate == (stays,)
+
+
+def test_who_voted_and_died_does_not_keep_the_others_from_settling() -> None:
+    table, (stays, dies) = started(2, rounds=9)
+    table.close([stays, dies])
+    table.exchange([stays, dies])
+    table.certify([stays, dies])
+    table.attest(stays)
+    table.wait(RULES.silence - 1, alive=[stays])
+    assert table.state.rounds == 0
+    table.wait(2 + RULES.silence, alive=[stays])
+    assert table.state.rounds == 1
+    assert [member.node for member in table.plan.members] == [stays]
