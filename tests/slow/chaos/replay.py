@@ -1,0 +1,131 @@
+"""What must have come of a chain, computed in one process from its records and the payloads that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from psyche.config import Manifest, Node
+from psyche.exchange.journal import Journal
+from psyche.network.identity import Identity
+from psyche.network.spool import Blob
+from psyche.numerics.aggregate import Gradient, decoded
+from psyche.numerics.outer import OuterState
+from psyche.protocol.ledger import claimed
+from psyche.protocol.messages import Record
+from psyche.roles.replica import Replica
+from psyche.state.ledger import Ledger
+from tests.roles.tiny import replica
+
+CHANGED = 1e-6
+"""By how much, relatively, the parameters of a run differ at its start that shows how much of a difference is noise."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """On the held-out set, nats a token."""
+
+    before: float
+    """Of the model before the first round."""
+    after: float
+    """Of the run's model."""
+    undisturbed: float
+    """Of the model that nodes to whom nothing happened make of the same tokens."""
+    again: float
+    """The same, from a start that is a millionth different."""
+
+
+def records_of(ledgers: Sequence[Path]) -> list[Record]:
+    """The records of all rounds that any of the ledgers holds, in order."""
+    found: dict[int, Record] = {}
+    for path in ledgers:
+        with Ledger.read(path) as ledger:
+            found |= {entry.round: claimed(entry.certificate).record for entry in ledger.entries()}
+    assert sorted(found) == list(range(1, len(found) + 1)), "a round is missing"
+    return [found[round] for round in sorted(found)]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Replicas of a run's nodes, with their data, away from any network. ``keys`` are the nodes' key files."""
+
+    manifest: Manifest
+    node: Node
+    keys: tuple[Path, ...]
+
+    def replay(self, records: Sequence[Record], payloads: Path) -> tuple[list[bytes], Replica]:
+        """The outer steps of ``records`` from the genesis: the state_root after each, and who took them.
+
+        ``payloads`` is a folder with all that any node's journal ever held.
+        """
+        journal = Journal(payloads, warn=_fail)
+        taker = next(iter(self.replicas().values()))
+        roots = []
+        for record in records:
+            taker.apply(record, _gradient(taker, record, journal))
+            roots.append(taker.chain.state_root)
+        return roots, taker
+
+    def losses(self, records: Sequence[Record], after: Replica) -> Losses:
+        """``after`` has taken the outer steps of ``records``."""
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            same, other = (pool.submit(self.undisturbed, records, changed) for changed in (0.0, CHANGED))
+            before = _loss(next(iter(self.replicas().values())))
+            return Losses(before, _loss(after), same.result(), other.result())
+
+    def undisturbed(self, records: Sequence[Record], changed: float) -> float:
+        """The loss after the rounds of ``records`` if nobody had lost anything in between.
+
+        In each round the same nodes train on the same tokens, and nobody else; they keep their optimizers and their
+        error feedback, which nodes that crashed have lost some of. At the start all parameters are ``changed``.
+        """
+        trained = {one.node for record in records for one in record.accepted}
+        replicas = {node: one for node, one in self.replicas(changed).items() if node in trained}
+        for record in records:
+            works = {one.node: replicas[one.node].train(record.plan).payload for one in record.accepted}
+            for one in replicas.values():
+                one.apply(record, one.gradient_of(record, works))
+        return _loss(next(iter(replicas.values())))
+
+    def replicas(self, changed: float = 0.0) -> dict[str, Replica]:
+        """One of each node, by PeerID, as the run began."""
+        found = {}
+        for identity in map(Identity.load_or_create, self.keys):
+            one = found[identity.peer_id] = replica(self.manifest, self.node, identity)
+            if changed:
+                noise = torch.randn(one.outer.theta.shape, generator=torch.Generator().manual_seed(0))
+                one.adopt(OuterState.initial(one.outer.theta * (1 + changed * noise)), None)
+        return found
+
+
+def _gradient(taker: Replica, record: Record, journal: Journal) -> Gradient:
+    if not record.results:
+        accepted: Mapping[str, bytes] = {one.node: one.contribution.payload_root for one in record.accepted}
+        return taker.gradient_of(record, {node: _blob(record, root, journal) for node, root in accepted.items()})
+    results = [_blob(record, root, journal) for root in record.results]
+
+    def encoded(number: int) -> bytes:
+        position, group = divmod(number, len(results))
+        return results[group][position]
+
+    return decoded(taker.backend.codec(taker.run.result_codec), encoded)
+
+
+def _blob(record: Record, root: bytes, journal: Journal) -> Blob:
+    blob = journal.blob(root)
+    assert blob is not None, f"what round {record.plan.round} took was in nobody's journal: {root.hex()}"
+    return blob
+
+
+def _loss(one: Replica) -> float:
+    total, tokens = one.heldout_loss(0, 1)
+    return total / tokens
+
+
+def _fail(text: str) -> None:
+    raise AssertionError(text)
