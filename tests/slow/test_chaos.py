@@ -77,6 +77,8 @@ def configure(directory: Path, run: Path) -> Path:
         rounds=rounds,
         deadlines=QUICK,
         standbys=[standby_key(run / STANDBY)],
+        inner={"lr": 0.001, "batch_size": 2, "warmup_steps": 20},
+        outer={"momentum": 0.7},
         heldout_sequences=128,
         exchange={"kind": "gather"},
     )

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from psyche.config import MANIFEST, Manifest, load_config
+from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.network.identity import IDENTITY
+from psyche.roles.local import run_locally
+from psyche.state.ledger import NAME as LEDGER
+from psyche.telemetry.events import LOG_NAME
+from tests.roles.tiny import LARGER, certified_roots, write_config
 from tests.slow.chaos.clock import Clock, build
 from tests.slow.chaos.faults import KINDS, UNDISTURBED, schedule
+from tests.slow.chaos.replay import Reference, records_of
 from tests.slow.chaos.world import World, why_not, world
 
 NODES = [f"node-{number}" for number in range(1, 7)]
@@ -41,6 +51,29 @@ def test_a_seed_is_one_story_and_leaves_some_undisturbed(seed: int) -> None:
         assert len(there - gone - set(going_on)) >= UNDISTURBED
         assert set(COORDINATORS) - set(going_on)
     assert story != schedule(seed + 1, 300, NODES, COORDINATORS, ["node-7"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{"exchange": {"kind": "gather"}}, {"exchange": {"kind": "sharded"}, "model": LARGER}]
+)
+def test_the_reference_of_a_run_to_which_nothing_happened_is_that_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = write_config(tmp_path, members=3, **changes)
+    config.write_text(config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 10"))  # all of the journal
+    run = tmp_path / "run"
+    run_locally(config, None, run, fresh=True, report=False)
+    names = [f"node-{number}" for number in range(1, 4)]
+    payloads = tmp_path / "payloads"
+    for name in names:
+        shutil.copytree(run / name / JOURNAL, payloads, dirs_exist_ok=True)
+    manifest = Manifest.decode((run / "coordinator" / MANIFEST).read_bytes())
+    reference = Reference(manifest, load_config(config).node, tuple(run / name / IDENTITY for name in names))
+    records = records_of([run / name / LEDGER for name in names])
+    roots, taker = reference.replay(records, payloads)
+    assert [root.hex() for root in roots] == certified_roots(run / "coordinator" / LOG_NAME)
+    found = reference.losses(records, taker)
+    assert found.undisturbed == found.after < found.before
+    assert found.again != found.after
 
 
 @needs_world
