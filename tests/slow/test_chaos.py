@@ -17,11 +17,11 @@ from psyche.roles.ledger import verify_ledger
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry.events import RoundCertified
-from tests.roles.swarm import Swarm, alive, standby_key
+from tests.roles.swarm import Swarm, standby_key
 from tests.roles.tiny import write_config
 from tests.slow.chaos import summary
 from tests.slow.chaos.conductor import Conductor
-from tests.slow.chaos.faults import schedule
+from tests.slow.chaos.faults import KINDS, PLAIN, schedule
 from tests.slow.chaos.replay import Reference, records_of
 from tests.slow.chaos.watch import Watch
 from tests.slow.chaos.world import COORDINATOR, World, why_not, world
@@ -36,7 +36,7 @@ QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max
 WHOLE_SECONDS = 300.0
 """Until everybody is in a round again. A guard, not a measurement."""
 WORSE = 0.02
-"""A run's loss may be so much above an undisturbed one's, relatively."""
+"""A run's loss may be so much above those of undisturbed ones, relatively."""
 
 
 @pytest.mark.slow
@@ -44,10 +44,10 @@ WORSE = 0.02
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_swarm_under_random_faults_keeps_one_chain(tmp_path: Path, seed: int) -> None:
     if (reason := why_not()) is not None:
-        pytest.skip(reason)
-    story = schedule(seed, SECONDS, NODES, COORDINATORS, SPARE)
+        print(f"networks, disks and clocks are left alone: {reason}")
+    story = schedule(seed, SECONDS, NODES, COORDINATORS, SPARE, PLAIN if reason else KINDS)
     names = [*COORDINATORS, *NODES, *SPARE]
-    with world(tmp_path / "run", names, standbys=[STANDBY], strangers=SPARE) as run:
+    with world(tmp_path / "run", names, standbys=[STANDBY], strangers=SPARE, plain=reason is not None) as run:
         run.config = configure(tmp_path, run.directory)
         with Watch(run, tmp_path / "payloads") as watch:
             conductor = Conductor(run, watch.seen)
@@ -60,8 +60,9 @@ def test_a_swarm_under_random_faults_keeps_one_chain(tmp_path: Path, seed: int) 
         print(f"\nseed {seed}, {SECONDS:.0f} s", *story, sep="\n")
         print(summary.endings(conductor))
         print(summary.table(conductor, watch.seen, COORDINATORS))
+        print(summary.leaving(conductor))
         assert not conductor.unexplained()
-        assert not [pid for pid in watch.below if alive(pid)], "an orphan"
+        assert not watch.orphans()
         ever = [name for name in names if (run.directory / name / LEDGER).exists()]
         roots = compare(run, ever)
         assert len({root_in(run, name, whole) for name in nodes}) == 1
@@ -117,7 +118,7 @@ def check_against_the_reference(run: World, names: Sequence[str], roots: dict[in
     found = reference.losses(records, taker)
     print(summary.losses(found))
     assert found.after < found.before
-    assert found.after <= found.undisturbed * (1 + WORSE)
+    assert found.after <= max(found.undisturbed, *found.dealt) * (1 + WORSE)
 
 
 def root_in(run: Swarm, name: str, round: int) -> str:

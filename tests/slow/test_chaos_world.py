@@ -73,7 +73,7 @@ def test_the_reference_of_a_run_to_which_nothing_happened_is_that_run(tmp_path: 
     assert [root.hex() for root in roots] == certified_roots(run / "coordinator" / LOG_NAME)
     found = reference.losses(records, taker)
     assert found.undisturbed == found.after < found.before
-    assert found.again != found.after
+    assert all(0 < abs(loss - found.undisturbed) < 0.1 * found.undisturbed for loss in found.dealt)
 
 
 @needs_world
@@ -129,12 +129,12 @@ def test_who_is_cut_off_or_on_the_other_side_is_not_reached(two: World) -> None:
 
 @needs_world
 def test_a_full_disk_takes_nothing_until_it_is_freed(two: World) -> None:
-    path, disk = two.directory / "one" / "file", two.spots["one"].disk
-    disk.fill()
+    path = two.directory / "one" / "file"
+    two.fill("one")
     with pytest.raises(OSError, match="No space left"):
         path.write_bytes(bytes(1 << 16))
     (two.directory / "other" / "file").write_bytes(bytes(1 << 16))
-    disk.free()
+    two.free("one")
     path.write_bytes(bytes(1 << 16))
 
 

@@ -58,7 +58,10 @@ class Conductor:
     """Nodes that are gone for good."""
     present: list[str] = field(default_factory=list)
     """Everybody else who was begun."""
-    _leaving: set[str] = field(default_factory=set)
+    leaving_seconds: list[float] = field(default_factory=list)
+    """From Ctrl-C to the exit of each that left in the course of the story."""
+    _leaving: dict[str, float] = field(default_factory=dict)
+    """When each that leaves now was told to."""
     _away: set[str] = field(default_factory=set)
     """Who must not be started now."""
     _down: dict[str, float] = field(default_factory=dict)
@@ -94,9 +97,8 @@ class Conductor:
             if (code := process.poll()) is None:
                 continue
             del self.world.processes[name]
-            if name in self._leaving:
-                self._leaving.discard(name)
-                assert code == STOPPED, (name, code, self.world.output(name)[-3000:])
+            if (told := self._leaving.pop(name, None)) is not None and code == STOPPED:
+                self.leaving_seconds.append(time.monotonic() - told)
             else:
                 last = self.world.output(name).strip().splitlines()[-1:]
                 self.ended.append(Ended(name, code, "".join(last), self._going_on(name)))
@@ -144,10 +146,10 @@ class Conductor:
                 world.cut(name)
                 return True
             case "clock":
-                world.spots[name].clock.set(fault.offset)
+                world.set_clock(name, fault.offset)
                 return True
             case "disk full":
-                world.spots[name].disk.fill()
+                world.fill(name)
                 return True
         if name not in world.processes:
             if fault.length == inf:
@@ -161,7 +163,7 @@ class Conductor:
                 world.kill(name)
             case "leave":
                 self._away.add(name)
-                self._leaving.add(name)
+                self._leaving[name] = time.monotonic()
                 world.processes[name].send_signal(signal.SIGINT)
                 if fault.length == inf:
                     self._gone_for_good(name)
@@ -175,9 +177,9 @@ class Conductor:
             case "cut":
                 world.heal(name)
             case "clock":
-                world.spots[name].clock.set(0.0)
+                world.set_clock(name, 0.0)
             case "disk full":
-                world.spots[name].disk.free()
+                world.free(name)
             case "freeze":
                 world.thaw(name)
             case "kill" | "restart" | "leave":

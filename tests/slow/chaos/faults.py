@@ -14,6 +14,8 @@ from typing import Literal
 
 Kind = Literal["kill", "restart", "freeze", "cut", "partition", "disk full", "clock", "leave", "join"]
 KINDS: tuple[Kind, ...] = ("kill", "restart", "freeze", "cut", "partition", "disk full", "clock", "leave", "join")
+PLAIN: tuple[Kind, ...] = ("kill", "restart", "freeze", "leave", "join")
+"""Those that need nothing of the machine."""
 OF_COORDINATORS = frozenset({"kill", "restart", "freeze", "cut", "disk full", "clock"})
 
 GAP = (3.0, 9.0)
@@ -46,19 +48,31 @@ class Fault:
 
 
 def schedule(
-    seed: int, seconds: float, nodes: Sequence[str], coordinators: Sequence[str], spare: Sequence[str]
+    seed: int,
+    seconds: float,
+    nodes: Sequence[str],
+    coordinators: Sequence[str],
+    spare: Sequence[str],
+    kinds: Sequence[Kind] = KINDS,
 ) -> list[Fault]:
     """Faults within the first ``seconds``. ``spare`` are the names of nodes that may join.
 
     Kinds come in shuffled sets of all, so that a short story has each of them, too. Of the nodes only as many leave
     for good as have joined before.
     """
-    return list(_Draw(seed, nodes, coordinators, spare).until(seconds))
+    return _Draw(seed, nodes, coordinators, spare, kinds).until(seconds)
 
 
 class _Draw:
-    def __init__(self, seed: int, nodes: Sequence[str], coordinators: Sequence[str], spare: Sequence[str]) -> None:
-        self._random = random.Random(seed)
+    def __init__(
+        self,
+        seed: int,
+        nodes: Sequence[str],
+        coordinators: Sequence[str],
+        spare: Sequence[str],
+        kinds: Sequence[Kind],
+    ) -> None:
+        self._random, self._kinds = random.Random(seed), kinds
         self._nodes, self._coordinators, self._spare = list(nodes), list(coordinators), list(spare)
         self._busy: dict[str, float] = {}
         """Until when something happens to a process."""
@@ -72,7 +86,7 @@ class _Draw:
         now = self._random.uniform(*GAP)
         while now < seconds:
             if not bag:
-                bag = [kind for kind in KINDS if kind != "join" or self._spare]
+                bag = [kind for kind in self._kinds if kind != "join" or self._spare]
                 self._random.shuffle(bag)
             for kind in list(bag):  # those that cannot be now come later
                 if (fault := self._of(kind, now)) is not None:

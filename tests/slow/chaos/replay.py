@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
+import msgspec
 
 from psyche.config import Manifest, Node
 from psyche.exchange.journal import Journal
 from psyche.network.identity import Identity
 from psyche.network.spool import Blob
-from psyche.numerics.aggregate import Gradient, decoded
-from psyche.numerics.outer import OuterState
+from psyche.numerics.aggregate import Gradient, decoded, gathered
+from psyche.numerics.digest import digest
 from psyche.protocol.ledger import claimed
-from psyche.protocol.messages import Record
+from psyche.protocol.messages import Plan, Record
 from psyche.roles.replica import Replica
 from psyche.state.ledger import Ledger
 from tests.roles.tiny import replica
 
-CHANGED = 1e-6
-"""By how much, relatively, the parameters of a run differ at its start that shows how much of a difference is noise."""
+DEALS = (0, 1, 2)
+"""Of an undisturbed run: as the run dealt its data, and otherwise."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Losses:
     """Of the run's model."""
     undisturbed: float
     """Of the model that nodes to whom nothing happened make of the same tokens."""
-    again: float
-    """The same, from a start that is a millionth different."""
+    dealt: tuple[float, ...]
+    """The same, when each round's data are dealt to its nodes otherwise: what differs there is noise."""
 
 
 def records_of(ledgers: Sequence[Path]) -> list[Record]:
@@ -74,39 +74,42 @@ class Reference:
     def losses(self, records: Sequence[Record], after: Replica) -> Losses:
         """``after`` has taken the outer steps of ``records``."""
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            same, other = (pool.submit(self.undisturbed, records, changed) for changed in (0.0, CHANGED))
-            before = _loss(next(iter(self.replicas().values())))
-            return Losses(before, _loss(after), same.result(), other.result())
+            undisturbed = [pool.submit(self.undisturbed, records, deal) for deal in DEALS]
+            before, now = _loss(next(iter(self.replicas().values()))), _loss(after)
+            same, *dealt = (one.result() for one in undisturbed)
+        return Losses(before, now, same, tuple(dealt))
 
-    def undisturbed(self, records: Sequence[Record], changed: float) -> float:
+    def undisturbed(self, records: Sequence[Record], deal: int) -> float:
         """The loss after the rounds of ``records`` if nobody had lost anything in between.
 
         In each round the same nodes train on the same tokens, and nobody else; they keep their optimizers and their
-        error feedback, which nodes that crashed have lost some of. At the start all parameters are ``changed``.
+        error feedback, which nodes that crashed have lost some of. ``deal`` is one of DEALS.
         """
         trained = {one.node for record in records for one in record.accepted}
-        replicas = {node: one for node, one in self.replicas(changed).items() if node in trained}
+        replicas = {node: one for node, one in self.replicas().items() if node in trained}
         for record in records:
-            works = {one.node: replicas[one.node].train(record.plan).payload for one in record.accepted}
+            plan = _dealt(record.plan, deal)
+            works = {one.node: replicas[one.node].train(plan).payload for one in record.accepted}
             for one in replicas.values():
                 one.apply(record, one.gradient_of(record, works))
         return _loss(next(iter(replicas.values())))
 
-    def replicas(self, changed: float = 0.0) -> dict[str, Replica]:
+    def replicas(self) -> dict[str, Replica]:
         """One of each node, by PeerID, as the run began."""
-        found = {}
-        for identity in map(Identity.load_or_create, self.keys):
-            one = found[identity.peer_id] = replica(self.manifest, self.node, identity)
-            if changed:
-                noise = torch.randn(one.outer.theta.shape, generator=torch.Generator().manual_seed(0))
-                one.adopt(OuterState.initial(one.outer.theta * (1 + changed * noise)), None)
-        return found
+        identities = map(Identity.load_or_create, self.keys)
+        return {identity.peer_id: replica(self.manifest, self.node, identity) for identity in identities}
+
+
+def _dealt(plan: Plan, deal: int) -> Plan:
+    """``plan`` with its data in another order, and so in other hands."""
+    return msgspec.structs.replace(plan, seed=digest("deal", plan.seed, bytes([deal]))) if deal else plan
 
 
 def _gradient(taker: Replica, record: Record, journal: Journal) -> Gradient:
     if not record.results:
-        accepted: Mapping[str, bytes] = {one.node: one.contribution.payload_root for one in record.accepted}
-        return taker.gradient_of(record, {node: _blob(record, root, journal) for node, root in accepted.items()})
+        tokens = {one.node: one.contribution.tokens for one in record.accepted}
+        payloads = {one.node: _blob(record, one.contribution.payload_root, journal) for one in record.accepted}
+        return gathered(taker.codec, tokens, payloads)
     results = [_blob(record, root, journal) for root in record.results]
 
     def encoded(number: int) -> bytes:

@@ -19,7 +19,7 @@ import msgspec
 
 from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.telemetry.events import LOG_NAME, AnyEvent, RoundCertified
-from tests.roles.swarm import descendants
+from tests.roles.swarm import alive, descendants
 from tests.slow.chaos.world import World
 
 LOOK_SECONDS = 0.2
@@ -51,8 +51,7 @@ class Watch:
     """Looks on a thread of its own while the block is not left."""
 
     def __init__(self, world: World, payloads: Path) -> None:
-        self.seen, self.below = Seen(), set[int]()
-        """``below``: pids of all that the run's processes ever started, as far as was seen."""
+        self.seen, self._below = Seen(), set[tuple[int, str]]()
         self._world, self._payloads = world, payloads
         self._logs: dict[str, BinaryIO] = {}
         self._decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
@@ -75,6 +74,10 @@ class Watch:
         if self._failure is not None:
             raise self._failure
 
+    def orphans(self) -> list[int]:
+        """Which of all that the run's processes ever started, as far as was seen, is still there."""
+        return [pid for pid, born in self._below if alive(pid) and _born(pid) == born]
+
     def _look_on(self) -> None:
         try:
             counted = 0.0
@@ -86,7 +89,7 @@ class Watch:
                 if time.monotonic() - counted > COUNT_SECONDS:
                     counted = time.monotonic()
                     for process in list(self._world.processes.values()):
-                        self.below |= descendants(process.pid)
+                        self._below |= {(pid, _born(pid)) for pid in descendants(process.pid)}
                 if last:
                     return
                 self._done.wait(LOOK_SECONDS)
@@ -125,3 +128,11 @@ class Watch:
                     draft = kept.with_suffix(".part")
                     shutil.copyfile(path, draft)
                     draft.rename(kept)
+
+
+def _born(pid: int) -> str:
+    """Tells a process from a later one with the same pid; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from psyche.bench.exchange.links import Link, Place, shaped
+from psyche.bench.exchange.links import Link, Place, on_loopback, shaped
 from psyche.errors import PsycheError
 from psyche.roles.inviting import invite_of
 from tests.roles.swarm import Swarm
@@ -28,11 +28,11 @@ HALF = "half"
 
 @dataclass(frozen=True)
 class Spot:
-    """Where one process lives."""
+    """Where one process lives. Without a disk or a clock it uses the machine's."""
 
     place: Place
-    disk: Disk
-    clock: Clock
+    disk: Disk | None
+    clock: Clock | None
 
 
 class World(Swarm):
@@ -60,7 +60,15 @@ class World(Swarm):
         return self.spots[name].place.command(arguments)
 
     def environment(self, name: str) -> dict[str, str]:
-        return self.spots[name].clock.environment
+        own = self.spots[name].clock
+        return own.environment if own else {}
+
+    def end(self) -> None:
+        """Kill and reap whoever is still there."""
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.wait()
 
     # ------------------------------------------------------------------------------ what can befall
 
@@ -76,6 +84,20 @@ class World(Swarm):
     def cut(self, name: str) -> None:
         """Nothing reaches ``name`` any more, and nothing that it sends arrives."""
         self._set_port(name, "down")
+
+    def fill(self, name: str) -> None:
+        """No space is left on the disk of ``name``."""
+        if disk := self.spots[name].disk:
+            disk.fill()
+
+    def free(self, name: str) -> None:
+        if disk := self.spots[name].disk:
+            disk.free()
+
+    def set_clock(self, name: str, seconds: float) -> None:
+        """The clock of ``name`` is ``seconds`` ahead from now on."""
+        if own := self.spots[name].clock:
+            own.set(seconds)
 
     def heal(self, name: str) -> None:
         self._set_port(name, "up")
@@ -129,29 +151,40 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def world(
-    directory: Path, names: Sequence[str], *, standbys: Sequence[str] = (), strangers: Sequence[str] = ()
+    directory: Path,
+    names: Sequence[str],
+    *,
+    standbys: Sequence[str] = (),
+    strangers: Sequence[str] = (),
+    plain: bool = False,
 ) -> Iterator[World]:
-    """A world for processes of these ``names``. All of it is gone when the block is left; their logs are not."""
+    """A world for processes of these ``names``. All of it is gone when the block is left; their logs are not.
+
+    ``plain``: network, disk and clock are the machine's, and are not to be touched.
+    """
     directory.mkdir(parents=True)
+    with contextlib.ExitStack() as undo:
+        spots = _plain(names) if plain else _made(directory, names, undo)
+        running = World(directory, spots, standbys, strangers)
+        undo.callback(running.end)
+        yield running
+
+
+def _plain(names: Sequence[str]) -> dict[str, Spot]:
+    return {name: Spot(place, None, None) for name, place in zip(names, on_loopback(len(names)), strict=True)}
+
+
+def _made(directory: Path, names: Sequence[str], undo: contextlib.ExitStack) -> dict[str, Spot]:
     library = clock.build(directory)
-    disks: list[Disk] = []
-    with shaped([Link()] * len(names)) as places:
-        _ip("-n", places[0].hub, "link", "add", HALF, "type", "bridge")
-        _ip("-n", places[0].hub, "link", "set", HALF, "up")
-        spots = {}
-        running = None
-        try:
-            for name, place in zip(names, places, strict=True):
-                disks.append(Disk(directory / name, DISK_BYTES))
-                spots[name] = Spot(place, disks[-1], Clock(directory / f"{name}.clock", library))
-            running = World(directory, spots, standbys, strangers)
-            yield running
-        finally:
-            for process in running.processes.values() if running else ():
-                process.kill()
-                process.wait()
-            for disk in disks:
-                disk.close()
+    places = undo.enter_context(shaped([Link()] * len(names)))
+    _ip("-n", places[0].hub, "link", "add", HALF, "type", "bridge")
+    _ip("-n", places[0].hub, "link", "set", HALF, "up")
+    spots = {}
+    for name, place in zip(names, places, strict=True):
+        disk = Disk(directory / name, DISK_BYTES)
+        undo.callback(disk.close)
+        spots[name] = Spot(place, disk, Clock(directory / f"{name}.clock", library))
+    return spots
 
 
 def _ip(*arguments: str) -> None:
