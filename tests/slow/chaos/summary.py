@@ -14,7 +14,8 @@ from tests.slow.chaos.watch import Seen
 EXPLANATION = """\
 run: seconds from the fault until the next round is certified, by anybody; earlier faults may still be felt.
 itself: until the process that it happened to has gone through a round with the others, from when it was undone; for a
-clock and a disk from the fault, for a join from its start. Something else may have happened to it meanwhile."""
+clock and a disk from the fault, for a join from its start. Something else may have happened to it meanwhile; who left
+for good before it was back is not counted."""
 
 
 def table(conductor: Conductor, seen: Seen, coordinators: Iterable[str]) -> str:
@@ -23,7 +24,12 @@ def table(conductor: Conductor, seen: Seen, coordinators: Iterable[str]) -> str:
     for kind in KINDS:
         done = [one for one in conductor.done if one.fault.kind == kind]
         run = [_since(one.began, seen.next_after(one.began)) for one in done]
-        own = [_own(one, seen) for one in done if _comes_back(one) and one.fault.target not in coordinators]
+        own = [
+            took
+            for one in done
+            if one.fault.kind != "partition" and one.fault.target not in coordinators
+            if isfinite(took := _own(one, seen)) or one.fault.target not in conductor.left
+        ]
         lines.append(f"{kind:<12}{len(done):>7}{_median(run):>13}{_most(run):>7}{_median(own):>16}{_most(own):>7}")
     return "\n".join([*lines, EXPLANATION])
 
@@ -47,10 +53,6 @@ def losses(found: Losses) -> str:
         f"held-out loss {found.before:.4f} -> {found.after:.4f}; undisturbed, from the same tokens: "
         f"{found.undisturbed:.4f} ({found.after / found.undisturbed - 1:+.2%}); when they are dealt otherwise: {dealt}"
     )
-
-
-def _comes_back(one: Done) -> bool:
-    return one.fault.kind != "partition" and not (one.fault.kind == "leave" and one.fault.length == inf)
 
 
 def _own(one: Done, seen: Seen) -> float:
