@@ -14,8 +14,8 @@ from tests.slow.chaos.watch import Seen
 EXPLANATION = """\
 run: seconds from the fault until the next round is certified, by anybody; earlier faults may still be felt.
 itself: until the process that it happened to has gone through a round with the others, from when it was undone; for a
-clock and a disk from the fault, for a join from its start. Something else may have happened to it meanwhile; who left
-for good before it was back is not counted."""
+clock from the fault, for a join from its start. Something else may have happened to it meanwhile; who left for good
+before it was back is not counted."""
 
 
 def table(conductor: Conductor, seen: Seen, coordinators: Iterable[str]) -> str:
@@ -56,7 +56,7 @@ def losses(found: Losses) -> str:
 
 
 def _own(one: Done, seen: Seen) -> float:
-    start = one.began if one.fault.kind in ("clock", "disk full", "join") else one.undone
+    start = one.began if one.fault.kind in ("clock", "join") else one.undone
     return _since(start, seen.next_after(start, one.fault.target))
 
 
