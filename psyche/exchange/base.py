@@ -102,6 +102,8 @@ class Exchange(ABC):
     def __init__(self, wire: Wire, plan: Plan, shape: Shape) -> None:
         self.wire, self.plan, self.shape = wire, plan, shape
         self.members = [member.node for member in plan.members]
+        self.others: Sequence[str] = ()
+        """Who may have what the round took besides its members, once it is over: those who followed it."""
         self.payloads: dict[str, Blob] = {}
         """Payloads by author, whole or in part; what is there of them can be decoded."""
         self.reduced: dict[int, bytes] = {}
@@ -123,7 +125,7 @@ class Exchange(ABC):
         try:
             self.payloads[author] = await self.wire.fetch(
                 given.payload_root,
-                [author, *self.members],
+                [author, *self.members, *self.others],
                 self.shape,
                 self.part(),
                 size=given.payload_bytes,

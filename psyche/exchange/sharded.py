@@ -85,7 +85,7 @@ class Sharded(Exchange):
         shape = Shape(self._result_codec, tuple(self.shape.counts[number] for number in draw.slices_of(group)))
         # Which of its k reducers a node asks first, follows from its own place, so that they share the load.
         first = (self.members.index(self.wire.me) if self.wire.me in self.members else 0) % max(1, self.plan.reducers)
-        sources = [*ours[first : first + 1], *ours, *self.members]
+        sources = [*ours[first : first + 1], *ours, *self.members, *self.others]
         blob = await self.wire.fetch(root, sources, shape, range(len(shape.counts)))
         self._results[root] = blob
         await self.wire.keep(self.plan.round, blob)

@@ -8,7 +8,7 @@ first the one of now, and, for a line so slow that this changes before it is her
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from psyche.config import Node
 from psyche.exchange.base import Exchange, Wire, taken
@@ -103,7 +103,7 @@ class CatchUp:
                 if sparingly and self._bytes_of(missing) > self._replica.outer.tensor.nbytes:
                     break
                 for record, certificate in missing:
-                    if not await self._retake(record, certificate):
+                    if not await self._retake(record, certificate, others):
                         return False  # this node's state is not that of the run
         except FetchError as error:
             self._warn(f"the outer steps of the rounds missed cannot all be taken: {error}")
@@ -113,14 +113,17 @@ class CatchUp:
         await self._client.present()
         return True
 
-    async def _retake(self, record: Record, certificate: bytes) -> bool:
+    async def _retake(self, record: Record, certificate: bytes, others: Sequence[str] = ()) -> bool:
         """The outer step of a round that is over, unless it starts from another state than this node's.
 
-        Raises ``FetchError``.
+        All members of the round may be gone: ``others`` took its outer step, too, and keep what it takes. Raises
+        ``FetchError``.
         """
         if plan_fault(record.plan, self._replica.chain) is not None:
             return False
-        gradient = await self._exchange(record.plan).prepare(record)
+        exchange = self._exchange(record.plan)
+        exchange.others = others
+        gradient = await exchange.prepare(record)
         self._voter.certificate = certificate
         await self._advance.step(record, gradient)
         return True
@@ -145,7 +148,7 @@ class CatchUp:
         Raises ``FetchError``.
         """
         members = [] if record is None else [member.node for member in record.plan.members]
-        holders = [*members, *self._replica.manifest.resolved.coordinators]
+        holders = [*members, *await self._others()]
         outer = await fetch_state(self._wire.network, root, self._replica.outer.theta.numel(), holders)
         await self._advance.take_over(outer, record)
         round = self._replica.chain.rounds

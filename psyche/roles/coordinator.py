@@ -122,7 +122,8 @@ class Coordinator:
             while await self._succession.turn(self.log):
                 if await self._lead():
                     break
-                self.log.emit(events.Notice(level="warning", text="another coordinator leads now, in a later term"))
+                text = "another coordinator leads, or has led, in a later term"
+                self.log.emit(events.Notice(level="warning", text=text))
             await self._succession.ask_all()  # those that stand by hear of the end
         finally:
             self._succession.close()
@@ -133,7 +134,11 @@ class Coordinator:
         self.log.emit(events.RunFinished(rounds=self.state.rounds, reason="all rounds are done"))
 
     async def _lead(self) -> bool:
-        """Lead: to the end of the run (True), or until another coordinator does."""
+        """Lead: to the end of the run (True), or until members follow another coordinator.
+
+        That one may be gone again, and our own term far above its: members that promised themselves to it while they
+        were parted from us hear us only once we begin anew.
+        """
         used = 0
         if self._claim:  # it has led before
             used = self.state.term
@@ -151,7 +156,7 @@ class Coordinator:
             self.ledger.check()
             if self._signing is not None and self._signing.done():
                 self._signing.result()  # a disk that is full, say
-            if self._succession.later > self.state.term:
+            if self._succession.later > self.state.term or self._succession.rival > self.state.leading:
                 self._leads = False
                 self._stop_signing()
                 return False

@@ -39,6 +39,8 @@ class Succession:
         """When a leader was last heard of; before that, when this coordinator came."""
         self.later = 0
         """The highest term that anybody follows, as far as is known here."""
+        self.rival = 0
+        """The highest term of another coordinator that a member is known to follow."""
         self.finished = False
         """Whether another has seen the run's end."""
         self._own: Callable[[], Heartbeat] = lambda: Heartbeat(0, 0)
@@ -66,7 +68,8 @@ class Succession:
     def hear(self, claim: bytes | None) -> None:
         """A member took part in something of ``claim``'s term. Raises like ``open_envelope`` where no coordinator did.
 
-        Only what a coordinator signed counts: a member's own word must not cost anybody the lead.
+        Only what a coordinator signed counts: a member's own word must not cost anybody the lead. Raising terms does
+        not win back a member that has promised itself to another's: it has to be asked for a new promise.
         """
         if claim is None:
             return
@@ -74,10 +77,14 @@ class Succession:
         open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
         if envelope.author not in self._manifest.resolved.coordinators:
             raise BadSignature(f"{envelope.author} is no coordinator of this run")
+        term = 0
         if envelope.domain == Heartbeat.DOMAIN:
-            self.later = max(self.later, decode(Heartbeat, envelope.body).term)
+            term = decode(Heartbeat, envelope.body).term
         elif envelope.domain == Proposal.DOMAIN:
-            self.later = max(self.later, decode(Proposal, envelope.body).term)
+            term = decode(Proposal, envelope.body).term
+        self.later = max(self.later, term)
+        if envelope.author != self._identity.peer_id:
+            self.rival = max(self.rival, term)
 
     async def turn(self, log: EventLog) -> bool:
         """Wait until it is this coordinator's turn; False where the run has ended meanwhile.

@@ -1,19 +1,24 @@
 """Starting, joining and dying: what goes wrong is one sentence, and no daemon is left behind."""
 
 import asyncio
+import contextlib
+import gc
 import os
 import signal
 import socket
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+from hivemind.dht.routing import DHTID
+from hivemind.dht.traverse import traverse_dht
 from swarm import LOCAL, spawn_child, start, swarm, until, with_swarm
 
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
 from psyche.network.identity import Identity, in_use
-from psyche.network.node import NetworkNode
+from psyche.network.node import NetworkNode, quieten
 from psyche.network.streams import Unreachable
 
 STRANGER = "12D3KooWFSX9rPxi5p8zYYzETNrXG8a7d7bHTxcQW3SGSkKiB9Qh"
@@ -48,6 +53,26 @@ def test_a_closed_node_leaves_nothing_behind(tmp_path: Path) -> None:
         assert not directory.exists()
 
     asyncio.run(main())
+
+
+def test_a_search_that_is_given_up_says_nothing_in_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """hivemind forgets a task of it, which asyncio reports when it is collected."""
+
+    async def silent(peer: DHTID, queries: Collection[DHTID]) -> dict[DHTID, tuple[list[DHTID], bool]]:
+        await asyncio.sleep(3600)
+        return {}
+
+    async def main() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await traverse_dht([DHTID.generate()], [DHTID.generate()], 1, 1, 1, silent)
+        gc.collect()
+        await asyncio.sleep(0)
+        gc.collect()
+
+    quieten()
+    asyncio.run(main())
+    assert not caplog.records
 
 
 def test_addresses_are_full_and_stable(tmp_path: Path) -> None:

@@ -46,16 +46,23 @@ class Swarm:
 
     def start(self, name: str, *arguments: str, module: str = "psyche") -> None:
         """Start a process of psyche, or of ``module``, with its output in ``name``.log."""
-        environment = os.environ | {"PSYCHE_PARENT": str(os.getpid())}
         with (self.directory / f"{name}.log").open("ab") as output:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                self.command(name, [sys.executable, "-m", module, *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=os.environ | {"PSYCHE_PARENT": str(os.getpid())} | self.environment(name),
                 start_new_session=True,
             )
+
+    def command(self, name: str, arguments: list[str]) -> list[str]:
+        """``arguments``, so that they run where ``name`` lives."""
+        return arguments
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What ``name`` gets of an environment of its own."""
+        return {}
 
     def output(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text(errors="replace")
@@ -98,7 +105,7 @@ class Swarm:
 
 def standby_key(directory: Path) -> str:
     """The PeerID of the standby in ``directory``, made now."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     return Identity.load_or_create(directory / IDENTITY).peer_id
 
 

@@ -52,6 +52,9 @@ class Place:
     device: str
     """The interface that has it."""
     namespace: str | None = None
+    hub: str = ""
+    """The namespace of the bridge, and there the end of this place's wire: set down, nothing reaches it any more."""
+    port: str = ""
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """``arguments``, so that they run there; the process itself has the pid of the one started."""
@@ -78,7 +81,7 @@ def shaped(links: Sequence[Link]) -> Iterator[list[Place]]:
         _make_hub(hub)
         for number, (name, link) in enumerate(zip(spots, links, strict=True), 1):
             _attach(name, hub, number, link)
-        yield [Place(f"{NETWORK}.{number}", DEVICE, name) for number, name in enumerate(spots, 1)]
+        yield [Place(f"{NETWORK}.{number}", DEVICE, name, hub, port_of(number)) for number, name in enumerate(spots, 1)]
     finally:
         for name in names:
             _remove(name)
@@ -115,6 +118,11 @@ def queue_bytes(bits: int) -> int:
     return max(round(bits / 8 * QUEUE_SECONDS), 65536)
 
 
+def port_of(number: int) -> str:
+    """The bridge's end of the wire to the place with that number."""
+    return f"port{number}"
+
+
 # ------------------------------------------------------------------------------------------ helpers
 
 
@@ -126,7 +134,7 @@ def _make_hub(hub: str) -> None:
 
 def _attach(name: str, hub: str, number: int, link: Link) -> None:
     """A namespace on the bridge. Its own end of the wire shapes what goes up, the bridge's end what comes down."""
-    port = f"port{number}"
+    port = port_of(number)
     _run("ip", "netns", "add", name)
     _run("ip", "-n", name, "link", "add", DEVICE, "type", "veth", "peer", "name", port, "netns", hub)
     _run("ip", "-n", hub, "link", "set", port, "master", "hub", "up")
