@@ -138,10 +138,11 @@ async def fetch_into(
     parallel: int = 4,
     stall: float = STALL_SECONDS,
     on_liar: OnLiar | None = None,
-) -> None:
+) -> dict[str, int]:
     """Fetch a blob of exactly ``target``'s size into that writable, contiguous buffer.
 
-    As :func:`fetch`, otherwise. ``target`` may hold anything after a :class:`FetchError`.
+    As :func:`fetch`, otherwise. ``target`` may hold anything after a :class:`FetchError`. Returns how many bytes came
+    from each source.
     """
     size = memoryview(target).nbytes
 
@@ -152,6 +153,7 @@ async def fetch_into(
 
     download = Download(network.peer_id, root, create, max(1, chunk_count(size)), None, None, None, stall, None)
     await _run(network, download, rotated(sources, network.peer_id, root), parallel, on_liar)
+    return dict(download.gave)
 
 
 def rotated(sources: Sequence[str], caller: str, root: bytes, *, keep_first: bool = False) -> list[str]:

@@ -8,6 +8,7 @@ first the one of now, and, for a line so slow that this changes before it is her
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from psyche.config import Node
@@ -146,10 +147,19 @@ class CatchUp:
         """
         members = [] if record is None else [member.node for member in record.plan.members]
         holders = [*members, *self._replica.manifest.resolved.coordinators]
-        outer = await fetch_state(self._wire.network, root, self._replica.outer.theta.numel(), holders)
+        began = time.monotonic()
+        outer, gave = await fetch_state(self._wire.network, root, self._replica.outer.theta.numel(), holders)
+        seconds = time.monotonic() - began
         await self._advance.take_over(outer, record)
-        round = self._replica.chain.rounds
-        self._log.emit(events.Resynchronised(round=round, state_root=root.hex(), donor="the members"))
+        self._log.emit(
+            events.Resynchronised(
+                round=self._replica.chain.rounds,
+                state_root=root.hex(),
+                donor="the members",
+                gave=tuple(sorted(gave.items(), key=lambda one: -one[1])),
+                seconds=seconds,
+            )
+        )
         await self._client.present()
 
     def _bytes_of(self, missing: list[Proven]) -> int:

@@ -23,8 +23,12 @@ def serve_state(network: NetworkNode, outer: OuterState, index: BlobIndex, previ
     network.blobs.add(index, list(chunked(outer.buffer)).__getitem__)
 
 
-async def fetch_state(network: NetworkNode, root: bytes, size: int, sources: Sequence[str]) -> OuterState:
-    """The outer state whose state_root is ``root``, for a flat vector of ``size``. Raises ``FetchError``."""
+async def fetch_state(
+    network: NetworkNode, root: bytes, size: int, sources: Sequence[str]
+) -> tuple[OuterState, dict[str, int]]:
+    """The outer state whose state_root is ``root``, for a flat vector of ``size``, and the bytes each source gave.
+
+    Raises ``FetchError``.
+    """
     outer = OuterState(torch.empty(2, size))
-    await fetch_into(network, root, outer.buffer, sources=sources)
-    return outer
+    return outer, await fetch_into(network, root, outer.buffer, sources=sources)
