@@ -217,7 +217,7 @@ class Download:
                 self._lock.wait(RETRY_SECONDS)
 
     def _pick(self, source: str, budget: int) -> list[int]:
-        if self._missing is None:
+        if self._missing is None or (self._content is None and self._guess is None):
             return []  # the index comes first
         now = time.monotonic()
         batch: list[int] = []

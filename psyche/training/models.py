@@ -30,6 +30,11 @@ def build(spec: config.Model, *, device: str = "cpu", seed: int = 0) -> nn.Modul
     return model
 
 
+def preload() -> None:
+    """Import what :func:`build` needs, which takes seconds, while there is something else to wait for."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+
 def layout(spec: config.Model) -> FlatLayout:
     """The flat layout of the model, without allocating its parameters."""
     return FlatLayout.of_model(build(spec, device="meta"))

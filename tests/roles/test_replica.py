@@ -32,3 +32,23 @@ def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_pat
     assert not torch.allclose(lost, learned, atol=0, rtol=1e-3), "the residual alone is not what was learned"
     torch.testing.assert_close(one.residual, learned, rtol=1e-5, atol=1e-9)
     assert one.chain == chain, "nothing of the outer state moved"
+
+
+def test_warming_up_teaches_the_inner_optimizer_and_nothing_else(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, members=1))
+    identity = Identity.load_or_create(tmp_path / "node.key")
+    manifest = launch(config, identity.peer_id).manifest
+    cold, warm = (replica(manifest, config.node, identity) for _ in range(2))
+    assert warm.warm_up_steps == min(100, config.run.rounds.inner_steps)
+    before = warm.chain
+    for step in range(warm.warm_up_steps):
+        warm.warm_up(step)
+    assert warm.chain == before
+    assert warm.warm_up_steps == 0, "it has trained"
+    member = Member(identity.peer_id, warm.run.rounds.inner_steps, 1)
+    plan = Plan(1, 1, before.head, before.state_root, round_seed(before.head), 0, 0, (member,))
+    works = [one.train(plan) for one in (cold, warm)]
+    first, second = (work.contribution for work in works)
+    assert first.data_digest == second.data_digest
+    assert first.base_root == second.base_root
+    assert works[1].norm < works[0].norm, "steps of a size that the gradients ask for, not all as large as can be"

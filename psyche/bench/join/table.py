@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from statistics import mean
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from psyche.bench.join.plan import BEFORE, Trial
 from psyche.bench.join.run import Joined
 from psyche.errors import PsycheError
 from psyche.telemetry.events import Downloading, Event, PhaseChanged, Resynchronised, RoundCertified, RunStarted
-from psyche.telemetry.wording import number
+from psyche.telemetry.wording import number, size
 
 E = TypeVar("E", bound=Event)
 
@@ -123,23 +123,34 @@ def to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """One line a newcomer."""
+    """One column a newcomer."""
     shown = Table(title="Joining", title_justify="left", title_style="bold", header_style="dim")
-    headings = ("comes\nat step", "imported\ns", "connected\ns", "asks for\nstate, s", "has it\ns", "first\nstep, s")
-    more = ("ideal\ns", "ratio", "% of\nline", "donors\n(least)", "member\ns", "round\nbefore, s", "round\nduring, s")
-    for heading in (*headings, *more, "donors\nslowed %"):
-        shown.add_column(heading, justify="right")
+    shown.add_column("a newcomer that comes")
     for row in rows:
-        moments = (row.imported, row.connected, row.asked, row.fetched, row.first_step, row.ideal_seconds)
-        shown.add_row(
-            f"{int(row.at * row.round_steps)}/{row.round_steps}",
-            *(number(value, ".1f") for value in moments),
-            number(row.ratio, ".2f"),
-            percent(row.line_share),
-            f"{row.donors} ({row.least_share:.2f})",
-            *(number(value, ".1f") for value in (row.member, row.round_before, row.round_during)),
-            f"{100 * row.slowed:+.1f}",
-        )
+        shown.add_column(f"at step {int(row.at * row.round_steps)} of {row.round_steps}", justify="right")
+
+    def line(name: str, value: Callable[[Row], str], *, last: bool = False) -> None:
+        shown.add_row(name, *map(value, rows), end_section=last)
+
+    def seconds(name: str, field: str, *, last: bool = False) -> None:
+        line(f"{name}, s", lambda row: number(getattr(row, field), ".2f"), last=last)
+
+    seconds("has imported its commands", "imported")
+    seconds("is connected, has the manifest", "connected")
+    seconds("asks for the state", "asked")
+    seconds("has the state", "fetched")
+    seconds("takes its first inner step", "first_step")
+    seconds("takes its first of a round", "member", last=True)
+    seconds("importing alone, and the line", "ideal_seconds")
+    line("first inner step, times that", lambda row: number(row.ratio, ".2f"), last=True)
+    line("text fetched before", lambda row: size(row.text_bytes))
+    seconds("the state on its way", "transfer_seconds")
+    line("line used for it", lambda row: f"{percent(row.line_share)} %")
+    line("donors", lambda row: f"{row.donors} (the least: {percent(row.least_share)} % of a share)", last=True)
+    seconds("donors' round before", "round_before")
+    seconds("donors' round meanwhile", "round_during")
+    line("slowed by", lambda row: f"{100 * row.slowed:+.1f} %")
+    line("part of it that states were fetched in", lambda row: f"{percent(row.fetching_share)} %")
     return shown
 
 
