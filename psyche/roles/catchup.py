@@ -8,8 +8,6 @@ first the one of now, and, for a line so slow that this changes before it is her
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from collections.abc import Callable
 
 from psyche.config import Node
@@ -92,10 +90,11 @@ class CatchUp:
         try:
             await self._fetch(record, board.state_root)
         except FetchError as error:
-            self._warn(f"{error}; trying again")
-            with contextlib.suppress(TimeoutError):  # most likely it has changed
+            try:  # most likely it has changed
                 async with asyncio.timeout(RETRY_SECONDS):
                     await self._client.until(lambda new: new.rounds > board.rounds and behind(new, self._replica.chain))
+            except TimeoutError:
+                self._warn(f"{error}; trying again")
 
     async def _replay(self, *, sparingly: bool) -> bool:
         """Take the outer steps of the rounds that this node lacks; whether it took any.
@@ -140,13 +139,12 @@ class CatchUp:
         holders = [*members, *self._replica.manifest.resolved.coordinators]
         goal = self._replica.place(record, root)
         arriving = await self._taken_along(goal, holders)
-        began = time.monotonic()
         try:
             outer = await arriving.fetch(self._wire.network, root, holders)
         except FetchError:
             self._arriving = arriving, goal
             raise
-        seconds = time.monotonic() - began
+        seconds = arriving.seconds
         await self._advance.take_over(outer, record)
         self._log.emit(
             events.Resynchronised(

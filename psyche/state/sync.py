@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -36,11 +37,17 @@ class Arriving:
         self.outer = OuterState(torch.empty(2, size))
         self.gave: Counter[str] = Counter()
         """Bytes that came, by PeerID."""
+        self._began = time.monotonic()
 
     @property
     def received(self) -> int:
         """Bytes that came."""
         return self.gave.total()
+
+    @property
+    def seconds(self) -> float:
+        """Since it was begun."""
+        return time.monotonic() - self._began
 
     async def fetch(self, network: NetworkNode, root: bytes, sources: Sequence[str]) -> OuterState:
         """The state whose state_root is ``root``: what is not here of it is fetched.

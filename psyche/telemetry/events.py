@@ -245,7 +245,7 @@ class Resynchronised(Event, frozen=True):
     gave: tuple[tuple[str, int], ...] = ()
     """Bytes that came from each PeerID, the most first."""
     seconds: Measured = None
-    """From the first request to the last byte."""
+    """From the first request to the last byte, with what outer steps were taken on the way."""
 
 
 class CaughtUp(Event, frozen=True):
