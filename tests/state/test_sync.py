@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from psyche.network.download import ordered
 from psyche.network.fetch import FetchError
+from psyche.network.identity import Identity
+from psyche.network.limits import Limiter
 from psyche.network.node import NetworkNode
 from psyche.numerics.digest import CHUNK, BlobIndex, chunked
 from psyche.numerics.outer import OuterState, outer_step
 from psyche.state.sync import Arriving, in_pairs, serve_state
-from tests.network.swarm import with_swarm
+from tests.network.swarm import spawn_child, until, with_swarm
 
 SIZE = 5 * CHUNK // 4 + 3 * 4096
 """Parameters: of θ and of m a little more than five chunks, so that m begins within one."""
@@ -102,5 +109,34 @@ def test_an_attempt_that_failed_goes_on_with_the_same_state(tmp_path: Path) -> N
         serve(donor, outer, after)
         assert torch.equal((await arriving.fetch(newcomer, index.root, [donor.peer_id])).tensor, outer.tensor)
         assert sorted(before + after) == list(range(index.chunks))
+
+    with_swarm(tmp_path, 2, scenario)
+
+
+def test_where_a_donor_dies_the_others_give_the_rest(tmp_path: Path) -> None:
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        donor, newcomer = nodes
+        dying = Identity.load_or_create(tmp_path / "child.key").peer_id
+        outer, asked = state(1), []  # type: ignore[var-annotated]
+        index = serve(donor, outer, asked)
+        hangs_at = list(ordered(in_pairs(SIZE), newcomer.peer_id, index.root))[-1]
+        child, daemon, addresses = await asyncio.to_thread(spawn_child, tmp_path, bytes(outer.buffer), hangs_at)
+        try:
+            assert await newcomer.connect(addresses) == {}
+            newcomer.download_limit = Limiter(4 * CHUNK)  # so that it takes a while
+            arriving = Arriving(SIZE)
+            fetching = asyncio.create_task(arriving.fetch(newcomer, index.root, [donor.peer_id, dying]))
+            peers = newcomer.traffic.peers
+            await until(lambda: dying in peers and peers[dying].bytes_down > CHUNK + len(index.encode()))
+            for pid in (daemon, child.pid):
+                os.kill(pid, signal.SIGKILL)
+            assert torch.equal((await fetching).tensor, outer.tensor)
+            assert arriving.gave[dying] >= CHUNK
+            assert arriving.gave[dying] + arriving.gave[donor.peer_id] == index.size, "nothing came twice"
+        finally:
+            child.kill()
+            child.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(daemon, signal.SIGKILL)
 
     with_swarm(tmp_path, 2, scenario)

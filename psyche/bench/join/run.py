@@ -96,8 +96,10 @@ def _reached(watch: Watch, round: int, steps: int) -> bool:
 def _started(trial: Trial, name: str, place: Place, folder: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """A process of the run, gone when the block is left."""
     node = trial.config.node
-    if name.startswith("newcomer"):  # it has none of the text either
-        node = node.model_copy(update={"cache": folder / f"{name}-cache"})
+    if name.startswith("newcomer"):
+        # It has none of the text either; and of so young a run it would take the rounds again, not fetch the state.
+        own = {"cache": folder / f"{name}-cache", "checkpoint_every": 1, "checkpoints_kept": 1}
+        node = node.model_copy(update=own)
     config = own_config(trial.config.model_copy(update={"node": node}), place, folder / f"{name}.yaml")
     where = ["--directory", str(folder / name)]
     if name == "coordinator":
