@@ -153,6 +153,7 @@ class CatchUp:
                 donor="the members",
                 gave=tuple(arriving.gave.most_common()),
                 seconds=seconds,
+                moved=arriving.moved,
             )
         )
         await self._client.present()
@@ -179,10 +180,9 @@ class CatchUp:
         for record, _ in missing:
             gradient = await self._exchange(record.plan).prepare(record)
             await asyncio.to_thread(self._replica.step_on, arriving.outer, record, gradient)
+        arriving.moved += len(missing)
         steps = plural(len(missing), "outer step")
-        text = (
-            f"{steps} later than the state that was being fetched: taken on the {size(arriving.received)} that had come"
-        )
+        text = f"the state changed while it was fetched: {steps} taken on the {size(arriving.received)} that had come"
         self._log.emit(events.Notice(level="info", text=text))
         return True
 

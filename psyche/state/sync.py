@@ -37,6 +37,8 @@ class Arriving:
         self.outer = OuterState(torch.empty(2, size))
         self.gave: Counter[str] = Counter()
         """Bytes that came, by PeerID."""
+        self.moved = 0
+        """Outer steps that were taken on it."""
         self._began = time.monotonic()
 
     @property

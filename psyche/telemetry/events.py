@@ -245,7 +245,9 @@ class Resynchronised(Event, frozen=True):
     gave: tuple[tuple[str, int], ...] = ()
     """Bytes that came from each PeerID, the most first."""
     seconds: Measured = None
-    """From the first request to the last byte, with what outer steps were taken on the way."""
+    """From the first request to the last byte."""
+    moved: int = 0
+    """Rounds that the run went on meanwhile, whose outer steps were taken on what had come."""
 
 
 class CaughtUp(Event, frozen=True):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from psyche.config import BpeTokenizer, CodecSpec, Config, Data, Inner, Model, Node, Rounds, Run, Wandb
+from psyche.config import BpeTokenizer, CodecSpec, Config, Data, Deadlines, Inner, Model, Node, Rounds, Run, Wandb
 from psyche.training.models import layout
 
 BEFORE = 2
@@ -82,6 +82,8 @@ def _config(plan: Plan) -> Config:
         inner=Inner(batch_size=1, schedule="constant", warmup_steps=10),
         codec=CodecSpec(name=plan.codec),
         rounds=Rounds(total=WHOLE, inner_steps=plan.inner_steps, start_members=plan.peers),
+        # Paced steps take so equally long that a deadline by what was seen lets nobody be late by half a second.
+        deadlines=Deadlines(round_min=min(1800.0, max(20.0, 2 * plan.inner_steps * plan.step_seconds))),
         heldout_sequences=plan.peers,
     )
     node = Node(threads=1, device="cpu", checkpoint_every=NEVER, wandb=Wandb(mode="disabled"))

@@ -58,6 +58,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """That gave something of the state."""
     least_share: float
     """What the donor that gave least gave, over an equal share."""
+    moved: int
+    """Rounds that the run went on while the state was on its way, whose outer steps were taken on what had come."""
     ideal_seconds: float
     """import_seconds, and the state at the line's rate."""
     ratio: float
@@ -107,6 +109,7 @@ def row_of(trial: Trial, joined: Joined, donors: Sequence[Sequence[Event]]) -> R
         transfer_seconds=seconds,
         line_share=trial.line_seconds / seconds,
         donors=len(gave),
+        moved=state.moved,
         least_share=min(gave) * len(gave) / sum(gave),
         ideal_seconds=ideal,
         ratio=(first - began) / ideal,
@@ -146,6 +149,7 @@ def table(rows: Sequence[Row]) -> Table:
     line("text fetched before", lambda row: size(row.text_bytes))
     seconds("the state on its way", "transfer_seconds")
     line("line used for it", lambda row: f"{percent(row.line_share)} %")
+    line("rounds that the run went on meanwhile", lambda row: str(row.moved))
     line("donors", lambda row: f"{row.donors} (the least: {percent(row.least_share)} % of a share)", last=True)
     seconds("donors' round before", "round_before")
     seconds("donors' round meanwhile", "round_during")
