@@ -43,11 +43,11 @@ def measure(planned: Trial) -> list[Row]:
 
 def show(planned: Trial, rows: Sequence[Row], console: Console) -> None:
     """Print the table and what to know to read it."""
-    plan, first = planned.plan, rows[0]
+    plan = planned.plan
     console.print(
         f"{plan.peers} donors, {amount(planned.parameters)} parameters, {plan.codec}, links of {plan.rate / 1e6:.3g} "
         f"Mbit/s (TCP {congestion_control()}); a state of {size(planned.state_bytes)}, which takes "
-        f"{planned.line_seconds:.1f} s of the line, and {first.import_seconds:.1f} s of importing.\nA step lasts "
+        f"{planned.line_seconds:.1f} s of the line.\nA step lasts "
         f"{1e3 * plan.step_seconds:g} ms, mostly slept, as while a GPU works. Seconds count from the start of the "
         "newcomer's process; its first step may be one of warming up.\n",
         highlight=False,

@@ -32,7 +32,7 @@ class Joined:
     started: float
     """Unix seconds, when its process was started."""
     import_seconds: float
-    """What importing alone takes on this machine, measured in the same run."""
+    """What importing alone takes on this machine, measured right after."""
     told: list[Event]
     """All that it said."""
 
@@ -49,10 +49,8 @@ def run(trial: Trial, folder: Path, say: Callable[[str], None]) -> tuple[list[Jo
             watch.add(name, stack.enter_context(_started(trial, name, place, folder)))
         say(f"waiting for the first round of {plan.inner_steps} steps to end")
         watch.until(lambda: watch.rounds >= SKIPPED)
-        import_seconds = median(_import_seconds() for _ in range(IMPORTS))
-        say(f"importing alone takes {import_seconds:.1f} s here")
         for number, at in enumerate(plan.at, 1):
-            joined.append(_join(trial, f"newcomer-{number}", gate, folder, watch, at, import_seconds, say))
+            joined.append(_join(trial, f"newcomer-{number}", gate, folder, watch, at, say))
     return joined, [watch.events[name] for name in donors]
 
 
@@ -63,7 +61,6 @@ def _join(
     folder: Path,
     watch: Watch,
     at: float,
-    import_seconds: float,
     say: Callable[[str], None],
 ) -> Joined:
     """A newcomer after ``BEFORE`` rounds without one; it goes once it has taken a step of a round."""
@@ -78,6 +75,9 @@ def _join(
         watch.add(name, process)
         watch.until(lambda: bool(watch.of(name, StepDone)))
         told = watch.drop(name)
+    # Now, in a round that does not count, and soon enough for the machine to be as busy as it was.
+    import_seconds = median(_import_seconds() for _ in range(IMPORTS))
+    say(f"it is there; importing alone takes {import_seconds:.1f} s")
     return Joined(at, started, import_seconds, told)
 
 

@@ -144,6 +144,7 @@ def table(rows: Sequence[Row]) -> Table:
     seconds("has the state", "fetched")
     seconds("takes its first inner step", "first_step")
     seconds("takes its first of a round", "member", last=True)
+    seconds("importing alone", "import_seconds")
     seconds("importing alone, and the line", "ideal_seconds")
     line("first inner step, times that", lambda row: number(row.ratio, ".2f"), last=True)
     line("text fetched before", lambda row: size(row.text_bytes))
