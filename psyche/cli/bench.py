@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -172,3 +173,35 @@ def utilisation(
 
     plan = Plan(peers=peers, ratio=ratio, rate=rate, rounds=rounds, step_seconds=step_seconds, config=config)
     main(json, only(plan, overlap or ()))
+
+
+@app.command()
+def join(
+    peers: Annotated[int, typer.Option(help="Donors, each behind a link of its own.", min=1)] = 4,
+    params: Annotated[
+        int,
+        typer.Option(parser=parameters, metavar="COUNT", help="Parameters, about; the state is 8 bytes each."),
+    ] = "15M",  # type: ignore[assignment]  # typer parses defaults, too
+    rate: Annotated[int, typer.Option(parser=rate, metavar="RATE", help="Of each link.")] = "100mbit",  # type: ignore[assignment]
+    at: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="After which share of a round's steps a newcomer comes; repeatable, one newcomer after the other. "
+            "Default: 0 and 0.8, so that the second one's state changes on the way.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
+    inner_steps: Annotated[int, typer.Option(help="H: inner steps a round.", min=1)] = 30,
+    step_seconds: Annotated[float, typer.Option(help="What an inner step takes.", min=0.001)] = 1.0,
+    codec: Annotated[str, typer.Option(help="Of what a round exchanges.")] = "int8",
+    json: JsonFile = None,
+) -> None:
+    """From psyche join to the first inner step, beside what the line takes, and the cost to the donors. Needs root."""
+    from psyche.bench.join.compare import main
+    from psyche.bench.join.plan import Plan
+
+    plan = Plan(
+        peers=peers, parameters=params, rate=rate, inner_steps=inner_steps, step_seconds=step_seconds, codec=codec
+    )
+    main(json, replace(plan, at=tuple(at)) if at else plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -64,6 +64,8 @@ class Download:
         self.root, self.stall, self._caller = root, stall, caller
         self.received = 0
         """Chunks so far."""
+        self.gave: Counter[str] = Counter()
+        """Bytes of chunks that were new, by source."""
         self.fault: Exception | None = None
         """Why it was given up, whoever the source."""
         self._create, self._check, self._max_chunks = create, check, max_chunks
@@ -182,12 +184,15 @@ class Download:
         pipe.read_into(memoryview(chunk), self.stall)
         if not content.index.matches(number, chunk):
             raise Violation("a chunk that does not match its hash")
+        new = 0
         if not content.present(number):
             if self._check is not None:
                 self._check(number, bytes(chunk))
             content.write(number, chunk)
+            new = len(chunk)
         with self._lock:
             self.received += 1
+            self.gave[pipe.peer_id] += new
             self._progress = time.monotonic()
             if self._missing is not None:
                 self._missing.pop(number, None)
@@ -212,7 +217,7 @@ class Download:
                 self._lock.wait(RETRY_SECONDS)
 
     def _pick(self, source: str, budget: int) -> list[int]:
-        if self._missing is None:
+        if self._missing is None or (self._content is None and self._guess is None):
             return []  # the index comes first
         now = time.monotonic()
         batch: list[int] = []

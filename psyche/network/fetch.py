@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from psyche.network.download import Content, Download, OnLiar
 from psyche.network.pipe import Pipe
 from psyche.network.spool import Blob
 from psyche.network.streams import STALL_SECONDS, Busy, Refused, Unreachable, Violation
-from psyche.numerics.digest import BlobIndex, chunk_count, digest
+from psyche.numerics.digest import CHUNK, BlobIndex, chunk_count, digest
 
 if TYPE_CHECKING:
     from psyche.network.node import NetworkNode
@@ -135,23 +136,32 @@ async def fetch_into(
     target: Buffer,
     *,
     sources: Sequence[str],
+    order: Sequence[int] | None = None,
+    gave: Counter[str] | None = None,
     parallel: int = 4,
     stall: float = STALL_SECONDS,
     on_liar: OnLiar | None = None,
 ) -> None:
     """Fetch a blob of exactly ``target``'s size into that writable, contiguous buffer.
 
-    As :func:`fetch`, otherwise. ``target`` may hold anything after a :class:`FetchError`.
+    As :func:`fetch`, otherwise. After a :class:`FetchError` what has come is in ``target``; what is right in it where
+    ``gave`` is not empty does not come again. ``gave`` is told how many bytes came from each source. ``order`` is that
+    of all chunks, of ``CHUNK`` bytes, on a ring that each caller enters elsewhere.
     """
-    size = memoryview(target).nbytes
+    size, there = memoryview(target).nbytes, bool(gave)
 
     def create(index: BlobIndex) -> Content:
         if index.size != size:
             raise ValueError("a blob of another size than agreed")
-        return _Memory(index, target)
+        return _Memory(index, target, there=there)
 
-    download = Download(network.peer_id, root, create, max(1, chunk_count(size)), None, None, None, stall, None)
-    await _run(network, download, rotated(sources, network.peer_id, root), parallel, on_liar)
+    most, guess = max(1, chunk_count(size)), None if there else CHUNK
+    download = Download(network.peer_id, root, create, most, order, guess, None, stall, None)
+    try:
+        await _run(network, download, rotated(sources, network.peer_id, root), parallel, on_liar)
+    finally:
+        if gave is not None:
+            gave.update(download.gave)
 
 
 def rotated(sources: Sequence[str], caller: str, root: bytes, *, keep_first: bool = False) -> list[str]:
@@ -170,10 +180,13 @@ def rotated(sources: Sequence[str], caller: str, root: bytes, *, keep_first: boo
 class _Memory:
     """A blob in a buffer."""
 
-    def __init__(self, index: BlobIndex, buffer: Buffer) -> None:
+    def __init__(self, index: BlobIndex, buffer: Buffer, *, there: bool = False) -> None:
+        """``there``: some of it may be in ``buffer`` already."""
         self.index = index
         self._view = memoryview(buffer).cast("B")
         self._present = bytearray(index.chunks)
+        if there:
+            self._present = bytearray(index.found_in(buffer))
 
     def present(self, number: int) -> bool:
         return bool(self._present[number])

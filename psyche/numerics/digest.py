@@ -87,6 +87,14 @@ class BlobIndex:
             return False
         return bytes(blake3(chunk).digest()) == self.hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
 
+    def found_in(self, data: Buffer) -> list[bool]:
+        """Which chunks of a blob made of pieces of ``CHUNK`` bytes ``data``, of its size, holds where they belong."""
+        hashes = b"".join(_POOL.map(_hash, chunked(data)))
+        return [
+            hashes[at : at + HASH_BYTES] == self.hashes[at : at + HASH_BYTES]
+            for at in range(0, self.chunks * HASH_BYTES, HASH_BYTES)
+        ]
+
     @property
     def _packed_sizes(self) -> bytes:
         return struct.pack(f"<{len(self.sizes)}I", *self.sizes)

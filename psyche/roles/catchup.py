@@ -23,9 +23,10 @@ from psyche.roles.ledger import LedgerWriter
 from psyche.roles.presence import sources
 from psyche.roles.replica import Replica
 from psyche.roles.voter import Voter
-from psyche.state.sync import fetch_state
+from psyche.state.sync import Arriving
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
+from psyche.telemetry.wording import plural, size
 
 MAX_OWN_HISTORY = 1 << 30
 
@@ -52,6 +53,8 @@ class CatchUp:
         self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
         """Rounds. Others keep what their steps took for about as long; of longer ones not even the records are asked
         for."""
+        self._arriving: tuple[Arriving, Chain] | None = None
+        """A state that has come in part, and where in the chain it stands."""
 
     async def recover(self, ledger: LedgerWriter) -> None:
         """Take again the steps that this node took after its last checkpoint, from its own disk."""
@@ -87,9 +90,11 @@ class CatchUp:
         try:
             await self._fetch(record, board.state_root)
         except FetchError as error:
-            if not await self._from_disks():
+            try:  # most likely it has changed
+                async with asyncio.timeout(RETRY_SECONDS):
+                    await self._client.until(lambda new: new.rounds > board.rounds and behind(new, self._replica.chain))
+            except TimeoutError:
                 self._warn(f"{error}; trying again")
-                await asyncio.sleep(RETRY_SECONDS)
 
     async def _replay(self, *, sparingly: bool) -> bool:
         """Take the outer steps of the rounds that this node lacks; whether it took any.
@@ -128,32 +133,61 @@ class CatchUp:
         await self._advance.step(record, gradient)
         return True
 
-    async def _from_disks(self) -> bool:
-        """Whether this node could fetch a state of some rounds ago: today's has changed while it was on the way."""
-        if (found := await self._past.state(self._replica.chain.rounds, await self._others())) is None:
-            return False
-        (record, certificate), root = found
-        self._voter.certificate = certificate
-        try:
-            await self._fetch(record, root)
-        except FetchError as error:
-            self._warn(f"{error}; trying again")
-            return False
-        await self._replay(sparingly=False)
-        return True
-
     async def _fetch(self, record: Record | None, root: bytes) -> None:
         """Fetch and take over the outer state after ``record``, whose certificate was seen last.
 
-        Raises ``FetchError``.
+        Raises ``FetchError``; what has come is taken along to the next attempt.
         """
         members = [] if record is None else [member.node for member in record.plan.members]
         holders = [*members, *await self._others()]
-        outer = await fetch_state(self._wire.network, root, self._replica.outer.theta.numel(), holders)
+        goal = self._replica.place(record, root)
+        arriving = await self._taken_along(goal, holders)
+        try:
+            outer = await arriving.fetch(self._wire.network, root, holders)
+        except FetchError:
+            self._arriving = arriving, goal
+            raise
+        seconds = arriving.seconds
         await self._advance.take_over(outer, record)
-        round = self._replica.chain.rounds
-        self._log.emit(events.Resynchronised(round=round, state_root=root.hex(), donor="the members"))
+        self._log.emit(
+            events.Resynchronised(
+                round=goal.rounds,
+                state_root=root.hex(),
+                donor="the members",
+                gave=tuple(arriving.gave.most_common()),
+                seconds=seconds,
+                moved=arriving.moved,
+            )
+        )
         await self._client.present()
+
+    async def _taken_along(self, goal: Chain, holders: list[str]) -> Arriving:
+        """What an attempt before got, with the outer steps since then taken on it; nothing where they are more to
+        fetch than that."""
+        begun, self._arriving = self._arriving, None
+        if begun is not None:
+            arriving, at = begun
+            try:
+                if at.head == goal.head or await self._move(arriving, at, goal, holders):
+                    return arriving
+            except FetchError as error:
+                self._warn(f"the outer steps since the state that was being fetched cannot be taken: {error}")
+        return Arriving(self._replica.outer.theta.numel())
+
+    async def _move(self, arriving: Arriving, at: Chain, goal: Chain, holders: list[str]) -> bool:
+        """Take ``arriving`` from ``at`` to ``goal``, if that is worth it. Raises ``FetchError``."""
+        told = await self._past.after(at, holders)
+        missing = [(record, certificate) for record, certificate in told if record.plan.round <= goal.rounds]
+        if not missing or missing[-1][0].hash != goal.head or self._bytes_of(missing) >= arriving.received:
+            return False
+        for record, _ in missing:
+            gradient = await self._exchange(record.plan).prepare(record)
+            await asyncio.to_thread(self._replica.step_on, arriving.outer, record, gradient)
+        arriving.moved += len(missing)
+        steps = plural(len(missing), "outer step")
+        text = f"the state changed while it was fetched: {steps} taken on the {size(arriving.received)} that had come"
+        self._log.emit(events.Notice(level="info", text=text))
+        return True
 
     def _bytes_of(self, missing: list[Proven]) -> int:
         """That the outer steps of ``missing`` take, and that are not on this disk, about."""

@@ -40,8 +40,8 @@ async def sources(network: NetworkNode, first: tuple[str, ...]) -> list[str]:
 async def announced(network: NetworkNode) -> dict[str, tuple[str, ...]]:
     """PeerID -> addresses (with it at their ends) of all that announce themselves now, this node too."""
     found: dict[str, tuple[str, ...]] = {}
-    for kind in KINDS:
-        for peer_id, body in (await network.discovery.lookup(kind)).items():
+    for bodies in await asyncio.gather(*map(network.discovery.lookup, KINDS)):
+        for peer_id, body in bodies.items():
             found[peer_id] = decode_addresses(peer_id, body)
     return found
 

@@ -41,7 +41,7 @@ from psyche.telemetry.events import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
 from psyche.telemetry.wandb_run import own_run, swarm_run
 from psyche.training.engine import TorchEngine
-from psyche.training.models import build
+from psyche.training.models import build, preload
 
 GENESIS = "genesis.bin"
 INVITE = "invite"
@@ -132,38 +132,58 @@ async def join(
     log.emit(events.PhaseChanged(round=0, phase="joining"))
     warn = warning(log)
     book = PeerBook(directory / PEERS)
-    network = await connect(identity, invite.run_id, node, directory, book, invite.addresses)
-    background = announce(network, "member"), remember(network, book, invite.addresses)
-    # Registered once the key is ours: of two that are started in one directory the second must not be found instead.
-    async with network, registered(directory), beside(warn, *background, warn_of_connection(network, node, warn)):
-        hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
-        manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
-        log.emit(run_started(manifest))
+    async with beside(warn, asyncio.to_thread(preload)):
+        network = await connect(identity, invite.run_id, node, directory, book, invite.addresses)
+        background = announce(network, "member"), remember(network, book, invite.addresses)
+        # Registered once the key is ours: of two that are started in one directory only the first is to be found.
+        async with network, registered(directory), beside(warn, *background, warn_of_connection(network, node, warn)):
+            try:
+                await _take_part(invite, node, directory, identity, network, log, farewell)
+            finally:
+                log.close()
 
-        def downloading(received: int, total: int) -> None:
-            log.emit(events.Downloading(what="the text to train on", received=received, total=total))
 
-        found = await find_store(network, manifest, node.cache.expanduser(), hosts)
-        tell(check_machine(manifest, node, directory, found), warn)
+async def _take_part(
+    invite: Invite,
+    node: Node,
+    directory: Path,
+    identity: Identity,
+    network: NetworkNode,
+    log: EventLog,
+    farewell: Farewell | None,
+) -> None:
+    """Get what the run needs from those who are there, and work until it ends."""
+    warn = warning(log)
+    hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
+    manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
+    log.emit(run_started(manifest))
+    found = await find_store(network, manifest, node.cache.expanduser(), hosts)
+    tell(check_machine(manifest, node, directory, found), warn)
+    with disk_errors(directory, "--directory"):
+        write_durably(directory / MANIFEST, manifest.encode())
+
+    def downloading(received: int, total: int) -> None:
+        log.emit(events.Downloading(what="the text to train on", received=received, total=total))
+
+    async def provide() -> None:
         store = await obtain_store(network, found, hosts, downloading)
         await serve_probes(network)
         await serve_provisions(network, signed, store)
-        with disk_errors(directory, "--directory"):
-            write_durably(directory / MANIFEST, manifest.encode())
-        replica, certificates = await asyncio.to_thread(_replica, manifest, store, node, directory, identity, warn)
-        wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
+
+    making = asyncio.to_thread(_replica, manifest, found.store, node, directory, identity, warn)
+    (replica, certificates), _ = await asyncio.gather(making, provide())
+    wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
+    if wandb is not None:
+        log.subscribe(wandb)
+    try:
+        ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
+        async with writing(ledger, warn) as writer:
+            await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
+            last = certificates[-1] if certificates else None
+            await Worker(replica, node, directory, identity, network, log, writer, last, farewell).run()
+    finally:
         if wandb is not None:
-            log.subscribe(wandb)
-        try:
-            ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
-            async with writing(ledger, warn) as writer:
-                await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
-                last = certificates[-1] if certificates else None
-                await Worker(replica, node, directory, identity, network, log, writer, last, farewell).run()
-        finally:
-            if wandb is not None:
-                await asyncio.to_thread(wandb.close)
-            log.close()
+            await asyncio.to_thread(wandb.close)
 
 
 def _replica(

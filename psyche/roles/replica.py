@@ -189,13 +189,19 @@ class Replica:
         Raises what ``gradient`` raises; the outer state is then undefined, which cannot happen with payloads that were
         checked on arrival.
         """
-        theta, momentum = self.outer.theta, self.outer.momentum
+        self.step_on(self.outer, record, gradient)
+
+    def step_on(self, outer: OuterState, record: Record, gradient: Gradient) -> None:
+        """The same for another outer state than this node's, wherever it lies, which may be there in part only."""
+        lr, mu, device = self.run.outer.lr, self.run.outer.momentum, self.backend.device
         for number, part in enumerate(self.slices_of(record.plan.round)):
             total = self._sum[: part.stop - part.start]
             gradient(number, total)
-            self.backend.outer_step(
-                theta[part], momentum[part], total, lr=self.run.outer.lr, mu=self.run.outer.momentum
-            )
+            theta, momentum = outer.theta[part].to(device), outer.momentum[part].to(device)
+            self.backend.outer_step(theta, momentum, total, lr=lr, mu=mu)
+            if outer.tensor.device != device:
+                outer.theta[part].copy_(theta)
+                outer.momentum[part].copy_(momentum)
 
     def rebase(self, round: int) -> None:
         """Move what trains by what the outer step changed: x ← x + (θ − s), s what x was when it was encoded.
@@ -240,6 +246,26 @@ class Replica:
         self._steps = None
         self._stand_at(record, None)
 
+    def warm_up(self, step: int) -> None:
+        """Inner step number ``step`` of a node that waits for its first round.
+
+        The inner optimizer keeps what it has learned of the gradients' sizes; the round is trained from θ all the same.
+        """
+        if step == 0:
+            self.engine.write(self.outer.theta)
+        batch, train = self.run.inner.batch_size, self.store.train
+        start = int.from_bytes(digest("warm up", self.node.encode())[:6], "little") + step * batch
+        at = self.chain.rounds * self.run.rounds.inner_steps
+        lr = learning_rate(self.run.inner, at, self.run.total_steps, self.engine.steps)
+        self.engine.step(train.batch(sequences(range(start, start + batch), len(train), self.run.seed)), lr)
+
+    @property
+    def warm_up_steps(self) -> int:
+        """As many as AdamW's second moment remembers, and no more than a round has; none for who has trained before."""
+        if self.engine.steps:
+            return 0
+        return min(round(1 / (1 - self.run.inner.betas[1])), self.run.rounds.inner_steps)
+
     def forsake(self) -> None:
         """Steps were taken for a round that went on without this node: the next round is trained from θ."""
         self._steps = None
@@ -249,6 +275,13 @@ class Replica:
         if self.residual is not None:
             for part, encoded in zip(self.slices_of(work.round), work.payload, strict=True):
                 self.codec.decode_add(encoded, 1.0, self.residual[part])
+
+    def place(self, record: Record | None, root: bytes) -> Chain:
+        """Where a node stands that holds the outer state ``root`` after ``record``, or before the first round."""
+        if record is None:
+            return Chain(0, self.manifest.run_id, root, 0)
+        position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.late_steps)
+        return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing)
 
     def slices_of(self, round: int) -> tuple[slice, ...]:
         """What round ``round`` exchanges: the slices of its fragment."""
@@ -304,12 +337,7 @@ class Replica:
         """Take up a place in the chain, with an outer state that differs from the last one in ``changed`` only."""
         self.host = self.outer.to(torch.device("cpu"))
         self.index = self.host.index() if changed is None else self.host.reindex(self.index, changed)
-        if record is None:
-            self.chain = Chain(0, self.manifest.run_id, self.index.root, 0)
-        else:
-            plan = record.plan
-            position = next_position(plan, self.run.inner.batch_size, self.run.overlap.late_steps)
-            self.chain = Chain(plan.round, record.hash, self.index.root, position, record.voters, record.standing)
+        self.chain = self.place(record, self.index.root)
 
     def _encode(self, round: int) -> list[bytes]:
         payload = []

@@ -52,6 +52,7 @@ from psyche.roles.metrics import Meter, metrics_event
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
 from psyche.roles.voter import Voter
+from psyche.roles.warmup import WarmUp
 from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
@@ -107,6 +108,7 @@ class Worker:
         )
         self._late: asyncio.Task[None] | None = None
         """Inner steps of the next round, while this one is on the wire."""
+        self._warm_up = WarmUp(replica, self._on_trainer, log)
         self._meter = Meter()
         self._saved = replica.chain.rounds
 
@@ -120,7 +122,7 @@ class Worker:
         for index in self._wire.journal.blobs:
             self._wire.serve(index)
         await self._catch_up.recover(self.ledger)
-        await serve_history(self.network, self.ledger, self._snapshots)
+        await serve_history(self.network, self.ledger)
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         leaving = asyncio.create_task(self._departure.run(working))
@@ -135,6 +137,7 @@ class Worker:
                 task.cancel()
             await asyncio.gather(leaving, watching, working, return_exceptions=True)
             await self._halt_late()
+            await self._warm_up.halt()
             await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._departure.tell()
             await asyncio.to_thread(self._trainer.shutdown)
@@ -149,6 +152,8 @@ class Worker:
             await self._halt_late()
             if behind(board, replica.chain):
                 await self._catch_up.synchronise(board)
+                if replica.chain.rounds and not behind(board, replica.chain):
+                    self._warm_up.start()
             elif board.phase == Phase.FINISHED:
                 break
             elif board.plan is not None:
@@ -200,6 +205,7 @@ class Worker:
             members = tuple(member.node for member in plan.members)
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
             self._departure.begin(plan)
+            await self._warm_up.halt()
             work = await self._train(plan)
         try:
             self._meter.exchanging()

@@ -1,10 +1,9 @@
-"""Outer states of finished checkpoints, served from disk: what a slow line fetches does not change under it."""
+"""Outer states of finished checkpoints, served from disk: who is fetching one goes on when the run does."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from psyche.network.blobs import Read
@@ -22,11 +21,6 @@ class Snapshots:
     def __init__(self, network: NetworkNode, keep: int) -> None:
         self._network, self._keep = network, keep
         self._there: dict[int, tuple[BlobIndex, Read]] = {}
-
-    @property
-    def states(self) -> Mapping[int, bytes]:
-        """State_root by round."""
-        return {round: index.root for round, (index, _) in self._there.items()}
 
     @property
     def oldest(self) -> int:

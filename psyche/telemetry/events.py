@@ -28,7 +28,9 @@ LOG_NAME = "events.jsonl"
 Measured = float | None
 """A measurement; ``None`` where there is none. JSON has no NaN or infinity: they too come back as ``None``."""
 
-Phase = Literal["joining", "waiting", "training", "committing", "exchanging", "certifying", "paused", "finished"]
+Phase = Literal[
+    "joining", "warming", "waiting", "training", "committing", "exchanging", "certifying", "paused", "finished"
+]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
@@ -240,6 +242,12 @@ class Resynchronised(Event, frozen=True):
     state_root: str
     donor: str
     """A PeerID, or words for several: "the members"."""
+    gave: tuple[tuple[str, int], ...] = ()
+    """Bytes that came from each PeerID, the most first."""
+    seconds: Measured = None
+    """From the first request to the last byte."""
+    moved: int = 0
+    """Rounds that the run went on meanwhile, whose outer steps were taken on what had come."""
 
 
 class CaughtUp(Event, frozen=True):

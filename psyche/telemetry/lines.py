@@ -31,6 +31,7 @@ from psyche.telemetry.wording import amount, clean, donor_name, number, peer_nam
 
 PHASES = {
     "joining": "fetching what the run needs, then waiting for the next round",
+    "warming": "warming up until the next round begins",
     "waiting": "waiting for enough members to start",
     "training": "training on this machine",
     "committing": "sealing this round's work",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ from psyche import config
 from psyche.errors import ConfigError
 from psyche.numerics.flat import FlatLayout
 
+_IMPORTING = Lock()
+"""transformers loads its modules when they are first asked for, and fails where two threads do that at once."""
+
 
 def build(spec: config.Model, *, device: str = "cpu", seed: int = 0) -> nn.Module:
     """The model with freshly initialised fp32 parameters, by ``seed``; ``device="meta"`` allocates nothing.
 
     Raises :class:`ConfigError` for an architecture that is unknown or settings it does not have.
     """
+    preload()
     from transformers import AutoModelForCausalLM
 
     settings = _settings(spec)
@@ -28,6 +33,12 @@ def build(spec: config.Model, *, device: str = "cpu", seed: int = 0) -> nn.Modul
         except (ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(f"run.model: transformers cannot build it: {error}") from None
     return model
+
+
+def preload() -> None:
+    """Import what :func:`build` needs, which takes seconds, while there is something else to wait for."""
+    with _IMPORTING:
+        from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 
 def layout(spec: config.Model) -> FlatLayout:

@@ -52,7 +52,7 @@ def test_what_a_round_took_is_had_from_who_followed_it_when_its_only_member_is_g
         given = Contribution(bytes(32), bytes(32), bytes(32), root, len(payload[0]), 1, 0, 1, bytes(32))
         alone = (author.peer_id,)
         ring, results = (alone, (root,)) if reducers else ((), ())
-        record = Record(plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, ring, results, ())
+        record = Record(plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, (), ring, results, ())
 
         def side(wire: Wire) -> Exchange:
             shape = Shape(INT8, (COUNT,))

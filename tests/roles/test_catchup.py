@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from psyche.bench.utilisation import paced
+from psyche.bench.utilisation.paced import PACE
+from psyche.config import MANIFEST, Manifest
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry.events import CaughtUp, PeerLeft, Resynchronised, RoundCertified
 from tests.roles.swarm import swarm
-from tests.roles.tiny import certified_roots, write_config
+from tests.roles.tiny import MODEL, certified_roots, write_config
 
+PACED = paced.__name__
 ROUNDS = {"inner_steps": 40, "min_members": 1, "total": 500}
 QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
 
@@ -73,3 +77,38 @@ def test_a_run_that_lost_its_power_goes_on_where_it_was(tmp_path: Path) -> None:
     first, second = (certified_roots(tmp_path / "run" / name / "events.jsonl") for name in names[:2])
     shared = min(len(first), len(second))
     assert first[:shared] == second[:shared]
+
+
+@pytest.mark.slow
+def test_a_state_that_changes_on_the_way_is_fetched_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes four rounds or more. What has come is moved along, and so the newcomer gets to where the run is."""
+    monkeypatch.setenv(PACE, "0.3")
+    settings = MODEL | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+    rounds = ROUNDS | {"start_members": 2, "inner_steps": 10}
+    changes = {"rounds": rounds, "deadlines": QUICK, "codec": {"name": "topk2"}}
+    config = write_config(tmp_path, members=2, model={"architecture": "llama", "settings": settings}, **changes)
+    text = config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 1000")  # nothing is kept on disks
+    config.write_text(text)
+    slow = tmp_path / "slow.yaml"
+    slow.write_text(
+        text.replace("checkpoint_every: 1000", "checkpoint_every: 1\n  checkpoints_kept: 1\n  max_download: 16mbit")
+    )
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in ("node-1", "node-2"):
+            run.node(name, module=PACED)
+        run.wait("coordinator", RoundCertified, lambda event: event.round == 3)
+        run.node("node-3", module=PACED, config=slow)
+        got = run.wait("node-3", Resynchronised)
+        me = got.node
+        run.wait("coordinator", RoundCertified, lambda event: me in event.accepted)
+        assert got.moved > 0, "rounds were shorter than the transfer"
+        state = 2 * 4 * Manifest.decode((tmp_path / "run" / "node-3" / MANIFEST).read_bytes()).resolved.flat_size
+        assert state <= sum(count for _, count in got.gave) < 1.5 * state, "little came twice"
+        assert len(got.gave) == 2, "from both"
+        for name in ("node-1", "node-2", "node-3", "coordinator"):
+            run.kill(name, signal.SIGINT)
+    roots = dict(enumerate(certified_roots(tmp_path / "run" / "node-1" / "events.jsonl"), 1))
+    assert roots[got.round] == got.state_root

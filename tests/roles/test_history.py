@@ -12,7 +12,7 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Unreachable
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.messages import Record
-from psyche.roles.history import Certificates, Past, States
+from psyche.roles.history import Certificates, Past
 from tests.chains import MANIFEST, NAMES, RULES, Link, chain, link
 
 CHAIN = chain(6)
@@ -21,9 +21,9 @@ START = Chain(0, RULES.run_id, RULES.genesis, 0)
 
 
 class Others:
-    """Peers by name: the certificates each has, from which round on, and the states."""
+    """Peers by name: the certificates each has, or what it says instead."""
 
-    def __init__(self, **peers: tuple[Sequence[Link], Sequence[tuple[int, bytes]]] | bytes) -> None:
+    def __init__(self, **peers: Sequence[Link] | bytes) -> None:
         self.peers = peers
 
     async def call(self, peer: str, name: str, request: bytes, *, timeout: float, max_reply: int) -> bytes:  # noqa: ASYNC109
@@ -32,11 +32,8 @@ class Others:
             raise Unreachable(peer, "is away")
         if isinstance(found, bytes):
             return found
-        links, states = found
-        if name == "states":
-            return msgspec.msgpack.encode(States(tuple(states)))
         first = int.from_bytes(request, "little")
-        wanted = (link.certificate for link in links if link.record.plan.round >= first)
+        wanted = (link.certificate for link in found if link.record.plan.round >= first)
         return msgspec.msgpack.encode(Certificates(tuple(wanted)))
 
 
@@ -52,10 +49,10 @@ def after(others: Others, chain: Chain, *asked: str) -> list[int]:
 def test_who_tells_nonsense_or_is_away_hides_nobody_else() -> None:
     others = Others(
         noise=b"\xff" * 50,
-        empty=((), ()),
-        forger=(FORGED, ()),
-        late=(CHAIN[4:], ()),
-        good=(CHAIN, ()),
+        empty=(),
+        forger=FORGED,
+        late=CHAIN[4:],
+        good=CHAIN,
     )
     asked = ("away", "noise", "empty", "forger", "late", "good")
     assert after(others, at(CHAIN[1]), *asked) == [3, 4, 5, 6]
@@ -63,7 +60,7 @@ def test_who_tells_nonsense_or_is_away_hides_nobody_else() -> None:
 
 
 def test_a_gap_ends_what_is_believed() -> None:
-    assert after(Others(good=([*CHAIN[:2], *CHAIN[3:]], ())), START, "good") == [1, 2]
+    assert after(Others(good=[*CHAIN[:2], *CHAIN[3:]]), START, "good") == [1, 2]
 
 
 def test_voters_that_nobody_named_are_not_believed() -> None:
@@ -73,18 +70,4 @@ def test_voters_that_nobody_named_are_not_believed() -> None:
         return msgspec.structs.replace(record, electorate=NAMES[1:], voters=NAMES[1:])
 
     third = link(CHAIN[1], mend=usurped)
-    assert after(Others(good=([*CHAIN[:2], third], ())), START, "good") == [1, 2]
-
-
-def newest(others: Others, above: int = 0) -> tuple[int, bytes] | None:
-    found = asyncio.run(Past(MANIFEST, cast(Rpc, others)).state(above, tuple(others.peers)))
-    return None if found is None else (found[0][0].plan.round, found[1])
-
-
-def test_a_state_is_believed_where_the_record_after_it_started_from_it() -> None:
-    true = [(number, CHAIN[number - 1].root) for number in (2, 4)]
-    lies = [(5, b"l" * 32), (4, b"l" * 32), (2**61, b"l" * 32), (-1, b"l" * 32)]
-    assert newest(Others(liar=(CHAIN, lies), good=(CHAIN, true))) == (4, CHAIN[3].root)
-    assert newest(Others(liar=(CHAIN, lies))) is None
-    assert newest(Others(good=(CHAIN, true)), above=4) is None, "this node is as far itself"
-    assert newest(Others(last=(CHAIN, [(6, CHAIN[5].root)]))) is None, "nobody has built on it yet"
+    assert after(Others(good=[*CHAIN[:2], third]), START, "good") == [1, 2]

@@ -48,10 +48,30 @@ def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in
         work = there.train(plan, progress=lambda step, loss, lr: lrs["there"].append(lr))
         if round == 1:
             node = identity.peer_id
-            record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), (), ())
+            record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), (), (), ())
             there.apply(record, there.gradient_of(record, {node: work.payload}))
             joined.adopt(there.outer.clone(), record)
         else:
             joined.train(plan, progress=lambda step, loss, lr: lrs["joined"].append(lr))
     assert lrs["there"] == [0.001, 0.002, *[0.003] * 6]
     assert lrs["joined"] == [0.0015, *[0.003] * 3]
+
+
+def test_warming_up_teaches_the_inner_optimizer_and_nothing_else(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, members=1))
+    identity = Identity.load_or_create(tmp_path / "node.key")
+    manifest = launch(config, identity.peer_id).manifest
+    cold, warm = (replica(manifest, config.node, identity) for _ in range(2))
+    assert warm.warm_up_steps == min(100, config.run.rounds.inner_steps)
+    before = warm.chain
+    for step in range(warm.warm_up_steps):
+        warm.warm_up(step)
+    assert warm.chain == before
+    assert warm.warm_up_steps == 0, "it has trained"
+    member = Member(identity.peer_id, warm.run.rounds.inner_steps, 1)
+    plan = Plan(1, 1, before.head, before.state_root, round_seed(before.head), 0, 0, (member,))
+    works = [one.train(plan) for one in (cold, warm)]
+    first, second = (work.contribution for work in works)
+    assert first.data_digest == second.data_digest
+    assert first.base_root == second.base_root
+    assert works[1].norm < works[0].norm, "steps of a size that the gradients ask for, not all as large as can be"

@@ -11,6 +11,9 @@ import pytest
 
 from psyche.bench.exchange import compare
 from psyche.bench.exchange.links import namespaces, remove_stale
+from psyche.bench.join.compare import measure as measure_joining
+from psyche.bench.join.plan import Plan as JoinPlan
+from psyche.bench.join.plan import trial as join_trial
 from psyche.bench.utilisation.compare import measure
 from psyche.bench.utilisation.plan import Plan, trials
 from tests.bench.test_links import needs_namespaces
@@ -73,3 +76,18 @@ def test_with_overlap_a_node_trains_for_more_of_its_time() -> None:
     assert len(rows) == 6
     assert all(row.rounds == 3 and row.step_seconds >= 0.1 for row in rows)
     assert shares["none"] < 0.75 < shares["tail"] <= 1.01
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_newcomers_get_their_state_from_all_donors_over_the_line() -> None:
+    plan = JoinPlan(peers=2, parameters=4_000_000, rate=50 * MBIT, at=(0.0, 0.5), inner_steps=20, step_seconds=0.5)
+    rows = measure_joining(join_trial(plan))
+    assert [row.at for row in rows] == [0.0, 0.5]
+    for row in rows:
+        assert row.donors == 2
+        assert 0 < row.line_share < 0.97, "a rate that is not kept"
+        assert 0 < row.imported < row.connected < row.asked < row.fetched <= row.first_step <= row.member
+        assert row.round_before >= 10
+        assert row.round_during >= 10
+    assert not namespaces()

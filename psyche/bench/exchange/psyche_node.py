@@ -208,6 +208,9 @@ class TimedReplica(Replica):
 class WaitingEngine:
     """An engine whose inner step waits for the bench, and then finds its vector in the parameters."""
 
+    steps = 0
+    """It has no optimizer."""
+
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
         self.layout = FlatLayout.of([("vector", (spec.parameters,))])
