@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psyche.protocol.admission import Step, absorb, after_record, observed, without_peer
-from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import Member, Plan, Record
 from psyche.protocol.proposals import (
     abandon,
     allowed,
+    allowed_for_training,
     carries_quorum,
     electors,
     half,
@@ -130,9 +130,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         reducers=0 if state.gathering else rules.reducers_for(len(seats)),
         members=tuple(Member(node, rules.inner_steps, int(node in voters)) for node in seats),
     )
-    least, most = rules.round_bounds
-    seconds = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
-    opened = Round(plan, opened=now, deadline=now + seconds, term=plan.term)
+    opened = Round(plan, opened=now, deadline=now + allowed_for_training(rules, state), term=plan.term)
     return replace(state, phase=Phase.TRAINING, term=plan.term, round=opened, note=""), [Planned(plan)]
 
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from psyche.protocol.admission import Step
-from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.proposals import (
     allowed,
+    allowed_for_training,
     carries_quorum,
     having,
     names,
@@ -120,9 +120,8 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
     for promise in promises:
         if promise.plan == plan:
             commitments = {**promise.commitments, **commitments}
-    least, most = rules.round_bounds
-    seconds = adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most)
-    round = Round(plan, opened=now, deadline=now + seconds, term=state.term, commitments=commitments)
+    deadline = now + allowed_for_training(rules, state)
+    round = Round(plan, opened=now, deadline=deadline, term=state.term, commitments=commitments)
     if commitments:
         drawn = ring(plan.seed, commitments) if plan.reducers else ()
         round = replace(round, closed=now, deadline=now + allowed(rules, state.exchange_seconds), ring=drawn)
