@@ -181,7 +181,9 @@ class CatchUp:
         if not missing or missing[-1][0].hash != goal.head or self._bytes_of(missing) >= arriving.received:
             return False
         for record, _ in missing:
-            gradient = await self._exchange(record.plan).prepare(record)
+            exchange = self._exchange(record.plan)
+            exchange.others = holders
+            gradient = await exchange.prepare(record)
             await asyncio.to_thread(self._replica.step_on, arriving.outer, record, gradient)
         arriving.moved += len(missing)
         steps = plural(len(missing), "outer step")

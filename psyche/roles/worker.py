@@ -57,6 +57,7 @@ from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
+from psyche.training.engine import describe_device
 
 T = TypeVar("T")
 
@@ -183,7 +184,7 @@ class Worker:
         chain = self.replica.chain
         seen = self._voter.certificate
         certificate = None if seen is None else decode(Certificate, seen)
-        device = _describe_device(self.settings)
+        device = describe_device(self.settings)
         return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
 
     async def promise(self, term: int, claim: bytes) -> Promise:
@@ -393,13 +394,3 @@ class Worker:
 def _use_threads(count: int | None) -> None:
     if count is not None:
         torch.set_num_threads(count)
-
-
-def _describe_device(settings: Node) -> str:
-    from psyche.training.engine import pick_device
-
-    device = pick_device(settings.device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)[:64]
-    threads = settings.threads or torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' * (threads > 1)}"
