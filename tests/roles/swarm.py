@@ -52,7 +52,7 @@ class Swarm:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PSYCHE_PARENT": str(os.getpid())} | self.environment(name),
+                env=_inherited() | {"PSYCHE_PARENT": str(os.getpid())} | self.environment(name),
                 start_new_session=True,
             )
 
@@ -101,6 +101,11 @@ class Swarm:
     def join(self, name: str) -> int:
         """Wait for a process to end by itself; its exit code."""
         return self.processes.pop(name).wait(PATIENCE)
+
+
+def _inherited() -> dict[str, str]:
+    """What a shell would give: without the address of a W&B helper that another test has started in this process."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
 
 
 def standby_key(directory: Path) -> str:
