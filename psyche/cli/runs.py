@@ -61,7 +61,12 @@ def join(
     threads: Annotated[int | None, typer.Option(help="CPU threads for training.", min=1, show_default=False)] = None,
     port: Annotated[
         int | None,
-        typer.Option(help="TCP port to listen at; a free one by default.", min=1, max=65535, show_default=False),
+        typer.Option(
+            help="TCP port to listen at; a free one by default, and that one again after a restart.",
+            min=1,
+            max=65535,
+            show_default=False,
+        ),
     ] = None,
     max_upload: MaxUpload = None,
     max_download: MaxDownload = None,
@@ -122,7 +127,12 @@ def coordinator(
     directory: Directory = None,
     port: Annotated[
         int | None,
-        typer.Option(help="TCP port to listen at; a free one by default.", min=1, max=65535, show_default=False),
+        typer.Option(
+            help="TCP port to listen at; a free one by default, and that one again after a restart.",
+            min=1,
+            max=65535,
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Launch a run and lead it, or stand by for one (--standby). Trains nothing itself."""

@@ -256,7 +256,7 @@ class NetworkNode:
                 async with asyncio.timeout(DHT_SECONDS):
                     await self.dht.find_nearest_nodes([self.dht.node_id])
         elif needed:
-            raise PsycheError(_nobody(failures))
+            raise NobodyThere(_nobody(failures))
 
     async def _greet(self, peer_id: str, addresses: list[str]) -> str | None:
         """Connect to one bootstrap node and ping its DHT node; the reason if either fails."""
@@ -273,6 +273,10 @@ class NetworkNode:
                 return f"{where}: its clock and this machine's differ by more than 3 s (set this one by NTP)"
             return f"{where}: it cannot reach this machine back (open the listening port in the firewall)"
         return f"{where}: it answers, but not as a psyche node"
+
+
+class NobodyThere(PsycheError):
+    """None of the addresses that a node has of others answered."""
 
 
 def _nobody(failures: list[str]) -> str:

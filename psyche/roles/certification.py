@@ -26,7 +26,6 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.state import Phase
 from psyche.roles.board import BoardClient
-from psyche.roles.openings import Openings
 from psyche.roles.proofs import proposal_in
 from psyche.roles.replica import Work
 from psyche.roles.voter import Voter
@@ -57,8 +56,7 @@ class Certification:
     ) -> None:
         self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.wire.me
         self._voter, self._client, self._exchange, self._warn = voter, client, exchange, warn
-        self._openings = Openings(voter.manifest.run_id, plan)
-        voter.follows(plan, self._openings)
+        self._openings = voter.follows(plan)
         self._tasks: dict[object, asyncio.Task[None]] = {}
         self._failed: set[object] = set()
         self._gradients: dict[bytes, Gradient] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from psyche.errors import PsycheError
 from psyche.network.address import split_address
 from psyche.network.identity import IDENTITY, Identity
 from psyche.network.invite import MAX_ADDRESSES, Invite
-from psyche.network.node import NetworkNode
+from psyche.network.node import NetworkNode, NobodyThere
 from psyche.numerics.backends.choice import on
 from psyche.numerics.outer import OuterState
 from psyche.rates import bytes_per_second
@@ -26,6 +27,7 @@ from psyche.roles.launch import Launch, launch
 from psyche.roles.leaving import Farewell
 from psyche.roles.ledger import backfill, writing
 from psyche.roles.peers import PEERS, PeerBook, remember
+from psyche.roles.ports import keep_port, last_port
 from psyche.roles.preflight import check_machine, tell, warn_of_connection
 from psyche.roles.presence import KINDS, announce, sources
 from psyche.roles.probes import serve_probes
@@ -45,6 +47,9 @@ from psyche.training.models import build, preload
 
 GENESIS = "genesis.bin"
 INVITE = "invite"
+RETURN_SECONDS = 600.0
+"""As long as a node keeps its work where no coordinator can be reached (``board.py``)."""
+RETRY_SECONDS = 2.0
 
 
 # ---------------------------------------------------------------------------------- the coordinator
@@ -133,7 +138,7 @@ async def join(
     warn = warning(log)
     book = PeerBook(directory / PEERS)
     async with beside(warn, asyncio.to_thread(preload)):
-        network = await connect(identity, invite.run_id, node, directory, book, invite.addresses)
+        network = await _come(invite, node, directory, identity, book, warn)
         background = announce(network, "member"), remember(network, book, invite.addresses)
         # Registered once the key is ours: of two that are started in one directory only the first is to be found.
         async with network, registered(directory), beside(warn, *background, warn_of_connection(network, node, warn)):
@@ -141,6 +146,24 @@ async def join(
                 await _take_part(invite, node, directory, identity, network, log, farewell)
             finally:
                 log.close()
+
+
+async def _come(
+    invite: Invite, node: Node, directory: Path, identity: Identity, book: PeerBook, warn: Callable[[str], None]
+) -> NetworkNode:
+    """This node's place in the run's network. One that was in the run before waits for others to be there.
+
+    After a power cut of everything somebody is the first. A newcomer's invite is wrong, more likely.
+    """
+    until = time.monotonic() + (RETURN_SECONDS if (directory / MANIFEST).exists() else 0.0)
+    while True:
+        try:
+            return await connect(identity, invite.run_id, node, directory, book, invite.addresses)
+        except NobodyThere:
+            if time.monotonic() >= until:
+                raise
+            warn(f"none of the run's other members can be reached; trying again for {RETURN_SECONDS / 60:.0f} minutes")
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 async def _take_part(
@@ -234,12 +257,12 @@ def _outer_device(node: Node, trains_on: torch.device) -> torch.device:
 async def connect(
     identity: Identity, run_id: bytes, node: Node, directory: Path, book: PeerBook, bootstrap: tuple[str, ...]
 ) -> NetworkNode:
-    """This process's place in the run's network, as ``node`` has it."""
-    return await NetworkNode.create(
+    """This process's place in the run's network, as ``node`` has it, and where it was last time."""
+    network = await NetworkNode.create(
         identity,
         run_id=run_id,
         kinds=KINDS,
-        listen=node.listen,
+        listen=last_port(node.listen, directory),
         announce=node.announce,
         bootstrap=bootstrap,
         remembered=book.addresses(),
@@ -248,6 +271,9 @@ async def connect(
         max_upload=bytes_per_second(node.max_upload),
         max_download=bytes_per_second(node.max_download),
     )
+    with disk_errors(directory, "--directory"):
+        keep_port(await network.addresses(), directory)
+    return network
 
 
 def run_started(manifest: Manifest, invite: str = "") -> events.RunStarted:

@@ -35,9 +35,12 @@ class Voter:
         """Of the leader that this node follows."""
         return self._ballot.acceptor.promised
 
-    def follows(self, plan: Plan, openings: Openings) -> None:
-        """This node is in the round of ``plan``, of which ``openings`` will be known."""
-        self._round = plan, openings
+    def follows(self, plan: Plan) -> Openings:
+        """This node is in the round of ``plan``: a new leader is told so. What will be known of the round's openings,
+        the same each time."""
+        if self._round is None or self._round[0] != plan:
+            self._round = plan, Openings(self.manifest.run_id, plan)
+        return self._round[1]
 
     @property
     def claim(self) -> bytes | None:

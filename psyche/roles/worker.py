@@ -201,6 +201,7 @@ class Worker:
         """
         self._meter.start()
         self._wire.shelf.next_round()
+        self._voter.follows(plan)  # from here on: who takes over while members train goes on with the round, too
         work = None
         if (quota := plan.member(self.identity.peer_id)) is not None:
             members = tuple(member.node for member in plan.members)

@@ -1,0 +1,71 @@
+"""A node that starts again listens where it did; one that is gone is waited for by those that were with it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+from psyche.network.invite import Invite
+from psyche.roles.ports import PORT, keep_port, last_port
+from psyche.telemetry.events import Notice, RoundCertified
+from tests.roles.swarm import swarm
+from tests.roles.tiny import write_config
+
+ANY = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
+ADDRESSES = [
+    "/ip4/203.0.113.9/tcp/4001/p2p/12D3",
+    "/ip4/192.168.1.2/tcp/32801/p2p/12D3",
+    "/ip4/127.0.0.1/tcp/32801/p2p/12D3",
+]
+
+
+def test_the_port_of_last_time_is_taken_where_any_would_do(tmp_path: Path) -> None:
+    assert last_port(ANY, tmp_path) == ANY, "there was no last time"
+    keep_port(ADDRESSES, tmp_path)
+    assert last_port(ANY, tmp_path) == ("/ip4/0.0.0.0/tcp/32801", "/ip6/::/tcp/32801")
+    chosen = ("/ip4/0.0.0.0/tcp/9000",)
+    assert last_port(chosen, tmp_path) == chosen
+
+
+def test_nor_is_one_that_is_not_free_or_no_port(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        (tmp_path / PORT).write_text(str(other.getsockname()[1]))
+        assert last_port(ANY, tmp_path) == ANY
+    for damaged in ("", "x", "70000", "-1"):
+        (tmp_path / PORT).write_text(damaged)
+        assert last_port(ANY, tmp_path) == ANY
+
+
+def test_after_a_power_cut_an_old_invite_does_and_who_is_first_waits(tmp_path: Path) -> None:
+    rounds = {"total": 500, "inner_steps": 5, "start_members": 2}
+    with swarm(tmp_path / "run", write_config(tmp_path, members=2, rounds=rounds)) as run:
+        run.coordinator()
+        run.node("node-1")
+        run.node("node-2")
+        run.wait("node-1", RoundCertified)
+        invite = tmp_path / "run" / "coordinator" / "invite"
+        before = invite.read_text()
+        run.cut_power()
+        invite.write_text(before)
+        run.node("node-1")
+        run.wait("node-1", Notice, lambda event: "can be reached; trying again" in event.text)
+        last = run.events("node-1", RoundCertified)[-1].round
+        run.coordinator()
+        run.node("node-2")
+        run.wait("node-1", RoundCertified, lambda event: event.round > last)
+        assert set(Invite.parse(before).addresses) <= set(Invite.parse(invite.read_text()).addresses)
+        for name in ("node-1", "node-2", "coordinator"):
+            assert run.kill(name, signal.SIGINT) == 130
+
+
+def test_a_newcomer_whose_invite_leads_nowhere_is_told_at_once(tmp_path: Path) -> None:
+    with swarm(tmp_path / "run", write_config(tmp_path, members=1)) as run:
+        run.coordinator()
+        run.wait("coordinator", Notice)
+        run.kill("coordinator")
+        run.node("node-1")
+        assert run.join("node-1") == 1
+        assert "no bootstrap node could be joined" in run.output("node-1")
