@@ -19,6 +19,15 @@ MaxDownload = Annotated[
     str | None,
     typer.Option(help="Most that is fetched from others, such as 100mbit.", show_default=False),
 ]
+Port = Annotated[
+    int | None,
+    typer.Option(
+        help="TCP port to listen at; by default that of last time, at first a free one.",
+        min=1,
+        max=65535,
+        show_default=False,
+    ),
+]
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
 Directory = Annotated[
     Path | None,
@@ -59,15 +68,7 @@ def join(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:n].", show_default=False)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for training.", min=1, show_default=False)] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(
-            help="TCP port to listen at; a free one by default, and that one again after a restart.",
-            min=1,
-            max=65535,
-            show_default=False,
-        ),
-    ] = None,
+    port: Port = None,
     max_upload: MaxUpload = None,
     max_download: MaxDownload = None,
 ) -> None:
@@ -125,15 +126,7 @@ def coordinator(
         ),
     ] = None,
     directory: Directory = None,
-    port: Annotated[
-        int | None,
-        typer.Option(
-            help="TCP port to listen at; a free one by default, and that one again after a restart.",
-            min=1,
-            max=65535,
-            show_default=False,
-        ),
-    ] = None,
+    port: Port = None,
 ) -> None:
     """Launch a run and lead it, or stand by for one (--standby). Trains nothing itself."""
     from psyche.cli.process import home_of, read_invite, run_coordinator, run_standby

@@ -271,8 +271,12 @@ async def connect(
         max_upload=bytes_per_second(node.max_upload),
         max_download=bytes_per_second(node.max_download),
     )
-    with disk_errors(directory, "--directory"):
-        keep_port(await network.addresses(), directory)
+    try:
+        with disk_errors(directory, "--directory"):
+            keep_port(await network.addresses(), directory)
+    except BaseException:
+        await network.close()
+        raise
     return network
 
 
