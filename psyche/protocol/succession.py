@@ -29,6 +29,10 @@ from psyche.protocol.proposals import (
 from psyche.protocol.reduction import ring
 from psyche.protocol.state import Phase, Planned, Promised, Round, Rules, State
 
+PLANNED_SINCE = 16
+"""Plans that the leader before can have made since the last vote, for all one believes: a plan carries no signature,
+and no member is to drive terms up."""
+
 
 def ready_members(state: State) -> list[str]:
     """Who is here with the run's state, and follows this leader."""
@@ -120,6 +124,8 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
     for promise in promises:
         if promise.plan == plan:
             commitments = {**promise.commitments, **commitments}
+    while state.term <= plan.term:  # a plan has a later term than the last vote, which is all that a leader hears of
+        state = replace(state, term=state.term + rules.coordinators)
     deadline = now + allowed_for_training(rules, state)
     round = Round(plan, opened=now, deadline=deadline, term=state.term, commitments=commitments)
     if commitments:
@@ -135,7 +141,7 @@ def _follows(rules: Rules, state: State, plan: Plan, ready: Sequence[str]) -> bo
         (plan.round, plan.previous, plan.base_root) == (state.rounds + 1, state.head, state.state_root)
         and plan.position == state.position
         and plan.seed == round_seed(state.head)
-        and plan.term < state.term
+        and plan.term < state.term + PLANNED_SINCE * rules.coordinators
         and plan.reducers in (0, rules.reducers_for(len(plan.members)))
         and any(plan.member(node) is not None for node in ready)
     )

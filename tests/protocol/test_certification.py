@@ -11,11 +11,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from unittest import mock
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.protocol.acceptor import Acceptor
+from psyche.protocol.messages import Plan
 from psyche.protocol.state import Seen
 from tests.protocol.parliament import Parliament, Seat, Voter, with_coordinators
 from tests.protocol.players import RULES, nodes
@@ -204,11 +206,57 @@ def a_slow_voter_while_the_other_coordinator_is_away() -> None:
     assert max(world.certified) > last, seat.state.note
 
 
+def training(world: Parliament) -> Plan:
+    """The first coordinator leads, and its members begin a round that it has planned; its plan."""
+    first = world.seats[0]
+    while len(world.certified) < 2:
+        go_on(world, first, world.voters, 1)
+    for turn in range(400):
+        world.talk(world.voters[turn % len(world.voters)], first)
+        known = first.state.round
+        if known is not None and known.closed is None and not known.commitments:
+            return known.plan
+    raise AssertionError("no round was planned")
+
+
+def taken_over(world: Parliament, plan: Plan) -> Seat:
+    """The second coordinator leads in place of the first, members of which are training for ``plan``."""
+    second = world.seats[1]
+    world.seats[0].crash()
+    for voter in world.voters:
+        voter.plan = plan
+    second.later = max(voter.acceptor.term for voter in world.voters)
+    second.begin()
+    for voter in world.voters:
+        world.talk(voter, second)
+    return second
+
+
+def a_leader_dies_while_its_members_train() -> None:
+    """They have voted in no term as late as that of the plan; what they are doing is not thrown away."""
+    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
+    plan = training(world)
+    second = taken_over(world, plan)
+    go_on(world, second, world.voters, 20)
+    assert world.certified[plan.round].plan == plan
+
+
+def a_member_shows_a_plan_of_the_far_future() -> None:
+    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
+    plan = training(world)
+    second = taken_over(world, msgspec.structs.replace(plan, term=2**61))
+    go_on(world, second, world.voters, 20)
+    assert plan.round in world.certified
+    assert second.state.term < 1000
+
+
 CASES = (
     the_leader_dies_and_its_voters_start_again,
     two_leaders_with_two_members_each,
     the_voters_leave_for_good_with_a_sealed_record,
     a_slow_voter_while_the_other_coordinator_is_away,
+    a_leader_dies_while_its_members_train,
+    a_member_shows_a_plan_of_the_far_future,
 )
 
 
