@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from psyche.data.durable import disk_errors, write_durably
+from psyche.durable import disk_errors, write_durably
 
 
 def require_folder(path: Path | None) -> None:

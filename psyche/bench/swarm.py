@@ -15,7 +15,7 @@ from pathlib import Path
 from psyche.bench.exchange.links import Place
 from psyche.bench.exchange.reap import reap
 from psyche.config import Config
-from psyche.data.durable import write_durably
+from psyche.durable import write_durably
 
 STOP_SECONDS = 10.0
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from psyche.data.durable import write_durably
 from psyche.data.index import TokenizerFile
 from psyche.data.shards import SplitState, intact
+from psyche.durable import write_durably
 from psyche.numerics.digest import blob_root, digest
 
 JOURNAL = "journal.json"

@@ -18,13 +18,13 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from psyche.config import BpeTokenizer, Data
-from psyche.data.durable import disk_errors, write_durably
 from psyche.data.index import DTYPES, FORMAT, Index, Shard, TokenizerFile, dtype_for
 from psyche.data.journal import JOURNAL, Journal, chain, document_hash, load_journal
 from psyche.data.shards import SHARD_BYTES, SplitState, SplitWriter
 from psyche.data.sources import documents
 from psyche.data.store import INDEX, TOKENIZER, TokenStore, store_path
 from psyche.data.tokenizer import Encoder, tokenizer_files
+from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from psyche.data.durable import disk_errors, sync_directory
+from psyche.durable import disk_errors, sync_directory
 from psyche.network.blobs import Read
 from psyche.network.spool import UNFINISHED, Blob
 from psyche.numerics.digest import INDEX_BYTES, BlobIndex

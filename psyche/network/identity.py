@@ -18,6 +18,7 @@ import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from psyche.durable import sync_directory
 from psyche.errors import PsycheError
 from psyche.network.address import PEER_ID
 from psyche.numerics.digest import digest
@@ -154,14 +155,6 @@ def _create(path: Path) -> None:
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):  # another process was first: its key is the one
             os.link(draft, path)
-        _flush_names(path.parent)  # before anything is signed with it: who comes back without its key is another peer
+        sync_directory(path.parent)  # before anything is signed with it: who comes back without its key is another peer
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _flush_names(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from psyche.config import Config, load_config
-from psyche.data.durable import write_durably
+from psyche.durable import write_durably
 from psyche.errors import PsycheError
 from psyche.telemetry.events import LOG_NAME, Event, Notice, RoundStarted, RunFinished, read_events
 from psyche.telemetry.follow import EventFollower

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from psyche.data.durable import write_durably
+from psyche.durable import write_durably
 from psyche.errors import PsycheError
 from psyche.network.address import MAX_ADDRESS, is_loopback, peer_of
 from psyche.network.invite import MAX_ADDRESSES

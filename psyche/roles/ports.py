@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from psyche.data.durable import write_durably
+from psyche.durable import write_durably
 
 PORT = "port"
 _ANY = re.compile(r"/tcp/0(?=/|$)")

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from psyche.config import MANIFEST, Config, Manifest, Node
-from psyche.data.durable import disk_errors, write_durably
 from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
+from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
 from psyche.network.identity import IDENTITY, Identity

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from psyche.config import Manifest
-from psyche.data.durable import disk_errors, write_durably
 from psyche.data.index import MAX_INDEX_BYTES, decode_index
 from psyche.data.store import INDEX, TOKENIZER, TokenStore, store_path
+from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 from psyche.network.fetch import fetch
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope

@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 from psyche.config import MANIFEST, Node
-from psyche.data.durable import disk_errors, write_durably
+from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
 from psyche.network.identity import IDENTITY, Identity

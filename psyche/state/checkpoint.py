@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from psyche.data.durable import sync_directory
+from psyche.durable import sync_directory
 from psyche.errors import PsycheError
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.messages import Standing

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from psyche.data.durable import disk_errors, write_durably
+from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 from psyche.numerics.digest import digest
 from psyche.protocol.acceptor import Acceptor

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer
 
 from psyche.config import BpeTokenizer, Data, StdlibSource, TextSource
 from psyche.data import prepare as module
-from psyche.data.durable import disk_errors
 from psyche.data.journal import document_hash
 from psyche.data.prepare import Progress, is_heldout, prepare
 from psyche.data.store import Split, TokenStore, store_path
+from psyche.durable import disk_errors
 from psyche.errors import PsycheError
 
 Spawn = Callable[..., "subprocess.Popen[str]"]

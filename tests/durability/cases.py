@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from psyche.config import MANIFEST, BpeTokenizer, Data, TextSource
-from psyche.data.durable import write_durably
 from psyche.data.journal import Journal as Preparation
 from psyche.data.journal import load_journal
 from psyche.data.prepare import prepare
+from psyche.durable import write_durably
 from psyche.exchange.journal import Journal
 from psyche.network.identity import IDENTITY, Identity
 from psyche.network.spool import Spool
