@@ -23,7 +23,7 @@ from psyche.network.download import Content, Download, OnLiar
 from psyche.network.pipe import Pipe
 from psyche.network.spool import Blob
 from psyche.network.streams import STALL_SECONDS, Busy, Refused, Unreachable, Violation
-from psyche.numerics.digest import CHUNK, BlobIndex, chunk_count, digest
+from psyche.numerics.digest import CHUNK, BlobIndex, chunk_count, digest, index_blob
 
 if TYPE_CHECKING:
     from psyche.network.node import NetworkNode
@@ -148,12 +148,13 @@ async def fetch_into(
     ``gave`` is not empty does not come again. ``gave`` is told how many bytes came from each source. ``order`` is that
     of all chunks, of ``CHUNK`` bytes, on a ring that each caller enters elsewhere.
     """
-    size, there = memoryview(target).nbytes, bool(gave)
+    size = memoryview(target).nbytes
+    there = await asyncio.to_thread(index_blob, target) if gave else None
 
     def create(index: BlobIndex) -> Content:
         if index.size != size:
             raise ValueError("a blob of another size than agreed")
-        return _Memory(index, target, there=there)
+        return _Memory(index, target, there)
 
     most, guess = max(1, chunk_count(size)), None if there else CHUNK
     download = Download(network.peer_id, root, create, most, order, guess, None, stall, None)
@@ -180,13 +181,11 @@ def rotated(sources: Sequence[str], caller: str, root: bytes, *, keep_first: boo
 class _Memory:
     """A blob in a buffer."""
 
-    def __init__(self, index: BlobIndex, buffer: Buffer, *, there: bool = False) -> None:
-        """``there``: some of it may be in ``buffer`` already."""
+    def __init__(self, index: BlobIndex, buffer: Buffer, there: BlobIndex | None = None) -> None:
+        """``there`` is what ``buffer`` holds now, where some of that may be right."""
         self.index = index
         self._view = memoryview(buffer).cast("B")
-        self._present = bytearray(index.chunks)
-        if there:
-            self._present = bytearray(index.found_in(buffer))
+        self._present = bytearray(index.chunks if there is None else index.shared(there))
 
     def present(self, number: int) -> bool:
         return bool(self._present[number])

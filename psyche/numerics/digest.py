@@ -87,13 +87,12 @@ class BlobIndex:
             return False
         return bytes(blake3(chunk).digest()) == self.hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
 
-    def found_in(self, data: Buffer) -> list[bool]:
-        """Which chunks of a blob made of pieces of ``CHUNK`` bytes ``data``, of its size, holds where they belong."""
-        hashes = b"".join(_POOL.map(_hash, chunked(data)))
-        return [
-            hashes[at : at + HASH_BYTES] == self.hashes[at : at + HASH_BYTES]
-            for at in range(0, self.chunks * HASH_BYTES, HASH_BYTES)
-        ]
+    def shared(self, other: BlobIndex) -> list[bool]:
+        """Of each chunk, whether ``other`` has the same one in the same place; of blobs cut alike, that is."""
+        if self.sizes != other.sizes:
+            return [False] * self.chunks
+        ends = range(HASH_BYTES, len(self.hashes) + 1, HASH_BYTES)
+        return [self.hashes[end - HASH_BYTES : end] == other.hashes[end - HASH_BYTES : end] for end in ends]
 
     @property
     def _packed_sizes(self) -> bytes:

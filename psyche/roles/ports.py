@@ -13,17 +13,18 @@ from pathlib import Path
 from psyche.durable import write_durably
 
 PORT = "port"
-_ANY = re.compile(r"/tcp/0(?=/|$)")
-_OWN = re.compile(r"/ip4/[\d.]+/tcp/(\d{1,5})/p2p/[^/]+")
+_ANY = re.compile(r"/(ip[46])/([^/]+)/tcp/0(?=/|$)")
+_OWN = re.compile(r"/ip[46]/[^/]+/tcp/([1-9]\d{0,4})/p2p/[^/]+")
+_FAMILIES = {"ip4": socket.AF_INET, "ip6": socket.AF_INET6}
 
 
 def last_port(listen: Sequence[str], directory: Path) -> tuple[str, ...]:
-    """``listen`` with the port that was used last in ``directory`` wherever any would do, if it is free."""
+    """``listen`` with the port that was used last in ``directory`` wherever any would do, if it is free there."""
     try:
         port = int((directory / PORT).read_text())
     except (OSError, ValueError):
         return tuple(listen)
-    return tuple(_ANY.sub(f"/tcp/{port}", one) for one in listen) if _free(port) else tuple(listen)
+    return tuple(_again(one, port) for one in listen)
 
 
 def keep_port(addresses: Sequence[str], directory: Path) -> None:
@@ -33,11 +34,14 @@ def keep_port(addresses: Sequence[str], directory: Path) -> None:
         write_durably(directory / PORT, ports[-1].encode())
 
 
-def _free(port: int) -> bool:
-    with socket.socket() as trial:
+def _again(listen: str, port: int) -> str:
+    found = _ANY.match(listen)
+    if found is None:
+        return listen
+    with socket.socket(_FAMILIES[found[1]]) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of last time may linger
         try:
-            trial.bind(("", port))
+            trial.bind((found[2], port))
         except (OSError, OverflowError):
-            return False
-    return True
+            return listen
+    return f"/{found[1]}/{found[2]}/tcp/{port}{listen[found.end() :]}"

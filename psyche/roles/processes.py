@@ -22,6 +22,7 @@ from psyche.numerics.backends.choice import on
 from psyche.numerics.outer import OuterState
 from psyche.rates import bytes_per_second
 from psyche.roles.background import beside, warning
+from psyche.roles.board import PATIENCE_SECONDS
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.launch import Launch, launch
 from psyche.roles.leaving import Farewell
@@ -47,8 +48,6 @@ from psyche.training.models import build, preload
 
 GENESIS = "genesis.bin"
 INVITE = "invite"
-RETURN_SECONDS = 600.0
-"""As long as a node keeps its work where no coordinator can be reached (``board.py``)."""
 RETRY_SECONDS = 2.0
 
 
@@ -155,14 +154,18 @@ async def _come(
 
     After a power cut of everything somebody is the first. A newcomer's invite is wrong, more likely.
     """
-    until = time.monotonic() + (RETURN_SECONDS if (directory / MANIFEST).exists() else 0.0)
+    until = time.monotonic() + (PATIENCE_SECONDS if (directory / MANIFEST).exists() else 0.0)
+    told = False
     while True:
         try:
             return await connect(identity, invite.run_id, node, directory, book, invite.addresses)
         except NobodyThere:
             if time.monotonic() >= until:
                 raise
-            warn(f"none of the run's other members can be reached; trying again for {RETURN_SECONDS / 60:.0f} minutes")
+            if not told:
+                minutes = f"{PATIENCE_SECONDS / 60:.0f} minutes"
+                warn(f"none of the run's other members can be reached; trying again for {minutes}")
+            told = True
             await asyncio.sleep(RETRY_SECONDS)
 
 

@@ -368,7 +368,9 @@ class Worker:
                     )
                 )
 
-        stop = lambda: self._stopping or self._closed_to_me(plan)  # noqa: E731
+        def stop() -> bool:
+            return self._stopping or self._closed_to_me(plan)
+
         return self.replica.train(plan, progress=progress, stop=stop, enough=self._departure.enough)
 
     def _closed_to_me(self, plan: Plan) -> bool:

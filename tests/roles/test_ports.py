@@ -12,7 +12,7 @@ from psyche.telemetry.events import Notice, RoundCertified
 from tests.roles.swarm import swarm
 from tests.roles.tiny import write_config
 
-ANY = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
+ANY = ("/ip4/127.0.0.1/tcp/0", "/dns/example.org/tcp/0")
 ADDRESSES = [
     "/ip4/203.0.113.9/tcp/4001/p2p/12D3",
     "/ip4/192.168.1.2/tcp/32801/p2p/12D3",
@@ -23,8 +23,8 @@ ADDRESSES = [
 def test_the_port_of_last_time_is_taken_where_any_would_do(tmp_path: Path) -> None:
     assert last_port(ANY, tmp_path) == ANY, "there was no last time"
     keep_port(ADDRESSES, tmp_path)
-    assert last_port(ANY, tmp_path) == ("/ip4/0.0.0.0/tcp/32801", "/ip6/::/tcp/32801")
-    chosen = ("/ip4/0.0.0.0/tcp/9000",)
+    assert last_port(ANY, tmp_path) == ("/ip4/127.0.0.1/tcp/32801", ANY[1])
+    chosen = ("/ip4/127.0.0.1/tcp/9000",)
     assert last_port(chosen, tmp_path) == chosen
 
 
