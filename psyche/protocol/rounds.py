@@ -258,20 +258,27 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     base, late = current.plan.base_root, _left_behind(current, record)
     waiting = [n for n, peer in state.peers.items() if peer.state_root == base and n not in current.attestations]
     until = current.deadline
-    if set(waiting) <= late and current.closed is not None:
+    assert current.closed is not None
+    if set(waiting) <= late:
         until = min(until, current.certified_at + GRACE * (current.closed - current.opened))
     if waiting and now < until:
         return state, []
     # The state after a round is computed, not chosen: where fewer than half of the members lie, a root that more than
     # half of them found is the right one. Members that attest count, in the electorate or not, so that a small
-    # electorate is no shortcut; who only followed the round does not, nor who voted and has gone since.
+    # electorate is no shortcut; who only followed the round does not. Where so many have gone since they voted that no
+    # half is left, those who are here must all have found the same.
     votes = {member.node: member.votes for member in current.plan.members} | dict.fromkeys(record.electorate, 1)
-    here = {member.node for member in current.plan.members} & set(record.electorate) & set(state.peers)
-    total = sum(votes.get(node, 0) for node in here | set(current.attestations))
-    found = {root: having(current.attestations, root) for root in set(current.attestations.values())}
-    agreed = [root for root, nodes in found.items() if 2 * sum(votes.get(node, 0) for node in nodes) > total]
+    electors = {member.node for member in current.plan.members} & set(record.electorate)
+    total = sum(votes.get(node, 0) for node in electors | set(current.attestations))
+    weights = {
+        root: sum(votes.get(node, 0) for node in having(current.attestations, root))
+        for root in set(current.attestations.values())
+    }
+    agreed = [root for root, weight in weights.items() if 2 * weight > total]
+    silent = electors & set(state.peers) - set(current.attestations)
+    if not agreed and not silent and len(unanimous := [root for root, weight in weights.items() if weight]) == 1:
+        agreed = unanimous
     if not agreed:
-        silent = here - set(current.attestations)
         note = f"no half of the members agrees on the state after round {current.plan.round}" + (
             f"; waiting for {names(silent)}" if silent else ""
         )

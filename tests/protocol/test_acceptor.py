@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault, promise
-from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record
+from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.reduction import ring
 from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
@@ -182,3 +182,33 @@ def test_a_bad_sharded_record_gets_no_vote(reason: str, record: Record) -> None:
 def test_a_round_that_the_manifest_does_not_shard_is_not_sharded() -> None:
     with pytest.raises(Refusal, match="as the manifest does"):
         vote(SHARDED)
+
+
+ON_PROBATION = {
+    "rules": replace(RULES, probation=3),
+    "chain": replace(CHAIN, voters=(A, B), standing=(Standing(A, 3, 1), Standing(B, 3, 1), Standing(C, 1, 1))),
+}
+COUNTED = changed(
+    RECORD, electorate=(A, B), voters=(A, B), standing=(Standing(A, 3, 1), Standing(B, 3, 1), Standing(C, 2, 1))
+)
+
+
+def test_accepted_contributions_are_counted_by_every_voter() -> None:
+    assert vote(COUNTED, **ON_PROBATION).record == COUNTED.hash
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"standing": ()}, "does not follow"),
+        ({"standing": COUNTED.standing[:2]}, "does not follow"),
+        ({"standing": (*COUNTED.standing[:2], Standing(C, 3, 1))}, "does not follow"),
+        ({"standing": tuple(sorted((*COUNTED.standing, Standing(D, 3, 1)), key=lambda one: one.node))}, "not follow"),
+        ({"voters": (A, B, C)}, "past their probation"),
+        ({"voters": (A, B, D)}, "past their probation"),
+        ({"voters": (A,)}, "left without a vote"),
+    ],
+)
+def test_a_vote_that_was_not_earned_gets_none(lie: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Refusal, match=reason):
+        vote(changed(COUNTED, **lie), **ON_PROBATION)

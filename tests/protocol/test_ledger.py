@@ -146,6 +146,14 @@ CONSPIRACIES: dict[str, tuple[str, Callable[[Record], Record]]] = {
         "accepted and left out",
         lambda record: msgspec.structs.replace(record, excluded=(Excluded(NAMES[0], "a grudge"),)),
     ),
+    "a standing": (
+        "does not follow",
+        lambda record: msgspec.structs.replace(record, standing=record.standing[1:]),
+    ),
+    "a vote for the one left out": (
+        "left without a vote",
+        lambda record: msgspec.structs.replace(record, voters=record.voters[1:]),
+    ),
     "a stranger": (
         "no member",
         lambda record: msgspec.structs.replace(record, excluded=(Excluded(STRANGER.peer_id, "who?"),)),

@@ -326,48 +326,6 @@ def test_an_attestation_that_never_comes_costs_one_deadline() -> None:
     assert [m.node for m in table.plan.members] == members[:3]
 
 
-@pytest.mark.parametrize("seconds", [20, 40])
-def test_who_was_too_slow_to_fetch_is_waited_for_by_what_training_took(seconds: int) -> None:
-    """Not by another deadline of the exchange: a line that is a tenth of the others' would double each of theirs."""
-    table, members = started()
-    quick = members[:3]
-    table.wait(seconds)
-    table.close(members)
-    for node in members:
-        table.open(node)
-    for node in quick:
-        table.hold(node, members)
-    table.wait(RULES.exchange_bounds[1])
-    for node in quick:
-        table.vote(node)
-    for node in quick:
-        table.attest(node)
-    certified = table.now
-    while table.plan.round == 1:
-        table.wait(0.5, step=0.5)
-    assert table.now - certified == pytest.approx(seconds / 10, abs=0.6)
-    assert [member.node for member in table.plan.members] == quick
-
-
-def test_a_slow_one_that_comes_within_that_is_in_the_next_round() -> None:
-    table, members = started()
-    *quick, slow = members
-    table.wait(80)
-    table.close(members)
-    for node in members:
-        table.open(node)
-    for node in quick:
-        table.hold(node, members)
-    table.wait(RULES.exchange_bounds[1])
-    for node in quick:
-        table.vote(node)
-    for node in quick:
-        table.attest(node)
-    table.wait(4)
-    table.attest(slow)
-    assert [member.node for member in table.plan.members] == members
-
-
 # -------------------------------------------------------------------------------- reconfigurations
 
 
@@ -436,32 +394,3 @@ def test_a_member_that_returns_can_vote_again() -> None:
                 table.vote(node)
         table.wait(51)
     assert 1 in table.certified
-
-
-@pytest.mark.parametrize("attested", [False, True])
-def test_who_says_goodbye_is_not_waited_for(attested: bool) -> None:
-    """Its vote is missing for good: the others go on at once, not after the time in which it could have come back."""
-    table, (stays, leaves) = started(2, rounds=9)
-    table.close([stays, leaves])
-    table.exchange([stays, leaves])
-    table.certify([stays, leaves])
-    if attested:
-        table.attest(leaves)
-    table.send(Left(leaves, "it leaves"))
-    table.attest(stays)
-    assert [(table.plan.round, member.node) for member in table.plan.members] == [(2, stays)]
-    record = table.play_round([stays])
-    assert record.electorate == (stays,)
-
-
-def test_who_voted_and_died_does_not_keep_the_others_from_settling() -> None:
-    table, (stays, dies) = started(2, rounds=9)
-    table.close([stays, dies])
-    table.exchange([stays, dies])
-    table.certify([stays, dies])
-    table.attest(stays)
-    table.wait(RULES.silence - 1, alive=[stays])
-    assert table.state.rounds == 0
-    table.wait(2 + RULES.silence, alive=[stays])
-    assert table.state.rounds == 1
-    assert [member.node for member in table.plan.members] == [stays]
