@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche.protocol.messages import MAX_MEMBERS, Standing
+from psyche.protocol.proposals import seated
 from psyche.protocol.standing import probation_note, standing_after, voting
+from psyche.protocol.state import State
 from tests.protocol.players import RULES, Table, nodes, rejected, root_after
 
 FOUNDERS, NEW = nodes(8)[:3], nodes(8)[3:]
@@ -183,3 +185,13 @@ def test_a_newcomer_is_told_how_far_it_is() -> None:
         None,
     ]
     assert probation_note(table.certified[6], A, 3) is None
+
+
+def test_a_crowd_of_newcomers_takes_no_voters_seat() -> None:
+    many = nodes(MAX_MEMBERS + 60)
+    voters = many[::140]
+    state = replace(State.initial(RUN), electorate=tuple(voters))
+    seats = seated(RUN, state, many)
+    assert len(seats) == MAX_MEMBERS
+    assert set(voters) <= set(seats)
+    assert seats == sorted(seats)
