@@ -135,7 +135,9 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
 
 
 def _collect_commitments(rules: Rules, state: State, current: Round, now: float) -> Step:
-    missing = [node for node in living(state, current) if node not in current.commitments]
+    missing = {node for node in living(state, current) if node not in current.commitments}
+    if now - current.opened < rules.silence:  # a quorum has found the new leader; the others are about to
+        missing |= current.awaited - set(state.peers) - state.goodbyes
     if missing and now < current.deadline:
         if state.phase is Phase.TRAINING and current.commitments:
             return replace(state, phase=Phase.COMMITTING), []

@@ -82,6 +82,8 @@ class Round:
     opened: float
     deadline: float
     """Of the stage the round is in: commitments, then openings and holdings, then votes, then attestations."""
+    awaited: frozenset[str] = frozenset()
+    """Members of a round that was begun under another leader who have not been heard of yet under this one."""
     commitments: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)
     closed: float | None = None
     contributions: Mapping[str, tuple[Contribution, bytes]] = field(default_factory=dict)

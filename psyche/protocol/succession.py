@@ -127,7 +127,8 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
     while state.term <= plan.term:  # a plan has a later term than the last vote, which is all that a leader hears of
         state = replace(state, term=state.term + rules.coordinators)
     deadline = now + allowed_for_training(rules, state)
-    round = Round(plan, opened=now, deadline=deadline, term=state.term, commitments=commitments)
+    awaited = frozenset(member.node for member in plan.members) - set(state.peers)
+    round = Round(plan, opened=now, deadline=deadline, term=state.term, awaited=awaited, commitments=commitments)
     if commitments:
         drawn = ring(plan.seed, commitments) if plan.reducers else ()
         round = replace(round, closed=now, deadline=now + allowed(rules, state.exchange_seconds), ring=drawn)

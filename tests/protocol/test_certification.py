@@ -219,15 +219,15 @@ def training(world: Parliament) -> Plan:
     raise AssertionError("no round was planned")
 
 
-def taken_over(world: Parliament, plan: Plan) -> Seat:
-    """The second coordinator leads in place of the first, members of which are training for ``plan``."""
+def taken_over(world: Parliament, plan: Plan, voters: list[Voter] | None = None) -> Seat:
+    """The second coordinator leads in place of the first, whose members train for ``plan``; ``voters`` know it."""
     second = world.seats[1]
     world.seats[0].crash()
     for voter in world.voters:
         voter.plan = plan
     second.later = max(voter.acceptor.term for voter in world.voters)
     second.begin()
-    for voter in world.voters:
+    for voter in voters or world.voters:
         world.talk(voter, second)
     return second
 
@@ -239,6 +239,16 @@ def a_leader_dies_while_its_members_train() -> None:
     second = taken_over(world, plan)
     go_on(world, second, world.voters, 20)
     assert world.certified[plan.round].plan == plan
+
+
+def one_of_the_members_finds_the_new_leader_last() -> None:
+    """The three others are a quorum, and have done their work; its own is not left out for a second's delay."""
+    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
+    plan = training(world)
+    second = taken_over(world, plan, world.voters[:3])
+    go_on(world, second, world.voters[:3], 3)
+    go_on(world, second, world.voters, 20)
+    assert len(world.certified[plan.round].accepted) == 4
 
 
 def a_member_shows_a_plan_of_the_far_future() -> None:
@@ -256,6 +266,7 @@ CASES = (
     the_voters_leave_for_good_with_a_sealed_record,
     a_slow_voter_while_the_other_coordinator_is_away,
     a_leader_dies_while_its_members_train,
+    one_of_the_members_finds_the_new_leader_last,
     a_member_shows_a_plan_of_the_far_future,
 )
 

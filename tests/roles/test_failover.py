@@ -11,14 +11,14 @@ import pytest
 from psyche.config import MANIFEST, Manifest
 from psyche.roles.ledger import verify_ledger
 from psyche.state.ledger import NAME as LEDGER
-from psyche.telemetry.events import Notice, RoundCertified
+from psyche.telemetry.events import Notice, RoundCertified, RoundStarted
 from tests.roles.swarm import Swarm, standby_key, swarm
 from tests.roles.tiny import certified_roots, write_config
 
 LEASE = 4.0
 QUICK = {
     "round_min": 3.0,
-    "round_max": 20.0,
+    "round_max": 60.0,
     "exchange_min": 3.0,
     "exchange_max": 10.0,
     "silence": 5.0,
@@ -28,11 +28,23 @@ NAMES = ("node-1", "node-2", "node-3", "node-4")
 """One of four may be slow to vote: with one coordinator away, nobody can be left out of the electorate."""
 
 
-def two_coordinators(directory: Path, members: int = len(NAMES)) -> Path:
+def two_coordinators(directory: Path, members: int = len(NAMES), inner_steps: int = 40) -> Path:
     """A configuration of a run with a standby."""
     key = standby_key(directory / "run" / "standby")
-    rounds = {"inner_steps": 40, "min_members": 1, "total": 500, "start_members": members}
+    rounds = {"inner_steps": inner_steps, "min_members": 1, "total": 500, "start_members": members}
     return write_config(directory, members=members, rounds=rounds, deadlines=QUICK, standbys=[key])
+
+
+@pytest.mark.slow
+def test_what_members_train_while_their_leader_dies_is_not_begun_again(tmp_path: Path) -> None:
+    with swarm(tmp_path / "run", two_coordinators(tmp_path, inner_steps=3000)) as run:
+        start(run)
+        for name in NAMES:
+            run.wait(name, RoundStarted, lambda event: event.round == 2)
+        run.kill("coordinator")
+        assert len(run.wait("standby", RoundCertified).accepted) == len(NAMES)
+        for name in NAMES:
+            assert [event.round for event in run.events(name, RoundStarted)].count(2) == 1
 
 
 @pytest.mark.slow
