@@ -21,9 +21,9 @@ from psyche.roles.launch import Launch, launch
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica
 from psyche.telemetry.report import ddp_bytes
-from psyche.training.engine import TorchEngine
 from psyche.training.models import build
 from psyche.training.schedules import learning_rate
+from psyche.training.torch_engine import TorchEngine
 
 COORDINATOR = "12D3KooWAfPDpPRRRBrmqy9is2zjU5srQ4hKuZitiGmh4NTTpS2d"
 """A manifest names its coordinators; these runs meet none. Any well-formed PeerID would do."""

@@ -28,8 +28,9 @@ from psyche.roles.preflight import check_connection, check_machine, port_of
 from psyche.roles.presence import KINDS, sources
 from psyche.roles.provision import Found, fetch_manifest, file_sizes, find_store
 from psyche.telemetry.wording import size
-from psyche.training.engine import TorchEngine, pick_device
+from psyche.training.devices import pick_device
 from psyche.training.models import build
+from psyche.training.torch_engine import TorchEngine
 
 TRAIN_SECONDS = 2.0
 """How long the speed is measured for, after a first step that sets everything up."""

@@ -13,8 +13,8 @@ from psyche.data.store import TokenStore
 from psyche.errors import ConfigError
 from psyche.numerics.outer import OuterState
 from psyche.roles.rules import fragments_of
-from psyche.training.engine import TorchEngine
 from psyche.training.models import build
+from psyche.training.torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from psyche.network.node import NetworkNode
 from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, check_reach, needs_of
 from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
-from psyche.training.engine import pick_device
+from psyche.training.devices import pick_device
 
 TRIES_SECONDS = (5.0, 15.0, 30.0)
 """Peers that join at the same moment start to answer a little later."""

@@ -43,8 +43,8 @@ from psyche.telemetry import events
 from psyche.telemetry.events import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
 from psyche.telemetry.wandb_run import own_run, swarm_run
-from psyche.training.engine import TorchEngine
 from psyche.training.models import build, preload
+from psyche.training.torch_engine import TorchEngine
 
 GENESIS = "genesis.bin"
 INVITE = "invite"

@@ -23,8 +23,8 @@ from psyche.roles.replica import Replica
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry.events import LOG_NAME, RoundCertified, read_events
-from psyche.training.engine import TorchEngine
 from psyche.training.models import build
+from psyche.training.torch_engine import TorchEngine
 
 MODEL: dict[str, Any] = {
     "vocab_size": 512,

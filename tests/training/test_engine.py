@@ -9,8 +9,9 @@ import torch
 from psyche import config
 from psyche.config import Inner, Node
 from psyche.errors import ConfigError, PsycheError
-from psyche.training.engine import TorchEngine, pick_device, pick_precision
+from psyche.training.devices import pick_device, pick_precision
 from psyche.training.models import build, layout
+from psyche.training.torch_engine import TorchEngine
 from tests.training.tiny_models import SETTINGS, SPEC, Sequences, tiny
 
 torch.set_num_threads(1)

@@ -23,8 +23,8 @@ from psyche.numerics.outer import OuterState
 from psyche.protocol.assignment import sequences
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica
-from psyche.training.engine import TorchEngine
 from psyche.training.schedules import learning_rate
+from psyche.training.torch_engine import TorchEngine
 from tests.protocol.players import peer_id
 from tests.training.tiny_models import LENGTH, SPEC, MemoryStore, away_from_zero, tiny
 

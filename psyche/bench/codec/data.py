@@ -18,8 +18,8 @@ from psyche.numerics.codecs.registry import codec
 from psyche.roles.launch import launch
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica
-from psyche.training.engine import TorchEngine
 from psyche.training.models import build
+from psyche.training.torch_engine import TorchEngine
 
 SCALE = 1e-3
 """Standard deviation of Gaussian pseudo-gradients: about what a trained one has. No codec's error depends on it."""

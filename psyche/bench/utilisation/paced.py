@@ -12,7 +12,8 @@ import sys
 import time
 
 from psyche.roles import processes
-from psyche.training.engine import Batch, TorchEngine
+from psyche.training.engine import Batch
+from psyche.training.torch_engine import TorchEngine
 
 PACE = "PSYCHE_BENCH_PACE"
 """Environment: seconds that each inner step takes at least."""

@@ -1,0 +1,38 @@
+"""What a node trains on, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from psyche.config import Node
+from psyche.errors import PsycheError
+
+
+def pick_device(wanted: str) -> torch.device:
+    """``auto`` is the first CUDA device if there is one. Raises :class:`PsycheError` for one that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise PsycheError(
+            f"there is no device {wanted} here: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "install the NVIDIA driver, or use --device cpu"
+        )
+    return device
+
+
+def describe_device(node: Node) -> str:
+    """What a node trains on, in at most 64 characters: the GPU's name, or ``CPU, 4 threads``."""
+    device = pick_device(node.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)[:64]
+    threads = node.threads or torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype for forward and backward, or None for plain fp32. ``auto``: bf16 where the GPU has it."""
+    if wanted == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else None
+    return torch.bfloat16 if wanted == "bf16" else None
