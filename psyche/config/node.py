@@ -46,7 +46,11 @@ class Node(Strict):
     threads: Count | None = None
     """CPU threads for training; all cores when absent."""
     micro_batch: Count | None = None
-    """Sequences in one forward pass; the rest of a batch is accumulated. The whole batch when absent."""
+    """Sequences in one forward pass; the rest of a batch is accumulated. As many as fit into memory when absent."""
+    activation_checkpointing: bool = False
+    """Compute activations twice instead of keeping them. Done by itself where one sequence does not fit otherwise."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """``torch.compile``; ``auto`` measures whether it pays where training takes longer than half an hour."""
     max_upload: Rate | None = None
     """What other nodes may fetch from this one, together, such as ``20mbit``; the whole line when absent."""
     max_download: Rate | None = None

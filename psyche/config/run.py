@@ -29,8 +29,11 @@ class CodecSpec(Strict):
 
 
 class Inner(Strict):
-    """AdamW on each node. Defaults are DiLoCo's (arXiv 2311.08105, table 5) with β₂ and clip of 2503.09799."""
+    """What each node trains with. Defaults are DiLoCo's (arXiv 2311.08105, table 5) with β₂ and clip of 2503.09799."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: Muon for the matrices between the embeddings, AdamW for the rest (MuLoCo, arXiv 2505.23725)."""
+    muon_momentum: Fraction = 0.95
     lr: Positive = 4e-4
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.99), strict=False)
     eps: Positive = 1e-8

@@ -17,6 +17,7 @@ from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, 
 from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
 from psyche.training.devices import pick_device
+from psyche.training.memory import available_memory
 
 TRIES_SECONDS = (5.0, 15.0, 30.0)
 """Peers that join at the same moment start to answer a little later."""
@@ -80,15 +81,3 @@ def port_of(addresses: Sequence[str]) -> int:
         if "p2p-circuit" not in parts and parts[3] == "tcp":
             return int(parts[4])
     return 0
-
-
-def available_memory() -> int:
-    """Bytes of RAM that programs can still take, within the limit of the container that we may be in."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(0, int(limit) - used)) if limit.isdigit() else free

@@ -2,65 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psyche.config import Inner, Node
+from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
+from psyche.training.compiling import Choice, compiled_if_it_pays
 from psyche.training.devices import pick_device, pick_precision
 from psyche.training.engine import Batch
+from psyche.training.memory import free_memory, kept_by, rows_that_fit
+from psyche.training.optimizers import Optimizers
+
+OUT_OF_MEMORY = "one sequence does not fit into this device's memory: free some of it, or train on a bigger one"
 
 
 class TorchEngine:
     """One model on one device.
 
-    Parameters are views of one flat tensor, so reading and writing them all is one copy. Weight decay
-    applies to matrices only, as is usual for transformers (GPT-3, arXiv 2005.14165, and its followers).
+    Parameters are views of one flat tensor, so reading and writing them all is one copy. A batch is taken in as few
+    pieces as fit into memory, which is found at the first step unless the node says how many sequences to take.
     """
 
     def __init__(self, model: nn.Module, inner: Inner, node: Node) -> None:
         self.device = pick_device(node.device)
         self.layout = FlatLayout.of_model(model)
         self.model = model.to(self.device).train()
+        self._forward: Callable[..., Any] = self.model
         self._flat = torch.zeros(self.layout.size, device=self.device)
         self._adopt_flat()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._clip = inner.clip
+        self._compile = node.compile
         self._micro_batch = node.micro_batch
         self._autocast_dtype = pick_precision(node.precision, self.device)
-        self._optimizer = adamw(self.model, inner)
+        self._optimizers = Optimizers(self.model, inner)
+        self._checkpoints = False
+        if node.activation_checkpointing:
+            self._checkpoint_activations()
         self.steps = 0
 
     def step(self, batch: Batch, lr: float) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.zero_grad(set_to_none=True)
-        rows = len(batch)
-        loss_sum = torch.zeros((), device=self.device)
-        for piece in self._pieces(batch):
-            loss = self._loss(piece) * (len(piece) / rows)
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.detach()
+        tokens = self._tokens(batch)
+        self._fit(tokens)
+        loss = None
+        while loss is None:
+            self._optimizers.zero_grad()
+            with suppress(torch.OutOfMemoryError):  # nothing has been stepped yet, so it can be tried again
+                loss = self._backward(tokens)
+            if loss is None:
+                self._take_less_memory(len(tokens))
         if self._clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        self._optimizer.step()
+        self._optimizers.step(lr)
         self.steps += 1
-        return float(loss_sum)
+        return float(loss)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
+        tokens = self._tokens(batch)
+        self._fit(tokens)
         self.model.eval()
-        total, tokens = 0.0, 0
-        for piece in self._pieces(batch):
+        total, predicted = 0.0, 0
+        for piece in _pieces(tokens, self._micro_batch or len(tokens)):
             count = len(piece) * (piece.shape[1] - 1)
-            total += float(self._loss(piece)) * count
-            tokens += count
+            total += float(self._loss(self.model, piece)) * count
+            predicted += count
         self.model.train()
-        return total, tokens
+        return total, predicted
 
     @torch.no_grad()
     def read(self, flat: Tensor) -> None:
@@ -80,59 +94,112 @@ class TorchEngine:
             self._flat[part].add_(flat[part].to(self.device))
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {}
-        for name, parameter in self._named_parameters():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = value
-        return tensors
+        return self._optimizers.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        loaded: dict[Tensor, dict[str, Tensor]] = {}
-        unknown = set(state)
-        for name, parameter in self._named_parameters():
-            own = {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in state}
-            unknown -= {f"{key}/{name}" for key in own}
-            if own and (len(own) != 3 or not own["exp_avg"].shape == own["exp_avg_sq"].shape == parameter.shape):
-                raise ValueError(f"the inner optimizer state does not fit {name}")
-            if own:
-                loaded[parameter] = {
-                    key: value.clone().to(self.device) if key != "step" else value.clone() for key, value in own.items()
-                }
-        if unknown:
-            raise ValueError(f"the inner optimizer state has {min(unknown)}, which this model has not")
-        self._optimizer.state.clear()
-        self._optimizer.state.update(loaded)
-        self.steps = min((int(own["step"]) for own in loaded.values()), default=0)
+        self.steps = self._optimizers.load_state(state)
 
-    def _pieces(self, batch: Batch) -> list[Batch]:
-        size = self._micro_batch or len(batch)
-        return [batch[at : at + size] for at in range(0, len(batch), size)]
+    def choose_compilation(self, batch: Batch, steps: int, memory: Path) -> str:
+        """Use ``torch.compile`` for ``steps`` steps on batches like ``batch`` if that pays; says why, or why not.
 
-    def _loss(self, batch: Batch) -> Tensor:
-        tokens = torch.from_numpy(batch).to(self.device, non_blocking=True)
+        What was measured on this machine is remembered in the directory ``memory``. Changes no parameter.
+        """
+        tokens = self._tokens(batch)
+        self._fit(tokens)
+        piece = tokens[: self._micro_batch or len(tokens)]
+
+        def choose(forward: Callable[..., Any]) -> Callable[[], None]:
+            def once() -> None:
+                self._optimizers.zero_grad()
+                self._loss(forward, piece).backward()  # type: ignore[no-untyped-call]
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+
+            return once
+
+        choice = Choice(self._compile, steps * -(-len(tokens) // len(piece)), self._shape(piece), memory)
+        compiled, why = compiled_if_it_pays(self.model, choose, choice)
+        self._optimizers.zero_grad()
+        self._forward = self.model if compiled is None else compiled
+        return why
+
+    # ------------------------------------------------------------------------------ one step's parts
+
+    def _backward(self, tokens: Tensor) -> Tensor:
+        """Accumulate the gradient of the mean loss. Returns that loss, still on the device."""
+        total = torch.zeros((), device=self.device)
+        rows = self._micro_batch or len(tokens)
+        for piece in _pieces(tokens, rows):
+            forward = self._forward if len(piece) == rows else self.model  # another shape would be compiled anew
+            loss = self._loss(forward, piece) * (len(piece) / len(tokens))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _loss(self, forward: Callable[..., Any], tokens: Tensor) -> Tensor:
         autocast: AbstractContextManager[Any] = nullcontext()
         if self._autocast_dtype is not None:
             autocast = torch.autocast(self.device.type, dtype=self._autocast_dtype)
         with autocast:
-            loss: Tensor = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss: Tensor = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
         return loss
 
-    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    def _tokens(self, batch: Batch) -> Tensor:
+        tokens = torch.from_numpy(batch)
+        if self.device.type == "cuda":  # from pinned memory the copy runs while the CPU goes on
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        return tokens
+
+    # --------------------------------------------------------------------------------------- memory
+
+    def _fit(self, tokens: Tensor) -> None:
+        """Find how many sequences to take at once, at the first batch."""
+        if self._micro_batch is None:
+            with torch.enable_grad():
+                each = kept_by(lambda: self._loss(self.model, tokens[:1]), self._flat)
+            gradients = sum(p.numel() * p.element_size() for p in self._parameters if p.grad is None)
+            free = free_memory(self.device) - gradients - self._optimizers.bytes_to_come
+            self._micro_batch = rows_that_fit(len(tokens), each, free)
+
+    def _take_less_memory(self, rows: int) -> None:
+        """After a step that did not fit: smaller pieces; at one sequence, activations are computed twice instead of
+        kept. Raises :class:`PsycheError` where nothing is left to try."""
+        self._optimizers.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        at_once = min(self._micro_batch or rows, rows)
+        if at_once > 1:
+            self._micro_batch = at_once // 2
+        elif not self._checkpoints:
+            self._checkpoint_activations()
+        else:
+            raise PsycheError(OUT_OF_MEMORY)
+        self._forward = self.model
+
+    def _checkpoint_activations(self) -> None:
+        """Keep each layer's input and compute the rest again (Chen et al., arXiv 1604.06174)."""
+        self.model.activation_checkpointing_enable()  # type: ignore[operator]
+        self._checkpoints = True
+
+    # ---------------------------------------------------------------------------------------- flat
+
+    def _shape(self, piece: Tensor) -> str:
+        """What the speed of a compiled model depends on, in words."""
+        where = f"{torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            where = torch.cuda.get_device_name(self.device)
+        settings = getattr(self.model, "config", self.model)
+        kind = f"{self._autocast_dtype}, {tuple(piece.shape)}, checkpoints {self._checkpoints}"
+        return f"{torch.__version__}, {where}, {kind}, {settings}"
 
     @torch.no_grad()
     def _adopt_flat(self) -> None:
         views = self.layout.views(self._flat)
-        for name, parameter in self._named_parameters():
-            views[name].copy_(parameter)
-            parameter.data = views[name]
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                views[name].copy_(parameter)
+                parameter.data = views[name]
 
 
-def adamw(model: nn.Module, inner: Inner) -> torch.optim.AdamW:
-    """The inner optimizer: decoupled weight decay (arXiv 1711.05101) on matrices, none on vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": inner.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=inner.lr, betas=inner.betas, eps=inner.eps, fused=True)
+def _pieces(tokens: Tensor, rows: int) -> list[Tensor]:
+    return [tokens[at : at + rows] for at in range(0, len(tokens), rows)]

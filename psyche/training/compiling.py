@@ -1,0 +1,106 @@
+"""``torch.compile`` where it pays: measured on this machine with this model, and remembered.
+
+Compiling takes a minute or so at each start, a part of a step is saved each time. Nothing else sees the difference:
+what a node computes on its own may differ from what others would, and what all must agree on is not computed here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import nn
+
+from psyche.durable import write_durably
+from psyche.numerics.digest import digest
+
+WORTH_TRYING = 1800.0
+"""Seconds of training without compiling below which it is not even tried: it costs about a minute to know."""
+REPEATS = 5
+
+Forward = Callable[..., Any]
+Choose = Callable[[Forward], Callable[[], None]]
+"""From a forward pass to one that also goes backward, and ends when the device has."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides."""
+
+    wanted: Literal["auto", "on", "off"]
+    passes: int
+    """Forward and backward passes that are still to come."""
+    shape: str
+    """All that the speeds depend on."""
+    memory: Path
+    """Directory where they are remembered."""
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds: a pass as it is, a pass compiled, and the first one, which compiles. ``fault``: why it cannot."""
+
+    eager: float
+    compiled: float
+    compiling: float
+    fault: str = ""
+
+    def pays(self, passes: int) -> bool:
+        """Whether ``passes`` of them save more than compiling takes."""
+        return not self.fault and (self.eager - self.compiled) * passes > self.compiling
+
+
+def compiled_if_it_pays(model: nn.Module, choose: Choose, choice: Choice) -> tuple[Forward | None, str]:
+    """The compiled model, or None; and why. Raises nothing: what cannot be compiled is trained as it is."""
+    if choice.wanted == "off":
+        return None, "not compiled: node.compile is off"
+    path = choice.memory / f"{digest('compile', choice.shape.encode()).hex()[:32]}.json"
+    known = _remembered(path)
+    if known is None and choice.wanted == "auto":
+        eager = _seconds(choose(model))
+        if eager * choice.passes < WORTH_TRYING:
+            return None, f"not compiled: {eager * choice.passes / 60:.2g} minutes of training are too few"
+    compiled: Forward = torch.compile(model, dynamic=False)
+    if known is None:
+        known = _measure(choose(model), choose(compiled))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, msgspec.json.encode(known))
+    if known.fault:
+        return None, f"not compiled: {known.fault}"
+    gain = f"a pass takes {known.compiled:.3g} s compiled and {known.eager:.3g} s as it is"
+    if choice.wanted == "on" or known.pays(choice.passes):
+        return compiled, f"compiled: {gain}"
+    return None, f"not compiled: {gain}"
+
+
+def _remembered(path: Path) -> Measured | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Measured)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _measure(eager: Callable[[], None], compiled: Callable[[], None]) -> Measured:
+    began = time.perf_counter()
+    try:
+        compiled()
+    except Exception as error:  # Dynamo, Inductor, Triton and the C++ compiler have each their own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return Measured(0.0, 0.0, 0.0, reason)
+    compiling = time.perf_counter() - began
+    return Measured(_seconds(eager), _seconds(compiled), compiling)
+
+
+def _seconds(once: Callable[[], None]) -> float:
+    """Of a pass, the median of some after one that warms up."""
+    taken = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        once()
+        taken.append(time.perf_counter() - began)
+    return median(taken[1:])

@@ -1,0 +1,62 @@
+"""How much memory there is, and how many sequences of a model fit into it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOM = 1.5
+"""What a backward pass takes over what it keeps for itself: gradients on their way, and what the allocator wastes. A
+guess: where it is too low on a GPU, the step that does not fit is taken again in smaller pieces."""
+SHARE = 0.8
+"""Of the free memory that a node takes: others live on this machine, too."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on ``device``."""
+    if device.type == "cuda":
+        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved - used
+    return available_memory()
+
+
+def available_memory() -> int:
+    """Bytes of RAM that programs can still take, within the limit of the container that we may be in."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
+
+
+def rows_that_fit(rows: int, bytes_each: int, free: int) -> int:
+    """How many of ``rows`` sequences to take at once, each keeping ``bytes_each``: equal pieces, as few as fit."""
+    at_once = max(1, int(SHARE * free / (ROOM * max(bytes_each, 1))))
+    pieces = -(-rows // at_once)
+    return -(-rows // pieces)
+
+
+def kept_by(forward: Callable[[], Tensor], parameters: Tensor) -> int:
+    """Bytes that ``forward`` keeps for its backward pass, the storage of ``parameters`` apart. Consumes no randomness."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        loss = forward()
+    del loss  # what was saved lived until here, so that no two tensors had one address
+    kept.pop(parameters.untyped_storage().data_ptr(), None)
+    return sum(kept.values())

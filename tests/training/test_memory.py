@@ -1,0 +1,132 @@
+"""Batches are taken in as few pieces as fit, and a step that did not fit is taken again in smaller ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psyche.config import Inner, Node
+from psyche.errors import PsycheError
+from psyche.training import torch_engine
+from psyche.training.memory import ROOM, SHARE, free_memory, kept_by, rows_that_fit
+from psyche.training.torch_engine import TorchEngine
+from tests.training.tiny_models import Sequences, tiny
+
+torch.set_num_threads(1)
+INNER = Inner(lr=1e-2, batch_size=8, warmup_steps=0)
+BATCH = Sequences(64).batch(range(8))
+
+
+def engine(**node: object) -> TorchEngine:
+    return TorchEngine(tiny(), INNER, Node(device="cpu", **node))
+
+
+def parameters(one: TorchEngine) -> torch.Tensor:
+    flat = torch.empty(one.layout.size)
+    one.read(flat)
+    return flat
+
+
+class Narrow(TorchEngine):
+    """A device on which ``room`` sequences fit at once, twice as many where their activations are not kept."""
+
+    room = 3
+
+    def _loss(self, forward: object, tokens: torch.Tensor) -> torch.Tensor:
+        self.tried = [*getattr(self, "tried", []), len(tokens)]
+        if len(tokens) > self.room * (1 + self._checkpoints):
+            raise torch.OutOfMemoryError("this many do not fit")
+        return super()._loss(forward, tokens)  # type: ignore[arg-type]
+
+
+@given(rows=st.integers(1, 500), each=st.integers(1, 1 << 40), free=st.integers(-1, 1 << 44))
+def test_pieces_are_equal_as_few_as_fit_and_never_empty(rows: int, each: int, free: int) -> None:
+    found = rows_that_fit(rows, each, free)
+    assert 1 <= found <= rows
+    assert found == 1 or found * each * ROOM <= SHARE * free
+    pieces = -(-rows // found)
+    assert found == -(-rows // pieces), "no smaller piece would do as few"
+
+
+def test_what_a_forward_pass_keeps_grows_with_its_sequences_and_leaves_parameters_out() -> None:
+    one = engine()
+    kept = [kept_by(lambda n=n: one._loss(one.model, torch.from_numpy(BATCH[:n])), one._flat) for n in (1, 2, 4)]
+    assert kept[0] > 0
+    # What does not grow (masks, rotary tables) is little.
+    assert kept[1] == pytest.approx(2 * kept[0], rel=0.2)
+    assert kept[2] == pytest.approx(4 * kept[0], rel=0.2)
+
+
+def test_measuring_disturbs_neither_parameters_nor_random_numbers() -> None:
+    one = engine()
+    before = parameters(one)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    kept_by(lambda: one._loss(one.model, torch.from_numpy(BATCH[:1])) + torch.rand(1).sum(), one._flat)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(parameters(one), before)
+    assert all(p.grad is None for p in one.model.parameters())
+
+
+def test_the_whole_batch_is_taken_at_once_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = engine(), engine(micro_batch=8)
+    assert one.step(BATCH, 1e-2) == other.step(BATCH, 1e-2)
+    assert torch.equal(parameters(one), parameters(other))
+    assert one._micro_batch == 8
+
+
+def test_little_memory_means_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine()
+    each = kept_by(lambda: one._loss(one.model, torch.from_numpy(BATCH[:1])), one._flat)
+    to_come = sum(p.nbytes for p in one.model.parameters()) * 3
+    monkeypatch.setattr(torch_engine, "free_memory", lambda device: int(to_come + 2.5 * each * ROOM / SHARE))
+    one.step(BATCH, 1e-2)
+    assert one._micro_batch == 2
+
+
+def test_a_step_that_does_not_fit_is_taken_again_in_smaller_pieces() -> None:
+    one, plain = Narrow(tiny(), INNER, Node(device="cpu", micro_batch=8)), engine(micro_batch=2)
+    expected = plain.step(BATCH, 1e-2)
+    assert one.step(BATCH, 1e-2) == expected
+    assert one.tried == [8, 4, 2, 2, 2, 2]
+    assert torch.equal(parameters(one), parameters(plain)), "what was accumulated before it failed is forgotten"
+    assert one.steps == 1
+
+
+def test_where_one_sequence_does_not_fit_activations_are_not_kept() -> None:
+    class Narrower(Narrow):
+        room = 0.5  # type: ignore[assignment]
+
+    one, plain = Narrower(tiny(), INNER, Node(device="cpu", micro_batch=2)), engine(micro_batch=1)
+    assert one.step(BATCH, 1e-2) == pytest.approx(plain.step(BATCH, 1e-2), rel=1e-6)
+    assert torch.allclose(parameters(one), parameters(plain), atol=1e-6)
+    assert one.model.is_activation_checkpointing
+
+
+def test_where_nothing_fits_the_mend_is_named() -> None:
+    class Nothing(Narrow):
+        room = 0
+
+    one = Nothing(tiny(), INNER, Node(device="cpu", micro_batch=2))
+    before = parameters(one)
+    with pytest.raises(PsycheError, match="one sequence does not fit"):
+        one.step(BATCH, 1e-2)
+    assert torch.equal(parameters(one), before)
+
+
+def test_checkpointed_activations_give_the_same_gradients() -> None:
+    one, plain = engine(activation_checkpointing=True, micro_batch=8), engine(micro_batch=8)
+    tokens = torch.from_numpy(BATCH)
+    # One layer's activations at a time are less than all of them.
+    assert kept_by(lambda: one._loss(one.model, tokens), one._flat) < 0.8 * kept_by(
+        lambda: plain._loss(plain.model, tokens), plain._flat
+    )
+    losses = [[e.step(BATCH, 1e-2) for _ in range(3)] for e in (one, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_free_memory_is_some() -> None:
+    assert free_memory(torch.device("cpu")) > 1 << 20
