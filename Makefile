@@ -2,14 +2,15 @@
 #   make demo                 a coordinator and four nodes train a small language model, here
 #   make run CONFIG=file      launch a run: coordinator, and PEERS local nodes (default 1)
 #   make join INVITE=psyche1… join somebody's run with this machine
-#   make bench                loss against the large batch's; make bench-codec: speed and error of the codecs
+#   make bench                loss against the large batch's; make bench-codec: speed and error of the codecs;
+#                             make bench-engine: speed of a node beside PyTorch and transformers.Trainer
 #   make test | test-slow | lint | clean
 PYTHON ?= python3
 PEERS  ?= 1
 BIN    := .venv/bin
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo run join test test-slow lint bench bench-codec clean
+.PHONY: demo run join test test-slow lint bench bench-codec bench-engine clean
 
 # What is compiled into psyche._native.
 NATIVE := kernels/build/CMakeLists.txt $(wildcard kernels/cpu/* kernels/include/*)
@@ -27,7 +28,7 @@ NATIVE := kernels/build/CMakeLists.txt $(wildcard kernels/cpu/* kernels/include/
 
 # Rivals lie beside the environment: transformers imports torchao wherever it finds it, and every command would pay.
 .venv/rivals: .venv/run.stamp
-	@$(PIP) --no-deps --upgrade --target $@ bitsandbytes torchao
+	@$(PIP) --no-deps --upgrade --target $@ bitsandbytes torchao accelerate
 	@touch $@
 
 demo: .venv/run.stamp
@@ -55,6 +56,9 @@ bench: .venv/run.stamp
 
 bench-codec: .venv/rivals
 	@PYTHONPATH=.venv/rivals $(BIN)/psyche bench codec --json runs/bench/codec.json $(ARGS)
+
+bench-engine: .venv/rivals
+	@PYTHONPATH=.venv/rivals $(BIN)/psyche bench engine --json runs/bench/engine.json $(ARGS)
 
 clean:
 	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis psyche/_native.*.so

@@ -10,7 +10,7 @@ from typing import Literal
 from psyche.bench.trials import Setting, Trial
 from psyche.config import BpeTokenizer, Data, Inner, Model, Node, Outer
 
-Comparison = Literal["equal tokens", "equal steps", "sensitivity"]
+Comparison = Literal["equal tokens", "equal steps", "sensitivity", "inner optimizer"]
 NODES = (1, 2, 4, 8)
 NUDGE = 1e-6
 """Relative change of the initial parameters in the control: some eight units in the last place of fp32."""
@@ -35,6 +35,10 @@ class Scale:
     """The grid of the sensitivity section, at H and the first seed."""
     other_inner_steps: tuple[int, ...]
     """Further H, at the outer lr and momentum of the comparisons."""
+    inner_lrs: tuple[float, ...]
+    """At which AdamW and Muon are compared: an lr that suits one may not suit the other."""
+    muon_momentum: float = 0.6
+    """Of the outer optimizer, tried with Muon beside the comparisons' own (MuLoCo, arXiv 2505.23725)."""
     nodes: tuple[int, ...] = NODES
 
     @property
@@ -84,6 +88,7 @@ def default_scale(cache: Path | None = None) -> Scale:
         lrs=(0.4, 0.7, 1.0),
         momenta=(0.5, 0.7, 0.9),
         other_inner_steps=(5, 40),
+        inner_lrs=(4e-3, 8e-3, 16e-3),
     )
 
 
@@ -122,6 +127,7 @@ def items(scale: Scale) -> Iterator[Item]:
     for nodes in scale.nodes:
         yield from _compared(scale, "equal steps", nodes, scale.steps)
     yield from _sensitivity(scale)
+    yield from _inner_optimizers(scale)
 
 
 def _compared(scale: Scale, comparison: Comparison, nodes: int, steps: int) -> Iterator[Item]:
@@ -143,6 +149,21 @@ def _sensitivity(scale: Scale) -> Iterator[Item]:
             yield Item("sensitivity", replace(centre, outer=Outer(lr=lr, momentum=momentum)))
     for inner_steps in sorted({scale.inner_steps, *scale.other_inner_steps}):
         yield Item("sensitivity", replace(centre, inner_steps=inner_steps))
+
+
+def _inner_optimizers(scale: Scale) -> Iterator[Item]:
+    """AdamW and Muon inside DiLoCo at ``CENTRE`` nodes, each at every lr and seed."""
+    slower = scale.outer.model_copy(update={"momentum": scale.muon_momentum})
+    pairs: tuple[tuple[Literal["adamw", "muon"], Outer], ...] = (
+        ("adamw", scale.outer),
+        ("muon", scale.outer),
+        ("muon", slower),
+    )
+    for optimizer, outer in pairs:
+        for lr in scale.inner_lrs:
+            for seed in scale.seeds:
+                trial = _diloco(scale, "int8", CENTRE, scale.steps, seed)
+                yield Item("inner optimizer", replace(trial, optimizer=optimizer, inner_lr=lr, outer=outer))
 
 
 def _diloco(scale: Scale, codec: str, nodes: int, steps: int, seed: int) -> Trial:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +16,14 @@ from psyche.bench.exchange.links import Place
 from psyche.bench.exchange.reap import reap
 from psyche.config import Config
 from psyche.durable import write_durably
+from psyche.errors import PsycheError
+from psyche.telemetry.events import LOG_NAME, Notice, RunFinished
+from psyche.telemetry.follow import EventFollower
 
 STOP_SECONDS = 10.0
+POLL_SECONDS = 0.2
+PATIENCE = 300.0
+"""Seconds without any event after which a run counts as hung."""
 
 
 def own_config(config: Config, place: Place, path: Path) -> Path:
@@ -54,3 +60,29 @@ def last_words(output: Path) -> str:
     """What a process that has ended said last."""
     lines = output.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
     return lines[-1].removeprefix("psyche: ")
+
+
+def until_finished(processes: Mapping[str, subprocess.Popen[bytes]], folder: Path) -> None:
+    """Wait until every node has finished the run; ``coordinator`` is the name of who leads it.
+
+    Raises :class:`PsycheError` where that cannot happen.
+    """
+    followers = {name: EventFollower(folder / name / LOG_NAME) for name in processes}
+    waiting = set(processes) - {"coordinator"}
+    heard = time.monotonic()
+    while waiting:
+        ended = {name for name, process in processes.items() if process.poll() is not None}
+        for name, follower in followers.items():
+            for event in follower.new():
+                heard = time.monotonic()
+                if isinstance(event, RunFinished):
+                    waiting.discard(name)
+                elif isinstance(event, Notice) and event.level != "info":
+                    print(f"{name}: {event.text}", file=sys.stderr, flush=True)
+        if lost := sorted(ended & waiting):
+            raise PsycheError(f"{lost[0]} ended: {last_words(folder / f'{lost[0]}.log')}")
+        if "coordinator" in ended and waiting:
+            raise PsycheError(f"the coordinator ended: {last_words(folder / 'coordinator.log')}")
+        if time.monotonic() - heard > PATIENCE:
+            raise PsycheError(f"nothing happened for {PATIENCE:g} s in the run in {folder}")
+        time.sleep(POLL_SECONDS)

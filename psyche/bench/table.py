@@ -29,6 +29,10 @@ class Row:
     momentum: float | None
     inner_steps: int | None
     """H."""
+    optimizer: str
+    """Inner."""
+    inner_lr: float | None
+    """None: that of the bench."""
     seed: int
     nudge: float
     """Relative change of the initial parameters; not 0 in the control of the codecs' difference."""
@@ -63,6 +67,8 @@ def _row(item: Item, outcome: Outcome, reference: Outcome | None) -> Row:
         outer_lr=trial.outer.lr if trial.outer else None,
         momentum=trial.outer.momentum if trial.outer else None,
         inner_steps=trial.inner_steps,
+        optimizer=trial.optimizer,
+        inner_lr=trial.inner_lr,
         seed=trial.seed,
         nudge=trial.nudge,
         tokens=outcome.tokens,
@@ -87,7 +93,7 @@ def percent(loss: float, reference: float) -> float:
 def results_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     """The rows of one comparison, seeds folded into mean ± half their range."""
     table = Table(title=_TITLES[comparison], title_justify="left", title_style="bold", header_style="dim")
-    for heading in ("system", "codec"):
+    for heading in ("system", "codec", "inner"):
         table.add_column(heading)
     headings = ["nodes", "outer\nlr", "momentum", "H", "tokens", "steps\n/node", "held-out loss"]
     for heading in [*headings, "vs large\nbatch %", "bytes/token\nsent", "payload\nratio"]:
@@ -103,11 +109,22 @@ _TITLES: dict[Comparison, str] = {
     "equal tokens": "(a) Equal total tokens: k nodes take 1/k of the steps each",
     "equal steps": "(b) Equal steps per node: k nodes see k times the tokens",
     "sensitivity": "Sensitivity of DiLoCo to outer lr, momentum and H",
+    "inner optimizer": "AdamW and Muon inside DiLoCo, at equal tokens",
 }
 
 
 def _without_seed(row: Row) -> tuple[Any, ...]:
-    return (row.system, row.codec, row.nudge, row.nodes, row.outer_lr, row.momentum, row.inner_steps)
+    return (
+        row.system,
+        row.codec,
+        row.nudge,
+        row.nodes,
+        row.outer_lr,
+        row.momentum,
+        row.inner_steps,
+        row.optimizer,
+        row.inner_lr,
+    )
 
 
 def _cells(seeds: Sequence[Row]) -> list[str]:
@@ -117,6 +134,7 @@ def _cells(seeds: Sequence[Row]) -> list[str]:
     return [
         row.system,
         f"{row.codec}, nudged" if row.nudge else row.codec,
+        row.optimizer if row.inner_lr is None else f"{row.optimizer} {row.inner_lr:g}",
         str(row.nodes),
         number(row.outer_lr, "g"),
         number(row.momentum, "g"),
@@ -158,7 +176,7 @@ def differences_to_fp32(rows: Iterable[Row], variant: Literal["int8", "nudged"])
     """One for each setting of the two comparisons that was measured both ways; a trial in both counts once."""
     losses: dict[tuple[int, int], dict[tuple[str, int], float]] = {}
     for row in rows:
-        if row.system == "diloco" and row.comparison != "sensitivity":
+        if row.system == "diloco" and row.comparison in ("equal tokens", "equal steps"):
             of_setting = losses.setdefault((row.nodes, row.steps_per_node), {})
             of_setting["nudged" if row.nudge else row.codec, row.seed] = row.heldout_loss
     found = []

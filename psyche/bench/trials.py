@@ -76,6 +76,10 @@ class Trial:
     """What is exchanged at once is so many times less, so many times as often; H is that of each parameter."""
     late: int = 0
     """τ: inner steps that every node takes while a round is on the wire."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Inner, of DiLoCo."""
+    inner_lr: float | None = None
+    """None is the setting's."""
     mix: float | None = None
     """Steps taken meanwhile are not kept by re-basing but mixed: x ← αx + (1−α)θ (Streaming DiLoCo, §2.3)."""
 
@@ -92,6 +96,8 @@ class Trial:
             parts += [f"lr{self.outer.lr:g}", f"mu{self.outer.momentum:g}"]
             parts += [] if self.error_feedback is None else [f"beta{self.error_feedback:g}"]
             parts += [f"H{self.inner_steps}"]
+            parts += [self.optimizer] if self.optimizer != "adamw" else []
+            parts += [] if self.inner_lr is None else [f"inner-lr{self.inner_lr:g}"]
             parts += [f"P{self.fragments}"] if self.fragments > 1 else []
             parts += [f"late{self.late}"] if self.late else []
             parts += [] if self.mix is None else [f"alpha{self.mix:g}"]
@@ -151,7 +157,13 @@ def run_of(setting: Setting, trial: Trial) -> Run:
     inner_steps = period // trial.fragments
     if trial.steps % inner_steps or period % trial.fragments:
         raise ValueError(f"{trial.steps} steps are not whole rounds of {period} / {trial.fragments}")
-    inner = setting.inner.model_copy(update={"warmup_steps": round(setting.warmup * trial.steps)})
+    inner = setting.inner.model_copy(
+        update={
+            "warmup_steps": round(setting.warmup * trial.steps),
+            "optimizer": trial.optimizer,
+            "lr": trial.inner_lr or setting.inner.lr,
+        }
+    )
     return Run(
         name="bench",
         seed=trial.seed,

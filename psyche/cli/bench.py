@@ -205,3 +205,21 @@ def join(
         peers=peers, parameters=params, rate=rate, inner_steps=inner_steps, step_seconds=step_seconds, codec=codec
     )
     main(json, replace(plan, at=tuple(at)) if at else plan)
+
+
+@app.command()
+def engine(
+    config: Annotated[Path, typer.Option(help="A run to take model, data and batch from.")] = Path("configs/demo.yaml"),
+    steps: Annotated[int, typer.Option(help="Steps that count, of each way in each repeat.", min=1)] = 40,
+    repeat: Annotated[int, typer.Option(help="Turns of all ways; medians are shown.", min=1)] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads of whoever trains.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
+    json: JsonFile = None,
+) -> None:
+    """Tokens/s of a node in a run, beside a plain PyTorch loop and transformers.Trainer on the same batches."""
+    from psyche.bench.engine.compare import main
+    from psyche.bench.engine.plan import Plan
+    from psyche.cli.data import progress_display
+
+    plan = Plan(config=str(config), steps=steps, repeats=repeat, threads=threads, device=device)
+    main(json, plan, progress_display)

@@ -43,7 +43,7 @@ def rows_that_fit(rows: int, bytes_each: int, free: int) -> int:
 
 
 def kept_by(forward: Callable[[], Tensor], parameters: Tensor) -> int:
-    """Bytes that ``forward`` keeps for its backward pass, the storage of ``parameters`` apart. Consumes no randomness."""
+    """Bytes that ``forward`` keeps to go backward, but for the storage of ``parameters``. Consumes no randomness."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ def scale(setting: Setting) -> Scale:
         lrs=(0.7,),
         momenta=(0.5, 0.9),
         other_inner_steps=(2,),
+        inner_lrs=(4e-3,),
         nodes=(2, 4),
     )
 

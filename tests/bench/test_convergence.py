@@ -37,8 +37,9 @@ def _diloco(**changes: object) -> Trial:
 
 def test_every_planned_row_is_measured_once_and_in_order(scale: Scale, rows: list[Row]) -> None:
     assert [row.name for row in rows] == [item.name for item in items(scale)]
-    # two comparisons × two sizes × (AdamW, fp32, int8), the control in one of them; then two momenta and two H
-    assert len(rows) == 12 + 2 + 4
+    # two comparisons × two sizes × (AdamW, fp32, int8), the control in one of them; then two momenta, two H, and
+    # AdamW and Muon, the latter with two outer momenta
+    assert len(rows) == 12 + 2 + 4 + 3
 
 
 def test_losses_are_those_of_a_model_that_has_begun_to_learn(rows: list[Row]) -> None:
@@ -60,7 +61,7 @@ def test_int8_and_the_control_are_compared_with_fp32(rows: list[Row]) -> None:
 
 
 def test_tokens_are_what_the_comparison_says(rows: list[Row]) -> None:
-    tokens = {(row.comparison, row.nodes): row.tokens for row in rows if row.comparison != "sensitivity"}
+    tokens = {(row.comparison, row.nodes): row.tokens for row in rows if row.comparison.startswith("equal")}
     each = 8 * 2 * 32  # steps × batch × length
     assert tokens == {
         ("equal tokens", 2): 4 * each,
@@ -162,7 +163,7 @@ def test_the_tables_show_every_setting(scale: Scale, rows: list[Row]) -> None:
     convergence.show(scale, rows, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("adamw") >= 4
-    assert text.count("diloco") == 10 + 4
+    assert text.count("diloco") == 10 + 4 + 3
     for title in ("(a) Equal total tokens", "(b) Equal steps per node", "Sensitivity"):
         assert title in text
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from psyche.bench.exchange.links import Link, shaped
-from psyche.bench.swarm import last_words, own_config, running
+from psyche.bench.swarm import own_config, running, until_finished
 from psyche.bench.utilisation.paced import PACE
 from psyche.bench.utilisation.plan import Trial
-from psyche.errors import PsycheError
-from psyche.telemetry.events import LOG_NAME, Notice, RunFinished
-from psyche.telemetry.follow import EventFollower
-
-POLL_SECONDS = 0.2
-PATIENCE = 300.0
-"""Seconds without any event of the coordinator after which the run counts as hung."""
+from psyche.telemetry.events import LOG_NAME
 
 
 def run(trial: Trial, folder: Path) -> tuple[Path, list[Path]]:
@@ -31,7 +22,7 @@ def run(trial: Trial, folder: Path) -> tuple[Path, list[Path]]:
         for name, place in zip(names, places, strict=True):
             arguments = _arguments(name, folder, own_config(trial.config, place, folder / f"{name}.yaml"))
             processes[name] = stack.enter_context(running(name, place, arguments, folder, pace))
-        _follow(processes, folder)
+        until_finished(processes, folder)
     logs = [folder / name / LOG_NAME for name in names]
     return logs[0], logs[1:]
 
@@ -42,26 +33,3 @@ def _arguments(name: str, folder: Path, config: Path) -> list[str]:
         return ["psyche", "coordinator", str(config), *place]
     invite = f"@{folder / 'coordinator' / 'invite'}"
     return ["psyche.bench.utilisation.paced", invite, *place, "--config", str(config)]
-
-
-def _follow(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
-    """Wait until every node has finished the run. Raises :class:`PsycheError` where that cannot happen."""
-    followers = {name: EventFollower(folder / name / LOG_NAME) for name in processes}
-    waiting = set(processes) - {"coordinator"}
-    heard = time.monotonic()
-    while waiting:
-        ended = {name for name, process in processes.items() if process.poll() is not None}
-        for name, follower in followers.items():
-            for event in follower.new():
-                heard = time.monotonic()
-                if isinstance(event, RunFinished):
-                    waiting.discard(name)
-                elif isinstance(event, Notice) and event.level != "info":
-                    print(f"{name}: {event.text}", file=sys.stderr, flush=True)
-        if lost := sorted(ended & waiting):
-            raise PsycheError(f"{lost[0]} ended: {last_words(folder / f'{lost[0]}.log')}")
-        if "coordinator" in ended and waiting:
-            raise PsycheError(f"the coordinator ended: {last_words(folder / 'coordinator.log')}")
-        if time.monotonic() - heard > PATIENCE:
-            raise PsycheError(f"nothing happened for {PATIENCE:g} s in the run with overlap in {folder}")
-        time.sleep(POLL_SECONDS)
