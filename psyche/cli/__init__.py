@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from psyche.cli import bench, config, data, ledger, runs
+from psyche.cli import bench, config, data, ledger, model, runs
 from psyche.cli.dashboard import dashboard
 from psyche.cli.doctor import doctor
 from psyche.errors import PsycheError
@@ -28,6 +28,8 @@ app.command()(runs.key)
 app.command()(runs.invite)
 app.command()(doctor)
 app.command()(runs.export)
+app.command("eval")(model.evaluate)
+app.command()(model.generate)
 app.command()(dashboard)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")

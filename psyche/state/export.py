@@ -6,11 +6,23 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psyche.config import Model
 from psyche.numerics.flat import FlatLayout
 from psyche.training.models import build
+
+
+def model_of(spec: Model, theta: Tensor) -> nn.Module:
+    """The model whose parameters are ``theta``, the flat vector of its layout."""
+    model = build(spec)
+    layout = FlatLayout.of_model(model)
+    with torch.no_grad():
+        views = layout.views(theta)
+        for name, parameter in model.named_parameters():
+            if name in views:
+                parameter.copy_(views[name])
+    return model
 
 
 def export(spec: Model, theta: Tensor, tokenizer: Path, directory: Path) -> None:
@@ -20,13 +32,7 @@ def export(spec: Model, theta: Tensor, tokenizer: Path, directory: Path) -> None
     """
     from transformers.utils import logging
 
-    model = build(spec)
-    layout = FlatLayout.of_model(model)
-    with torch.no_grad():
-        views = layout.views(theta)
-        for name, parameter in model.named_parameters():
-            if name in views:
-                parameter.copy_(views[name])
+    model = model_of(spec, theta)
     directory.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # it would cut through our own view
     model.save_pretrained(directory)  # type: ignore[operator]
