@@ -88,7 +88,7 @@ class BoardClient:
                 except Refused as refusal:
                     if str(refusal) != UNKNOWN:
                         raise
-                    await self.present()
+                    await self._introduce()
                     if self._left:  # it will not be known any more, however often it asks
                         await asyncio.sleep(RETRY_SECONDS)
                 if silent_since is not None:
@@ -118,10 +118,9 @@ class BoardClient:
 
     async def present(self) -> None:
         """Tell the coordinator that this node is here, and with which state; not once it has left."""
-        if self._left:
-            return
-        body = self._node.introduce()
-        await self.submit(body, body.rounds)
+        if not self._left:
+            body = self._node.introduce()
+            await self.submit(body, body.rounds)
 
     async def leave(self, reason: str, round: int) -> None:
         """Say goodbye. What was begun may still be submitted, but this node does not come back."""
@@ -130,13 +129,10 @@ class BoardClient:
 
     async def submit(self, body: Body, round: int) -> None:
         """Sign and send, again and again while the coordinator is away. Raises ``Refused`` with its reason."""
-        sealed = self._identity.seal(body.DOMAIN, self._manifest.run_id, round, body.encode())
-        data = envelopes.encode(sealed)
-        if body.DOMAIN in REPEATED:
-            self._said[body.DOMAIN] = round, data
+        data = self._sealed(body, round)
         while True:
             try:
-                await self._rpc.call(self._coordinator, "submit", data, timeout=CALL_SECONDS, max_reply=64)
+                await self._send(data)
                 return
             except Refused as refusal:
                 if str(refusal) != STANDBY:
@@ -144,6 +140,22 @@ class BoardClient:
                 await asyncio.sleep(RETRY_SECONDS)
             except (Unreachable, Violation):
                 await asyncio.sleep(RETRY_SECONDS)  # watch() tells people, asks another coordinator, gives up in time
+
+    async def _introduce(self) -> None:
+        """:meth:`present` for :meth:`watch`, which must not wait for a coordinator: only it asks another one."""
+        if not self._left:
+            body = self._node.introduce()
+            await self._send(self._sealed(body, body.rounds))
+
+    def _sealed(self, body: Body, round: int) -> bytes:
+        data = envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round, body.encode()))
+        if body.DOMAIN in REPEATED:
+            self._said[body.DOMAIN] = round, data
+        return data
+
+    async def _send(self, data: bytes) -> None:
+        """To the coordinator of now, once. Raises what :meth:`Rpc.call` does."""
+        await self._rpc.call(self._coordinator, "submit", data, timeout=CALL_SECONDS, max_reply=64)
 
     async def _refresh(self) -> None:
         seen = self.board.version if self.board and self.board.term == self._promised else 0
@@ -160,7 +172,7 @@ class BoardClient:
         if self._coordinators[board.term % len(self._coordinators)] != envelope.author:
             raise BadSignature(f"the board is signed by {envelope.author}, who does not lead in term {board.term}")
         if board.term < self._node.term:
-            await self.present()  # so that it hears of the later one
+            await self._introduce()  # so that it hears of the later one
             raise Refused(f"it leads in term {board.term}, and this node follows the leader of term {self._node.term}")
         if board.term > self._promised:
             await self._follow(board)
@@ -180,7 +192,7 @@ class BoardClient:
             if said is None or board.plan is None or (said[0], board.plan.round) != (round, round):
                 continue
             with contextlib.suppress(Refused):  # of an attempt that is over, say
-                await self._rpc.call(self._coordinator, "submit", said[1], timeout=CALL_SECONDS, max_reply=64)
+                await self._send(said[1])
         self._repeat = 0
 
     async def _follow(self, board: Board) -> None:
@@ -188,9 +200,9 @@ class BoardClient:
         try:
             promise = await self._node.promise(board.term, board.claim)
         except Refusal as refusal:
-            await self.present()  # so that it hears of a later term
+            await self._introduce()  # so that it hears of a later term
             raise Refused(str(refusal)) from None
-        await self.submit(promise, promise.rounds)
+        await self._send(self._sealed(promise, promise.rounds))
         self._promised = board.term
         self._repeat = promise.rounds + 1
 

@@ -1,0 +1,139 @@
+"""A member's line to its coordinators: it never waits for one that does not lead."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from psyche.config import Manifest, load_config
+from psyche.network.identity import Identity
+from psyche.network.streams import Refused, Unreachable
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.messages import Board, Present, Promise
+from psyche.protocol.state import Phase
+from psyche.roles import board as module
+from psyche.roles.board import BoardClient
+from psyche.roles.coordinator import STANDBY, UNKNOWN
+from psyche.roles.launch import launch
+from tests.roles.tiny import write_config
+
+GUARD_SECONDS = 20.0
+Answer = Callable[[str], bytes]
+
+
+class Line:
+    """Stands for the network: each coordinator answers as it is told to."""
+
+    def __init__(self, answers: dict[str, Answer]) -> None:
+        self.answers = answers
+        self.asked: list[tuple[str, str]] = []
+
+    async def call(self, peer_id: str, name: str, request: bytes, **_: object) -> bytes:
+        self.asked.append((peer_id, name))
+        await asyncio.sleep(0)
+        return self.answers[peer_id](name)
+
+
+class Newcomer:
+    term = 0
+
+    def introduce(self) -> Present:
+        return Present(0, bytes(32), bytes(32), "CPU", None, None)
+
+    async def promise(self, term: int, claim: bytes) -> Promise:
+        return Promise(term, 0, None, None, (), ())
+
+
+@pytest.fixture(scope="module")
+def coordinators(tmp_path_factory: pytest.TempPathFactory) -> tuple[Identity, Identity]:
+    folder = tmp_path_factory.mktemp("keys")
+    return Identity.load_or_create(folder / "a"), Identity.load_or_create(folder / "b")
+
+
+@pytest.fixture(scope="module")
+def manifest(coordinators: tuple[Identity, Identity], tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    first, second = coordinators
+    path = write_config(tmp_path_factory.mktemp("run"), members=1, standbys=[second.peer_id])
+    return launch(load_config(path), first.peer_id).manifest
+
+
+def leading(identity: Identity, manifest: Manifest, term: int) -> Answer:
+    """A coordinator that leads, and takes what it is told."""
+    board = Board(
+        1, term, b"", Phase.WAITING, 0, bytes(32), None, (), (), None, None, None, ""
+    )  # fmt: skip
+
+    def answer(name: str) -> bytes:
+        if name == "submit":
+            return b""
+        return envelopes.encode(identity.seal(Board.DOMAIN, manifest.run_id, 0, board.encode()))
+
+    return answer
+
+
+def refusing(on: dict[str, str]) -> Answer:
+    def answer(name: str) -> bytes:
+        raise Refused(on[name])
+
+    return answer
+
+
+def silent(name: str) -> bytes:
+    raise Unreachable("12D3Koo", "did not answer")
+
+
+async def followed(client: BoardClient) -> Board:
+    """The first board that it shows of a leader it has promised to follow."""
+    watching = asyncio.create_task(client.watch())
+    try:
+        async with asyncio.timeout(GUARD_SECONDS):
+            return await client.until(lambda board: True)
+    finally:
+        watching.cancel()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        refusing({"watch": UNKNOWN, "submit": STANDBY}),  # it stood down between the two
+        refusing({"watch": STANDBY, "submit": STANDBY}),
+        silent,
+    ],
+    ids=["stands down", "stands by", "is gone"],
+)
+def test_it_goes_on_to_who_leads(
+    first: Answer,
+    coordinators: tuple[Identity, Identity],
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
+    one, other = coordinators
+    line = Line({one.peer_id: first, other.peer_id: leading(other, manifest, 3)})
+    own = Identity.load_or_create(tmp_path / "own")
+    client = BoardClient(manifest, own, line, Newcomer(), lambda text: None)  # type: ignore[arg-type]
+
+    assert asyncio.run(followed(client)).term == 3
+    assert (other.peer_id, "submit") in line.asked, "its promise"
+
+
+def test_what_a_leader_does_not_hear_for_its_end_is_told_the_next(
+    coordinators: tuple[Identity, Identity], manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A promise that the leader cannot take any more holds up nobody."""
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
+    one, other = coordinators
+    board = leading(one, manifest, 2)
+
+    def dying(name: str) -> bytes:
+        return board(name) if name == "watch" else silent(name)
+
+    line = Line({one.peer_id: dying, other.peer_id: leading(other, manifest, 3)})
+    own = Identity.load_or_create(tmp_path / "own")
+    client = BoardClient(manifest, own, line, Newcomer(), lambda text: None)  # type: ignore[arg-type]
+
+    assert asyncio.run(followed(client)).term == 3
