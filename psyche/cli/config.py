@@ -16,12 +16,17 @@ def _group() -> None:
 
 
 @app.command("check")
-def check(config: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]) -> None:
-    """Check a file and print what its run would cost: parameters, memory per node, bytes per round, tokens."""
+def check(
+    config: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)],
+    tflops: Annotated[
+        float, typer.Option(help="What a member sustains, in TFLOP/s. Default: an RTX 4090 at 40 %.", min=1e-3)
+    ] = 66.0,
+) -> None:
+    """Check a file and print what its run would cost: memory per node, bytes per round, tokens, utilisation."""
     from psyche.config import load_config
 
     loaded = load_config(config)  # before the slow imports: most errors are found here
     from psyche.roles.costs import costs_of
 
-    for label, value in costs_of(loaded.run).lines():
+    for label, value in costs_of(loaded.run).lines(tflops * 1e12):
         typer.echo(f"{label:28} {value}")

@@ -13,6 +13,9 @@ from psyche.roles.rules import fragments_of
 from psyche.telemetry.wording import number, size
 from psyche.training.models import layout
 
+SUSTAINED = 66e12
+"""Of an RTX 4090: 165 TFLOP/s of dense bf16 (NVIDIA's Ada whitepaper, appendix A), 40 % of it in use."""
+
 LINES = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}
 """Lines for which a round's exchange is worked out, in bytes a second: a home's and a data centre's cheapest."""
 
@@ -40,6 +43,10 @@ class Costs:
     """All members together."""
     tokens: int
     """The whole run, all members together."""
+    round_flops: float
+    """Of a member's inner steps in a round, forward and backward."""
+    late_share: float
+    """Of a round's inner steps, those that may be taken while the round before is on the wire."""
 
     @property
     def exchange(self) -> Cost:
@@ -52,8 +59,15 @@ class Costs:
         """Sent by all members, per token of training."""
         return self.members * self.exchange.up / self.tokens_per_round
 
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """Label and value, for people."""
+    def utilisation(self, rate: float, flops: float) -> float:
+        """The share of its time that a member trains: at ``rate`` bytes a second either way and ``flops`` a second,
+        where nothing but its line and its processor is waited for."""
+        training = self.round_flops / flops
+        waiting = max(0.0, self.exchange.seconds(rate, rate) - self.late_share * training)
+        return training / (training + waiting)
+
+    def lines(self, flops: float = SUSTAINED) -> Iterator[tuple[str, str]]:
+        """Label and value, for people; ``flops`` a second is what a member sustains."""
         yield "parameters", f"{self.parameters:,}"
         yield "members assumed", f"{self.members} (run.rounds.start_members)"
         yield "memory per node", f"{size(self.tensor_bytes)} of tensors, and activations"
@@ -65,6 +79,9 @@ class Costs:
         yield "tokens per round", f"{self.tokens_per_round:,}"
         yield "tokens", f"{self.tokens:,} ({self.tokens / self.parameters:.1f} per parameter)"
         yield "bytes per token", f"{self.bytes_per_token:.2f}"
+        yield "computing per round", f"{self.round_flops / flops:,.0f} s at {flops / 1e12:g} TFLOP/s sustained"
+        shares = (f"{100 * self.utilisation(rate, flops):.1f} % at {line}" for line, rate in LINES.items())
+        yield "expected utilisation", ", ".join(shares)
 
     def _taken(self) -> str:
         if self.sharded_from is None:
@@ -104,7 +121,17 @@ def costs_of(run: Run) -> Costs:
         sharded_from=sharded_from(run, fragments),
         tokens_per_round=per_round,
         tokens=per_round * run.rounds.total,
+        round_flops=flops_per_token(run, flat.parameters) * run.rounds.inner_steps * run.tokens_per_step,
+        late_share=run.overlap.late_steps / run.rounds.inner_steps,
     )
+
+
+def flops_per_token(run: Run, parameters: int) -> float:
+    """Forward and backward: 6 a parameter, and 12 for each layer, direction and token in sight, for attention (PaLM,
+    arXiv 2204.02311, appendix B). Settings without layers or width are taken to have no attention."""
+    settings = run.model.settings
+    attention = settings.get("num_hidden_layers", 0) * settings.get("hidden_size", 0) * run.data.sequence_length
+    return 6.0 * parameters + 12.0 * float(attention)
 
 
 def _mean(costs: list[Cost]) -> Cost:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from psyche.config import load_config
+from psyche.config import Overlap, load_config
 from psyche.exchange.base import Wire
 from psyche.exchange.cost import Shapes
 from psyche.exchange.gather import Gather
@@ -168,3 +168,27 @@ def test_auto_shards_from_where_the_configuration_check_says(tmp_path: Path) -> 
         costs = costs_of(run.model_copy(update={"rounds": rounds}))
         assert (costs.exchange is costs.sharded) == (members >= first)
         assert (2 * costs.sharded.up < costs.gather.up) == (members >= first)
+
+
+def test_utilisation_is_what_the_line_leaves_of_a_round(tmp_path: Path) -> None:
+    run = load_config(write_config(tmp_path, members=4, exchange={"kind": "gather"})).run
+    costs = costs_of(run)
+    assert costs.round_flops > 6 * costs.parameters * run.tokens_per_step * run.rounds.inner_steps
+    training, wire = costs.round_flops / 1e9, costs.gather.seconds(1e6, 1e6)
+    assert costs.utilisation(1e6, 1e9) == pytest.approx(training / (training + wire))
+    assert costs.utilisation(1e15, 1e9) == pytest.approx(1.0)
+    hidden = costs_of(run.model_copy(update={"overlap": Overlap(late_steps=run.rounds.inner_steps)}))
+    assert hidden.late_share == 1.0
+    assert hidden.utilisation(1e6, costs.round_flops / wire) == 1.0, "it all fits behind the next round's steps"
+    assert 0.0 < hidden.utilisation(1e3, 1e12) < 1.0
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_repository_can_be_launched(path: Path) -> None:
+    """Its model builds, its sequences fit the model, and what a round takes is below its deadlines."""
+    run = load_config(path).run
+    costs = costs_of(run)
+    assert run.data.sequence_length <= run.model.settings["max_position_embeddings"]
+    assert costs.exchange.seconds(100e6 / 8, 100e6 / 8) < run.deadlines.exchange_max
+    expected = {"150m": 150e6, "1b": 1.1e9, "7b": 6.7e9}.get(path.stem)
+    assert expected is None or costs.parameters == pytest.approx(expected, rel=0.02)

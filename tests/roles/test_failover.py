@@ -28,16 +28,16 @@ NAMES = ("node-1", "node-2", "node-3", "node-4")
 """One of four may be slow to vote: with one coordinator away, nobody can be left out of the electorate."""
 
 
-def two_coordinators(directory: Path, members: int = len(NAMES), inner_steps: int = 40) -> Path:
+def two_coordinators(directory: Path, members: int = len(NAMES), inner_steps: int = 40, **deadlines: float) -> Path:
     """A configuration of a run with a standby."""
     key = standby_key(directory / "run" / "standby")
     rounds = {"inner_steps": inner_steps, "min_members": 1, "total": 500, "start_members": members}
-    return write_config(directory, members=members, rounds=rounds, deadlines=QUICK, standbys=[key])
+    return write_config(directory, members=members, rounds=rounds, deadlines=QUICK | deadlines, standbys=[key])
 
 
 @pytest.mark.slow
 def test_what_members_train_while_their_leader_dies_is_not_begun_again(tmp_path: Path) -> None:
-    with swarm(tmp_path / "run", two_coordinators(tmp_path, inner_steps=3000)) as run:
+    with swarm(tmp_path / "run", two_coordinators(tmp_path, inner_steps=3000, round_max=600.0)) as run:
         start(run)
         for name in NAMES:
             run.wait(name, RoundStarted, lambda event: event.round == 2)
