@@ -179,7 +179,9 @@ def test_utilisation_is_what_the_line_leaves_of_a_round(tmp_path: Path) -> None:
     assert costs.utilisation(1e15, 1e9) == pytest.approx(1.0)
     hidden = costs_of(run.model_copy(update={"overlap": Overlap(late_steps=run.rounds.inner_steps)}))
     assert hidden.late_share == 1.0
-    assert hidden.utilisation(1e6, costs.round_flops / wire) == 1.0, "it all fits behind the next round's steps"
+    assert hidden.utilisation(1e6, costs.round_flops / wire) == pytest.approx(1.0), (
+        "it all fits behind the next round's steps"
+    )
     assert 0.0 < hidden.utilisation(1e3, 1e12) < 1.0
 
 
