@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
@@ -24,10 +23,10 @@ from psyche.config import BpeTokenizer, Data, StdlibSource, TextSource
 from psyche.data import encoding
 from psyche.data.encoding import document_hash
 from psyche.data.prepare import Progress, is_heldout, prepare
-from psyche.data.shards import order
-from psyche.data.store import Split, TokenStore, store_path
+from psyche.data.store import TokenStore, store_path
 from psyche.durable import disk_errors
 from psyche.errors import PsycheError
+from tests.data.stores import decoded, staged
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -36,28 +35,12 @@ def read_documents(corpus: Path) -> list[str]:
     return [path.read_bytes().decode() for path in sorted(corpus.iterdir())]
 
 
-def staged(store: TokenStore, name: str) -> np.ndarray:
-    """The sequences of a split in the order in which they were made of documents: the shuffle undone."""
-    split: Split = getattr(store, name)
-    rows = np.empty((len(split), store.sequence_length), np.int64)
-    rows[order(name, range(len(split)), len(split))] = split.batch(range(len(split)))
-    return rows
-
-
 def encoded(store: TokenStore, texts: list[str], fraction: float, heldout: bool) -> list[list[int]]:
     """The documents of a split, by another way: encoded one at a time."""
     tokenizer = Tokenizer.from_file(str(store.tokenizer_path / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     side = [text for text in texts if is_heldout(document_hash(text), fraction) == heldout]
     return [[*tokenizer.encode(text).ids, store.index.eos] for text in side]
-
-
-def decoded(store: TokenStore, name: str) -> list[str]:
-    """The whole documents of a split, as text; what the dropped tail cut short is left out."""
-    stream = staged(store, name).ravel()
-    tokenizer = Tokenizer.from_file(str(store.tokenizer_path / "tokenizer.json"))
-    documents = np.split(stream, np.flatnonzero(stream == store.index.eos) + 1)[:-1]
-    return [tokenizer.decode(document[:-1].tolist()) for document in documents]
 
 
 def check(store: TokenStore, texts: list[str], fraction: float) -> None:
@@ -157,6 +140,17 @@ def test_standard_library(tmp_path: Path) -> None:
     store = prepare(data, tmp_path, vocab_limit=512)
     assert store.vocab_size == 512
     assert any(text.startswith('"""') for text in decoded(store, "train"))
+
+
+def test_padded_sequences_hold_one_document_each(data: Data, corpus: Path, tmp_path: Path) -> None:
+    store = prepare(data.model_copy(update={"packing": "pad"}), tmp_path, vocab_limit=400, shard_bytes=4096)
+    assert store.index.packing == "pad"
+    for name, heldout in (("train", False), ("heldout", True)):
+        expected = []
+        for document in encoded(store, read_documents(corpus), data.heldout_fraction, heldout):
+            pieces = [document[at : at + 32] for at in range(0, len(document) - 1, 32)]
+            expected += [[*piece, *[store.index.eos] * (32 - len(piece))] for piece in pieces]
+        assert staged(store, name).tolist() == expected
 
 
 # --------------------------------------------------------------------------------------- what dies
