@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from typing_extensions import Buffer
+
 from psyche.errors import PsycheError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: Buffer) -> None:
     """Replace ``path`` in one step: after a crash or power loss it holds the old content or the new, never a mix."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:

@@ -22,9 +22,12 @@ STAGES = {
     "waiting": "waiting for another process that prepares this store",
     "tokenizer": "reading documents for the tokenizer",
     "tokens": "encoding documents",
+    "shuffle": "shuffling sequences",
 }
 LINE_EVERY = 5.0
 """Seconds between progress lines where there is no terminal."""
+DRAW_EVERY = 0.1
+"""Seconds between changes of the bar: a report comes with every document."""
 
 
 @app.command("prepare")
@@ -34,8 +37,13 @@ def prepare_command(config: ConfigFile) -> None:
     from psyche.data.prepare import prepare
 
     loaded = load_config(config)
-    with progress_display() as report:
-        store = prepare(loaded.run.data, loaded.node.cache, vocab_limit=loaded.run.model.vocab_size, progress=report)
+    run, cache = loaded.run, loaded.node.cache
+    try:
+        with progress_display() as report:
+            store = prepare(run.data, cache, vocab_limit=run.model.vocab_size, progress=report)
+    except KeyboardInterrupt:
+        typer.echo("psyche: stopped; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
     _describe(store)
 
 
@@ -74,30 +82,53 @@ def _describe(store: TokenStore) -> None:
 def progress_display() -> Iterator[Callable[[Progress], None]]:
     """A live bar on a terminal, a line now and then elsewhere; both on stderr, so that stdout is the result."""
     if not sys.stderr.isatty():
-        yield _lines()
+        yield _every(LINE_EVERY, lambda text, at: typer.echo(f"{text}: {_count(at)}", err=True))
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    about, count = TextColumn("{task.description}"), TextColumn("{task.fields[count]}")
+    columns = (about, BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda at: bar.update(task, description=_describe_stage(at), completed=at.documents, total=at.total)
+        tasks: dict[str, TaskID] = {}
+
+        def draw(text: str, at: Progress) -> None:
+            if at.stage not in tasks:  # one of its own, so that its times are those of the stage
+                for shown in tasks.values():
+                    bar.update(shown, visible=False)
+                tasks[at.stage] = bar.add_task("", total=None, count="")
+            bar.update(tasks[at.stage], description=text, completed=at.done, total=at.total, count=_count(at))
+
+        yield _every(DRAW_EVERY, draw)
 
 
-def _lines() -> Callable[[Progress], None]:
-    stage, said = "", 0.0
+def _every(seconds: float, show: Callable[[str, Progress], None]) -> Callable[[Progress], None]:
+    """``show`` a report and what it is about, when its stage is new and every so many seconds."""
+    stage, began, said = "", 0.0, 0.0
 
     def report(at: Progress) -> None:
-        nonlocal stage, said
+        nonlocal stage, began, said
         now = time.monotonic()
-        if at.stage != stage or now - said >= LINE_EVERY:
-            stage, said = at.stage, now
-            typer.echo(f"{_describe_stage(at)}: {at.documents:,}{f' of {at.total:,}' if at.total else ''}", err=True)
+        if at.stage != stage:
+            stage, began = at.stage, now
+        elif now - said < seconds:
+            return
+        said = now
+        show(STAGES[stage] + _amounts(at, now - began), at)
 
     return report
 
 
-def _describe_stage(at: Progress) -> str:
-    return STAGES[at.stage] + (f" ({at.tokens:,} tokens)" if at.tokens else "")
+def _amounts(at: Progress, seconds: float) -> str:
+    """Tokens, text and speed of a stage that has run for so long, where there are any yet."""
+    parts = [f"{at.tokens:,} tokens"] if at.tokens else []
+    if at.tokens and seconds > 1:
+        parts.append(f"{at.tokens / seconds:,.0f} a second")
+    if at.bytes:
+        parts.append(f"{at.bytes / 1e6:,.1f} MB of text")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _count(at: Progress) -> str:
+    return f"{at.done:,}{f' of {at.total:,}' if at.total else ''}"

@@ -6,7 +6,18 @@ business and never leaves it. Every key is live: an unknown one is an error that
 """
 
 from psyche.config.base import explain
-from psyche.config.data import BpeTokenizer, Data, HubSource, NamedTokenizer, StdlibSource, TextSource
+from psyche.config.data import (
+    BpeTokenizer,
+    Data,
+    Filter,
+    HubSource,
+    MixturePart,
+    MixtureSource,
+    NamedTokenizer,
+    Source,
+    StdlibSource,
+    TextSource,
+)
 from psyche.config.files import Config, load_config, load_node
 from psyche.config.manifest import MANIFEST, Manifest, Resolved
 from psyche.config.model import Model
@@ -21,9 +32,12 @@ __all__ = [
     "Data",
     "Deadlines",
     "ExchangeSpec",
+    "Filter",
     "HubSource",
     "Inner",
     "Manifest",
+    "MixturePart",
+    "MixtureSource",
     "Model",
     "NamedTokenizer",
     "Node",
@@ -32,6 +46,7 @@ __all__ = [
     "Resolved",
     "Rounds",
     "Run",
+    "Source",
     "StdlibSource",
     "TextSource",
     "Wandb",

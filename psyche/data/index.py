@@ -7,6 +7,8 @@ A store is a directory::
     train-00000.bin     a shard: sequences of ``sequence_length`` little-endian tokens, back to back, no header
     heldout-00000.bin
 
+All shards of a split but the last hold the same number of sequences, and a split's sequences are in random order.
+
 An index may come from a peer, so every field is bounded and a file name cannot leave the directory.
 """
 
@@ -20,7 +22,7 @@ from msgspec import Meta
 from psyche.errors import PsycheError
 from psyche.numerics.digest import digest
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 """Token types by their name in the index, as NumPy spells them; on disk they are little-endian everywhere."""
 MAX_INDEX_BYTES = 32 << 20
@@ -51,7 +53,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of ``index.json``. Sequences are numbered through the shards of a split, in their order here."""
 
-    format: Literal[1]
+    format: Literal[2]
     sequence_length: Annotated[int, Meta(ge=1, le=2**24)]
     dtype: Literal["uint16", "uint32"]
     vocab_size: Annotated[int, Meta(ge=1, le=2**31)]
@@ -60,6 +62,9 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: tuple[TokenizerFile, ...]
     train: tuple[Shard, ...]
     heldout: tuple[Shard, ...]
+    packing: Literal["pack", "pad"] = "pack"
+    """How documents became sequences, see :class:`~psyche.config.Data`. In padded ones what follows the first ``eos``
+    is not to be learned: :func:`psyche.data.packing.labels`."""
 
     @property
     def sequence_bytes(self) -> int:

@@ -1,46 +1,66 @@
-"""Turn a corpus into a token store: read, split, encode, pack, hash. Killed at any moment, it goes on where it was.
+"""Turn a corpus into a token store: read, mix, encode, pack, shuffle, hash. Killed at any moment, it goes on.
 
-``index.json`` is written last, and makes the directory a store. Until then the journal says how far the files can
-be believed. Whatever lies beyond is cut off and made again, to the same bytes: every step depends on the documents
-alone.
+First every document is encoded, and its tokens go to ``staging/`` in the order of the documents; a journal beside them
+says how far they can be believed. Then the staged sequences are shuffled into shards. ``index.json`` is written last,
+and makes the directory a store. Whatever lies beyond the journal is cut off and made again, to the same bytes: every
+step depends on the documents alone.
+
+Memory is bounded by a few batches of text and one shard, disk by twice the tokens.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from filelock import FileLock, Timeout
 
-from psyche.config import BpeTokenizer, Data
+from psyche.config import BpeTokenizer, Data, MixturePart, MixtureSource
+from psyche.data.encoding import AHEAD, Document, document_hash, encoded
 from psyche.data.index import DTYPES, FORMAT, Index, Shard, TokenizerFile, dtype_for
-from psyche.data.journal import JOURNAL, Journal, chain, document_hash, load_journal
-from psyche.data.shards import SHARD_BYTES, SplitState, SplitWriter
-from psyche.data.sources import documents
+from psyche.data.journal import Journal, PartState, load_journal
+from psyche.data.mixture import Part, interleave
+from psyche.data.shards import SHARD_BYTES, Staged, require_room, write_shards
+from psyche.data.sources import documents, parts_of
+from psyche.data.staging import SplitState, SplitWriter
 from psyche.data.store import INDEX, TOKENIZER, TokenStore, store_path
 from psyche.data.tokenizer import Encoder, tokenizer_files
 from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root
 
-BATCH_CHARACTERS = 1 << 20
-"""Text encoded at once: enough to keep all cores busy, little enough to forget."""
+STAGING = "staging"
+
+JOURNAL_BYTES = 64 << 20
+"""Staged tokens between two entries of the journal: what a crash costs at most, half a minute or so."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """``documents`` and ``tokens`` count what the current stage has done; ``total`` documents where that is known."""
+    """What the current stage has done."""
 
-    stage: Literal["waiting", "tokenizer", "tokens"]
-    """Waiting for another process that prepares the same store; reading for the tokenizer; encoding."""
-    documents: int = 0
+    stage: Literal["waiting", "tokenizer", "tokens", "shuffle"]
+    """Waiting for another process that prepares the same store; reading for the tokenizer; encoding; shuffling."""
+    done: int = 0
+    """Documents, those of an interrupted preparation included; sequences where they are shuffled."""
     total: int | None = None
+    """Of the same, where that is known."""
     tokens: int = 0
+    """Encoded, or shuffled, by this process."""
+    bytes: int = 0
+    """Of text encoded by this process, in UTF-8."""
+
+    def after(self, document: Document) -> Progress:
+        return replace(
+            self, done=self.done + 1, tokens=self.tokens + len(document.tokens), bytes=self.bytes + document.bytes
+        )
 
 
 Report = Callable[[Progress], None]
@@ -62,6 +82,7 @@ def prepare(
     with disk_errors(path), _alone(path, report):
         if not ((path / INDEX).exists() and TokenStore.open(path).whole()):
             _build(data, path, vocab_limit, report, shard_bytes)
+        shutil.rmtree(path / STAGING, ignore_errors=True)
     store = TokenStore.open(path)
     _refuse_large(store.vocab_size, vocab_limit)
     return store
@@ -100,37 +121,34 @@ def _refuse_large(vocab_size: int, limit: int) -> None:
 
 
 def _build(data: Data, path: Path, vocab_limit: int, report: Report, shard_bytes: int) -> None:
-    journal = None if (path / INDEX).exists() else load_journal(path, path / TOKENIZER, shard_bytes)
-    stream = documents(data.source, data.max_documents)
-    if journal is None or not journal.skip(stream):
+    staging = path / STAGING
+    journal, streams = load_journal(staging, path / TOKENIZER), _streams(data)
+    if journal is None or not (journal.encoded or journal.skip(streams)):
         if path.exists():
             shutil.rmtree(path)  # unlinked, never overwritten: a process may have mapped the files
         (path / TOKENIZER).mkdir(parents=True)
-        journal = _make_tokenizer(data, path, report, shard_bytes)
-        stream = documents(data.source, data.max_documents)
+        staging.mkdir()
+        journal, streams = _make_tokenizer(data, path, report), _streams(data)
     encoder = Encoder.load(path / TOKENIZER)
     _refuse_large(encoder.vocab_size, vocab_limit)
-    train, heldout = _encode(data, path, stream, encoder, journal, report)
-    if not (train and heldout):
+    if not journal.encoded:
+        journal = _encode(data, staging, streams, encoder, journal, report)
+    if not (journal.train.sequences and journal.heldout.sequences):
         raise PsycheError(
-            f"the {'held-out' if train else 'training'} split is empty: give more or smaller documents (a dataset of "
-            "kind text makes one of every line), change data.heldout_fraction, or shorten data.sequence_length"
+            f"the {'held-out' if journal.train.sequences else 'training'} split is empty: give more or smaller "
+            "documents (a dataset of kind text makes one of every line), change data.heldout_fraction, or shorten "
+            "data.sequence_length"
         )
-    index = Index(
-        format=FORMAT,
-        sequence_length=data.sequence_length,
-        dtype=dtype_for(encoder.vocab_size),
-        vocab_size=encoder.vocab_size,
-        eos=encoder.eos,
-        tokenizer=journal.tokenizer,
-        train=train,
-        heldout=heldout,
-    )
+    index = _shuffle(data, path, encoder, journal, report, shard_bytes)
     write_durably(path / INDEX, index.encode())
-    (path / JOURNAL).unlink()
 
 
-def _make_tokenizer(data: Data, path: Path, report: Report, shard_bytes: int) -> Journal:
+def _streams(data: Data) -> list[Iterator[str]]:
+    """The documents of each part of the source."""
+    return [documents(part.source, None) for part in parts_of(data.source)[0]]
+
+
+def _make_tokenizer(data: Data, path: Path, report: Report) -> Journal:
     """Write the tokenizer's files and the first journal."""
     read, total = 0, data.max_documents
 
@@ -140,50 +158,95 @@ def _make_tokenizer(data: Data, path: Path, report: Report, shard_bytes: int) ->
             read += 1
             if not is_heldout(document_hash(text), data.heldout_fraction):  # nor may it shape the tokenizer
                 yield text
-            report(Progress("tokenizer", read, total))
-        total = read
+            report(Progress("tokenizer", read, data.max_documents))
+        if not isinstance(data.source, MixtureSource):  # which ends elsewhere when tokens are counted
+            total = read
 
     files = tokenizer_files(data.tokenizer, training_texts())
     for name, content in files.items():
         write_durably(path / TOKENIZER / name, content)
     listed = [TokenizerFile(name, len(files[name]), blob_root(files[name]).hex()) for name in sorted(files)]
-    journal = Journal(shard_bytes, tuple(listed), total)
-    journal.save(path)
+    journal = Journal(tuple(listed), total, tuple(PartState() for _ in parts_of(data.source)[0]))
+    journal.save(path / STAGING)
     return journal
 
 
 def _encode(
-    data: Data, path: Path, stream: Iterator[str], encoder: Encoder, journal: Journal, report: Report
-) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
-    """Encode the rest of the corpus, moving the journal on whenever a shard is full. Returns the splits' shards."""
+    data: Data, staging: Path, streams: list[Iterator[str]], encoder: Encoder, journal: Journal, report: Report
+) -> Journal:
+    """Encode the rest of the corpus into the staging files, saving the journal now and then."""
 
     def writer(split: str, state: SplitState) -> SplitWriter:
         dtype = DTYPES[dtype_for(encoder.vocab_size)]
-        return SplitWriter(path, split, dtype, data.sequence_length, journal.shard_bytes, state)
+        return SplitWriter(staging / split, dtype, data.sequence_length, data.packing, state)
 
-    read, seen, tokens = journal.documents, journal.seen, 0
-    with closing(writer("train", journal.train)) as train, closing(writer("heldout", journal.heldout)) as heldout:
-        for batch in _batches(stream):
-            shards = train.full_shards + heldout.full_shards
-            for text, ids in zip(batch, encoder.encode(batch), strict=True):
-                document = document_hash(text)
-                (heldout if is_heldout(document, data.heldout_fraction) else train).add(ids)
-                read, seen, tokens = read + 1, chain(seen, document), tokens + len(ids)
-            if train.full_shards + heldout.full_shards > shards:
-                states = {"train": train.sync(), "heldout": heldout.sync()}
-                msgspec.structs.replace(journal, documents=read, seen=seen, **states).save(path)
-            report(Progress("tokens", read, journal.total, tokens))
-        return train.finish(), heldout.finish()
+    def save(journal: Journal, *, encoded: bool = False) -> Journal:
+        saved = msgspec.structs.replace(journal, train=train.sync(), heldout=heldout.sync(), encoded=encoded)
+        saved.save(staging)
+        require_room(staging, train.bytes + heldout.bytes)  # to shuffle: now, not after hours
+        return saved
+
+    progress = Progress("tokens", journal.documents, journal.total)
+    with (
+        ThreadPoolExecutor(AHEAD, "encode") as pool,
+        closing(writer("train", journal.train)) as train,
+        closing(writer("heldout", journal.heldout)) as heldout,
+    ):
+        for number, passes, document in _mixed(data, streams, journal, encoder, pool):
+            (heldout if is_heldout(document.key, data.heldout_fraction) else train).add(document.tokens)
+            journal = journal.after(number, document, passes)
+            if train.bytes + heldout.bytes >= journal.train.bytes + journal.heldout.bytes + JOURNAL_BYTES:
+                journal = save(journal)
+            progress = progress.after(document)
+            report(progress)
+        return save(journal, encoded=True)
 
 
-def _batches(stream: Iterator[str]) -> Iterator[list[str]]:
-    """Consecutive documents of about ``BATCH_CHARACTERS`` together."""
-    batch, size = [], 0
-    for text in stream:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _mixed(
+    data: Data, streams: list[Iterator[str]], journal: Journal, encoder: Encoder, pool: Executor
+) -> Iterator[tuple[int, int, Document]]:
+    """The encoded documents that ``journal`` does not have yet, the parts of the source taking turns by tokens.
+
+    With each: its part's number, and how often that part had been read to its end.
+    """
+
+    def part(spec: MixturePart, stream: Iterator[str], state: PartState) -> Part[Document]:
+        def again() -> Iterator[Document]:
+            return encoded(documents(spec.source, None), encoder, pool)
+
+        return Part(spec.weight, again, encoded(stream, encoder, pool), state.tokens, state.passes)
+
+    specs, stop = parts_of(data.source)
+    parts = [part(*one) for one in zip(specs, streams, journal.parts, strict=True)]
+    turns = interleave(parts, lambda document: len(document.tokens), stop)
+    left = None if data.max_documents is None else data.max_documents - journal.documents
+    return ((number, parts[number].passes, document) for number, document in islice(turns, left))
+
+
+def _shuffle(data: Data, path: Path, encoder: Encoder, journal: Journal, report: Report, shard_bytes: int) -> Index:
+    progress = Progress("shuffle", 0, journal.train.sequences + journal.heldout.sequences)
+
+    def done(sequences: int) -> None:
+        nonlocal progress
+        progress = replace(
+            progress, done=progress.done + sequences, tokens=progress.tokens + sequences * data.sequence_length
+        )
+        report(progress)
+
+    def shards(split: str, state: SplitState) -> tuple[Shard, ...]:
+        staged = Staged(path / STAGING / split, state.sequences, data.sequence_length, DTYPES[dtype])
+        return write_shards(path, split, staged, shard_bytes, done)
+
+    dtype = dtype_for(encoder.vocab_size)
+    report(progress)
+    return Index(
+        format=FORMAT,
+        sequence_length=data.sequence_length,
+        dtype=dtype,
+        vocab_size=encoder.vocab_size,
+        eos=encoder.eos,
+        packing=data.packing,
+        tokenizer=journal.tokenizer,
+        train=shards("train", journal.train),
+        heldout=shards("heldout", journal.heldout),
+    )

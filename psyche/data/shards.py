@@ -1,116 +1,114 @@
-"""Token streams to shard files. A file only ever grows by whole sequences, so a crash is undone by one truncation."""
+"""Staged sequences to shards in random order: sequence i of a split is staged sequence π(i).
+
+π is a permutation of all of the split's sequences with a fixed key, so the order is as random as a shuffle in memory,
+needs none, and comes out the same however often it was interrupted. A shard has its name only when it is whole.
+"""
 
 from __future__ import annotations
 
-import os
+import mmap
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from psyche.data.index import Shard
-from psyche.numerics.digest import blob_root
+from psyche.data.packing import Tokens
+from psyche.durable import write_durably
+from psyche.errors import PsycheError
+from psyche.numerics.digest import blob_root, digest
+from psyche.protocol.assignment import permute
 
 SHARD_BYTES = 64 << 20
 """Size of a full shard: small enough to fetch and hash in a moment, large enough to keep the index short."""
 
+READERS = 16
+"""Threads that read staged sequences: a disk serves random reads well only if it has many to choose from."""
 
-class SplitState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that is needed to go on with a split after a crash, if its files are :func:`intact`."""
-
-    shards: tuple[Shard, ...] = ()
-    bytes: int = 0
-    """Valid bytes of the open shard, the one after ``shards``: whole sequences. The file may be longer."""
-    carry: tuple[int, ...] = ()
-    """Tokens of the sequence that is not yet full; fewer than ``sequence_length``."""
+PIECE_BYTES = 1 << 20
+"""Read by all of them before the pages are let go again. Reading a row may map 16 pages, which count as ours."""
 
 
 def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.bin"
 
 
-def intact(directory: Path, split: str, state: SplitState) -> bool:
-    """Whether the split's files hold at least what ``state`` says they do."""
-    expected = [(shard.file, shard.bytes) for shard in state.shards]
-    if state.bytes:
-        expected.append((shard_name(split, len(state.shards)), state.bytes))
-    files = [(directory / name, size) for name, size in expected]
-    return all(file.is_file() and file.stat().st_size >= size for file, size in files)
+def order(split: str, span: range, count: int) -> NDArray[np.int64]:
+    """π: which of ``count`` staged sequences are at the places ``span`` of a split."""
+    key = int.from_bytes(digest("shuffle", split.encode())[:8], "little")
+    return permute(np.arange(span.start, span.stop, dtype=np.uint64), count, key, 0)
 
 
-class SplitWriter:
-    """Cuts a stream of tokens into sequences, and the sequences into the shards ``<split>-00000.bin``, …
+@dataclass(frozen=True)
+class Staged:
+    """The sequences of a split in the order of their documents: the first ``sequences`` rows of the file ``path``."""
 
-    ``dtype`` is little-endian unsigned; every shard but the last holds the same number of sequences.
+    path: Path
+    sequences: int
+    width: int
+    """Tokens of each."""
+    dtype: str
+
+    @property
+    def sequence_bytes(self) -> int:
+        return self.width * np.dtype(self.dtype).itemsize
+
+
+def write_shards(
+    directory: Path, split: str, staged: Staged, shard_bytes: int, done: Callable[[int], None]
+) -> tuple[Shard, ...]:
+    """Shuffle ``staged`` into the shards ``<split>-00000.bin``, … of ``directory``, and say what they are.
+
+    All but the last hold the same number of sequences, ``shard_bytes`` or less. Shards that are there are kept.
+    ``done`` is told the number of sequences of each. Raises :class:`PsycheError` where the disk has not the room.
     """
+    capacity = max(1, shard_bytes // staged.sequence_bytes)
+    shards = []
+    for number, start in enumerate(range(0, staged.sequences, capacity)):
+        span = range(start, min(start + capacity, staged.sequences))
+        path, size = directory / shard_name(split, number), len(span) * staged.sequence_bytes
+        if path.is_file() and path.stat().st_size == size:
+            root = blob_root(np.memmap(path, dtype=np.uint8, mode="r").data)
+        else:
+            require_room(directory, (staged.sequences - start) * staged.sequence_bytes)
+            tokens = _gather(staged, order(split, span, staged.sequences))
+            root = blob_root(tokens.data)
+            write_durably(path, tokens.data)
+        shards.append(Shard(file=path.name, sequences=len(span), bytes=size, root=root.hex()))
+        done(len(span))
+    return tuple(shards)
 
-    def __init__(
-        self, directory: Path, split: str, dtype: str, sequence_length: int, shard_bytes: int, state: SplitState
-    ) -> None:
-        self._directory = directory
-        self._split = split
-        self._width = sequence_length
-        self._shards = list(state.shards)
-        self._carry = np.array(state.carry, dtype=dtype)
-        self._sequence_bytes = sequence_length * self._carry.itemsize
-        self._sequences = state.bytes // self._sequence_bytes
-        self._capacity = max(1, shard_bytes // self._sequence_bytes)
-        self._file: BinaryIO | None = None
 
-    @property
-    def full_shards(self) -> int:
-        return len(self._shards)
+def require_room(directory: Path, needed: int) -> None:
+    """Raise :class:`PsycheError` unless the disk of ``directory`` has ``needed`` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise PsycheError(
+            f"shuffling needs {needed:,} bytes more at {directory}, {free:,} are free (tokens are on the disk twice "
+            "until they are shuffled): free some and run the command again, it goes on where it stopped, or choose "
+            "another place with node.cache"
+        )
 
-    def add(self, tokens: list[int]) -> None:
-        """Append tokens to the split."""
-        stream = np.concatenate([self._carry, np.array(tokens, dtype=self._carry.dtype)])
-        whole = len(stream) // self._width
-        self._carry = stream[whole * self._width :].copy()
-        rows = stream[: whole * self._width].reshape(whole, self._width)
-        while len(rows):
-            piece = rows[: self._capacity - self._sequences]
-            self._open_shard().write(piece.data)
-            self._sequences += len(piece)
-            rows = rows[len(piece) :]
-            if self._sequences == self._capacity:
-                self._finish_shard()
 
-    def sync(self) -> SplitState:
-        """Put everything so far on the disk, and say how to go on from here."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        return SplitState(tuple(self._shards), self._sequences * self._sequence_bytes, tuple(self._carry.tolist()))
+def _gather(staged: Staged, rows: NDArray[np.int64]) -> Tokens:
+    """``[len(rows), width]``."""
+    out = np.empty((len(rows), staged.width), dtype=staged.dtype)
+    with staged.path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    content.madvise(mmap.MADV_RANDOM)
+    source = np.frombuffer(content, staged.dtype, staged.sequences * staged.width).reshape(-1, staged.width)
+    piece = -(-PIECE_BYTES // staged.sequence_bytes)
 
-    def finish(self) -> tuple[Shard, ...]:
-        """End the last shard and drop the incomplete sequence. Returns all shards of the split."""
-        if self._sequences:
-            self._finish_shard()
-        return tuple(self._shards)
+    def read(part: tuple[NDArray[np.int64], Tokens]) -> None:
+        source.take(part[0], axis=0, out=part[1], mode="clip")  # any other mode buffers the output
 
-    def close(self) -> None:
-        """Let go of the open file, whatever state it is in."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    @property
-    def _path(self) -> Path:
-        return self._directory / shard_name(self._split, len(self._shards))
-
-    def _open_shard(self) -> BinaryIO:
-        if self._file is None:
-            self._file = self._path.open("r+b" if self._sequences else "wb")
-            self._file.truncate(self._sequences * self._sequence_bytes)
-            self._file.seek(0, os.SEEK_END)
-        return self._file
-
-    def _finish_shard(self) -> None:
-        path, size = self._path, self._sequences * self._sequence_bytes
-        self._open_shard()  # a resumed shard may be longer than its valid part
-        self.sync()
-        self.close()
-        root = blob_root(np.memmap(path, dtype=np.uint8, mode="r").data)
-        self._shards.append(Shard(file=path.name, sequences=self._sequences, bytes=size, root=root.hex()))
-        self._sequences = 0
+    with ThreadPoolExecutor(READERS, "shuffle") as pool:
+        for at in range(0, len(rows), piece):
+            parts = (np.array_split(array[at : at + piece], READERS) for array in (rows, out))
+            list(pool.map(read, zip(*parts, strict=True)))
+            content.madvise(mmap.MADV_DONTNEED)
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from psyche.config import Data, HubSource, NamedTokenizer, StdlibSource, TextSource
+from psyche.config import Data, NamedTokenizer
 from psyche.data.index import DTYPES, FORMAT, MAX_INDEX_BYTES, Index, Shard, TokenizerFile, decode_index
+from psyche.data.sources import absolute, meant_here
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root, digest
 
@@ -25,27 +25,11 @@ def store_path(cache: Path, data: Data) -> Path:
     The recipe says *how*; the same words can mean other bytes here than elsewhere. So what the source refers to on
     this machine (the interpreter's version, the absolute path behind a relative one) is part of the hash.
     """
-    recipe = msgspec.msgpack.encode([FORMAT, data.model_dump(mode="json"), _meant_here(data)], order="sorted")
-    return cache.expanduser() / "data" / digest("store recipe", recipe).hex()[:16]
-
-
-def _meant_here(data: Data) -> list[str]:
-    meant = []
-    match data.source:
-        case StdlibSource():
-            meant.append(platform.python_version())
-        case TextSource(paths=paths):
-            meant += [str(Path(path).expanduser().absolute()) for path in paths]
-        case HubSource(path=path, data_files=files):
-            meant += [_local(path), str(Path(files).absolute()) if files and "://" not in files else ""]
+    meant = meant_here(data.source)
     if isinstance(data.tokenizer, NamedTokenizer):
-        meant.append(_local(data.tokenizer.name))
-    return meant
-
-
-def _local(name: str) -> str:
-    """The absolute path of a directory or file, or the name itself where it is one on a hub."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+        meant.append(absolute(data.tokenizer.name))
+    recipe = msgspec.msgpack.encode([FORMAT, data.model_dump(mode="json"), meant], order="sorted")
+    return cache.expanduser() / "data" / digest("store recipe", recipe).hex()[:16]
 
 
 class Split:

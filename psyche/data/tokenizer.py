@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from psyche.config import BpeTokenizer, NamedTokenizer
@@ -16,6 +18,12 @@ from psyche.errors import PsycheError
 END = "<|endoftext|>"
 SAMPLE = 1 << 28
 """Characters a tokenizer is trained on at most: merges settle long before, and memory stays bounded."""
+
+PIECE = 1 << 18
+"""Characters of a text that are encoded by one core in one go."""
+
+MAX_CHARACTERS = 1 << 20
+"""Of all texts encoded at once: what they take on the way, 100 times their size (measured on Python), is little."""
 
 _OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path")
 """Keys that ``save_pretrained`` adds to say where the tokenizer came from; they would change the store's root."""
@@ -43,10 +51,32 @@ class Encoder:
             raise PsycheError("the tokenizer has no eos_token to end documents with: choose one for causal models")
         return cls(tokenizer, eos, 1 + max(tokenizer.get_vocab(with_added_tokens=True).values()))
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, followed by ``eos``; on all cores unless ``TOKENIZERS_PARALLELISM`` says no."""
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [[*encoding.ids, self.eos] for encoding in encodings]
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Token ids of each text, followed by ``eos``; on all cores unless ``TOKENIZERS_PARALLELISM`` says no.
+
+        A text longer than ``PIECE`` characters is encoded piece by piece, so that memory and time stay bounded.
+        """
+        found: list[list[NDArray[np.uint32]]] = [[] for _ in texts]
+        for group in _together(texts):
+            encodings = self.tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (number, _), encoding in zip(group, encodings, strict=True):
+                found[number].append(np.array(encoding.ids, dtype=np.uint32))
+        end = np.array([self.eos], dtype=np.uint32)
+        return [np.concatenate([*pieces, end]) for pieces in found]
+
+
+def _together(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """The texts' pieces with the number of their text, as many at once as ``MAX_CHARACTERS`` allow."""
+    group, size = [], 0
+    for number, text in enumerate(texts):
+        for at in range(0, len(text), PIECE):
+            group.append((number, text[at : at + PIECE]))
+            size += len(group[-1][1])
+            if size >= MAX_CHARACTERS:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
 
 
 def tokenizer_files(spec: BpeTokenizer | NamedTokenizer, texts: Iterable[str]) -> dict[str, bytes]:

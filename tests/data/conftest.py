@@ -16,10 +16,12 @@ CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 from psyche.config import Data
+from psyche.data import encoding
 from psyche.data import prepare as module
 from psyche.errors import PsycheError
 
-module.BATCH_CHARACTERS = 5000  # some 60 batches, so that there is much to interrupt
+encoding.BATCH_CHARACTERS = 5000  # some 60 batches, so that there is much to interrupt
+module.JOURNAL_BYTES = 4096
 data = Data.model_validate_json(sys.argv[1])
 cache, shard_bytes, die_at, file_limit = Path(sys.argv[2]), *map(int, sys.argv[3:6])
 if file_limit:
@@ -38,9 +40,8 @@ for name in ("fsync", "replace"):  # every moment at which the disk changes for 
     setattr(os, name, counted(getattr(os, name)))
 
 try:
-    store = module.prepare(
-        data, cache, vocab_limit=65536, shard_bytes=shard_bytes, progress=lambda at: print(at.stage, flush=True)
-    )
+    report = lambda at: print(at.stage, at.done, flush=True)
+    store = module.prepare(data, cache, vocab_limit=65536, shard_bytes=shard_bytes, progress=report)
 except PsycheError as error:
     sys.exit(str(error))
 print(store.root.hex(), calls)

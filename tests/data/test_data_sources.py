@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from psyche.config import Data, HubSource, StdlibSource, TextSource
+from psyche.config import Data, Filter, HubSource, StdlibSource, TextSource
 from psyche.data import sources
 from psyche.data.prepare import prepare
 from psyche.data.sources import documents
@@ -123,6 +124,86 @@ def test_rows_without_text_are_left_out(tmp_path: Path) -> None:
 def test_a_wrong_field_is_named(tmp_path: Path, more: dict[str, str], reason: str) -> None:
     with pytest.raises(PsycheError, match=reason):
         list(documents(hub("json", write_rows(tmp_path / "rows.jsonl"), **more), None))
+
+
+def test_several_files_in_their_order(tmp_path: Path) -> None:
+    files = [str(write_rows(tmp_path / f"{name}.jsonl")) for name in "ba"]
+    found = list(documents(HubSource(kind="dataset", path="json", data_files=tuple(files)), None))
+    assert found == [row["text"] for row in ROWS] * 2
+
+
+def test_a_directory_of_a_dataset(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write_rows(tmp_path / "sub" / "rows.jsonl")
+    source = HubSource(kind="dataset", path="json", data_dir=str(tmp_path / "sub"))
+    assert list(documents(source, None)) == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("train[10:20]", ROWS[10:20]), ("train[55:]", ROWS[55:]), ("train[:5]", ROWS[:5]), ("train[7:3]", [])],
+)
+def test_a_slice_of_a_split(tmp_path: Path, split: str, expected: list[dict[str, object]]) -> None:
+    source = hub("json", write_rows(tmp_path / "rows.jsonl"), split=split)
+    assert list(documents(source, None)) == [row["text"] for row in expected]
+
+
+@pytest.mark.parametrize("split", ["train[:10%]", "train[-5:]", "train+test", ""])
+def test_what_cannot_be_streamed_is_no_split(split: str) -> None:
+    with pytest.raises(ValidationError, match="split"):
+        HubSource(kind="dataset", path="json", split=split)
+
+
+FILTERED = [
+    {"text": "zero", "id": 0, "lang": "en", "tags": ["a"]},
+    {"text": "one", "id": 1, "lang": "de", "tags": []},
+    {"text": "three", "id": 3, "lang": None, "tags": ["a", "b"]},
+    {"text": "four", "id": 4, "lang": "fr", "tags": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ([("id", "==", 1)], "one"),
+        ([("id", "!=", 1)], "zero three four"),
+        ([("id", "<", 3)], "zero one"),
+        ([("id", "<=", 3)], "zero one three"),
+        ([("id", ">", 0.5), ("id", "<", 4)], "one three"),
+        ([("id", ">=", 3)], "three four"),
+        ([("lang", "in", ["en", "fr"])], "zero four"),
+        ([("lang", "not in", ["en"])], "one four"),  # no value passes no filter
+        ([("text", "min_length", 4)], "zero three four"),
+        ([("tags", "max_length", 1)], "zero one"),
+    ],
+)
+def test_filters(tmp_path: Path, filters: list[tuple[str, str, object]], expected: str) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, FILTERED)))
+    conditions = [{"column": column, "op": op, "value": value} for column, op, value in filters]
+    tree = {"kind": "dataset", "path": "json", "data_files": str(tmp_path / "rows.jsonl"), "filters": conditions}
+    assert list(documents(HubSource.model_validate(tree), None)) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("condition", "reason"),
+    [
+        (Filter(column="language", op="==", value="en"), "no column 'language'; the columns are id, text"),
+        (Filter(column="text", op="<", value=3), "column 'text' holds str, which '<' 3 cannot be asked of"),
+        (Filter(column="id", op="min_length", value=3), "column 'id' holds int"),
+    ],
+)
+def test_a_filter_that_does_not_fit_is_named(tmp_path: Path, condition: Filter, reason: str) -> None:
+    source = HubSource(
+        kind="dataset", path="json", data_files=str(write_rows(tmp_path / "rows.jsonl")), filters=(condition,)
+    )
+    with pytest.raises(PsycheError, match=reason):
+        list(documents(source, None))
+
+
+@pytest.mark.parametrize(("op", "value"), [("in", "en"), ("==", ["en"]), ("min_length", "3"), ("~", 1), ("in", [])])
+def test_a_filter_without_sense_is_refused(op: str, value: object) -> None:
+    with pytest.raises(ValidationError):
+        Filter.model_validate({"column": "x", "op": op, "value": value})
 
 
 def test_a_dataset_that_is_not_there_or_broken_is_named(tmp_path: Path) -> None:

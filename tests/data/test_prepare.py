@@ -6,13 +6,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from psyche.config import BpeTokenizer, Data, StdlibSource, TextSource
-from psyche.data import prepare as module
-from psyche.data.journal import document_hash
+from psyche.data import encoding
+from psyche.data.encoding import document_hash
 from psyche.data.prepare import Progress, is_heldout, prepare
-from psyche.data.store import Split, TokenStore, store_path
+from psyche.data.store import TokenStore, store_path
 from psyche.durable import disk_errors
 from psyche.errors import PsycheError
+from tests.data.stores import decoded, staged
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -34,33 +35,22 @@ def read_documents(corpus: Path) -> list[str]:
     return [path.read_bytes().decode() for path in sorted(corpus.iterdir())]
 
 
-def tokens(split: Split) -> list[int]:
-    return split.batch(range(len(split))).ravel().tolist()
-
-
-def expected_tokens(store: TokenStore, texts: list[str], fraction: float, heldout: bool) -> list[int]:
-    """The definition, by another way: one document at a time, nothing packed."""
+def encoded(store: TokenStore, texts: list[str], fraction: float, heldout: bool) -> list[list[int]]:
+    """The documents of a split, by another way: encoded one at a time."""
     tokenizer = Tokenizer.from_file(str(store.tokenizer_path / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     side = [text for text in texts if is_heldout(document_hash(text), fraction) == heldout]
-    return [token for text in side for token in [*tokenizer.encode(text).ids, store.index.eos]]
-
-
-def decoded(store: TokenStore, split: Split) -> list[str]:
-    """The whole documents of a split, as text; what the dropped tail cut short is left out."""
-    stream = np.array(tokens(split))
-    tokenizer = Tokenizer.from_file(str(store.tokenizer_path / "tokenizer.json"))
-    documents = np.split(stream, np.flatnonzero(stream == store.index.eos) + 1)[:-1]
-    return [tokenizer.decode(document[:-1].tolist()) for document in documents]
+    return [[*tokenizer.encode(text).ids, store.index.eos] for text in side]
 
 
 def check(store: TokenStore, texts: list[str], fraction: float) -> None:
     """Every token is there, in order, but for less than a sequence at the end; no document is on both sides."""
-    for split, heldout in ((store.train, False), (store.heldout, True)):
-        expected = expected_tokens(store, texts, fraction, heldout)
-        assert len(split) == len(expected) // store.sequence_length
-        assert tokens(split) == expected[: len(split) * store.sequence_length]
-    train, heldout_texts = decoded(store, store.train), decoded(store, store.heldout)
+    for name, heldout in (("train", False), ("heldout", True)):
+        expected = [token for document in encoded(store, texts, fraction, heldout) for token in document]
+        rows = staged(store, name)
+        assert len(rows) == len(expected) // store.sequence_length
+        assert rows.ravel().tolist() == expected[: rows.size]
+    train, heldout_texts = decoded(store, "train"), decoded(store, "heldout")
     assert set(train).isdisjoint(heldout_texts)
     assert set(train) | set(heldout_texts) <= set(texts)
 
@@ -108,7 +98,7 @@ def test_root_does_not_depend_on_how_text_is_batched(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(data, tmp_path / "a", vocab_limit=400)
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     assert prepare(data, tmp_path / "b", vocab_limit=400).root == first.root
 
@@ -116,9 +106,10 @@ def test_root_does_not_depend_on_how_text_is_batched(
 def test_second_run_reads_no_document(data: Data, corpus: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     first = prepare(data, tmp_path, vocab_limit=400, progress=seen.append)
-    assert {at.stage for at in seen} == {"tokenizer", "tokens"}
-    assert (seen[-1].documents, seen[-1].total) == (120, 120)
-    assert not (first.path / "journal.json").exists()
+    last = {at.stage: (at.done, at.total) for at in seen}
+    sequences = len(first.train) + len(first.heldout)
+    assert last == {"tokenizer": (120, None), "tokens": (120, 120), "shuffle": (sequences, sequences)}
+    assert not (first.path / "staging").exists()
     for path in corpus.iterdir():
         path.unlink()
     seen.clear()
@@ -148,7 +139,18 @@ def test_standard_library(tmp_path: Path) -> None:
     data = Data(source=StdlibSource(), tokenizer=BpeTokenizer(vocab_size=512), max_documents=60, sequence_length=128)
     store = prepare(data, tmp_path, vocab_limit=512)
     assert store.vocab_size == 512
-    assert any(text.startswith('"""') for text in decoded(store, store.train))
+    assert any(text.startswith('"""') for text in decoded(store, "train"))
+
+
+def test_padded_sequences_hold_one_document_each(data: Data, corpus: Path, tmp_path: Path) -> None:
+    store = prepare(data.model_copy(update={"packing": "pad"}), tmp_path, vocab_limit=400, shard_bytes=4096)
+    assert store.index.packing == "pad"
+    for name, heldout in (("train", False), ("heldout", True)):
+        expected = []
+        for document in encoded(store, read_documents(corpus), data.heldout_fraction, heldout):
+            pieces = [document[at : at + 32] for at in range(0, len(document) - 1, 32)]
+            expected += [[*piece, *[store.index.eos] * (32 - len(piece))] for piece in pieces]
+        assert staged(store, name).tolist() == expected
 
 
 # --------------------------------------------------------------------------------------- what dies
@@ -187,37 +189,61 @@ def test_killed_at_random_times_then_resumed(data: Data, tmp_path: Path, spawn: 
 
 
 def half_done(data: Data, cache: Path, spawn: Spawn) -> Path:
-    """A preparation killed when some shards were finished and journalled."""
-    child = spawn(data, cache, die_at=60)
+    """A preparation killed when some documents were encoded and journalled."""
+    child = spawn(data, cache, die_at=40)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
     path = store_path(cache, data)
-    assert json.loads((path / "journal.json").read_bytes())["train"]["shards"]
+    journal = json.loads((path / "staging" / "journal.json").read_bytes())
+    assert journal["documents"] > 0
+    assert not journal["encoded"]
     return path
 
 
-def test_finished_shards_are_not_made_again(data: Data, tmp_path: Path, spawn: Spawn) -> None:
+def documents_read(seen: list[Progress]) -> int:
+    return sum(at.stage in ("tokenizer", "tokens") for at in seen)
+
+
+def test_encoded_documents_are_not_encoded_again(data: Data, tmp_path: Path, spawn: Spawn) -> None:
     path = half_done(data, tmp_path, spawn)
-    before = (path / "train-00000.bin").stat()
+    done = json.loads((path / "staging" / "journal.json").read_bytes())["documents"]
     seen: list[Progress] = []
     prepare(data, tmp_path, vocab_limit=400, shard_bytes=4096, progress=seen.append)
+    assert (seen[0].stage, seen[0].done) == ("tokens", done + 1)
+    assert documents_read(seen) == 120 - done
+
+
+def test_finished_shards_are_not_made_again(data: Data, corpus: Path, tmp_path: Path, spawn: Spawn) -> None:
+    """Nor is the source needed once all is encoded."""
+    child = spawn(data, tmp_path)
+    out, _ = child.communicate()
+    root, calls = out.split()[-2:]
+    shutil.rmtree(store_path(tmp_path, data))
+    child = spawn(data, tmp_path, die_at=int(calls) - 10)
+    child.communicate()
+    shutil.rmtree(corpus)
+    path = store_path(tmp_path, data)
+    before = (path / "train-00000.bin").stat()
+    seen: list[Progress] = []
+    store = prepare(data, tmp_path, vocab_limit=400, shard_bytes=4096, progress=seen.append)
     after = (path / "train-00000.bin").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert {at.stage for at in seen} == {"tokens"}
+    assert store.root.hex() == root
+    assert documents_read(seen) == 0
 
 
-@pytest.mark.parametrize("harm", ["source", "shard", "tokenizer", "journal"])
+@pytest.mark.parametrize("harm", ["source", "tokens", "tokenizer", "journal"])
 def test_what_cannot_be_resumed_starts_over(data: Data, corpus: Path, tmp_path: Path, spawn: Spawn, harm: str) -> None:
     path = half_done(data, tmp_path / "killed", spawn)
     match harm:
         case "source":
             (corpus / "000.txt").write_text("another text")
-        case "shard":
-            os.truncate(path / "train-00000.bin", 100)
+        case "tokens":
+            os.truncate(path / "staging" / "train", 100)
         case "tokenizer":
             (path / "tokenizer" / "tokenizer.json").write_text("{}")
         case "journal":
-            os.truncate(path / "journal.json", 100)
+            os.truncate(path / "staging" / "journal.json", 100)
     fresh = prepare(data, tmp_path / "fresh", vocab_limit=400, shard_bytes=4096)
     again = prepare(data, tmp_path / "killed", vocab_limit=400, shard_bytes=4096)
     assert again.root == fresh.root
@@ -239,7 +265,7 @@ def test_waiting_is_said(data: Data, tmp_path: Path, spawn: Spawn) -> None:
     with FileLock(f"{path}.lock"):
         child = spawn(data, tmp_path)
         assert child.stdout is not None
-        assert child.stdout.readline() == "waiting\n"
+        assert child.stdout.readline().split()[0] == "waiting"
     child.communicate()
     assert child.returncode == 0
 

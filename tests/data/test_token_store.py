@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from psyche.config import Data, HubSource, NamedTokenizer, TextSource
 from psyche.data.index import Index, Shard, TokenizerFile, decode_index
 from psyche.data.prepare import prepare
-from psyche.data.shards import SplitState, SplitWriter
+from psyche.data.shards import shard_name
 from psyche.data.store import TokenStore, store_path
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root, digest
@@ -23,25 +23,29 @@ from psyche.numerics.digest import blob_root, digest
 LENGTH = 16
 
 
-def write_store(path: Path, sequences: int = 100, vocab_size: int = 1000, shard_bytes: int = 320) -> np.ndarray:
+def write_store(path: Path, sequences: int = 100, vocab_size: int = 1000, shard_sequences: int = 10) -> np.ndarray:
     """A store of random tokens, ten sequences a shard. Returns its training split."""
     (path / "tokenizer").mkdir(parents=True)
     (path / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
     wide = vocab_size > 2**16
     rows = np.random.default_rng(3).integers(0, vocab_size, (sequences, LENGTH))
-    shards = {}
+    shards: dict[str, list[Shard]] = {}
     for split, part in (("train", rows), ("heldout", rows[:7])):
-        writer = SplitWriter(path, split, "<u4" if wide else "<u2", LENGTH, shard_bytes, SplitState())
-        writer.add(part.ravel().tolist())
-        shards[split] = writer.finish()
+        shards[split] = []
+        for number, start in enumerate(range(0, len(part), shard_sequences)):
+            piece = part[start : start + shard_sequences].astype("<u4" if wide else "<u2")
+            file = shard_name(split, number)
+            (path / file).write_bytes(piece.tobytes())
+            shards[split].append(Shard(file, len(piece), piece.nbytes, blob_root(piece.tobytes()).hex()))
     index = Index(
-        format=1,
+        format=2,
         sequence_length=LENGTH,
         dtype="uint32" if wide else "uint16",
         vocab_size=vocab_size,
         eos=0,
         tokenizer=(TokenizerFile("tokenizer.json", 2, blob_root(b"{}").hex()),),
-        **shards,
+        train=tuple(shards["train"]),
+        heldout=tuple(shards["heldout"]),
     )
     (path / "index.json").write_bytes(index.encode())
     return rows
@@ -155,13 +159,14 @@ def test_a_store_can_be_copied(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- index
 
 SHARD = Shard("train-00000.bin", 2, 64, "0" * 64)
-INDEX = Index(1, LENGTH, "uint16", 1000, 0, (TokenizerFile("tokenizer.json", 2, "1" * 64),), (SHARD,), ())
+INDEX = Index(2, LENGTH, "uint16", 1000, 0, (TokenizerFile("tokenizer.json", 2, "1" * 64),), (SHARD,), ())
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 1},
+        {"packing": "stack"},
         {"sequence_length": 0},
         {"dtype": "uint32"},
         {"dtype": "float64"},

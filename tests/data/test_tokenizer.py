@@ -32,7 +32,7 @@ def test_transformers_loads_what_was_trained(data: Data, tmp_path: Path) -> None
     assert len(tokenizer) == store.vocab_size
     text = "never seen: žluťoučký 🐎\t\x00"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert tokenizer(text)["input_ids"] == Encoder.load(store.tokenizer_path).encode([text])[0][:-1]
+    assert tokenizer(text)["input_ids"] == Encoder.load(store.tokenizer_path).encode([text])[0][:-1].tolist()
 
 
 def test_training_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +51,21 @@ def test_training_reads_no_more_than_its_sample(monkeypatch: pytest.MonkeyPatch)
 
 def test_text_that_spells_the_end_is_text(tmp_path: Path) -> None:
     encoder = Encoder.load(write_tokenizer(tmp_path, tokenizer_files(BpeTokenizer(vocab_size=300), TEXTS)))
-    ids = encoder.encode(["a<|endoftext|>b"])[0]
+    ids = encoder.encode(["a<|endoftext|>b"])[0].tolist()
     assert ids.index(encoder.eos) == len(ids) - 1
     assert encoder.tokenizer.decode(ids[:-1]) == "a<|endoftext|>b"
+
+
+def test_long_texts_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder.load(write_tokenizer(tmp_path, tokenizer_files(BpeTokenizer(vocab_size=300), TEXTS)))
+    texts = ["", "λ" * 25, "the mat", "the cat sat on the mat. " * 9]
+    whole = [ids.tolist() for ids in encoder.encode(texts)]
+    monkeypatch.setattr(module, "PIECE", 10)
+    monkeypatch.setattr(module, "MAX_CHARACTERS", 30)
+    pieces = [ids.tolist() for ids in encoder.encode(texts)]
+    assert [encoder.tokenizer.decode(ids[:-1]) for ids in pieces] == texts
+    assert [ids[-1] for ids in pieces] == [encoder.eos] * len(texts)
+    assert pieces[0::2] == whole[0::2]  # the short ones: nothing was cut
 
 
 def test_a_named_tokenizer_is_kept_whole_and_says_nothing_of_where_it_was(data: Data, tmp_path: Path) -> None:

@@ -187,11 +187,11 @@ def told(folder: Path) -> int:
 
 
 def note(folder: Path, number: int) -> None:
-    Preparation(4096, (), None, documents=number).save(folder)
+    Preparation((), None, (), documents=number).save(folder)
 
 
 def noted(folder: Path) -> int:
-    found = load_journal(folder, folder, 4096)
+    found = load_journal(folder, folder)
     return 0 if found is None else found.documents
 
 

@@ -1,0 +1,43 @@
+"""Documents to sequences of one length, and what of a sequence is learned."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.unsignedinteger]
+
+IGNORED: Final = -100
+"""The label that PyTorch's cross entropy, and so every model of ``transformers``, leaves out of the loss."""
+
+
+def pack(stream: Tokens, width: int) -> tuple[Tokens, Tokens]:
+    """Cut ``stream``, documents one after the other, into rows ``[n, width]``, and what is left at its end."""
+    whole = len(stream) // width * width
+    return stream[:whole].reshape(-1, width), stream[whole:]
+
+
+def pad(document: Tokens, width: int) -> Tokens:
+    """One document, which ends with its end token, as rows ``[n, width]``; the last is filled up with the end token.
+
+    A row that would hold nothing but the end token teaches nothing, and is left out: every row predicts something.
+    """
+    end = document[-1]
+    count = -(-(len(document) - 1) // width)
+    rows = np.full(count * width, end, dtype=document.dtype)
+    kept = min(len(document), len(rows))
+    rows[:kept] = document[:kept]
+    return rows.reshape(count, width)
+
+
+def labels(batch: NDArray[np.int64], end: int) -> NDArray[np.int64]:
+    """Labels ``[sequences, length]`` of padded sequences: the tokens, but for those after a sequence's first ``end``.
+
+    That one is predicted: where a document ends is learned. Labels are not shifted; the model does that.
+    """
+    padding = np.logical_or.accumulate(batch[:, :-1] == end, axis=1)
+    result = batch.copy()
+    result[:, 1:][padding] = IGNORED
+    return result
