@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from psyche.config import Inner, Node
 from psyche.numerics.flat import FlatLayout
-from psyche.training.devices import pick_device, pick_precision
+from psyche.training.devices import limit_memory, pick_device, pick_precision
 from psyche.training.engine import Batch
 
 
@@ -24,6 +24,7 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, inner: Inner, node: Node) -> None:
         self.device = pick_device(node.device)
+        limit_memory(node, self.device)
         self.layout = FlatLayout.of_model(model)
         self.model = model.to(self.device).train()
         self._flat = torch.zeros(self.layout.size, device=self.device)
