@@ -223,3 +223,22 @@ def engine(
 
     plan = Plan(config=str(config), steps=steps, repeats=repeat, threads=threads, device=device)
     main(json, plan, progress_display)
+
+
+@app.command()
+def mixed(
+    speed: Annotated[
+        list[float] | None,
+        typer.Option(help="Of a node, relative to the others; repeatable. Default: 1, 2 and 4.", min=0.01),
+    ] = None,
+    inner_steps: Annotated[int, typer.Option(help="H: inner steps that the fastest owes a round.", min=1)] = 40,
+    step_seconds: Annotated[float, typer.Option(help="What an inner step takes the fastest.", min=0.001)] = 0.2,
+    rounds: Annotated[int, typer.Option(help="Rounds that count; three more come before.", min=1)] = 6,
+    json: JsonFile = None,
+) -> None:
+    """Nodes of different speeds in one run: whether all end together, and each one's idle share."""
+    from psyche.bench.mixed.compare import main
+    from psyche.bench.mixed.plan import Plan
+
+    plan = Plan(tuple(speed or (1.0, 2.0, 4.0)), step_seconds=step_seconds, inner_steps=inner_steps, rounds=rounds)
+    main(json, plan)

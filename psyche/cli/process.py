@@ -50,18 +50,26 @@ def read_invite(text: str) -> Invite:
 def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
     """Be a node until the run ends, Ctrl-C, or ``psyche leave``."""
     _stay_with_parent()
+    from psyche.roles.attendance import attend
     from psyche.roles.leaving import Farewell
     from psyche.roles.processes import join
     from psyche.telemetry.events import Listener
     from psyche.telemetry.view import ContributorView, live
 
     where, farewell = directory or home_of(invite), Farewell()
-    with contextlib.ExitStack() as stack:
 
-        def listener(me: str) -> Listener:
-            return stack.enter_context(live(ContributorView(me)))
+    async def stay() -> None:
+        with contextlib.ExitStack() as stack:
 
-        _run(join(invite, node, where, listener, farewell), farewell)
+            def listener(me: str) -> Listener:
+                return stack.enter_context(live(ContributorView(me)))
+
+            await join(invite, node, where, listener, farewell)
+
+    def say(text: str) -> None:
+        print(f"psyche: {text}", flush=True)
+
+    _run(attend(stay, node, where, farewell, say), farewell)
 
 
 def home_of(invite: Invite) -> Path:

@@ -71,6 +71,17 @@ def join(
     port: Port = None,
     max_upload: MaxUpload = None,
     max_download: MaxDownload = None,
+    max_gpu_memory: Annotated[
+        str | None, typer.Option(help="Most to take of the GPU's memory, such as 6gb.", show_default=False)
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Hours to take part in, local time: 22:00-07:00; several with commas.", show_default=False),
+    ] = None,
+    idle_only: Annotated[
+        bool | None,
+        typer.Option("--idle-only", help="Only while other programs leave CPUs and GPU alone.", show_default=False),
+    ] = None,
 ) -> None:
     """Join a run with this machine, and train until it ends.
 
@@ -87,6 +98,9 @@ def join(
         port=port,
         max_upload=max_upload,
         max_download=max_download,
+        max_gpu_memory=max_gpu_memory,
+        schedule=schedule,
+        idle_only=idle_only,
     )
     run_node(read_invite(invite), settings, directory)
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 
 from psyche.config.base import Count, Strict, validated
+from psyche.hours import Hours
 from psyche.rates import bits_per_second
+from psyche.sizes import byte_count
 
 
 class Wandb(Strict):
@@ -26,7 +28,19 @@ def _rate(text: str) -> str:
     return text
 
 
+def _size(text: str) -> str:
+    byte_count(text)
+    return text
+
+
+def _hours(text: str) -> str:
+    Hours.parse(text)
+    return text
+
+
 Rate = Annotated[str, AfterValidator(_rate)]
+Size = Annotated[str, AfterValidator(_size)]
+Schedule = Annotated[str, AfterValidator(_hours)]
 
 
 class Node(Strict):
@@ -56,6 +70,12 @@ class Node(Strict):
     max_download: Rate | None = None
     """What this node fetches from others; the same."""
     cache: Path = Field(default=Path("~/.cache/psyche"), strict=False)
+    max_gpu_memory: Size | None = None
+    """What this process may take of its GPU's memory, such as ``6gb``; all of it when absent. No limit on a CPU."""
+    schedule: Schedule | None = None
+    """Hours in which this node takes part, in local time, such as ``22:00-07:00``; always when absent."""
+    idle_only: bool = False
+    """Take part only while other programs leave this machine's CPUs and GPU alone."""
     checkpoint_every: Count = 5
     """Rounds between checkpoints."""
     checkpoints_kept: Annotated[int, Field(ge=1)] = 3
@@ -70,17 +90,21 @@ def override_node(
     port: int | None = None,
     max_upload: str | None = None,
     max_download: str | None = None,
+    max_gpu_memory: str | None = None,
+    schedule: str | None = None,
+    idle_only: bool | None = None,
 ) -> Node:
     """``node`` with what was said on the command line in place of what its file says."""
-    changes: dict[str, Any] = {}
-    if device is not None:
-        changes["device"] = device
-    if threads is not None:
-        changes["threads"] = threads
-    if max_upload is not None:
-        changes["max_upload"] = max_upload
-    if max_download is not None:
-        changes["max_download"] = max_download
+    said: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "max_upload": max_upload,
+        "max_download": max_download,
+        "max_gpu_memory": max_gpu_memory,
+        "schedule": schedule,
+        "idle_only": idle_only,
+    }
+    changes = {field: value for field, value in said.items() if value is not None}
     if port is not None:
         changes["listen"] = [address.rpartition("/tcp/")[0] + f"/tcp/{port}" for address in node.listen]
     return validated(Node, node.model_dump() | changes, "command line")

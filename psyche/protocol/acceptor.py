@@ -13,6 +13,7 @@ from types import MappingProxyType
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
+from psyche.protocol.quotas import quota_fault
 from psyche.protocol.reduction import Draw, ring_fault
 from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import Rules
@@ -88,7 +89,7 @@ def consider(
         raise Refusal(f"term {proposal.term} is over; this node is in term {max(acceptor.promised, acceptor.term)}")
     if proposal.term == acceptor.term and record.hash != acceptor.record:
         raise Refusal(f"two different records in term {proposal.term}")
-    if fault := plan_fault(plan, chain):
+    if fault := plan_fault(plan, chain) or quota_fault(plan, rules):
         raise Refusal(fault)
     if not record.roster and record.electorate != chain.voters:
         raise Refusal("the electorate is not that of the record before, and no roster names another")

@@ -12,6 +12,7 @@ from typing import TypeVar
 from psyche.protocol.assignment import next_position
 from psyche.protocol.deadlines import WINDOW
 from psyche.protocol.messages import Contribution, Member, Plan, Record
+from psyche.protocol.quotas import done_in, measured
 from psyche.protocol.reduction import Draw
 from psyche.protocol.state import (
     Abandoned,
@@ -142,10 +143,11 @@ def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribu
     """What is wrong with a contribution by the plan alone, or None. Nobody sets their own weight."""
     if given.base_root != plan.base_root:
         return "trained from another base state"
-    if given.inner_steps > member.inner_steps:
-        return f"{given.inner_steps} inner steps claimed where {member.inner_steps} were due"
     if given.late_steps > min(rules.late_steps, given.inner_steps):
         return f"{given.late_steps} late steps claimed where {rules.late_steps} are allowed"
+    # Late steps were taken before anybody knew how few would be due.
+    if given.inner_steps > max(member.inner_steps, given.late_steps):
+        return f"{given.inner_steps} inner steps claimed where {member.inner_steps} were due"
     if given.tokens != given.inner_steps * rules.tokens_per_step:
         return "the tokens claimed are not those of the inner steps claimed"
     if given.payload_bytes > rules.payload_bytes:
@@ -161,6 +163,8 @@ def _accept(state: State, event: Submission, now: float) -> State:
         case Committed():
             if node not in current.commitments:
                 state = replace(state, commit_seconds=observed(state.commit_seconds, now - current.opened))
+                if current.begun_here:
+                    current = replace(current, committed_at=_put(current.committed_at, node, now))
             current = replace(current, commitments=_put(current.commitments, node, (event.digest, event.proof)))
         case Opened():
             current = replace(
@@ -222,6 +226,9 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
 
 def after_record(rules: Rules, state: State, record: Record, state_root: bytes) -> State:
     """The state between ``record``'s round and the next one."""
+    current = state.round
+    if current is not None and current.plan == record.plan:
+        state = replace(state, speeds=measured(state.speeds, current, record, state.peers))
     return replace(
         state,
         rounds=record.plan.round,
@@ -236,6 +243,7 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
         replaced=None,
         bound=b"",
         round=None,
+        done=done_in(record),
         gathering=False,
     )
 

@@ -16,6 +16,7 @@ from psyche.protocol.assignment import next_position
 from psyche.protocol.certificates import BadCertificate, Open, check_certificate
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Certificate, Plan, Proposal, Record, decode
+from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import Rules
 
@@ -132,6 +133,8 @@ def _succession_fault(record: Record, last: Record | None, rules: Rules) -> str 
 
 def _accounts_fault(record: Record, rules: Rules) -> str | None:
     """Why what is accepted and left out cannot be so, or None."""
+    if fault := quota_fault(record.plan, rules):
+        return fault
     members = {member.node: member for member in record.plan.members}
     accepted, excluded = [one.node for one in record.accepted], [one.node for one in record.excluded]
     if accepted != sorted(set(accepted)):

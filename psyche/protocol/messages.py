@@ -383,6 +383,10 @@ class Board(Body, frozen=True):
     state_root: Hash
     """What a node must hold after those rounds; the genesis root before the first."""
     plan: Plan | None
+    allowed: Annotated[float, Meta(ge=0)]
+    """Seconds from the plan to the deadline for commitments, if nobody asks for more; 0 where none are taken."""
+    mostly_done: bool
+    """Who has not committed yet holds up more than half of the others."""
     commitments: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
     contributions: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
     reducing: Reducing | None

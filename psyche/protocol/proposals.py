@@ -192,6 +192,12 @@ def living(state: State, current: Round) -> list[str]:
     ]
 
 
+def mostly_done(state: State, current: Round) -> bool:
+    """Whether who has not committed yet holds up more than half of the other members."""
+    here = living(state, current)
+    return 2 * sum(node in current.commitments for node in here) > len(here) - 1
+
+
 def allowed_for_training(rules: Rules, state: State) -> float:
     """How long the members have until their commitments are in, after what they took before."""
     least, most = rules.round_bounds

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psyche.protocol.admission import Step, absorb, after_record, observed, without_peer
-from psyche.protocol.messages import Member, Plan, Record
+from psyche.protocol.messages import Plan, Record
 from psyche.protocol.proposals import (
     abandon,
     allowed,
@@ -30,6 +30,7 @@ from psyche.protocol.proposals import (
     seated,
     with_vote,
 )
+from psyche.protocol.quotas import planned
 from psyche.protocol.reducing import collect_results, reduce_anew, select, vote_anew
 from psyche.protocol.reduction import ring
 from psyche.protocol.state import (
@@ -128,7 +129,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         seed=round_seed(state.head),
         position=state.position,
         reducers=0 if state.gathering else rules.reducers_for(len(seats)),
-        members=tuple(Member(node, rules.inner_steps, int(node in voters)) for node in seats),
+        members=planned(rules, seats, voters, state.speeds, state.done),
     )
     opened = Round(plan, opened=now, deadline=now + allowed_for_training(rules, state), term=plan.term)
     return replace(state, phase=Phase.TRAINING, term=plan.term, round=opened, note=""), [Planned(plan)]

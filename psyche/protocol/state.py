@@ -85,6 +85,9 @@ class Round:
     awaited: frozenset[str] = frozenset()
     """Members of a round that was begun under another leader who have not been heard of yet under this one."""
     commitments: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    committed_at: Mapping[str, float] = field(default_factory=dict)
+    """When each member did; nobody's where another leader began the round, and this one cannot know how long it took
+    them."""
     closed: float | None = None
     contributions: Mapping[str, tuple[Contribution, bytes]] = field(default_factory=dict)
     holdings: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -113,6 +116,11 @@ class Round:
     certified: bool = False
     certified_at: float = 0.0
     attestations: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def begun_here(self) -> bool:
+        """Whether this leader planned the round itself; as long as nothing is proposed."""
+        return self.term == self.plan.term
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,10 @@ class State:
     """From a selection to a reducer's report."""
     result_seconds: tuple[float, ...] = ()
     """From the results' proposal to a vote: in between they are fetched."""
+    speeds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Measured ones, of who is here or was in the last round: see ``quotas.py``."""
+    done: Mapping[str, int] = field(default_factory=dict)
+    """Inner steps of each member of the last round."""
     gathering: bool = False
     """This round was to be sharded and came to nothing: the next attempt at it needs no reducers."""
     note: str = ""

@@ -26,6 +26,7 @@ from psyche.protocol.proposals import (
     quorum,
     round_seed,
 )
+from psyche.protocol.quotas import quota_fault
 from psyche.protocol.reduction import ring
 from psyche.protocol.state import Phase, Planned, Promised, Round, Rules, State
 
@@ -143,6 +144,7 @@ def _follows(rules: Rules, state: State, plan: Plan, ready: Sequence[str]) -> bo
         and plan.position == state.position
         and plan.seed == round_seed(state.head)
         and plan.term < state.term + PLANNED_SINCE * rules.coordinators
+        and quota_fault(plan, rules) is None
         and plan.reducers in (0, rules.reducers_for(len(plan.members)))
         and any(plan.member(node) is not None for node in ready)
     )

@@ -1,4 +1,4 @@
-"""How a node leaves: it hands in what it can of the round it is in, within a bound that it says, and goes.
+"""How a node leaves, for good or for a while: it hands in what it can of its round, within a bound that it says.
 
 A payload that was committed to is of use only once the round is closed and the others have fetched it, so who leaves
 stays until the record is certified. Until the others are done, too, it can as well go on training.
@@ -20,6 +20,8 @@ from psyche.telemetry.events import EventLog
 QUICK_SECONDS = 5.0
 """What Ctrl-C allows for handing in: somebody sits there and waits."""
 GOODBYE_SECONDS = 3.0
+MAX_REASON = 200
+"""As long as a message's reason may be."""
 
 
 class Farewell:
@@ -29,15 +31,28 @@ class Farewell:
         self.asked = False
         self.quickly = False
         """Within seconds, whatever is lost; else the round is finished first."""
+        self.resting = ""
+        """Why this node goes only for a while, if it does: it trains no more, and hands in what it has done."""
         self.heeded = False
         """Somebody is there who acts on it."""
         self._again = asyncio.Event()
 
     def ask(self, *, quickly: bool) -> bool:
         """Ask to leave; once more is only ever quicker. False where nobody is there to hear it: end the process."""
-        self.asked, self.quickly = True, self.quickly or quickly
+        self.asked, self.quickly, self.resting = True, self.quickly or quickly, ""
         self._again.set()
         return self.heeded
+
+    def rest(self, reason: str) -> None:
+        """Ask to leave and to come back later. Whoever was asked to leave for good does that."""
+        if not self.asked:
+            self.asked, self.resting = True, reason
+            self._again.set()
+
+    def renew(self) -> None:
+        """It has left, and comes back."""
+        self.asked, self.quickly, self.resting, self.heeded = False, False, "", False
+        self._again.clear()
 
     async def wait(self) -> None:
         """Until it is asked, or asked once more."""
@@ -90,6 +105,8 @@ class Departure:
     def enough(self) -> bool:
         """Whether the inner steps done so far are to be handed in as they are: nobody would wait for more of them."""
         plan, board = self._plan, self._client.board
+        if self._farewell.resting:
+            return True
         if not self.asked or plan is None or board is None or board.plan != plan:
             return False
         return len(plan.members) == 1 or board.phase == Phase.COMMITTING
@@ -117,6 +134,8 @@ class Departure:
             return
         self._said = True
         reason = "it leaves, as it was asked to" if self.asked and not self.quickly else "it was stopped"
+        if self._farewell.resting:
+            reason = f"it rests: {self._farewell.resting}"[:MAX_REASON]
         with contextlib.suppress(Exception):  # we leave, whether anybody listens or not
             async with asyncio.timeout(GOODBYE_SECONDS):
                 await self._client.leave("the run is finished" if finished else reason, rounds)

@@ -16,6 +16,7 @@ from psyche.network.node import NetworkNode
 from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, check_reach, needs_of
 from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
+from psyche.sizes import byte_count
 from psyche.training.devices import pick_device
 from psyche.training.memory import available_memory
 
@@ -36,7 +37,12 @@ def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found)
     if needs.device:
         free = torch.cuda.mem_get_info(device)[0]
         mend = "free the GPU (nvidia-smi shows who uses it), or set node.outer_state to cpu"
+        if node.max_gpu_memory is not None:
+            free, mend = min(free, byte_count(node.max_gpu_memory)), f"{mend}, or raise --max-gpu-memory"
         findings.append(check_memory("GPU memory", needs.device, free, mend))
+    elif node.max_gpu_memory is not None:
+        text = f"{node.max_gpu_memory} of a GPU allowed, and this node trains on the CPU"
+        findings.append(Finding("GPU memory", "warn", text, "leave --max-gpu-memory out, or choose a --device"))
     return findings
 
 

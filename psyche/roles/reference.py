@@ -6,12 +6,13 @@ messages directly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 from psyche.config import Manifest
 from psyche.numerics.aggregate import gathered, reduce_slice
 from psyche.numerics.digest import payload_root
-from psyche.protocol.messages import Plan, Record
+from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.reducing import draw_of
 from psyche.protocol.reduction import Draw
 from psyche.protocol.rounds import tick
@@ -112,6 +113,43 @@ def play(
             for node in works
             for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root))
         ]
+
+
+def retrace(replicas: Mapping[str, Replica], records: Sequence[Record]) -> Iterator[str]:
+    """Do again what ``records`` say was done, from the first round on; the state root after each, in hex.
+
+    What time decided is in them: quotas, steps that were given back, late steps. All the rest must follow. Raises
+    ``ValueError`` where a contribution is not what its node's replica makes, where one was left out, whose steps
+    nobody knows, or where the replicas differ.
+    """
+    for record, following in zip_longest(records, records[1:]):
+        plan, payloads = record.plan, {}
+        if record.excluded:
+            raise ValueError(f"round {plan.round} left out {record.excluded[0].node}")
+        for one in record.accepted:
+            work = _done_again(replicas[one.node], plan, one.contribution)
+            if work.contribution != one.contribution:
+                raise ValueError(f"round {plan.round}: {one.node} contributed something else")
+            payloads[one.node] = work.payload
+        late = {one.node: one.contribution.late_steps for one in (following.accepted if following else ())}
+        for node, replica in replicas.items():
+            for _ in range(late.get(node, 0)):
+                replica.step_late(plan)
+            replica.apply(record, replica.gradient_of(record, payloads))
+        roots = {replica.chain.state_root.hex() for replica in replicas.values()}
+        if len(roots) > 1:
+            raise ValueError(f"the replicas differ after round {plan.round}")
+        yield roots.pop()
+
+
+def _done_again(replica: Replica, plan: Plan, done: Contribution) -> Work:
+    """The round's work, with as many inner steps."""
+    taken: list[int] = []
+    return replica.train(
+        plan,
+        progress=lambda step, loss, lr: taken.append(step),
+        enough=lambda: len(taken) >= done.inner_steps - done.late_steps,
+    )
 
 
 def _reduced(

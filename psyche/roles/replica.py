@@ -121,7 +121,8 @@ class Replica:
         stop: Callable[[], bool] = lambda: False,
         enough: Callable[[], bool] = lambda: False,
     ) -> Work:
-        """The inner steps that are left of H, on this node's part of the data; then encode Δ = θ − x of the fragment.
+        """The inner steps that are left of its quota, on this node's part of the data; then encode Δ = θ − x of the
+        fragment.
 
         Calls ``progress(step, loss, lr)`` after each inner step. Once ``enough()`` is true the steps taken so far, if
         there are any, are all that this contribution has. Raises :class:`Interrupted` once ``stop()`` is true, and
@@ -159,6 +160,12 @@ class Replica:
         loss = sum(steps.losses) / len(steps.losses)
         return Work(plan.round, contribution, payload, loss, steps.lr, self._norm(plan.round, payload))
 
+    def due(self, plan: Plan) -> int:
+        """Inner steps that are left of this node's quota in the round it is about to train for."""
+        member = plan.member(self.node)
+        taken = 0 if self._steps is None else self._steps.late
+        return 0 if member is None else max(0, member.inner_steps - taken)
+
     def step_late(self, plan: Plan) -> bool:
         """One inner step of the next round while ``plan``'s, for which this node has trained, is on the wire.
 
@@ -169,8 +176,8 @@ class Replica:
             return False
         if plan.round == self.run.rounds.total:
             return False
-        step = member.inner_steps + steps.late
-        self._step(steps, plan, step, self.global_step(plan) + step)
+        at = plan.round * self.run.rounds.inner_steps + steps.late  # in the schedule: a step of the next round
+        self._step(steps, plan, member.inner_steps + steps.late, at)
         steps.late += 1
         return True
 
@@ -354,7 +361,8 @@ class Replica:
         return payload
 
     def global_step(self, plan: Plan) -> int:
-        """Inner steps of a member before round ``plan``, whether this node took them or not."""
+        """Where the learning rate's schedule stands as round ``plan`` begins, for all alike: H a round, whatever each
+        node's quota was."""
         return (plan.round - 1) * self.run.rounds.inner_steps
 
     def _norm(self, round: int, payload: Slices) -> float:

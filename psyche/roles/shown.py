@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from psyche.protocol.messages import Board, Certificate, Reducing
+from psyche.protocol.proposals import mostly_done
 from psyche.protocol.state import Phase, Round, State
 
 
@@ -20,6 +21,8 @@ def board_of(
         rounds=state.rounds,
         state_root=state.state_root or bytes(32),
         plan=current.plan if current else None,
+        allowed=current.deadline - current.opened if current and not closed else 0.0,
+        mostly_done=current is not None and not closed and mostly_done(state, current),
         commitments=tuple(proof for _, proof in current.commitments.values()) if current and closed else (),
         contributions=tuple(proof for _, proof in current.contributions.values()) if current else (),
         reducing=_reducing(current) if current and current.ring else None,
@@ -37,7 +40,8 @@ def visible(state: State) -> tuple[object, ...]:
         return seen
     drawn = (current.out, current.again, current.term)
     complete = len(current.contributions) == len(current.commitments)
-    return (*seen, current.plan, current.closed, complete, drawn, current.certified)
+    training = (current.deadline, mostly_done(state, current)) if current.closed is None else ()
+    return (*seen, current.plan, training, current.closed, complete, drawn, current.certified)
 
 
 def opened(state: State) -> int:

@@ -49,6 +49,7 @@ from psyche.roles.history import serve_history
 from psyche.roles.leaving import Departure, Farewell
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
+from psyche.roles.remainder import Remainder
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
 from psyche.roles.voter import Voter
@@ -111,6 +112,7 @@ class Worker:
         """Inner steps of the next round, while this one is on the wire."""
         self._warm_up = WarmUp(replica, self._on_trainer, log)
         self._meter = Meter()
+        self._remainder = Remainder(lambda: self._client.board)
         self._saved = replica.chain.rounds
 
     async def run(self) -> None:
@@ -357,6 +359,7 @@ class Worker:
             nonlocal logged, last
             now = time.monotonic()
             self._meter.trained(now - last)
+            self._remainder.stepped()
             last = now
             if now - logged >= STEP_EVENT_SECONDS:
                 logged = now
@@ -371,7 +374,13 @@ class Worker:
         def stop() -> bool:
             return self._stopping or self._closed_to_me(plan)
 
-        return self.replica.train(plan, progress=progress, stop=stop, enough=self._departure.enough)
+        def enough() -> bool:
+            return self._departure.enough() or self._remainder.enough()
+
+        self._remainder.begin(plan, self.replica.due(plan))
+        work = self.replica.train(plan, progress=progress, stop=stop, enough=enough)
+        self._remainder.encoded()
+        return work
 
     def _closed_to_me(self, plan: Plan) -> bool:
         board = self._client.board

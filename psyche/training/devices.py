@@ -6,6 +6,7 @@ import torch
 
 from psyche.config import Node
 from psyche.errors import PsycheError
+from psyche.sizes import byte_count
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -19,6 +20,14 @@ def pick_device(wanted: str) -> torch.device:
             "install the NVIDIA driver, or use --device cpu"
         )
     return device
+
+
+def limit_memory(node: Node, device: torch.device) -> None:
+    """Have PyTorch take no more of a GPU than ``node.max_gpu_memory``: past it is out of memory. Nothing on a CPU."""
+    if node.max_gpu_memory is None or device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, byte_count(node.max_gpu_memory) / total), device)
 
 
 def describe_device(node: Node) -> str:

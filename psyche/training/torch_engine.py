@@ -14,7 +14,7 @@ from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
 from psyche.training.compiling import Choice, compiled_if_it_pays
-from psyche.training.devices import pick_device, pick_precision
+from psyche.training.devices import limit_memory, pick_device, pick_precision
 from psyche.training.engine import Batch
 from psyche.training.memory import free_memory, kept_by, rows_that_fit
 from psyche.training.optimizers import Optimizers
@@ -31,6 +31,7 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, inner: Inner, node: Node) -> None:
         self.device = pick_device(node.device)
+        limit_memory(node, self.device)
         self.layout = FlatLayout.of_model(model)
         self.model = model.to(self.device).train()
         self._forward: Callable[..., Any] = self.model

@@ -86,6 +86,8 @@ EXAMPLES: list[Body] = [
         2,
         b"s" * 32,
         PLAN,
+        30.5,
+        True,
         (b"c",),
         (b"d",),
         Reducing(3, (A, B), (C,), (1,), (A,)),
@@ -93,7 +95,7 @@ EXAMPLES: list[Body] = [
         CERTIFICATE,
         "waiting",
     ),
-    Board(0, 1, b"claim", "waiting", 0, b"s" * 32, None, (), (), None, None, None, ""),
+    Board(0, 1, b"claim", "waiting", 0, b"s" * 32, None, 0.0, False, (), (), None, None, None, ""),
 ]
 ENVELOPE = Envelope("vote", b"r" * 32, 3, A, b"body", b"s" * 64)
 KINDS = sorted({type(example) for example in EXAMPLES}, key=lambda kind: kind.__name__)

@@ -26,6 +26,8 @@ def board(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> Board
         rounds=0,
         state_root=PLAN.base_root,
         plan=PLAN,
+        allowed=0.0,
+        mostly_done=False,
         commitments=tuple(commitments),
         contributions=tuple(contributions),
         reducing=None,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from psyche.numerics.backends.base import Backend
 from psyche.numerics.outer import OuterState
 from psyche.protocol.ledger import claimed
 from psyche.roles.provision import local_store
-from psyche.roles.reference import play
+from psyche.roles.reference import retrace
 from psyche.roles.replica import Replica
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
@@ -96,21 +94,15 @@ def late_steps(directory: Path) -> dict[tuple[int, str], int]:
     return taken
 
 
-def reference_roots(
-    directory: Path, config: Config, late: Mapping[tuple[int, str], int] = MappingProxyType({})
-) -> list[str]:
-    """State roots, one a round, of the single-process reference with the identities of a finished run."""
+def reference_roots(directory: Path, config: Config) -> list[str]:
+    """State roots, one a round, of the single-process reference that does again what a finished run's ledger says."""
     manifest = Manifest.decode((directory / "coordinator" / MANIFEST).read_bytes())
     identities = [
         Identity.load_or_create(path / IDENTITY) for path in sorted(directory.glob("node-*")) if path.is_dir()
     ]
     replicas = {identity.peer_id: replica(manifest, config.node, identity) for identity in identities}
-    roots = []
-    for _ in play(manifest, replicas, lambda round, node: late.get((round, node), 0)):
-        held = {one.chain.state_root.hex() for one in replicas.values()}
-        assert len(held) == 1, "the reference's own replicas differ"
-        roots += held
-    return roots
+    with Ledger.read(directory / "node-1" / LEDGER) as ledger:
+        return list(retrace(replicas, [claimed(entry.certificate).record for entry in ledger.entries()]))
 
 
 def certified_roots(log: Path) -> list[str]:

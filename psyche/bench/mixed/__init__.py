@@ -1,0 +1,1 @@
+"""Nodes of different speeds in one run: who waits for whom."""
