@@ -16,7 +16,8 @@ from psyche.network.node import NetworkNode
 from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, check_reach, needs_of
 from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
-from psyche.training.devices import pick_device
+from psyche.training.choice import choose
+from psyche.training.devices import available_memory
 
 TRIES_SECONDS = (5.0, 15.0, 30.0)
 """Peers that join at the same moment start to answer a little later."""
@@ -24,8 +25,8 @@ TRIES_SECONDS = (5.0, 15.0, 30.0)
 
 def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found) -> list[Finding]:
     """Disk and memory against what the run needs of this node."""
-    device = pick_device(node.device)
-    needs = needs_of(manifest, node, device)
+    choice = choose(node, manifest.resolved.flat_size)
+    needs = needs_of(manifest, node, choice)
     kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))
     findings = [
         check_disk("checkpoints and payloads", directory, max(0, needs.directory - kept), "--directory"),
@@ -33,7 +34,7 @@ def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found)
         check_memory("memory", needs.host, available_memory(), "close other programs, or use a machine with more"),
     ]
     if needs.device:
-        free = torch.cuda.mem_get_info(device)[0]
+        free = min(torch.cuda.mem_get_info(torch.device(device))[0] for device in choice.devices)
         mend = "free the GPU (nvidia-smi shows who uses it), or set node.outer_state to cpu"
         findings.append(check_memory("GPU memory", needs.device, free, mend))
     return findings
@@ -80,15 +81,3 @@ def port_of(addresses: Sequence[str]) -> int:
         if "p2p-circuit" not in parts and parts[3] == "tcp":
             return int(parts[4])
     return 0
-
-
-def available_memory() -> int:
-    """Bytes of RAM that programs can still take, within the limit of the container that we may be in."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
