@@ -143,6 +143,9 @@ async def join(
         async with network, registered(directory), beside(warn, *background, warn_of_connection(network, node, warn)):
             try:
                 await _take_part(invite, node, directory, identity, network, log, farewell)
+            except PsycheError as error:
+                log.emit(events.Notice(level="error", text=str(error)))
+                raise
             finally:
                 log.close()
 
