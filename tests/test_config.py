@@ -81,7 +81,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("run.extra", 1, "unknown key"),
     ("run.inner.learning_rate", 1e-3, "unknown key"),
     ("run.codec.bits", 8, "unknown key"),
-    ("node.gpus", 2, "unknown key"),
+    ("node.gpu", 2, "unknown key"),
     ("node.wandb.key", "x", "unknown key"),
     ("run.resolved", {}, "unknown key"),
     ("run.name", "", "pattern"),

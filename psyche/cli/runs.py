@@ -67,6 +67,10 @@ def join(
         typer.Option(help="A file whose node: part holds this machine's settings.", show_default=False),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:n].", show_default=False)] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="GPUs that train: all, a number of them, or which, as 0,2.", show_default=False),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for training.", min=1, show_default=False)] = None,
     port: Port = None,
     max_upload: MaxUpload = None,
@@ -94,6 +98,7 @@ def join(
     settings = override_node(
         load_node(config),
         device=device,
+        gpus=gpus,
         threads=threads,
         port=port,
         max_upload=max_upload,

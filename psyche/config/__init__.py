@@ -21,7 +21,7 @@ from psyche.config.data import (
 from psyche.config.files import Config, load_config, load_node
 from psyche.config.manifest import MANIFEST, Manifest, Resolved
 from psyche.config.model import Model
-from psyche.config.node import Node, Wandb, override_node
+from psyche.config.node import DeepSpeed, Node, Wandb, override_node
 from psyche.config.run import CodecSpec, Deadlines, ExchangeSpec, Inner, Outer, Overlap, Rounds, Run
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Config",
     "Data",
     "Deadlines",
+    "DeepSpeed",
     "ExchangeSpec",
     "Filter",
     "HubSource",

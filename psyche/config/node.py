@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from psyche.config.base import Count, Strict, validated
 from psyche.hours import Hours
@@ -23,6 +23,17 @@ class Wandb(Strict):
     """Also log this node's own run, in the training run's group."""
 
 
+class DeepSpeed(Strict):
+    """How several ranks of one node share a model: ZeRO (arXiv 1910.02054)."""
+
+    stage: Literal[1, 2, 3] | None = None
+    """1 cuts up the optimizer's state, 2 gradients, too, 3 parameters, too; the lowest that fits when absent."""
+    offload: Literal["none", "cpu"] = "none"
+    """``cpu``: the optimizer, its state and the fp32 weights that it steps lie in the machine's memory."""
+    ranks: Count | None = None
+    """Processes where the CPU trains. GPUs have one each: ``gpus`` says which."""
+
+
 def _rate(text: str) -> str:
     bits_per_second(text)
     return text
@@ -38,6 +49,11 @@ def _hours(text: str) -> str:
     return text
 
 
+Gpus = Annotated[
+    str,
+    BeforeValidator(lambda given: str(given) if type(given) is int else given),  # YAML has numbers
+    StringConstraints(pattern=r"^(auto|all|[1-9]\d{0,2}|\d{1,3}(,\d{1,3})+)$"),
+]
 Rate = Annotated[str, AfterValidator(_rate)]
 Size = Annotated[str, AfterValidator(_size)]
 Schedule = Annotated[str, AfterValidator(_hours)]
@@ -53,6 +69,11 @@ class Node(Strict):
     """``auto``: where others find that they cannot dial this node, they reach it through other members; and it relays
     for others if it can be dialled and has no ``max_upload``."""
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    gpus: Gpus = "auto"
+    """Which of the machine's GPUs train: ``all``, a number of them, or their numbers, such as ``0,2``. ``auto`` is all
+    where DeepSpeed is installed, and else the first."""
+    deepspeed: DeepSpeed | None = None
+    """Absent: DeepSpeed is used where several GPUs train, with its defaults."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     outer_state: Literal["cpu", "gpu"] = "cpu"
     """Where θ, m and the error feedback lie. On the GPU that trains they take 12 bytes a parameter of its memory; then
@@ -86,6 +107,7 @@ def override_node(
     node: Node,
     *,
     device: str | None = None,
+    gpus: str | None = None,
     threads: int | None = None,
     port: int | None = None,
     max_upload: str | None = None,
@@ -97,6 +119,7 @@ def override_node(
     """``node`` with what was said on the command line in place of what its file says."""
     said: dict[str, Any] = {
         "device": device,
+        "gpus": gpus,
         "threads": threads,
         "max_upload": max_upload,
         "max_download": max_download,

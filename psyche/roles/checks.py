@@ -15,18 +15,20 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from psyche.config import Manifest, Node
 from psyche.numerics.codecs.registry import codec
 from psyche.roles.probes import Offset
 from psyche.telemetry.wording import size
+from psyche.training.choice import Choice
+from psyche.training.zero.memory import ROOM, rank_bytes
 
 Level = Literal["ok", "warn", "fail"]
 CLOCK_WARN = 1.5
 """Seconds. Bootstrap nodes turn away who differs by more than 3."""
-ROOM = 1.3
-"""Activations, and what the allocator wastes, come on top of the tensors that are known."""
+
+
+RANK_BYTES = 500 << 20
+"""A rank before it has any tensor: Python, torch, transformers and DeepSpeed."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,38 @@ class Needs:
     host: int
     """Memory of the machine."""
     device: int
-    """Memory of the GPU that trains; 0 where the CPU does."""
+    """Memory of the GPU that trains, of each where there are several; 0 where the CPU does."""
     directory: int
     """Disk for checkpoints and for payloads on their way."""
 
 
-def needs_of(manifest: Manifest, node: Node, device: torch.device) -> Needs:
-    """What the tensors of :class:`Replica` and the engine take, and the files they become."""
+def needs_of(manifest: Manifest, node: Node, choice: Choice) -> Needs:
+    """What the tensors of :class:`Replica` and the chosen engine take, and the files they become."""
     run, elements = manifest.run, manifest.resolved.flat_size
     encoder = codec(run.codec.name)
     residual = 4 * elements * encoder.error_feedback
-    trained = 4 * 4 * elements  # parameters, gradients, AdamW's two moments
+    on_gpu = choice.device.type == "cuda"
+    trains, beside = _trained(elements, choice)
     outer = 3 * 4 * elements + residual  # θ, m, the snapshot of what trained, the error feedback
     judged = 4 * elements  # parameters put aside while the held-out set is judged, or drawn at the start
     payloads = encoder.payload_bytes(elements) * (run.rounds.start_members + 1)
     checkpoint = (2 + 2) * 4 * elements + residual
-    on_gpu = device.type == "cuda"
     both = node.outer_state == "gpu" and on_gpu
     return Needs(
-        host=(8 * elements if both else outer) + judged + (0 if on_gpu else trained),
-        device=(trained + (outer if both else 0)) if on_gpu else 0,
+        host=(8 * elements if both else outer) + judged + beside + (0 if on_gpu else trains * len(choice.devices)),
+        device=(trains + (outer if both else 0)) if on_gpu else 0,
         directory=checkpoint * (node.checkpoints_kept + 1) + payloads,
     )
+
+
+def _trained(elements: int, choice: Choice) -> tuple[int, int]:
+    """Bytes on each device that trains; and of the machine's memory, beside them."""
+    if choice.stage is None:
+        return 4 * 4 * elements, 0  # parameters, gradients, AdamW's two moments
+    ranks = len(choice.devices)
+    each = rank_bytes(elements, choice.stage, ranks, offload=choice.offload)
+    shared = 4 * elements  # the vector through which ranks and leader see parameters
+    return each.device, shared + ranks * (each.host + RANK_BYTES)
 
 
 def check_versions() -> Finding:

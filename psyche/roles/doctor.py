@@ -28,9 +28,8 @@ from psyche.roles.preflight import check_connection, check_machine, port_of
 from psyche.roles.presence import KINDS, sources
 from psyche.roles.provision import Found, fetch_manifest, file_sizes, find_store
 from psyche.telemetry.wording import size
+from psyche.training.choice import choose, make_engine
 from psyche.training.devices import pick_device
-from psyche.training.models import build
-from psyche.training.torch_engine import TorchEngine
 
 TRAIN_SECONDS = 2.0
 """How long the speed is measured for, after a first step that sets everything up."""
@@ -75,10 +74,12 @@ async def examine(invite: Invite | None, node: Node, directory: Path, report: Re
             port = port_of(await network.addresses())
             report(Finding("network", "ok", f"the libp2p daemon runs and listens at port {port}"))
             if invite is not None:
-                await _visit(network, invite, node, directory, report)
+                await _visit(network, invite, node, directory, Path(scratch), report)
 
 
-async def _visit(network: NetworkNode, invite: Invite, node: Node, directory: Path, report: Report) -> None:
+async def _visit(
+    network: NetworkNode, invite: Invite, node: Node, directory: Path, scratch: Path, report: Report
+) -> None:
     """The checks that need the run."""
     hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
     met = len(await network.connected())
@@ -100,7 +101,7 @@ async def _visit(network: NetworkNode, invite: Invite, node: Node, directory: Pa
         report(finding)
     report(await _measure_line(network, manifest, found, hosts))
     if all(finding.level != "fail" for finding in machine):
-        report(await asyncio.to_thread(_measure_speed, manifest, node))
+        report(await asyncio.to_thread(_measure_speed, manifest, node, scratch))
 
 
 def _device(node: Node) -> Finding:
@@ -147,13 +148,14 @@ async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, 
     return check_rate(manifest, received, received / (time.monotonic() - began), MEASURED_BYTES)
 
 
-def _measure_speed(manifest: Manifest, node: Node) -> Finding:
+def _measure_speed(manifest: Manifest, node: Node, scratch: Path) -> Finding:
     """Train this model on random tokens for a moment."""
     run = manifest.run
     if node.threads is not None:
         torch.set_num_threads(node.threads)
     try:
-        engine = TorchEngine(build(run.model, seed=run.seed), run.inner, node)
+        choice = choose(node, manifest.resolved.flat_size)
+        engine = make_engine(run, node, choice, scratch)
         shape = (run.inner.batch_size, run.data.sequence_length)
         batch = torch.randint(0, run.model.vocab_size, shape).numpy()
         engine.step(batch, run.inner.lr)

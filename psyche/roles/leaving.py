@@ -69,6 +69,8 @@ class Departure:
         self._plan: Plan | None = None
         """Of the round that this node has a part in."""
         self._began = 0.0
+        self.failed = False
+        """Something went wrong here that this node does not survive."""
         self._said = False
         self._sealed = False
         """This node has done its inner steps of it."""
@@ -136,6 +138,7 @@ class Departure:
         reason = "it leaves, as it was asked to" if self.asked and not self.quickly else "it was stopped"
         if self._farewell.resting:
             reason = f"it rests: {self._farewell.resting}"[:MAX_REASON]
+        reason = "it has failed" if self.failed else reason
         with contextlib.suppress(Exception):  # we leave, whether anybody listens or not
             async with asyncio.timeout(GOODBYE_SECONDS):
                 await self._client.leave("the run is finished" if finished else reason, rounds)

@@ -17,7 +17,7 @@ from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, 
 from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
 from psyche.sizes import byte_count
-from psyche.training.devices import pick_device
+from psyche.training.choice import choose
 from psyche.training.memory import available_memory
 
 TRIES_SECONDS = (5.0, 15.0, 30.0)
@@ -26,8 +26,8 @@ TRIES_SECONDS = (5.0, 15.0, 30.0)
 
 def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found) -> list[Finding]:
     """Disk and memory against what the run needs of this node."""
-    device = pick_device(node.device)
-    needs = needs_of(manifest, node, device)
+    choice = choose(node, manifest.resolved.flat_size)
+    needs = needs_of(manifest, node, choice)
     kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))
     findings = [
         check_disk("checkpoints and payloads", directory, max(0, needs.directory - kept), "--directory"),
@@ -35,7 +35,7 @@ def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found)
         check_memory("memory", needs.host, available_memory(), "close other programs, or use a machine with more"),
     ]
     if needs.device:
-        free = torch.cuda.mem_get_info(device)[0]
+        free = min(torch.cuda.mem_get_info(torch.device(device))[0] for device in choice.devices)
         mend = "free the GPU (nvidia-smi shows who uses it), or set node.outer_state to cpu"
         if node.max_gpu_memory is not None:
             free, mend = min(free, byte_count(node.max_gpu_memory)), f"{mend}, or raise --max-gpu-memory"

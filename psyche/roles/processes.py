@@ -43,8 +43,8 @@ from psyche.telemetry import events
 from psyche.telemetry.events import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
 from psyche.telemetry.wandb_run import own_run, swarm_run
-from psyche.training.models import build, preload
-from psyche.training.torch_engine import TorchEngine
+from psyche.training.choice import Choice, choose, make_engine
+from psyche.training.models import preload
 
 GENESIS = "genesis.bin"
 INVITE = "invite"
@@ -143,6 +143,9 @@ async def join(
         async with network, registered(directory), beside(warn, *background, warn_of_connection(network, node, warn)):
             try:
                 await _take_part(invite, node, directory, identity, network, log, farewell)
+            except PsycheError as error:
+                log.emit(events.Notice(level="error", text=str(error)))
+                raise
             finally:
                 log.close()
 
@@ -184,6 +187,8 @@ async def _take_part(
     manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
     log.emit(run_started(manifest))
     found = await find_store(network, manifest, node.cache.expanduser(), hosts)
+    choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size)
+    log.emit(engine_chosen(choice))
     tell(check_machine(manifest, node, directory, found), warn)
     with disk_errors(directory, "--directory"):
         write_durably(directory / MANIFEST, manifest.encode())
@@ -196,7 +201,7 @@ async def _take_part(
         await serve_probes(network)
         await serve_provisions(network, signed, store)
 
-    making = asyncio.to_thread(_replica, manifest, found.store, node, directory, identity, warn)
+    making = asyncio.to_thread(_replica, manifest, found.store, node, choice, directory, identity, warn)
     (replica, certificates), _ = await asyncio.gather(making, provide())
     wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
     if wandb is not None:
@@ -216,6 +221,7 @@ def _replica(
     manifest: Manifest,
     store: TokenStore,
     node: Node,
+    choice: Choice,
     directory: Path,
     identity: Identity,
     warn: Callable[[str], None],
@@ -223,13 +229,13 @@ def _replica(
     """This node's tensors, as the last checkpoint left them or as the run begins; and what certificates it held."""
     if node.threads is not None:
         torch.set_num_threads(node.threads)
-    engine = TorchEngine(build(manifest.run.model, seed=manifest.run.seed), manifest.run.inner, node)
+    engine = make_engine(manifest.run, node, choice, directory)
     if engine.layout.digest.hex() != manifest.resolved.layout:
         raise PsycheError(
             "this machine's transformers lays the model out differently from the run's: "
             "install the versions in psyche's constraints.txt"
         )
-    backend = on(_outer_device(node, engine.device))
+    backend = on(_outer_device(node, choice.device))
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     secret = identity.secret_digest(b"salt")
@@ -281,6 +287,13 @@ async def connect(
         await network.close()
         raise
     return network
+
+
+def engine_chosen(choice: Choice) -> events.Notice:
+    """What a log says of the engine."""
+    if choice.mend:
+        return events.Notice(level="warning", text=f"{choice.why}; {choice.mend}")
+    return events.Notice(level="info", text=choice.why)
 
 
 def run_started(manifest: Manifest, invite: str = "") -> events.RunStarted:

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from psyche.config import Node
+from psyche.errors import PsycheError
 from psyche.exchange.base import Exchange, Wire
 from psyche.exchange.gather import Gather
 from psyche.exchange.journal import DIRECTORY as JOURNAL
@@ -134,13 +135,17 @@ class Worker:
             for task in (working, watching):
                 if task.done():
                     task.result()
+        except PsycheError:
+            self._departure.failed = True
+            raise
         finally:
             self._stopping = True
             for task in (leaving, watching, working):
                 task.cancel()
             await asyncio.gather(leaving, watching, working, return_exceptions=True)
-            await self._halt_late()
-            await self._warm_up.halt()
+            for halt in (self._halt_late, self._warm_up.halt):
+                with contextlib.suppress(PsycheError):  # of an engine that is gone, which is known by now
+                    await halt()
             await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._departure.tell()
             await asyncio.to_thread(self._trainer.shutdown)
@@ -332,17 +337,20 @@ class Worker:
         due = chain.rounds % self.settings.checkpoint_every == 0 or force
         if not due or chain.rounds == self._saved:
             return
-        checkpoint = Checkpoint(
-            run_id=self.manifest.run_id,
-            chain=chain,
-            outer=self.replica.host.tensor,
-            residual=self.replica.residual,
-            inner=self.replica.engine.state(),
-            certificates=() if self._voter.certificate is None else (self._voter.certificate,),
-        )
-        path = await self._on_trainer(
-            lambda: save(checkpoint, self.directory / "checkpoints", keep=self.settings.checkpoints_kept)
-        )
+        certificates = () if self._voter.certificate is None else (self._voter.certificate,)
+
+        def write() -> Path:
+            checkpoint = Checkpoint(
+                run_id=self.manifest.run_id,
+                chain=chain,
+                outer=self.replica.host.tensor,
+                residual=self.replica.residual,
+                inner=self.replica.engine.state(),  # of several ranks it is fetched, which takes its time
+                certificates=certificates,
+            )
+            return save(checkpoint, self.directory / "checkpoints", keep=self.settings.checkpoints_kept)
+
+        path = await self._on_trainer(write)
         self._saved = chain.rounds
         await asyncio.to_thread(self._snapshots.add, chain.rounds, self.replica.index, path)
         if self._snapshots.oldest:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from psyche.config import Manifest, Node, load_config
 from psyche.errors import PsycheError
@@ -27,12 +26,14 @@ from psyche.roles.checks import (
     needs_of,
 )
 from psyche.roles.launch import launch
-from psyche.roles.preflight import available_memory, check_connection, check_machine, port_of, tell
+from psyche.roles.preflight import check_connection, check_machine, port_of, tell
 from psyche.roles.presence import KINDS
 from psyche.roles.probes import Offset, clock_offset, reachable, serve_probes
 from psyche.roles.processes import MANIFEST
 from psyche.roles.provision import Found, local_store
 from psyche.telemetry.events import RunStarted
+from psyche.training.choice import Choice
+from psyche.training.memory import available_memory
 from tests.roles.swarm import swarm
 from tests.roles.test_bad_input import psyche
 from tests.roles.tiny import write_config
@@ -94,9 +95,10 @@ class TestChecks:
     def test_needs_go_with_the_model_and_where_it_lies(self, launched: tuple[Manifest, Node]) -> None:
         manifest, node = launched
         elements = manifest.resolved.flat_size
-        on_cpu = needs_of(manifest, node, torch.device("cpu"))
-        on_gpu = needs_of(manifest, node, torch.device("cuda"))
-        all_on_gpu = needs_of(manifest, node.model_copy(update={"outer_state": "gpu"}), torch.device("cuda"))
+        gpu = Choice(("cuda:0",), None, False, "")
+        on_cpu = needs_of(manifest, node, Choice(("cpu",), None, False, ""))
+        on_gpu = needs_of(manifest, node, gpu)
+        all_on_gpu = needs_of(manifest, node.model_copy(update={"outer_state": "gpu"}), gpu)
         assert (on_cpu.device, on_gpu.device) == (0, 16 * elements)
         assert on_cpu.host == on_gpu.host + on_gpu.device
         assert all_on_gpu.device == 32 * elements

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-from psyche.roles import processes
+from psyche.training import choice
 from psyche.training.engine import Batch
 from psyche.training.torch_engine import TorchEngine
 
@@ -32,7 +32,7 @@ class PacedEngine(TorchEngine):
 def main() -> None:
     from psyche.cli import main
 
-    processes.TorchEngine = PacedEngine  # type: ignore[attr-defined]  # it imports the name
+    choice.TorchEngine = PacedEngine  # type: ignore[attr-defined]  # it imports the name
     sys.argv[0:1] = ["psyche", "join"]
     main()
 

@@ -1,0 +1,133 @@
+"""Which engine a node trains with, decided from what the machine has and what its settings say, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from psyche.config import Node, Run
+from psyche.errors import ConfigError, PsycheError
+from psyche.training.engine import Engine
+from psyche.training.memory import available_memory
+from psyche.training.models import build
+from psyche.training.torch_engine import TorchEngine
+from psyche.training.zero.engine import DeepSpeedEngine
+from psyche.training.zero.memory import Stage, least_stage
+
+INSTALL = "pip install 'psyche[deepspeed]'"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to choose from."""
+
+    gpus: int
+    deepspeed: bool
+    """Whether it is installed."""
+    free: tuple[int, ...]
+    """Bytes free on each GPU, or of the machine's memory where there is none."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine, and one sentence that says why; ``mend`` is empty where nothing is lost by it."""
+
+    devices: tuple[str, ...]
+    """What trains: a rank each, where there is a ``stage``."""
+    stage: Stage | None
+    """Of ZeRO; None is TorchEngine on the one device."""
+    offload: bool
+    why: str
+    mend: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        """The first one."""
+        return torch.device(self.devices[0])
+
+
+def choose(node: Node, elements: int) -> Choice:
+    """The engine for a model of ``elements`` parameters on this machine. Raises :class:`PsycheError`."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    free = tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)) or (available_memory(),)
+    return decide(node, elements, Machine(gpus, find_spec("deepspeed") is not None, free))
+
+
+def decide(node: Node, elements: int, machine: Machine) -> Choice:
+    """The same for a machine that somebody has looked at."""
+    devices, asked = _devices(node, machine.gpus)
+    if node.deepspeed is None and len(devices) == 1:
+        return Choice(devices, None, False, f"TorchEngine on {devices[0]}: there is one device to train on")
+    if not machine.deepspeed:
+        mend = f"install DeepSpeed: {INSTALL}"
+        if asked:
+            raise PsycheError(f"training on {_counted(devices)} needs DeepSpeed, which is not installed; {mend}")
+        why = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs: the others idle without DeepSpeed"
+        return Choice(devices[:1], None, False, why, mend)
+    offload = node.deepspeed is not None and node.deepspeed.offload == "cpu"
+    stage = None if node.deepspeed is None else node.deepspeed.stage
+    because = "as node.deepspeed.stage says"
+    if stage is None:
+        on_cpu = devices[0] == "cpu"
+        free = machine.free[0] // len(devices) if on_cpu else min(machine.free[int(one[5:])] for one in devices)
+        stage = least_stage(elements, len(devices), free, offload=offload)
+        because = "the least of which the tensors fit into each one's free memory" if stage < 3 else (
+            "which needs the least memory of each"
+        )  # fmt: skip
+    why = f"DeepSpeedEngine on {_counted(devices)}, ZeRO {stage}, {because}"
+    return Choice(devices, stage, offload, why + ("; the optimizer is on the CPU" if offload else ""))
+
+
+def make_engine(run: Run, node: Node, choice: Choice, directory: Path) -> Engine:
+    """The chosen engine with the run's initial parameters. Ranks' output goes below ``directory``."""
+    if choice.stage is None:
+        one = node.model_copy(update={"device": choice.devices[0]})
+        return TorchEngine(build(run.model, seed=run.seed), run.inner, one)
+    return DeepSpeedEngine(
+        run.model,
+        run.seed,
+        run.inner,
+        devices=choice.devices,
+        stage=choice.stage,
+        offload=choice.offload,
+        precision=node.precision,
+        micro_batch=node.micro_batch,
+        threads=max(1, (node.threads or torch.get_num_threads()) // len(choice.devices)),
+        directory=directory,
+    )
+
+
+def _devices(node: Node, gpus: int) -> tuple[tuple[str, ...], bool]:
+    """What is to train, and whether the settings name more than the first of it."""
+    ranks = node.deepspeed.ranks if node.deepspeed is not None else None
+    if node.device != "auto" and node.gpus != "auto":
+        raise ConfigError(f"node.gpus: node.device is {node.device} already; leave one of them out")
+    if node.device == "cpu" or (gpus == 0 and node.gpus == "auto" and node.device == "auto"):
+        return ("cpu",) * (ranks or 1), node.deepspeed is not None
+    if ranks is not None:
+        raise ConfigError("node.deepspeed.ranks: for CPUs only; GPUs have one rank each, and --gpus says which")
+    if node.device != "auto":
+        named, wanted = f"node.device is {node.device}", [int(node.device.partition(":")[2] or 0)]
+    else:
+        named, wanted = f"node.gpus is {node.gpus}", _numbers(node.gpus, gpus)
+    if not wanted or max(wanted) >= gpus:
+        raise PsycheError(
+            f"{named}, but torch sees {gpus} CUDA devices here: install the NVIDIA driver, ask for what is there, "
+            "or use --device cpu"
+        )
+    return tuple(f"cuda:{number}" for number in wanted), node.gpus != "auto" or node.deepspeed is not None
+
+
+def _numbers(wanted: str, gpus: int) -> list[int]:
+    """Of the GPUs that ``node.gpus`` means."""
+    if "," in wanted:
+        return [int(number) for number in wanted.split(",")]
+    return list(range(int(wanted) if wanted.isdigit() else gpus))
+
+
+def _counted(devices: tuple[str, ...]) -> str:
+    kind = "CPU rank" if devices[0] == "cpu" else "GPU"
+    return f"{len(devices)} {kind}{'s' * (len(devices) > 1)}"

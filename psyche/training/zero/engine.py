@@ -1,0 +1,138 @@
+"""DeepSpeedEngine: the many GPUs of one node behind the same interface as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psyche import config
+from psyche.config import Inner
+from psyche.training.engine import Batch
+from psyche.training.models import initial_parameters, layout
+from psyche.training.zero.ranks import Ranks
+from psyche.training.zero.shared import SharedVector
+from psyche.training.zero.wire import Evaluate, Kind, Order, Read, Resume, Rows, Shift, Start, Step, Write
+
+MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine:
+    """One model over several ranks by ZeRO, trained as TorchEngine trains it, with what tells them apart left to fp32.
+
+    Ranks are processes of their own (``ranks.py``). Parameters and moments go between them and this one through one
+    flat vector in shared memory, into which each rank writes what it holds and from which it takes what it holds.
+    """
+
+    def __init__(
+        self,
+        spec: config.Model,
+        seed: int,
+        inner: Inner,
+        *,
+        devices: Sequence[str],
+        stage: Literal[1, 2, 3],
+        offload: bool,
+        precision: str,
+        micro_batch: int | None,
+        threads: int,
+        directory: Path,
+    ) -> None:
+        """``threads`` are each rank's; ``directory`` is where their output goes. Raises :class:`PsycheError`."""
+        self.layout = layout(spec)
+        self.steps = 0
+        self._micro_batch = micro_batch
+        self._shared = SharedVector.create(self.layout.size)
+        self.ranks = Ranks(devices, self._shared.descriptor, self.layout.size, directory)
+        self._flat = self._shared.tensor
+        start = Start(spec.model_dump_json(), inner.model_dump_json(), precision, stage, offload, threads)
+        self._all(start)
+        _, initial = initial_parameters(spec, seed)
+        self.write(initial)
+
+    def step(self, batch: Batch, lr: float) -> float:
+        rows = self._dealt(batch)
+        answers = self.ranks.ask([Step(one, len(batch), lr) for one in rows])
+        self.steps += 1
+        return sum(answer.loss for answer in answers)
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        answers = self.ranks.ask([Evaluate(one) for one in self._dealt(batch)])
+        return sum(answer.loss for answer in answers), sum(answer.tokens for answer in answers)
+
+    def read(self, flat: Tensor) -> None:
+        self._all(Read("theta"))
+        flat.copy_(self._flat)
+
+    def write(self, flat: Tensor, parts: Sequence[slice] | None = None) -> None:
+        ranges = self._put(flat, parts)
+        self._all(Write("theta", ranges))
+
+    def shift(self, flat: Tensor, parts: Sequence[slice]) -> None:
+        ranges = self._put(flat, parts)
+        self._all(Shift(ranges))
+
+    def state(self) -> dict[str, Tensor]:
+        if not self.steps:
+            return {}
+        tensors = {f"step/{span.name}": torch.tensor(float(self.steps)) for span in self.layout.spans}
+        for kind in MOMENTS:
+            self._all(Read(kind))
+            tensors |= {f"{kind}/{name}": view for name, view in self.layout.views(self._flat.clone()).items()}
+        return tensors
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        steps = self._checked(state)
+        if steps:
+            for kind in MOMENTS:
+                for name, view in self.layout.views(self._flat).items():
+                    view.copy_(state[f"{kind}/{name}"])
+                self._all(Write(kind, ((0, self.layout.size),)))
+        self._all(Resume(steps))
+        self.steps = steps
+
+    def close(self) -> None:
+        """End the ranks; without it they end with this object, and with this process."""
+        self.ranks.close()
+
+    def _checked(self, state: dict[str, Tensor]) -> int:
+        """The number of steps behind a state that fits this model."""
+        wanted = {f"{kind}/{span.name}": span.shape for span in self.layout.spans for kind in MOMENTS}
+        wanted |= {f"step/{span.name}": () for span in self.layout.spans}
+        if unknown := set(state) - set(wanted):
+            raise ValueError(f"the inner optimizer state has {min(unknown)}, which this model has not")
+        if not state:
+            return 0
+        for name, shape in wanted.items():
+            if name not in state or state[name].shape != shape:
+                raise ValueError(f"the inner optimizer state does not fit {name.partition('/')[2]}")
+        steps = {int(state[f"step/{span.name}"]) for span in self.layout.spans}
+        if len(steps) != 1:
+            raise ValueError("the inner optimizer state has tensors of different steps, which ZeRO cannot keep")
+        return steps.pop()
+
+    def _put(self, flat: Tensor, parts: Sequence[slice] | None) -> tuple[tuple[int, int], ...]:
+        """Copy ranges of ``flat`` to where the ranks see them."""
+        whole = [slice(0, self.layout.size)] if parts is None else parts
+        for part in whole:
+            self._flat[part].copy_(flat[part])
+        return tuple((part.start, part.stop) for part in whole)
+
+    def _dealt(self, batch: Batch) -> list[Rows]:
+        """Each rank's sequences, as evenly as they go: all make as many forward passes, some of fewer sequences."""
+        ranks = len(self.ranks.pids)
+        share = -(-len(batch) // ranks)
+        passes = -(-share // (self._micro_batch or share))
+        pieces = np.array_split(batch, ranks * passes)
+        dealt = [pieces[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
+        return [
+            Rows(np.concatenate(own).astype(np.int64).tobytes(), batch.shape[1], tuple(len(piece) for piece in own))
+            for own in dealt
+        ]
+
+    def _all(self, order: Order) -> None:
+        self.ranks.ask([order] * len(self.ranks.pids))

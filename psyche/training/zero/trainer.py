@@ -1,0 +1,142 @@
+"""What one rank does: its share of each batch, and of the parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from psyche import config
+from psyche.errors import PsycheError
+from psyche.numerics.flat import FlatLayout
+from psyche.training.devices import pick_precision
+from psyche.training.models import build
+from psyche.training.zero.settings import deepspeed_settings
+from psyche.training.zero.shards import OptimizerShards, ParameterShards, Parts
+from psyche.training.zero.wire import Kind, Rows, Start
+
+STALL = timedelta(minutes=10)
+"""A collective that takes longer has lost a rank without a word."""
+
+
+class Trainer:
+    """One rank of an engine. All ranks call the same methods in the same order."""
+
+    def __init__(self, order: Start, flat: Tensor, store: str) -> None:
+        """``flat`` is the vector that all ranks see; ``store`` a file that they find each other by."""
+        torch.set_num_threads(order.threads)
+        kind = os.environ["DS_ACCELERATOR"]
+        self._rank, self._ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._device = torch.device("cpu" if kind == "cpu" else f"{kind}:{os.environ['LOCAL_RANK']}")
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        torch.distributed.init_process_group(
+            "nccl" if self._device.type == "cuda" else "gloo",
+            store=torch.distributed.FileStore(store, self._ranks),  # type: ignore[attr-defined]  # it is documented
+            rank=self._rank,
+            world_size=self._ranks,
+            timeout=STALL,
+        )
+        # Collectives over shared memory, compiled at the first start, which takes minutes and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        inner = config.Inner.model_validate_json(order.inner)
+        settings = deepspeed_settings(
+            stage=order.stage,
+            offload=order.offload,
+            clip=inner.clip,
+            autocast=pick_precision(order.precision, self._device),
+            elements=len(flat),
+            pin=self._device.type == "cuda",
+        )
+        model, layout = self._built(config.Model.model_validate_json(order.model), order.stage, settings)
+        self._engine, zero, *_ = deepspeed.initialize(
+            model=model, optimizer=_adamw(model, layout, inner), config=settings
+        )
+        self._groups = zero.optimizer.param_groups
+        self._flat = flat
+        self._shards = (ParameterShards if order.stage == 3 else OptimizerShards)(zero, model, layout)
+
+    def step(self, rows: Rows, total: int, lr: float) -> float:
+        """Forward and backward of this rank's sequences, then one step together. This rank's share of the mean loss."""
+        for group in self._groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), device=self._device)
+        for tokens, count in self._pieces(rows):
+            loss = self._loss(tokens) * (count / total)
+            self._engine.backward(loss * self._ranks)  # DeepSpeed takes the mean over the ranks
+            loss_sum += loss.detach()
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            raise PsycheError("a gradient became NaN or infinite: lower run.inner.lr or clip gradients")
+        return float(loss_sum)
+
+    @torch.no_grad()
+    def evaluate(self, rows: Rows) -> tuple[float, int]:
+        """Sum of the loss over the tokens predicted in this rank's sequences, and their number."""
+        self._engine.eval()
+        total, predicted = 0.0, 0
+        for tokens, count in self._pieces(rows):
+            loss = float(self._loss(tokens))  # a rank with nothing to do takes part: others may need its share
+            total += loss * count * (rows.length - 1)
+            predicted += count * (rows.length - 1)
+        self._engine.train()
+        return total, predicted
+
+    def read(self, kind: Kind) -> None:
+        """Copy what this rank holds to the shared vector."""
+        self._shards.read(kind, self._flat)
+
+    def write(self, kind: Kind, parts: Parts) -> None:
+        """Take what this rank holds from the shared vector."""
+        self._shards.write(kind, self._flat, parts)
+        if kind == "theta":
+            self._shards.publish()
+
+    def shift(self, parts: Parts) -> None:
+        """Add the shared vector to the parameters."""
+        self._shards.shift(self._flat, parts)
+        self._shards.publish()
+
+    def resume(self, steps: int) -> None:
+        """The optimizer stands after so many steps."""
+        self._shards.resume(steps)
+
+    def _built(self, spec: config.Model, stage: int, settings: dict[str, Any]) -> tuple[nn.Module, FlatLayout]:
+        """The model, its parameters of no account yet: they are written before anything is trained."""
+        whole: AbstractContextManager[Any] = nullcontext()
+        if stage == 3:  # cut up while it is built: no rank ever holds all of it
+            whole = deepspeed.zero.Init(config_dict_or_path=settings)  # a dtype given here becomes bf16 on a CPU
+        layout = FlatLayout.of_model(build(spec, device="meta"))
+        with whole:
+            model = build(spec, device=str(self._device))
+        return model.train(), layout
+
+    def _pieces(self, rows: Rows) -> Iterator[tuple[Tensor, int]]:
+        """Token ids of each forward pass, and how many of its sequences count."""
+        tokens = torch.from_numpy(np.frombuffer(rows.tokens, np.int64).copy()).view(-1, rows.length)
+        nothing = torch.zeros(1, rows.length, dtype=torch.int64)
+        for piece in torch.split(tokens, list(rows.pieces)):
+            yield (piece if len(piece) else nothing).to(self._device, non_blocking=True), len(piece)
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self._engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return loss
+
+
+def _adamw(model: nn.Module, layout: FlatLayout, inner: config.Inner) -> torch.optim.AdamW:
+    """TorchEngine's inner optimizer. A parameter that ZeRO 3 has cut up does not know that it is a matrix."""
+    matrices = {span.name for span in layout.spans if len(span.shape) >= 2}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if name in matrices], "weight_decay": inner.weight_decay},
+        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=inner.lr, betas=inner.betas, eps=inner.eps, fused=True)

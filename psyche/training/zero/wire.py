@@ -1,0 +1,106 @@
+"""What the leading process and its ranks say to each other: msgpack over a socket pair. Tensors go another way.
+
+Every rank answers every order with :class:`Done` or :class:`Failed`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Kind = Literal["theta", "exp_avg", "exp_avg_sq"]
+"""What the shared flat vector holds: the parameters, or one of AdamW's two moments of them."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Anything that is said."""
+
+
+class Start(Message, frozen=True):
+    """What a rank builds, and where. Model and inner are JSON, as the configuration writes them."""
+
+    model: str
+    inner: str
+    precision: str
+    stage: Literal[1, 2, 3]
+    offload: bool
+    """The optimizer, its state and the master weights lie in the machine's memory."""
+    threads: int
+
+
+class Rows(msgspec.Struct, frozen=True):
+    """One rank's part of a batch: token ids, int64 ``[sum(pieces), length]``."""
+
+    tokens: bytes
+    length: int
+    pieces: tuple[int, ...]
+    """Sequences of each forward pass: the same number of passes on every rank, a pass of none among them."""
+
+
+class Step(Message, frozen=True):
+    """One inner step."""
+
+    rows: Rows
+    total: int
+    """Sequences of the whole batch."""
+    lr: float
+
+
+class Evaluate(Message, frozen=True):
+    """The loss of the parameters as they are."""
+
+    rows: Rows
+
+
+class Read(Message, frozen=True):
+    """Copy what this rank holds of it into the shared vector."""
+
+    kind: Kind
+
+
+class Write(Message, frozen=True):
+    """Take what this rank holds of the ranges ``parts`` (start, stop) from the shared vector."""
+
+    kind: Kind
+    parts: tuple[tuple[int, int], ...]
+
+
+class Shift(Message, frozen=True):
+    """Add the shared vector to the parameters in the ranges ``parts``."""
+
+    parts: tuple[tuple[int, int], ...]
+
+
+class Resume(Message, frozen=True):
+    """The optimizer stands after so many steps; after none it has no state."""
+
+    steps: int
+
+
+class Stop(Message, frozen=True):
+    """End this process. Not answered."""
+
+
+Order = Start | Step | Evaluate | Read | Write | Shift | Resume | Stop
+
+
+class Done(Message, frozen=True):
+    """The order is carried out. For a batch: this rank's share of the loss, and of the predicted tokens."""
+
+    loss: float = 0.0
+    tokens: int = 0
+
+
+class Failed(Message, frozen=True):
+    """The order is not carried out, and this rank is of no more use."""
+
+    text: str
+    out_of_memory: bool = False
+
+
+Answer = Done | Failed
+
+encode = msgspec.msgpack.encode
+decode_order = msgspec.msgpack.Decoder(Order).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
