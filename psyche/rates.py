@@ -1,11 +1,13 @@
-"""How fast a line is, as people write it."""
+"""How fast a line is and how large a disk, as people write it."""
 
 from __future__ import annotations
 
 import re
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgKMG]?)((?i:bit)|B)(?:/s)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgtKMGT]?)(i?)[bB]")
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def bits_per_second(text: str) -> int:
@@ -21,3 +23,12 @@ def bits_per_second(text: str) -> int:
 def bytes_per_second(text: str | None) -> float | None:
     """The same as bytes a second; None, no limit, stays None."""
     return None if text is None else bits_per_second(text) / 8
+
+
+def byte_count(text: str) -> int:
+    """``20GB``, ``1.5 TB`` or ``512MiB`` as bytes. Raises ``ValueError``."""
+    match = _SIZE.fullmatch(text.strip())
+    size = round(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].lower()]) if match else 0
+    if size == 0:
+        raise ValueError(f"{text!r} is not a size such as 20GB or 512MiB")
+    return size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from psyche.config.base import Count, Strict
 
@@ -47,6 +47,15 @@ class NamedTokenizer(Strict):
     name: str
 
 
+Mirror = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(https?|s3|gs|hf)://[A-Za-z0-9._-]+(:\d+)?(/[A-Za-z0-9._~%@=+-]+)*/?$", max_length=512
+    ),
+]
+"""A public place with the files of a token store. Contributors' machines open it: no local files, no chained URLs."""
+
+
 class Data(Strict):
     """What the run trains on. The token store that comes of it is fixed by hash in the manifest."""
 
@@ -55,3 +64,6 @@ class Data(Strict):
     sequence_length: Annotated[int, Field(ge=8)] = 256
     heldout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.02
     max_documents: Count | None = None
+    mirrors: Annotated[tuple[Mirror, ...], Field(strict=False, max_length=8)] = ()
+    """Copies of the prepared store's directory, as fsspec URLs, that nodes fetch shards from before they ask each
+    other."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 
 from psyche.config.base import Count, Strict, validated
-from psyche.rates import bits_per_second
+from psyche.rates import bits_per_second, byte_count
 
 
 class Wandb(Strict):
@@ -26,7 +26,13 @@ def _rate(text: str) -> str:
     return text
 
 
+def _size(text: str) -> str:
+    byte_count(text)
+    return text
+
+
 Rate = Annotated[str, AfterValidator(_rate)]
+Size = Annotated[str, AfterValidator(_size)]
 
 
 class Node(Strict):
@@ -52,6 +58,12 @@ class Node(Strict):
     max_download: Rate | None = None
     """What this node fetches from others; the same."""
     cache: Path = Field(default=Path("~/.cache/psyche"), strict=False)
+    data_cache: Size = "20GB"
+    """Room in ``cache`` for shards fetched from elsewhere, of all runs together; those used longest ago make way. A
+    store that was prepared on this machine does not count."""
+    data_mirrors: tuple[str, ...] = Field(default=(), strict=False)
+    """Where this node looks for shards before anywhere else: directories, or fsspec URLs, with this machine's
+    credentials."""
     checkpoint_every: Count = 5
     """Rounds between checkpoints."""
     checkpoints_kept: Annotated[int, Field(ge=1)] = 3
