@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from typing_extensions import Buffer
 
@@ -18,9 +19,19 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def write_durably(path: Path, content: Buffer) -> None:
     """Replace ``path`` in one step: after a crash or power loss it holds the old content or the new, never a mix."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with durable_file(path) as file:
         file.write(content)
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """The same for content that comes piece by piece: a file that takes the place of ``path`` at the block's end.
+
+    ``path`` stays as it was where the block raises.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w+b") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

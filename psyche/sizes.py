@@ -1,4 +1,4 @@
-"""How much memory, as people write it."""
+"""How much memory or disk, as people write it."""
 
 from __future__ import annotations
 

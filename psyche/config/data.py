@@ -103,6 +103,15 @@ class NamedTokenizer(Strict):
     name: str
 
 
+Mirror = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(https?|s3|gs|hf)://[A-Za-z0-9._-]+(:\d+)?(/[A-Za-z0-9._~%@=+-]+)*/?$", max_length=512
+    ),
+]
+"""A public place with the files of a token store. Contributors' machines open it: no local files, no chained URLs."""
+
+
 class Data(Strict):
     """What the run trains on. The token store that comes of it is fixed by hash in the manifest."""
 
@@ -114,3 +123,6 @@ class Data(Strict):
     is left of one is filled up with its end token, on which nothing is learned."""
     heldout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.02
     max_documents: Count | None = None
+    mirrors: Annotated[tuple[Mirror, ...], Field(strict=False, max_length=8)] = ()
+    """Copies of the prepared store's directory, as fsspec URLs, that nodes fetch shards from before they ask each
+    other."""

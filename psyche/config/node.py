@@ -97,6 +97,12 @@ class Node(Strict):
     """Hours in which this node takes part, in local time, such as ``22:00-07:00``; always when absent."""
     idle_only: bool = False
     """Take part only while other programs leave this machine's CPUs and GPU alone."""
+    data_cache: Size = "20GB"
+    """Room in ``cache`` for shards fetched from elsewhere, of all runs together; those used longest ago make way. A
+    store that was prepared on this machine does not count."""
+    data_mirrors: tuple[str, ...] = Field(default=(), strict=False)
+    """Where this node looks for shards before anywhere else: directories, or fsspec URLs, with this machine's
+    credentials."""
     checkpoint_every: Count = 5
     """Rounds between checkpoints."""
     checkpoints_kept: Annotated[int, Field(ge=1)] = 3

@@ -110,6 +110,11 @@ def _fault(index: Index, data: bytes) -> str | None:
     for shard in shards:
         if shard.bytes != shard.sequences * index.sequence_bytes:
             return f"{shard.file} cannot hold {shard.sequences} sequences in {shard.bytes} bytes"
+    for split in (index.train, index.heldout):  # what protocol/assignment.py reckons with
+        if any(shard.sequences != split[0].sequences for shard in split[:-1]) or (
+            split and split[-1].sequences > split[0].sequences
+        ):
+            return "shards other than the last differ in size"
     for files in ([shard.file for shard in shards], [item.file for item in index.tokenizer]):
         if len(set(files)) != len(files):
             return "a file is listed twice"

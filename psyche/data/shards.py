@@ -39,8 +39,7 @@ def shard_name(split: str, number: int) -> str:
 
 def order(split: str, span: range, count: int) -> NDArray[np.int64]:
     """π: which of ``count`` staged sequences are at the places ``span`` of a split."""
-    key = int.from_bytes(digest("shuffle", split.encode())[:8], "little")
-    return permute(np.arange(span.start, span.stop, dtype=np.uint64), count, key, 0)
+    return permute(np.arange(span.start, span.stop, dtype=np.uint64), count, digest("shuffle", split.encode()))
 
 
 @dataclass(frozen=True)

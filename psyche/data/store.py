@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import fcntl
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,6 +16,7 @@ from psyche.data.index import DTYPES, FORMAT, MAX_INDEX_BYTES, Index, Shard, Tok
 from psyche.data.sources import absolute, meant_here
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root, digest
+from psyche.protocol.assignment import Shape
 
 INDEX = "index.json"
 TOKENIZER = "tokenizer"
@@ -28,63 +31,112 @@ def store_path(cache: Path, data: Data) -> Path:
     meant = meant_here(data.source)
     if isinstance(data.tokenizer, NamedTokenizer):
         meant.append(absolute(data.tokenizer.name))
-    recipe = msgspec.msgpack.encode([FORMAT, data.model_dump(mode="json"), meant], order="sorted")
+    words = data.model_dump(mode="json", exclude={"mirrors"})  # where it can be had does not change what it is
+    recipe = msgspec.msgpack.encode([FORMAT, words, meant], order="sorted")
     return cache.expanduser() / "data" / digest("store recipe", recipe).hex()[:16]
 
 
-class Split:
-    """The sequences of one split, numbered from 0."""
+Place = Callable[[Shard], Path]
+"""Where a copy of a shard would be."""
 
-    def __init__(self, directory: Path, index: Index, shards: tuple[Shard, ...]) -> None:
+
+class BadShard(PsycheError):
+    """No good copy of a shard is on this machine. ``corrupt`` are the bad ones that were found."""
+
+    def __init__(self, text: str, corrupt: tuple[Path, ...]) -> None:
+        super().__init__(text)
+        self.corrupt = corrupt
+
+
+class Split:
+    """The sequences of one split, numbered from 0. Not all of its shards need be here."""
+
+    def __init__(self, index: Index, shards: tuple[Shard, ...], places: Sequence[Place]) -> None:
         self.shards = shards
-        self._directory = directory
+        self.shape = Shape(sum(shard.sequences for shard in shards), shards[0].sequences if shards else 1)
         self._index = index
-        self._ends = np.cumsum([shard.sequences for shard in shards], dtype=np.int64)
-        self._mapped: dict[int, NDArray[np.unsignedinteger]] = {}
+        self._places = places
+        self._opened: dict[int, NDArray[np.unsignedinteger]] = {}
 
     def __len__(self) -> int:
         """Sequences in the split."""
-        return int(self._ends[-1]) if self.shards else 0
+        return self.shape.sequences
 
     def batch(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """Sequences ``indices``, in the order given: int64 ``[len(indices), sequence_length]``.
 
-        A shard is hashed at its first use in this process, then read through a memory map. Raises
-        :class:`PsycheError` for a shard that is missing or corrupt, :class:`IndexError` for an index outside the split.
+        A shard is opened at its first use. Raises :class:`BadShard` for one that is missing or corrupt, and
+        :class:`IndexError` for an index outside the split.
         """
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"sequences {wanted.min()}..{wanted.max()} asked of a split of {len(self)}")
         out = np.empty((len(wanted), self._index.sequence_length), dtype=np.int64)
-        shard_of = np.searchsorted(self._ends, wanted, side="right")
+        shard_of = wanted // self.shape.per_shard
         for number in np.unique(shard_of):
             rows = shard_of == number
-            first = self._ends[number] - self.shards[number].sequences
-            out[rows] = self._shard(int(number))[wanted[rows] - first]
+            out[rows] = self.open(int(number))[wanted[rows] - number * self.shape.per_shard]
         return out
 
-    def _shard(self, number: int) -> NDArray[np.unsignedinteger]:
-        if number not in self._mapped:  # two threads may both check it: wasteful once, never wrong
-            shard = self.shards[number]
-            self._mapped[number] = _map_checked(self._directory / shard.file, shard, self._index)
-        return self._mapped[number]
+    def open(self, number: int) -> NDArray[np.unsignedinteger]:
+        """Tokens ``[sequences, sequence_length]`` of a shard, memory-mapped. Hashed now, unless it is open already.
+
+        The first good copy counts. Nobody evicts it (``data/cache.py``) as long as it is open. Raises
+        :class:`BadShard` where there is none.
+        """
+        opened = self._opened.get(number)
+        if opened is None:  # two threads may both check it: wasteful once, never wrong
+            opened = self._opened[number] = self._check_places(self.shards[number])
+        return opened
+
+    def is_open(self, number: int) -> bool:
+        """Whether reading it needs no more checks."""
+        return number in self._opened
+
+    def close_all_but(self, numbers: Collection[int]) -> None:
+        """Let go of all other shards; who reads one meanwhile goes on reading."""
+        for number in set(self._opened).difference(numbers):
+            self._opened.pop(number, None)
+
+    def copies(self, number: int) -> list[Path]:
+        """Files that have the size of a shard and may be it."""
+        shard = self.shards[number]
+        return [path for place in self._places if is_of_size(path := place(shard), shard.bytes)]
+
+    def _check_places(self, shard: Shard) -> NDArray[np.unsignedinteger]:
+        faults, corrupt = [], []
+        for place in self._places:
+            path = place(shard)
+            try:
+                return _map_checked(path, shard, self._index)
+            except _Corrupt as error:
+                faults.append(str(error))
+                corrupt.append(path)
+            except _Missing as error:
+                faults.append(str(error))
+        raise BadShard("; ".join(faults), tuple(corrupt))
 
 
 class TokenStore:
     """A finished store. ``train`` and ``heldout`` are its splits; no document is in both."""
 
-    def __init__(self, path: Path, index: Index) -> None:
+    def __init__(self, path: Path, index: Index, places: Sequence[Place] = ()) -> None:
+        """``places`` are where training shards may be, besides ``path``."""
         self.path = path
         self.index = index
         self.root = index.root
         self.sequence_length = index.sequence_length
         self.vocab_size = index.vocab_size
-        self.train = Split(path, index, index.train)
-        self.heldout = Split(path, index, index.heldout)
+        self.train = Split(index, index.train, (*places, self.place))
+        self.heldout = Split(index, index.heldout, (self.place,))
         self._tokenizer_checked = False
 
+    def place(self, shard: Shard) -> Path:
+        """Where a shard is in a store that holds all of them."""
+        return self.path / shard.file
+
     @classmethod
-    def open(cls, path: Path, root: bytes | None = None) -> TokenStore:
+    def open(cls, path: Path, root: bytes | None = None, places: Sequence[Place] = ()) -> TokenStore:
         """Open the store in directory ``path``; no shard is read yet.
 
         Raises :class:`PsycheError` where there is none, its index is malformed, or its root is not ``root``.
@@ -102,7 +154,7 @@ class TokenStore:
                 f"the token store at {path} has root {index.root.hex()}, the run is fixed to {root.hex()}: it was "
                 "prepared from other text (another Python, changed files); copy the store of the run's author there"
             )
-        return cls(path, index)
+        return cls(path, index, places)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -126,7 +178,20 @@ class TokenStore:
         """Whether every file is there with its right size; reads none of them."""
         files = [(self.path / TOKENIZER / item.file, item.bytes) for item in self.index.tokenizer]
         files += [(self.path / shard.file, shard.bytes) for shard in self.index.train + self.index.heldout]
-        return all(file.is_file() and file.stat().st_size == size for file, size in files)
+        return all(is_of_size(file, size) for file, size in files)
+
+
+class _Corrupt(PsycheError):
+    """A file is not what it should be."""
+
+
+class _Missing(PsycheError):
+    """A file cannot be read."""
+
+
+def is_of_size(path: Path, size: int) -> bool:
+    """Whether a file is there, and so long."""
+    return path.is_file() and path.stat().st_size == size
 
 
 def _map_checked(path: Path, shard: Shard, index: Index) -> NDArray[np.unsignedinteger]:
@@ -143,17 +208,21 @@ def _map_checked(path: Path, shard: Shard, index: Index) -> NDArray[np.unsignedi
 
 
 def _check(path: Path, expected: Shard | TokenizerFile) -> NDArray[np.uint8]:
-    """The bytes of a file, memory-mapped, if they are the expected ones."""
+    """The bytes of a file, memory-mapped, if they are the expected ones. It is locked as being in use while mapped."""
     mend = "delete it and run `psyche data prepare` again"
     try:
-        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        with path.open("rb") as file:
+            with contextlib.suppress(OSError):  # not every file system has locks
+                # flock's lock is the open file's: the mapping holds a duplicate of the descriptor, and so the lock.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            raw = np.memmap(file, dtype=np.uint8, mode="r")
     except FileNotFoundError:
-        raise PsycheError(f"{path} is missing from the token store: run `psyche data prepare` again") from None
+        raise _Missing(f"{path} is missing from the token store: run `psyche data prepare` again") from None
     except ValueError:  # what mmap says of an empty file
-        raise PsycheError(f"{path} is empty, expected {expected.bytes} bytes: {mend}") from None
+        raise _Corrupt(f"{path} is empty, expected {expected.bytes} bytes: {mend}") from None
     except OSError as error:
-        raise PsycheError(f"cannot read {path} ({error.strerror}): check the disk, or {mend}") from error
+        raise _Missing(f"cannot read {path} ({error.strerror}): check the disk, or {mend}") from error
     found = blob_root(raw.data).hex()
     if found != expected.root:
-        raise PsycheError(f"{path} is corrupt (expected hash {expected.root}, found {found}): {mend}")
+        raise _Corrupt(f"{path} is corrupt (expected hash {expected.root}, found {found}): {mend}")
     return raw

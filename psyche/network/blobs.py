@@ -8,11 +8,13 @@ refuses. Requests may be sent ahead of the answers, so that the line is never id
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 from typing_extensions import Buffer
 
@@ -35,11 +37,15 @@ Read = Callable[[int], Buffer]
 """Number of a chunk -> its bytes. Runs on a worker thread; may raise OSError or LookupError when they are gone."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Entry:
-    index: BlobIndex
+    load: Callable[[], BlobIndex]
     read: Read
     live: bool
+
+    @cached_property
+    def index(self) -> BlobIndex:
+        return self.load()
 
 
 @dataclass(frozen=True)
@@ -85,16 +91,23 @@ class BlobServer:
         What ``read`` gives is checked before it is sent, so it may be live state: once that has moved on, callers
         hear that the chunk is not here.
         """
-        self._put(_Entry(index, read, live=True))
+        self._put(index.root, _Entry(lambda: index, read, live=True))
+
+    def add_unread(self, root: bytes, load: Callable[[], BlobIndex], read: Read) -> None:
+        """The same for a blob that nobody has hashed yet: ``load`` does, on a worker thread, when it is asked for.
+
+        ``load`` raises what ``read`` may where it is not here, or is another blob than ``root``.
+        """
+        self._put(root, _Entry(load, read, live=True))
 
     def add_blob(self, blob: Blob) -> None:
         """Serve a blob of the spool; chunks that arrive later, too, from then on."""
-        self._put(_Entry(blob.index, blob.__getitem__, live=False))
+        self._put(blob.index.root, _Entry(lambda: blob.index, blob.__getitem__, live=False))
 
     def add_bytes(self, data: bytes) -> bytes:
         """Serve a byte string, hashed here (so call it on a worker thread when it is large). Returns its root."""
         index, pieces = index_blob(data), list(chunked(data))
-        self._put(_Entry(index, pieces.__getitem__, live=False))
+        self._put(index.root, _Entry(lambda: index, pieces.__getitem__, live=False))
         return index.root
 
     def remove(self, root: bytes, read: Read | None = None) -> None:
@@ -114,8 +127,8 @@ class BlobServer:
         """Take back :meth:`add_blob`."""
         self.remove(blob.index.root, blob.__getitem__)
 
-    def _put(self, entry: _Entry) -> None:
-        self._entries.setdefault(entry.index.root, []).append(entry)
+    def _put(self, root: bytes, entry: _Entry) -> None:
+        self._entries.setdefault(root, []).append(entry)
 
     async def _serve(self, stream: Stream) -> None:
         """Answer one request after the other, until the caller hangs up."""
@@ -142,10 +155,7 @@ class BlobServer:
 
     def _answer(self, pipe: Pipe, request: Request) -> None:
         """Send what was asked for. Runs on a thread."""
-        entries = self._entries.get(request.root)
-        if not entries:
-            raise Refused("does not have it")
-        index = entries[-1].index
+        index = self._index(request.root)
         if any(number >= index.chunks for number in request.chunks):
             raise Refused("there are no such chunks")
         head = bytes([OK])
@@ -165,13 +175,20 @@ class BlobServer:
         seconds = time.monotonic() - started
         self._streams.traffic.measured(pipe.peer_id, down=False, count=sent, seconds=seconds)
 
+    def _index(self, root: bytes) -> BlobIndex:
+        """Raises :class:`Refused`."""
+        for entry in reversed(self._entries.get(root, [])):
+            with contextlib.suppress(OSError, LookupError):
+                return entry.index
+        raise Refused("does not have it")
+
     def _chunk(self, root: bytes, number: int) -> bytes | None:
         """A copy of one chunk (the original may change while it is sent), or None if it is not what it was."""
         for entry in reversed(self._entries.get(root, [])):
             try:
                 chunk = bytes(entry.read(number))
+                if not entry.live or entry.index.matches(number, chunk):
+                    return chunk
             except (OSError, LookupError):
                 continue
-            if not entry.live or entry.index.matches(number, chunk):
-                return chunk
         return None

@@ -26,7 +26,7 @@ from psyche.roles.checks import Finding, check_disk, check_rate, check_speed, ch
 from psyche.roles.peers import PEERS, PeerBook
 from psyche.roles.preflight import check_connection, check_machine, port_of
 from psyche.roles.presence import KINDS, sources
-from psyche.roles.provision import Found, fetch_manifest, file_sizes, find_store
+from psyche.roles.provision import Found, basis_of, fetch_manifest, find_store
 from psyche.telemetry.wording import size
 from psyche.training.choice import choose, make_engine
 from psyche.training.devices import pick_device
@@ -90,7 +90,7 @@ async def _visit(
         report(finding)
     try:
         manifest, _ = await fetch_manifest(network, invite.run_id, hosts)
-        found = await find_store(network, manifest, node.cache.expanduser(), hosts)
+        found = await find_store(network, manifest, node, hosts)
         machine = check_machine(manifest, node, directory, found)
     except PsycheError as error:
         report(Finding("run", "fail", "its manifest or text cannot be had", str(error)))
@@ -132,11 +132,12 @@ def _port(node: Node, running: bool) -> Finding:
 
 
 async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, hosts: list[str]) -> Finding:
-    """Fetch one file of the token store from peers, whole and verified, and throw it away."""
-    sizes = {root: count for root, count in file_sizes(found.store).items() if count <= FETCH_BYTES}
-    if not sizes:
+    """Fetch one file that every node has from peers, whole and verified, and throw it away."""
+    files = [item for item, _ in basis_of(found.store, manifest) if item.bytes <= FETCH_BYTES]
+    if not files:
         return Finding("transfer", "ok", f"not measured: every file of the text is above {size(FETCH_BYTES)}")
-    root, count = max(sizes.items(), key=lambda item: item[1])
+    largest = max(files, key=lambda item: item.bytes)
+    root, count = bytes.fromhex(largest.root), largest.bytes
     began, before = time.monotonic(), network.traffic.bytes_down
     try:
         with contextlib.suppress(TimeoutError):

@@ -31,7 +31,7 @@ def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found)
     kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))
     findings = [
         check_disk("checkpoints and payloads", directory, max(0, needs.directory - kept), "--directory"),
-        check_disk("the text", node.cache, found.missing, "node.cache"),
+        check_disk("the text", node.cache, found.missing, "node.cache, or allow it less with node.data_cache"),
         check_memory("memory", needs.host, available_memory(), "close other programs, or use a machine with more"),
     ]
     if needs.device:

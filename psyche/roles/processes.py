@@ -32,9 +32,19 @@ from psyche.roles.ports import keep_port, last_port
 from psyche.roles.preflight import check_machine, tell, warn_of_connection
 from psyche.roles.presence import KINDS, announce, sources
 from psyche.roles.probes import serve_probes
-from psyche.roles.provision import fetch_manifest, find_store, obtain_store, serve_file, serve_provisions, sign_manifest
+from psyche.roles.provision import (
+    fetch_manifest,
+    find_store,
+    obtain_basis,
+    serve_file,
+    serve_provisions,
+    shard_cache,
+    sign_manifest,
+)
 from psyche.roles.replica import Replica
 from psyche.roles.running import registered
+from psyche.roles.shards import ShardSupply
+from psyche.roles.suppliers import Suppliers, mirrors_of
 from psyche.roles.worker import Worker
 from psyche.state.checkpoint import load_latest
 from psyche.state.ledger import NAME as LEDGER
@@ -186,9 +196,9 @@ async def _take_part(
     hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
     manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
     log.emit(run_started(manifest))
-    found = await find_store(network, manifest, node.cache.expanduser(), hosts)
     choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size)
     log.emit(engine_chosen(choice))
+    found = await find_store(network, manifest, node, hosts)
     tell(check_machine(manifest, node, directory, found), warn)
     with disk_errors(directory, "--directory"):
         write_durably(directory / MANIFEST, manifest.encode())
@@ -196,13 +206,15 @@ async def _take_part(
     def downloading(received: int, total: int) -> None:
         log.emit(events.Downloading(what="the text to train on", received=received, total=total))
 
-    async def provide() -> None:
-        store = await obtain_store(network, found, hosts, downloading)
+    async def provide() -> ShardSupply:
+        suppliers = Suppliers(network, mirrors_of(manifest, node), hosts, warn)
+        await obtain_basis(found, manifest, suppliers, downloading)
         await serve_probes(network)
-        await serve_provisions(network, signed, store)
+        offers = await serve_provisions(network, signed, found.store)
+        return ShardSupply(manifest.run, found.store.train, shard_cache(node), suppliers, offers, log)
 
     making = asyncio.to_thread(_replica, manifest, found.store, node, choice, directory, identity, warn)
-    (replica, certificates), _ = await asyncio.gather(making, provide())
+    (replica, certificates), supply = await asyncio.gather(making, provide())
     wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
     if wandb is not None:
         log.subscribe(wandb)
@@ -211,7 +223,7 @@ async def _take_part(
         async with writing(ledger, warn) as writer:
             await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
             last = certificates[-1] if certificates else None
-            await Worker(replica, node, directory, identity, network, log, writer, last, farewell).run()
+            await Worker(replica, node, directory, identity, network, log, writer, last, farewell, supply).run()
     finally:
         if wandb is not None:
             await asyncio.to_thread(wandb.close)

@@ -7,21 +7,24 @@ import contextlib
 import mmap
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from psyche.config import Manifest
-from psyche.data.index import MAX_INDEX_BYTES, decode_index
-from psyche.data.store import INDEX, TOKENIZER, TokenStore, store_path
-from psyche.durable import disk_errors, write_durably
+from psyche.config import Manifest, Node
+from psyche.data.cache import ShardCache
+from psyche.data.index import MAX_INDEX_BYTES, Shard, TokenizerFile, decode_index
+from psyche.data.store import INDEX, TOKENIZER, Place, Split, TokenStore, is_of_size, store_path
+from psyche.durable import disk_errors, durable_file, write_durably
 from psyche.errors import PsycheError
-from psyche.network.fetch import fetch
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused, Unreachable, Violation
-from psyche.numerics.digest import CHUNK, index_blob
+from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
+from psyche.roles.suppliers import Suppliers
+from psyche.sizes import byte_count
 
 MAX_MANIFEST = 1 << 20
 CALL_SECONDS = 15.0
@@ -30,16 +33,42 @@ DOMAIN = "manifest"
 T = TypeVar("T")
 
 
-async def serve_provisions(network: NetworkNode, manifest: bytes, store: TokenStore) -> None:
-    """Serve the signed manifest (as received), the token store's index, and its files as blobs."""
+async def serve_provisions(network: NetworkNode, manifest: bytes, store: TokenStore) -> ShardOffers:
+    """Serve the signed manifest (as received), the token store's index, and as blobs what is here of its files."""
 
     async def give_index(peer: str, request: bytes) -> bytes:
         return store.index.encode()
 
     await serve_manifest(network, manifest)
     await network.rpc.serve("store", give_index, max_request=0)
-    for path, root in _files(store):
-        await asyncio.to_thread(serve_file, network, path, root)
+    for item in store.index.tokenizer:
+        serve_file(network, store.path / TOKENIZER / item.file, bytes.fromhex(item.root))
+    for shard in store.index.heldout:
+        serve_file(network, store.place(shard), bytes.fromhex(shard.root))
+    offers = ShardOffers(network, store.train)
+    await asyncio.to_thread(offers.add_all)
+    return offers
+
+
+class ShardOffers:
+    """The training shards that this node gives to others: each as long as a copy of it is here."""
+
+    def __init__(self, network: NetworkNode, split: Split) -> None:
+        self._network, self._split = network, split
+        self._offered: set[int] = set()
+
+    def add_all(self) -> None:
+        """Offer all that are here now."""
+        for number in range(len(self._split.shards)):
+            if self._split.copies(number):
+                self.add(number)
+
+    def add(self, number: int) -> None:
+        """Offer a shard; no more than an entry in a table, until somebody asks for it."""
+        if number not in self._offered:
+            self._offered.add(number)
+            root = bytes.fromhex(self._split.shards[number].root)
+            _serve(self._network, root, lambda: self._split.copies(number)[0])
 
 
 async def serve_manifest(network: NetworkNode, manifest: bytes) -> None:
@@ -83,89 +112,111 @@ def check_manifest(data: bytes, run_id: bytes) -> Manifest:
 
 @dataclass(frozen=True)
 class Found:
-    """The run's token store: on this machine, or what is known of it and how many bytes are still to be fetched."""
+    """The run's token store: what of it is on this machine, and how many bytes of disk the rest may take."""
 
     store: TokenStore
     encoded: bytes | None
-    """Its index as it came, until everything is here."""
+    """Its index as it came, until what every node needs is here."""
     missing: int
 
 
-async def find_store(network: NetworkNode, manifest: Manifest, cache: Path, sources: Sequence[str]) -> Found:
-    """The store in the cache if it is there; its index from ``sources`` otherwise."""
-    with contextlib.suppress(PsycheError):
-        return Found(local_store(manifest, cache), None, 0)
-    root = bytes.fromhex(manifest.resolved.store)
+async def find_store(network: NetworkNode, manifest: Manifest, node: Node, sources: Sequence[str]) -> Found:
+    """The store as far as it is here; its index from ``sources`` where not even that is."""
+    cache = shard_cache(node)
+    places = shard_places(node, cache)
+    encoded = None
+    try:
+        store = local_store(manifest, node.cache.expanduser(), places)
+    except PsycheError:
+        root = bytes.fromhex(manifest.resolved.store)
+        encoded = await _fetch_index(network, root, sources)
+        index = decode_index(encoded, "the token store's index")
+        store = TokenStore(_fetched_path(node.cache.expanduser(), root), index, places)
+    return Found(store, encoded, await asyncio.to_thread(_missing, store, manifest, cache))
 
+
+def _missing(store: TokenStore, manifest: Manifest, cache: ShardCache) -> int:
+    basis = sum(item.bytes for item, path in basis_of(store, manifest) if not is_of_size(path, item.bytes))
+    shards = sum(shard.bytes for number, shard in enumerate(store.train.shards) if not store.train.copies(number))
+    return basis + min(shards, cache.room())
+
+
+async def _fetch_index(network: NetworkNode, root: bytes, sources: Sequence[str]) -> bytes:
     async def ask(peer: str) -> bytes:
         data = await network.rpc.call(peer, "store", b"", timeout=CALL_SECONDS, max_reply=MAX_INDEX_BYTES)
-        index = decode_index(data, f"what {peer} sent")
-        if index.root != root:
+        if decode_index(data, f"what {peer} sent").root != root:
             raise Violation("its token store is not the run's")
         return data
 
-    encoded = await _first(sources, ask, "the token store's index")
-    store = TokenStore(_fetched_path(cache, root), decode_index(encoded, "the token store's index"))
-    sizes = file_sizes(store)
-    return Found(store, encoded, sum(sizes[file] for path, file in _files(store) if not _is_here(path, sizes[file])))
+    return await _first(sources, ask, "the token store's index")
 
 
-async def obtain_store(
-    network: NetworkNode,
+def basis_of(store: TokenStore, manifest: Manifest) -> list[tuple[Shard | TokenizerFile, Path]]:
+    """What every node holds of a store, whatever it trains on: the tokenizer, and the held-out text that it judges."""
+    files: list[tuple[Shard | TokenizerFile, Path]] = []
+    files += [(item, store.path / TOKENIZER / item.file) for item in store.index.tokenizer]
+    count = -(-min(manifest.run.heldout_sequences, len(store.heldout)) // store.heldout.shape.per_shard)
+    return files + [(shard, store.place(shard)) for shard in store.index.heldout[:count]]
+
+
+async def obtain_basis(
     found: Found,
-    sources: Sequence[str],
+    manifest: Manifest,
+    suppliers: Suppliers,
     progress: Callable[[int, int], None] = lambda received, total: None,
-) -> TokenStore:
-    """What :func:`find_store` found, complete: file by file from ``sources``.
+) -> None:
+    """Complete what every node holds of the store; ``progress`` gets bytes received and bytes in all.
 
-    ``progress`` gets bytes received and bytes in all. What was fetched before an interruption is kept.
+    What was fetched before an interruption is kept. Raises :class:`PsycheError`.
     """
-    if found.encoded is not None:
-        path = found.store.path
-        with disk_errors(path):
-            await _fetch_files(network, found.store, sources, progress)
-            write_durably(path / INDEX, found.encoded)
-    return found.store
+    if found.encoded is None:
+        return
+    store, received = found.store, 0
+    files = basis_of(store, manifest)
+    total = sum(item.bytes for item, _ in files)
+    with disk_errors(store.path):
+        for item, path in files:
+            if not is_of_size(path, item.bytes):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with durable_file(path) as file:
+                    name = path.relative_to(store.path).as_posix()
+                    await suppliers.fetch(item, name, file.fileno(), lambda count: progress(received + count, total))  # noqa: B023  # called within the loop
+            received += item.bytes
+            progress(received, total)
+        write_durably(store.path / INDEX, found.encoded)
 
 
-def file_sizes(store: TokenStore) -> dict[bytes, int]:
-    """Root -> bytes of every file of a store but its index."""
-    index = store.index
-    sizes = {bytes.fromhex(item.root): item.bytes for item in index.tokenizer}
-    return sizes | {bytes.fromhex(shard.root): shard.bytes for shard in (*index.train, *index.heldout)}
+def local_store(manifest: Manifest, cache: Path, places: Sequence[Place] = ()) -> TokenStore:
+    """The run's token store on this machine, prepared or fetched: all of it that does not change from round to round.
 
-
-def _is_here(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-def local_store(manifest: Manifest, cache: Path) -> TokenStore:
-    """The run's token store on this machine, prepared or fetched. Raises :class:`PsycheError` if it is not here."""
+    Raises :class:`PsycheError` if that is not here.
+    """
     root = bytes.fromhex(manifest.resolved.store)
     for path in (store_path(cache, manifest.run.data), _fetched_path(cache, root)):
         with contextlib.suppress(PsycheError):  # not there, or prepared here from other text than the run's
-            store = TokenStore.open(path, root)
-            if store.whole():
+            store = TokenStore.open(path, root, places)
+            if all(is_of_size(file, item.bytes) for item, file in basis_of(store, manifest)):
                 return store
     raise PsycheError(f"the run's token store is not under {cache}: join the run once to fetch it")
 
 
+def shard_cache(node: Node) -> ShardCache:
+    """Where this machine keeps shards that were fetched, of all runs."""
+    return ShardCache(node.cache.expanduser() / "data" / "shards", byte_count(node.data_cache))
+
+
+def shard_places(node: Node, cache: ShardCache) -> tuple[Place, ...]:
+    """Where shards may be on this machine, besides a store that was prepared here."""
+    directories = [Path(text).expanduser() for text in node.data_mirrors if "://" not in text]
+    return (cache.place, *(partial(_named_in, directory) for directory in directories))
+
+
+def _named_in(directory: Path, shard: Shard) -> Path:
+    return directory / shard.file
+
+
 def _fetched_path(cache: Path, root: bytes) -> Path:
     return cache / "data" / f"run-{root.hex()[:16]}"
-
-
-async def _fetch_files(
-    network: NetworkNode, store: TokenStore, sources: Sequence[str], progress: Callable[[int, int], None]
-) -> None:
-    sizes, received = file_sizes(store), 0
-    for path, root in _files(store):
-        size = sizes[root]
-        if not _is_here(path, size):
-            data = await fetch(network, root, sources=sources, size=size, max_size=size)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            await asyncio.to_thread(write_durably, path, bytes(data))
-        received += size
-        progress(received, sum(sizes.values()))
 
 
 async def _first(sources: Sequence[str], ask: Callable[[str], Awaitable[T]], what: str) -> T:
@@ -182,23 +233,24 @@ async def _first(sources: Sequence[str], ask: Callable[[str], Awaitable[T]], wha
     )
 
 
-def _files(store: TokenStore) -> list[tuple[Path, bytes]]:
-    """Path and root of every file of a store but its index."""
-    index = store.index
-    files = [(store.path / TOKENIZER / item.file, bytes.fromhex(item.root)) for item in index.tokenizer]
-    return files + [(store.path / s.file, bytes.fromhex(s.root)) for s in (*index.train, *index.heldout)]
-
-
 def serve_file(network: NetworkNode, path: Path, root: bytes) -> None:
     """Serve a file as a blob without keeping it in memory. One whose content is not ``root`` is not served."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        index = index_blob(content)
-    if index.root != root:
-        return
+    _serve(network, root, lambda: path)
+
+
+def _serve(network: NetworkNode, root: bytes, find: Callable[[], Path]) -> None:
+    """``find`` raises ``LookupError`` where the file is not here now."""
+
+    def load() -> BlobIndex:
+        with find().open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            index = index_blob(content)
+        if index.root != root:
+            raise LookupError("the file is another, or corrupt")
+        return index
 
     def read(number: int) -> bytes:
-        with path.open("rb") as file:
+        with find().open("rb") as file:
             file.seek(number * CHUNK)
             return file.read(CHUNK)
 
-    network.blobs.add(index, read)
+    network.blobs.add_unread(root, load, read)

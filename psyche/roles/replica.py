@@ -14,7 +14,7 @@ from math import sqrt
 import torch
 
 from psyche.config import Manifest
-from psyche.data.store import TokenStore
+from psyche.data.store import BadShard, TokenStore
 from psyche.errors import PsycheError
 from psyche.numerics.aggregate import Gradient, decoded, gathered, reduce_slice
 from psyche.numerics.backends.base import Backend
@@ -125,8 +125,9 @@ class Replica:
         fragment.
 
         Calls ``progress(step, loss, lr)`` after each inner step. Once ``enough()`` is true the steps taken so far, if
-        there are any, are all that this contribution has. Raises :class:`Interrupted` once ``stop()`` is true, and
-        :class:`Exploded`.
+        there are any, are all that this contribution has; so it is where the text of a step cannot be had. Raises
+        :class:`Interrupted` once ``stop()`` is true, :class:`Exploded`, and :class:`BadShard` where no step could be
+        taken.
         """
         member = plan.member(self.node)
         assert member is not None, "only members train"
@@ -139,7 +140,12 @@ class Replica:
                 raise Interrupted
             if steps.losses and enough():
                 break
-            self._step(steps, plan, step, self.global_step(plan) + step)
+            try:
+                self._step(steps, plan, step, self.global_step(plan) + step)
+            except BadShard:
+                if not steps.losses:
+                    raise
+                break
             progress(step, steps.losses[-1], steps.lr)
         done = len(steps.losses)
         self.engine.read(self._snapshot)
@@ -169,7 +175,7 @@ class Replica:
     def step_late(self, plan: Plan) -> bool:
         """One inner step of the next round while ``plan``'s, for which this node has trained, is on the wire.
 
-        False, and nothing done, where the run allows no more of them or has no next round.
+        False, and nothing done, where the run allows no more of them, has no next round, or their text is not here.
         """
         steps, member = self._steps, plan.member(self.node)
         if steps is None or steps.based or member is None or steps.late >= self.run.overlap.late_steps:
@@ -177,7 +183,10 @@ class Replica:
         if plan.round == self.run.rounds.total:
             return False
         at = plan.round * self.run.rounds.inner_steps + steps.late  # in the schedule: a step of the next round
-        self._step(steps, plan, member.inner_steps + steps.late, at)
+        try:
+            self._step(steps, plan, member.inner_steps + steps.late, at)
+        except BadShard:
+            return False
         steps.late += 1
         return True
 
@@ -261,10 +270,10 @@ class Replica:
         if step == 0:
             self.engine.write(self.outer.theta)
         batch, train = self.run.inner.batch_size, self.store.train
-        start = int.from_bytes(digest("warm up", self.node.encode())[:6], "little") + step * batch
+        start = self.chain.position + step * batch  # of what the run trains on next, which is here
         at = self.chain.rounds * self.run.rounds.inner_steps
         lr = learning_rate(self.run.inner, at, self.run.total_steps, self.engine.steps)
-        self.engine.step(train.batch(sequences(range(start, start + batch), len(train), self.run.seed)), lr)
+        self.engine.step(train.batch(sequences(range(start, start + batch), train.shape, self.run.seed)), lr)
 
     @property
     def warm_up_steps(self) -> int:
@@ -335,7 +344,7 @@ class Replica:
         if self._dealt is None or self._dealt[0] is not plan:
             self._dealt = plan, positions(plan, self.node, batch, self.run.overlap.late_steps)
         span = self._dealt[1][step * batch : (step + 1) * batch]
-        tokens = train.batch(sequences(span, len(train), self.run.seed))
+        tokens = train.batch(sequences(span, train.shape, self.run.seed))
         steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps, self.engine.steps)
         steps.losses.append(self.engine.step(tokens, steps.lr))
         steps.trace.saw(tokens)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
+from psyche.data.store import BadShard
 from psyche.roles.replica import Replica
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
@@ -45,4 +46,7 @@ class WarmUp:
         if steps:
             self._log.emit(events.PhaseChanged(round=self._replica.chain.rounds + 1, phase="warming"))
         for step in range(steps):
-            await self._on_trainer(lambda: self._replica.warm_up(step))  # noqa: B023  # awaited within the loop
+            try:
+                await self._on_trainer(lambda: self._replica.warm_up(step))  # noqa: B023  # awaited within the loop
+            except BadShard:
+                return  # its text is not here yet

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from psyche.config import Node
+from psyche.data.store import BadShard
 from psyche.errors import PsycheError
 from psyche.exchange.base import Exchange, Wire
 from psyche.exchange.gather import Gather
@@ -53,6 +54,7 @@ from psyche.roles.metrics import Meter, metrics_event
 from psyche.roles.remainder import Remainder
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
+from psyche.roles.shards import Supply
 from psyche.roles.voter import Voter
 from psyche.roles.warmup import WarmUp
 from psyche.state.checkpoint import Checkpoint, save
@@ -81,9 +83,10 @@ class Worker:
         ledger: LedgerWriter,
         certificate: bytes | None = None,
         farewell: Farewell | None = None,
+        supply: Supply | None = None,
     ) -> None:
         """``certificate`` is that of the last round applied, where the replica comes from a checkpoint; ``farewell``
-        will say that this node is to leave."""
+        will say that this node is to leave; ``supply`` has the text here, unless it all is."""
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
@@ -111,6 +114,7 @@ class Worker:
         )
         self._late: asyncio.Task[None] | None = None
         """Inner steps of the next round, while this one is on the wire."""
+        self._supply = supply or Supply()
         self._warm_up = WarmUp(replica, self._on_trainer, log)
         self._meter = Meter()
         self._remainder = Remainder(lambda: self._client.board)
@@ -127,6 +131,7 @@ class Worker:
             self._wire.serve(index)
         await self._catch_up.recover(self.ledger)
         await serve_history(self.network, self.ledger)
+        self._supply.begin(self.replica.chain.position)
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         leaving = asyncio.create_task(self._departure.run(working))
@@ -146,6 +151,7 @@ class Worker:
             for halt in (self._halt_late, self._warm_up.halt):
                 with contextlib.suppress(PsycheError):  # of an engine that is gone, which is known by now
                     await halt()
+            await self._supply.close()
             await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._departure.tell()
             await asyncio.to_thread(self._trainer.shutdown)
@@ -160,6 +166,7 @@ class Worker:
             await self._halt_late()
             if behind(board, replica.chain):
                 await self._catch_up.synchronise(board)
+                self._supply.begin(replica.chain.position)
                 if replica.chain.rounds and not behind(board, replica.chain):
                     self._warm_up.start()
             elif board.phase == Phase.FINISHED:
@@ -257,11 +264,16 @@ class Worker:
 
     async def _train(self, plan: Plan) -> Work | None:
         """The inner steps, and the commitment to them; None where the round closed before we were done."""
+        await self._supply.ready(plan, self.identity.peer_id, lambda: self._closed_to_me(plan))
         self.log.emit(events.PhaseChanged(round=plan.round, phase="training"))
         try:
             work = await self._on_trainer(self._train_blocking, plan)
         except Interrupted:
             self._warn(f"round {plan.round} closed before this node was done; it follows the others")
+            self._departure.end()
+            return None
+        except BadShard as error:
+            self._warn(f"this node takes no part in round {plan.round}, whose text it does not have: {error}")
             self._departure.end()
             return None
         self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))

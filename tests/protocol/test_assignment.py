@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche.protocol.assignment import next_position, permute, positions, sequences
+from psyche.numerics.digest import digest
+from psyche.protocol.assignment import Shape, next_position, permute, positions, sequences, shards
 from psyche.protocol.messages import Member, Plan
 from tests.protocol.players import nodes
 
@@ -23,7 +24,7 @@ def plan_of(quotas: dict[str, int], seed: bytes = b"s" * 32, position: int = 0) 
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
-    return permute(np.arange(count, dtype=np.uint64), count, seed, epoch).tolist()
+    return permute(np.arange(count, dtype=np.uint64), count, digest("test", bytes([seed % 256, epoch % 256]))).tolist()
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -50,29 +51,71 @@ def test_the_order_mixes() -> None:
 @given(count=st.integers(1, 2**62), value=st.data(), seed=st.integers(0, 2**63 - 1))
 def test_large_counts_stay_in_range(count: int, value: st.DataObject, seed: int) -> None:
     at = value.draw(st.integers(0, count - 1))
-    assert 0 <= int(permute(np.array([at], np.uint64), count, seed, 0)[0]) < count
+    key = digest("test", seed.to_bytes(8, "little"))
+    assert 0 <= int(permute(np.array([at], np.uint64), count, key)[0]) < count
+
+
+SHAPES = st.builds(Shape, st.integers(1, 300), st.integers(1, 400).map(lambda n: min(n, 300)))
 
 
 @LIMITS
 @given(
-    count=st.integers(1, 300),
+    shape=SHAPES,
     start=st.integers(0, 2000),
     length=st.integers(0, 700),
     cut=st.floats(0, 1),
     seed=st.integers(0, 9),
 )
-def test_a_piece_of_a_longer_range_is_the_same(count: int, start: int, length: int, cut: float, seed: int) -> None:
-    whole = sequences(range(start, start + length), count, seed)
+def test_a_piece_of_a_longer_range_is_the_same(shape: Shape, start: int, length: int, cut: float, seed: int) -> None:
+    whole = sequences(range(start, start + length), shape, seed)
     middle = start + int(length * cut)
-    pieces = [sequences(range(start, middle), count, seed), sequences(range(middle, start + length), count, seed)]
+    pieces = [sequences(range(start, middle), shape, seed), sequences(range(middle, start + length), shape, seed)]
     assert np.concatenate(pieces).tolist() == whole.tolist()
-    one_by_one = [int(sequences(range(p, p + 1), count, seed)[0]) for p in range(start, start + min(length, 30))]
+    one_by_one = [int(sequences(range(p, p + 1), shape, seed)[0]) for p in range(start, start + min(length, 30))]
     assert one_by_one == whole[:30].tolist()
+
+
+@LIMITS
+@given(shape=SHAPES, seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**20))
+def test_an_epoch_has_every_sequence_once(shape: Shape, seed: int, epoch: int) -> None:
+    first = epoch * shape.sequences
+    got = sequences(range(first, first + shape.sequences), shape, seed).tolist()
+    assert sorted(got) == list(range(shape.sequences))
+
+
+@LIMITS
+@given(shape=SHAPES, start=st.integers(0, 2000), length=st.integers(0, 700), seed=st.integers(0, 9))
+def test_the_shards_of_a_stretch_are_those_of_its_sequences_in_order(
+    shape: Shape, start: int, length: int, seed: int
+) -> None:
+    span = range(start, start + length)
+    needed = [int(one) // shape.per_shard for one in sequences(span, shape, seed)]
+    assert shards(span, shape, seed) == list(dict.fromkeys(needed))
+
+
+@LIMITS
+@given(shape=SHAPES, seed=st.integers(0, 9))
+def test_an_epoch_is_done_with_a_shard_before_it_takes_up_the_next(shape: Shape, seed: int) -> None:
+    needed = sequences(range(shape.sequences), shape, seed) // shape.per_shard
+    assert np.count_nonzero(np.diff(needed)) == -(-shape.sequences // shape.per_shard) - 1
+
+
+def test_a_stretch_no_longer_than_a_shard_is_in_two_of_them() -> None:
+    shape = Shape(40 * 64, 64)
+    assert max(len(shards(range(at, at + 64), shape, 3)) for at in range(6000)) == 2
+
+
+def test_each_epoch_has_another_order_of_shards_and_in_each_shard_another() -> None:
+    shape = Shape(64 * 16, 64)
+    epochs = [sequences(range(n * 1024, (n + 1) * 1024), shape, 5).reshape(16, 64) for n in range(2)]
+    assert (epochs[0][:, 0] // 64).tolist() != (epochs[1][:, 0] // 64).tolist()
+    within = {tuple((row % 64).tolist()) for epoch in epochs for row in epoch}
+    assert len(within) == 32
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 100])
 def test_epochs_follow_each_other(count: int) -> None:
-    got = sequences(range(3 * count), count, 5).tolist()
+    got = sequences(range(3 * count), Shape(count, 40), 5).tolist()
     for epoch in range(3):
         assert sorted(got[epoch * count : (epoch + 1) * count]) == list(range(count))
     if count >= 64:
@@ -104,7 +147,7 @@ def test_members_share_out_the_stretch_without_overlap(
 def test_within_an_epoch_no_sequence_goes_to_two_members() -> None:
     members = nodes(8)
     plan = plan_of(dict.fromkeys(members, 5), position=1000)
-    got = [sequences(positions(plan, node, 4, 0), 4096, 3).tolist() for node in members]
+    got = [sequences(positions(plan, node, 4, 0), Shape(4096, 100), 3).tolist() for node in members]
     assert len({one for piece in got for one in piece}) == 8 * 5 * 4
 
 

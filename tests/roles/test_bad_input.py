@@ -25,7 +25,15 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Attestation, Commitment, Leave, Present, Vote
 from psyche.roles.presence import KINDS
 from psyche.roles.provision import serve_provisions, sign_manifest
-from psyche.telemetry.events import Checkpointed, Rejected, RoundCertified, RoundStarted, RunFinished, RunStarted
+from psyche.telemetry.events import (
+    Checkpointed,
+    Notice,
+    Rejected,
+    RoundCertified,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+)
 from tests.roles.swarm import PATIENCE, swarm
 from tests.roles.tiny import certified_roots, write_config
 
@@ -122,7 +130,7 @@ class TestDisks:
         words = said(psyche("coordinator", str(config), "--directory", str(tmp_path / "c")))
         assert "no space left" in words
 
-    def test_a_corrupt_shard(self, tmp_path: Path) -> None:
+    def test_a_corrupt_shard_that_nobody_has_whole(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=1, rounds=FOREVER)
         with swarm(tmp_path / "run", config) as run:
             run.coordinator()
@@ -132,8 +140,9 @@ class TestDisks:
             content[len(content) // 2] ^= 1
             shard.write_bytes(content)
             run.node("node-1")
-            assert run.join("node-1") == 1
-            assert re.search(r"psyche: .*train-00000.bin is corrupt", run.output("node-1"))
+            run.wait("node-1", Notice, lambda event: "train-00000.bin is corrupt, so" in event.text)
+            run.wait("node-1", Notice, lambda event: "takes no part in round 1" in event.text)
+            assert not run.events("node-1", RoundCertified)
 
     def test_a_corrupt_checkpoint_is_named_and_passed_over(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=2, rounds=FOREVER | {"start_members": 2})

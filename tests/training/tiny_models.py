@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from psyche import config
+from psyche.protocol.assignment import Shape
 from psyche.training.models import build
 
 LENGTH = 16
@@ -45,6 +46,7 @@ class Sequences:
         # Skewed, so that there is something to learn.
         draws = np.random.default_rng(seed).geometric(0.02, (count, LENGTH))
         self._tokens = np.minimum(draws, VOCABULARY - 1).astype(np.int64)
+        self.shape = Shape(count, count)
 
     def __len__(self) -> int:
         return len(self._tokens)

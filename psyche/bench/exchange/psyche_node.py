@@ -31,6 +31,7 @@ from psyche.network.node import NetworkNode
 from psyche.numerics.aggregate import Gradient
 from psyche.numerics.flat import ALIGNMENT, FlatLayout
 from psyche.numerics.outer import OuterState
+from psyche.protocol.assignment import Shape
 from psyche.protocol.messages import Record
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.ledger import LedgerWriter
@@ -253,6 +254,7 @@ class _NoText:
 
     def __init__(self) -> None:
         self.train = self.heldout = self
+        self.shape = Shape(1, 1)
 
     def __len__(self) -> int:
         return 1
