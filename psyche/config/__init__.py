@@ -10,8 +10,8 @@ from psyche.config.data import BpeTokenizer, Data, HubSource, NamedTokenizer, St
 from psyche.config.files import Config, load_config, load_node
 from psyche.config.manifest import MANIFEST, Manifest, Resolved
 from psyche.config.model import Model
-from psyche.config.node import Node, Wandb, override_node
-from psyche.config.run import CodecSpec, Deadlines, ExchangeSpec, Inner, Outer, Overlap, Rounds, Run
+from psyche.config.node import Node, PrivateData, Wandb, override_node
+from psyche.config.run import CodecSpec, Deadlines, ExchangeSpec, Federated, Inner, Outer, Overlap, Rounds, Run
 
 __all__ = [
     "MANIFEST",
@@ -21,6 +21,7 @@ __all__ = [
     "Data",
     "Deadlines",
     "ExchangeSpec",
+    "Federated",
     "HubSource",
     "Inner",
     "Manifest",
@@ -29,6 +30,7 @@ __all__ = [
     "Node",
     "Outer",
     "Overlap",
+    "PrivateData",
     "Resolved",
     "Rounds",
     "Run",

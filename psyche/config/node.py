@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from psyche.config.base import Count, Strict, validated
+from psyche.config.base import Count, Positive, Strict, validated
 from psyche.rates import bits_per_second
 
 
@@ -19,6 +20,23 @@ class Wandb(Strict):
     entity: str | None = None
     own_run: bool = False
     """Also log this node's own run, in the training run's group."""
+
+
+class PrivateData(Strict):
+    """Text that this machine trains on instead of the run's, and that stays here; and what may be learned of it.
+
+    Whatever the others see of all rounds of the run together is (``epsilon``, ``delta``)-differentially private
+    (``training/privacy.py`` says what that protects).
+    """
+
+    path: Annotated[Path, Field(strict=False)]
+    """A directory of UTF-8 files, each a document, and ``.jsonl`` files, each line one by its field ``text``."""
+    epsilon: Positive
+    """The privacy budget. Once it is spent this node leaves the run."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
+    noise_multiplier: Positive | None = None
+    """Standard deviation of the noise over the sensitivity. None: what makes the budget last for all of the run's
+    rounds; less noise spends it in fewer."""
 
 
 def _rate(text: str) -> str:
@@ -56,6 +74,13 @@ class Node(Strict):
     """Rounds between checkpoints."""
     checkpoints_kept: Annotated[int, Field(ge=1)] = 3
     wandb: Wandb = Wandb()
+    private: PrivateData | None = None
+
+    @model_validator(mode="after")
+    def _silent(self) -> Self:
+        if self.private is not None and self.wandb.own_run:
+            raise ValueError("wandb.own_run sends losses on private data to W&B: leave out one of the two")
+        return self
 
 
 def override_node(
@@ -66,8 +91,9 @@ def override_node(
     port: int | None = None,
     max_upload: str | None = None,
     max_download: str | None = None,
+    private: Mapping[str, Any] | None = None,
 ) -> Node:
-    """``node`` with what was said on the command line in place of what its file says."""
+    """``node`` with what was said on the command line in place of what its file says; None says nothing."""
     changes: dict[str, Any] = {}
     if device is not None:
         changes["device"] = device
@@ -77,6 +103,8 @@ def override_node(
         changes["max_upload"] = max_upload
     if max_download is not None:
         changes["max_download"] = max_download
+    if told := {name: value for name, value in (private or {}).items() if value is not None}:
+        changes["private"] = ({} if node.private is None else node.private.model_dump()) | told
     if port is not None:
         changes["listen"] = [address.rpartition("/tcp/")[0] + f"/tcp/{port}" for address in node.listen]
     return validated(Node, node.model_dump() | changes, "command line")

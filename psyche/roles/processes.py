@@ -31,6 +31,7 @@ from psyche.roles.peers import PEERS, PeerBook, remember
 from psyche.roles.ports import keep_port, last_port
 from psyche.roles.preflight import check_machine, tell, warn_of_connection
 from psyche.roles.presence import KINDS, announce, sources
+from psyche.roles.private import check_private, open_private
 from psyche.roles.probes import serve_probes
 from psyche.roles.provision import fetch_manifest, find_store, obtain_store, serve_file, serve_provisions, sign_manifest
 from psyche.roles.replica import Replica
@@ -183,6 +184,7 @@ async def _take_part(
     hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
     manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
     log.emit(run_started(manifest))
+    budget = await asyncio.to_thread(check_private, manifest, node, directory)
     found = await find_store(network, manifest, node.cache.expanduser(), hosts)
     tell(check_machine(manifest, node, directory, found), warn)
     with disk_errors(directory, "--directory"):
@@ -198,6 +200,9 @@ async def _take_part(
 
     making = asyncio.to_thread(_replica, manifest, found.store, node, directory, identity, warn)
     (replica, certificates), _ = await asyncio.gather(making, provide())
+    if budget is not None:
+        replica.private = await asyncio.to_thread(open_private, manifest, node, directory, found.store, budget)
+        log.emit(replica.private.account(replica.chain.rounds))
     wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
     if wandb is not None:
         log.subscribe(wandb)
