@@ -112,7 +112,7 @@ def _rounds_table(story: Story) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("record", no_wrap=True)
     table.add_column("state root", no_wrap=True)
-    table.add_column("left out")
+    table.add_column("remarks")
     for round in story.rounds:
         accepted = [part.tokens for part in round.members if part.tokens is not None]
         table.add_row(
@@ -127,7 +127,7 @@ def _rounds_table(story: Story) -> Table:
 
 
 def _remarks(round: Round) -> str:
-    """Who was left out and why, who was outvoted, and whether the round was closed by survivors alone."""
+    """Who was left out and why, who was outvoted, whose data are private, whether survivors alone closed the round."""
     from rich.markup import escape
 
     from psyche.telemetry.wording import clean, peer_name
@@ -135,6 +135,8 @@ def _remarks(round: Round) -> str:
     lines = ["reconfiguration"] if round.reconfiguration else []
     lines += [f"{peer_name(p.node)}: {clean(p.reason or 'no reason given')}" for p in round.members if p.tokens is None]
     lines += [f"{peer_name(part.node)}: outvoted on a result" for part in round.members if part.minority]
+    if private := [peer_name(part.node) for part in round.members if part.private]:
+        lines.append(f"private data, unaudited: {', '.join(private)}")
     return escape("\n".join(lines))
 
 
@@ -147,12 +149,12 @@ def _totals_table(story: Story) -> Table:
     title = f"in all of {story.held:,} rounds"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("node", no_wrap=True)
-    for heading in ("accepted", "tokens", "payloads"):
+    for heading in ("accepted", "tokens", "unaudited", "payloads"):
         table.add_column(heading, justify="right")
     for node, total in story.totals.items():
-        table.add_row(
-            peer_name(node), f"{total.accepted:,}/{total.rounds:,}", f"{total.tokens:,}", size(total.payload_bytes)
-        )
+        unaudited = f"{total.unaudited:,}" if total.unaudited else ""
+        rounds = f"{total.accepted:,}/{total.rounds:,}"
+        table.add_row(peer_name(node), rounds, f"{total.tokens:,}", unaudited, size(total.payload_bytes))
     return table
 
 

@@ -29,6 +29,8 @@ Port = Annotated[
     ),
 ]
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
+PRIVATE = "Private data (federated mode)"
+"""The heading of these options in the help."""
 Directory = Annotated[
     Path | None,
     typer.Option(help="Where this process keeps its key, log and checkpoints.", show_default=False),
@@ -86,8 +88,45 @@ def join(
         bool | None,
         typer.Option("--idle-only", help="Only while other programs leave CPUs and GPU alone.", show_default=False),
     ] = None,
+    private_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train on the text in this directory instead of the run's: of .jsonl files the field text, other "
+            "files as they are. It stays here.",
+            rich_help_panel=PRIVATE,
+            show_default=False,
+        ),
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="The most that may be learned of the text in all rounds together; at 1 little, above 10 much. Once it "
+            "is spent this node leaves.",
+            rich_help_panel=PRIVATE,
+            show_default=False,
+        ),
+    ] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability that more is learned; 1e-6 if not given.", rich_help_panel=PRIVATE, show_default=False
+        ),
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None,
+        typer.Option(
+            help="Noise over sensitivity; by default what makes the budget last for the whole run.",
+            rich_help_panel=PRIVATE,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Join a run with this machine, and train until it ends.
+
+    With --private-data, all that leaves this machine of its text is one clipped and noised pseudo-gradient a round.
+    Together they are (ε, δ)-differentially private for the directory as a whole, and so for every document in it.
+    No text is sent, and no hash, size or loss of it. Not hidden is that this node takes part, when, and how fast.
+    The same text in another run, or from another --directory, has another budget: what can be learned adds up.
 
     Ctrl-C hands in what can be handed in within 5 seconds and leaves; a second one ends at once. `psyche leave`
     finishes the round first. The same line comes back.
@@ -106,6 +145,12 @@ def join(
         max_gpu_memory=max_gpu_memory,
         schedule=schedule,
         idle_only=idle_only,
+        private={
+            "path": private_data,
+            "epsilon": epsilon,
+            "delta": delta,
+            "noise_multiplier": noise_multiplier,
+        },
     )
     run_node(read_invite(invite), settings, directory)
 

@@ -21,8 +21,8 @@ from psyche.config.data import (
 from psyche.config.files import Config, load_config, load_node
 from psyche.config.manifest import MANIFEST, Manifest, Resolved
 from psyche.config.model import Model
-from psyche.config.node import DeepSpeed, Node, Wandb, override_node
-from psyche.config.run import CodecSpec, Deadlines, ExchangeSpec, Inner, Outer, Overlap, Rounds, Run
+from psyche.config.node import DeepSpeed, Node, PrivateData, Wandb, override_node
+from psyche.config.run import CodecSpec, Deadlines, ExchangeSpec, Federated, Inner, Outer, Overlap, Rounds, Run
 
 __all__ = [
     "MANIFEST",
@@ -33,6 +33,7 @@ __all__ = [
     "Deadlines",
     "DeepSpeed",
     "ExchangeSpec",
+    "Federated",
     "Filter",
     "HubSource",
     "Inner",
@@ -44,6 +45,7 @@ __all__ = [
     "Node",
     "Outer",
     "Overlap",
+    "PrivateData",
     "Resolved",
     "Rounds",
     "Run",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
-from psyche.config.base import Count, Strict, validated
+from psyche.config.base import Count, Positive, Strict, validated
 from psyche.hours import Hours
 from psyche.rates import bits_per_second
 from psyche.sizes import byte_count
@@ -32,6 +33,23 @@ class DeepSpeed(Strict):
     """``cpu``: the optimizer, its state and the fp32 weights that it steps lie in the machine's memory."""
     ranks: Count | None = None
     """Processes where the CPU trains. GPUs have one each: ``gpus`` says which."""
+
+
+class PrivateData(Strict):
+    """Text that this machine trains on instead of the run's, and that stays here; and what may be learned of it.
+
+    Whatever the others see of all rounds of the run together is (``epsilon``, ``delta``)-differentially private
+    (``training/privacy.py`` says what that protects).
+    """
+
+    path: Annotated[Path, Field(strict=False)]
+    """A directory of UTF-8 files, each a document, and ``.jsonl`` files, each line one by its field ``text``."""
+    epsilon: Positive
+    """The privacy budget. Once it is spent this node leaves the run."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
+    noise_multiplier: Positive | None = None
+    """Standard deviation of the noise over the sensitivity. None: what makes the budget last for all of the run's
+    rounds; less noise spends it in fewer."""
 
 
 def _rate(text: str) -> str:
@@ -107,6 +125,13 @@ class Node(Strict):
     """Rounds between checkpoints."""
     checkpoints_kept: Annotated[int, Field(ge=1)] = 3
     wandb: Wandb = Wandb()
+    private: PrivateData | None = None
+
+    @model_validator(mode="after")
+    def _silent(self) -> Self:
+        if self.private is not None and self.wandb.own_run:
+            raise ValueError("wandb.own_run sends losses on private data to W&B: leave out one of the two")
+        return self
 
 
 def override_node(
@@ -121,8 +146,9 @@ def override_node(
     max_gpu_memory: str | None = None,
     schedule: str | None = None,
     idle_only: bool | None = None,
+    private: Mapping[str, Any] | None = None,
 ) -> Node:
-    """``node`` with what was said on the command line in place of what its file says."""
+    """``node`` with what was said on the command line in place of what its file says; None says nothing."""
     said: dict[str, Any] = {
         "device": device,
         "gpus": gpus,
@@ -134,6 +160,8 @@ def override_node(
         "idle_only": idle_only,
     }
     changes = {field: value for field, value in said.items() if value is not None}
+    if told := {name: value for name, value in (private or {}).items() if value is not None}:
+        changes["private"] = ({} if node.private is None else node.private.model_dump()) | told
     if port is not None:
         changes["listen"] = [address.rpartition("/tcp/")[0] + f"/tcp/{port}" for address in node.listen]
     return validated(Node, node.model_dump() | changes, "command line")

@@ -110,6 +110,19 @@ class Overlap(Strict):
     late_steps: Annotated[int, Field(ge=0)] = 0
 
 
+class Federated(Strict):
+    """That nodes may train on data of their own, which stay where they are (DESIGN §9), and what this counts.
+
+    Both are fixed for all: a clipping norm that followed the data would say something of them.
+    """
+
+    clip: Positive
+    """L2 norm that a node's pseudo-gradient is clipped to before noise in proportion to it is added. The median of what
+    they have is a good one (Andrew et al., arXiv 1905.03871, §3); ``psyche report`` shows that of a public run."""
+    max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Of an outer step's weight, the most that such contributions have together. 1: they count like any other."""
+
+
 class Rounds(Strict):
     """How many rounds, of how many inner steps (H), among how many members."""
 
@@ -142,6 +155,8 @@ class Run(Strict):
     rounds: Rounds = Rounds()
     exchange: ExchangeSpec = ExchangeSpec()
     overlap: Overlap = Overlap()
+    federated: Federated | None = None
+    """None: the run takes no contributions from private data."""
     deadlines: Deadlines = Deadlines()
     standbys: Annotated[tuple[PeerId, ...], Field(strict=False, max_length=15)] = ()
     """PeerIDs of coordinators that take over, in this order, when the one that launches the run is gone."""
@@ -168,6 +183,11 @@ class Run(Strict):
                 f"data.tokenizer.vocab_size ({wanted.vocab_size})"
             )
         return self
+
+    @property
+    def private_share(self) -> float:
+        """The most weight that contributions from private data have together; 0 where none are taken."""
+        return 0.0 if self.federated is None else self.federated.max_share
 
     @property
     def result_codec(self) -> str:

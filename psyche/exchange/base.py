@@ -99,8 +99,9 @@ def taken(record: Record) -> Mapping[bytes, int]:
 class Exchange(ABC):
     """One round's exchange at one member. Payloads are those of the round's fragment, a chunk for each slice."""
 
-    def __init__(self, wire: Wire, plan: Plan, shape: Shape) -> None:
-        self.wire, self.plan, self.shape = wire, plan, shape
+    def __init__(self, wire: Wire, plan: Plan, shape: Shape, private_share: float) -> None:
+        """``private_share`` is that of ``protocol/weights.py``."""
+        self.wire, self.plan, self.shape, self.private_share = wire, plan, shape, private_share
         self.members = [member.node for member in plan.members]
         self.others: Sequence[str] = ()
         """Who may have what the round took besides its members, once it is over: those who followed it."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from psyche.exchange.base import Exchange
 from psyche.numerics.aggregate import Gradient, gathered
 from psyche.protocol.messages import Contribution, Record
+from psyche.protocol.weights import weights
 
 
 class Gather(Exchange):
@@ -26,5 +27,5 @@ class Gather(Exchange):
 
     async def prepare(self, record: Record) -> Gradient:
         await asyncio.gather(*(self.collect(one.node, one.contribution) for one in record.accepted))
-        tokens = {one.node: one.contribution.tokens for one in record.accepted}
-        return gathered(self.shape.codec, tokens, self.payloads)
+        given = {one.node: one.contribution for one in record.accepted}
+        return gathered(self.shape.codec, weights(given, self.private_share), self.payloads)

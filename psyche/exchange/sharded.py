@@ -18,13 +18,14 @@ from psyche.numerics.aggregate import Gradient, decoded, gathered, reduce_slice
 from psyche.numerics.codecs.base import Codec
 from psyche.protocol.messages import Contribution, Plan, Record, Reducing
 from psyche.protocol.reduction import Draw
+from psyche.protocol.weights import weights
 
 
 class Sharded(Exchange):
     """Some reduce each group of slices; who, the board shows."""
 
-    def __init__(self, wire: Wire, plan: Plan, shape: Shape, result_codec: Codec) -> None:
-        super().__init__(wire, plan, shape)
+    def __init__(self, wire: Wire, plan: Plan, shape: Shape, private_share: float, result_codec: Codec) -> None:
+        super().__init__(wire, plan, shape, private_share)
         self._result_codec = result_codec
         self._draw: Draw | None = None
         self._reduced_in: dict[int, int] = {}
@@ -50,7 +51,8 @@ class Sharded(Exchange):
     async def reduce(self, reducing: Reducing, given: Mapping[str, Contribution]) -> Mapping[int, bytes]:
         draw, groups = self._draw, self.due(reducing)
         assert draw is not None
-        gradient = gathered(self.shape.codec, {node: given[node].tokens for node in reducing.selected}, self.payloads)
+        selected = {node: given[node] for node in reducing.selected}
+        gradient = gathered(self.shape.codec, weights(selected, self.private_share), self.payloads)
         found = {}
         for group in groups:
             parts = await asyncio.to_thread(self._add_up, gradient, draw.slices_of(group))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -25,7 +24,7 @@ class Chunks(Protocol):
 def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tensor) -> None:
     """``out ← Σ weight · D(payload)`` over one range, in the order given, as separate multiplies and adds.
 
-    ``payloads`` are (weight, slice) pairs in ascending node id; weights are fp32 values from :func:`share`.
+    ``payloads`` are (weight, slice) pairs in ascending node id; weights are fp32 values from ``numerics/shares.py``.
     Raises ``MalformedPayload``; ``out`` is then undefined.
     """
     out.zero_()
@@ -33,12 +32,14 @@ def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tenso
         codec.decode_add(payload, weight, out)
 
 
-def gathered(codec: Codec, tokens: Mapping[str, int], payloads: Mapping[str, Chunks]) -> Gradient:
-    """The mean of ``payloads`` by node id, weighted by ``tokens``: slice i of the gradient from slice i of each."""
-    weights = shares(tokens)
+def gathered(codec: Codec, weights: Mapping[str, float], payloads: Mapping[str, Chunks]) -> Gradient:
+    """The sum of ``payloads`` by node id, times ``weights``: slice i of the gradient from slice i of each.
+
+    Weights are fp32 values from ``numerics/shares.py``, of whom to add up and of nobody else.
+    """
 
     def gradient(number: int, out: Tensor) -> None:
-        aggregate(codec, ((weight, payloads[node][number]) for node, weight in weights.items()), out)
+        aggregate(codec, ((weights[node], payloads[node][number]) for node in sorted(weights)), out)
 
     return gradient
 
@@ -62,24 +63,3 @@ def reduce_slice(gradient: Gradient, result_codec: Codec, number: int, count: in
     gradient(number, total)
     most = torch.finfo(torch.float32).max
     return result_codec.encode(total.clamp_(-most, most), torch.zeros_like(total), None, 0.0)
-
-
-def shares(parts: Mapping[str, int]) -> dict[str, float]:
-    """Each node's :func:`share` of the sum of all ``parts``, in ascending order of node id."""
-    total = sum(parts.values())
-    return {node: share(parts[node], total) for node in sorted(parts)}
-
-
-def share(part: int, whole: int) -> float:
-    """``part / whole`` as the nearest fp32 value (ties to even), rounded once from the exact quotient.
-
-    Needs 0 ≤ part ≤ whole, whole > 0. Rounding through fp64 would round twice.
-    """
-    if part == 0:
-        return 0.0
-    exact = Fraction(part, whole)
-    exponent = exact.numerator.bit_length() - exact.denominator.bit_length()
-    if exact < Fraction(2) ** exponent:
-        exponent -= 1
-    ulp = Fraction(2) ** (max(exponent, -126) - 23)  # 23 fraction bits; −126 is the least normal exponent
-    return float(round(exact / ulp) * ulp)  # Fraction rounds half to even

@@ -108,6 +108,16 @@ class FlatLayout:
                 units.append((layer, range(span.start, stop)))
         return [unit for _, unit in units]
 
+    def within(self, part: slice) -> Iterator[slice]:
+        """The ranges of ``part`` that hold parameters: without the padding."""
+        first = bisect_right(self.spans, part.start, key=lambda span: span.start) - 1
+        for span in self.spans[max(0, first) :]:
+            if span.start >= part.stop:
+                return
+            start, stop = max(span.start, part.start), min(span.stop, part.stop)
+            if start < stop:
+                yield slice(start, stop)
+
     def name_at(self, position: int) -> str:
         """The tensor that position ``position`` of the flat vector belongs to."""
         return self.spans[bisect_right(self.spans, position, key=lambda span: span.start) - 1].name

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from psyche.protocol.assignment import next_position
 from psyche.protocol.deadlines import WINDOW
-from psyche.protocol.messages import Contribution, Member, Plan, Record
+from psyche.protocol.messages import WITHHELD, Contribution, Member, Plan, Record
 from psyche.protocol.quotas import done_in, measured
 from psyche.protocol.reduction import Draw
 from psyche.protocol.state import (
@@ -152,7 +152,17 @@ def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribu
         return "the tokens claimed are not those of the inner steps claimed"
     if given.payload_bytes > rules.payload_bytes:
         return "the payload is larger than the codec can make it"
-    return None
+    return _private_fault(rules, given)
+
+
+def _private_fault(rules: Rules, given: Contribution) -> str | None:
+    """Why a contribution's label cannot be right, or None: who shows no hashes cannot be audited, and is capped."""
+    shown = given.data_digest, given.trace_root
+    if not given.private:
+        return "it names no data or no trace, and is not labelled as private" if WITHHELD in shown else None
+    if not rules.private_share:
+        return "this run takes no contributions from private data"
+    return "it is from private data, and shows more of them than it may" if {*shown} != {WITHHELD} else None
 
 
 def _accept(state: State, event: Submission, now: float) -> State:

@@ -87,6 +87,10 @@ class Plan(Message, frozen=True):
         return next((m for m in self.members if m.node == node), None)
 
 
+WITHHELD = digest("withheld")
+"""In place of a hash that would say something of private data: who guesses a text could compare hashes."""
+
+
 class Contribution(Body, frozen=True):
     """A node's work in one round. Its hash is committed before it is shown (DESIGN §6)."""
 
@@ -94,7 +98,9 @@ class Contribution(Body, frozen=True):
 
     base_root: Hash
     data_digest: Hash
+    """Of the sequences trained on; :data:`WITHHELD` where ``private``."""
     trace_root: Hash
+    """Of the parameters at the trace points; :data:`WITHHELD` where ``private``."""
     payload_root: Hash
     """Address of the payload: a blob with a chunk for each slice, so that this message has one size for any model."""
     payload_bytes: Positive
@@ -103,6 +109,8 @@ class Contribution(Body, frozen=True):
     late_steps: Natural
     """How many of the inner steps were taken before the outer step of the round before was known."""
     tokens: Positive
+    private: bool
+    """Trained on the node's own data, which nobody can check: its weight is capped (``protocol/weights.py``)."""
     salt: Hash
 
     def commitment(self, node: str, run_id: bytes, round: int) -> bytes:
@@ -326,7 +334,8 @@ class Metrics(Body, frozen=True):
 
     DOMAIN = "metrics"
 
-    train_loss: float
+    train_loss: float | None
+    """None where it is of private data."""
     heldout_loss_sum: float
     heldout_tokens: Natural
     tokens: Natural

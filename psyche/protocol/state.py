@@ -51,6 +51,8 @@ class Rules:
     spread: float
     probation: int
     """Accepted contributions before a node has a vote."""
+    private_share: float
+    """Of an outer step's weight, the most that contributions from private data have together; 0: none are taken."""
     coordinators: int
     """Of the manifest. A term belongs to the one at place ``term % coordinators``, so that no two share one."""
 

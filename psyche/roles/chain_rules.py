@@ -32,5 +32,6 @@ def chain_rules(manifest: Manifest) -> Rules:
         silence=run.deadlines.silence,
         spread=run.deadlines.spread,
         probation=run.rounds.probation,
+        private_share=run.private_share,
         coordinators=len(manifest.resolved.coordinators),
     )

@@ -86,6 +86,10 @@ class Departure:
         """Within seconds."""
         return self._farewell.quickly
 
+    def decide(self) -> None:
+        """This node leaves of its own accord, after the round it is in. On the event loop."""
+        self._farewell.ask(quickly=False)
+
     def begin(self, plan: Plan) -> None:
         """This node trains for the round of ``plan``."""
         self._plan, self._began, self._sealed = plan, time.monotonic(), False

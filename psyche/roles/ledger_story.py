@@ -21,6 +21,8 @@ class Part(msgspec.Struct):
     tokens: int | None
     inner_steps: int | None
     payload_bytes: int | None
+    private: bool
+    """Trained on data of its own, which nobody can audit."""
     reason: str | None
     minority: bool
 
@@ -44,6 +46,8 @@ class Total(msgspec.Struct):
     accepted: int = 0
     """Rounds that took its contribution."""
     tokens: int = 0
+    unaudited: int = 0
+    """Those among the tokens that were private data."""
     payload_bytes: int = 0
 
 
@@ -103,8 +107,8 @@ def _record(ledger: Ledger, entry: Entry) -> Record:
 
 def _round(entry: Entry, record: Record) -> Round:
     members = [
-        Part(node, votes, tokens, steps, payload_bytes, reason, bool(minority))
-        for _, node, votes, _, tokens, steps, payload_bytes, reason, minority in member_rows(record)
+        Part(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(minority))
+        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, minority in member_rows(record)
     ]
     root = None if entry.state_root is None else entry.state_root.hex()
     return Round(entry.round, record.hash.hex(), root, record.reconfiguration, members)
@@ -117,6 +121,7 @@ def _add(totals: dict[str, Total], round: Round) -> None:
         if part.tokens is not None:
             total.accepted += 1
             total.tokens += part.tokens
+            total.unaudited += part.tokens * part.private
             total.payload_bytes += part.payload_bytes or 0
 
 

@@ -50,7 +50,7 @@ class Meter:
         self._up, self._down = traffic.bytes_up, traffic.bytes_down
         done = work.contribution if work else None
         return Metrics(
-            train_loss=work.loss if work else 0.0,
+            train_loss=_told_loss(work),
             heldout_loss_sum=heldout[0],
             heldout_tokens=heldout[1],
             tokens=done.tokens if done else 0,
@@ -65,6 +65,12 @@ class Meter:
             bytes_down=down,
             payload_bytes=done.payload_bytes if done else 0,
         )
+
+
+def _told_loss(work: Work | None) -> float | None:
+    if work is None:
+        return 0.0
+    return None if work.contribution.private else work.loss
 
 
 def metrics_event(node: str, round: int, body: Metrics) -> events.MemberMetrics:

@@ -31,6 +31,7 @@ from psyche.roles.peers import PEERS, PeerBook, remember
 from psyche.roles.ports import keep_port, last_port
 from psyche.roles.preflight import check_machine, tell, warn_of_connection
 from psyche.roles.presence import KINDS, announce, sources
+from psyche.roles.private import check_private, open_private
 from psyche.roles.probes import serve_probes
 from psyche.roles.provision import (
     fetch_manifest,
@@ -199,6 +200,7 @@ async def _take_part(
     choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size)
     log.emit(engine_chosen(choice))
     found = await find_store(network, manifest, node, hosts)
+    budget = await asyncio.to_thread(check_private, manifest, node, directory)
     tell(check_machine(manifest, node, directory, found), warn)
     with disk_errors(directory, "--directory"):
         write_durably(directory / MANIFEST, manifest.encode())
@@ -215,6 +217,9 @@ async def _take_part(
 
     making = asyncio.to_thread(_replica, manifest, found.store, node, choice, directory, identity, warn)
     (replica, certificates), supply = await asyncio.gather(making, provide())
+    if budget is not None:
+        replica.private = await asyncio.to_thread(open_private, manifest, node, directory, found.store, budget)
+        log.emit(replica.private.account(replica.chain.rounds))
     wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
     if wandb is not None:
         log.subscribe(wandb)

@@ -33,6 +33,7 @@ from psyche.protocol.state import (
     State,
     Voted,
 )
+from psyche.protocol.weights import weights
 from psyche.roles.replica import Replica, Work
 from psyche.roles.rules import rules_of
 
@@ -159,8 +160,8 @@ def _reduced(
     if not plan.reducers:
         return {}
     replica, draw = replicas[min(replicas)], machine.draw
-    tokens = {node: work.contribution.tokens for node, work in works.items()}
-    mean = gathered(replica.codec, tokens, {node: work.payload for node, work in works.items()})
+    parts = weights({node: work.contribution for node, work in works.items()}, replica.run.private_share)
+    mean = gathered(replica.codec, parts, {node: work.payload for node, work in works.items()})
     counts = [part.stop - part.start for part in replica.slices_of(plan.round)]
     result_codec = replica.backend.codec(replica.run.result_codec)
 

@@ -25,9 +25,11 @@ from psyche.numerics.outer import OuterState
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.assignment import next_position, positions, sequences
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.training.engine import Engine
+from psyche.protocol.weights import weights
+from psyche.roles.private import Private
+from psyche.training.engine import Batch, Engine
 from psyche.training.schedules import learning_rate
-from psyche.verification.traces import Trace
+from psyche.verification.traces import Trace, Withheld
 
 Slices = Sequence[bytes]
 """The encoded slices of one contribution, in the order of ``FlatLayout.fragments()``."""
@@ -110,6 +112,9 @@ class Replica:
         self.residual = torch.zeros_like(self.outer.theta) if self.codec.error_feedback else None
         self._dealt: tuple[Plan, range] | None = None
         """This node's positions of the data in the round that it trains for."""
+        self.private: Private | None = None
+        """The node's own text, if it trains on that (federated mode). Then every round starts from θ, and is seen of
+        outside only as what was clipped, noised and paid for."""
 
     # ------------------------------------------------------------------------------- one round
 
@@ -126,14 +131,16 @@ class Replica:
 
         Calls ``progress(step, loss, lr)`` after each inner step. Once ``enough()`` is true the steps taken so far, if
         there are any, are all that this contribution has; so it is where the text of a step cannot be had. Raises
-        :class:`Interrupted` once ``stop()`` is true, :class:`Exploded`, and :class:`BadShard` where no step could be
-        taken.
+        :class:`Interrupted` once ``stop()`` is true, :class:`Exploded`, :class:`BadShard` where no step could be taken,
+        and :class:`~psyche.state.budget.Spent` where private data may not be trained on any more.
         """
         member = plan.member(self.node)
         assert member is not None, "only members train"
+        if self.private is not None:
+            self.private.require()
         if self._steps is None:
             self.engine.write(self.outer.theta)
-            self._steps = Steps()
+            self._steps = Steps() if self.private is None else Steps(Withheld())
         steps, self._steps = self._steps, None
         for step in range(steps.late, member.inner_steps):
             if stop():
@@ -150,8 +157,12 @@ class Replica:
         done = len(steps.losses)
         self.engine.read(self._snapshot)
         end = steps.trace.mark(done, self._snapshot)
+        if self.private is not None:
+            parts = [used for part in self.slices_of(plan.round) for used in self.engine.layout.within(part)]
+            self.private.conceal(self.outer.theta, self._snapshot, parts)
         payload = self._encode(plan.round)
-        self._steps = Steps(Trace(end if self._overlaps else None))
+        if self.private is None:
+            self._steps = Steps(Trace(end if self._overlaps else None))
         contribution = Contribution(
             base_root=plan.base_root,
             data_digest=steps.trace.data_digest,
@@ -161,6 +172,7 @@ class Replica:
             inner_steps=done,
             late_steps=steps.late,
             tokens=done * self.run.tokens_per_step,
+            private=self.private is not None,
             salt=self._salt(plan),
         )
         loss = sum(steps.losses) / len(steps.losses)
@@ -242,8 +254,8 @@ class Replica:
     def gradient_of(self, record: Record, payloads: Mapping[str, Slices]) -> Gradient:
         """The outer gradient, aggregated from the payloads of all that ``record`` accepted; if the round is sharded,
         as everybody decodes it from its encoded result."""
-        tokens = {one.node: one.contribution.tokens for one in record.accepted}
-        mean = gathered(self.codec, tokens, payloads)
+        given = {one.node: one.contribution for one in record.accepted}
+        mean = gathered(self.codec, weights(given, self.run.private_share), payloads)
         if not record.plan.reducers:
             return mean
         result_codec, parts = self.backend.codec(self.run.result_codec), self.slices_of(record.plan.round)
@@ -269,10 +281,13 @@ class Replica:
         """
         if step == 0:
             self.engine.write(self.outer.theta)
-        batch, train = self.run.inner.batch_size, self.store.train
-        start = self.chain.position + step * batch  # of what the run trains on next, which is here
         at = self.chain.rounds * self.run.rounds.inner_steps
         lr = learning_rate(self.run.inner, at, self.run.total_steps, self.engine.steps)
+        batch, train = self.run.inner.batch_size, self.store.train
+        if self.private is not None:
+            self.engine.step(self.private.batch(batch), lr)
+            return
+        start = self.chain.position + step * batch  # of what the run trains on next, which is here
         self.engine.step(train.batch(sequences(range(start, start + batch), train.shape, self.run.seed)), lr)
 
     @property
@@ -340,14 +355,20 @@ class Replica:
 
     def _step(self, steps: Steps, plan: Plan, step: int, global_step: int) -> None:
         """One inner step on the data of step ``step`` of this node in round ``plan``."""
-        batch, train = self.run.inner.batch_size, self.store.train
-        if self._dealt is None or self._dealt[0] is not plan:
-            self._dealt = plan, positions(plan, self.node, batch, self.run.overlap.late_steps)
-        span = self._dealt[1][step * batch : (step + 1) * batch]
-        tokens = train.batch(sequences(span, train.shape, self.run.seed))
+        tokens = self._batch(plan, step)
         steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps, self.engine.steps)
         steps.losses.append(self.engine.step(tokens, steps.lr))
         steps.trace.saw(tokens)
+
+    def _batch(self, plan: Plan, step: int) -> Batch:
+        """The sequences of that step: of this node's part of the run's data, or of its own."""
+        size, train = self.run.inner.batch_size, self.store.train
+        if self.private is not None:
+            return self.private.batch(size)
+        if self._dealt is None or self._dealt[0] is not plan:
+            self._dealt = plan, positions(plan, self.node, size, self.run.overlap.late_steps)
+        span = self._dealt[1][step * size : (step + 1) * size]
+        return train.batch(sequences(span, train.shape, self.run.seed))
 
     def _stand_at(self, record: Record | None, changed: Sequence[slice] | None) -> None:
         """Take up a place in the chain, with an outer state that differs from the last one in ``changed`` only."""

@@ -57,6 +57,7 @@ from psyche.roles.rules import rules_of
 from psyche.roles.shards import Supply
 from psyche.roles.voter import Voter
 from psyche.roles.warmup import WarmUp
+from psyche.state.budget import Spent
 from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
@@ -276,6 +277,12 @@ class Worker:
             self._warn(f"this node takes no part in round {plan.round}, whose text it does not have: {error}")
             self._departure.end()
             return None
+        except Spent as spent:
+            self._warn(str(spent))
+            self._departure.decide()
+            self._departure.end()
+            return None
+        self._account_for(plan)
         self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))
         digest = work.contribution.commitment(self.identity.peer_id, self.manifest.run_id, plan.round)
         try:
@@ -286,13 +293,24 @@ class Worker:
         self._departure.sealed()
         return work
 
+    def _account_for(self, plan: Plan) -> None:
+        """Say what of a privacy budget is spent. A node that has no round left in it leaves after this one."""
+        if self.replica.private is None:
+            return
+        account = self.replica.private.account(plan.round)
+        self.log.emit(account)
+        if not account.rounds_left and plan.round < self.manifest.run.rounds.total:
+            self._warn("the privacy budget has no round left: this node leaves the run after this one")
+            self._departure.decide()
+
     def _exchange(self, plan: Plan) -> Exchange:
         """This node's part in exchanging the round's payloads."""
         counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
         shape = Shape(self.replica.codec, counts)
+        run = self.manifest.run
         if plan.reducers:
-            return Sharded(self._wire, plan, shape, self.replica.backend.codec(self.manifest.run.result_codec))
-        return Gather(self._wire, plan, shape)
+            return Sharded(self._wire, plan, shape, run.private_share, self.replica.backend.codec(run.result_codec))
+        return Gather(self._wire, plan, shape, run.private_share)
 
     async def _train_late(self, plan: Plan) -> None:
         """Inner steps of the next round until it begins, as many as the run allows."""

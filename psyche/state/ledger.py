@@ -143,7 +143,7 @@ class Ledger:
         root = state_root if after is None else after[1]
         if there is None:
             cursor.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?)", (*row[:4], root, row[4], certificate))
-            cursor.executemany("INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", member_rows(record))
+            cursor.executemany("INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", member_rows(record))
         elif root is not None:
             cursor.execute("UPDATE rounds SET state_root = ? WHERE round = ?", (root, round))
         # A quorum has voted for what this round builds on: a node that had found something else was wrong.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psyche.protocol.messages import Record
 
-VERSION = 1
+VERSION = 2
 APPLICATION = int.from_bytes(b"psyc", "big")
 """SQLite keeps both in the file's header."""
 
@@ -27,6 +27,7 @@ CREATE TABLE members (
     tokens INTEGER,                -- accepted: what it counts for; NULL: not accepted
     inner_steps INTEGER,
     payload_bytes INTEGER,
+    private INTEGER,               -- trained on data of its own: unaudited, its weight capped
     reason TEXT,                   -- left out: why
     minority INTEGER NOT NULL,     -- it reported another result than the one believed
     PRIMARY KEY (round, node)
@@ -46,7 +47,7 @@ SCHEMA = (
 )
 """The statements that make an empty ledger, in one transaction."""
 
-MemberRow = tuple[int, str, int, int, int | None, int | None, int | None, str | None, int]
+MemberRow = tuple[int, str, int, int, int | None, int | None, int | None, int | None, str | None, int]
 """A row of ``members``."""
 RoundRow = tuple[int, bytes, bytes, bytes, int]
 """Of a row of ``rounds`` what its certificate says: round, record_hash, previous, base_root, reconfiguration."""
@@ -66,7 +67,9 @@ def member_rows(record: Record) -> list[MemberRow]:
     for member in sorted(record.plan.members, key=lambda one: one.node):
         node = member.node
         done = given.get(node)
-        counts = (None, None, None) if done is None else (done.tokens, done.inner_steps, done.payload_bytes)
+        counts: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
+        if done is not None:
+            counts = done.tokens, done.inner_steps, done.payload_bytes, int(done.private)
         outvoted = int(node in record.minority)
         rows.append((record.plan.round, node, member.votes, member.inner_steps, *counts, reasons.get(node), outvoted))
     return rows

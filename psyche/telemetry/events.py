@@ -266,6 +266,17 @@ class Checkpointed(Event, frozen=True):
     path: str
 
 
+class PrivacySpent(Event, frozen=True):
+    """What this node's private data have cost of their privacy budget, in all rounds so far."""
+
+    round: int
+    epsilon: float
+    budget: float
+    """The ε at which this node stops."""
+    delta: float
+    rounds_left: int
+
+
 class Leaving(Event, frozen=True):
     """This node was asked to leave, and waits for something first."""
 
@@ -316,6 +327,7 @@ AnyEvent = (
     | Resynchronised
     | CaughtUp
     | Checkpointed
+    | PrivacySpent
     | Leaving
     | Left
     | Notice

@@ -17,6 +17,7 @@ from psyche.telemetry.events import (
     PeerJoined,
     PeerLeft,
     PhaseChanged,
+    PrivacySpent,
     Rejected,
     Resynchronised,
     RoundCertified,
@@ -151,6 +152,9 @@ def message(event: Event) -> str:
             return f"checkpoint {_moment(event.round)}: {clean(event.path, 400)}"
         case RoundSummary():
             return f"{_moment(event.round)} the model's held-out loss is {number(event.heldout_loss)}"
+        case PrivacySpent():
+            spent = f"ε {event.epsilon:.3g} of {event.budget:g} at δ {event.delta:g}"
+            return f"privacy spent {_moment(event.round)}: {spent}; {plural(event.rounds_left, 'round')} left in it"
         case Leaving():
             bound = f" (at most {event.seconds:.0f} s)" if event.seconds else ""
             return f"leaving{bound}: {clean(event.what)}"

@@ -22,6 +22,7 @@ from psyche.telemetry.events import (
     PeerJoined,
     PeerLeft,
     PhaseChanged,
+    PrivacySpent,
     Rejected,
     Resynchronised,
     RoundCertified,
@@ -97,6 +98,7 @@ class ViewState(msgspec.Struct, frozen=True):
             | Resynchronised
             | CaughtUp
             | Checkpointed
+            | PrivacySpent
             | Leaving
             | Left
             | Notice,

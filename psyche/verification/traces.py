@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from psyche.numerics.digest import digest
+from psyche.protocol.messages import WITHHELD
 
 
 class Trace:
@@ -42,6 +43,24 @@ class Trace:
     @property
     def root(self) -> bytes:
         return digest("trace", *self._points)
+
+
+class Withheld(Trace):
+    """The trace of private data: nothing of them is kept, so that nothing can be shown."""
+
+    def saw(self, batch: NDArray[np.int64]) -> None:
+        return
+
+    def mark(self, step: int, parameters: Tensor) -> bytes:
+        return WITHHELD
+
+    @property
+    def data_digest(self) -> bytes:
+        return WITHHELD
+
+    @property
+    def root(self) -> bytes:
+        return WITHHELD
 
 
 def _point(step: int, parameters: bytes) -> bytes:

@@ -56,13 +56,13 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         Wire(node, Shelf(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_liar) for node in nodes
     ]
     shape = Shape(used, COUNTS)
-    sides = [Sharded(wire, plan, shape, result) if reducers else Gather(wire, plan, shape) for wire in wires]
+    sides = [Sharded(wire, plan, shape, 0.0, result) if reducers else Gather(wire, plan, shape, 0.0) for wire in wires]
     payloads = [
         [used.encode(torch.randn(count), torch.zeros(count), None, 0.0) for count in COUNTS] for _ in range(PEERS)
     ]
     given = {
         node.peer_id: Contribution(
-            bytes(32), bytes(32), bytes(32), payload_root(payload), sum(map(len, payload)), 1, 0, 1, bytes(32)
+            bytes(32), bytes(32), bytes(32), payload_root(payload), sum(map(len, payload)), 1, 0, 1, False, bytes(32)
         )
         for node, payload in zip(nodes, payloads, strict=True)
     }

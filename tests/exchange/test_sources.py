@@ -49,14 +49,14 @@ def test_what_a_round_took_is_had_from_who_followed_it_when_its_only_member_is_g
         payload = [INT8.encode(torch.randn(COUNT), torch.zeros(COUNT), None, 0.0)]
         plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, (Member(author.peer_id, 1, 1),))
         root = payload_root(payload)
-        given = Contribution(bytes(32), bytes(32), bytes(32), root, len(payload[0]), 1, 0, 1, bytes(32))
+        given = Contribution(bytes(32), bytes(32), bytes(32), root, len(payload[0]), 1, 0, 1, False, bytes(32))
         alone = (author.peer_id,)
         ring, results = (alone, (root,)) if reducers else ((), ())
         record = Record(plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, (), ring, results, ())
 
         def side(wire: Wire) -> Exchange:
             shape = Shape(INT8, (COUNT,))
-            return Sharded(wire, plan, shape, INT8) if reducers else Gather(wire, plan, shape)
+            return Sharded(wire, plan, shape, 0.0, INT8) if reducers else Gather(wire, plan, shape, 0.0)
 
         await side(of_author).offer(payload)
         await side(of_follower).prepare(record)

@@ -11,12 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.aggregate import aggregate, gathered, reduce_slice, share
+from psyche.numerics.aggregate import aggregate, gathered, reduce_slice
 from psyche.numerics.backends.base import TorchBackend
 from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import MalformedPayload
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.outer import OuterState, outer_step
+from psyche.numerics.shares import share, shares
 from tests.numerics.samples import CHUNK, bits, nearest_fp32, ranges
 
 NUMBERS = st.integers(1, 2**62)
@@ -116,7 +117,7 @@ def test_a_reduced_slice_is_the_aggregate_encoded_once_by_every_backend(name: st
     expected = codec(result).encode(total, torch.zeros(count), None, 0.0)
     for backend in (TorchBackend(), best()):
         used = backend.codec(name)
-        mean = gathered(used, tokens, {node: [payload] for node, payload in zip(tokens, payloads, strict=True)})
+        mean = gathered(used, shares(tokens), {node: [payload] for node, payload in zip(tokens, payloads, strict=True)})
         assert reduce_slice(mean, backend.codec(result), 0, count) == expected
     codec(result).check(expected, count)
 

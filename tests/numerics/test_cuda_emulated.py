@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.aggregate import aggregate, share
+from psyche.numerics.aggregate import aggregate
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.cuda import FINITE, CudaBackend, CudaCodec
 from psyche.numerics.backends.emulated import BACKWARDS, FORWARDS, EmulatedLauncher
@@ -19,6 +19,7 @@ from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, N
 from psyche.numerics.codecs.names import CODECS
 from psyche.numerics.codecs.registry import codec as definition
 from psyche.numerics.outer import OuterState
+from psyche.numerics.shares import share
 from tests.numerics.samples import CHUNK, LARGEST, TINIEST, bits, ranges
 
 FAST = settings(max_examples=12, deadline=None)

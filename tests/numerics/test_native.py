@@ -14,13 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.aggregate import aggregate, share
+from psyche.numerics.aggregate import aggregate
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.codecs.base import Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.names import CODECS
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.codecs.topk2e import TopK2e
 from psyche.numerics.outer import OuterState, outer_step
+from psyche.numerics.shares import share
 from tests.numerics.native_samples import LEVELS, damaged, hard_ranges, like, misaligned, native
 from tests.numerics.samples import CHUNK, LARGEST, TINIEST, bits, ranges
 

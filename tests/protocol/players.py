@@ -59,6 +59,7 @@ RULES = Rules(
     silence=15.0,
     spread=5.0,
     probation=0,
+    private_share=0.25,
     coordinators=1,
 )
 
@@ -87,6 +88,7 @@ def contribution(node: str, plan: Plan, rules: Rules = RULES, **changes: object)
         inner_steps=steps,
         late_steps=0,
         tokens=steps * rules.tokens_per_step,
+        private=False,
         salt=tag,
     )
     values = {name: changes.get(name, getattr(honest, name)) for name in honest.__struct_fields__}

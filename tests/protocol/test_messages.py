@@ -263,7 +263,7 @@ def test_commitments_bind_node_run_round_and_every_field() -> None:
     changes: dict[str, object] = dict.fromkeys(
         ("base_root", "data_digest", "trace_root", "payload_root", "salt"), b"x" * 32
     )
-    changes |= {"payload_bytes": 1, "inner_steps": 4, "late_steps": 1, "tokens": 1}
+    changes |= {"payload_bytes": 1, "inner_steps": 4, "late_steps": 1, "tokens": 1, "private": True}
     assert set(changes) == set(base.__struct_fields__)
     for name, value in changes.items():
         seen.add(contribution(A, PLAN, **{name: value}).commitment(A, b"r" * 32, 3))

@@ -234,7 +234,7 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
 
     zero = bytes(32)
     plan = Plan(5, 1, zero, zero, zero, 0, 0, (Member(me.peer_id, 40, 1),))
-    contribution = Contribution(zero, zero, zero, zero, 1, 40, 0, 2560, zero)
+    contribution = Contribution(zero, zero, zero, zero, 1, 40, 0, 2560, False, zero)
     record = Record(plan, (Accepted(me.peer_id, contribution),), (), 1, (me.peer_id,), (me.peer_id,), (), (), (), ())
     proposal = me.seal("proposal", run, 5, Proposal(2, record, ()).encode())
     vote = me.seal("vote", run, 5, Vote(2, record.hash).encode())

@@ -103,6 +103,7 @@ def test_show_as_json_and_of_one_node(directory: Path) -> None:
         "tokens": None,
         "inner_steps": None,
         "payload_bytes": None,
+        "private": False,
         "reason": REASON,
         "minority": False,
     }

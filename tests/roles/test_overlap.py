@@ -15,7 +15,7 @@ from torch import Tensor
 from psyche.config import load_config
 from psyche.errors import ConfigError
 from psyche.network.identity import Identity
-from psyche.numerics.aggregate import share
+from psyche.numerics.shares import share
 from psyche.protocol.acceptor import plan_fault
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position, positions

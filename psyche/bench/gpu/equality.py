@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from psyche.bench.gpu.machine import Machine
-from psyche.numerics.aggregate import share
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
 from psyche.numerics.flat import ALIGNMENT
+from psyche.numerics.shares import share
 
 BETA, LR, MU = 0.95, 0.7, 0.9
 WEIGHT = share(1, 3)

@@ -18,6 +18,7 @@ from psyche.numerics.aggregate import Gradient, decoded, gathered
 from psyche.numerics.digest import digest
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Plan, Record
+from psyche.protocol.weights import weights
 from psyche.roles.replica import Replica
 from psyche.state.ledger import Ledger
 from tests.roles.tiny import replica
@@ -107,9 +108,9 @@ def _dealt(plan: Plan, deal: int) -> Plan:
 
 def _gradient(taker: Replica, record: Record, journal: Journal) -> Gradient:
     if not record.results:
-        tokens = {one.node: one.contribution.tokens for one in record.accepted}
+        given = {one.node: one.contribution for one in record.accepted}
         payloads = {one.node: _blob(record, one.contribution.payload_root, journal) for one in record.accepted}
-        return gathered(taker.codec, tokens, payloads)
+        return gathered(taker.codec, weights(given, taker.run.private_share), payloads)
     results = [_blob(record, root, journal) for root in record.results]
 
     def encoded(number: int) -> bytes:

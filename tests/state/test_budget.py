@@ -1,0 +1,80 @@
+"""A privacy budget: what Opacus says of it, and that nothing spent is ever given back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from psyche.errors import PsycheError
+from psyche.state.budget import NAME, Budget, Spent, noise_for
+
+DELTA = 1e-6
+
+
+@pytest.mark.parametrize(("noise", "releases"), [(1.0, 1), (2.5, 7), (20.0, 100), (0.3, 3)])
+def test_epsilon_is_the_accountants(tmp_path: Path, noise: float, releases: int) -> None:
+    from opacus.accountants import RDPAccountant
+
+    budget = Budget(tmp_path, 1e9, DELTA, noise)
+    assert budget.spent == 0.0
+    accountant = RDPAccountant()
+    for _ in range(releases):
+        budget.charge()
+        accountant.step(noise_multiplier=noise, sample_rate=1.0)
+    assert budget.spent == accountant.get_epsilon(DELTA)
+
+
+def test_other_noise_later_is_added_up_as_the_accountant_does(tmp_path: Path) -> None:
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    for noise, delta in ((3.0, 1e-5), (1.0, 1e-7), (3.0, 1e-5)):
+        Budget(tmp_path, 1e9, delta, noise).charge()
+        accountant.step(noise_multiplier=noise, sample_rate=1.0)
+        assert Budget(tmp_path, 1e9, delta, noise).spent == accountant.get_epsilon(delta)
+
+
+@pytest.mark.parametrize(("epsilon", "releases"), [(1.0, 10), (8.0, 100), (200.0, 5)])
+def test_noise_is_found_that_makes_the_budget_last(tmp_path: Path, epsilon: float, releases: int) -> None:
+    noise = noise_for(epsilon, DELTA, releases)
+    budget = Budget(tmp_path, epsilon, DELTA, noise)
+    assert budget.rounds_left(10 * releases) == releases
+    for left in reversed(range(releases)):
+        budget.charge()
+        assert budget.rounds_left(10 * releases) == left
+    assert 0.98 * epsilon < budget.spent <= epsilon
+    with pytest.raises(Spent, match=r"the privacy budget is spent: ε is .* of "):
+        budget.charge()
+    assert Budget(tmp_path, epsilon, DELTA, noise).rounds_left(10) == 0, "nor does it come back"
+
+
+def test_a_budget_that_no_noise_can_keep_is_refused() -> None:
+    with pytest.raises(PsycheError, match="too low"):
+        noise_for(0.01, DELTA, 100)
+
+
+def test_who_is_killed_before_it_can_send_has_paid_all_the_same(tmp_path: Path) -> None:
+    """SIGKILL between the charge and what it pays for; with a budget for two, the third is refused."""
+    noise = noise_for(8.0, DELTA, 2)
+    code = (
+        "import os, signal, sys; from pathlib import Path; from psyche.state.budget import Budget\n"
+        f"Budget(Path(sys.argv[1]), 8.0, {DELTA}, {noise}).charge(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    for charged in (1, 2):
+        process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ, check=False)
+        assert process.returncode == -signal.SIGKILL
+        assert Budget(tmp_path, 8.0, DELTA, noise).rounds_left(5) == 2 - charged
+    with pytest.raises(Spent):
+        Budget(tmp_path, 8.0, DELTA, noise).require()
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"{}", b'[{"noise_multiplier":0,"releases":1}]', b"\xff"])
+def test_a_record_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / NAME).write_bytes(content)
+    with pytest.raises(PsycheError, match="cannot be read"):
+        Budget(tmp_path, 1.0, DELTA, 1.0)
