@@ -11,10 +11,15 @@ from psyche.exchange.cost import Cost, Shapes, sharded_from
 from psyche.numerics.codecs.registry import codec
 from psyche.roles.rules import fragments_of
 from psyche.telemetry.wording import number, size
+from psyche.training.footprint import activation_bytes
 from psyche.training.models import layout
+from psyche.training.zero.memory import STAGES, rank_bytes
 
 SUSTAINED = 66e12
 """Of an RTX 4090: 165 TFLOP/s of dense bf16 (NVIDIA's Ada whitepaper, appendix A), 40 % of it in use."""
+
+GPUS = 8
+"""Of the machine for which ZeRO is worked out."""
 
 LINES = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}
 """Lines for which a round's exchange is worked out, in bytes a second: a home's and a data centre's cheapest."""
@@ -26,9 +31,17 @@ class Costs:
 
     parameters: int
     members: int
-    tensor_bytes: int
-    """θ and m, the model, its gradients, AdamW's two moments, the error-feedback buffer, and at the end of a round
-    the local copy and the payloads of all members. Activations come on top and depend on the micro-batch."""
+    engine_bytes: int
+    """Of TorchEngine: the model, its gradients, the inner optimizer's state. Activations come on top."""
+    zero_bytes: dict[int, int]
+    """The same of each of ``GPUS`` ranks, by the stage of ZeRO."""
+    outer_bytes: int
+    """θ and m, the error-feedback buffer, and at the end of a round the local copy and the payloads of all members: in
+    the machine's memory."""
+    activation_bytes: int
+    """Of one sequence in bf16, as estimated from the model's graph with fused attention."""
+    checkpointed_bytes: int
+    """The same where activations are computed twice."""
     payload_bytes: int
     """Of a round; the mean where rounds exchange fragments."""
     payload_ratio: float
@@ -70,7 +83,12 @@ class Costs:
         """Label and value, for people; ``flops`` a second is what a member sustains."""
         yield "parameters", f"{self.parameters:,}"
         yield "members assumed", f"{self.members} (run.rounds.start_members)"
-        yield "memory per node", f"{size(self.tensor_bytes)} of tensors, and activations"
+        yield "outer state", f"{size(self.outer_bytes)} of the machine's memory"
+        yield "TorchEngine", f"{size(self.engine_bytes)} of tensors"
+        stages = ", ".join(f"ZeRO {stage} {size(count)}" for stage, count in self.zero_bytes.items())
+        yield f"DeepSpeed, each of {GPUS} GPUs", stages
+        kept = f"{size(self.activation_bytes)}, or {size(self.checkpointed_bytes)} computed twice"
+        yield "activations of a sequence", f"about {kept}"
         yield "payload", f"{size(self.payload_bytes)}, {self.payload_ratio:.2f}× smaller than fp32"
         yield "bytes per round and node", f"{size(self.exchange.up)} up, {size(self.exchange.down)} down"
         yield "exchange by gather", _described(self.gather)
@@ -106,13 +124,17 @@ def costs_of(run: Run) -> Costs:
     payload = round(whole / len(fragments))
     members, reducers = run.rounds.start_members, run.exchange.reducers
     shapes = [Shapes.of(encoder, result, one) for one in counts]
-    # θ, m, model, gradient, two moments, local copy; and the residual where there is error feedback
-    copies = 7 + encoder.error_feedback
+    outer_copies = 3 + encoder.error_feedback  # θ, m, the local copy; and the residual where there is error feedback
+    inner_copies = 4 if run.inner.optimizer == "adamw" else 3  # model, gradient, and two moments or (most) one
     per_round = members * run.rounds.inner_steps * run.tokens_per_step
     return Costs(
         parameters=flat.parameters,
         members=members,
-        tensor_bytes=4 * flat.size * copies + payload * members,
+        engine_bytes=4 * flat.size * inner_copies,
+        zero_bytes={stage: rank_bytes(flat.size, stage, GPUS, offload=False).device for stage in STAGES},
+        outer_bytes=4 * flat.size * outer_copies + payload * members,
+        activation_bytes=activation_bytes(run.model, run.data.sequence_length, twice=False),
+        checkpointed_bytes=activation_bytes(run.model, run.data.sequence_length, twice=True),
         payload_bytes=payload,
         payload_ratio=4 * flat.parameters / whole,
         gather=_mean([one.gather(members) for one in shapes]),

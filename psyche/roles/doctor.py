@@ -156,7 +156,7 @@ def _measure_speed(manifest: Manifest, node: Node, scratch: Path) -> Finding:
         torch.set_num_threads(node.threads)
     try:
         choice = choose(node, manifest.resolved.flat_size)
-        engine = make_engine(run, node, choice, scratch)
+        engine = make_engine(run, node.model_copy(update={"compile": "off"}), choice, scratch)
         shape = (run.inner.batch_size, run.data.sequence_length)
         batch = torch.randint(0, run.model.vocab_size, shape).numpy()
         engine.step(batch, run.inner.lr)

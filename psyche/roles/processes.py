@@ -215,7 +215,7 @@ async def _take_part(
         offers = await serve_provisions(network, signed, found.store)
         return ShardSupply(manifest.run, found.store.train, shard_cache(node), suppliers, offers, log)
 
-    making = asyncio.to_thread(_replica, manifest, found.store, node, choice, directory, identity, warn)
+    making = asyncio.to_thread(_replica, manifest, found.store, node, choice, directory, identity, log)
     (replica, certificates), supply = await asyncio.gather(making, provide())
     if budget is not None:
         replica.private = await asyncio.to_thread(open_private, manifest, node, directory, found.store, budget)
@@ -241,12 +241,16 @@ def _replica(
     choice: Choice,
     directory: Path,
     identity: Identity,
-    warn: Callable[[str], None],
+    log: EventLog,
 ) -> tuple[Replica, tuple[bytes, ...]]:
     """This node's tensors, as the last checkpoint left them or as the run begins; and what certificates it held."""
     if node.threads is not None:
         torch.set_num_threads(node.threads)
-    engine = make_engine(manifest.run, node, choice, directory)
+
+    def say(text: str) -> None:
+        log.emit(events.Notice(level="info", text=text))
+
+    engine = make_engine(manifest.run, node, choice, directory, say)
     if engine.layout.digest.hex() != manifest.resolved.layout:
         raise PsycheError(
             "this machine's transformers lays the model out differently from the run's: "
@@ -256,7 +260,7 @@ def _replica(
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     secret = identity.secret_digest(b"salt")
-    checkpoint = load_latest(directory / "checkpoints", manifest.run_id, warn)
+    checkpoint = load_latest(directory / "checkpoints", manifest.run_id, warning(log))
     if checkpoint is None:
         return Replica(manifest, engine, store, OuterState.initial(theta), identity.peer_id, secret, backend), ()
     replica = Replica(manifest, engine, store, OuterState(checkpoint.outer), identity.peer_id, secret, backend)

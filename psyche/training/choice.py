@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from psyche.config import Node, Run
@@ -81,11 +83,24 @@ def decide(node: Node, elements: int, machine: Machine) -> Choice:
     return Choice(devices, stage, offload, why + ("; the optimizer is on the CPU" if offload else ""))
 
 
-def make_engine(run: Run, node: Node, choice: Choice, directory: Path) -> Engine:
-    """The chosen engine with the run's initial parameters. Ranks' output goes below ``directory``."""
+def make_engine(
+    run: Run, node: Node, choice: Choice, directory: Path, say: Callable[[str], None] = lambda text: None
+) -> Engine:
+    """The chosen engine with the run's initial parameters. Ranks' output goes below ``directory``.
+
+    ``say`` is told whether the model is compiled, and why. Raises :class:`PsycheError`.
+    """
     if choice.stage is None:
         one = node.model_copy(update={"device": choice.devices[0]})
-        return TorchEngine(build(run.model, seed=run.seed), run.inner, one)
+        engine = TorchEngine(build(run.model, seed=run.seed), run.inner, one)
+        batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
+        say(engine.choose_compilation(batch, run.total_steps, node.cache.expanduser() / "compile"))
+        return engine
+    if run.inner.optimizer != "adamw":
+        raise PsycheError(
+            f"run.inner.optimizer is {run.inner.optimizer}, which looks at whole matrices, and ZeRO cuts them up: join "
+            "with one GPU (--device cuda:0)"
+        )
     return DeepSpeedEngine(
         run.model,
         run.seed,

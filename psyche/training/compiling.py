@@ -25,15 +25,17 @@ WORTH_TRYING = 1800.0
 REPEATS = 5
 
 Forward = Callable[..., Any]
-Choose = Callable[[Forward], Callable[[], None]]
-"""From a forward pass to one that also goes backward, and ends when the device has."""
+Passes = Callable[[Forward, int], Callable[[], None]]
+"""From a forward pass and a number of sequences to one that also goes backward, and ends when the device has."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Prospect:
     """What decides."""
 
     wanted: Literal["auto", "on", "off"]
+    rows: int
+    """Sequences of a pass."""
     passes: int
     """Forward and backward passes that are still to come."""
     shape: str
@@ -55,25 +57,25 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return not self.fault and (self.eager - self.compiled) * passes > self.compiling
 
 
-def compiled_if_it_pays(model: nn.Module, choose: Choose, choice: Choice) -> tuple[Forward | None, str]:
+def compiled_if_it_pays(model: nn.Module, through: Passes, prospect: Prospect) -> tuple[Forward | None, str]:
     """The compiled model, or None; and why. Raises nothing: what cannot be compiled is trained as it is."""
-    if choice.wanted == "off":
+    if prospect.wanted == "off":
         return None, "not compiled: node.compile is off"
-    path = choice.memory / f"{digest('compile', choice.shape.encode()).hex()[:32]}.json"
+    path = prospect.memory / f"{digest('compile', prospect.shape.encode()).hex()[:32]}.json"
     known = _remembered(path)
-    if known is None and choice.wanted == "auto":
-        eager = _seconds(choose(model))
-        if eager * choice.passes < WORTH_TRYING:
-            return None, f"not compiled: {eager * choice.passes / 60:.2g} minutes of training are too few"
+    if known is None and prospect.wanted == "auto":
+        expected = _seconds(through(model, 1), repeats=1) * prospect.rows * prospect.passes
+        if expected < WORTH_TRYING:
+            return None, f"not compiled: {expected / 60:.2g} minutes of training are too few for that to pay"
     compiled: Forward = torch.compile(model, dynamic=False)
     if known is None:
-        known = _measure(choose(model), choose(compiled))
+        known = _measure(through(model, prospect.rows), through(compiled, prospect.rows))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, msgspec.json.encode(known))
     if known.fault:
         return None, f"not compiled: {known.fault}"
     gain = f"a pass takes {known.compiled:.3g} s compiled and {known.eager:.3g} s as it is"
-    if choice.wanted == "on" or known.pays(choice.passes):
+    if prospect.wanted == "on" or known.pays(prospect.passes):
         return compiled, f"compiled: {gain}"
     return None, f"not compiled: {gain}"
 
@@ -96,10 +98,10 @@ def _measure(eager: Callable[[], None], compiled: Callable[[], None]) -> Measure
     return Measured(_seconds(eager), _seconds(compiled), compiling)
 
 
-def _seconds(once: Callable[[], None]) -> float:
+def _seconds(once: Callable[[], None], repeats: int = REPEATS) -> float:
     """Of a pass, the median of some after one that warms up."""
     taken = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         began = time.perf_counter()
         once()
         taken.append(time.perf_counter() - began)

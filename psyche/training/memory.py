@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -42,13 +42,19 @@ def rows_that_fit(rows: int, bytes_each: int, free: int) -> int:
     return -(-rows // pieces)
 
 
-def kept_by(forward: Callable[[], Tensor], parameters: Tensor) -> int:
-    """Bytes that ``forward`` keeps to go backward, but for the storage of ``parameters``. Consumes no randomness."""
-    kept: dict[int, int] = {}
+def kept_by(
+    forward: Callable[[], Tensor], parameters: Iterable[Tensor], counts: Callable[[Tensor], bool] = lambda tensor: True
+) -> int:
+    """Bytes that ``forward`` keeps to go backward, but for the storage of ``parameters``. Consumes no randomness.
+
+    What does not ``counts`` is left out.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        if counts(tensor):
+            storage = tensor.untyped_storage()
+            kept[_identity(storage)] = storage  # which it keeps alive, so that no two have one identity
         return tensor
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
@@ -56,7 +62,13 @@ def kept_by(forward: Callable[[], Tensor], parameters: Tensor) -> int:
         torch.random.fork_rng(devices=devices),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        loss = forward()
-    del loss  # what was saved lived until here, so that no two tensors had one address
-    kept.pop(parameters.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+        forward()
+    for parameter in parameters:
+        kept.pop(_identity(parameter.untyped_storage()), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _identity(storage: torch.UntypedStorage) -> int:
+    """Of what it holds: on the meta device it has no address."""
+    identity: int = storage._cdata
+    return identity

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
-from psyche.training.compiling import Choice, compiled_if_it_pays
+from psyche.training.compiling import Prospect, compiled_if_it_pays
 from psyche.training.devices import limit_memory, pick_device, pick_precision
 from psyche.training.engine import Batch
 from psyche.training.memory import free_memory, kept_by, rows_that_fit
@@ -109,17 +109,18 @@ class TorchEngine:
         self._fit(tokens)
         piece = tokens[: self._micro_batch or len(tokens)]
 
-        def choose(forward: Callable[..., Any]) -> Callable[[], None]:
+        def through(forward: Callable[..., Any], rows: int) -> Callable[[], None]:
             def once() -> None:
                 self._optimizers.zero_grad()
-                self._loss(forward, piece).backward()  # type: ignore[no-untyped-call]
+                self._loss(forward, piece[:rows]).backward()  # type: ignore[no-untyped-call]
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
 
             return once
 
-        choice = Choice(self._compile, steps * -(-len(tokens) // len(piece)), self._shape(piece), memory)
-        compiled, why = compiled_if_it_pays(self.model, choose, choice)
+        passes = steps * -(-len(tokens) // len(piece))
+        prospect = Prospect(self._compile, len(piece), passes, self._shape(piece), memory)
+        compiled, why = compiled_if_it_pays(self.model, through, prospect)
         self._optimizers.zero_grad()
         self._forward = self.model if compiled is None else compiled
         return why
@@ -157,7 +158,7 @@ class TorchEngine:
         """Find how many sequences to take at once, at the first batch."""
         if self._micro_batch is None:
             with torch.enable_grad():
-                each = kept_by(lambda: self._loss(self.model, tokens[:1]), self._flat)
+                each = kept_by(lambda: self._loss(self.model, tokens[:1]), [self._flat])
             gradients = sum(p.numel() * p.element_size() for p in self._parameters if p.grad is None)
             free = free_memory(self.device) - gradients - self._optimizers.bytes_to_come
             self._micro_batch = rows_that_fit(len(tokens), each, free)
