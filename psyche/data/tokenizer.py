@@ -19,10 +19,10 @@ END = "<|endoftext|>"
 SAMPLE = 1 << 28
 """Characters a tokenizer is trained on at most: merges settle long before, and memory stays bounded."""
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 """Characters of a text that are encoded by one core in one go."""
 
-MAX_CHARACTERS = 1 << 20
+MAX_CHARACTERS = 1 << 19
 """Of all texts encoded at once: what they take on the way, 100 times their size (measured on Python), is little."""
 
 _OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path")
