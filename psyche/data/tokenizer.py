@@ -16,7 +16,7 @@ from psyche.config import BpeTokenizer, NamedTokenizer
 from psyche.errors import PsycheError
 
 END = "<|endoftext|>"
-SAMPLE = 1 << 28
+SAMPLE = 1 << 27
 """Characters a tokenizer is trained on at most: merges settle long before, and memory stays bounded."""
 
 PIECE = 1 << 17
