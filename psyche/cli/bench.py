@@ -97,6 +97,19 @@ def codec(
     main(json, plan, threads=threads, preparing=progress_display)
 
 
+@app.command()
+def data(
+    text: Annotated[int, typer.Option(help="MB of text to prepare.", min=1)] = 100,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=8)] = 1024,
+    batch: Annotated[int, typer.Option(help="Sequences read at once.", min=1)] = 64,
+    json: JsonFile = None,
+) -> None:
+    """Speed and memory of psyche data prepare, and of random access to what it makes, beside a plain memory map."""
+    from psyche.bench.data import Plan, main
+
+    main(json, Plan(text_bytes=text * 10**6, sequence_length=sequence_length, batch=batch))
+
+
 def rate(text: str) -> int:
     """``100mbit`` as bits a second. Raises ``typer.BadParameter``."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:  # `psyche --help` imports this module: what is heavy is imported by the command that needs it
+    from rich.progress import TaskID
+
     from psyche.data.prepare import Progress
     from psyche.data.store import TokenStore
 
@@ -20,14 +22,13 @@ ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML) with
 
 STAGES = {
     "waiting": "waiting for another process that prepares this store",
-    "tokenizer": "reading documents for the tokenizer",
-    "tokens": "encoding documents",
-    "shuffle": "shuffling sequences",
+    "tokenizer": "reading for the tokenizer",
+    "merges": "training the tokenizer",
+    "tokens": "encoding",
+    "shuffle": "shuffling",
 }
 LINE_EVERY = 5.0
 """Seconds between progress lines where there is no terminal."""
-DRAW_EVERY = 0.1
-"""Seconds between changes of the bar: a report comes with every document."""
 
 
 @app.command("prepare")
@@ -82,29 +83,37 @@ def _describe(store: TokenStore) -> None:
 def progress_display() -> Iterator[Callable[[Progress], None]]:
     """A live bar on a terminal, a line now and then elsewhere; both on stderr, so that stdout is the result."""
     if not sys.stderr.isatty():
-        yield _every(LINE_EVERY, lambda text, at: typer.echo(f"{text}: {_count(at)}", err=True))
+        yield _lines()
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.console import Console, RenderableType
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
-    about, count = TextColumn("{task.description}"), TextColumn("{task.fields[count]}")
-    columns = (about, BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
+    class Polled(Bars):
+        """Looks at the last report when it draws: a report comes with every document, and has to cost nothing."""
 
-        def draw(text: str, at: Progress) -> None:
-            if at.stage not in tasks:  # one of its own, so that its times are those of the stage
-                for shown in tasks.values():
-                    bar.update(shown, visible=False)
-                tasks[at.stage] = bar.add_task("", total=None, count="")
-            bar.update(tasks[at.stage], description=text, completed=at.done, total=at.total, count=_count(at))
+        latest: Progress | None = None
 
-        yield _every(DRAW_EVERY, draw)
+        def get_renderables(self) -> Iterable[RenderableType]:
+            if self.latest is not None:
+                at = self.latest
+                for stage, task in tasks.items():
+                    self.update(task, visible=stage == at.stage)
+                self.start_task(tasks[at.stage])
+                amounts = _amounts(at, self.tasks[tasks[at.stage]].elapsed or 0.0)
+                self.update(tasks[at.stage], completed=at.done, total=at.total, count=_count(at), amounts=amounts)
+            return super().get_renderables()
+
+    texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[count]", "fields[amounts]")]
+    columns = (texts[0], BarColumn(bar_width=12), *texts[1:], TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Polled(*columns, console=Console(stderr=True), transient=True) as bars:
+        for stage, about in STAGES.items():  # one each, so that its times are its own
+            tasks[stage] = bars.add_task(about, start=False, total=None, visible=False, count="", amounts="")
+        yield lambda at: setattr(bars, "latest", at)
 
 
-def _every(seconds: float, show: Callable[[str, Progress], None]) -> Callable[[Progress], None]:
-    """``show`` a report and what it is about, when its stage is new and every so many seconds."""
+def _lines() -> Callable[[Progress], None]:
     stage, began, said = "", 0.0, 0.0
 
     def report(at: Progress) -> None:
@@ -112,23 +121,23 @@ def _every(seconds: float, show: Callable[[str, Progress], None]) -> Callable[[P
         now = time.monotonic()
         if at.stage != stage:
             stage, began = at.stage, now
-        elif now - said < seconds:
+        elif now - said < LINE_EVERY:
             return
         said = now
-        show(STAGES[stage] + _amounts(at, now - began), at)
+        typer.echo(" ".join(filter(None, (f"{STAGES[stage]}:", _count(at), _amounts(at, now - began)))), err=True)
 
     return report
 
 
-def _amounts(at: Progress, seconds: float) -> str:
-    """Tokens, text and speed of a stage that has run for so long, where there are any yet."""
-    parts = [f"{at.tokens:,} tokens"] if at.tokens else []
-    if at.tokens and seconds > 1:
-        parts.append(f"{at.tokens / seconds:,.0f} a second")
-    if at.bytes:
-        parts.append(f"{at.bytes / 1e6:,.1f} MB of text")
-    return f" ({', '.join(parts)})" if parts else ""
-
-
 def _count(at: Progress) -> str:
-    return f"{at.done:,}{f' of {at.total:,}' if at.total else ''}"
+    return f"{at.done:,}{f' of {at.total:,}' if at.total else ''}" if at.done else ""
+
+
+def _amounts(at: Progress, seconds: float) -> str:
+    """Tokens, speed and text of a stage that has run for so long, where there are any yet."""
+    from psyche.telemetry.wording import amount
+
+    if not at.tokens:
+        return ""
+    speed = f" {amount(at.tokens / seconds)}/s" if seconds > 1 else ""
+    return f"{amount(at.tokens)} tokens{speed}{f' {at.bytes / 1e6:,.0f} MB' if at.bytes else ''}"

@@ -46,8 +46,9 @@ JOURNAL_BYTES = 64 << 20
 class Progress:
     """What the current stage has done."""
 
-    stage: Literal["waiting", "tokenizer", "tokens", "shuffle"]
-    """Waiting for another process that prepares the same store; reading for the tokenizer; encoding; shuffling."""
+    stage: Literal["waiting", "tokenizer", "merges", "tokens", "shuffle"]
+    """Waiting for another process that prepares the same store; reading for the tokenizer; training it on what was
+    read; encoding; shuffling."""
     done: int = 0
     """Documents, those of an interrupted preparation included; sequences where they are shuffled."""
     total: int | None = None
@@ -154,13 +155,16 @@ def _make_tokenizer(data: Data, path: Path, report: Report) -> Journal:
 
     def training_texts() -> Iterator[str]:
         nonlocal read, total
-        for text in documents(data.source, data.max_documents):
-            read += 1
-            if not is_heldout(document_hash(text), data.heldout_fraction):  # nor may it shape the tokenizer
-                yield text
-            report(Progress("tokenizer", read, data.max_documents))
-        if not isinstance(data.source, MixtureSource):  # which ends elsewhere when tokens are counted
-            total = read
+        try:
+            for text in documents(data.source, data.max_documents):
+                read += 1
+                if not is_heldout(document_hash(text), data.heldout_fraction):  # nor may it shape the tokenizer
+                    yield text
+                report(Progress("tokenizer", read, data.max_documents))
+            if not isinstance(data.source, MixtureSource):  # which ends elsewhere when tokens are counted
+                total = read
+        finally:  # also where a sample of them is enough
+            report(Progress("merges"))
 
     files = tokenizer_files(data.tokenizer, training_texts())
     for name, content in files.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from psyche.config import HubSource, MixturePart, MixtureSource, Source, StdlibSource, TextSource
-from psyche.config.data import SPLIT
+from psyche.config.data import SPLIT, SingleSource
 from psyche.data.filters import passes
 from psyche.data.mixture import Part, interleave
 from psyche.errors import PsycheError
@@ -73,7 +73,7 @@ def _listed(files: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (files,) if isinstance(files, str) else files or ()
 
 
-def _texts(source: StdlibSource | TextSource | HubSource) -> Iterator[str]:
+def _texts(source: SingleSource) -> Iterator[str]:
     """Every document that is not empty."""
     match source:
         case StdlibSource():

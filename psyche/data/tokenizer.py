@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +17,13 @@ from psyche.config import BpeTokenizer, NamedTokenizer
 from psyche.errors import PsycheError
 
 END = "<|endoftext|>"
-SAMPLE = 1 << 28
+SAMPLE = 1 << 27
 """Characters a tokenizer is trained on at most: merges settle long before, and memory stays bounded."""
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 """Characters of a text that are encoded by one core in one go."""
 
-MAX_CHARACTERS = 1 << 20
+MAX_CHARACTERS = 1 << 19
 """Of all texts encoded at once: what they take on the way, 100 times their size (measured on Python), is little."""
 
 _OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path")
@@ -99,6 +100,7 @@ def _train(vocab_size: int, texts: Iterable[str]) -> dict[str, bytes]:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sample(texts), trainer)
+    _trim_heap()
     # Written by hand: what transformers reads is small, and importing it costs more than training does.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -108,6 +110,13 @@ def _train(vocab_size: int, texts: Iterable[str]) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
     }
     return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": _json(config)}
+
+
+def _trim_heap() -> None:
+    """Give back what training took, some hundred MB of small pieces, which glibc keeps unless it is told."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from psyche.config import BpeTokenizer, Data, MixturePart, MixtureSource, TextSo
 from psyche.data.mixture import Part, interleave
 from psyche.data.prepare import prepare
 from psyche.data.sources import documents
+from psyche.data.store import store_path
 from psyche.errors import PsycheError
+from tests.data.conftest import Spawn
 from tests.data.stores import decoded
 from tests.data.stores import documents as documents_of
 
@@ -107,6 +111,26 @@ def test_a_mixture_becomes_a_store_with_its_shares(mixture: MixtureSource, tmp_p
             tokens[text[0]] += len(document)
             longest = max(longest, len(document))
     assert abs(tokens["b"] / 3 - tokens["a"]) <= longest * 3  # one document, and the cut tail of two splits
+
+
+@pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])
+def test_a_mixture_killed_and_resumed(mixture: MixtureSource, tmp_path: Path, spawn: Spawn, stop: str) -> None:
+    """Also where a source was begun again before the kill."""
+    source = mixture.model_copy(update={"stop": stop})
+    data = Data(source=source, tokenizer=BpeTokenizer(vocab_size=300), sequence_length=16, heldout_fraction=0.1)
+    out, _ = spawn(data, tmp_path / "whole").communicate()
+    root, calls = out.split()[-2:]
+    journals = []
+    for moment in (0.3, 0.25, 0.2):  # of all that is to do
+        child = spawn(data, tmp_path / "killed", die_at=int(moment * int(calls)))
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL
+        journal = store_path(tmp_path / "killed", data) / "staging" / "journal.json"
+        journals.append(json.loads(journal.read_bytes()))
+    out, _ = spawn(data, tmp_path / "killed").communicate()
+    assert out.split()[-2] == root
+    assert 0 < journals[0]["documents"] < journals[1]["documents"]
+    assert (stop == "all_exhausted") == any(part["passes"] for journal in journals for part in journal["parts"])
 
 
 def test_the_configuration_of_a_mixture() -> None:

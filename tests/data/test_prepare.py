@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_second_run_reads_no_document(data: Data, corpus: Path, tmp_path: Path) 
     first = prepare(data, tmp_path, vocab_limit=400, progress=seen.append)
     last = {at.stage: (at.done, at.total) for at in seen}
     sequences = len(first.train) + len(first.heldout)
+    assert last.pop("merges") == (0, None)
     assert last == {"tokenizer": (120, None), "tokens": (120, 120), "shuffle": (sequences, sequences)}
     assert not (first.path / "staging").exists()
     for path in corpus.iterdir():
@@ -173,6 +175,59 @@ def test_killed_at_every_kind_of_moment_then_resumed(data: Data, tmp_path: Path,
     out, _ = last.communicate()
     assert out.split()[-2] == root
     TokenStore.open(store_path(tmp_path / "killed", data), bytes.fromhex(root)).verify()
+
+
+EVERY_MOMENT = """
+import os, shutil, signal, sys
+from pathlib import Path
+from psyche.config import Data
+from psyche.data import encoding, prepare as module
+
+encoding.BATCH_CHARACTERS = 5000
+module.JOURNAL_BYTES = 4096
+data, cache = Data.model_validate_json(sys.argv[1]), Path(sys.argv[2])
+
+def prepared(die_at):
+    calls = 0
+    def counted(real):
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+        return call
+    for name in ("fsync", "replace"):
+        setattr(os, name, counted(getattr(os, name)))
+    return module.prepare(data, cache, vocab_limit=65536, shard_bytes=8192).root.hex(), calls
+
+def child(die_at):  # forked before there is any thread, so that nothing need be imported again
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.write(writing, repr(prepared(die_at)).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        said = pipe.read()
+    return os.waitpid(pid, 0)[1], said and eval(said)
+
+_, (root, calls) = child(0)
+for moment in range(1, calls + 1):
+    shutil.rmtree(cache)
+    status, _ = child(moment)
+    assert os.WTERMSIG(status) == signal.SIGKILL, (moment, status)
+    status, (again, rest) = child(0)
+    assert (status, again) == (0, root), (moment, again)
+print(calls)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_every_moment_then_resumed(data: Data, tmp_path: Path) -> None:
+    """SIGKILL just before the n-th time that the disk changes for good, for every n; each time the same store."""
+    arguments = [sys.executable, "-c", EVERY_MOMENT, data.model_dump_json(), str(tmp_path / "cache")]
+    assert int(subprocess.check_output(arguments, text=True)) > 50
 
 
 def test_killed_at_random_times_then_resumed(data: Data, tmp_path: Path, spawn: Spawn) -> None:
