@@ -2,8 +2,8 @@
 
 The coordinator measures, nobody declares: a member's speed in a round is the inner steps it did in the time that it
 had for them, over the seconds from the plan to its commitment. Late steps, taken while the round before was on the
-wire, cost none of that time and are no part of it: to claim more of them is to look slower. Encoding and the way to
-the coordinator are in the seconds, which is right, since it is the commitments that are to come together.
+wire, cost none of that time and are no part of it: to claim more of them is to look slower, and to claim fewer is to
+owe more. Encoding and the way to the coordinator are in the seconds, for it is commitments that are to come together.
 
 The fastest owes the manifest's H, the others what they do meanwhile. Who commits at once to steps it has not taken is
 for audits to find; until then it can make rounds short, but no shorter than ``EXCHANGES`` allows.

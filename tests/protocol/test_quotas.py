@@ -15,8 +15,10 @@ from psyche.protocol.acceptor import Refusal
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position, positions
 from psyche.protocol.messages import Member
+from psyche.protocol.proposals import mostly_done
 from psyche.protocol.quotas import ALIKE, EXCHANGES, WINDOW, quota_fault, quotas
 from psyche.protocol.state import Arrived, Left, Promised, Restored
+from psyche.roles.shown import board_of
 from tests.protocol.players import GENESIS, RULES, Table, contribution, nodes, root_after
 from tests.protocol.test_acceptor import PLAN, RECORD, changed, vote
 
@@ -176,6 +178,22 @@ def test_who_misses_the_deadline_is_asked_for_less_until_it_makes_it() -> None:
         owed_.append(swarm.due()[slow])
     assert owed_ == sorted(owed_, reverse=True)
     assert owed_[-1] < 0.6 * H
+
+
+@pytest.mark.parametrize(("count", "needed"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 4)])
+def test_who_is_not_done_holds_up_the_others_once_more_than_half_of_them_are(count: int, needed: int) -> None:
+    table = Table(replace(MANY, start_members=count))
+    table.arrive(EVERYBODY[:count], GENESIS)
+    for done, node in enumerate(EVERYBODY[: count - 1]):
+        current = table.state.round
+        assert current is not None
+        assert mostly_done(table.state, current) is (done >= needed)
+        assert board_of(table.state, version=1, claim=b"", proposal=None, certificate=None).mostly_done is (
+            done >= needed
+        )
+        table.commit(node)
+    assert table.state.round is not None
+    assert mostly_done(table.state, table.state.round) is (count > 1)
 
 
 # --------------------------------------------------------------------------------------- who lies
