@@ -80,6 +80,8 @@ class Trial:
     """Inner, of DiLoCo."""
     inner_lr: float | None = None
     """None is the setting's."""
+    due: tuple[int, ...] = ()
+    """Inner steps a round of each node, where they differ; H is the most of them, and ``steps`` are that node's."""
     mix: float | None = None
     """Steps taken meanwhile are not kept by re-basing but mixed: x ← αx + (1−α)θ (Streaming DiLoCo, §2.3)."""
 
@@ -87,6 +89,11 @@ class Trial:
     def variant(self) -> str:
         """The codec, or ``nudged``: fp32 from nudged parameters."""
         return "nudged" if self.nudge else self.codec
+
+    @property
+    def batches(self) -> int:
+        """Trained on by all nodes together."""
+        return self.steps * sum(self.due) // max(self.due) if self.due else self.steps * self.nodes
 
     @property
     def label(self) -> str:
@@ -100,6 +107,7 @@ class Trial:
             parts += [] if self.inner_lr is None else [f"inner-lr{self.inner_lr:g}"]
             parts += [f"P{self.fragments}"] if self.fragments > 1 else []
             parts += [f"late{self.late}"] if self.late else []
+            parts += ["-".join(map(str, self.due))] if self.due else []
             parts += [] if self.mix is None else [f"alpha{self.mix:g}"]
         return "/".join([*parts, f"seed{self.seed}"])
 
@@ -128,7 +136,7 @@ def run_trial(setting: Setting, trial: Trial) -> Outcome:
     launched = launch(Config(run=run, node=_node(setting)), COORDINATOR)
     parameters = launched.manifest.resolved.parameters
     recorder = Recorder(run, setting.curve_points, setting.curve_range)
-    tokens = trial.nodes * trial.steps * run.tokens_per_step
+    tokens = trial.batches * run.tokens_per_step
     if trial.system == "diloco":
         loss = _diloco(setting, trial, launched, recorder)
         sent = (trial.nodes - 1) * recorder.payload_bytes
@@ -198,7 +206,8 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
         kind = Replica if trial.mix is None else partial(MixingReplica, trial.mix)
         replicas[node] = kind(manifest, engine, store, genesis.clone(), node, node.encode())
     replica = replicas["node-0"]
-    for _, works in play(manifest, replicas, lambda round, node: trial.late):
+    due = dict(zip(sorted(replicas), trial.due, strict=True)) if trial.due else {}
+    for _, works in play(manifest, replicas, lambda round, node: trial.late, due):
         with replica.judging():
             recorder.saw(works, replica.engine, store)
     replica.engine.write(replica.outer.theta)

@@ -247,11 +247,19 @@ def mixed(
     inner_steps: Annotated[int, typer.Option(help="H: inner steps that the fastest owes a round.", min=1)] = 40,
     step_seconds: Annotated[float, typer.Option(help="What an inner step takes the fastest.", min=0.001)] = 0.2,
     rounds: Annotated[int, typer.Option(help="Rounds that count; three more come before.", min=1)] = 6,
+    loss: Annotated[
+        bool, typer.Option("--loss", help="Compare losses at equal tokens instead, of 1:2:4 and of equal nodes.")
+    ] = False,
     json: JsonFile = None,
 ) -> None:
     """Nodes of different speeds in one run: whether all end together, and each one's idle share."""
+    from psyche.bench.mixed import loss as losses
     from psyche.bench.mixed.compare import main
     from psyche.bench.mixed.plan import Plan
+    from psyche.cli.data import progress_display
 
+    if loss:
+        losses.main(json, preparing=progress_display)
+        return
     plan = Plan(tuple(speed or (1.0, 2.0, 4.0)), step_seconds=step_seconds, inner_steps=inner_steps, rounds=rounds)
     main(json, plan)

@@ -2,20 +2,20 @@
 
 The coordinator measures, nobody declares: a member's speed in a round is the inner steps it did in the time that it
 had for them, over the seconds from the plan to its commitment. Late steps, taken while the round before was on the
-wire, cost none of that time and are no part of it: to claim more of them is to look slower. Encoding and the way to
-the coordinator are in the seconds, which is right, since it is the commitments that are to come together.
+wire, cost none of that time and are no part of it: to claim more of them is to look slower, and to claim fewer is to
+owe more. Encoding and the way to the coordinator are in the seconds, for it is commitments that are to come together.
 
 The fastest owes the manifest's H, the others what they do meanwhile. Who commits at once to steps it has not taken is
-for audits to find; until then it can make rounds ``REACH`` times shorter than the others need for theirs, and no more.
+for audits to find; until then it can make rounds short, but no shorter than ``EXCHANGES`` allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from statistics import median, median_low
+from statistics import median
 
 from psyche.protocol.messages import Member, Plan, Record
-from psyche.protocol.state import Round, Rules
+from psyche.protocol.state import Round, Rules, State
 
 WINDOW = 5
 """Rounds that a speed is the median of. Four equal nodes that differ by 5 % (σ) from round to round then all owe H in
@@ -23,42 +23,51 @@ WINDOW = 5
 ALIKE = 0.1
 """Who is slower than the fastest by no more than this owes H as well. Equal machines differ by a few percent from round
 to round, and their steps should not; what it costs is that the others wait for as long."""
-REACH = 8.0
-"""No speed counts for more than so many times the median one. A round that is eight times shorter spends 28 % of its
-time in an exchange that takes 5 % of a full one; a GPU among laptops is faster than that, and waits for them."""
+EXCHANGES = 2.0
+"""A round trains for at least so many times as long as its exchange takes, unless all owe H before that. So a liar
+leaves the others two thirds of the time to train in. An honest node waits for it only where its own H steps take less,
+and there a third of its time goes to exchanges anyway. (A bound over the median speed would hold up every GPU among
+laptops.)"""
 
 Speeds = Mapping[str, tuple[float, ...]]
 """Inner steps a second of each node in its last rounds, at most ``WINDOW`` of them, the latest last."""
 
 
 def quotas(
-    most: int, members: Collection[str], voters: Collection[str], speeds: Speeds, last: Mapping[str, int]
+    most: int,
+    members: Collection[str],
+    voters: Collection[str],
+    speeds: Speeds,
+    last: Mapping[str, int],
+    exchange: float = 0.0,
 ) -> dict[str, int]:
     """Inner steps that each of ``members`` owes, from 1 to ``most``, which is H.
 
     ``last`` is what each did in the last round: where nothing was measured yet, under a new leader say, that says it.
     Of whom nothing at all is known as much is asked as of the slowest. Only ``voters`` make others owe less: identities
-    are free.
+    are free. ``exchange`` is how many seconds one takes, 0 where that is not known.
     """
     speed = {node: median(speeds[node]) for node in members if speeds.get(node)}
     judged = [speed[node] for node in speed if node in voters] or list(speed.values())
     owed = {node: min(most, last[node]) for node in members if node in last}
     if judged:
-        full = min(max(judged), REACH * median_low(judged))
+        seconds = max(most / max(judged), EXCHANGES * exchange)
+        full = most / seconds
         owed |= {node: _share(most, found / full) for node, found in speed.items()}
     slowest = min(owed.values(), default=most)
     return {node: owed.get(node, slowest) for node in members}
 
 
 def _share(most: int, speed: float) -> int:
-    """Of H, at a ``speed`` relative to the fastest. Rounded down: all would wait for the step that is rounded up."""
+    """Of H, at a ``speed`` relative to one that does H in a round. Rounded down: all would wait for a step too many."""
     return most if speed >= 1 - ALIKE else max(1, int(most * speed))
 
 
 def measured(speeds: Speeds, current: Round, record: Record, here: Collection[str]) -> dict[str, tuple[float, ...]]:
     """``speeds`` after ``record`` of the round ``current``, of its members and who else is ``here``; nobody else's.
 
-    Only what was accepted counts. Who fell short of its quota is known by this round alone, not by better days.
+    Only what was accepted counts. Who fell short of its quota is known by this round alone, not by better days; and who
+    is here and did not make it at all did less than it owed in all the time there was.
     """
     due = {member.node: member.inner_steps for member in record.plan.members}
     kept = {node: found for node, found in speeds.items() if node in due or node in here}
@@ -69,6 +78,9 @@ def measured(speeds: Speeds, current: Round, record: Record, here: Collection[st
         if steps > 0 and seconds > 0:
             before = () if done.inner_steps < due[one.node] else kept.get(one.node, ())
             kept[one.node] = (*before, steps / seconds)[-WINDOW:]
+    if current.committed_at and current.closed is not None:
+        for node in due.keys() & set(here) - current.commitments.keys():
+            kept[node] = (due[node] / (current.closed - current.opened),)
     return kept
 
 
@@ -78,11 +90,10 @@ def done_in(record: Record) -> dict[str, int]:
     return {member.node: done.get(member.node, member.inner_steps) for member in record.plan.members}
 
 
-def planned(
-    rules: Rules, seats: Sequence[str], voters: Collection[str], speeds: Speeds, last: Mapping[str, int]
-) -> tuple[Member, ...]:
-    """The members of a plan, in the order of ``seats``."""
-    owed = quotas(rules.inner_steps, seats, voters, speeds, last)
+def planned(rules: Rules, state: State, seats: Sequence[str], voters: Collection[str]) -> tuple[Member, ...]:
+    """The members of the next plan, in the order of ``seats``."""
+    exchange = median(state.exchange_seconds or [0.0])
+    owed = quotas(rules.inner_steps, seats, voters, state.speeds, state.done, exchange)
     return tuple(Member(node, owed[node], int(node in voters)) for node in seats)
 
 

@@ -129,7 +129,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         seed=round_seed(state.head),
         position=state.position,
         reducers=0 if state.gathering else rules.reducers_for(len(seats)),
-        members=planned(rules, seats, voters, state.speeds, state.done),
+        members=planned(rules, state, seats, voters),
     )
     opened = Round(plan, opened=now, deadline=now + allowed_for_training(rules, state), term=plan.term)
     return replace(state, phase=Phase.TRAINING, term=plan.term, round=opened, note=""), [Planned(plan)]

@@ -121,7 +121,7 @@ class Round:
 
     @property
     def begun_here(self) -> bool:
-        """Whether this leader planned the round itself; as long as nothing is proposed."""
+        """Whether this leader planned the round; until a record is proposed, which takes a later term."""
         return self.term == self.plan.term
 
 

@@ -1,7 +1,8 @@
 """When a node takes part: within its hours, and while its machine is idle, as its owner said.
 
-Outside of these it stops training at once, hands in what it has done, says goodbye and waits in its process, out of
-the run: no plan counts on it. Then it comes back with the same identity, as the same line would bring it back.
+Outside of these it stops training at once and hands in what it has done. Once the round is certified it says goodbye,
+frees its memory and waits in its process, out of the run: no plan counts on it. Then it comes back with the same
+identity, as the same line would bring it back.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ messages directly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
+from types import MappingProxyType
 
 from psyche.config import Manifest
 from psyche.numerics.aggregate import gathered, reduce_slice
@@ -41,9 +43,9 @@ from psyche.roles.rules import rules_of
 class Machine:
     """The coordinator's state machine at a standstill of time: nobody is late here."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, due: Mapping[str, int]) -> None:
         self._rules = rules_of(manifest)
-        self._state = State.initial(self._rules)
+        self._state = replace(State.initial(self._rules), done=due)  # where no time passes, quotas stay as they are
 
     @property
     def round(self) -> Round:
@@ -66,14 +68,18 @@ class Machine:
 
 
 def play(
-    manifest: Manifest, replicas: Mapping[str, Replica], late: Callable[[int, str], int] = lambda round, node: 0
+    manifest: Manifest,
+    replicas: Mapping[str, Replica],
+    late: Callable[[int, str], int] = lambda round, node: 0,
+    due: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[tuple[Record, dict[str, Work]]]:
     """Run to the end; after each round's outer step yield its record and what each member produced.
 
     ``replicas`` go by node id, as many as ``rounds.start_members`` or more, all at the genesis state. ``late`` says
-    how many late steps a node takes while a round is on the wire, which in a distributed run time decides.
+    how many late steps a node takes while a round is on the wire, and ``due`` which quota a node has, if not H: in a
+    distributed run time decides both.
     """
-    machine = Machine(manifest)
+    machine = Machine(manifest, due)
     effects: list[Effect] = []
     for node in sorted(replicas):
         effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))

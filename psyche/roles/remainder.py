@@ -15,7 +15,7 @@ from psyche.protocol.messages import Board, Plan
 from psyche.protocol.state import Phase
 
 PATIENCE = 1.1
-"""The others wait so much longer than most of them took: what quotas leave between equal nodes, ALIKE, is less."""
+"""How long others wait, over what most of them took. A tenth is also what quotas leave between nodes that owe H."""
 EARLIER = 5
 """Rounds that tell how long this node's steps usually take."""
 

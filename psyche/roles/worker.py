@@ -41,6 +41,7 @@ from psyche.protocol.messages import (
     Record,
     decode,
 )
+from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import probation_note
 from psyche.protocol.state import Phase
 from psyche.roles.advance import Advance
@@ -185,7 +186,10 @@ class Worker:
         """Whether there is something to do: a state to catch up with, a round to take part in, or the end."""
         if behind(board, self.replica.chain) or board.phase == Phase.FINISHED:
             return True
-        return board.plan is not None and plan_fault(board.plan, self.replica.chain) is None
+        plan = board.plan
+        if plan is None or quota_fault(plan, self._voter.rules) is not None:
+            return False
+        return plan_fault(plan, self.replica.chain) is None
 
     # ----------------------------------------------------------------- what BoardClient asks of its node
 

@@ -260,6 +260,19 @@ def a_member_shows_a_plan_of_the_far_future() -> None:
     assert second.state.term < 1000
 
 
+def a_member_shows_a_plan_that_gives_it_more_than_h() -> None:
+    """A plan carries no signature. Nobody would vote for the record, so the new leader makes a plan of its own."""
+    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
+    plan = training(world)
+    first, *others = plan.members
+    more = msgspec.structs.replace(first, inner_steps=RULES.inner_steps + 1)
+    second = taken_over(world, msgspec.structs.replace(plan, members=(more, *others)))
+    assert second.state.round is not None
+    assert all(member.inner_steps <= RULES.inner_steps for member in second.state.round.plan.members)
+    go_on(world, second, world.voters, 20)
+    assert plan.round in world.certified
+
+
 CASES = (
     the_leader_dies_and_its_voters_start_again,
     two_leaders_with_two_members_each,
@@ -268,6 +281,7 @@ CASES = (
     a_leader_dies_while_its_members_train,
     one_of_the_members_finds_the_new_leader_last,
     a_member_shows_a_plan_of_the_far_future,
+    a_member_shows_a_plan_that_gives_it_more_than_h,
 )
 
 

@@ -131,12 +131,20 @@ def tokens(record: Record, node: str) -> Record:
     return msgspec.structs.replace(record, accepted=given)
 
 
+def generous(record: Record) -> Record:
+    """The first member may do more than H, and claims no more."""
+    first, *others = record.plan.members
+    more = msgspec.structs.replace(first, inner_steps=first.inner_steps + 1)
+    return msgspec.structs.replace(record, plan=msgspec.structs.replace(record.plan, members=(more, *others)))
+
+
 CONSPIRACIES: dict[str, tuple[str, Callable[[Record], Record]]] = {
     "seed": ("data is not what follows", with_plan(seed=b"s" * 32)),
     "position": ("data is not what follows", with_plan(position=7)),
     "base": ("another state", with_plan(base_root=b"b" * 32)),
     "previous": ("does not follow", with_plan(previous=b"p" * 32)),
     "term": ("its term 3 is not above that of round 2, 3", with_plan(term=3)),
+    "a quota above H": ("is given 6 inner steps where H is 5", lambda record: generous(record)),
     "tokens": (f"contribution of {NAMES[1][-6:]}: the tokens", lambda record: tokens(record, NAMES[1])),
     "order": (
         "ascending order",

@@ -33,14 +33,16 @@ DEADLINES = {"round_min": 60.0, "round_max": 90.0, "exchange_min": 5.0, "exchang
 
 
 @pytest.fixture
-def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swarm]:
-    """A coordinator and node-1, which is done with a round at once; a slow node takes half a minute."""
+def some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swarm]:
+    """A coordinator, node-1, which is done with a round at once, and a slow node that takes half a minute, if it is not
+    the only one that the others wait for: a test starts another slow one."""
     monkeypatch.setenv(PACE, "1.0")
-    rounds = {"inner_steps": 30, "total": 500, "start_members": 2, "min_members": 1}
-    config = write_config(tmp_path, members=2, rounds=rounds, deadlines=DEADLINES)
+    rounds = {"inner_steps": 30, "total": 500, "start_members": 3, "min_members": 1}
+    config = write_config(tmp_path, members=3, rounds=rounds, deadlines=DEADLINES)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
         run.node("node-1")
+        run.node("node-3", module=SLOW)
         yield run
 
 
@@ -57,65 +59,65 @@ def contribution(run: Swarm, round: int, node: str) -> Contribution | None:
     return {one.node: one.contribution for one in claimed(entry.certificate).record.accepted}.get(peer)
 
 
-def test_who_leaves_while_it_trains_hands_in_the_steps_it_has(two: Swarm) -> None:
-    two.node("node-2", module=SLOW)
-    two.wait("node-2", StepDone)
-    assert "is no node that has joined: a coordinator or a standby" in refusal(two.directory / "coordinator")
-    done = leave(two.directory / "node-2")
+def test_who_leaves_while_it_trains_hands_in_the_steps_it_has(some: Swarm) -> None:
+    some.node("node-2", module=SLOW)
+    some.wait("node-2", StepDone)
+    assert "is no node that has joined: a coordinator or a standby" in refusal(some.directory / "coordinator")
+    done = leave(some.directory / "node-2")
     assert done.returncode == 0, done.stderr
-    assert two.join("node-2") == 0, "a node that left as it was asked to has not failed"
-    given = contribution(two, 1, "node-2")
+    assert some.join("node-2") == 0, "a node that left as it was asked to has not failed"
+    given = contribution(some, 1, "node-2")
     assert given is not None
     assert 0 < given.inner_steps < 30
-    gone = two.wait("coordinator", PeerLeft)
-    assert (gone.peer, gone.reason) == (two.events("node-2", Left)[0].node, "it leaves, as it was asked to")
+    gone = some.wait("coordinator", PeerLeft)
+    assert (gone.peer, gone.reason) == (some.events("node-2", Left)[0].node, "it leaves, as it was asked to")
     assert "leaving (at most" in done.stdout
     assert "round 1 is certified, with this node's work" in done.stdout
-    two.wait("node-1", RoundCertified, lambda event: event.round == 3)
-    assert [len(event.members) for event in two.events("coordinator", RoundStarted)][:3] == [2, 1, 1]
+    some.wait("node-1", RoundCertified, lambda event: event.round == 3)
+    assert [len(event.members) for event in some.events("coordinator", RoundStarted)][:3] == [3, 2, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", ["--now", "Ctrl-C"])
-def test_ctrl_c_hands_in_what_the_others_wait_for(two: Swarm, asked: str) -> None:
-    two.node("node-2", module=SLOW)
-    two.wait("node-1", PhaseChanged, lambda event: event.phase == "committing")
-    two.wait("node-2", StepDone, lambda event: event.step > 1)
+def test_ctrl_c_hands_in_what_the_others_wait_for(some: Swarm, asked: str) -> None:
+    some.node("node-2", module=SLOW)
+    some.wait("node-1", PhaseChanged, lambda event: event.phase == "committing")
+    some.wait("node-2", StepDone, lambda event: event.step > 1)
     if asked == "--now":
-        assert leave(two.directory / "node-2", "--now").returncode == 0
-        assert two.join("node-2") == 130
+        assert leave(some.directory / "node-2", "--now").returncode == 0
+        assert some.join("node-2") == 130
     else:
-        assert two.kill("node-2", signal.SIGINT) == 130
-    assert contribution(two, 1, "node-2") is not None
-    assert "Traceback" not in two.output("node-2")
+        assert some.kill("node-2", signal.SIGINT) == 130
+    assert contribution(some, 1, "node-2") is not None
+    assert "Traceback" not in some.output("node-2")
 
 
 @pytest.mark.slow
-def test_ctrl_c_does_not_wait_for_who_has_a_round_to_train(two: Swarm) -> None:
+def test_ctrl_c_does_not_wait_for_who_has_a_round_to_train(some: Swarm) -> None:
     """And what is waited for is waited for no longer, once Ctrl-C is pressed again."""
-    two.node("node-2", module=SLOW)
-    two.wait("node-1", PhaseChanged, lambda event: event.phase == "exchanging")
-    node = two.processes["node-1"]
+    some.node("node-2", module=SLOW)
+    some.wait("node-1", PhaseChanged, lambda event: event.phase == "exchanging")
+    node = some.processes["node-1"]
     node.send_signal(signal.SIGINT)
-    assert two.wait("node-1", Leaving).seconds > 0
+    assert some.wait("node-1", Leaving).seconds > 0
     node.send_signal(signal.SIGINT)
-    assert two.join("node-1") == 128 + signal.SIGINT
-    assert not two.events("node-1", Left)
-    assert two.kill("node-2", signal.SIGINT) == 130
-    (asked,) = two.events("node-2", Leaving)
+    assert some.join("node-1") == 128 + signal.SIGINT
+    assert not some.events("node-1", Left)
+    assert some.kill("node-2", signal.SIGINT) == 130
+    (asked,) = some.events("node-2", Leaving)
     assert asked.seconds in (0.0, 5.0)  # the other one's commitment may still count
 
 
 @pytest.mark.slow
-def test_leaving_can_be_hurried(two: Swarm) -> None:
-    two.node("node-2", module=SLOW)
-    two.wait("node-1", PhaseChanged, lambda event: event.phase == "exchanging")
-    asking = subprocess.Popen([sys.executable, "-m", "psyche", "leave", str(two.directory / "node-1")])
-    two.wait("node-1", Leaving)
+def test_leaving_can_be_hurried(some: Swarm) -> None:
+    some.node("node-2", module=SLOW)
+    some.wait("node-1", PhaseChanged, lambda event: event.phase == "exchanging")
+    asking = subprocess.Popen([sys.executable, "-m", "psyche", "leave", str(some.directory / "node-1")])
+    some.wait("node-1", Leaving)
     assert asking.poll() is None, "it shows what it waits for"
-    assert two.kill("node-1", signal.SIGINT) == 130
+    assert some.kill("node-1", signal.SIGINT) == 130
     assert asking.wait(PATIENCE) == 0
-    assert [event.seconds > 10 for event in two.events("node-1", Leaving)] == [True, False]
+    assert [event.seconds > 10 for event in some.events("node-1", Leaving)] == [True, False]
 
 
 # --------------------------------------------------------------------------------- what is handed in

@@ -14,6 +14,8 @@ from psyche.bench.exchange.links import namespaces, remove_stale
 from psyche.bench.join.compare import measure as measure_joining
 from psyche.bench.join.plan import Plan as JoinPlan
 from psyche.bench.join.plan import trial as join_trial
+from psyche.bench.mixed.compare import measure as measure_mixed
+from psyche.bench.mixed.plan import Plan as MixedPlan
 from psyche.bench.utilisation.compare import measure
 from psyche.bench.utilisation.plan import Plan, trials
 from tests.bench.test_links import needs_namespaces
@@ -91,3 +93,16 @@ def test_newcomers_get_their_state_from_all_donors_over_the_line() -> None:
         assert row.round_before >= 10
         assert row.round_during >= 10
     assert not namespaces()
+
+
+@pytest.mark.slow
+def test_nodes_of_different_speeds_do_what_they_can_in_a_round() -> None:
+    """How long rounds took is not asserted: this machine may have other work. Who did how much is."""
+    found = measure_mixed(MixedPlan((1.0, 2.0, 4.0), step_seconds=0.2, inner_steps=20, rounds=3))
+    slow, middle, fast = found.rows
+    assert (slow.first_quota, middle.first_quota, fast.first_quota) == (20, 20, 20)
+    assert slow.first_done < 20, "it gave the rest back"
+    assert slow.done < 0.4 * fast.done
+    assert slow.done < middle.done < 0.75 * fast.done
+    assert all(row.rounds == 3 and 0 < row.idle < 1 for row in found.rows)
+    assert found.training < found.equal

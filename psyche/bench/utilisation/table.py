@@ -97,7 +97,7 @@ def _row(trial: Trial, node: str, log: Path, losses: Sequence[float | None]) -> 
     if not told:
         raise PsycheError(f"{node} took part in no round that counts (its log: {log})")
     train, whole = (sum(getattr(event, name) or 0.0 for event in told) for name in ("train_seconds", "round_seconds"))
-    step = train / (len(told) * run.rounds.inner_steps)
+    step = train / max(1, sum(event.inner_steps for event in told))
     exchange = median(event.exchange_seconds or 0.0 for event in told)
     return Row(
         overlap=trial.way,
