@@ -16,16 +16,15 @@ from psyche.network.node import NetworkNode
 from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, check_reach, needs_of
 from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
-from psyche.training.choice import choose
+from psyche.training.choice import Choice
 from psyche.training.devices import available_memory
 
 TRIES_SECONDS = (5.0, 15.0, 30.0)
 """Peers that join at the same moment start to answer a little later."""
 
 
-def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found) -> list[Finding]:
+def check_machine(manifest: Manifest, node: Node, choice: Choice, directory: Path, found: Found) -> list[Finding]:
     """Disk and memory against what the run needs of this node."""
-    choice = choose(node, manifest.resolved.flat_size)
     needs = needs_of(manifest, node, choice)
     kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))
     findings = [

@@ -189,7 +189,7 @@ async def _take_part(
     found = await find_store(network, manifest, node.cache.expanduser(), hosts)
     choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size)
     log.emit(engine_chosen(choice))
-    tell(check_machine(manifest, node, directory, found), warn)
+    tell(check_machine(manifest, node, choice, directory, found), warn)
     with disk_errors(directory, "--directory"):
         write_durably(directory / MANIFEST, manifest.encode())
 

@@ -51,7 +51,7 @@ class Choice:
 
 def choose(node: Node, elements: int) -> Choice:
     """The engine for a model of ``elements`` parameters on this machine. Raises :class:`PsycheError`."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = _gpus()
     free = tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)) or (available_memory(),)
     return decide(node, elements, Machine(gpus, find_spec("deepspeed") is not None, free))
 
@@ -98,6 +98,20 @@ def make_engine(run: Run, node: Node, choice: Choice, directory: Path) -> Engine
         threads=max(1, (node.threads or torch.get_num_threads()) // len(choice.devices)),
         directory=directory,
     )
+
+
+def describe_device(node: Node) -> str:
+    """What a node trains on, in at most 64 characters: ``8 × NVIDIA H100 80GB HBM3``, or ``CPU, 4 threads``."""
+    devices, _ = _devices(node, _gpus())
+    if devices[0] == "cpu":
+        threads = node.threads or torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' * (threads > 1)}"
+    count = len(devices) if find_spec("deepspeed") is not None else 1
+    return (f"{count} × " * (count > 1) + torch.cuda.get_device_name(devices[0]))[:64]
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _devices(node: Node, gpus: int) -> tuple[tuple[str, ...], bool]:

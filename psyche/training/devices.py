@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from psyche.config import Node
 from psyche.errors import PsycheError
 
 
@@ -21,15 +20,6 @@ def pick_device(wanted: str) -> torch.device:
             "install the NVIDIA driver, or use --device cpu"
         )
     return device
-
-
-def describe_device(node: Node) -> str:
-    """What a node trains on, in at most 64 characters: the GPU's name, or ``CPU, 4 threads``."""
-    device = pick_device(node.device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)[:64]
-    threads = node.threads or torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
