@@ -7,8 +7,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from psyche.config import Manifest, Node
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
@@ -33,9 +31,10 @@ def check_machine(manifest: Manifest, node: Node, choice: Choice, directory: Pat
         check_memory("memory", needs.host, available_memory(), "close other programs, or use a machine with more"),
     ]
     if needs.device:
-        free = min(torch.cuda.mem_get_info(torch.device(device))[0] for device in choice.devices)
         mend = "free the GPU (nvidia-smi shows who uses it), or set node.outer_state to cpu"
-        findings.append(check_memory("GPU memory", needs.device, free, mend))
+        if choice.stage is not None and not choice.offload:
+            mend += ", or node.deepspeed.offload to cpu"
+        findings.append(check_memory("GPU memory", needs.device, choice.free, mend))
     return findings
 
 

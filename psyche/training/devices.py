@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -28,6 +31,22 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bf16 else None
     return torch.bfloat16 if wanted == "bf16" else None
+
+
+def gpu_memory(gpus: int) -> tuple[int, ...]:
+    """Bytes free on each of so many GPUs.
+
+    Whoever looks leaves a CUDA context of some hundred MB behind: where ranks are to train, a process that ends looks.
+    """
+    if gpus < 2:
+        return tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus))
+    look = f"import json, torch; print(json.dumps([torch.cuda.mem_get_info(gpu)[0] for gpu in range({gpus})]))"
+    try:
+        found = subprocess.run([sys.executable, "-c", look], capture_output=True, check=True, text=True)
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.splitlines() or ["no reason given"])[-1]
+        raise PsycheError(f"the GPUs' memory cannot be read: {reason}; nvidia-smi shows what is wrong") from None
+    return tuple(json.loads(found.stdout))
 
 
 def available_memory() -> int:
