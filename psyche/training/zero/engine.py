@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -46,9 +47,9 @@ class DeepSpeedEngine:
         self.layout = layout(spec)
         self.steps = 0
         self._micro_batch = micro_batch
-        self._shared = SharedVector.create(self.layout.size)
-        self.ranks = Ranks(devices, self._shared.descriptor, self.layout.size, directory)
-        self._flat = self._shared.tensor
+        with closing(SharedVector.create(self.layout.size)) as shared:
+            self.ranks = Ranks(devices, shared.descriptor, self.layout.size, directory)
+        self._flat = shared.tensor
         start = Start(spec.model_dump_json(), inner.model_dump_json(), precision, stage, offload, threads)
         self._all(start)
         with torch.no_grad():
