@@ -77,8 +77,12 @@ packages() {
     fi
 }
 
-# The GPU build where the driver works.
-if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then flavour=cuda; else flavour=cpu; fi
+# The GPU build where the driver works, and what several GPUs train one model with.
+flavour=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+    flavour=cuda
+    if [ "$(nvidia-smi --list-gpus | grep -c '^GPU')" -gt 1 ]; then flavour=cuda,deepspeed; fi
+fi
 
 # What would be installed: another text than the stamp's means that it has to be, again.
 wanted() {
@@ -97,7 +101,7 @@ wanted() {
 
 # torch takes most of it: 1 GB for CPUs; several with CUDA's libraries.
 check_room() {
-    if [ "$flavour" = cuda ]; then need=10; else need=3; fi
+    if [ "$flavour" = cpu ]; then need=3; else need=10; fi
     place=$home
     while [ ! -d "$place" ]; do place=$(dirname -- "$place"); done
     free=$(df -Pk "$place" | awk 'NR == 2 { print int($4 / 1048576) }')
@@ -141,7 +145,7 @@ install() {
     fi
     pins=
     if [ -f "$source/constraints.txt" ]; then pins="--constraint=$source/constraints.txt"; fi
-    if [ "$flavour" = cuda ] && [ -d "$source" ]; then extra='[cuda]'; fi
+    if [ "$flavour" != cpu ] && [ -d "$source" ]; then extra="[$flavour]"; fi
     pip_install ${pins:+"$pins"} "$source${extra:-}"
     if [ "$dry" = yes ]; then
         printf '  would write: %s (%s)\n' "$stamp" "$target"

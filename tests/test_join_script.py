@@ -78,6 +78,18 @@ def test_what_is_missing_is_named_with_the_command(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("gpus", "extra"), [(0, ""), (1, "[cuda]"), (2, "[cuda,deepspeed]")])
+def test_what_is_installed_follows_the_gpus(tmp_path: Path, gpus: int, extra: str) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    listed = "".join(f"GPU {number}: NVIDIA H100 80GB HBM3 (UUID: GPU-{number})\n" for number in range(gpus))
+    (programs / "nvidia-smi").write_text(f"#!/bin/sh\n[ {gpus} -gt 0 ] || exit 9\nprintf '{listed}'\n")
+    (programs / "nvidia-smi").chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    said = join_sh(tmp_path / "home", "--dry-run", INVITE, PATH=path)
+    assert re.search(rf" {re.escape(str(ROOT) + extra)}\n", said.stdout), said.stdout + said.stderr
+
+
 def test_only_an_invite_is_joined(tmp_path: Path) -> None:
     assert "is not an invite" in join_sh(tmp_path, "garbage").stderr
     assert join_sh(tmp_path).returncode == 2

@@ -25,8 +25,6 @@ from psyche.training.zero.memory import ROOM, rank_bytes
 Level = Literal["ok", "warn", "fail"]
 CLOCK_WARN = 1.5
 """Seconds. Bootstrap nodes turn away who differs by more than 3."""
-
-
 RANK_BYTES = 500 << 20
 """A rank before it has any tensor: Python, torch, transformers and DeepSpeed."""
 

@@ -28,7 +28,7 @@ from psyche.roles.preflight import check_connection, check_machine, port_of
 from psyche.roles.presence import KINDS, sources
 from psyche.roles.provision import Found, basis_of, fetch_manifest, find_store
 from psyche.telemetry.wording import size
-from psyche.training.choice import choose, make_engine
+from psyche.training.choice import Choice, choose, describe_device, make_engine
 from psyche.training.devices import pick_device
 
 TRAIN_SECONDS = 2.0
@@ -91,31 +91,36 @@ async def _visit(
     try:
         manifest, _ = await fetch_manifest(network, invite.run_id, hosts)
         found = await find_store(network, manifest, node, hosts)
-        machine = check_machine(manifest, node, directory, found)
     except PsycheError as error:
         report(Finding("run", "fail", "its manifest or text cannot be had", str(error)))
         return
     parameters = manifest.resolved.parameters
     report(Finding("run", "ok", f"{manifest.run.name}, {parameters:,} parameters, codec {manifest.run.codec.name}"))
+    try:
+        choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size)
+    except PsycheError as error:
+        report(Finding("engine", "fail", "this node's settings and devices do not go together", str(error)))
+        return
+    report(Finding("engine", "warn" if choice.mend else "ok", choice.why, choice.mend))
+    machine = check_machine(manifest, node, choice, directory, found)
     for finding in machine:
         report(finding)
     report(await _measure_line(network, manifest, found, hosts))
     if all(finding.level != "fail" for finding in machine):
-        report(await asyncio.to_thread(_measure_speed, manifest, node, scratch))
+        report(await asyncio.to_thread(_measure_speed, manifest, node, choice, scratch))
 
 
 def _device(node: Node) -> Finding:
     try:
-        device = pick_device(node.device)
+        device, text = pick_device(node.device), describe_device(node)
     except PsycheError as error:
-        return Finding("device", "fail", f"node.device is {node.device}", str(error))
+        return Finding("device", "fail", f"node.device is {node.device}, node.gpus is {node.gpus}", str(error))
     if device.type == "cuda":
-        return Finding("device", "ok", torch.cuda.get_device_name(device))
-    threads = node.threads or torch.get_num_threads()
+        return Finding("device", "ok", text)
     if Path("/proc/driver/nvidia/version").exists() and node.device == "auto":
         mend = "install the CUDA build of torch that fits the driver: see https://pytorch.org/get-started/locally"
         return Finding("device", "warn", "there is an NVIDIA driver, but torch sees no GPU", mend)
-    return Finding("device", "ok", f"CPU, {threads} threads")
+    return Finding("device", "ok", text)
 
 
 def _port(node: Node, running: bool) -> Finding:
@@ -149,13 +154,12 @@ async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, 
     return check_rate(manifest, received, received / (time.monotonic() - began), MEASURED_BYTES)
 
 
-def _measure_speed(manifest: Manifest, node: Node, scratch: Path) -> Finding:
+def _measure_speed(manifest: Manifest, node: Node, choice: Choice, scratch: Path) -> Finding:
     """Train this model on random tokens for a moment."""
     run = manifest.run
     if node.threads is not None:
         torch.set_num_threads(node.threads)
     try:
-        choice = choose(node, manifest.resolved.flat_size)
         engine = make_engine(run, node.model_copy(update={"compile": "off"}), choice, scratch)
         shape = (run.inner.batch_size, run.data.sequence_length)
         batch = torch.randint(0, run.model.vocab_size, shape).numpy()

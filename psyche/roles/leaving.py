@@ -142,7 +142,8 @@ class Departure:
         reason = "it leaves, as it was asked to" if self.asked and not self.quickly else "it was stopped"
         if self._farewell.resting:
             reason = f"it rests: {self._farewell.resting}"[:MAX_REASON]
-        reason = "it has failed" if self.failed else reason
+        if self.failed:
+            reason = "it has failed"
         with contextlib.suppress(Exception):  # we leave, whether anybody listens or not
             async with asyncio.timeout(GOODBYE_SECONDS):
                 await self._client.leave("the run is finished" if finished else reason, rounds)

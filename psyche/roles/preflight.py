@@ -7,8 +7,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from psyche.config import Manifest, Node
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
@@ -17,16 +15,15 @@ from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, 
 from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
 from psyche.sizes import byte_count
-from psyche.training.choice import choose
+from psyche.training.choice import Choice
 from psyche.training.memory import available_memory
 
 TRIES_SECONDS = (5.0, 15.0, 30.0)
 """Peers that join at the same moment start to answer a little later."""
 
 
-def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found) -> list[Finding]:
+def check_machine(manifest: Manifest, node: Node, choice: Choice, directory: Path, found: Found) -> list[Finding]:
     """Disk and memory against what the run needs of this node."""
-    choice = choose(node, manifest.resolved.flat_size)
     needs = needs_of(manifest, node, choice)
     kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))
     findings = [
@@ -35,8 +32,10 @@ def check_machine(manifest: Manifest, node: Node, directory: Path, found: Found)
         check_memory("memory", needs.host, available_memory(), "close other programs, or use a machine with more"),
     ]
     if needs.device:
-        free = min(torch.cuda.mem_get_info(torch.device(device))[0] for device in choice.devices)
         mend = "free the GPU (nvidia-smi shows who uses it), or set node.outer_state to cpu"
+        if choice.stage is not None and not choice.offload:
+            mend += ", or node.deepspeed.offload to cpu"
+        free = choice.free
         if node.max_gpu_memory is not None:
             free, mend = min(free, byte_count(node.max_gpu_memory)), f"{mend}, or raise --max-gpu-memory"
         findings.append(check_memory("GPU memory", needs.device, free, mend))

@@ -201,7 +201,7 @@ async def _take_part(
     log.emit(engine_chosen(choice))
     found = await find_store(network, manifest, node, hosts)
     budget = await asyncio.to_thread(check_private, manifest, node, directory)
-    tell(check_machine(manifest, node, directory, found), warn)
+    tell(check_machine(manifest, node, choice, directory, found), warn)
     with disk_errors(directory, "--directory"):
         write_durably(directory / MANIFEST, manifest.encode())
 

@@ -63,7 +63,7 @@ from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
-from psyche.training.devices import describe_device
+from psyche.training.choice import describe_device
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ import torch
 
 from psyche.config import Node, Run
 from psyche.errors import ConfigError, PsycheError
+from psyche.training.devices import gpu_memory
 from psyche.training.engine import Engine
 from psyche.training.memory import available_memory
 from psyche.training.models import build
@@ -26,11 +27,12 @@ INSTALL = "pip install 'psyche[deepspeed]'"
 class Machine:
     """What there is to choose from."""
 
-    gpus: int
     deepspeed: bool
     """Whether it is installed."""
-    free: tuple[int, ...]
-    """Bytes free on each GPU, or of the machine's memory where there is none."""
+    memory: int
+    """Bytes free."""
+    gpus: tuple[int, ...]
+    """Bytes free on each."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Choice:
     offload: bool
     why: str
     mend: str = ""
+    free: int = 0
+    """Bytes free on each of the devices, at least."""
 
     @property
     def device(self) -> torch.device:
@@ -53,34 +57,33 @@ class Choice:
 
 def choose(node: Node, elements: int) -> Choice:
     """The engine for a model of ``elements`` parameters on this machine. Raises :class:`PsycheError`."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    free = tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)) or (available_memory(),)
-    return decide(node, elements, Machine(gpus, find_spec("deepspeed") is not None, free))
+    there = Machine(find_spec("deepspeed") is not None, available_memory(), gpu_memory(_gpus()))
+    return decide(node, elements, there)
 
 
 def decide(node: Node, elements: int, machine: Machine) -> Choice:
     """The same for a machine that somebody has looked at."""
-    devices, asked = _devices(node, machine.gpus)
+    devices, asked = _devices(node, len(machine.gpus))
+    on_cpu = devices[0] == "cpu"
+    free = machine.memory // len(devices) if on_cpu else min(machine.gpus[int(one[5:])] for one in devices)
     if node.deepspeed is None and len(devices) == 1:
-        return Choice(devices, None, False, f"TorchEngine on {devices[0]}: there is one device to train on")
+        why = f"TorchEngine on {devices[0]}: there is one device to train on"
+        return Choice(devices, None, False, why, free=free)
     if not machine.deepspeed:
         mend = f"install DeepSpeed: {INSTALL}"
         if asked:
             raise PsycheError(f"training on {_counted(devices)} needs DeepSpeed, which is not installed; {mend}")
         why = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs: the others idle without DeepSpeed"
-        return Choice(devices[:1], None, False, why, mend)
+        return Choice(devices[:1], None, False, why, mend, free)
     offload = node.deepspeed is not None and node.deepspeed.offload == "cpu"
     stage = None if node.deepspeed is None else node.deepspeed.stage
     because = "as node.deepspeed.stage says"
     if stage is None:
-        on_cpu = devices[0] == "cpu"
-        free = machine.free[0] // len(devices) if on_cpu else min(machine.free[int(one[5:])] for one in devices)
         stage = least_stage(elements, len(devices), free, offload=offload)
-        because = "the least of which the tensors fit into each one's free memory" if stage < 3 else (
-            "which needs the least memory of each"
-        )  # fmt: skip
+        because = "which needs the least memory" if stage == 3 else "the lowest whose tensors fit into what is free"
     why = f"DeepSpeedEngine on {_counted(devices)}, ZeRO {stage}, {because}"
-    return Choice(devices, stage, offload, why + ("; the optimizer is on the CPU" if offload else ""))
+    why += "; the optimizer is on the CPU" if offload else ""
+    return Choice(devices, stage, offload, why, free=free)
 
 
 def make_engine(
@@ -115,6 +118,20 @@ def make_engine(
     )
 
 
+def describe_device(node: Node) -> str:
+    """What a node trains on, in at most 64 characters: ``8 × NVIDIA H100 80GB HBM3``, or ``CPU, 4 threads``."""
+    devices, _ = _devices(node, _gpus())
+    if devices[0] == "cpu":
+        threads = node.threads or torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' * (threads > 1)}"
+    count = len(devices) if find_spec("deepspeed") is not None else 1
+    return (f"{count} × " * (count > 1) + torch.cuda.get_device_name(devices[0]))[:64]
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _devices(node: Node, gpus: int) -> tuple[tuple[str, ...], bool]:
     """What is to train, and whether the settings name more than the first of it."""
     ranks = node.deepspeed.ranks if node.deepspeed is not None else None
@@ -139,7 +156,7 @@ def _devices(node: Node, gpus: int) -> tuple[tuple[str, ...], bool]:
 def _numbers(wanted: str, gpus: int) -> list[int]:
     """Of the GPUs that ``node.gpus`` means."""
     if "," in wanted:
-        return [int(number) for number in wanted.split(",")]
+        return list(dict.fromkeys(int(number) for number in wanted.split(",")))
     return list(range(int(wanted) if wanted.isdigit() else gpus))
 
 

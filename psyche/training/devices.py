@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import torch
 
 from psyche.config import Node
@@ -30,18 +34,25 @@ def limit_memory(node: Node, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, byte_count(node.max_gpu_memory) / total), device)
 
 
-def describe_device(node: Node) -> str:
-    """What a node trains on, in at most 64 characters: the GPU's name, or ``CPU, 4 threads``."""
-    device = pick_device(node.device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)[:64]
-    threads = node.threads or torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' * (threads > 1)}"
-
-
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
     """Autocast dtype for forward and backward, or None for plain fp32. ``auto``: bf16 where the GPU has it."""
     if wanted == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bf16 else None
     return torch.bfloat16 if wanted == "bf16" else None
+
+
+def gpu_memory(gpus: int) -> tuple[int, ...]:
+    """Bytes free on each of so many GPUs.
+
+    Whoever looks leaves a CUDA context of some hundred MB behind: where ranks are to train, a process that ends looks.
+    """
+    if gpus < 2:
+        return tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus))
+    look = f"import json, torch; print(json.dumps([torch.cuda.mem_get_info(gpu)[0] for gpu in range({gpus})]))"
+    try:
+        found = subprocess.run([sys.executable, "-c", look], capture_output=True, check=True, text=True)
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.splitlines() or ["no reason given"])[-1]
+        raise PsycheError(f"the GPUs' memory cannot be read: {reason}; nvidia-smi shows what is wrong") from None
+    return tuple(json.loads(found.stdout))

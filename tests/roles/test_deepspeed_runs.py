@@ -51,6 +51,7 @@ def test_a_node_of_two_ranks_and_one_of_none_hold_the_same_bits(
         run.coordinator()
         run.node("node-1")
         run.node("node-2", config=ranked(config, stage=stage))
+        run.wait("node-2", RoundStarted)  # ranks take their time to start
         for name in ("node-1", "node-2", "coordinator"):
             assert run.join(name) == 0, run.output(name)
         roots = certified_roots(run.directory / "coordinator" / "events.jsonl")

@@ -15,6 +15,7 @@ from psyche.errors import PsycheError
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.roles.checks import (
+    RANK_BYTES,
     Finding,
     check_clock,
     check_disk,
@@ -32,7 +33,7 @@ from psyche.roles.probes import Offset, clock_offset, reachable, serve_probes
 from psyche.roles.processes import MANIFEST
 from psyche.roles.provision import Found, local_store
 from psyche.telemetry.events import RunStarted
-from psyche.training.choice import Choice
+from psyche.training.choice import Choice, choose
 from psyche.training.memory import available_memory
 from tests.roles.swarm import swarm
 from tests.roles.test_bad_input import psyche
@@ -102,12 +103,16 @@ class TestChecks:
         assert (on_cpu.device, on_gpu.device) == (0, 16 * elements)
         assert on_cpu.host == on_gpu.host + on_gpu.device
         assert all_on_gpu.device == 32 * elements
+        four = needs_of(manifest, node, Choice(tuple(f"cuda:{n}" for n in range(4)), 3, False, ""))
+        assert 16 * elements // 4 < four.device < on_gpu.device
+        assert four.host > on_gpu.host + 4 * RANK_BYTES
         assert on_cpu.directory >= 20 * elements * node.checkpoints_kept
 
     def test_this_machine_is_measured(self, launched: tuple[Manifest, Node], tmp_path: Path) -> None:
         manifest, node = launched
         found = Found(local_store(manifest, node.cache), None, 1 << 60)
-        findings = {one.check: one.level for one in check_machine(manifest, node, tmp_path, found)}
+        choice = choose(node, manifest.resolved.flat_size)
+        findings = {one.check: one.level for one in check_machine(manifest, node, choice, tmp_path, found)}
         assert findings["disk: the text"] == "fail"
         assert available_memory() > 0
 

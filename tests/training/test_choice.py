@@ -16,7 +16,7 @@ BIG = 1 << 40
 
 
 def machine(gpus: int, *, installed: bool = True, free: int = BIG) -> Machine:
-    return Machine(gpus, installed, (free,) * max(1, gpus))
+    return Machine(installed, free, (free,) * gpus)
 
 
 def decided(there: int, /, *, installed: bool = True, **node: object) -> Choice:
@@ -88,6 +88,13 @@ def test_a_cpu_has_as_many_ranks_as_it_is_told() -> None:
     choice = decide(Node(device="cpu", deepspeed=DeepSpeed(ranks=3, stage=2)), ELEMENTS, machine(4))
     assert (choice.devices, choice.stage) == (("cpu",) * 3, 2)
     assert "3 CPU ranks" in choice.why
+
+
+def test_the_least_of_what_is_free_counts_where_it_is() -> None:
+    there = Machine(True, 800, (300, 100, 200))
+    assert decide(Node(), ELEMENTS, there).free == 100
+    assert decide(Node(gpus="0,2,2"), ELEMENTS, there).free == 200
+    assert decide(Node(device="cpu", deepspeed=DeepSpeed(ranks=4)), ELEMENTS, there).free == 200
 
 
 def test_one_gpu_with_offload_is_deepspeeds() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from psyche import config
 from psyche.config import Inner
 from psyche.training.engine import Batch
-from psyche.training.models import initial_parameters, layout
+from psyche.training.models import build, layout
 from psyche.training.zero.ranks import Ranks
 from psyche.training.zero.shared import SharedVector
 from psyche.training.zero.wire import Evaluate, Kind, Order, Read, Resume, Rows, Shift, Start, Step, Write
@@ -46,13 +47,14 @@ class DeepSpeedEngine:
         self.layout = layout(spec)
         self.steps = 0
         self._micro_batch = micro_batch
-        self._shared = SharedVector.create(self.layout.size)
-        self.ranks = Ranks(devices, self._shared.descriptor, self.layout.size, directory)
-        self._flat = self._shared.tensor
+        with closing(SharedVector.create(self.layout.size)) as shared:
+            self.ranks = Ranks(devices, shared.descriptor, self.layout.size, directory)
+        self._flat = shared.tensor
         start = Start(spec.model_dump_json(), inner.model_dump_json(), precision, stage, offload, threads)
         self._all(start)
-        _, initial = initial_parameters(spec, seed)
-        self.write(initial)
+        with torch.no_grad():
+            self.layout.gather(dict(build(spec, seed=seed).named_parameters()), self._flat)
+        self._all(Write("theta", ((0, self.layout.size),)))
 
     def step(self, batch: Batch, lr: float) -> float:
         rows = self._dealt(batch)

@@ -21,7 +21,11 @@ class SharedVector:
 
     @classmethod
     def create(cls, size: int) -> SharedVector:
-        """Zeros; ``descriptor`` is what other processes inherit."""
+        """Zeros; ``descriptor`` is what other processes inherit; :meth:`close` once they have."""
         descriptor = os.memfd_create("psyche-flat")
         os.ftruncate(descriptor, 4 * size)
         return cls(descriptor, size)
+
+    def close(self) -> None:
+        """No more process is to inherit it. The tensor keeps the memory."""
+        os.close(self.descriptor)
