@@ -24,6 +24,10 @@ class MirrorError(PsycheError):
     """A mirror did not give what was asked of it."""
 
 
+class NotThere(MirrorError):
+    """It does not have this file; it may have others."""
+
+
 class WrongBytes(MirrorError):
     """It gave something else."""
 
@@ -48,7 +52,8 @@ class Mirror:
         """Write file ``name``, which must be ``wanted``, to the start of the open file ``into``.
 
         ``progress`` hears the bytes received so far, on a thread of its own; ``throttle`` waits there until so many
-        more may come. Raises :class:`MirrorError`, and :class:`WrongBytes` where the hash is not the one it should be.
+        more may come. Raises :class:`MirrorError`: :class:`NotThere`, and :class:`WrongBytes` where the hash is not
+        the one it should be.
         """
         url = f"{self.url}/{name}"
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
@@ -69,8 +74,11 @@ class Mirror:
                     raise MirrorError(f"{url} has stalled after {transfer.received:,} bytes")
         finally:
             transfer.abandon()
+        if isinstance(transfer.error, FileNotFoundError):
+            raise NotThere(f"{url} is not there") from transfer.error
         if transfer.error is not None:
-            raise MirrorError(f"{url}: {_reason(transfer.error)}") from transfer.error
+            reason = " ".join(str(transfer.error).split())[:200] or type(transfer.error).__name__
+            raise MirrorError(f"{url}: {reason}") from transfer.error
         if transfer.received != wanted.bytes or await asyncio.to_thread(_root, into, wanted.bytes) != wanted.root:
             raise WrongBytes(f"{url} is not the run's ({transfer.received:,} bytes, {wanted.bytes:,} expected)")
 
@@ -146,9 +154,3 @@ class _Transfer:
 def _root(descriptor: int, size: int) -> str:
     with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as content:
         return blob_root(content).hex()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "it is not there"
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -38,9 +38,15 @@ class Supply:
     def begin(self, position: int) -> None:
         """The run stands at ``position``: fetch what its next round probably takes."""
 
+    def expect(self, plan: Plan) -> None:
+        """Fetch what the round after ``plan`` probably takes."""
+
+    async def begun(self) -> None:
+        """Return once what is fetched ahead is open, or cannot be had."""
+
     async def ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
         """Return once the shards of ``node``'s part of a round are open: all of them, or all before the first that
-        cannot be had, or as many as there are when ``closed()``. Then see to the next round's.
+        cannot be had, or as many as there are when ``closed()``. Then :meth:`expect` the next round's.
         """
 
     async def close(self) -> None:
@@ -64,7 +70,7 @@ class ShardSupply(Supply):
     def begin(self, position: int) -> None:
         rounds, batch = self._run.rounds, self._run.inner.batch_size
         steps = rounds.start_members * (rounds.inner_steps + self._run.overlap.late_steps)
-        self._prefetch(range(position, position + steps * batch))
+        self._prefetch(range(position, position + steps * batch), least=1)  # to warm up on
 
     async def ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
         self._suppliers.meet([member.node for member in plan.members])
@@ -79,8 +85,15 @@ class ShardSupply(Supply):
                 await asyncio.wait({fetch}, timeout=POLL_SECONDS)
             if not fetch.done() or not fetch.result():
                 break
+        self.expect(plan)
+
+    def expect(self, plan: Plan) -> None:
         begin = next_position(plan, self._run.inner.batch_size, self._run.overlap.late_steps)
         self._prefetch(range(begin, 2 * begin - plan.position))
+
+    async def begun(self) -> None:
+        while (task := self._prefetching) is not None and not task.done():
+            await asyncio.wait({task})
 
     async def close(self) -> None:
         tasks = [*self._fetching.values(), *([self._prefetching] if self._prefetching else [])]
@@ -91,9 +104,9 @@ class ShardSupply(Supply):
     def _shards(self, span: range) -> list[int]:
         return shards(span, self._split.shape, self._run.seed)
 
-    def _prefetch(self, span: range) -> None:
+    def _prefetch(self, span: range, least: int = 0) -> None:
         ahead = self._shards(span)
-        ahead = ahead if len(ahead) <= AHEAD else []
+        ahead = ahead if len(ahead) <= AHEAD else ahead[:least]
         self._split.close_all_but([*self._now, *ahead])
         if self._prefetching is not None:
             self._prefetching.cancel()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from psyche.config import Manifest, Node
 from psyche.data.index import Shard, TokenizerFile
-from psyche.data.mirrors import Mirror, MirrorError, WrongBytes
+from psyche.data.mirrors import Mirror, MirrorError, NotThere, WrongBytes
 from psyche.errors import PsycheError
 from psyche.network.fetch import FetchError, fetch_blob, rotated
 from psyche.network.limits import QUANTUM
@@ -67,7 +67,8 @@ class Suppliers:
                 self._warn(f"{error}: the mirror is not asked for it again")
                 reasons.append(str(error))
             except MirrorError as error:
-                self._resting[mirror.url] = time.monotonic() + REST_SECONDS
+                if not isinstance(error, NotThere):
+                    self._resting[mirror.url] = time.monotonic() + REST_SECONDS
                 reasons.append(str(error))
         try:
             await self._from_members(wanted, name, into, progress)
