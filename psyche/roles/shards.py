@@ -28,8 +28,10 @@ from psyche.telemetry.wording import size
 AHEAD = 4
 """Shards fetched before it is known who needs them. Of a longer stretch, most would be fetched for others."""
 AT_ONCE = 2
+"""Shards on their way: the one that is needed and the next."""
 POLL_SECONDS = 0.5
 EVENT_SECONDS = 1.0
+"""At most one Downloading event of a shard in so long."""
 
 
 class Supply:
@@ -132,7 +134,7 @@ class ShardSupply(Supply):
             return True
         async with self._turns:
             try:
-                await self._fetch(self._split.shards[number])
+                await self._fetch(number)
             except CacheFull as error:
                 if number in self._now:
                     self._warn(str(error))
@@ -159,10 +161,10 @@ class ShardSupply(Supply):
         self._cache.used(shard)
         return True
 
-    async def _fetch(self, shard: Shard) -> None:
+    async def _fetch(self, number: int) -> None:
         """Put a shard into the cache. Raises :class:`PsycheError`."""
-        began = time.monotonic()
-        incoming = await self._claimed(shard)
+        began, shard = time.monotonic(), self._split.shards[number]
+        incoming = await self._claimed(number)
         if incoming is None:
             return
         with disk_errors(self._cache.directory), incoming:
@@ -170,14 +172,17 @@ class ShardSupply(Supply):
             await asyncio.to_thread(incoming.keep)
         self._inform(f"{shard.file} ({size(shard.bytes)}) came from {giver} in {time.monotonic() - began:.1f} s")
 
-    async def _claimed(self, shard: Shard) -> Incoming | None:
+    async def _claimed(self, number: int) -> Incoming | None:
         """The file to fetch a shard into; None where another process of this machine has fetched it meanwhile."""
+        shard = self._split.shards[number]
         while True:
             with disk_errors(self._cache.directory):
                 try:
                     incoming = await asyncio.to_thread(self._cache.claim, shard)
-                except CacheFull:  # what is needed now is worth more than what may be needed next
-                    self._split.close_all_but(self._now)
+                except CacheFull:
+                    if number not in self._now:
+                        raise
+                    self._split.close_all_but(self._now)  # what may be needed next makes way
                     incoming = await asyncio.to_thread(self._cache.claim, shard)
             if incoming is not None and not self._cache.place(shard).exists():
                 return incoming

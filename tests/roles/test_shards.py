@@ -180,6 +180,22 @@ def test_a_shard_that_nobody_has_costs_its_sequences_and_not_the_run(tmp_path: P
         assert min(taken for (round, _), taken in steps.items() if round == 2) < 20
 
 
+@pytest.mark.slow
+def test_two_nodes_of_one_machine_fetch_each_shard_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path, members=2, rounds=ROUNDS)
+    store = prepared(config)
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        run.wait("coordinator", RunStarted)
+        for name in ("node-1", "node-2"):
+            lone_node(run, name, cache=str(run.directory / "cache-shared"))
+        for name in ("node-1", "node-2"):
+            assert run.join(name) == 0, run.output(name)
+        came = [text for name in ("node-1", "node-2") for text in notices(run, name) if "came from" in text]
+        assert 5 < len(came) == len(fetched(run, "shared"))
+        assert roots(run, "node-1") == roots(run, "node-2") == reference(run, store)
+
+
 @contextmanager
 def web(directory: Path) -> Iterator[str]:
     """The URL of a server of files."""
