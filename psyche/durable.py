@@ -38,6 +38,14 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
+def write_at(descriptor: int, content: bytes, offset: int) -> None:
+    """All of ``content`` into an open file. A disk that fills up takes a part, and raises for the rest."""
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory: a new name in it is on disk only then."""
     directory = os.open(path, os.O_RDONLY)

@@ -5,23 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from psyche.data.index import Shard, TokenizerFile
+from psyche.durable import write_at
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root
 
 STALL_SECONDS = 30.0
 """A mirror that does not send :data:`PIECE` bytes in so long is given up."""
 PIECE = 1 << 20
+THROTTLED = 1 << 16
+"""Bytes that are accounted for at once."""
 _ANONYMOUS: dict[str, dict[str, Any]] = {"s3": {"anon": True}, "gs": {"token": "anon"}, "hf": {"token": False}}
 
 
 class MirrorError(PsycheError):
     """A mirror did not give what was asked of it."""
+
+
+class NotThere(MirrorError):
+    """It does not have this file; it may have others."""
 
 
 class WrongBytes(MirrorError):
@@ -47,8 +54,9 @@ class Mirror:
     ) -> None:
         """Write file ``name``, which must be ``wanted``, to the start of the open file ``into``.
 
-        ``progress`` hears the bytes received so far, on a thread of its own; ``throttle`` waits there until so many
-        more may come. Raises :class:`MirrorError`, and :class:`WrongBytes` where the hash is not the one it should be.
+        ``progress`` hears the bytes received so far, on a thread of its own. ``throttle`` waits there until so many
+        more, at most THROTTLED, may come; that is not held against the mirror. Raises :class:`MirrorError`:
+        :class:`NotThere`, and :class:`WrongBytes` where the hash is not the one it should be.
         """
         url = f"{self.url}/{name}"
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
@@ -62,15 +70,19 @@ class Mirror:
         threading.Thread(target=transfer.run, name="mirror", daemon=True).start()
         try:
             while not ended.is_set():
-                before = transfer.received // PIECE
+                before, held = transfer.received // PIECE, transfer.held
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(ended.wait(), self._stall)
-                if not ended.is_set() and transfer.received // PIECE == before:
+                waited_for_us = transfer.held - held > self._stall / 2
+                if not ended.is_set() and transfer.received // PIECE == before and not waited_for_us:
                     raise MirrorError(f"{url} has stalled after {transfer.received:,} bytes")
         finally:
             transfer.abandon()
+        if isinstance(transfer.error, FileNotFoundError):
+            raise NotThere(f"{url} is not there") from transfer.error
         if transfer.error is not None:
-            raise MirrorError(f"{url}: {_reason(transfer.error)}") from transfer.error
+            reason = " ".join(str(transfer.error).split())[:200] or type(transfer.error).__name__
+            raise MirrorError(f"{url}: {reason}") from transfer.error
         if transfer.received != wanted.bytes or await asyncio.to_thread(_root, into, wanted.bytes) != wanted.root:
             raise WrongBytes(f"{url} is not the run's ({transfer.received:,} bytes, {wanted.bytes:,} expected)")
 
@@ -80,7 +92,7 @@ class Mirror:
 
         scheme = url.partition("://")[0]
         options = _ANONYMOUS.get(scheme, {}) if self._anonymous else {}
-        how: dict[str, Any] = {"cache_type": "none"}
+        how: dict[str, Any] = {"block_size": 8 * PIECE, "cache_type": "readahead"}  # requests, where each is a range
         if scheme in ("http", "https"):
             from aiohttp import ClientTimeout
 
@@ -110,6 +122,8 @@ class _Transfer:
         self._lock = threading.Lock()
         self._abandoned = False
         self.received = 0
+        self.held = 0.0
+        """Seconds spent in ``throttle``."""
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -120,7 +134,7 @@ class _Transfer:
                     piece = file.read(min(left, PIECE))
                     if not piece or not self._take(piece[:left]):
                         break
-                    self._throttle(len(piece))
+                    self._hold(len(piece))
         except Exception as error:  # each of fsspec's libraries has its own
             self.error = error
         self._finished()
@@ -130,14 +144,17 @@ class _Transfer:
         with self._lock:
             self._abandoned = True
 
+    def _hold(self, count: int) -> None:
+        for done in range(0, count, THROTTLED):
+            began = time.monotonic()
+            self._throttle(min(THROTTLED, count - done))
+            self.held += time.monotonic() - began
+
     def _take(self, piece: bytes) -> bool:
         with self._lock:
             if self._abandoned:
                 return False
-            fits, at = memoryview(piece)[: max(0, self._size - self.received)], self.received
-            while fits:
-                written = os.pwrite(self._into, fits, at)
-                fits, at = fits[written:], at + written
+            write_at(self._into, piece[: max(0, self._size - self.received)], self.received)
             self.received += len(piece)
         self._progress(self.received)
         return True
@@ -146,9 +163,3 @@ class _Transfer:
 def _root(descriptor: int, size: int) -> str:
     with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as content:
         return blob_root(content).hex()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "it is not there"
-    return " ".join(str(error).split())[:200] or type(error).__name__

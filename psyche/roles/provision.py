@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import AsyncFileLock
+
 from psyche.config import Manifest, Node
 from psyche.data.cache import ShardCache
 from psyche.data.index import MAX_INDEX_BYTES, Shard, TokenizerFile, decode_index
@@ -116,7 +118,7 @@ class Found:
 
     store: TokenStore
     encoded: bytes | None
-    """Its index as it came, until what every node needs is here."""
+    """Its index as it came, where it was not here."""
     missing: int
 
 
@@ -125,9 +127,8 @@ async def find_store(network: NetworkNode, manifest: Manifest, node: Node, sourc
     cache = shard_cache(node)
     places = shard_places(node, cache)
     encoded = None
-    try:
-        store = local_store(manifest, node.cache.expanduser(), places)
-    except PsycheError:
+    store = _store_here(manifest, node.cache.expanduser(), places)
+    if store is None:
         root = bytes.fromhex(manifest.resolved.store)
         encoded = await _fetch_index(network, root, sources)
         index = decode_index(encoded, "the token store's index")
@@ -167,23 +168,30 @@ async def obtain_basis(
 ) -> None:
     """Complete what every node holds of the store; ``progress`` gets bytes received and bytes in all.
 
-    What was fetched before an interruption is kept. Raises :class:`PsycheError`.
+    What is here and whole is kept. Raises :class:`PsycheError`.
     """
-    if found.encoded is None:
-        return
     store, received = found.store, 0
     files = basis_of(store, manifest)
     total = sum(item.bytes for item, _ in files)
+
+    def came(count: int) -> None:
+        progress(received + count, total)
+
     with disk_errors(store.path):
-        for item, path in files:
-            if not is_of_size(path, item.bytes):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with durable_file(path) as file:
-                    name = path.relative_to(store.path).as_posix()
-                    await suppliers.fetch(item, name, file.fileno(), lambda count: progress(received + count, total))  # noqa: B023  # called within the loop
-            received += item.bytes
-            progress(received, total)
-        write_durably(store.path / INDEX, found.encoded)
+        store.path.mkdir(parents=True, exist_ok=True)
+        async with AsyncFileLock(f"{store.path}.lock"):  # another node of this machine may want the same
+            for item, path in files:
+                if not await asyncio.to_thread(_is_whole, path, item):
+                    path.parent.mkdir(exist_ok=True)
+                    with durable_file(path) as file:
+                        await suppliers.fetch(item, path.relative_to(store.path).as_posix(), file.fileno(), came)
+                received += item.bytes
+            if found.encoded is not None:
+                write_durably(store.path / INDEX, found.encoded)
+
+
+def _is_whole(path: Path, item: Shard | TokenizerFile) -> bool:
+    return is_of_size(path, item.bytes) and _index_of(path).root.hex() == item.root
 
 
 def local_store(manifest: Manifest, cache: Path, places: Sequence[Place] = ()) -> TokenStore:
@@ -191,13 +199,19 @@ def local_store(manifest: Manifest, cache: Path, places: Sequence[Place] = ()) -
 
     Raises :class:`PsycheError` if that is not here.
     """
+    store = _store_here(manifest, cache, places)
+    if store is None or not all(is_of_size(path, item.bytes) for item, path in basis_of(store, manifest)):
+        raise PsycheError(f"the run's token store is not under {cache}: join the run once to fetch it")
+    return store
+
+
+def _store_here(manifest: Manifest, cache: Path, places: Sequence[Place]) -> TokenStore | None:
+    """The run's store, however much of it is here; None where not even its index is."""
     root = bytes.fromhex(manifest.resolved.store)
     for path in (store_path(cache, manifest.run.data), _fetched_path(cache, root)):
         with contextlib.suppress(PsycheError):  # not there, or prepared here from other text than the run's
-            store = TokenStore.open(path, root, places)
-            if all(is_of_size(file, item.bytes) for item, file in basis_of(store, manifest)):
-                return store
-    raise PsycheError(f"the run's token store is not under {cache}: join the run once to fetch it")
+            return TokenStore.open(path, root, places)
+    return None
 
 
 def shard_cache(node: Node) -> ShardCache:
@@ -242,8 +256,7 @@ def _serve(network: NetworkNode, root: bytes, find: Callable[[], Path]) -> None:
     """``find`` raises ``LookupError`` where the file is not here now."""
 
     def load() -> BlobIndex:
-        with find().open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            index = index_blob(content)
+        index = _index_of(find())
         if index.root != root:
             raise LookupError("the file is another, or corrupt")
         return index
@@ -254,3 +267,8 @@ def _serve(network: NetworkNode, root: bytes, find: Callable[[], Path]) -> None:
             return file.read(CHUNK)
 
     network.blobs.add_unread(root, load, read)
+
+
+def _index_of(path: Path) -> BlobIndex:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return index_blob(content)

@@ -28,8 +28,10 @@ from psyche.telemetry.wording import size
 AHEAD = 4
 """Shards fetched before it is known who needs them. Of a longer stretch, most would be fetched for others."""
 AT_ONCE = 2
+"""Shards on their way: the one that is needed and the next."""
 POLL_SECONDS = 0.5
 EVENT_SECONDS = 1.0
+"""At most one Downloading event of a shard in so long."""
 
 
 class Supply:
@@ -38,9 +40,15 @@ class Supply:
     def begin(self, position: int) -> None:
         """The run stands at ``position``: fetch what its next round probably takes."""
 
+    def expect(self, plan: Plan) -> None:
+        """Fetch what the round after ``plan`` probably takes."""
+
+    async def begun(self) -> None:
+        """Return once what is fetched ahead is open, or cannot be had."""
+
     async def ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
         """Return once the shards of ``node``'s part of a round are open: all of them, or all before the first that
-        cannot be had, or as many as there are when ``closed()``. Then see to the next round's.
+        cannot be had, or as many as there are when ``closed()``. Then :meth:`expect` the next round's.
         """
 
     async def close(self) -> None:
@@ -64,7 +72,7 @@ class ShardSupply(Supply):
     def begin(self, position: int) -> None:
         rounds, batch = self._run.rounds, self._run.inner.batch_size
         steps = rounds.start_members * (rounds.inner_steps + self._run.overlap.late_steps)
-        self._prefetch(range(position, position + steps * batch))
+        self._prefetch(range(position, position + steps * batch), least=1)  # to warm up on
 
     async def ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
         self._suppliers.meet([member.node for member in plan.members])
@@ -79,8 +87,15 @@ class ShardSupply(Supply):
                 await asyncio.wait({fetch}, timeout=POLL_SECONDS)
             if not fetch.done() or not fetch.result():
                 break
+        self.expect(plan)
+
+    def expect(self, plan: Plan) -> None:
         begin = next_position(plan, self._run.inner.batch_size, self._run.overlap.late_steps)
         self._prefetch(range(begin, 2 * begin - plan.position))
+
+    async def begun(self) -> None:
+        while (task := self._prefetching) is not None and not task.done():
+            await asyncio.wait({task})
 
     async def close(self) -> None:
         tasks = [*self._fetching.values(), *([self._prefetching] if self._prefetching else [])]
@@ -91,9 +106,9 @@ class ShardSupply(Supply):
     def _shards(self, span: range) -> list[int]:
         return shards(span, self._split.shape, self._run.seed)
 
-    def _prefetch(self, span: range) -> None:
+    def _prefetch(self, span: range, least: int = 0) -> None:
         ahead = self._shards(span)
-        ahead = ahead if len(ahead) <= AHEAD else []
+        ahead = ahead if len(ahead) <= AHEAD else ahead[:least]
         self._split.close_all_but([*self._now, *ahead])
         if self._prefetching is not None:
             self._prefetching.cancel()
@@ -119,7 +134,7 @@ class ShardSupply(Supply):
             return True
         async with self._turns:
             try:
-                await self._fetch(self._split.shards[number])
+                await self._fetch(number)
             except CacheFull as error:
                 if number in self._now:
                     self._warn(str(error))
@@ -146,10 +161,10 @@ class ShardSupply(Supply):
         self._cache.used(shard)
         return True
 
-    async def _fetch(self, shard: Shard) -> None:
+    async def _fetch(self, number: int) -> None:
         """Put a shard into the cache. Raises :class:`PsycheError`."""
-        began = time.monotonic()
-        incoming = await self._claimed(shard)
+        began, shard = time.monotonic(), self._split.shards[number]
+        incoming = await self._claimed(number)
         if incoming is None:
             return
         with disk_errors(self._cache.directory), incoming:
@@ -157,14 +172,17 @@ class ShardSupply(Supply):
             await asyncio.to_thread(incoming.keep)
         self._inform(f"{shard.file} ({size(shard.bytes)}) came from {giver} in {time.monotonic() - began:.1f} s")
 
-    async def _claimed(self, shard: Shard) -> Incoming | None:
+    async def _claimed(self, number: int) -> Incoming | None:
         """The file to fetch a shard into; None where another process of this machine has fetched it meanwhile."""
+        shard = self._split.shards[number]
         while True:
             with disk_errors(self._cache.directory):
                 try:
                     incoming = await asyncio.to_thread(self._cache.claim, shard)
-                except CacheFull:  # what is needed now is worth more than what may be needed next
-                    self._split.close_all_but(self._now)
+                except CacheFull:
+                    if number not in self._now:
+                        raise
+                    self._split.close_all_but(self._now)  # what may be needed next makes way
                     incoming = await asyncio.to_thread(self._cache.claim, shard)
             if incoming is not None and not self._cache.place(shard).exists():
                 return incoming

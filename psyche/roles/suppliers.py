@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
 from psyche.config import Manifest, Node
 from psyche.data.index import Shard, TokenizerFile
-from psyche.data.mirrors import Mirror, MirrorError, WrongBytes
+from psyche.data.mirrors import Mirror, MirrorError, NotThere, WrongBytes
+from psyche.durable import write_at
 from psyche.errors import PsycheError
 from psyche.network.fetch import FetchError, fetch_blob, rotated
-from psyche.network.limits import QUANTUM
 from psyche.network.node import NetworkNode
 from psyche.network.spool import Blob
 from psyche.numerics.digest import CHUNK, BlobIndex, chunk_count
@@ -67,7 +67,8 @@ class Suppliers:
                 self._warn(f"{error}: the mirror is not asked for it again")
                 reasons.append(str(error))
             except MirrorError as error:
-                self._resting[mirror.url] = time.monotonic() + REST_SECONDS
+                if not isinstance(error, NotThere):
+                    self._resting[mirror.url] = time.monotonic() + REST_SECONDS
                 reasons.append(str(error))
         try:
             await self._from_members(wanted, name, into, progress)
@@ -89,7 +90,10 @@ class Suppliers:
             received += len(chunk)
             progress(received)
 
-        peers = rotated(await sources(self._network, self._hosts), self._network.peer_id, root)[:ASKED]
+        known: Sequence[str] = self._hosts
+        with contextlib.suppress(TimeoutError):  # a daemon too busy to say who else is there
+            known = await sources(self._network, self._hosts)
+        peers = rotated(known, self._network.peer_id, root)[:ASKED]
         blob = None
         try:
             blob = await fetch_blob(
@@ -116,8 +120,7 @@ class Suppliers:
 
         def take(count: int) -> None:
             self._network.traffic.down(url, count)
-            for done in range(0, count, QUANTUM):
-                self._network.download_limit.take(url, min(QUANTUM, count - done))
+            self._network.download_limit.take(url, count)
 
         return take
 
@@ -130,7 +133,4 @@ def mirrors_of(manifest: Manifest, node: Node) -> list[Mirror]:
 
 def _write(blob: Blob, into: int) -> None:
     for number, offset in enumerate(blob.index.offsets):
-        view = memoryview(blob[number])
-        while view:
-            written = os.pwrite(into, view, offset)
-            view, offset = view[written:], offset + written
+        write_at(into, blob[number], offset)

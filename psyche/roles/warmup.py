@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from psyche.data.store import BadShard
 from psyche.roles.replica import Replica
+from psyche.roles.shards import Supply
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
 
@@ -20,9 +21,13 @@ class WarmUp:
     """One node's, once."""
 
     def __init__(
-        self, replica: Replica, on_trainer: Callable[[Callable[[], None]], Awaitable[None]], log: EventLog
+        self,
+        replica: Replica,
+        supply: Supply,
+        on_trainer: Callable[[Callable[[], None]], Awaitable[None]],
+        log: EventLog,
     ) -> None:
-        self._replica, self._on_trainer, self._log = replica, on_trainer, log
+        self._replica, self._supply, self._on_trainer, self._log = replica, supply, on_trainer, log
         self._task: asyncio.Task[None] | None = None
         self._begun = False
 
@@ -43,10 +48,11 @@ class WarmUp:
 
     async def _run(self) -> None:
         steps = self._replica.warm_up_steps
+        await self._supply.begun()
         if steps:
             self._log.emit(events.PhaseChanged(round=self._replica.chain.rounds + 1, phase="warming"))
         for step in range(steps):
             try:
                 await self._on_trainer(lambda: self._replica.warm_up(step))  # noqa: B023  # awaited within the loop
             except BadShard:
-                return  # its text is not here yet
+                return  # the run has gone on, to text that is not here yet

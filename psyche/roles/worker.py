@@ -117,7 +117,7 @@ class Worker:
         self._late: asyncio.Task[None] | None = None
         """Inner steps of the next round, while this one is on the wire."""
         self._supply = supply or Supply()
-        self._warm_up = WarmUp(replica, self._on_trainer, log)
+        self._warm_up = WarmUp(replica, self._supply, self._on_trainer, log)
         self._meter = Meter()
         self._remainder = Remainder(lambda: self._client.board)
         self._saved = replica.chain.rounds
@@ -133,7 +133,6 @@ class Worker:
             self._wire.serve(index)
         await self._catch_up.recover(self.ledger)
         await serve_history(self.network, self.ledger)
-        self._supply.begin(self.replica.chain.position)
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         leaving = asyncio.create_task(self._departure.run(working))
@@ -162,6 +161,8 @@ class Worker:
 
     async def _rounds(self) -> None:
         replica = self.replica
+        if not behind(await self._client.until(lambda board: True), replica.chain):
+            self._supply.begin(replica.chain.position)
         while not self._departure.asked:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(self._concerns_me)
@@ -228,6 +229,8 @@ class Worker:
             self._departure.begin(plan)
             await self._warm_up.halt()
             work = await self._train(plan)
+        else:
+            self._supply.expect(plan)
         try:
             self._meter.exchanging()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
@@ -277,8 +280,8 @@ class Worker:
             self._warn(f"round {plan.round} closed before this node was done; it follows the others")
             self._departure.end()
             return None
-        except BadShard as error:
-            self._warn(f"this node takes no part in round {plan.round}, whose text it does not have: {error}")
+        except BadShard:
+            self._warn(f"this node takes no part in round {plan.round}: it does not have the text of its part")
             self._departure.end()
             return None
         except Spent as spent:

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -107,7 +108,7 @@ def test_other_bytes_are_the_mirrors_fault(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("truncated", "train-00000.bin: "), ("gone", "it is not there"), ("missing", "none/train-00000.bin: ")],
+    [("truncated", "train-00000.bin: "), ("gone", "is not there"), ("missing", "none/train-00000.bin: ")],
 )
 def test_what_breaks_or_is_not_there(kind: str, reason: str) -> None:
     with host() as (url, _):
@@ -121,6 +122,15 @@ def test_what_breaks_or_is_not_there(kind: str, reason: str) -> None:
 def test_one_that_makes_no_progress_is_given_up(kind: str) -> None:
     with host() as (url, _), pytest.raises(MirrorError):
         copy(f"{url}/{kind}", stall=0.5)
+
+
+def test_a_limit_of_this_node_is_not_held_against_the_mirror() -> None:
+    async def limited(url: str, descriptor: int) -> None:
+        mirror = Mirror(url, anonymous=True, stall=0.5)
+        await mirror.copy(SHARD, SHARD.file, descriptor, throttle=lambda count: time.sleep(count / 1_500_000))
+
+    with tempfile.TemporaryFile() as file, host() as (url, _):
+        asyncio.run(limited(f"{url}/good", file.fileno()))
 
 
 def test_after_it_was_given_up_nothing_more_is_written() -> None:
@@ -138,7 +148,7 @@ def test_after_it_was_given_up_nothing_more_is_written() -> None:
 def test_any_scheme_of_fsspec_that_is_installed(tmp_path: Path) -> None:
     (tmp_path / SHARD.file).write_bytes(CONTENT)
     assert copy(f"file://{tmp_path}") == CONTENT
-    with pytest.raises(MirrorError, match="it is not there"):
+    with pytest.raises(MirrorError, match="is not there"):
         copy(f"file://{tmp_path}/none")
     with pytest.raises(MirrorError, match="Protocol not known: nonsense"):
         copy("nonsense://x")

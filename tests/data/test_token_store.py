@@ -181,6 +181,8 @@ INDEX = Index(2, LENGTH, "uint16", 1000, 0, (TokenizerFile("tokenizer.json", 2, 
         {"train": (msgspec.structs.replace(SHARD, sequences=-2, bytes=-64),)},
         {"train": (msgspec.structs.replace(SHARD, root="0" * 63),)},
         {"tokenizer": (TokenizerFile("a/../../b", 2, "1" * 64),)},
+        {"train": (SHARD, Shard("train-00001.bin", 3, 96, "0" * 64))},
+        {"train": (SHARD, Shard("train-00001.bin", 1, 32, "0" * 64), Shard("train-00002.bin", 1, 32, "0" * 64))},
     ],
 )
 def test_a_malformed_index_is_refused(change: dict) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from psyche.config import MANIFEST, BpeTokenizer, Data, TextSource
+from psyche.data.cache import PART, ShardCache
+from psyche.data.index import Shard
 from psyche.data.journal import Journal as Preparation
 from psyche.data.journal import load_journal
 from psyche.data.prepare import prepare
@@ -17,7 +19,7 @@ from psyche.durable import write_durably
 from psyche.exchange.journal import Journal
 from psyche.network.identity import IDENTITY, Identity
 from psyche.network.spool import Spool
-from psyche.numerics.digest import index_chunks
+from psyche.numerics.digest import blob_root, index_chunks
 from psyche.protocol.acceptor import Acceptor
 from psyche.protocol.oath import Oath, Signed
 from psyche.roles.notary import OATH
@@ -219,6 +221,25 @@ def encoded(folder: Path) -> int:
     return 1
 
 
+def shelve(folder: Path, number: int) -> None:
+    incoming = ShardCache(folder, 1 << 20).claim(SHARDS[number])
+    assert incoming is not None
+    with incoming:
+        os.pwrite(incoming.descriptor, TEXTS[number], 0)
+        incoming.keep()
+
+
+TEXTS = {1: b"one" * 50, 2: b"and another" * 7000}
+SHARDS = {number: Shard("x", 1, len(text), blob_root(text).hex()) for number, text in TEXTS.items()}
+
+
+def shelved(folder: Path) -> int:
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != PART}
+    here = [number for number, shard in SHARDS.items() if found.pop(shard.root, b"") == TEXTS[number]]
+    assert not found, "what has a name is whole"
+    return len(here)
+
+
 CASES = [
     *(whole_file(name) for name in (MANIFEST, GENESIS, INVITE)),
     pledge(BALLOT, BALLOT_OF_ONE, replace(BALLOT_OF_ONE, round=4)),
@@ -230,6 +251,7 @@ CASES = [
     Case("ledger that goes back", go_back, gone_back),
     Case("journal", take, taken),
     Case("journal of copies", copy, taken),
+    Case("shard cache", shelve, shelved),
     Case("events", tell, told, durable=False),
     Case("preparation", note, noted),
     Case("token store", encode, encoded, durable=False, last=1),  # its folder may go, and is made again

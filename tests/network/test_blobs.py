@@ -337,6 +337,31 @@ def test_what_was_added_twice_is_removed_twice(tmp_path: Path) -> None:
     with_swarm(tmp_path, 2, scenario)
 
 
+def test_what_nobody_has_hashed_is_served_if_it_is_what_it_should_be(tmp_path: Path) -> None:
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        a, b = nodes
+        asked: list[int] = []
+        right, wrong = index_blob(b"right"), index_blob(b"wrong").root
+
+        def gone() -> BlobIndex:
+            raise FileNotFoundError
+
+        def load() -> BlobIndex:
+            asked.append(1)
+            return right
+
+        a.blobs.add_unread(right.root, load, lambda number: b"right")
+        a.blobs.add_unread(wrong, gone, lambda number: b"wrong")
+        assert not asked
+        for _ in range(2):
+            assert await fetch(b, right.root, sources=[a.peer_id], max_size=5) == b"right"
+        assert len(asked) == 1
+        with pytest.raises(FetchError, match="does not have it"):
+            await fetch(b, wrong, sources=[a.peer_id], max_size=5)
+
+    with_swarm(tmp_path, 2, scenario)
+
+
 def test_every_caller_starts_elsewhere() -> None:
     sources = [f"source{number}" for number in range(8)]
     orders = [rotated(sources, f"caller{number}", b"root") for number in range(100)]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from psyche.config import load_config
+from psyche.data.prepare import prepare
+from psyche.data.store import BadShard
 from psyche.network.identity import Identity
+from psyche.protocol.assignment import shards
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.roles.launch import launch
@@ -75,3 +79,24 @@ def test_warming_up_teaches_the_inner_optimizer_and_nothing_else(tmp_path: Path)
     assert first.data_digest == second.data_digest
     assert first.base_root == second.base_root
     assert works[1].norm < works[0].norm, "steps of a size that the gradients ask for, not all as large as can be"
+
+
+def test_where_the_text_of_a_step_is_not_here_the_steps_before_it_are_handed_in(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, members=1, rounds={"total": 2, "inner_steps": 20, "start_members": 1}))
+    store = prepare(config.run.data, config.node.cache, vocab_limit=512, shard_bytes=2048)
+    identity = Identity.load_or_create(tmp_path / "node.key")
+    manifest = launch(config, identity.peer_id).manifest
+    some, whole = (replica(manifest, config.node, identity) for _ in range(2))
+    chain, member = some.chain, Member(identity.peer_id, 20, 1)
+    plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, 0, (member,))
+    first, second = shards(range(40), store.train.shape, config.run.seed)
+    whole_work = whole.train(plan, enough=iter([False] * 15 + [True]).__next__)
+    store.place(store.train.shards[second]).unlink()
+    work = some.train(plan)
+    assert work.contribution.inner_steps == 16, "32 sequences are in the first shard, 2 in each step"
+    assert work.contribution.data_digest == whole_work.contribution.data_digest
+    assert work.payload == whole_work.payload
+    assert not some.step_late(plan)
+    store.place(store.train.shards[first]).unlink()
+    with pytest.raises(BadShard, match=store.train.shards[first].file):
+        replica(manifest, config.node, identity).train(plan)
