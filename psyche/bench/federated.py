@@ -2,11 +2,13 @@
 
 The corpora are consecutive quarters of the pooled one, which is sorted by path: other modules, so other vocabularies
 and idioms (not iid). All rows see as many tokens, and are judged on the held-out set of all four. Then pseudo-gradients
-are clipped, and then noised, each node for itself. Noise has as many dimensions as the model: its norm is √d times its
-deviation, where the signal's is the clip, and among a handful of nodes little of it averages out. So a budget that
-means something to a single node (ε below 10) leaves nothing to learn here, which the table shows and no better noise
-would change: that is the price of trusting nobody (Duchi, Jordan and Wainwright, arXiv 1302.3203). DP-FedAvg, where it
-works, averages over thousands of users in each round behind one trusted server.
+are clipped, and then noised and shrunk, each node for itself (``training/privacy.py``).
+
+Own corpora cost nothing, clipping a percent; noise in proportion. It has as many dimensions as the model, and among a
+handful of nodes little of it averages out. So a budget that means something to a single node (ε below 10) leaves
+nothing to be learned here, and no better mechanism of this kind would change that: it is the price of trusting nobody
+else to add the noise (Duchi, Jordan and Wainwright, arXiv 1302.3203). DP-FedAvg, where it works, averages over
+thousands of users a round behind a trusted server.
 """
 
 from __future__ import annotations
