@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from psyche.config import Config, Manifest, Node, load_config, load_node, override_node
+from psyche.config import Config, Manifest, Node, Wandb, load_config, load_node, override_node
 from psyche.errors import ConfigError
 from tests.protocol.players import peer_id
 
@@ -372,3 +372,36 @@ def test_floats_may_be_written_as_researchers_write_them(tmp_path: Path) -> None
     path.write_text("run: {name: a, model: {settings: {vocab_size: 4096}}, inner: {lr: 4e-4, eps: 1E-8}}\n")
     inner = load_config(path).run.inner
     assert (inner.lr, inner.eps) == (4e-4, 1e-8)
+
+
+# ------------------------------------------------------------------------------------ private data
+
+
+def test_private_data_need_a_budget_and_a_budget_needs_data() -> None:
+    for told in ({"path": Path("own")}, {"epsilon": 8.0}):
+        with pytest.raises(ConfigError, match="go together"):
+            override_node(Node(), private=told)
+    node = override_node(Node(), private={"path": Path("own"), "epsilon": 8.0, "delta": None})
+    assert node.private is not None
+    assert (node.private.path, node.private.epsilon, node.private.delta) == (Path("own"), 8.0, 1e-6)
+    again = override_node(node, private={"epsilon": 2.0, "noise_multiplier": None})
+    assert again.private == node.private.model_copy(update={"epsilon": 2.0})
+    assert override_node(node, private={"path": None}) == node
+
+
+def test_losses_on_private_data_do_not_go_to_wandb() -> None:
+    with pytest.raises(ConfigError, match="losses on private data"):
+        override_node(Node(wandb=Wandb(own_run=True)), private={"path": Path("own"), "epsilon": 1.0})
+
+
+@pytest.mark.parametrize(
+    "federated", [{}, {"clip": 0.0}, {"clip": 1.0, "max_share": 0.0}, {"clip": 1.0, "max_share": 1.1}]
+)
+def test_federated_needs_a_clip_and_a_share(federated: dict[str, float], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.federated\."):
+        load(with_value("run.federated", federated), tmp_path)
+
+
+def test_a_run_that_says_nothing_takes_no_private_data(tmp_path: Path) -> None:
+    assert load(GOOD, tmp_path).run.private_share == 0.0
+    assert load(with_value("run.federated", {"clip": 2.0}), tmp_path).run.private_share == 0.25

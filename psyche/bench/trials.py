@@ -7,26 +7,50 @@ are judged on the same held-out sequences. What differs is what the row is about
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from psyche.bench.curves import Point, Recorder, heldout_loss
-from psyche.config import CodecSpec, Config, Data, ExchangeSpec, Inner, Model, Node, Outer, Overlap, Rounds, Run
+from psyche.config import (
+    CodecSpec,
+    Config,
+    Data,
+    ExchangeSpec,
+    Federated,
+    Inner,
+    Model,
+    Node,
+    Outer,
+    Overlap,
+    Rounds,
+    Run,
+)
+from psyche.data.private import PrivateText
+from psyche.data.store import TokenStore
 from psyche.protocol.assignment import sequences
 from psyche.roles.launch import Launch, launch
+from psyche.roles.private import Private
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica
 from psyche.telemetry.report import ddp_bytes
 from psyche.training.models import build
+from psyche.training.privacy import privatise
 from psyche.training.schedules import learning_rate
 from psyche.training.torch_engine import TorchEngine
 
 COORDINATOR = "12D3KooWAfPDpPRRRBrmqy9is2zjU5srQ4hKuZitiGmh4NTTpS2d"
 """A manifest names its coordinators; these runs meet none. Any well-formed PeerID would do."""
+
+
+UNCLIPPED = 1e30
+"""A norm that no pseudo-gradient has."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,21 @@ class Setting:
         """Which: spread over all held-out sequences, because neighbours are of one document."""
         spacing = max(1, self.heldout_sequences // self.curve_sequences)
         return range(0, spacing * self.curve_sequences, spacing)
+
+
+@dataclass(frozen=True)
+class Own:
+    """Every node trains on a consecutive part of the corpus that is its own, and on that only."""
+
+    clip: float | None = None
+    """L2 norm that its pseudo-gradients are clipped to, if any."""
+    noise_multiplier: float = 0.0
+    """Of the noise that is then added; with it equal trials give unequal losses."""
+
+    @property
+    def label(self) -> str:
+        """``own, clipped, noised``."""
+        return "own" + ", clipped" * (self.clip is not None) + ", noised" * (self.noise_multiplier > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +121,8 @@ class Trial:
     """None is the setting's."""
     due: tuple[int, ...] = ()
     """Inner steps a round of each node, where they differ; H is the most of them, and ``steps`` are that node's."""
+    own: Own | None = None
+    """None: all nodes share the corpus."""
     mix: float | None = None
     """Steps taken meanwhile are not kept by re-basing but mixed: x ← αx + (1−α)θ (Streaming DiLoCo, §2.3)."""
 
@@ -108,6 +149,9 @@ class Trial:
             parts += [f"P{self.fragments}"] if self.fragments > 1 else []
             parts += [f"late{self.late}"] if self.late else []
             parts += ["-".join(map(str, self.due))] if self.due else []
+            parts += [] if self.own is None else ["own"]
+            parts += [] if self.own is None or self.own.clip is None else [f"clip{self.own.clip:g}"]
+            parts += [f"sigma{self.own.noise_multiplier:g}"] if self.own and self.own.noise_multiplier else []
             parts += [] if self.mix is None else [f"alpha{self.mix:g}"]
         return "/".join([*parts, f"seed{self.seed}"])
 
@@ -180,6 +224,7 @@ def run_of(setting: Setting, trial: Trial) -> Run:
         codec=_codec(trial),
         inner=inner,
         outer=trial.outer or Outer(),
+        federated=None if trial.own is None else Federated(clip=trial.own.clip or UNCLIPPED, max_share=1.0),
         overlap=Overlap(fragments=trial.fragments, late_steps=trial.late),
         exchange=ExchangeSpec(kind="gather"),
         rounds=Rounds(total=trial.steps // inner_steps, inner_steps=inner_steps, start_members=trial.nodes),
@@ -205,6 +250,8 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
         engine = _engine(setting, manifest.run)
         kind = Replica if trial.mix is None else partial(MixingReplica, trial.mix)
         replicas[node] = kind(manifest, engine, store, genesis.clone(), node, node.encode())
+        if trial.own is not None:
+            replicas[node].private = Unpaid(trial, store, number)
     replica = replicas["node-0"]
     due = dict(zip(sorted(replicas), trial.due, strict=True)) if trial.due else {}
     for _, works in play(manifest, replicas, lambda round, node: trial.late, due):
@@ -212,6 +259,23 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
             recorder.saw(works, replica.engine, store)
     replica.engine.write(replica.outer.theta)
     return heldout_loss(replica.engine, store, range(setting.heldout_sequences))
+
+
+class Unpaid(Private):
+    """A node's own part of the corpus, in an order of ``trial.seed``; no budget is asked what it costs."""
+
+    def __init__(self, trial: Trial, store: TokenStore, number: int) -> None:
+        assert trial.own is not None
+        own, length = trial.own, len(store.train) // trial.nodes
+        self._clip, self._noise = own.clip or UNCLIPPED, own.noise_multiplier
+        sequences = store.train.batch(range(number * length, (number + 1) * length)).astype("<u4")
+        self._text = PrivateText(sequences, np.random.default_rng([trial.seed, number]))
+
+    def require(self) -> None:
+        return
+
+    def conceal(self, theta: Tensor, local: Tensor, parts: Sequence[slice]) -> None:
+        privatise(theta, local, parts, clip=self._clip, noise_multiplier=self._noise)
 
 
 class MixingReplica(Replica):

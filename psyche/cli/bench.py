@@ -37,22 +37,29 @@ def convergence(
         bool,
         typer.Option("--overlap", help="Compare ways to train on during the exchange instead; half an hour."),
     ] = False,
+    federated: Annotated[
+        bool,
+        typer.Option("--federated", help="Compare private corpora with a pooled one instead; ten minutes."),
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="With --codecs: draw the curves to this PNG file.", show_default=False)
     ] = None,
 ) -> None:
     """Held-out loss of large-batch AdamW, DiLoCo fp32 and DiLoCo int8, at equal tokens and at equal steps."""
     from psyche.bench import convergence as large_batch
+    from psyche.bench import federated as private_corpora
     from psyche.bench.overlap import compare as ways_to_overlap
     from psyche.bench.quality import compare as codec_quality
     from psyche.cli.data import progress_display
 
-    if codecs and overlap:
-        raise typer.BadParameter("one section at a time", param_hint="--overlap")
+    if codecs + overlap + federated > 1:
+        raise typer.BadParameter("one section at a time", param_hint="--codecs, --overlap, --federated")
     if codecs:
         codec_quality.main(json, plot, full=full, only=only, preparing=progress_display)
     elif plot is not None:
         raise typer.BadParameter("only the curves of --codecs are drawn", param_hint="--plot")
+    elif federated:
+        private_corpora.main(json, only=only, preparing=progress_display)
     elif overlap:
         ways_to_overlap.main(json, full=full, only=only, preparing=progress_display)
     else:

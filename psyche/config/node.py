@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from psyche.config.base import Count, Positive, Strict, validated
+from psyche.errors import ConfigError
 from psyche.hours import Hours
 from psyche.rates import bits_per_second
 from psyche.sizes import byte_count
@@ -162,6 +163,10 @@ def override_node(
     changes = {field: value for field, value in said.items() if value is not None}
     if told := {name: value for name, value in (private or {}).items() if value is not None}:
         changes["private"] = ({} if node.private is None else node.private.model_dump()) | told
+        if not {"path", "epsilon"} <= changes["private"].keys():
+            raise ConfigError(
+                "--private-data DIR and --epsilon go together: say whose text, and how much may be learned of it"
+            )
     if port is not None:
         changes["listen"] = [address.rpartition("/tcp/")[0] + f"/tcp/{port}" for address in node.listen]
     return validated(Node, node.model_dump() | changes, "command line")

@@ -43,10 +43,10 @@ class _Line(msgspec.Struct):
 class PrivateText:
     """Sequences of the run's length, of text that stays here."""
 
-    def __init__(self, sequences: NDArray[np.unsignedinteger]) -> None:
-        """``sequences`` is ``[count, sequence_length]``. Their order is drawn by the system's random bits."""
+    def __init__(self, sequences: NDArray[np.unsignedinteger], random: np.random.Generator | None = None) -> None:
+        """``sequences`` is ``[count, sequence_length]``; their order is ``random``, by default the system's."""
         self._sequences = sequences
-        self._random = np.random.default_rng(secrets.randbits(256))
+        self._random = np.random.default_rng(secrets.randbits(256)) if random is None else random
         self._order = np.empty(0, np.int64)
 
     def __len__(self) -> int:

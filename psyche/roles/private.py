@@ -36,7 +36,7 @@ class Private:
         self._budget.require()
 
     def conceal(self, theta: Tensor, local: Tensor, parts: Sequence[slice]) -> None:
-        """Pay for one release, then put it in place of what was trained: in ``parts``, ``local`` ← θ − Δ̃."""
+        """Pay for one release, then put it in place of what was trained: ``privatise`` says how."""
         self._budget.charge()
         privatise(theta, local, parts, clip=self._clip, noise_multiplier=self._budget.noise_multiplier)
 

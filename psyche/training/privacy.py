@@ -17,6 +17,12 @@ trained leaves a round by another way. So a private node starts each round from 
 hash of text or parameters and no loss on them. *Not* hidden is that the node takes part, when, how fast it trains, and
 how many steps it took.
 
+The noise has as many dimensions as what it is added to, d: its norm is 2σ√d times the clip, thousands of times the
+signal's for a budget that means something. So of Δ̃ the multiple sΔ̃ is sent that is closest to Δ in the mean, for the
+longest Δ there is: s = 1 / (1 + 4dσ²) (Wiener's filter; James and Stein, 1961, on what shrinking gains). It takes
+nothing but what everybody knows, and so is post-processing, too. A private node then adds little to a model rather than
+ruin it: without it, four at ε = 8 took 0.1M parameters from a held-out loss of 6.2 to 859 in four rounds.
+
 Noise must not be guessable and must not betray, by its floating-point form, what it was added to (Mironov, "On
 significance of the least significant bits for differential privacy", CCS 2012). It comes from the operating system's
 generator, bit for bit, not from a seed: torch's own has 2³² of them on a CPU. And signal and noise are brought to one
@@ -44,20 +50,26 @@ ROUNDING = 1e-9
 
 
 def privatise(theta: Tensor, local: Tensor, parts: Sequence[slice], *, clip: float, noise_multiplier: float) -> None:
-    """In ``parts``, ``local ← θ − Δ̃``, where Δ = θ − ``local`` (both flat fp32; ``local`` may lie elsewhere than θ).
+    """In ``parts``, ``local ← θ − sΔ̃``, where Δ = θ − ``local`` (both flat fp32; ``local`` may lie elsewhere than θ).
 
-    All of ``parts`` are clipped together, to the L2 norm ``clip``. A noise multiplier of 0 only clips. A Δ that is not
-    finite counts as zero: that there was one must not show either.
+    All of ``parts`` are clipped together, to the L2 norm ``clip``, noised and shrunk. A noise multiplier of 0 only
+    clips. A Δ that is not finite counts as zero: that there was one must not show either.
     """
     scale = _clip_factor(theta, local, parts, clip)
     deviation = noise_multiplier * 2 * clip
+    shrink = shrinkage(sum(part.stop - part.start for part in parts), noise_multiplier)
     for block in _blocks(parts):
         delta = _difference(theta, local, block) * scale if scale else np.zeros(block.stop - block.start)
         if deviation:
             grid = 2.0 ** (floor(log2(deviation)) - GRID_BITS)
             noise = gaussian(len(delta)) * deviation
-            delta = (np.trunc(delta / grid) + np.rint(noise / grid)) * grid
+            delta = (np.trunc(delta / grid) + np.rint(noise / grid)) * grid * shrink
         local[block] = theta[block].to(local.device) - torch.from_numpy(delta).to(local.device, local.dtype)
+
+
+def shrinkage(parameters: int, noise_multiplier: float) -> float:
+    """s, in (0, 1]."""
+    return 1 / (1 + 4 * parameters * noise_multiplier**2)
 
 
 def gaussian(count: int) -> NDArray[np.float64]:

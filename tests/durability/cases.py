@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from psyche.config import MANIFEST, BpeTokenizer, Data, TextSource
@@ -26,6 +27,8 @@ from psyche.roles.notary import OATH
 from psyche.roles.peers import PEERS, PeerBook
 from psyche.roles.processes import GENESIS, INVITE
 from psyche.roles.voter import BALLOT
+from psyche.state.budget import NAME as PRIVACY
+from psyche.state.budget import Budget
 from psyche.state.checkpoint import load_latest, save
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
@@ -185,6 +188,15 @@ def told(folder: Path) -> int:
     return which(texts, *(["1" * 300, "2" * 300][:count] for count in range(3)))
 
 
+def pay(folder: Path, number: int) -> None:
+    Budget(folder, 1e9, 1e-6, 1.0).charge()
+
+
+def paid(folder: Path) -> int:
+    releases = msgspec.json.decode((folder / PRIVACY).read_bytes()) if (folder / PRIVACY).exists() else []
+    return sum(charge["releases"] for charge in releases)
+
+
 # -------------------------------------------------------------------------------------- prepared text
 
 
@@ -247,6 +259,7 @@ CASES = [
     Case(PEERS, know, known),
     Case(IDENTITY, identify, identified, last=1),
     Case("checkpoint", hold, held),
+    Case("privacy budget", pay, paid),
     Case("ledger", certify, certified),
     Case("ledger that goes back", go_back, gone_back),
     Case("journal", take, taken),

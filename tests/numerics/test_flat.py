@@ -218,3 +218,23 @@ def test_the_layers_of_real_models_are_found(architecture: str) -> None:
 def test_larger_models_have_larger_slices_not_more(size: int, length: int) -> None:
     assert slice_length(size) == length
     assert -(-size // length) <= MAX_SLICES
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes=SHAPES, first=st.integers(0, 40), chunks=st.integers(1, 40))
+def test_what_lies_within_a_range_is_its_parameters_without_padding(
+    shapes: list[tuple[int, ...]], first: int, chunks: int
+) -> None:
+    flat = named(shapes)
+    part = slice(first * ALIGNMENT, (first + chunks) * ALIGNMENT)
+    found = [at for piece in flat.within(part) for at in (piece.start, piece.stop)]
+    assert found == sorted(found)
+    used = torch.zeros(flat.size, dtype=torch.bool)
+    for span in flat.spans:
+        used[span.start : span.stop] = True
+    there = torch.zeros(flat.size, dtype=torch.bool)
+    for piece in flat.within(part):
+        there[piece] = True
+    used[: part.start] = False
+    used[part.stop :] = False
+    assert torch.equal(there, used)

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.training import privacy
-from psyche.training.privacy import gaussian, privatise
+from psyche.training.privacy import gaussian, privatise, shrinkage
 
 PARTS = [slice(0, 3000), slice(4096, 9000)]
 SIZE = 12288
+COUNT = sum(part.stop - part.start for part in PARTS)
 
 
 def released(theta: torch.Tensor, local: torch.Tensor, *, clip: float, noise: float = 0.0) -> np.ndarray:
@@ -61,8 +62,22 @@ def test_noise_is_normal_of_the_size_the_accountant_is_told() -> None:
     assert values.shape == (400_001,)
     assert stats.kstest(values, "norm").pvalue > 1e-6
     assert abs(np.corrcoef(values[:200_000], values[200_000:400_000])[0, 1]) < 0.02
-    found = released(zeros(), zeros(), clip=0.5, noise=3.0)
+    found = released(zeros(), zeros(), clip=0.5, noise=3.0) / shrinkage(COUNT, 3.0)
     assert found.std() == pytest.approx(3.0 * 2 * 0.5, rel=0.05), "σ times the sensitivity, 2C: any Δ in place of any"
+
+
+@settings(max_examples=20, deadline=None)
+@given(noise=st.floats(1e-4, 1e2), seed=st.integers(0, 99))
+def test_what_is_sent_is_no_further_from_the_truth_than_nothing_would_be(noise: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    delta = torch.zeros(SIZE)
+    for part in PARTS:
+        delta[part] = torch.randn(part.stop - part.start)
+    delta /= torch.linalg.vector_norm(delta)
+    exact = np.concatenate([delta[part].double().numpy() for part in PARTS])
+    found = released(zeros(), -delta, clip=1.0, noise=noise)
+    expected = (2 * noise) ** 2 * COUNT * shrinkage(COUNT, noise)  # error² of the filter
+    assert np.linalg.norm(found - exact) ** 2 == pytest.approx(expected, rel=0.15)
 
 
 def test_noise_is_never_the_same_and_follows_no_seed() -> None:
@@ -83,7 +98,8 @@ def test_every_point_that_can_be_released_can_come_from_every_text(monkeypatch: 
     torch.manual_seed(0)
     released(zeros(), torch.randn(SIZE) * 1e-3, clip=1.5, noise=0.7)
     for array in seen:
-        assert (array / grid == np.rint(array / grid)).all()
+        steps = array / shrinkage(COUNT, 0.7) / grid
+        np.testing.assert_allclose(steps, np.rint(steps), rtol=1e-12)
 
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
