@@ -63,8 +63,12 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     train: tuple[Shard, ...]
     heldout: tuple[Shard, ...]
     packing: Literal["pack", "pad"] = "pack"
-    """How documents became sequences, see :class:`~psyche.config.Data`. In padded ones what follows the first ``eos``
-    is not to be learned: :func:`psyche.data.packing.labels`."""
+    """How documents became sequences, see :class:`~psyche.config.Data`."""
+
+    @property
+    def padded_from(self) -> int | None:
+        """The token after whose first appearance a sequence is padding, and not to be learned; None: there is none."""
+        return self.eos if self.packing == "pad" else None
 
     @property
     def sequence_bytes(self) -> int:

@@ -1,16 +1,11 @@
-"""Documents to sequences of one length, and what of a sequence is learned."""
+"""Documents to sequences of one length."""
 
 from __future__ import annotations
-
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.unsignedinteger]
-
-IGNORED: Final = -100
-"""The label that PyTorch's cross entropy, and so every model of ``transformers``, leaves out of the loss."""
 
 
 def pack(stream: Tokens, width: int) -> tuple[Tokens, Tokens]:
@@ -30,14 +25,3 @@ def pad(document: Tokens, width: int) -> Tokens:
     kept = min(len(document), len(rows))
     rows[:kept] = document[:kept]
     return rows.reshape(count, width)
-
-
-def labels(batch: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-    """Labels ``[sequences, length]`` of padded sequences: the tokens, but for those after a sequence's first ``end``.
-
-    That one is predicted: where a document ends is learned. Labels are not shifted; the model does that.
-    """
-    padding = np.logical_or.accumulate(batch[:, :-1] == end, axis=1)
-    result = batch.copy()
-    result[:, 1:][padding] = IGNORED
-    return result

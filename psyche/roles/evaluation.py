@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from psyche.errors import PsycheError
 from psyche.roles.trained import Trained
+from psyche.training.labels import IGNORED, labels, predicted
 
 BATCH = 8
 """Sequences at once."""
@@ -55,7 +56,7 @@ def heldout_loss(trained: Trained, sequences: int | None, told: Told = lambda do
     split = trained.store.heldout
     count = len(split) if sequences is None else min(sequences, len(split))
     batches = (split.batch(range(at, min(at + BATCH, count))) for at in range(0, count, BATCH))
-    return _loss(trained, batches, count, told)
+    return _loss(trained, batches, trained.store.index.padded_from, count, told)
 
 
 def text_loss(trained: Trained, path: Path, told: Told = lambda done, total: None) -> TextLoss:
@@ -72,18 +73,20 @@ def text_loss(trained: Trained, path: Path, told: Told = lambda done, total: Non
         raise PsycheError(f"--text {path} has no two tokens: give more text")
     whole, rest = [row for row in rows if len(row) == width], [row for row in rows if len(row) < width]
     batches = [np.stack(whole[at : at + BATCH]) for at in range(0, len(whole), BATCH)]
-    return _loss(trained, [*batches, *(row[None] for row in rest)], len(rows), told)
+    return _loss(trained, [*batches, *(row[None] for row in rest)], None, len(rows), told)
 
 
 @torch.no_grad()
-def _loss(trained: Trained, batches: Iterable[NDArray[np.int64]], total: int, told: Told) -> TextLoss:
+def _loss(trained: Trained, batches: Iterable[NDArray[np.int64]], end: int | None, total: int, told: Told) -> TextLoss:
     nats, tokens, size, done = 0.0, 0, 0, 0
     for batch in batches:
-        ids = torch.from_numpy(batch).to(trained.device)
-        loss = trained.model(input_ids=ids, labels=ids, use_cache=False).loss
-        predicted = len(batch) * (batch.shape[1] - 1)
-        nats, tokens, done = nats + float(loss) * predicted, tokens + predicted, done + len(batch)
-        size += sum(len(text.encode()) for text in trained.tokenizer.batch_decode(batch[:, 1:]))
+        targets = labels(batch, end)
+        ids, wanted = (torch.from_numpy(one).to(trained.device) for one in (batch, targets))
+        loss = trained.model(input_ids=ids, labels=wanted, use_cache=False).loss
+        count = predicted(targets)
+        nats, tokens, done = nats + float(loss) * count, tokens + count, done + len(batch)
+        texts = [row[row != IGNORED] for row in targets[:, 1:]]
+        size += sum(len(text.encode()) for text in trained.tokenizer.batch_decode(texts))
         told(done, total)
     return TextLoss(tokens, nats, size)
 

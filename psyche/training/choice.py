@@ -87,15 +87,22 @@ def decide(node: Node, elements: int, machine: Machine) -> Choice:
 
 
 def make_engine(
-    run: Run, node: Node, choice: Choice, directory: Path, say: Callable[[str], None] = lambda text: None
+    run: Run,
+    node: Node,
+    choice: Choice,
+    directory: Path,
+    *,
+    end: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """The chosen engine with the run's initial parameters. Ranks' output goes below ``directory``.
 
-    ``say`` is told whether the model is compiled, and why. Raises :class:`PsycheError`.
+    ``end``: of padded sequences, the token that padding follows. ``say`` is told whether the model is compiled, and
+    why. Raises :class:`PsycheError`.
     """
     if choice.stage is None:
         one = node.model_copy(update={"device": choice.devices[0]})
-        engine = TorchEngine(build(run.model, seed=run.seed), run.inner, one)
+        engine = TorchEngine(build(run.model, seed=run.seed), run.inner, one, end)
         batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
         say(engine.choose_compilation(batch, run.total_steps, node.cache.expanduser() / "compile"))
         return engine
@@ -113,6 +120,8 @@ def make_engine(
         offload=choice.offload,
         precision=node.precision,
         micro_batch=node.micro_batch,
+        checkpoints=node.activation_checkpointing,
+        end=end,
         threads=max(1, (node.threads or torch.get_num_threads()) // len(choice.devices)),
         directory=directory,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,26 @@ from psyche.numerics.flat import FlatLayout
 from psyche.training.compiling import Prospect, compiled_if_it_pays
 from psyche.training.devices import limit_memory, pick_device, pick_precision
 from psyche.training.engine import Batch
+from psyche.training.labels import labels, predicted
 from psyche.training.memory import free_memory, kept_by, rows_that_fit
 from psyche.training.optimizers import Optimizers
 
 OUT_OF_MEMORY = "one sequence does not fit into this device's memory: free some of it, or train on a bigger one"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Sequences that are taken at once."""
+
+    tokens: Tensor
+    """int64 ``[sequences, length]``."""
+    labels: Tensor
+    predicted: int
+    """Tokens that its loss is the mean over."""
+
+    def first(self, rows: int) -> Piece:
+        """So many sequences of it."""
+        return Piece(self.tokens[:rows], self.labels[:rows], self.predicted)
 
 
 class TorchEngine:
@@ -29,7 +46,8 @@ class TorchEngine:
     pieces as fit into memory, which is found at the first step unless the node says how many sequences to take.
     """
 
-    def __init__(self, model: nn.Module, inner: Inner, node: Node) -> None:
+    def __init__(self, model: nn.Module, inner: Inner, node: Node, end: int | None = None) -> None:
+        """``end``: of padded sequences, the token that padding follows."""
         self.device = pick_device(node.device)
         limit_memory(node, self.device)
         self.layout = FlatLayout.of_model(model)
@@ -39,6 +57,7 @@ class TorchEngine:
         self._adopt_flat()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._clip = inner.clip
+        self._end = end
         self._compile = node.compile
         self._micro_batch = node.micro_batch
         self._autocast_dtype = pick_precision(node.precision, self.device)
@@ -49,15 +68,14 @@ class TorchEngine:
         self.steps = 0
 
     def step(self, batch: Batch, lr: float) -> float:
-        tokens = self._tokens(batch)
-        self._fit(tokens)
+        self._fit(batch)
         loss = None
         while loss is None:
             self._optimizers.zero_grad()
             with suppress(torch.OutOfMemoryError):  # nothing has been stepped yet, so it can be tried again
-                loss = self._backward(tokens)
+                loss = self._backward(batch)
             if loss is None:
-                self._take_less_memory(len(tokens))
+                self._take_less_memory(len(batch))
         if self._clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizers.step(lr)
@@ -66,16 +84,14 @@ class TorchEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
-        tokens = self._tokens(batch)
-        self._fit(tokens)
+        self._fit(batch)
         self.model.eval()
-        total, predicted = 0.0, 0
-        for piece in _pieces(tokens, self._micro_batch or len(tokens)):
-            count = len(piece) * (piece.shape[1] - 1)
-            total += float(self._loss(self.model, piece)) * count
-            predicted += count
+        total, tokens = 0.0, 0
+        for piece in self._pieces(batch):
+            total += float(self._loss(self.model, piece)) * piece.predicted
+            tokens += piece.predicted
         self.model.train()
-        return total, predicted
+        return total, tokens
 
     @torch.no_grad()
     def read(self, flat: Tensor) -> None:
@@ -105,21 +121,20 @@ class TorchEngine:
 
         What was measured on this machine is remembered in the directory ``memory``. Changes no parameter.
         """
-        tokens = self._tokens(batch)
-        self._fit(tokens)
-        piece = tokens[: self._micro_batch or len(tokens)]
+        self._fit(batch)
+        piece = next(self._pieces(batch))
 
         def through(forward: Callable[..., Any], rows: int) -> Callable[[], None]:
             def once() -> None:
                 self._optimizers.zero_grad()
-                self._loss(forward, piece[:rows]).backward()  # type: ignore[no-untyped-call]
+                self._loss(forward, piece.first(rows)).backward()  # type: ignore[no-untyped-call]
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
 
             return once
 
-        passes = steps * -(-len(tokens) // len(piece))
-        prospect = Prospect(self._compile, len(piece), passes, self._shape(piece), memory)
+        rows = len(piece.tokens)
+        prospect = Prospect(self._compile, rows, steps * -(-len(batch) // rows), self._shape(piece.tokens), memory)
         compiled, why = compiled_if_it_pays(self.model, through, prospect)
         self._optimizers.zero_grad()
         self._forward = self.model if compiled is None else compiled
@@ -127,41 +142,52 @@ class TorchEngine:
 
     # ------------------------------------------------------------------------------ one step's parts
 
-    def _backward(self, tokens: Tensor) -> Tensor:
+    def _backward(self, batch: Batch) -> Tensor:
         """Accumulate the gradient of the mean loss. Returns that loss, still on the device."""
         total = torch.zeros((), device=self.device)
-        rows = self._micro_batch or len(tokens)
-        for piece in _pieces(tokens, rows):
-            forward = self._forward if len(piece) == rows else self.model  # another shape would be compiled anew
-            loss = self._loss(forward, piece) * (len(piece) / len(tokens))
+        tokens = predicted(labels(batch, self._end))
+        for piece in self._pieces(batch):
+            whole = len(piece.tokens) == self._micro_batch
+            forward = self._forward if whole else self.model  # another shape would be compiled anew
+            loss = self._loss(forward, piece) * (piece.predicted / tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def _loss(self, forward: Callable[..., Any], tokens: Tensor) -> Tensor:
+    def _loss(self, forward: Callable[..., Any], piece: Piece) -> Tensor:
         autocast: AbstractContextManager[Any] = nullcontext()
         if self._autocast_dtype is not None:
             autocast = torch.autocast(self.device.type, dtype=self._autocast_dtype)
         with autocast:
-            loss: Tensor = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss: Tensor = forward(input_ids=piece.tokens, labels=piece.labels, use_cache=False).loss
         return loss
 
-    def _tokens(self, batch: Batch) -> Tensor:
-        tokens = torch.from_numpy(batch)
+    def _pieces(self, batch: Batch) -> Iterator[Piece]:
+        """``batch`` as it is taken, piece by piece on the device."""
+        size = self._micro_batch or len(batch)
+        for at in range(0, len(batch), size):
+            rows = batch[at : at + size]
+            targets = labels(rows, self._end)
+            tokens = self._moved(rows)
+            yield Piece(tokens, tokens if targets is rows else self._moved(targets), predicted(targets))
+
+    def _moved(self, rows: Batch) -> Tensor:
+        tokens = torch.from_numpy(rows)
         if self.device.type == "cuda":  # from pinned memory the copy runs while the CPU goes on
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
         return tokens
 
     # --------------------------------------------------------------------------------------- memory
 
-    def _fit(self, tokens: Tensor) -> None:
+    def _fit(self, batch: Batch) -> None:
         """Find how many sequences to take at once, at the first batch."""
         if self._micro_batch is None:
+            (one,) = self._pieces(batch[:1])
             with torch.enable_grad():
-                each = kept_by(lambda: self._loss(self.model, tokens[:1]), [self._flat])
+                each = kept_by(lambda: self._loss(self.model, one), [self._flat])
             gradients = sum(p.numel() * p.element_size() for p in self._parameters if p.grad is None)
             free = free_memory(self.device) - gradients - self._optimizers.bytes_to_come
-            self._micro_batch = rows_that_fit(len(tokens), each, free)
+            self._micro_batch = rows_that_fit(len(batch), each, free)
 
     def _take_less_memory(self, rows: int) -> None:
         """After a step that did not fit: smaller pieces; at one sequence, activations are computed twice instead of
@@ -201,7 +227,3 @@ class TorchEngine:
             if parameter.requires_grad:
                 views[name].copy_(parameter)
                 parameter.data = views[name]
-
-
-def _pieces(tokens: Tensor, rows: int) -> list[Tensor]:
-    return [tokens[at : at + rows] for at in range(0, len(tokens), rows)]

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche.data.packing import IGNORED, labels, pack, pad
+from psyche.data.packing import pack, pad
+from psyche.training.labels import IGNORED, labels
 
 EOS = 0
 documents = st.lists(st.lists(st.integers(1, 99), max_size=40).map(lambda ids: [*ids, EOS]), max_size=12)

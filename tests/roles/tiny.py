@@ -76,10 +76,11 @@ def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
 def replica(manifest: Manifest, node: Node, identity: Identity, backend: Backend | None = None) -> Replica:
     """The replica that a node of this identity would start with."""
     torch.set_num_threads(1)
-    engine = TorchEngine(build(manifest.run.model, seed=manifest.run.seed), manifest.run.inner, node)
+    store = local_store(manifest, node.cache)
+    initial = build(manifest.run.model, seed=manifest.run.seed)
+    engine = TorchEngine(initial, manifest.run.inner, node, store.index.padded_from)
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
-    store = local_store(manifest, node.cache)
     outer, secret = OuterState.initial(theta), identity.secret_digest(b"salt")
     return Replica(manifest, engine, store, outer, identity.peer_id, secret, backend)
 

@@ -286,3 +286,24 @@ def test_models_that_cannot_be_built_name_the_setting(spec: config.Model, reason
 
 def test_the_tiny_model_has_a_layout() -> None:
     assert layout(SPEC).size == engine().layout.size
+
+
+# ------------------------------------------------------------------------------------------ padding
+
+END = 7
+
+
+def padded(rows: list[list[int]]) -> np.ndarray:
+    return np.array([[*row, *[END] * (16 - len(row))] for row in rows], np.int64)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_padding_is_not_learned_and_every_token_counts_alike(micro_batch: int) -> None:
+    """The loss is the mean over the tokens of all documents, however unevenly they are dealt to pieces."""
+    documents = [[9, 8, 9, 8], [20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120], [5], [11, 12]]
+    one = TorchEngine(tiny(1), INNER, Node(device="cpu", micro_batch=micro_batch), END)
+    alone = TorchEngine(tiny(1), INNER, NODE)
+    sums = [alone.evaluate(np.array([[*document, END]], np.int64)) for document in documents]
+    expected, tokens = sum(loss for loss, _ in sums), sum(count for _, count in sums)
+    assert one.evaluate(padded(documents)) == (pytest.approx(expected, rel=1e-5), tokens)
+    assert one.step(padded(documents), 1e-2) == pytest.approx(expected / tokens, rel=1e-5)

@@ -14,7 +14,7 @@ from psyche.training import torch_engine
 from psyche.training.footprint import activation_bytes
 from psyche.training.memory import ROOM, SHARE, free_memory, kept_by, rows_that_fit
 from psyche.training.models import build
-from psyche.training.torch_engine import TorchEngine
+from psyche.training.torch_engine import Piece, TorchEngine
 from tests.training.tiny_models import SETTINGS, Sequences, tiny
 
 torch.set_num_threads(1)
@@ -32,16 +32,22 @@ def parameters(one: TorchEngine) -> torch.Tensor:
     return flat
 
 
+def loss_of(one: TorchEngine, rows: int) -> torch.Tensor:
+    """Of a forward pass over so many sequences."""
+    (piece,) = one._pieces(BATCH[:rows])
+    return one._loss(one.model, piece)
+
+
 class Narrow(TorchEngine):
     """A device on which ``room`` sequences fit at once, twice as many where their activations are not kept."""
 
     room = 3
 
-    def _loss(self, forward: object, tokens: torch.Tensor) -> torch.Tensor:
-        self.tried = [*getattr(self, "tried", []), len(tokens)]
-        if len(tokens) > self.room * (1 + self._checkpoints):
+    def _loss(self, forward: object, piece: Piece) -> torch.Tensor:
+        self.tried = [*getattr(self, "tried", []), len(piece.tokens)]
+        if len(piece.tokens) > self.room * (1 + self._checkpoints):
             raise torch.OutOfMemoryError("this many do not fit")
-        return super()._loss(forward, tokens)  # type: ignore[arg-type]
+        return super()._loss(forward, piece)  # type: ignore[arg-type]
 
 
 @given(rows=st.integers(1, 500), each=st.integers(1, 1 << 40), free=st.integers(-1, 1 << 44))
@@ -55,7 +61,7 @@ def test_pieces_are_equal_as_few_as_fit_and_never_empty(rows: int, each: int, fr
 
 def test_what_a_forward_pass_keeps_grows_with_its_sequences_and_leaves_parameters_out() -> None:
     one = engine()
-    kept = [kept_by(lambda n=n: one._loss(one.model, torch.from_numpy(BATCH[:n])), [one._flat]) for n in (1, 2, 4)]
+    kept = [kept_by(lambda n=n: loss_of(one, n), [one._flat]) for n in (1, 2, 4)]
     assert kept[0] > 0
     # What does not grow (masks, rotary tables) is little.
     assert kept[1] == pytest.approx(2 * kept[0], rel=0.2)
@@ -68,7 +74,7 @@ def test_measuring_disturbs_neither_parameters_nor_random_numbers() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    kept_by(lambda: one._loss(one.model, torch.from_numpy(BATCH[:1])) + torch.rand(1).sum(), [one._flat])
+    kept_by(lambda: loss_of(one, 1) + torch.rand(1).sum(), [one._flat])
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(parameters(one), before)
     assert all(p.grad is None for p in one.model.parameters())
@@ -83,7 +89,7 @@ def test_the_whole_batch_is_taken_at_once_where_it_fits(monkeypatch: pytest.Monk
 
 def test_little_memory_means_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     one = engine()
-    each = kept_by(lambda: one._loss(one.model, torch.from_numpy(BATCH[:1])), [one._flat])
+    each = kept_by(lambda: loss_of(one, 1), [one._flat])
     to_come = sum(p.nbytes for p in one.model.parameters()) * 3
     monkeypatch.setattr(torch_engine, "free_memory", lambda device: int(to_come + 2.5 * each * ROOM / SHARE))
     one.step(BATCH, 1e-2)
@@ -122,11 +128,8 @@ def test_where_nothing_fits_the_mend_is_named() -> None:
 
 def test_checkpointed_activations_give_the_same_gradients() -> None:
     one, plain = engine(activation_checkpointing=True, micro_batch=8), engine(micro_batch=8)
-    tokens = torch.from_numpy(BATCH)
     # One layer's activations at a time are less than all of them.
-    assert kept_by(lambda: one._loss(one.model, tokens), [one._flat]) < 0.8 * kept_by(
-        lambda: plain._loss(plain.model, tokens), plain._flat
-    )
+    assert kept_by(lambda: loss_of(one, 8), [one._flat]) < 0.8 * kept_by(lambda: loss_of(plain, 8), plain._flat)
     losses = [[e.step(BATCH, 1e-2) for _ in range(3)] for e in (one, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from psyche import config
 from psyche.config import Inner
 from psyche.training.engine import Batch
+from psyche.training.labels import labels, predicted
 from psyche.training.models import build, layout
 from psyche.training.zero.ranks import Ranks
 from psyche.training.zero.shared import SharedVector
@@ -41,16 +42,22 @@ class DeepSpeedEngine:
         precision: str,
         micro_batch: int | None,
         threads: int,
+        checkpoints: bool = False,
+        end: int | None = None,
         directory: Path,
     ) -> None:
-        """``threads`` are each rank's; ``directory`` is where their output goes. Raises :class:`PsycheError`."""
+        """``checkpoints``: activations are computed twice. ``end``: of padded sequences, the token that padding comes
+        after. ``threads`` are each rank's, ``directory`` is where their output goes. Raises :class:`PsycheError`."""
         self.layout = layout(spec)
         self.steps = 0
         self._micro_batch = micro_batch
+        self._end = end
         with closing(SharedVector.create(self.layout.size)) as shared:
             self.ranks = Ranks(devices, shared.descriptor, self.layout.size, directory)
         self._flat = shared.tensor
-        start = Start(spec.model_dump_json(), inner.model_dump_json(), precision, stage, offload, threads)
+        start = Start(
+            spec.model_dump_json(), inner.model_dump_json(), precision, stage, offload, threads, checkpoints, end
+        )
         self._all(start)
         with torch.no_grad():
             self.layout.gather(dict(build(spec, seed=seed).named_parameters()), self._flat)
@@ -58,7 +65,8 @@ class DeepSpeedEngine:
 
     def step(self, batch: Batch, lr: float) -> float:
         rows = self._dealt(batch)
-        answers = self.ranks.ask([Step(one, len(batch), lr) for one in rows])
+        tokens = predicted(labels(batch, self._end))
+        answers = self.ranks.ask([Step(one, tokens, lr) for one in rows])
         self.steps += 1
         return sum(answer.loss for answer in answers)
 

@@ -18,6 +18,8 @@ from psyche import config
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
 from psyche.training.devices import pick_precision
+from psyche.training.engine import Batch
+from psyche.training.labels import labels, predicted
 from psyche.training.models import build
 from psyche.training.zero.settings import deepspeed_settings
 from psyche.training.zero.shards import OptimizerShards, ParameterShards, Parts
@@ -57,10 +59,13 @@ class Trainer:
             pin=self._device.type == "cuda",
         )
         model, layout = self._built(config.Model.model_validate_json(order.model), order.stage, settings)
+        if order.checkpoints:
+            model.activation_checkpointing_enable()  # type: ignore[operator]
         self._engine, zero, *_ = deepspeed.initialize(
             model=model, optimizer=_adamw(model, layout, inner), config=settings
         )
         self._groups = zero.optimizer.param_groups
+        self._end = order.end
         self._flat = flat
         self._shards = (ParameterShards if order.stage == 3 else OptimizerShards)(zero, model, layout)
 
@@ -69,8 +74,8 @@ class Trainer:
         for group in self._groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=self._device)
-        for tokens, count in self._pieces(rows):
-            loss = self._loss(tokens) * (count / total)
+        for tokens, targets, count in self._pieces(rows):
+            loss = self._loss(tokens, targets) * (count / total)
             self._engine.backward(loss * self._ranks)  # DeepSpeed takes the mean over the ranks
             loss_sum += loss.detach()
         self._engine.step()
@@ -82,13 +87,13 @@ class Trainer:
     def evaluate(self, rows: Rows) -> tuple[float, int]:
         """Sum of the loss over the tokens predicted in this rank's sequences, and their number."""
         self._engine.eval()
-        total, predicted = 0.0, 0
-        for tokens, count in self._pieces(rows):
-            loss = float(self._loss(tokens))  # a rank with nothing to do takes part: others may need its share
-            total += loss * count * (rows.length - 1)
-            predicted += count * (rows.length - 1)
+        total, tokens_in_all = 0.0, 0
+        for tokens, targets, count in self._pieces(rows):
+            loss = float(self._loss(tokens, targets))  # a rank with nothing to do takes part: others may need its share
+            total += loss * count
+            tokens_in_all += count
         self._engine.train()
-        return total, predicted
+        return total, tokens_in_all
 
     def read(self, kind: Kind) -> None:
         """Copy what this rank holds to the shared vector."""
@@ -119,15 +124,22 @@ class Trainer:
             model = build(spec, device=str(self._device))
         return model.train(), layout
 
-    def _pieces(self, rows: Rows) -> Iterator[tuple[Tensor, int]]:
-        """Token ids of each forward pass, and how many of its sequences count."""
-        tokens = torch.from_numpy(np.frombuffer(rows.tokens, np.int64).copy()).view(-1, rows.length)
-        nothing = torch.zeros(1, rows.length, dtype=torch.int64)
-        for piece in torch.split(tokens, list(rows.pieces)):
-            yield (piece if len(piece) else nothing).to(self._device, non_blocking=True), len(piece)
+    def _pieces(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Token ids and labels of each forward pass, and how many tokens it predicts that count."""
+        tokens = np.frombuffer(rows.tokens, np.int64).reshape(-1, rows.length)
+        nothing = np.zeros((1, rows.length), np.int64)
+        at = 0
+        for count in rows.pieces:
+            piece = tokens[at : at + count] if count else nothing
+            targets = labels(piece, self._end)
+            yield self._moved(piece), self._moved(targets), predicted(targets) if count else 0
+            at += count
 
-    def _loss(self, tokens: Tensor) -> Tensor:
-        loss: Tensor = self._engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+    def _moved(self, rows: Batch) -> Tensor:
+        return torch.from_numpy(rows.copy()).to(self._device, non_blocking=True)
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self._engine(input_ids=tokens, labels=targets, use_cache=False).loss
         return loss
 
 

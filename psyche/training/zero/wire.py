@@ -27,6 +27,10 @@ class Start(Message, frozen=True):
     offload: bool
     """The optimizer, its state and the master weights lie in the machine's memory."""
     threads: int
+    checkpoints: bool
+    """Activations are computed twice instead of kept."""
+    end: int | None
+    """Of padded sequences, the token that padding follows."""
 
 
 class Rows(msgspec.Struct, frozen=True):
@@ -43,7 +47,7 @@ class Step(Message, frozen=True):
 
     rows: Rows
     total: int
-    """Sequences of the whole batch."""
+    """Tokens predicted in the whole batch."""
     lr: float
 
 
