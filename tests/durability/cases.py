@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import opacus.accountants  # noqa: F401  # now, and not in each child that is about to die
 import pytest
 
 from psyche.config import MANIFEST, BpeTokenizer, Data, TextSource
