@@ -146,7 +146,7 @@ def test_standard_library(tmp_path: Path) -> None:
 
 def test_padded_sequences_hold_one_document_each(data: Data, corpus: Path, tmp_path: Path) -> None:
     store = prepare(data.model_copy(update={"packing": "pad"}), tmp_path, vocab_limit=400, shard_bytes=4096)
-    assert store.index.packing == "pad"
+    assert store.index.pad == store.index.eos
     for name, heldout in (("train", False), ("heldout", True)):
         expected = []
         for document in encoded(store, read_documents(corpus), data.heldout_fraction, heldout):
