@@ -224,6 +224,7 @@ print(calls)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_every_moment_then_resumed(data: Data, tmp_path: Path) -> None:
     """SIGKILL just before the n-th time that the disk changes for good, for every n; each time the same store."""
     arguments = [sys.executable, "-c", EVERY_MOMENT, data.model_dump_json(), str(tmp_path / "cache")]
