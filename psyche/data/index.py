@@ -74,6 +74,11 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def sequence_bytes(self) -> int:
         return self.sequence_length * (2 if self.dtype == "uint16" else 4)
 
+    @property
+    def pad(self) -> int | None:
+        """The token that fills sequences up and of which only a sequence's first is learned; None where none do."""
+        return self.eos if self.packing == "pad" else None
+
     def encode(self) -> bytes:
         """Canonical JSON: keys sorted, no spaces."""
         return msgspec.json.encode(self, order="sorted")
