@@ -66,17 +66,13 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How documents became sequences, see :class:`~psyche.config.Data`."""
 
     @property
-    def padded_from(self) -> int | None:
-        """The token after whose first appearance a sequence is padding, and not to be learned; None: there is none."""
-        return self.eos if self.packing == "pad" else None
-
-    @property
     def sequence_bytes(self) -> int:
         return self.sequence_length * (2 if self.dtype == "uint16" else 4)
 
     @property
     def pad(self) -> int | None:
-        """The token that fills sequences up and of which only a sequence's first is learned; None where none do."""
+        """The token that fills sequences up and of which only a sequence's first is learned (``training/labels.py``); None
+        where none does."""
         return self.eos if self.packing == "pad" else None
 
     def encode(self) -> bytes:

@@ -56,7 +56,7 @@ def heldout_loss(trained: Trained, sequences: int | None, told: Told = lambda do
     split = trained.store.heldout
     count = len(split) if sequences is None else min(sequences, len(split))
     batches = (split.batch(range(at, min(at + BATCH, count))) for at in range(0, count, BATCH))
-    return _loss(trained, batches, trained.store.index.padded_from, count, told)
+    return _loss(trained, batches, trained.store.index.pad, count, told)
 
 
 def text_loss(trained: Trained, path: Path, told: Told = lambda done, total: None) -> TextLoss:

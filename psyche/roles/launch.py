@@ -44,7 +44,7 @@ def launch(config: Config, coordinator: str, progress: Callable[[Progress], None
     check_fit(run, store)
     if config.node.threads is not None:
         torch.set_num_threads(config.node.threads)
-    engine = TorchEngine(build(run.model, seed=run.seed), run.inner, config.node, store.index.padded_from)
+    engine = TorchEngine(build(run.model, seed=run.seed), run.inner, config.node, store.index.pad)
     fragments_of(run, engine.layout)
     theta = torch.empty(engine.layout.size)
     engine.read(theta)

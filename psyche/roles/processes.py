@@ -250,7 +250,7 @@ def _replica(
     def say(text: str) -> None:
         log.emit(events.Notice(level="info", text=text))
 
-    engine = make_engine(manifest.run, node, choice, directory, end=store.index.padded_from, say=say)
+    engine = make_engine(manifest.run, node, choice, directory, end=store.index.pad, say=say)
     if engine.layout.digest.hex() != manifest.resolved.layout:
         raise PsycheError(
             "this machine's transformers lays the model out differently from the run's: "

@@ -78,7 +78,7 @@ def replica(manifest: Manifest, node: Node, identity: Identity, backend: Backend
     torch.set_num_threads(1)
     store = local_store(manifest, node.cache)
     initial = build(manifest.run.model, seed=manifest.run.seed)
-    engine = TorchEngine(initial, manifest.run.inner, node, store.index.padded_from)
+    engine = TorchEngine(initial, manifest.run.inner, node, store.index.pad)
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     outer, secret = OuterState.initial(theta), identity.secret_digest(b"salt")
