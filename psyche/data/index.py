@@ -26,7 +26,7 @@ FORMAT: Final = 2
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 """Token types by their name in the index, as NumPy spells them; on disk they are little-endian everywhere."""
 MAX_INDEX_BYTES = 32 << 20
-"""Room for some 200,000 shards: 12 TiB of tokens."""
+"""Room for some 200,000 shards: 1.6 TiB of tokens."""
 
 Count = Annotated[int, Meta(ge=1, le=2**48)]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")]

@@ -25,8 +25,7 @@ from psyche.protocol.assignment import permute
 
 SHARD_BYTES = 8 << 20
 """Size of a full shard. A member fetches whole ones, so they should be no larger than its part of a round: with 100
-members and 800 sequences of 1024 tokens each, 64 MiB would be 41 times what it trains on, and 8 MiB are 6 times. The
-index holds some 200,000 of them."""
+members and 800 sequences of 1024 tokens each, 64 MiB would be 41 times what it trains on, and 8 MiB are 6 times."""
 
 READERS = 16
 """Threads that read staged sequences: a disk serves random reads well only if it has many to choose from."""
