@@ -71,8 +71,8 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def pad(self) -> int | None:
-        """The token that fills sequences up and of which only a sequence's first is learned (``training/labels.py``); None
-        where none does."""
+        """The token that fills sequences up and of which only a sequence's first is learned; None where
+        none does (``training/labels.py``)."""
         return self.eos if self.packing == "pad" else None
 
     def encode(self) -> bytes:

@@ -8,13 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
-
-import torch
 
 from psyche.config import Node
 from psyche.data.store import BadShard
@@ -52,10 +46,10 @@ from psyche.roles.history import serve_history
 from psyche.roles.leaving import Departure, Farewell
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
-from psyche.roles.remainder import Remainder
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
 from psyche.roles.shards import Supply
+from psyche.roles.trainer import Trainer
 from psyche.roles.voter import Voter
 from psyche.roles.warmup import WarmUp
 from psyche.state.budget import Spent
@@ -64,11 +58,6 @@ from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
 from psyche.training.choice import describe_device
-
-T = TypeVar("T")
-
-STEP_EVENT_SECONDS = 1.0
-"""At most one StepDone event in this long: a laptop's log should not grow with the speed of its GPU."""
 
 
 class Worker:
@@ -101,8 +90,16 @@ class Worker:
         journal = Journal(directory / JOURNAL, self._warn)
         self._wire = Wire(network, Shelf(network), journal, identity.peer_id, self._name_liar)
         self._snapshots = Snapshots(network, settings.checkpoints_kept)
-        self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(settings.threads,))
-        self._advance = Advance(replica, network, ledger, self._voter, self._on_trainer)
+        self._meter = Meter()
+        self._trainer = Trainer(
+            replica,
+            settings.threads,
+            meter=self._meter,
+            departure=self._departure,
+            board=lambda: self._client.board,
+            log=log,
+        )
+        self._advance = Advance(replica, network, ledger, self._voter, self._trainer.do)
         self._catch_up = CatchUp(
             replica,
             settings,
@@ -114,12 +111,8 @@ class Worker:
             log=log,
             warn=self._warn,
         )
-        self._late: asyncio.Task[None] | None = None
-        """Inner steps of the next round, while this one is on the wire."""
         self._supply = supply or Supply()
-        self._warm_up = WarmUp(replica, self._supply, self._on_trainer, log)
-        self._meter = Meter()
-        self._remainder = Remainder(lambda: self._client.board)
+        self._warm_up = WarmUp(replica, self._supply, self._trainer.do, log)
         self._saved = replica.chain.rounds
 
     async def run(self) -> None:
@@ -149,13 +142,13 @@ class Worker:
             for task in (leaving, watching, working):
                 task.cancel()
             await asyncio.gather(leaving, watching, working, return_exceptions=True)
-            for halt in (self._halt_late, self._warm_up.halt):
+            for halt in (self._trainer.halt_late, self._warm_up.halt):
                 with contextlib.suppress(PsycheError):  # of an engine that is gone, which is known by now
                     await halt()
             await self._supply.close()
             await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._departure.tell()
-            await asyncio.to_thread(self._trainer.shutdown)
+            await self._trainer.end()
 
     # ------------------------------------------------------------------------------ between rounds
 
@@ -166,7 +159,7 @@ class Worker:
         while not self._departure.asked:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(self._concerns_me)
-            await self._halt_late()
+            await self._trainer.halt_late()
             if behind(board, replica.chain):
                 await self._catch_up.synchronise(board)
                 self._supply.begin(replica.chain.position)
@@ -235,7 +228,7 @@ class Worker:
             self._meter.exchanging()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
             if work is not None and self.manifest.run.overlap.late_steps:
-                self._late = asyncio.create_task(self._train_late(plan))
+                self._trainer.begin_late(plan)
             certification = Certification(
                 plan,
                 work,
@@ -247,14 +240,14 @@ class Worker:
             )
             record, gradient = await certification.run()
         except Moved as moved:
-            await self._halt_late()
+            await self._trainer.halt_late()
             if work is not None and not moved.accepted:
-                await self._on_trainer(self.replica.give_back, work)
-            await self._on_trainer(self.replica.forsake)
+                await self._trainer.do(self.replica.give_back, work)
+            await self._trainer.do(self.replica.forsake)
             raise
         await self._advance.step(record, gradient)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
-            await self._on_trainer(self.replica.give_back, work)
+            await self._trainer.do(self.replica.give_back, work)
         self._meter.exchanged()
         self._announce_record(record)
         if leaves := self._departure.asked:  # said before the last attestation, after which the next round is planned
@@ -275,7 +268,7 @@ class Worker:
         await self._supply.ready(plan, self.identity.peer_id, lambda: self._closed_to_me(plan))
         self.log.emit(events.PhaseChanged(round=plan.round, phase="training"))
         try:
-            work = await self._on_trainer(self._train_blocking, plan)
+            work = await self._trainer.train(plan, lambda: self._stopping or self._closed_to_me(plan))
         except Interrupted:
             self._warn(f"round {plan.round} closed before this node was done; it follows the others")
             self._departure.end()
@@ -319,36 +312,14 @@ class Worker:
             return Sharded(self._wire, plan, shape, run.private_share, self.replica.backend.codec(run.result_codec))
         return Gather(self._wire, plan, shape, run.private_share)
 
-    async def _train_late(self, plan: Plan) -> None:
-        """Inner steps of the next round until it begins, as many as the run allows."""
-        while await self._on_trainer(self._step_late, plan):
-            pass
-
-    def _step_late(self, plan: Plan) -> bool:
-        if self._departure.asked:
-            return False
-        began = time.monotonic()
-        taken = self.replica.step_late(plan)
-        self._meter.trained(time.monotonic() - began)
-        return taken
-
-    async def _halt_late(self) -> None:
-        """The next round begins, or another state is taken up: no more steps on top of this one."""
-        if self._late is not None:
-            self._late.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._late
-            await self._on_trainer(lambda: None)  # the step that was under way
-            self._late = None
-
     # ---------------------------------------------------------------------------- after the outer step
 
     async def _report(self, plan: Plan, work: Work | None, *, judge: bool = True) -> None:
         """Judge this node's share of the held-out set and tell the coordinator what the round was like."""
         rank, heldout = [member.node for member in plan.members].index(self.identity.peer_id), (0.0, 0)
         if judge:
-            heldout = await self._on_trainer(self.replica.heldout_loss, rank, len(plan.members))
-        momentum_norm = await self._on_trainer(self.replica.momentum_norm)
+            heldout = await self._trainer.do(self.replica.heldout_loss, rank, len(plan.members))
+        momentum_norm = await self._trainer.do(self.replica.momentum_norm)
         metrics = self._meter.metrics(work, heldout, momentum_norm, self.network.traffic)
         self.log.emit(metrics_event(self.identity.peer_id, plan.round, metrics))
         with contextlib.suppress(Refused):
@@ -387,7 +358,7 @@ class Worker:
             )
             return save(checkpoint, self.directory / "checkpoints", keep=self.settings.checkpoints_kept)
 
-        path = await self._on_trainer(write)
+        path = await self._trainer.do(write)
         self._saved = chain.rounds
         await asyncio.to_thread(self._snapshots.add, chain.rounds, self.replica.index, path)
         if self._snapshots.oldest:
@@ -396,45 +367,11 @@ class Worker:
 
     # -------------------------------------------------------------------------------------- helpers
 
-    def _train_blocking(self, plan: Plan) -> Work:
-        started = logged = last = time.monotonic()
-        tokens_per_step = self.replica.run.tokens_per_step
-
-        def progress(step: int, loss: float, lr: float) -> None:
-            nonlocal logged, last
-            now = time.monotonic()
-            self._meter.trained(now - last)
-            self._remainder.stepped()
-            last = now
-            if now - logged >= STEP_EVENT_SECONDS:
-                logged = now
-                rate = (step + 1) * tokens_per_step / (now - started)
-                done = self.replica.global_step(plan) + step + 1
-                self.log.emit(
-                    events.StepDone(
-                        round=plan.round, step=step + 1, global_step=done, loss=loss, lr=lr, tokens_per_second=rate
-                    )
-                )
-
-        def stop() -> bool:
-            return self._stopping or self._closed_to_me(plan)
-
-        def enough() -> bool:
-            return self._departure.enough() or self._remainder.enough()
-
-        self._remainder.begin(plan, self.replica.due(plan))
-        work = self.replica.train(plan, progress=progress, stop=stop, enough=enough)
-        self._remainder.encoded()
-        return work
-
     def _closed_to_me(self, plan: Plan) -> bool:
         board = self._client.board
         if board is None or board.phase == Phase.ELECTING:
             return False
         return board.plan != plan or board.phase == Phase.CERTIFYING
-
-    async def _on_trainer(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._trainer, lambda: function(*arguments))
 
     def _name_liar(self, peer_id: str, what: str) -> None:
         self.log.emit(events.Rejected(peer=peer_id, reason=what, what="blob"))
@@ -446,8 +383,3 @@ class Worker:
         if text != self._warned:  # what is tried again every second is said once
             self._warned = text
             self.log.emit(events.Notice(level="warning", text=text))
-
-
-def _use_threads(count: int | None) -> None:
-    if count is not None:
-        torch.set_num_threads(count)
