@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from swarm import spawn_child, start, until, with_swarm
 
+from psyche.errors import PsycheError
 from psyche.network import rpc, streams
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Busy, Refused, Unreachable, Violation
@@ -44,7 +45,7 @@ def test_refusals_carry_their_reason(tmp_path: Path, caplog: pytest.LogCaptureFi
         raise KeyError("secret")
 
     async def full(peer_id: str, request: bytes) -> bytes:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device") if request else PsycheError("no space left")
 
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
@@ -59,9 +60,10 @@ def test_refusals_carry_their_reason(tmp_path: Path, caplog: pytest.LogCaptureFi
             await a.rpc.call(b.peer_id, "bug", b"", timeout=10, max_reply=10)
         assert "Traceback" in caplog.text
         caplog.clear()
-        with pytest.raises(Refused, match=r"^internal error$"):
-            await a.rpc.call(b.peer_id, "full", b"", timeout=10, max_reply=10)
-        assert "full cannot be answered: [Errno 28] No space left on device" in caplog.text
+        for request, told in ((b"1", "[Errno 28] No space left on device"), (b"", "no space left")):
+            with pytest.raises(Refused, match=r"^internal error$"):
+                await a.rpc.call(b.peer_id, "full", request, timeout=10, max_reply=10)
+            assert f"full cannot be answered: {told}" in caplog.text
         assert "Traceback" not in caplog.text
         with pytest.raises(Refused, match="does not serve else"):
             await a.rpc.call(b.peer_id, "else", b"", timeout=10, max_reply=10)
