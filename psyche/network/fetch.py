@@ -208,7 +208,9 @@ async def _run(
 
     def start(source: str) -> None:
         future: Future[None] = network.downloads.submit(_pull, network, download, source)
-        running[asyncio.wrap_future(future)] = source
+        task = asyncio.wrap_future(future)
+        task.add_done_callback(_seen)
+        running[task] = source
 
     try:
         while not download.finished:
@@ -237,6 +239,12 @@ async def _run(
                 _outcome(task, source, reasons, on_liar)
     if download.fault is not None:
         raise download.fault if isinstance(download.fault, PsycheError) else BadBlob(download.root, str(download.fault))
+
+
+def _seen(task: asyncio.Future[None]) -> None:
+    """Who is cancelled a second time does not wait for its sources: how they end is nobody's concern any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _outcome(task: asyncio.Future[None], source: str, reasons: dict[str, str], on_liar: OnLiar | None) -> bool:

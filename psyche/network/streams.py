@@ -290,6 +290,9 @@ class Streams:
                 return
             except (Refused, Violation) as error:
                 reason = str(error)
+            except (OSError, PsycheError) as error:  # a full disk is no bug of ours, and not the peer's business
+                log.warning("%s cannot be answered: %s", name, error)
+                reason = "internal error"
             except Exception:
                 log.exception("the handler of %s failed", name)
                 reason = "internal error"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from swarm import spawn_child, start, until, with_swarm
 
+from psyche.errors import PsycheError
 from psyche.network import rpc, streams
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Busy, Refused, Unreachable, Violation
@@ -36,23 +37,34 @@ def test_the_caller_is_known_and_the_bytes_are_whole(tmp_path: Path) -> None:
     with_swarm(tmp_path, 3, scenario)
 
 
-def test_refusals_carry_their_reason(tmp_path: Path) -> None:
+def test_refusals_carry_their_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def no(peer_id: str, request: bytes) -> bytes:
         raise Refused(request.decode())
 
     async def bug(peer_id: str, request: bytes) -> bytes:
         raise KeyError("secret")
 
+    async def full(peer_id: str, request: bytes) -> bytes:
+        raise OSError(28, "No space left on device") if request else PsycheError("no space left")
+
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         await b.rpc.serve("no", no, max_request=1000)
         await b.rpc.serve("bug", bug, max_request=1000)
+        await b.rpc.serve("full", full, max_request=1000)
         for text, told in (("round 7 is over", "round 7 is over"), ("é" * 400, "é" * (streams.MAX_REASON // 2))):
             with pytest.raises(Refused) as refusal:
                 await a.rpc.call(b.peer_id, "no", text.encode(), timeout=10, max_reply=10)
             assert str(refusal.value) == told
         with pytest.raises(Refused, match=r"^internal error$"):
             await a.rpc.call(b.peer_id, "bug", b"", timeout=10, max_reply=10)
+        assert "Traceback" in caplog.text
+        caplog.clear()
+        for request, told in ((b"1", "[Errno 28] No space left on device"), (b"", "no space left")):
+            with pytest.raises(Refused, match=r"^internal error$"):
+                await a.rpc.call(b.peer_id, "full", request, timeout=10, max_reply=10)
+            assert f"full cannot be answered: {told}" in caplog.text
+        assert "Traceback" not in caplog.text
         with pytest.raises(Refused, match="does not serve else"):
             await a.rpc.call(b.peer_id, "else", b"", timeout=10, max_reply=10)
         with pytest.raises(Refused, match="over the limit of 1000 bytes"):
