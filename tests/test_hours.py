@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche.hours import Hours
-from psyche.sizes import byte_count
 
 
 def at(text: str) -> datetime:
@@ -52,17 +51,3 @@ def test_the_next_opening_is_when_they_begin(begin: int, end: int, now: int) -> 
 def test_what_are_no_hours_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="are no hours such as"):
         Hours.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("6gb", 6 * 10**9), ("6GiB", 6 * 2**30), ("800 MB", 8 * 10**8), ("1.5gib", 3 * 2**29), ("512b", 512)],
-)
-def test_sizes_are_read_as_they_are_written(text: str, size: int) -> None:
-    assert byte_count(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "6", "6g", "0gb", "-1gb", "much", "1e3gb", "6gbit"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a size such as"):
-        byte_count(text)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from psyche.rates import bits_per_second, byte_count, bytes_per_second
+from psyche.rates import bits_per_second, bytes_per_second
 
 
 @pytest.mark.parametrize(
@@ -30,16 +30,3 @@ def test_what_is_no_rate_is_refused(text: str) -> None:
 
 def test_no_limit_stays_none() -> None:
     assert bytes_per_second(None) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("20GB", 20 * 10**9), ("512MiB", 512 << 20), ("1.5 tb", 1_500_000_000_000), ("64b", 64)]
-)
-def test_sizes_are_decimal_unless_they_say_that_they_are_not(text: str, size: int) -> None:
-    assert byte_count(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "20", "0GB", "20Gbit", "-1GB", "all", "0.1B"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a size such as"):
-        byte_count(text)

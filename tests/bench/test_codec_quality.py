@@ -93,8 +93,8 @@ def test_entropy_coded_rows_have_the_losses_of_their_trial_and_the_bytes_of_topk
     sent: list[int] = []
     real = play
 
-    def watching(manifest, replicas, late):  # type: ignore[no-untyped-def]
-        for record, works in real(manifest, replicas, late):
+    def watching(manifest, replicas, late, due):  # type: ignore[no-untyped-def]
+        for record, works in real(manifest, replicas, late, due):
             sent.append(sum(len(part) for work in works.values() for part in work.payload))
             yield record, works
 

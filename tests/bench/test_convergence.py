@@ -98,8 +98,8 @@ def test_the_payload_counted_is_the_payload_sent(setting: Setting, monkeypatch: 
     sent: list[int] = []
     real = play
 
-    def watching(manifest, replicas, late):  # type: ignore[no-untyped-def]
-        for record, works in real(manifest, replicas, late):
+    def watching(manifest, replicas, late, due):  # type: ignore[no-untyped-def]
+        for record, works in real(manifest, replicas, late, due):
             sent.extend(sum(map(len, work.payload)) for work in works.values())
             yield record, works
 

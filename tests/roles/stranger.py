@@ -6,17 +6,17 @@ import sys
 
 import torch
 
-import psyche.roles.processes as processes
 from psyche import config
 from psyche.cli import main
+from psyche.training import choice
 
-build = processes.build
+build = choice.build
 
 
 def build_otherwise(spec: config.Model, *, seed: int) -> torch.nn.Module:
     return build(spec, seed=seed + 1)
 
 
-processes.build = build_otherwise  # type: ignore[assignment]
+choice.build = build_otherwise  # type: ignore[assignment]
 sys.argv[0:1] = ["psyche", "join"]
 main()
