@@ -51,12 +51,14 @@ def _executor(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Children started in here ignore Ctrl-C, which the terminal sends to all: ending them is the parent's part."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Children started in here never hear Ctrl-C, which the terminal sends to all: ending them is the parent's part.
+
+    The parent hears it afterwards, for blocked is not ignored."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _follow_parent() -> None:
