@@ -35,7 +35,7 @@ def document_hash(text: str) -> bytes:
 def encoded(texts: Iterator[str], encoder: Encoder, pool: Executor) -> Iterator[Document]:
     """Every text encoded, in order. While its documents are used, ``pool`` encodes the next ``AHEAD`` batches."""
     ahead: deque[Future[list[Document]]] = deque()
-    for batch in _batches(texts):
+    for batch in batches(texts):
         ahead.append(pool.submit(_encode, batch, encoder))
         if len(ahead) > AHEAD:
             yield from ahead.popleft().result()
@@ -50,7 +50,7 @@ def _encode(texts: list[str], encoder: Encoder) -> list[Document]:
     ]
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def batches(texts: Iterator[str]) -> Iterator[list[str]]:
     """Consecutive texts of about ``BATCH_CHARACTERS`` together."""
     batch, size = [], 0
     for text in texts:

@@ -11,15 +11,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from psyche.data.encoding import batches
 from psyche.data.index import DTYPES, Index
+from psyche.data.packing import Tokens, pack, pad
 from psyche.data.tokenizer import Encoder
 from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 
 TOKENS = "tokens.bin"
 DESCRIPTION = "private.json"
-BATCH_CHARACTERS = 1 << 20
-"""Text encoded at once."""
 MAX_DOCUMENT_BYTES = 16 << 20
 """A document is encoded in one piece, which takes a hundred times its size in memory."""
 
@@ -30,6 +30,7 @@ class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: tuple[str, ...]
     """Hashes of its files."""
     sequence_length: int
+    packing: str
     files: tuple[tuple[str, int, int], ...]
     """Path, bytes and modification time in ns of each."""
 
@@ -65,13 +66,14 @@ def prepare_private(source: Path, directory: Path, index: Index, tokenizer: Path
     other users of the machine.
 
     ``source`` holds UTF-8 text files, each a document, and ``.jsonl`` files, each line one by its field ``text``;
-    hidden files are left out. Documents are packed like the run's own. Raises :class:`PsycheError` where there are
-    none, one cannot be read, or they do not fill one sequence. No message quotes any of the text.
+    hidden files are left out. Documents become sequences as the run's own did. Raises :class:`PsycheError` where there
+    are none, one cannot be read, or they do not fill one sequence. No message quotes any of the text.
     """
     files = _files(source)
     described = _Description(
         tuple(item.root for item in index.tokenizer),
         index.sequence_length,
+        index.packing,
         tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files),
     )
     target, description = directory / TOKENS, directory / DESCRIPTION
@@ -95,32 +97,20 @@ def prepare_private(source: Path, directory: Path, index: Index, tokenizer: Path
 
 
 def _encode(files: list[Path], target: Path, index: Index, encoder: Encoder) -> None:
-    """Replace ``target`` by the tokens of all ``files``, cut to whole sequences."""
-    temporary = target.with_suffix(".tmp")
-    carry = np.empty(0, DTYPES[index.dtype])
+    """Replace ``target`` by the sequences of all ``files``."""
+    temporary, width = target.with_suffix(".tmp"), index.sequence_length
+    carry: Tokens = np.empty(0, DTYPES[index.dtype])
     with temporary.open("wb") as file:
-        for batch in _batches(files):
-            tokens = np.concatenate([carry, *(np.array(ids, carry.dtype) for ids in encoder.encode(batch))])
-            whole = len(tokens) // index.sequence_length * index.sequence_length
-            file.write(tokens[:whole].data)
-            carry = tokens[whole:]
+        for batch in batches(text for path in files for text in _documents(path)):
+            documents = [ids.astype(carry.dtype) for ids in encoder.encode(batch)]
+            if index.packing == "pad":
+                rows = np.concatenate([pad(document, width) for document in documents])
+            else:
+                rows, carry = pack(np.concatenate([carry, *documents]), width)
+            file.write(np.ascontiguousarray(rows).data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, target)
-
-
-def _batches(files: list[Path]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for path in files:
-        for text in _documents(path):
-            batch.append(text)
-            size += len(text)
-            if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _files(source: Path) -> list[Path]:

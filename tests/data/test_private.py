@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -47,6 +48,20 @@ def test_it_is_packed_as_the_runs_own_text_is(tmp_path: Path, store: TokenStore)
     rows = {tuple(stream[at : at + LENGTH]) for at in range(0, len(found) * LENGTH, LENGTH)}
     assert {tuple(row) for row in found.batch(len(found)).tolist()} == rows
     assert (tmp_path / "node").stat().st_mode & 0o777 == 0o700
+
+
+def test_where_the_runs_documents_are_padded_so_are_its_own(tmp_path: Path, store: TokenStore) -> None:
+    wanted = texts(tmp_path / "own")
+    index = msgspec.structs.replace(store.index, packing="pad")
+    found = prepare_private(tmp_path / "own", tmp_path / "node", index, store.tokenizer_path)
+    encoded = Encoder.load(store.tokenizer_path).encode(wanted)
+    assert len(found) == sum(-(-(len(ids) - 1) // LENGTH) for ids in encoded)
+    rows = found.batch(len(found))
+    ends = [row.tolist().index(store.index.eos) for row in rows if store.index.eos in row]
+    assert len(ends) >= len(wanted) - 1, "each document's end"
+    assert all(
+        (row[row.tolist().index(store.index.eos) :] == store.index.eos).all() for row in rows if store.index.eos in row
+    )
 
 
 def test_it_is_encoded_again_only_where_it_changed(tmp_path: Path, store: TokenStore) -> None:
