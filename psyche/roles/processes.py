@@ -44,7 +44,7 @@ from psyche.roles.provision import (
 )
 from psyche.roles.replica import Replica
 from psyche.roles.running import registered
-from psyche.roles.shards import ShardSupply
+from psyche.roles.shards import ShardSupply, Supply
 from psyche.roles.suppliers import Suppliers, mirrors_of
 from psyche.roles.worker import Worker
 from psyche.state.checkpoint import load_latest
@@ -216,8 +216,10 @@ async def _take_part(
         return ShardSupply(manifest.run, found.store.train, shard_cache(node), suppliers, offers, log)
 
     making = asyncio.to_thread(_replica, manifest, found.store, node, choice, directory, identity, log)
+    supply: Supply
     (replica, certificates), supply = await asyncio.gather(making, provide())
     if budget is not None:
+        supply = Supply()  # of the run's text it trains on none
         replica.private = await asyncio.to_thread(open_private, manifest, node, directory, found.store, budget)
         log.emit(replica.private.account(replica.chain.rounds))
     wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
