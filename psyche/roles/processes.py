@@ -183,6 +183,27 @@ async def _come(
             await asyncio.sleep(RETRY_SECONDS)
 
 
+async def _ask_for_manifest(
+    invite: Invite, directory: Path, network: NetworkNode, warn: Callable[[str], None]
+) -> tuple[list[str], Manifest, bytes]:
+    """Whom to ask for what the run needs, and its manifest. A node that was in the run before asks again where those
+    who are there do not answer: they may be as busy as it is."""
+    until, told = time.monotonic() + (PATIENCE_SECONDS if (directory / MANIFEST).exists() else 0.0), False
+    while True:
+        hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
+        try:
+            manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
+        except PsycheError as error:
+            if time.monotonic() >= until:
+                raise
+            if not told:
+                warn(f"{error}; trying again for {PATIENCE_SECONDS / 60:.0f} minutes")
+            told = True
+            await asyncio.sleep(RETRY_SECONDS)
+        else:
+            return hosts, manifest, signed
+
+
 async def _take_part(
     invite: Invite,
     node: Node,
@@ -194,8 +215,7 @@ async def _take_part(
 ) -> None:
     """Get what the run needs from those who are there, and work until it ends."""
     warn = warning(log)
-    hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
-    manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
+    hosts, manifest, signed = await _ask_for_manifest(invite, directory, network, warn)
     log.emit(run_started(manifest))
     choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size)
     log.emit(engine_chosen(choice))

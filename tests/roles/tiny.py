@@ -64,6 +64,7 @@ def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
         "listen": ["/ip4/127.0.0.1/tcp/0"],
         "threads": 1,
         "device": "cpu",
+        "compile": "off",
         "cache": str(directory / "cache"),
         "checkpoint_every": 2,
         "wandb": {"mode": "disabled"},

@@ -65,7 +65,7 @@ def test_long_ones_are_decided_by_what_was_measured_once(
     monkeypatch.setattr(torch, "compile", pretend)
     monkeypatch.setattr(compiling, "_measure", measure)
     for _ in range(2):
-        said = engine().choose_compilation(SPLIT.batch(range(4)), 10**7, tmp_path)
+        said = engine().choose_compilation(SPLIT.batch(range(4)), 10**9, tmp_path)
         assert said.startswith(expected)
     assert len(measured) == 1
     assert len(list(tmp_path.iterdir())) == 1
@@ -77,7 +77,7 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     one, plain = engine(compile="on"), engine()
-    assert one.choose_compilation(SPLIT.batch(range(4)), 10**7, tmp_path) == "not compiled: no C++ compiler anywhere"
+    assert one.choose_compilation(SPLIT.batch(range(4)), 10**9, tmp_path) == "not compiled: no C++ compiler anywhere"
     assert steps(one, 2) == steps(plain, 2)
 
 
