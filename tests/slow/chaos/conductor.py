@@ -97,10 +97,8 @@ class Conductor:
             if (code := process.poll()) is None:
                 continue
             del self.world.processes[name]
-            if (told := self._leaving.pop(name, None)) is not None and code in (
-                STOPPED,
-                -signal.SIGINT,
-            ):  # the latter before it could listen
+            told = self._leaving.pop(name, None)
+            if told is not None and code in (STOPPED, -signal.SIGINT):  # the latter where it had only begun to start
                 self.leaving_seconds.append(time.monotonic() - told)
             else:
                 last = self.world.output(name).strip().splitlines()[-1:]
