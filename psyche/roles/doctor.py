@@ -160,7 +160,7 @@ def _measure_speed(manifest: Manifest, node: Node, choice: Choice, scratch: Path
     if node.threads is not None:
         torch.set_num_threads(node.threads)
     try:
-        engine = make_engine(run, node.model_copy(update={"compile": "off"}), choice, scratch)
+        engine = make_engine(run, node, choice, scratch)
         shape = (run.inner.batch_size, run.data.sequence_length)
         batch = torch.randint(0, run.model.vocab_size, shape).numpy()
         engine.step(batch, run.inner.lr)

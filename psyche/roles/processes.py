@@ -268,11 +268,7 @@ def _replica(
     """This node's tensors, as the last checkpoint left them or as the run begins; and what certificates it held."""
     if node.threads is not None:
         torch.set_num_threads(node.threads)
-
-    def say(text: str) -> None:
-        log.emit(events.Notice(level="info", text=text))
-
-    engine = make_engine(manifest.run, node, choice, directory, end=store.index.pad, say=say)
+    engine = make_engine(manifest.run, node, choice, directory, end=store.index.pad)
     if engine.layout.digest.hex() != manifest.resolved.layout:
         raise PsycheError(
             "this machine's transformers lays the model out differently from the run's: "

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+import numpy as np
+
 from psyche.config import Node
 from psyche.data.store import BadShard
 from psyche.errors import PsycheError
@@ -114,6 +116,7 @@ class Worker:
         self._supply = supply or Supply()
         self._warm_up = WarmUp(replica, self._supply, self._trainer.do, log)
         self._saved = replica.chain.rounds
+        self._tuned = False
 
     async def run(self) -> None:
         """Take part until the run is finished, or this node is asked to leave and has handed in what it can.
@@ -262,6 +265,18 @@ class Worker:
         if quota is not None and not leaves:
             await self._report(plan, work)
         await self._checkpoint()
+        if work is not None and not leaves:
+            await self._tune()
+
+    async def _tune(self) -> None:
+        """Once this node has contributed: a newcomer's first step does not wait for a compiler."""
+        if self._tuned:
+            return
+        self._tuned, run = True, self.manifest.run
+        steps = (run.rounds.total - self.replica.chain.rounds) * run.rounds.inner_steps
+        batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
+        memory = self.settings.cache.expanduser() / "compile"
+        await self._trainer.do(self.replica.engine.tune, batch, steps, memory, self._inform)
 
     async def _train(self, plan: Plan) -> Work | None:
         """The inner steps, and the commitment to them; None where the round closed before we were done."""
@@ -378,6 +393,9 @@ class Worker:
 
     def _finished(self) -> bool:
         return self.replica.chain.rounds >= self.manifest.run.rounds.total
+
+    def _inform(self, text: str) -> None:
+        self.log.emit(events.Notice(level="info", text=text))
 
     def _warn(self, text: str) -> None:
         if text != self._warned:  # what is tried again every second is said once

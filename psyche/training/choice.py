@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from psyche.config import Node, Run
@@ -93,19 +91,14 @@ def make_engine(
     directory: Path,
     *,
     end: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """The chosen engine with the run's initial parameters. Ranks' output goes below ``directory``.
 
-    ``end``: of padded sequences, the token that padding follows. ``say`` is told whether the model is compiled, and
-    why. Raises :class:`PsycheError`.
+    ``end``: of padded sequences, the token that padding follows. Raises :class:`PsycheError`.
     """
     if choice.stage is None:
         one = node.model_copy(update={"device": choice.devices[0]})
-        engine = TorchEngine(build(run.model, seed=run.seed), run.inner, one, end)
-        batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
-        say(engine.choose_compilation(batch, run.total_steps, node.cache.expanduser() / "compile", say))
-        return engine
+        return TorchEngine(build(run.model, seed=run.seed), run.inner, one, end)
     if run.inner.optimizer != "adamw":
         raise PsycheError(
             f"run.inner.optimizer is {run.inner.optimizer}, which looks at whole matrices, and ZeRO cuts them up: join "

@@ -23,8 +23,8 @@ from torch import nn
 from psyche.numerics.digest import digest
 
 WORTH_TRYING = 4 * 3600.0
-"""Seconds of training without compiling below which it is not even tried: it costs about a minute to know, and a
-newcomer waits for its first step."""
+"""Seconds of training without compiling below which it is not even tried: it costs about a minute to know, in
+which the others go on with the next round."""
 REPEATS = 5
 
 Forward = Callable[..., Any]
@@ -62,30 +62,31 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def compiled_if_it_pays(
     model: nn.Module, through: Passes, prospect: Prospect, say: Callable[[str], None]
-) -> tuple[Forward | None, str]:
-    """The compiled model, or None; and why. Raises nothing: what cannot be compiled is trained as it is.
+) -> Forward | None:
+    """The compiled model, or None. Raises nothing: what cannot be compiled is trained as it is.
 
-    ``say`` is told before it takes long.
+    ``say`` is told before it takes long, and what came of it; nothing where it is not worth a try.
     """
-    if prospect.wanted == "off":
-        return None, "not compiled: node.compile is off"
     path = prospect.memory / f"{digest('compile', prospect.shape.encode()).hex()[:32]}.json"
     known = _remembered(path)
-    if known is None and prospect.wanted == "auto":
-        expected = _seconds(through(model, 1), repeats=1) * prospect.rows * prospect.passes
-        if expected < WORTH_TRYING:
-            return None, f"not compiled: {expected / 60:.2g} minutes of training are too few for that to pay"
+    if prospect.wanted == "off" or (prospect.wanted == "auto" and known is None and _short(model, through, prospect)):
+        return None
     compiled: Forward = torch.compile(model, dynamic=False)
     if known is None:
         say("compiling the model to see whether that pays; it takes about a minute, and is remembered")
         known = _measure(through(model, prospect.rows), through(compiled, prospect.rows))
         _remember(path, known)
     if known.fault:
-        return None, f"not compiled: {known.fault}"
+        say(f"the model is not compiled: {known.fault}")
+        return None
+    taken = prospect.wanted == "on" or known.pays(prospect.passes)
     gain = f"a pass takes {known.compiled:.3g} s compiled and {known.eager:.3g} s as it is"
-    if prospect.wanted == "on" or known.pays(prospect.passes):
-        return compiled, f"compiled: {gain}"
-    return None, f"not compiled: {gain}"
+    say(f"the model is {'compiled' if taken else 'not compiled'}: {gain}")
+    return compiled if taken else None
+
+
+def _short(model: nn.Module, through: Passes, prospect: Prospect) -> bool:
+    return _seconds(through(model, 1), repeats=1) * prospect.rows * prospect.passes < WORTH_TRYING
 
 
 def _remembered(path: Path) -> Measured | None:

@@ -116,14 +116,8 @@ class TorchEngine:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.steps = self._optimizers.load_state(state)
 
-    def choose_compilation(
-        self, batch: Batch, steps: int, memory: Path, say: Callable[[str], None] = lambda text: None
-    ) -> str:
-        """Use ``torch.compile`` for ``steps`` steps on batches like ``batch`` if that pays; says why, or why not.
-
-        What was measured on this machine is remembered in the directory ``memory``. Changes no parameter. ``say`` is
-        told before it takes long.
-        """
+    def tune(self, batch: Batch, steps: int, memory: Path, say: Callable[[str], None]) -> None:
+        """Use ``torch.compile`` if that pays."""
         self._fit(batch)
         piece = next(self._pieces(batch))
 
@@ -138,10 +132,9 @@ class TorchEngine:
 
         rows = len(piece.tokens)
         prospect = Prospect(self._compile, rows, steps * -(-len(batch) // rows), self._shape(piece.tokens), memory)
-        compiled, why = compiled_if_it_pays(self.model, through, prospect, say)
+        compiled = compiled_if_it_pays(self.model, through, prospect, say)
         self._optimizers.zero_grad()
         self._forward = self.model if compiled is None else compiled
-        return why
 
     # ------------------------------------------------------------------------------ one step's parts
 

@@ -25,6 +25,13 @@ def engine(**node: object) -> TorchEngine:
     return TorchEngine(tiny(), INNER, Node(device="cpu", **node))
 
 
+def tuned(one: TorchEngine, passes: int, memory: Path) -> str:
+    """What it says in the end; nothing where it was not tried."""
+    said: list[str] = []
+    one.tune(SPLIT.batch(range(4)), passes, memory, said.append)
+    return said[-1] if said else ""
+
+
 def steps(one: TorchEngine, count: int) -> list[float]:
     return [one.step(SPLIT.batch(range(4 * n, 4 * n + 4)), 1e-2) for n in range(count)]
 
@@ -40,13 +47,14 @@ def test_it_pays_where_all_passes_save_more_than_compiling_takes(
 
 def test_short_trainings_are_not_worth_a_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it compiles"))
-    said = engine().choose_compilation(SPLIT.batch(range(4)), 100, tmp_path)
-    assert "too few" in said
-    assert "off" in engine(compile="off").choose_compilation(SPLIT.batch(range(4)), 10**9, tmp_path)
+    assert not tuned(engine(), 100, tmp_path)
+    assert not tuned(engine(compile="off"), 10**9, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("speeds", "expected"), [((2.0, 1.0), "compiled: "), ((1.0, 2.0), "not compiled: a pass")])
+@pytest.mark.parametrize(
+    ("speeds", "expected"), [((2.0, 1.0), "the model is compiled: a"), ((1.0, 2.0), "the model is not compiled: a")]
+)
 def test_long_ones_are_decided_by_what_was_measured_once(
     speeds: tuple[float, float], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +73,7 @@ def test_long_ones_are_decided_by_what_was_measured_once(
     monkeypatch.setattr(torch, "compile", pretend)
     monkeypatch.setattr(compiling, "_measure", measure)
     for _ in range(2):
-        said = engine().choose_compilation(SPLIT.batch(range(4)), 10**9, tmp_path)
+        said = tuned(engine(), 10**9, tmp_path)
         assert said.startswith(expected)
     assert len(measured) == 1
     assert len(list(tmp_path.iterdir())) == 1
@@ -77,15 +85,15 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     one, plain = engine(compile="on"), engine()
-    assert one.choose_compilation(SPLIT.batch(range(4)), 10**9, tmp_path) == "not compiled: no C++ compiler anywhere"
+    assert tuned(one, 10**9, tmp_path) == "the model is not compiled: no C++ compiler anywhere"
     assert steps(one, 2) == steps(plain, 2)
 
 
 @pytest.mark.slow
 def test_a_compiled_model_takes_the_same_steps(tmp_path: Path) -> None:
     one, plain = engine(compile="on"), engine()
-    said = one.choose_compilation(SPLIT.batch(range(4)), 100, tmp_path)
-    assert said.startswith("compiled: "), said
+    said = tuned(one, 100, tmp_path)
+    assert said.startswith("the model is compiled: "), said
     assert one.evaluate(SPLIT.batch(range(4))) == plain.evaluate(SPLIT.batch(range(4))), "measuring changed something"
     assert steps(one, 6) == pytest.approx(steps(plain, 6), rel=1e-4)
     assert one.evaluate(SPLIT.batch(range(5))) == pytest.approx(plain.evaluate(SPLIT.batch(range(5))), rel=1e-4)
