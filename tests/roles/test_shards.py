@@ -172,7 +172,7 @@ def test_a_shard_that_nobody_has_costs_its_sequences_and_not_the_run(tmp_path: P
         told = [text for name in ("node-1", "node-2") for text in notices(run, name)]
         assert any(f"{store.train.shards[lost].file} cannot be had" in text for text in told)
         done = [event.inner_steps for name in ("node-1", "node-2") for event in run.events(name, MemberMetrics)]
-        assert 0 < min(done) < 20, "the steps before it were handed in"
+        assert any(0 < steps < 20 for steps in done), "the steps before it were handed in"
 
 
 @pytest.mark.slow
