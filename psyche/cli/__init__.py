@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from psyche.cli import bench, config, data, ledger, model, runs
+from psyche.cli import bench, config, data, join, ledger, model, runs
 from psyche.cli.dashboard import dashboard
 from psyche.cli.doctor import doctor
 from psyche.errors import PsycheError
@@ -21,8 +21,8 @@ app = typer.Typer(
 )
 app.command()(runs.demo)
 app.command()(runs.run)
-app.command()(runs.join)
-app.command()(runs.leave)
+app.command()(join.join)
+app.command()(join.leave)
 app.command()(runs.coordinator)
 app.command()(runs.key)
 app.command()(runs.invite)

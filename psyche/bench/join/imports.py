@@ -6,7 +6,7 @@ import time
 
 
 def main() -> None:
-    from psyche.cli.runs import join  # noqa: F401
+    from psyche.cli.join import join  # noqa: F401
     from psyche.config import Model
     from psyche.roles import processes  # noqa: F401
     from psyche.telemetry import view  # noqa: F401
