@@ -23,11 +23,12 @@ from psyche.numerics.codecs.base import NonFinite
 from psyche.numerics.digest import BlobIndex, digest, payload_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.acceptor import Chain
-from psyche.protocol.assignment import next_position, positions, sequences
+from psyche.protocol.assignment import next_position
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.weights import weights
+from psyche.roles.portion import Portion
 from psyche.roles.private import Private
-from psyche.training.engine import Batch, Engine
+from psyche.training.engine import Engine
 from psyche.training.schedules import learning_rate
 from psyche.verification.traces import Trace, Withheld
 
@@ -110,8 +111,7 @@ class Replica:
         """What trained when it was last encoded: x at the end of a round's inner steps."""
         self._sum = torch.empty(max(p.stop - p.start for f in self._fragments for p in f), device=self.backend.device)
         self.residual = torch.zeros_like(self.outer.theta) if self.codec.error_feedback else None
-        self._dealt: tuple[Plan, range] | None = None
-        """This node's positions of the data in the round that it trains for."""
+        self._portion = Portion(self.run, store.train, node)
         self.private: Private | None = None
         """The node's own text, if it trains on that (federated mode). Then every round starts from θ, and is seen of
         outside only as what was clipped, noised and paid for."""
@@ -283,12 +283,11 @@ class Replica:
             self.engine.write(self.outer.theta)
         at = self.chain.rounds * self.run.rounds.inner_steps
         lr = learning_rate(self.run.inner, at, self.run.total_steps, self.engine.steps)
-        batch, train = self.run.inner.batch_size, self.store.train
-        if self.private is not None:
-            self.engine.step(self.private.batch(batch), lr)
-            return
-        start = self.chain.position + step * batch  # of what the run trains on next, which is here
-        self.engine.step(train.batch(sequences(range(start, start + batch), train.shape, self.run.seed)), lr)
+        if self.private is None:
+            tokens = self._portion.to_warm_up(self.chain.position, step)
+        else:
+            tokens = self.private.batch(self.run.inner.batch_size)
+        self.engine.step(tokens, lr)
 
     @property
     def warm_up_steps(self) -> int:
@@ -355,20 +354,13 @@ class Replica:
 
     def _step(self, steps: Steps, plan: Plan, step: int, global_step: int) -> None:
         """One inner step on the data of step ``step`` of this node in round ``plan``."""
-        tokens = self._batch(plan, step)
+        if self.private is None:
+            tokens = self._portion.of_round(plan, step)
+        else:
+            tokens = self.private.batch(self.run.inner.batch_size)
         steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps, self.engine.steps)
         steps.losses.append(self.engine.step(tokens, steps.lr))
         steps.trace.saw(tokens)
-
-    def _batch(self, plan: Plan, step: int) -> Batch:
-        """The sequences of that step: of this node's part of the run's data, or of its own."""
-        size, train = self.run.inner.batch_size, self.store.train
-        if self.private is not None:
-            return self.private.batch(size)
-        if self._dealt is None or self._dealt[0] is not plan:
-            self._dealt = plan, positions(plan, self.node, size, self.run.overlap.late_steps)
-        span = self._dealt[1][step * size : (step + 1) * size]
-        return train.batch(sequences(span, train.shape, self.run.seed))
 
     def _stand_at(self, record: Record | None, changed: Sequence[slice] | None) -> None:
         """Take up a place in the chain, with an outer state that differs from the last one in ``changed`` only."""

@@ -50,13 +50,12 @@ from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
 from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.rules import rules_of
+from psyche.roles.saving import Saver
 from psyche.roles.shards import Supply
 from psyche.roles.trainer import Trainer
 from psyche.roles.voter import Voter
 from psyche.roles.warmup import WarmUp
 from psyche.state.budget import Spent
-from psyche.state.checkpoint import Checkpoint, save
-from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
 from psyche.telemetry.events import EventLog
 from psyche.training.choice import describe_device
@@ -91,7 +90,6 @@ class Worker:
         self._departure = Departure(farewell or Farewell(), self._client, deadlines, identity.peer_id, log)
         journal = Journal(directory / JOURNAL, self._warn)
         self._wire = Wire(network, Shelf(network), journal, identity.peer_id, self._name_liar)
-        self._snapshots = Snapshots(network, settings.checkpoints_kept)
         self._meter = Meter()
         self._trainer = Trainer(
             replica,
@@ -115,7 +113,16 @@ class Worker:
         )
         self._supply = supply or Supply()
         self._warm_up = WarmUp(replica, self._supply, self._trainer.do, log)
-        self._saved = replica.chain.rounds
+        self._saver = Saver(
+            replica,
+            settings,
+            directory,
+            network=network,
+            wire=self._wire,
+            voter=self._voter,
+            on_trainer=self._trainer.do,
+            log=log,
+        )
         self._tuned = False
 
     async def run(self) -> None:
@@ -174,7 +181,7 @@ class Worker:
                 with contextlib.suppress(Moved):
                     await self._take_part(board.plan)
                 self._departure.end()
-        await self._checkpoint(force=not self._departure.quickly)
+        await self._saver.save(force=not self._departure.quickly)
         if not self._finished():
             return
         self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
@@ -264,7 +271,7 @@ class Worker:
         self._departure.end(record)
         if quota is not None and not leaves:
             await self._report(plan, work)
-        await self._checkpoint()
+        await self._saver.save()
         if work is not None and not leaves:
             await self._tune()
 
@@ -354,31 +361,6 @@ class Worker:
             self.log.emit(events.outvoted(self.identity.peer_id, record.plan.round))
         if text := probation_note(record, self.identity.peer_id, self.manifest.run.rounds.probation):
             self.log.emit(events.Notice(level="info", text=text))
-
-    async def _checkpoint(self, *, force: bool = False) -> None:
-        chain = self.replica.chain
-        due = chain.rounds % self.settings.checkpoint_every == 0 or force
-        if not due or chain.rounds == self._saved:
-            return
-        certificates = () if self._voter.certificate is None else (self._voter.certificate,)
-
-        def write() -> Path:
-            checkpoint = Checkpoint(
-                run_id=self.manifest.run_id,
-                chain=chain,
-                outer=self.replica.host.tensor,
-                residual=self.replica.residual,
-                inner=self.replica.engine.state(),  # of several ranks it is fetched, which takes its time
-                certificates=certificates,
-            )
-            return save(checkpoint, self.directory / "checkpoints", keep=self.settings.checkpoints_kept)
-
-        path = await self._trainer.do(write)
-        self._saved = chain.rounds
-        await asyncio.to_thread(self._snapshots.add, chain.rounds, self.replica.index, path)
-        if self._snapshots.oldest:
-            await asyncio.to_thread(self._wire.forget, self._snapshots.oldest + 1)
-        self.log.emit(events.Checkpointed(round=chain.rounds, path=str(path)))
 
     # -------------------------------------------------------------------------------------- helpers
 
