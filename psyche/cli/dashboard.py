@@ -9,7 +9,8 @@ import typer
 
 from psyche.config import load_node
 from psyche.errors import PsycheError
-from psyche.telemetry.events import LOG_NAME, RunStarted, read_events
+from psyche.telemetry.events import RunStarted
+from psyche.telemetry.log import LOG_NAME, read_events
 
 
 def dashboard(

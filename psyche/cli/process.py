@@ -53,7 +53,7 @@ def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
     from psyche.roles.attendance import attend
     from psyche.roles.leaving import Farewell
     from psyche.roles.processes import join
-    from psyche.telemetry.events import Listener
+    from psyche.telemetry.log import Listener
     from psyche.telemetry.view import ContributorView, live
 
     where, farewell = directory or home_of(invite), Farewell()

@@ -25,7 +25,7 @@ from psyche.roles.replica import Replica
 from psyche.roles.voter import Voter
 from psyche.state.sync import Arriving
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 from psyche.telemetry.wording import plural, size
 
 MAX_OWN_HISTORY = 1 << 30

@@ -53,7 +53,7 @@ from psyche.roles.rules import rules_of
 from psyche.roles.shown import board_of, opened, visible
 from psyche.roles.succession import Succession
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 
 WATCH_SECONDS = 4.0
 """How long a watcher's question is left open when nothing changes; well under any ``silence`` bound."""

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from psyche.errors import PsycheError
 from psyche.roles.running import Running, process_of
-from psyche.telemetry.events import LOG_NAME, Downloading, Event, Leaving, Left, PhaseChanged, RunFinished, StepDone
+from psyche.telemetry.events import Downloading, Event, Leaving, Left, PhaseChanged, RunFinished, StepDone
 from psyche.telemetry.follow import EventFollower
 from psyche.telemetry.lines import contributor_line
+from psyche.telemetry.log import LOG_NAME
 from psyche.telemetry.view_state import ViewState
 
 POLL_SECONDS = 0.1

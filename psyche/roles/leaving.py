@@ -15,7 +15,7 @@ from psyche.protocol.messages import Plan, Record
 from psyche.protocol.state import Phase
 from psyche.roles.board import BoardClient
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 
 QUICK_SECONDS = 5.0
 """What Ctrl-C allows for handing in: somebody sits there and waits."""

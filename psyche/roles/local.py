@@ -21,8 +21,9 @@ from pathlib import Path
 from psyche.config import Config, load_config
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
-from psyche.telemetry.events import LOG_NAME, Event, Notice, RoundStarted, RunFinished, read_events
+from psyche.telemetry.events import Event, Notice, RoundStarted, RunFinished
 from psyche.telemetry.follow import EventFollower
+from psyche.telemetry.log import LOG_NAME, read_events
 from psyche.telemetry.view import SwarmView, live
 
 COORDINATOR = "coordinator"

@@ -51,7 +51,7 @@ from psyche.state.checkpoint import load_latest
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry import events
-from psyche.telemetry.events import LOG_NAME, EventLog, Listener, read_events
+from psyche.telemetry.log import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
 from psyche.telemetry.wandb_run import own_run, swarm_run
 from psyche.training.choice import Choice, choose, make_engine

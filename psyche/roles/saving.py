@@ -14,7 +14,7 @@ from psyche.roles.voter import Voter
 from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 
 
 class Saver:

@@ -22,7 +22,7 @@ from psyche.protocol.messages import Plan
 from psyche.roles.provision import ShardOffers
 from psyche.roles.suppliers import Suppliers
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 from psyche.telemetry.wording import size
 
 AHEAD = 4

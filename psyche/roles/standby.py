@@ -22,7 +22,7 @@ from psyche.roles.processes import connect, run_started
 from psyche.roles.provision import fetch_manifest, serve_manifest
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
-from psyche.telemetry.events import LOG_NAME, EventLog, Listener
+from psyche.telemetry.log import LOG_NAME, EventLog, Listener
 from psyche.telemetry.monitor import Monitor
 from psyche.telemetry.wandb_run import swarm_run
 

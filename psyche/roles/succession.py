@@ -19,7 +19,7 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Heartbeat, Proposal, decode
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 
 ASKS_A_LEASE = 4
 MAX_HEARTBEAT = 64

@@ -17,7 +17,7 @@ from psyche.roles.metrics import Meter
 from psyche.roles.remainder import Remainder
 from psyche.roles.replica import Replica, Work
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 
 T = TypeVar("T")
 

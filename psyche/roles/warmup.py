@@ -14,7 +14,7 @@ from psyche.data.store import BadShard
 from psyche.roles.replica import Replica
 from psyche.roles.shards import Supply
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 
 
 class WarmUp:

@@ -57,7 +57,7 @@ from psyche.roles.voter import Voter
 from psyche.roles.warmup import WarmUp
 from psyche.state.budget import Spent
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 from psyche.training.choice import describe_device
 
 

@@ -17,7 +17,7 @@ from psyche.roles.metrics import metrics_event
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry import events
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 from tests.chains import NAMES, RULES, chain
 
 PLAN = Plan((1.0, 2.0, 4.0), step_seconds=0.1, inner_steps=5, rounds=3)

@@ -13,7 +13,7 @@ from psyche.bench.utilisation.table import Row, rows_of, table, to_json
 from psyche.errors import PsycheError
 from psyche.protocol.messages import Metrics
 from psyche.roles.metrics import metrics_event
-from psyche.telemetry.events import EventLog
+from psyche.telemetry.log import EventLog
 
 PLAN = Plan(peers=4, ratio=0.3, rounds=2)
 

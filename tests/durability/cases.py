@@ -34,7 +34,8 @@ from psyche.state.checkpoint import load_latest, save
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.state.pledges import Ballot, keep, recall
-from psyche.telemetry.events import LOG_NAME, EventLog, Notice, read_events
+from psyche.telemetry.events import Notice
+from psyche.telemetry.log import LOG_NAME, EventLog, read_events
 from tests.chains import RULES, chain
 from tests.state.test_checkpoint import RUN, checkpoint, same
 

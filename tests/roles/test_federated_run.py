@@ -23,7 +23,8 @@ from psyche.roles.provision import local_store
 from psyche.state.budget import Budget
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
-from psyche.telemetry.events import LOG_NAME, MemberMetrics, PrivacySpent, RoundCertified, RunFinished, read_events
+from psyche.telemetry.events import MemberMetrics, PrivacySpent, RoundCertified, RunFinished
+from psyche.telemetry.log import LOG_NAME, read_events
 from tests.roles.swarm import swarm
 from tests.roles.tiny import write_config
 

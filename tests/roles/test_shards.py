@@ -17,7 +17,8 @@ import yaml
 from psyche.data.prepare import prepare
 from psyche.data.store import TokenStore
 from psyche.protocol.assignment import shards
-from psyche.telemetry.events import LOG_NAME, MemberMetrics, Notice, RunStarted
+from psyche.telemetry.events import MemberMetrics, Notice, RunStarted
+from psyche.telemetry.log import LOG_NAME
 from tests.data.test_token_store import flip_bit
 from tests.roles.swarm import Swarm, swarm
 from tests.roles.tiny import certified_roots, load_config, reference_roots, write_config

@@ -20,7 +20,8 @@ from psyche.roles.reference import retrace
 from psyche.roles.replica import Replica
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
-from psyche.telemetry.events import LOG_NAME, RoundCertified, read_events
+from psyche.telemetry.events import RoundCertified
+from psyche.telemetry.log import LOG_NAME, read_events
 from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
 

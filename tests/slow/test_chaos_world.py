@@ -19,7 +19,7 @@ from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.network.identity import IDENTITY
 from psyche.roles.local import run_locally
 from psyche.state.ledger import NAME as LEDGER
-from psyche.telemetry.events import LOG_NAME
+from psyche.telemetry.log import LOG_NAME
 from tests.roles.tiny import LARGER, certified_roots, write_config
 from tests.slow.chaos.clock import Clock, build
 from tests.slow.chaos.faults import KINDS, UNDISTURBED, schedule

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from psyche.cli.dashboard import dashboard
 from psyche.telemetry import dashboard as dashboards
 from psyche.telemetry import metrics as names
-from psyche.telemetry.events import EventLog, StepDone
+from psyche.telemetry.events import StepDone
+from psyche.telemetry.log import EventLog
 
 from .story import MANIFEST, PEERS, metrics, story
 

@@ -40,7 +40,7 @@ from psyche.roles.replica import Interrupted, Replica, Work
 from psyche.roles.worker import Worker
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
-from psyche.telemetry.events import LOG_NAME, EventLog
+from psyche.telemetry.log import LOG_NAME, EventLog
 from psyche.training.engine import Batch
 
 T = TypeVar("T")

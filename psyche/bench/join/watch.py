@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from psyche.bench.swarm import last_words
 from psyche.errors import PsycheError
-from psyche.telemetry.events import LOG_NAME, Event, Notice, RoundCertified
+from psyche.telemetry.events import Event, Notice, RoundCertified
 from psyche.telemetry.follow import EventFollower
+from psyche.telemetry.log import LOG_NAME
 
 POLL_SECONDS = 0.1
 PATIENCE = 300.0

@@ -16,7 +16,8 @@ from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
-from psyche.telemetry.events import MemberMetrics, PhaseChanged, RoundStarted, read_events
+from psyche.telemetry.events import MemberMetrics, PhaseChanged, RoundStarted
+from psyche.telemetry.log import read_events
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,8 @@ from rich.table import Table
 from psyche.bench.codec.table import percent
 from psyche.bench.utilisation.plan import LAST, SKIPPED, Trial
 from psyche.errors import PsycheError
-from psyche.telemetry.events import MemberMetrics, RoundSummary, read_events
+from psyche.telemetry.events import MemberMetrics, RoundSummary
+from psyche.telemetry.log import read_events
 from psyche.telemetry.wording import number
 
 
