@@ -12,12 +12,12 @@ from psyche.bench.mixed.loss import equal, loss_scale, rows_of, show, trials
 from psyche.bench.mixed.plan import SKIPPED, Plan
 from psyche.bench.mixed.table import Found, Row, found_in, table, to_json
 from psyche.bench.trials import Outcome, run_of
-from psyche.protocol.messages import Metrics
 from psyche.roles.metrics import metrics_event
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
+from tests.bench.measured import metrics
 from tests.chains import NAMES, RULES, chain
 
 PLAN = Plan((1.0, 2.0, 4.0), step_seconds=0.1, inner_steps=5, rounds=3)
@@ -48,7 +48,7 @@ def test_rows_are_what_logs_and_ledger_say(tmp_path: Path) -> None:
         for round in range(1, SKIPPED + 4):
             now[0] = 100.0 * round + number
             log.emit(events.PhaseChanged(round=round, phase="committing"))
-            log.emit(metrics_event(name, round, _metrics(steps=5 * number)))
+            log.emit(metrics_event(name, round, metrics(5 * number, 5.0)))
         log.close()
     coordinator.close()
     found = found_in(PLAN, home / "events.jsonl", logs)
@@ -88,22 +88,3 @@ def test_losses_are_compared_with_those_of_equal_nodes_at_the_same_seed() -> Non
     screen = io.StringIO()
     show(scale, rows, Console(file=screen, width=120))
     assert "6:12:24" in screen.getvalue()
-
-
-def _metrics(steps: int) -> Metrics:
-    return Metrics(
-        train_loss=1.0,
-        heldout_loss_sum=1.0,
-        heldout_tokens=1,
-        tokens=1,
-        inner_steps=steps,
-        train_seconds=5.0,
-        exchange_seconds=1.5,
-        round_seconds=10.0,
-        lr=1.0,
-        pseudo_gradient_norm=1.0,
-        momentum_norm=1.0,
-        bytes_up=1,
-        bytes_down=1,
-        payload_bytes=1,
-    )

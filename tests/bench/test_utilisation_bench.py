@@ -11,9 +11,9 @@ from rich.console import Console
 from psyche.bench.utilisation.plan import LAST, SKIPPED, Plan, exchange_bytes, only, overlap, small_config, trials
 from psyche.bench.utilisation.table import Row, rows_of, table, to_json
 from psyche.errors import PsycheError
-from psyche.protocol.messages import Metrics
 from psyche.roles.metrics import metrics_event
 from psyche.telemetry.log import EventLog
+from tests.bench.measured import metrics
 
 PLAN = Plan(peers=4, ratio=0.3, rounds=2)
 
@@ -78,22 +78,7 @@ def _log(path: Path, rounds: int) -> Path:
     """An event log in which a node tells of ``rounds`` rounds."""
     log = EventLog(path, "me")
     for round in range(1, rounds + 1):
-        body = Metrics(
-            train_loss=1.0,
-            heldout_loss_sum=1.0,
-            heldout_tokens=1,
-            tokens=1,
-            inner_steps=PLAN.inner_steps,
-            train_seconds=8.0,
-            exchange_seconds=1.5,
-            round_seconds=10.0,
-            lr=1.0,
-            pseudo_gradient_norm=1.0,
-            momentum_norm=1.0,
-            bytes_up=1,
-            bytes_down=1,
-            payload_bytes=1,
-        )
+        body = metrics(PLAN.inner_steps, 8.0)
         log.emit(metrics_event("me", round, body))
     log.close()
     return path

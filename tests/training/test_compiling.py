@@ -14,11 +14,10 @@ from psyche.config import Inner, Node
 from psyche.training import compiling
 from psyche.training.compiling import Measured
 from psyche.training.torch_engine import TorchEngine
-from tests.training.tiny_models import Sequences, tiny
+from tests.training.tiny_models import SPLIT, steps, tiny
 
 torch.set_num_threads(1)
 INNER = Inner(lr=1e-2, batch_size=4, warmup_steps=0)
-SPLIT = Sequences(64)
 
 
 def engine(**node: object) -> TorchEngine:
@@ -30,10 +29,6 @@ def tuned(one: TorchEngine, passes: int, memory: Path) -> str:
     said: list[str] = []
     one.tune(SPLIT.batch(range(4)), passes, memory, said.append)
     return said[-1] if said else ""
-
-
-def steps(one: TorchEngine, count: int) -> list[float]:
-    return [one.step(SPLIT.batch(range(4 * n, 4 * n + 4)), 1e-2) for n in range(count)]
 
 
 @given(eager=st.floats(0, 10), compiled=st.floats(0, 10), compiling=st.floats(0, 1000), passes=st.integers(0, 10**6))

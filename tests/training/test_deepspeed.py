@@ -20,7 +20,7 @@ from psyche.training.torch_engine import TorchEngine
 from psyche.training.zero.engine import DeepSpeedEngine
 from psyche.training.zero.memory import Stage
 from tests.roles.swarm import alive
-from tests.training.tiny_models import SETTINGS, Sequences
+from tests.training.tiny_models import SETTINGS, Sequences, parameters
 
 torch.set_num_threads(1)
 SPEC = config.Model(settings=SETTINGS | {"vocab_size": 4096})
@@ -57,12 +57,6 @@ def engine(started: DeepSpeedEngine) -> DeepSpeedEngine:
     started.write(parameters(alone()))
     started.load_state({})
     return started
-
-
-def parameters(one: Engine) -> torch.Tensor:
-    flat = torch.zeros(one.layout.size)
-    one.read(flat)
-    return flat
 
 
 def train(one: Engine, first: int = 0, last: int = len(SIZES)) -> list[float]:

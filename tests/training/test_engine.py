@@ -12,26 +12,15 @@ from psyche.errors import ConfigError, PsycheError
 from psyche.training.devices import pick_device, pick_precision
 from psyche.training.models import build, layout
 from psyche.training.torch_engine import TorchEngine
-from tests.training.tiny_models import SETTINGS, SPEC, Sequences, tiny
+from tests.training.tiny_models import SETTINGS, SPEC, SPLIT, parameters, steps, tiny
 
 torch.set_num_threads(1)
 INNER = Inner(lr=1e-2, batch_size=4, warmup_steps=0)
 NODE = Node(device="cpu")
-SPLIT = Sequences(64)
 
 
 def engine(seed: int = 0, inner: Inner = INNER, **node: object) -> TorchEngine:
     return TorchEngine(tiny(seed), inner, Node(device="cpu", **node))
-
-
-def parameters(one: TorchEngine) -> torch.Tensor:
-    flat = torch.empty(one.layout.size)
-    one.read(flat)
-    return flat
-
-
-def steps(one: TorchEngine, count: int, start: int = 0) -> list[float]:
-    return [one.step(SPLIT.batch(range(4 * n, 4 * n + 4)), 1e-2) for n in range(start, start + count)]
 
 
 def test_read_gives_the_models_parameters() -> None:

@@ -15,7 +15,7 @@ from psyche.training.footprint import activation_bytes
 from psyche.training.memory import ROOM, SHARE, free_memory, kept_by, rows_that_fit
 from psyche.training.models import build
 from psyche.training.torch_engine import Piece, TorchEngine
-from tests.training.tiny_models import SETTINGS, Sequences, tiny
+from tests.training.tiny_models import SETTINGS, Sequences, parameters, tiny
 
 torch.set_num_threads(1)
 INNER = Inner(lr=1e-2, batch_size=8, warmup_steps=0)
@@ -24,12 +24,6 @@ BATCH = Sequences(64).batch(range(8))
 
 def engine(**node: object) -> TorchEngine:
     return TorchEngine(tiny(), INNER, Node(device="cpu", **node))
-
-
-def parameters(one: TorchEngine) -> torch.Tensor:
-    flat = torch.empty(one.layout.size)
-    one.read(flat)
-    return flat
 
 
 def loss_of(one: TorchEngine, rows: int) -> torch.Tensor:

@@ -10,25 +10,14 @@ from psyche.config import Inner, Node
 from psyche.training.models import build
 from psyche.training.optimizers import Optimizers
 from psyche.training.torch_engine import TorchEngine
-from tests.training.tiny_models import SETTINGS, Sequences, tiny
+from tests.training.tiny_models import SETTINGS, parameters, steps, tiny
 
 torch.set_num_threads(1)
 MUON = Inner(optimizer="muon", lr=1e-2, batch_size=4, warmup_steps=0)
-SPLIT = Sequences(64)
 
 
 def engine(seed: int = 0, inner: Inner = MUON) -> TorchEngine:
     return TorchEngine(tiny(seed), inner, Node(device="cpu"))
-
-
-def parameters(one: TorchEngine) -> torch.Tensor:
-    flat = torch.empty(one.layout.size)
-    one.read(flat)
-    return flat
-
-
-def steps(one: TorchEngine, count: int, start: int = 0) -> list[float]:
-    return [one.step(SPLIT.batch(range(4 * n, 4 * n + 4)), 1e-2) for n in range(start, start + count)]
 
 
 @pytest.mark.parametrize("tied", [True, False])

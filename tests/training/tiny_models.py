@@ -9,6 +9,7 @@ from torch import nn
 
 from psyche import config
 from psyche.protocol.assignment import Shape
+from psyche.training.engine import Engine
 from psyche.training.models import build
 
 LENGTH = 16
@@ -60,3 +61,18 @@ class MemoryStore:
 
     def __init__(self, train: int = 64, heldout: int = 8) -> None:
         self.train, self.heldout = Sequences(train), Sequences(heldout, seed=1)
+
+
+SPLIT = Sequences(64)
+
+
+def parameters(engine: Engine) -> torch.Tensor:
+    """What is trained, as one flat vector."""
+    flat = torch.empty(engine.layout.size)
+    engine.read(flat)
+    return flat
+
+
+def steps(engine: Engine, count: int, start: int = 0) -> list[float]:
+    """The losses of inner steps on four sequences of ``SPLIT`` each."""
+    return [engine.step(SPLIT.batch(range(4 * n, 4 * n + 4)), 1e-2) for n in range(start, start + count)]
