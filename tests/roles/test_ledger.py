@@ -37,6 +37,14 @@ def fault(path: Path) -> BadLedger:
     return caught.value
 
 
+def held(path: Path, query: str, *values: object) -> object:
+    """The one value that a query finds."""
+    with sqlite3.connect(path) as reader:
+        (found,) = reader.execute(query, values).fetchone()
+    reader.close()
+    return found
+
+
 def test_a_sound_ledger(sound: Path) -> None:
     found = verify_ledger(sound, MANIFEST)
     assert (found.rounds, found.last, found.missing, found.reconfigurations) == (6, 6, (), 0)
@@ -44,7 +52,7 @@ def test_a_sound_ledger(sound: Path) -> None:
 
 
 COLUMNS = ["record_hash", "previous", "base_root", "reconfiguration", "certificate"]
-COUNTS = ["votes", "due_steps", "tokens", "inner_steps", "payload_bytes", "minority"]
+COUNTS = ["votes", "due_steps", "tokens", "inner_steps", "payload_bytes", "private", "minority"]
 VALUES = st.one_of(
     st.integers(2, 2**40), st.binary(min_size=1, max_size=40), st.text(min_size=1, max_size=9), st.none()
 )
@@ -54,10 +62,13 @@ VALUES = st.one_of(
 @settings(deadline=None, max_examples=40)
 def test_a_changed_round_is_named(sound: Path, round: int, column: str, value: object) -> None:
     with copied(sound) as path:
+        before = held(path, f"SELECT {column} FROM rounds WHERE round = ?", round)
         try:
             change(path, f"UPDATE rounds SET {column} = ? WHERE round = ?", value, round)
         except sqlite3.IntegrityError:
             return  # SQLite itself would not have it
+        if held(path, f"SELECT {column} FROM rounds WHERE round = ?", round) == before:
+            return  # a text of digits is a number in a column of numbers
         if column == "certificate" and not isinstance(value, bytes):
             with pytest.raises(LedgerError, match=f"the row of round {round} holds no certificate"):
                 verify_ledger(path, MANIFEST)
@@ -72,14 +83,12 @@ def test_a_changed_member_is_named_with_its_round(
 ) -> None:
     with copied(sound) as path:
         where = "WHERE round = ? AND node = ?"
-        with sqlite3.connect(path) as reader:
-            (before,) = reader.execute(f"SELECT {column} FROM members {where}", (round, node)).fetchone()
-        reader.close()
+        before = held(path, f"SELECT {column} FROM members {where}", round, node)
         try:
             change(path, f"UPDATE members SET {column} = ? {where}", value, round, node)
         except sqlite3.IntegrityError:
             return
-        if value != before:
+        if column == "node" or held(path, f"SELECT {column} FROM members {where}", round, node) != before:
             assert fault(path).round == round
 
 
