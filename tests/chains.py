@@ -14,22 +14,12 @@ from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.assignment import next_position
 from psyche.protocol.ledger import Entry, Verified, verify_chain
-from psyche.protocol.messages import (
-    Accepted,
-    Body,
-    Certificate,
-    Excluded,
-    Member,
-    Plan,
-    Proposal,
-    Record,
-    Roster,
-    Seal,
-    Vote,
-)
+from psyche.protocol.messages import Accepted, Certificate, Excluded, Member, Plan, Proposal, Record, Roster, Seal, Vote
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.standing import standing_after
 from psyche.protocol.state import Rules
+from psyche.protocol.verdicts import EMPTY
+from psyche.protocol.wire import Body
 from psyche.roles.rules import rules_of
 from tests.protocol.players import contribution
 
@@ -117,6 +107,7 @@ def link(
                 accepted=accepted,
                 probation=RULES.probation,
             ),
+            docket=EMPTY,
             ring=(),
             results=(),
             minority=(),

@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from psyche.config.base import Count, Fraction, NonNegative, PeerId, Positive, Seconds, Strict
 from psyche.config.data import BpeTokenizer, Data
 from psyche.config.model import Model
+from psyche.config.trust import Aggregation, Audits
 from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_result_codec
 
 
@@ -155,6 +156,8 @@ class Run(Strict):
     rounds: Rounds = Rounds()
     exchange: ExchangeSpec = ExchangeSpec()
     overlap: Overlap = Overlap()
+    aggregation: Aggregation = Aggregation()
+    audits: Audits = Audits()
     federated: Federated | None = None
     """None: the run takes no contributions from private data."""
     deadlines: Deadlines = Deadlines()

@@ -10,7 +10,7 @@ from psyche.config import Run
 from psyche.numerics.codecs.base import Codec
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import HASH_BYTES, INDEX_BYTES
-from psyche.protocol.messages import MAX_MEMBERS
+from psyche.protocol.wire import MAX_MEMBERS
 
 STREAM_BYTES = 4 + HASH_BYTES + 1 + 1 + 4
 """Of a blob fetched over one stream, besides index and chunks: the request's frame, root and flag, and the answer's."""

@@ -13,8 +13,9 @@ from typing import Protocol
 
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import Envelope, MalformedMessage
-from psyche.protocol.messages import Body, Certificate, Proposal, Record, Roster, Seal, Vote, decode
+from psyche.protocol.messages import Certificate, Proposal, Record, Roster, Seal, Vote
 from psyche.protocol.proposals import carries_quorum
+from psyche.protocol.wire import Body, decode
 
 
 class Open(Protocol):

@@ -15,10 +15,11 @@ from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position
 from psyche.protocol.certificates import BadCertificate, Open, check_certificate
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Certificate, Plan, Proposal, Record, decode
+from psyche.protocol.messages import Certificate, Plan, Proposal, Record
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import Rules
+from psyche.protocol.wire import decode
 
 
 class BadLedger(ValueError):

@@ -7,56 +7,25 @@ format: what does not fit is refused while decoding.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from psyche.numerics.digest import digest
-from psyche.protocol.envelope import MalformedMessage
-
-MAX_MEMBERS = 4096
-MAX_COORDINATORS = 16
-
-NodeId = Annotated[str, Meta(pattern=r"\A12D3Koo[1-9A-HJ-NP-Za-km-z]{45}\Z")]
-"""A base58 PeerID of an Ed25519 key. Ascending order of these strings is the order of summation."""
-Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Natural = Annotated[int, Meta(ge=0, le=2**62)]
-Positive = Annotated[int, Meta(ge=1, le=2**62)]
-Reason = Annotated[str, Meta(max_length=200)]
-Nodes = Annotated[tuple[NodeId, ...], Meta(max_length=MAX_MEMBERS)]
-Signed = Annotated[bytes, Meta(max_length=1 << 20)]
-"""An encoded envelope inside another message."""
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Base of all messages and of what they contain."""
-
-
-class Body(Message, frozen=True):
-    """A message that is sent on its own, under its own domain."""
-
-    DOMAIN: ClassVar[str]
-
-    def encode(self) -> bytes:
-        """Canonical msgpack: fields in order of definition, no names, one form for each value."""
-        return msgspec.msgpack.encode(self)
-
-
-B = TypeVar("B", bound=Body)
-
-
-def decode(kind: type[B], data: bytes) -> B:
-    """Inverse of ``encode``. Raises :class:`MalformedMessage`, and nothing else, on any other bytes."""
-    try:
-        body = msgspec.msgpack.decode(data, type=kind)
-        canonical = body.encode() == data
-    except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
-        raise MalformedMessage(f"not a {kind.DOMAIN} message: {str(error)[:120]}") from None
-    if not canonical:
-        raise MalformedMessage(f"not a {kind.DOMAIN} message in canonical form")
-    return body
-
+from psyche.protocol.verdicts import Docket, SealedVerdict, Verdict
+from psyche.protocol.wire import (
+    MAX_COORDINATORS,
+    MAX_MEMBERS,
+    Body,
+    Hash,
+    Message,
+    Natural,
+    NodeId,
+    Nodes,
+    Positive,
+    Reason,
+    Signed,
+)
 
 # ------------------------------------------------------------------------------- what a round is
 
@@ -99,8 +68,14 @@ class Contribution(Body, frozen=True):
     base_root: Hash
     data_digest: Hash
     """Of the sequences trained on; :data:`WITHHELD` where ``private``."""
+    base_proof: Hash
+    """That the base state is at hand, which its root alone does not say: ``protocol/challenge.py``."""
     trace_root: Hash
-    """Of the parameters at the trace points; :data:`WITHHELD` where ``private``."""
+    """Of parameters and inner optimizer at the trace points; :data:`WITHHELD` where ``private``."""
+    residual_in: Hash
+    """Address of the error-feedback buffer before it was encoded (the range of the round's fragment), and"""
+    residual_out: Hash
+    """after. The codec has none, or it is ``private``: :data:`WITHHELD`."""
     payload_root: Hash
     """Address of the payload: a blob with a chunk for each slice, so that this message has one size for any model."""
     payload_bytes: Positive
@@ -111,6 +86,8 @@ class Contribution(Body, frozen=True):
     tokens: Positive
     private: bool
     """Trained on the node's own data, which nobody can check: its weight is capped (``protocol/weights.py``)."""
+    payout: Annotated[bytes, Meta(max_length=20)]
+    """Address that the node's credits are to be paid to, 20 bytes as on Ethereum; empty: none was given."""
     salt: Hash
 
     def commitment(self, node: str, run_id: bytes, round: int) -> bytes:
@@ -133,13 +110,15 @@ class Excluded(Message, frozen=True):
 
 
 class Standing(Message, frozen=True):
-    """How far a node is past its probation."""
+    """How far a node is past its probation, and how long its work has gone unchecked."""
 
     node: NodeId
     rounds: Positive
     """In which its contribution was accepted; counted no further than the probation."""
     last: Positive
     """Of them."""
+    audited: Natural
+    """The last of them whose contribution an audit was drawn for; 0: none was."""
 
 
 class Record(Body, frozen=True):
@@ -158,7 +137,8 @@ class Record(Body, frozen=True):
     voters: Nodes
     """The electorate of the next round."""
     standing: Annotated[tuple[Standing, ...], Meta(max_length=MAX_MEMBERS)]
-    """Of who has contributed to this round or an earlier one; nobody's where there is no probation."""
+    """Of who has contributed to this round or an earlier one; nobody's where there is neither probation nor audits."""
+    docket: Docket
     ring: Nodes
     """Who reduced, in the order of ``protocol/reduction.py``; nobody where everybody aggregates."""
     results: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]
@@ -321,6 +301,8 @@ class Attestation(Body, frozen=True):
     DOMAIN = "attestation"
 
     state_root: Hash
+    suspects: Nodes
+    """Whose payloads stood out, as far as the sender has seen them (``numerics/outliers.py``), ascending."""
 
 
 class Leave(Body, frozen=True):
@@ -408,6 +390,19 @@ class Board(Body, frozen=True):
 
 SUBMISSIONS: dict[str, type[Body]] = {
     kind.DOMAIN: kind
-    for kind in (Present, Promise, Commitment, Contribution, Holding, Reduced, Vote, Attestation, Leave, Metrics)
+    for kind in (
+        Present,
+        Promise,
+        Commitment,
+        Contribution,
+        Holding,
+        Reduced,
+        Vote,
+        Attestation,
+        SealedVerdict,
+        Verdict,
+        Leave,
+        Metrics,
+    )
 }
 """What a member may send to a coordinator, by domain."""

@@ -8,9 +8,11 @@ from dataclasses import replace
 from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
 from psyche.protocol.deadlines import adaptive
-from psyche.protocol.messages import MAX_MEMBERS, Accepted, Excluded, Record
+from psyche.protocol.messages import Accepted, Excluded, Record
 from psyche.protocol.standing import standing_after, voting
 from psyche.protocol.state import Abandoned, Phase, Proposed, Round, Rules, State
+from psyche.protocol.verdicts import EMPTY
+from psyche.protocol.wire import MAX_MEMBERS
 
 LEAST_DEVIATION = 0.1
 """Of exchanges, over their median: a few on quiet lines agree to the tenth of a second and say nothing of the next. At
@@ -77,6 +79,7 @@ def propose(
             )
         ),
         standing=standing,
+        docket=EMPTY,
         ring=current.ring,
         results=results,
         minority=tuple(sorted(minority)),

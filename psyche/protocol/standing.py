@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from psyche.protocol.messages import MAX_MEMBERS, Record, Standing
+from psyche.protocol.messages import Record, Standing
+from psyche.protocol.wire import MAX_MEMBERS
 
 
 def standing_after(
@@ -25,7 +26,7 @@ def standing_after(
     voting = set(electorate)
     for node in accepted:
         rounds = reached[node].rounds if node in reached else 0
-        reached[node] = Standing(node, probation if node in voting else min(rounds + 1, probation), round)
+        reached[node] = Standing(node, probation if node in voting else min(rounds + 1, probation), round, 0)
     latest = sorted(reached.values(), key=lambda one: (-one.last, one.node))[:MAX_MEMBERS]
     return tuple(sorted(latest, key=lambda one: one.node))
 

@@ -24,6 +24,19 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
+class AuditRules:
+    """``config/trust.py`` says what each is."""
+
+    rate: float = 0.0
+    second: float = 0.0
+    patience: int = 1
+    window: int = 1
+    pass_error: int = 0
+    """In millionths, as a finding has it, and"""
+    fail_error: int = 1
+
+
+@dataclass(frozen=True)
 class Rules:
     """What the state machine takes from the manifest."""
 
@@ -53,6 +66,7 @@ class Rules:
     """Accepted contributions before a node has a vote."""
     private_share: float
     """Of an outer step's weight, the most that contributions from private data have together; 0: none are taken."""
+    audits: AuditRules
     coordinators: int
     """Of the manifest. A term belongs to the one at place ``term % coordinators``, so that no two share one."""
 

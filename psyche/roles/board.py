@@ -21,8 +21,9 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Refusal
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Board, Body, Commitment, Contribution, Holding, Leave, Present, Promise, decode
+from psyche.protocol.messages import Board, Commitment, Contribution, Holding, Leave, Present, Promise
 from psyche.protocol.state import Phase
+from psyche.protocol.wire import Body, decode
 from psyche.roles.coordinator import MAX_BOARD, STANDBY, UNKNOWN, WATCH_SECONDS
 
 CALL_SECONDS = 15.0

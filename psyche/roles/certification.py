@@ -14,16 +14,7 @@ from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import (
-    Board,
-    Holding,
-    Plan,
-    Record,
-    Reduced,
-    Reducing,
-    Result,
-    Vote,
-)
+from psyche.protocol.messages import Board, Holding, Plan, Record, Reduced, Reducing, Result, Vote
 from psyche.protocol.state import Phase
 from psyche.roles.board import BoardClient
 from psyche.roles.proofs import proposal_in

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from psyche.config import Manifest
-from psyche.protocol.state import Rules
+from psyche.protocol.state import AuditRules, Rules
+
+MILLION = 1_000_000
 
 
 def chain_rules(manifest: Manifest) -> Rules:
@@ -12,7 +14,7 @@ def chain_rules(manifest: Manifest) -> Rules:
     What depends on the model's shape alone (sizes of payloads, numbers of slices) was for the voters to check, and
     allows anything here; so nobody has to build the model, or to have what it takes, to verify a ledger.
     """
-    run = manifest.run
+    run, audits = manifest.run, manifest.run.audits
     return Rules(
         run_id=manifest.run_id,
         genesis=bytes.fromhex(manifest.resolved.genesis),
@@ -33,5 +35,13 @@ def chain_rules(manifest: Manifest) -> Rules:
         spread=run.deadlines.spread,
         probation=run.rounds.probation,
         private_share=run.private_share,
+        audits=AuditRules(
+            rate=audits.rate,
+            second=audits.second,
+            patience=audits.patience,
+            window=audits.window,
+            pass_error=round(audits.pass_error * MILLION),
+            fail_error=round(audits.fail_error * MILLION),
+        ),
         coordinators=len(manifest.resolved.coordinators),
     )

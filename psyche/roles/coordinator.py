@@ -23,7 +23,6 @@ from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import (
     SUBMISSIONS,
     Attestation,
-    Body,
     Certificate,
     Commitment,
     Contribution,
@@ -39,11 +38,11 @@ from psyche.protocol.messages import (
     Roster,
     Seal,
     Vote,
-    decode,
 )
 from psyche.protocol.oath import Perjury
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import Phase, State
+from psyche.protocol.wire import Body, decode
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import metrics_event
 from psyche.roles.notary import Notary

@@ -19,7 +19,8 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Certificate, Record, decode
+from psyche.protocol.messages import Certificate, Record
+from psyche.protocol.wire import decode
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.proofs import record_in
 

@@ -16,7 +16,8 @@ from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
-from psyche.protocol.messages import Certificate, Record, decode
+from psyche.protocol.messages import Certificate, Record
+from psyche.protocol.wire import decode
 from psyche.roles.chain_rules import chain_rules
 from psyche.roles.proofs import record_in
 from psyche.state.ledger import Forked, Ledger, LedgerError

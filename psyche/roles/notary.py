@@ -13,8 +13,9 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Objection, Roster, Seal, decode
+from psyche.protocol.messages import Objection, Roster, Seal
 from psyche.protocol.oath import Oath, Perjury, lead, seal, sign_roster
+from psyche.protocol.wire import decode
 from psyche.state.pledges import keep, recall
 
 OATH = "oath.msgpack"

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from psyche.network.identity import BadSignature, WrongContext, open_envelope
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import Envelope, MalformedMessage
-from psyche.protocol.messages import Board, Commitment, Contribution, Plan, decode
+from psyche.protocol.messages import Board, Commitment, Contribution, Plan
+from psyche.protocol.wire import decode
 
 
 class Openings:

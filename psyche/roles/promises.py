@@ -8,8 +8,9 @@ from typing import TypeVar
 from psyche.config import Manifest
 from psyche.network.identity import open_envelope
 from psyche.protocol import envelope as envelopes
-from psyche.protocol.messages import MAX_MEMBERS, Body, Commitment, Contribution, Plan, Promise, decode
+from psyche.protocol.messages import Commitment, Contribution, Plan, Promise
 from psyche.protocol.state import Promised
+from psyche.protocol.wire import MAX_MEMBERS, Body, decode
 from psyche.roles.proofs import proposal_in
 
 MAX_REMEMBERED = 2 * MAX_MEMBERS

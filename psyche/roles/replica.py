@@ -20,11 +20,12 @@ from psyche.numerics.aggregate import Gradient, decoded, gathered, reduce_slice
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import NonFinite
-from psyche.numerics.digest import BlobIndex, digest, payload_root
+from psyche.numerics.digest import CHUNK, BlobIndex, digest, payload_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.assignment import next_position
-from psyche.protocol.messages import Contribution, Plan, Record
+from psyche.protocol.challenge import base_proof
+from psyche.protocol.messages import WITHHELD, Contribution, Plan, Record
 from psyche.protocol.weights import weights
 from psyche.roles.portion import Portion
 from psyche.roles.private import Private
@@ -166,17 +167,26 @@ class Replica:
         contribution = Contribution(
             base_root=plan.base_root,
             data_digest=steps.trace.data_digest,
+            base_proof=self.base_proof(plan, self.node),
             trace_root=steps.trace.root,
+            residual_in=WITHHELD,
+            residual_out=WITHHELD,
             payload_root=payload_root(payload),
             payload_bytes=sum(len(part) for part in payload),
             inner_steps=done,
             late_steps=steps.late,
             tokens=done * self.run.tokens_per_step,
             private=self.private is not None,
+            payout=b"",
             salt=self._salt(plan),
         )
         loss = sum(steps.losses) / len(steps.losses)
         return Work(plan.round, contribution, payload, loss, steps.lr, self._norm(plan.round, payload))
+
+    def base_proof(self, plan: Plan, node: str) -> bytes:
+        """What ``node`` has to show of the state that ``plan`` starts from, where this replica stands, too."""
+        state = self.host.buffer
+        return base_proof(plan.seed, node, self.index.chunks, lambda number: state[number * CHUNK :][:CHUNK])
 
     def due(self, plan: Plan) -> int:
         """Inner steps that are left of this node's quota in the round it is about to train for."""

@@ -17,7 +17,8 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Heartbeat, Proposal, decode
+from psyche.protocol.messages import Heartbeat, Proposal
+from psyche.protocol.wire import decode
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 

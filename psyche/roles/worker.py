@@ -26,20 +26,11 @@ from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
 from psyche.protocol.acceptor import plan_fault
-from psyche.protocol.messages import (
-    Attestation,
-    Board,
-    Certificate,
-    Commitment,
-    Plan,
-    Present,
-    Promise,
-    Record,
-    decode,
-)
+from psyche.protocol.messages import Attestation, Board, Certificate, Commitment, Plan, Present, Promise, Record
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import probation_note
 from psyche.protocol.state import Phase
+from psyche.protocol.wire import decode
 from psyche.roles.advance import Advance
 from psyche.roles.board import BoardClient
 from psyche.roles.catchup import CatchUp, behind
@@ -265,7 +256,7 @@ class Worker:
                 await self._report(plan, work, judge=False)
             await self._departure.goodbye(plan.round, finished=self._finished())
         try:
-            await self._client.submit(Attestation(self.replica.chain.state_root), plan.round)
+            await self._client.submit(Attestation(self.replica.chain.state_root, ()), plan.round)
         except Refused:
             await self._client.present()  # too late for the round, not for the run
         self._departure.end(record)

@@ -24,6 +24,7 @@ from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record, Reducing
 from psyche.protocol.reduction import ring
+from psyche.protocol.verdicts import EMPTY
 from psyche.roles.costs import costs_of
 from tests.roles.tiny import write_config
 
@@ -86,6 +87,7 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         tuple(sorted(given)),
         tuple(sorted(given)),
         (),
+        EMPTY,
         order,
         tuple(results[group] for group in sorted(results)),
         (),

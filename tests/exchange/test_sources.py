@@ -20,6 +20,7 @@ from psyche.network.node import NetworkNode
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record
+from psyche.protocol.verdicts import EMPTY
 
 INT8, COUNT = codec("int8"), 4096
 
@@ -49,10 +50,10 @@ def test_what_a_round_took_is_had_from_who_followed_it_when_its_only_member_is_g
         payload = [INT8.encode(torch.randn(COUNT), torch.zeros(COUNT), None, 0.0)]
         plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, (Member(author.peer_id, 1, 1),))
         root = payload_root(payload)
-        given = Contribution(bytes(32), bytes(32), bytes(32), root, len(payload[0]), 1, 0, 1, False, bytes(32))
+        given = Contribution(*[bytes(32)] * 6, root, len(payload[0]), 1, 0, 1, False, b"", bytes(32))
         alone = (author.peer_id,)
         ring, results = (alone, (root,)) if reducers else ((), ())
-        record = Record(plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, (), ring, results, ())
+        record = Record(plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, (), EMPTY, ring, results, ())
 
         def side(wire: Wire) -> Exchange:
             shape = Shape(INT8, (COUNT,))

@@ -16,6 +16,7 @@ from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import (
     Arrived,
     Attested,
+    AuditRules,
     Certified,
     Committed,
     Effect,
@@ -60,6 +61,7 @@ RULES = Rules(
     spread=5.0,
     probation=0,
     private_share=0.25,
+    audits=AuditRules(),
     coordinators=1,
 )
 
@@ -82,13 +84,17 @@ def contribution(node: str, plan: Plan, rules: Rules = RULES, **changes: object)
     honest = Contribution(
         base_root=plan.base_root,
         data_digest=tag,
+        base_proof=tag,
         trace_root=tag,
+        residual_in=tag,
+        residual_out=tag,
         payload_root=digest("payload", tag),
         payload_bytes=rules.payload_bytes,
         inner_steps=steps,
         late_steps=0,
         tokens=steps * rules.tokens_per_step,
         private=False,
+        payout=b"",
         salt=tag,
     )
     values = {name: changes.get(name, getattr(honest, name)) for name in honest.__struct_fields__}

@@ -12,6 +12,7 @@ from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fa
 from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.reduction import ring
+from psyche.protocol.verdicts import EMPTY
 from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
 
 A, B, C, D = nodes(4)
@@ -27,6 +28,7 @@ RECORD = Record(
     electorate=(A, B, C, D),
     voters=(A, B, C),
     standing=(),
+    docket=EMPTY,
     ring=(),
     results=(),
     minority=(),
@@ -35,6 +37,10 @@ RECORD = Record(
 
 def changed(struct: Any, **fields: object) -> Any:
     return msgspec.structs.replace(struct, **fields)
+
+
+def by_node(one: Standing) -> str:
+    return one.node
 
 
 def by_name(accepted: Accepted) -> str:
@@ -186,10 +192,13 @@ def test_a_round_that_the_manifest_does_not_shard_is_not_sharded() -> None:
 
 ON_PROBATION = {
     "rules": replace(RULES, probation=3),
-    "chain": replace(CHAIN, voters=(A, B), standing=(Standing(A, 3, 1), Standing(B, 3, 1), Standing(C, 1, 1))),
+    "chain": replace(CHAIN, voters=(A, B), standing=(Standing(A, 3, 1, 0), Standing(B, 3, 1, 0), Standing(C, 1, 1, 0))),
 }
 COUNTED = changed(
-    RECORD, electorate=(A, B), voters=(A, B), standing=(Standing(A, 3, 1), Standing(B, 3, 1), Standing(C, 2, 1))
+    RECORD,
+    electorate=(A, B),
+    voters=(A, B),
+    standing=(Standing(A, 3, 1, 0), Standing(B, 3, 1, 0), Standing(C, 2, 1, 0)),
 )
 
 
@@ -202,8 +211,11 @@ def test_accepted_contributions_are_counted_by_every_voter() -> None:
     [
         ({"standing": ()}, "does not follow"),
         ({"standing": COUNTED.standing[:2]}, "does not follow"),
-        ({"standing": (*COUNTED.standing[:2], Standing(C, 3, 1))}, "does not follow"),
-        ({"standing": tuple(sorted((*COUNTED.standing, Standing(D, 3, 1)), key=lambda one: one.node))}, "not follow"),
+        ({"standing": (*COUNTED.standing[:2], Standing(C, 3, 1, 0))}, "does not follow"),
+        (
+            {"standing": tuple(sorted((*COUNTED.standing, Standing(D, 3, 1, 0)), key=by_node))},
+            "not follow",
+        ),
         ({"voters": (A, B, C)}, "past their probation"),
         ({"voters": (A, B, D)}, "past their probation"),
         ({"voters": (A,)}, "left without a vote"),

@@ -13,7 +13,6 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.certificates import BadCertificate, check_certificate, seals_needed, signatures_needed
 from psyche.protocol.messages import (
     Accepted,
-    Body,
     Certificate,
     Commitment,
     Excluded,
@@ -25,6 +24,8 @@ from psyche.protocol.messages import (
     Seal,
 )
 from psyche.protocol.messages import Vote as Ballot
+from psyche.protocol.verdicts import EMPTY
+from psyche.protocol.wire import Body
 from tests.protocol.players import GENESIS, RUN_ID, contribution
 
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
@@ -39,6 +40,7 @@ RECORD = Record(
     electorate=NAMES,
     voters=NAMES,
     standing=(),
+    docket=EMPTY,
     ring=(),
     results=(),
     minority=(),

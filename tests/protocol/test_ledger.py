@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.ledger import BadLedger, Entry, claimed, missing_rounds
-from psyche.protocol.messages import Accepted, Certificate, Excluded, Record, decode
+from psyche.protocol.messages import Accepted, Certificate, Excluded, Record
+from psyche.protocol.wire import decode
 from tests.chains import NAMES, RULES, STRANGER, Link, certify, chain, link, verified, with_plan
 
 CHAIN = chain(6)

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.protocol import envelope as envelopes
-from psyche.protocol import messages
+from psyche.protocol import messages, verdicts
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import (
     Accepted,
     Attestation,
     Board,
-    Body,
     Certificate,
     Commitment,
     Excluded,
@@ -38,8 +37,9 @@ from psyche.protocol.messages import (
     Seal,
     Standing,
     Vote,
-    decode,
 )
+from psyche.protocol.verdicts import EMPTY, Finding, SealedVerdict, Verdict
+from psyche.protocol.wire import Body, decode
 from tests.protocol.players import contribution, nodes
 
 A, B, C = nodes(3)
@@ -51,7 +51,8 @@ RECORD = Record(
     roster=0,
     electorate=(A, B, C),
     voters=(A, C),
-    standing=(Standing(A, 3, 3), Standing(B, 1, 2)),
+    standing=(Standing(A, 3, 3, 2), Standing(B, 1, 2, 0)),
+    docket=EMPTY,
     ring=(),
     results=(),
     minority=(),
@@ -67,7 +68,9 @@ EXAMPLES: list[Body] = [
     Holding((A, B)),
     Reduced(4, (Result(1, b"r" * 32),)),
     Vote(9, b"r" * 32),
-    Attestation(b"s" * 32),
+    Attestation(b"s" * 32, (A,)),
+    SealedVerdict(A, 3, b"v" * 32),
+    Verdict(A, 3, Finding("measured", 4000, 1, -250), b"n" * 32),
     Leave("it was stopped"),
     Metrics(1.5, 2.5, 100, 1000, 10, 1.0, 2.0, 3.0, 1e-3, 0.5, math.inf, 1, 2, 3),
     Proposal(8, RECORD, (b"r",)),
@@ -108,7 +111,8 @@ def test_every_message_has_an_example_and_a_domain_of_its_own() -> None:
     def below(kind: type[Body]) -> list[type[Body]]:
         return [one for child in kind.__subclasses__() for one in [child, *below(child)]]
 
-    bodies = [kind for kind in below(Body) if kind.__module__ == messages.__name__]
+    modules = {messages.__name__, verdicts.__name__}
+    bodies = [kind for kind in below(Body) if kind.__module__ in modules]
     assert set(bodies) == set(KINDS)
     assert len({kind.DOMAIN for kind in bodies}) == len(bodies)
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from psyche.protocol.messages import MAX_MEMBERS
 from psyche.protocol.state import Abandoned, Arrived, Attested, Held, Left, Phase, Planned, Promised, Restored, Settled
+from psyche.protocol.wire import MAX_MEMBERS
 from tests.protocol.players import GENESIS, RULES, Table, nodes, peer_id, rejected, root_after, started
 
 LONG = 4 * (RULES.round_bounds[1] + 3 * RULES.exchange_bounds[1])

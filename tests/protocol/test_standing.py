@@ -7,10 +7,11 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche.protocol.messages import MAX_MEMBERS, Standing
+from psyche.protocol.messages import Standing
 from psyche.protocol.proposals import seated
 from psyche.protocol.standing import probation_note, standing_after, voting
 from psyche.protocol.state import State
+from psyche.protocol.wire import MAX_MEMBERS
 from tests.protocol.players import RULES, Table, nodes, rejected, root_after
 
 FOUNDERS, NEW = nodes(8)[:3], nodes(8)[3:]

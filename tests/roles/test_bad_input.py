@@ -23,6 +23,7 @@ from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Attestation, Commitment, Leave, Present, Vote
+from psyche.protocol.verdicts import EMPTY
 from psyche.roles.presence import KINDS
 from psyche.roles.provision import serve_provisions, sign_manifest
 from psyche.telemetry.events import (
@@ -200,7 +201,7 @@ async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
     me = Identity.load_or_create(directory / "attacker.key")
     other = Identity.load_or_create(directory / "other.key")
     run = invite.run_id
-    vote = Vote(1, bytes(32)).encode()
+    vote, attested = Vote(1, bytes(32)).encode(), Attestation(bytes(32), ()).encode()
     forged = me.seal("vote", run, 1, vote)
     history = Present(5, bytes(32), bytes(32), "CPU", claim=None, certificate=_forged_certificate(me, run))
     messages = {
@@ -214,7 +215,7 @@ async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
         "somebody else's": envelopes.encode(other.seal("leave", run, 1, Leave("bye").encode())),
         "malformed body": envelopes.encode(me.seal("vote", run, 1, b"\x93\x01\x02\x03")),
         "another round": envelopes.encode(me.seal("commitment", run, 7, Commitment(bytes(32), 1).encode())),
-        "a stranger's attestation": envelopes.encode(me.seal("attestation", run, 1, Attestation(bytes(32)).encode())),
+        "a stranger's attestation": envelopes.encode(me.seal("attestation", run, 1, attested)),
         "a forged history": envelopes.encode(me.seal("present", run, 5, history.encode())),
     }
     answers = {}
@@ -234,8 +235,9 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
 
     zero = bytes(32)
     plan = Plan(5, 1, zero, zero, zero, 0, 0, (Member(me.peer_id, 40, 1),))
-    contribution = Contribution(zero, zero, zero, zero, 1, 40, 0, 2560, False, zero)
-    record = Record(plan, (Accepted(me.peer_id, contribution),), (), 1, (me.peer_id,), (me.peer_id,), (), (), (), ())
+    contribution = Contribution(*[zero] * 7, 1, 40, 0, 2560, False, b"", zero)
+    alone = (me.peer_id,)
+    record = Record(plan, (Accepted(me.peer_id, contribution),), (), 1, alone, alone, (), EMPTY, (), (), ())
     proposal = me.seal("proposal", run, 5, Proposal(2, record, ()).encode())
     vote = me.seal("vote", run, 5, Vote(2, record.hash).encode())
     return Certificate(envelopes.encode(proposal), (envelopes.encode(vote),), ())

@@ -11,7 +11,8 @@ import pytest
 from psyche.network.identity import IDENTITY, Identity
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.ledger import claimed
-from psyche.protocol.messages import Certificate, decode
+from psyche.protocol.messages import Certificate
+from psyche.protocol.wire import decode
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry.events import RoundCertified, RoundStarted

@@ -21,6 +21,7 @@ from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position, positions
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
+from psyche.protocol.verdicts import EMPTY
 from psyche.roles.costs import costs_of
 from psyche.roles.launch import launch
 from psyche.roles.reference import play
@@ -59,7 +60,7 @@ def plan_for(one: Replica) -> Plan:
 
 def record_of(plan: Plan, work: Work) -> Record:
     node = plan.members[0].node
-    return Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), (), (), ())
+    return Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), EMPTY, (), (), ())
 
 
 def trained(one: Replica) -> Tensor:

@@ -14,6 +14,7 @@ from psyche.network.identity import Identity
 from psyche.protocol.assignment import shards
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
+from psyche.protocol.verdicts import EMPTY
 from psyche.roles.launch import launch
 from tests.roles.tiny import replica, write_config
 
@@ -52,7 +53,7 @@ def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in
         work = there.train(plan, progress=lambda step, loss, lr: lrs["there"].append(lr))
         if round == 1:
             node = identity.peer_id
-            record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), (), (), ())
+            record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), EMPTY, (), (), ())
             there.apply(record, there.gradient_of(record, {node: work.payload}))
             joined.adopt(there.outer.clone(), record)
         else:

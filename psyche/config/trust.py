@@ -1,0 +1,56 @@
+"""How far nodes are trusted: how contributions are added up, and how often they are done again (DESIGN §8)."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from psyche.config.base import Count, Positive, Strict
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Aggregation(Strict):
+    """From many pseudo-gradients to one, where some of them lie."""
+
+    kind: Literal["mean", "norm_clip", "trimmed_mean", "median", "centered_clip"] = "norm_clip"
+    """``numerics/robust.py`` says what each does, and what each withstands. Sparse codecs: mean or norm_clip."""
+    trim: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.25
+    """``trimmed_mean``: the share of contributions that is left out at either end, for every parameter."""
+    max_share: Share = 0.25
+    """Of an outer step's weight, the most that one node has; or twice an equal share, where few contribute."""
+    newcomers_share: Share = 0.25
+    """The most that all nodes on probation have together, unless there are no others."""
+
+
+class Audits(Strict):
+    """How contributions are checked by doing them again."""
+
+    rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Probability that a contribution is audited, for a node of no particular risk. 0: none ever is."""
+    second: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Share of the audits that two nodes do, neither of which knows what the other found: who audits the auditors."""
+    trace_steps: Count | None = None
+    """Inner steps between the points of a round that a node commits to; None: its start and its end. Each segment is
+    replayed on its own, which finds smaller frauds, and takes 12 bytes a parameter of disk a point."""
+    patience: Count = 3
+    """Rounds after which another auditor is asked as well."""
+    window: Count = 20
+    """Rounds within which a contribution can be challenged, and its credit is pending."""
+    pass_error: Positive = 0.02
+    """Relative error of a replay up to which it passes, and"""
+    fail_error: Positive = 0.04
+    """from which on it fails. ``psyche audit calibrate`` measures what honest nodes differ by."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.pass_error >= self.fail_error:
+            raise ValueError(f"pass_error ({self.pass_error}) is not below fail_error ({self.fail_error})")
+        if self.rate and self.window < (needed := ceil((1 - self.rate) / self.rate)):
+            raise ValueError(
+                f"window ({self.window}) is below (1 − rate) / rate: with fewer than {needed} rounds of pay pending, "
+                "who cheats gains more than it loses when it is found out; raise either"
+            )
+        return self

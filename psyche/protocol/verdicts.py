@@ -1,0 +1,112 @@
+"""What auditors say, and what a record says of audits (``protocol/audits.py`` has the rules)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from psyche.numerics.digest import digest
+from psyche.protocol.wire import Body, Hash, Message, Natural, NodeId, Nodes, Positive, Signed
+
+JURY = 15
+"""Auditors of one contribution at most, where those before them disagree."""
+MAX_AUDITS = 4096
+
+
+class Finding(Message, frozen=True):
+    """What an auditor found when it did a contribution's work again (``protocol/audits.py`` says what follows)."""
+
+    outcome: Literal["measured", "false", "unserved"]
+    """``measured``: replayed, and ``error`` says how far apart. ``false``: something that has to agree to the bit does
+    not. ``unserved``: its author did not hand over what it committed to."""
+    error: Annotated[int, Meta(ge=0, le=10**9)]
+    """‖Δ − Δ'‖ / ‖Δ'‖ of the worst segment, in millionths; 10⁹ stands for more, and for what is not finite."""
+    segment: Natural
+    """Number of that segment: what anybody has to run again who doubts it."""
+    gain: Annotated[int, Meta(ge=-(10**9), le=10**9)]
+    """By how much the contribution alone lowers the held-out loss, in millionths of a nat a token. For pay, never for
+    judgement."""
+
+
+class Verdict(Body, frozen=True):
+    """An auditor's word on a contribution. Its digest is on record before it is shown, so that none copies another."""
+
+    DOMAIN = "verdict"
+
+    accused: NodeId
+    round: Positive
+    finding: Finding
+    salt: Hash
+
+    @property
+    def digest(self) -> bytes:
+        return digest("verdict", self.encode())
+
+
+class SealedVerdict(Body, frozen=True):
+    """That a verdict has been reached, not which."""
+
+    DOMAIN = "sealed-verdict"
+
+    accused: NodeId
+    round: Positive
+    digest: Hash
+
+
+class Opinion(Message, frozen=True):
+    """An auditor's part in an audit so far."""
+
+    auditor: NodeId
+    digest: Hash
+    finding: Finding | None
+    """None until it is shown."""
+
+
+class Audit(Message, frozen=True):
+    """A contribution that is being done again."""
+
+    accused: NodeId
+    round: Positive
+    tokens: Positive
+    """Of the contribution."""
+    candidates: Annotated[tuple[NodeId, ...], Meta(max_length=JURY)]
+    """Who may be asked, in this order."""
+    opinions: Annotated[tuple[Opinion, ...], Meta(max_length=JURY)]
+    """In the order in which they came on record."""
+
+
+Outcome = Literal["passed", "inconclusive", "convicted", "unserved", "dropped"]
+
+
+class Closed(Message, frozen=True):
+    """How an audit ended."""
+
+    accused: NodeId
+    round: Positive
+    outcome: Outcome
+    paid: Nodes
+    """Auditors whose word agrees with how it ended, ascending: they are paid for the work as if they had done it."""
+    lied: Nodes
+    """Auditors who said the opposite of what a jury found, ascending."""
+    gain: Annotated[int, Meta(ge=-(10**9), le=10**9)]
+    """The median of what those who are paid found; 0 where nobody found any."""
+
+
+class Docket(Message, frozen=True):
+    """The audits of a run, as a record leaves them. What is said is the coordinator's choice; what follows is not."""
+
+    said: Annotated[tuple[Signed, ...], Meta(max_length=MAX_AUDITS)]
+    """Signed :class:`SealedVerdict` and :class:`Verdict` messages that came on record here."""
+    audits: Annotated[tuple[Audit, ...], Meta(max_length=MAX_AUDITS)]
+    """Open ones, those drawn from this record among them, ascending by round and accused."""
+    closed: Annotated[tuple[Closed, ...], Meta(max_length=MAX_AUDITS)]
+    """Ones that ended here, in the same order."""
+    suspects: Nodes
+    """Whose contribution to the round before stood out from the others', as their receivers say, ascending. They are
+    audited more often, and that is all that comes of it."""
+    banned: Nodes
+    """Convicted in this run: no plan names them any more. Ascending; of too many, those convicted last."""
+
+
+EMPTY = Docket((), (), (), (), ())
