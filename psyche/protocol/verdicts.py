@@ -70,6 +70,10 @@ class Audit(Message, frozen=True):
     round: Positive
     tokens: Positive
     """Of the contribution."""
+    looks: Positive
+    """How many auditors are wanted, and"""
+    since: Positive
+    """the round in whose record that was last decided."""
     candidates: Annotated[tuple[NodeId, ...], Meta(max_length=JURY)]
     """Who may be asked, in this order."""
     opinions: Annotated[tuple[Opinion, ...], Meta(max_length=JURY)]
