@@ -28,6 +28,7 @@ from psyche.protocol.proposals import (
     reconfigured,
     round_seed,
     seated,
+    training,
     with_vote,
 )
 from psyche.protocol.quotas import planned
@@ -119,7 +120,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         state = reconfigured(state, electors(rules, state, seated(rules, state, ready)))
     if not state.taken_up:
         return take_up(rules, state, ready, now)
-    seats = seated(rules, state, ready)
+    seats = training(rules, state, seated(rules, state, ready))
     voters = set(with_vote(rules, state, seats))
     plan = Plan(
         round=state.rounds + 1,

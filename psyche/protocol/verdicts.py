@@ -110,7 +110,7 @@ class Docket(Message, frozen=True):
     """Whose contribution to the round before stood out from the others', as their receivers say, ascending. They are
     audited more often, and that is all that comes of it."""
     banned: Nodes
-    """Convicted in this run: no plan names them any more. Ascending; of too many, those convicted last."""
+    """Convicted in this run: no plan names them any more. Ascending."""
 
 
 EMPTY = Docket((), (), (), (), ())

@@ -321,7 +321,7 @@ class Replica:
         if record is None:
             return Chain(0, self.manifest.run_id, root, 0)
         position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.late_steps)
-        return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing)
+        return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing, record.docket)
 
     def slices_of(self, round: int) -> tuple[slice, ...]:
         """What round ``round`` exchanges: the slices of its fragment."""
