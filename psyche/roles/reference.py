@@ -36,8 +36,9 @@ from psyche.protocol.state import (
     Voted,
 )
 from psyche.protocol.weights import weights
-from psyche.roles.replica import Replica, Work
+from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
+from psyche.roles.work import Work
 
 
 class Machine:

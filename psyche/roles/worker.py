@@ -39,13 +39,14 @@ from psyche.roles.history import serve_history
 from psyche.roles.leaving import Departure, Farewell
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
-from psyche.roles.replica import Interrupted, Replica, Work
+from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
 from psyche.roles.saving import Saver
 from psyche.roles.shards import Supply
 from psyche.roles.trainer import Trainer
 from psyche.roles.voter import Voter
 from psyche.roles.warmup import WarmUp
+from psyche.roles.work import Interrupted, Work
 from psyche.state.budget import Spent
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog

@@ -22,7 +22,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, inner: Inner) -> None:
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        between = _between_embeddings(model) if inner.optimizer == "muon" else []
+        between = between_embeddings(model) if inner.optimizer == "muon" else []
         self._parts: list[torch.optim.Optimizer] = [adamw(set(self._names) - set(between), inner)]
         if between:
             self._parts.append(muon(between, inner))
@@ -113,7 +113,7 @@ def muon(parameters: list[Tensor], inner: Inner) -> torch.optim.Muon:
     )
 
 
-def _between_embeddings(model: nn.Module) -> list[Tensor]:
+def between_embeddings(model: nn.Module) -> list[Tensor]:
     """Matrices whose rows and columns both mean directions: neither embeddings nor the output head (Jordan et al.,
     "Muon: An optimizer for hidden layers in neural networks", 2024)."""
     ends = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
