@@ -88,7 +88,9 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
 
 
 def _hear(rules: Rules, state: State, event: Said) -> Step:
-    """An auditor's word is kept until it is on record."""
+    """An auditor's word is kept until it is on record. Of an audit that has ended nothing needs to be said any more."""
+    if all((audit.accused, audit.round) != event.key for audit in state.docket.audits):
+        return state, []
     if next(admissible(state.docket, [event], state.rounds + 1, rules.audits), None) is None:
         reason = f"nothing is to be said on the contribution of {event.body.accused[-6:]} to round {event.body.round}"
         return state, [Rejected(event.node, reason)]

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 from psyche.config import Manifest
@@ -27,7 +29,7 @@ from psyche.protocol.verdicts import Audit, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.roles.casefile import Case, first_needed, open_case
 from psyche.roles.chain_rules import chain_rules
-from psyche.roles.inspection import Stopped, audit, can_audit, needed
+from psyche.roles.inspection import audit, can_audit, claim_of
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.proofs import record_in
 from psyche.roles.replica import Replica
@@ -35,7 +37,10 @@ from psyche.roles.shards import Supply
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.verification.kit import MAX_KIT, Kit, Kits, Unserved
+from psyche.verification.replay import Stopped, needed
 
+AUDITS = "audits"
+"""What others need to check this node's last rounds, in its directory."""
 CALL_SECONDS = 15.0
 ATTEMPTS = 3
 """To get something of an accused, before that is said: it may be between two connections."""
@@ -54,6 +59,12 @@ class Client(Protocol):
     async def submit(self, body: Body, round: int) -> None: ...
 
 
+class Do(Protocol):
+    """Runs a function where the node trains."""
+
+    def __call__(self, function: Callable[..., T], *arguments: object) -> Awaitable[T]: ...
+
+
 class Convicted(PsycheError):
     """This node was convicted in its run."""
 
@@ -70,18 +81,19 @@ class Auditor:
         ledger: LedgerWriter,
         supply: Supply,
         *,
-        do: Callable[..., Awaitable[Finding]],
-        forsake: Callable[[], Awaitable[None]],
+        do: Do,
         log: EventLog,
     ) -> None:
-        """``do`` runs a function on the thread that trains; ``forsake`` gives up steps taken ahead."""
+        """``do`` runs a function on the thread that trains."""
         self._replica, self._kits, self._network, self._client = replica, kits, network, client
-        self._ledger, self._supply, self._do, self._forsake, self._log = ledger, supply, do, forsake, log
+        self._ledger, self._supply, self._do, self._log = ledger, supply, do, log
         self._me, self._rules = replica.node, chain_rules(replica.manifest).audits
         self._verdicts: dict[Key, Verdict] = {}
         self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
         self._working: asyncio.Task[None] | None = None
-        self._stop = False
+        self._saying: asyncio.Task[None] | None = None
+        self._stop = threading.Event()
+        """Of the work that is under way: the thread that trains asks for it between two steps."""
 
     async def serve(self) -> None:
         """Let others ask for the trace points of this node's rounds. Blobs are served of what is audited."""
@@ -100,19 +112,25 @@ class Auditor:
         """Whether the engine holds somebody else's work."""
         return self._working is not None and not self._working.done()
 
-    async def follow(self, record: Record) -> None:
+    def follow(self, record: Record) -> None:
         """``record`` is certified, and its outer step taken: say what is to be said, and forget what nobody asks for.
 
         Raises :class:`Convicted`.
         """
-        docket = record.docket
-        for one in docket.closed:
+        for one in record.docket.closed:
             if one.accused == self._me:
                 self._tell(f"the audit of this node's work in round {one.round} ended: {one.outcome}")
             self._verdicts.pop((one.accused, one.round), None)
         self.check()
         self._offer()
-        for case in docket.audits:
+        if self._saying is not None:
+            self._saying.cancel()
+        self._saying = asyncio.create_task(self._say(record.docket.audits))
+
+    async def _say(self, audits: Sequence[Audit]) -> None:
+        """What is not on record yet of this node's verdicts: nobody waits for it, however long the coordinator is
+        away."""
+        for case in audits:
             mine = next((one for one in case.opinions if one.auditor == self._me), None)
             verdict = self._verdicts.get((case.accused, case.round))
             if verdict is not None and (mine is None or mine.finding is None):
@@ -130,16 +148,25 @@ class Auditor:
     def begin(self) -> None:
         """This node is no member of the round: do what is asked of it."""
         if not self.busy and self._duties():
-            self._stop = False
-            self._working = asyncio.create_task(self._work())
+            self._stop = threading.Event()
+            self._working = asyncio.create_task(self._work(self._stop))
 
     async def put_off(self) -> None:
         """Stop working; what was begun is begun anew another time."""
-        self._stop = True
+        self._stop.set()
         if self._working is not None:
             self._working.cancel()
-            await asyncio.gather(self._working, return_exceptions=True)
+            (ended,) = await asyncio.gather(self._working, return_exceptions=True)
             self._working = None
+            if isinstance(ended, Exception):
+                raise ended
+
+    async def close(self) -> None:
+        """Do and say nothing any more."""
+        await self.put_off()
+        if self._saying is not None:
+            self._saying.cancel()
+            await asyncio.gather(self._saying, return_exceptions=True)
 
     # ------------------------------------------------------------------------------ being audited
 
@@ -169,16 +196,16 @@ class Auditor:
             and (case.accused, case.round) not in self._verdicts
         ]
 
-    async def _work(self) -> None:
+    async def _work(self, stop: threading.Event) -> None:
         """One contribution after the other; what can be said of each goes on record as soon as it is known."""
-        await self._forsake()
+        await self._do(self._replica.forsake)
         for duty in self._duties():
             case = await self._case(duty)
             if case is None or not can_audit(self._replica, case.plan):
                 self._tell(f"this node cannot audit {duty.accused[-6:]}: it was not there in round {duty.round}")
                 continue
             try:
-                finding = await self._look_into(case)
+                finding = await self._look_into(case, stop)
             except (BadShard, Stopped):
                 continue
             verdict = Verdict(duty.accused, duty.round, finding, os.urandom(32))
@@ -199,23 +226,17 @@ class Auditor:
         encoded = await self._ledger.certificates(first_needed(duty), MAX_LOOKED_AT)
         return await asyncio.to_thread(_opened, manifest, encoded, duty)
 
-    async def _look_into(self, case: Case) -> Finding:
+    async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
         """Fetch what the contribution rests on, and do it again. Raises ``BadShard`` and :class:`Stopped`."""
-        await self._supply.ready(case.plan, case.node, lambda: self._stop)
+        await self._supply.ready(case.plan, case.node, stop.is_set)
         try:
             kit = await self._kit_of(case)
             blobs = await self._blobs_of(case, kit)
         except Unserved as error:
             self._tell(f"{case.node[-6:]} does not hand over what it committed to in round {case.plan.round}: {error}")
             return UNSERVED
-        return await self._do(
-            audit,
-            self._replica,
-            case,
-            kit,
-            lambda root, limit: _within(blobs, root, limit),
-            lambda: self._stop,
-        )
+        work = partial(audit, before=case.before, residuals=case.residuals, stop=stop.is_set)
+        return await self._do(work, self._replica, case.plan, case.node, case.given, kit, partial(_within, blobs))
 
     async def _kit_of(self, case: Case) -> Kit:
         async def ask() -> Kit:
@@ -228,7 +249,8 @@ class Auditor:
 
     async def _blobs_of(self, case: Case, kit: Kit) -> Mapping[bytes, bytearray]:
         found: dict[bytes, bytearray] = {}
-        for root, limit in needed(self._replica, case, kit).items():
+        claim = claim_of(self._replica, case.plan, case.node, case.given, kit)
+        for root, limit in needed(self._replica.engine, claim).items():
 
             async def get(root: bytes = root, limit: int = limit) -> bytearray:
                 return await fetch(self._network, root, sources=[case.node], max_size=limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from psyche.protocol.messages import Contribution, Plan
@@ -28,18 +30,31 @@ def audit(
     *,
     before: Plan | None = None,
     residuals: frozenset[bytes] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Finding:
     """Do again what ``node`` contributed to the round of ``plan``; what this replica trains is put aside meanwhile.
 
     To be called where the replica trains, between two inner steps. ``before`` is the plan of the round before, where
     the late steps were dealt their data; without it those are not checked. ``residuals``: see :class:`Claim`. Raises
-    ``KeyError`` unless :func:`can_audit`, and ``BadShard`` where the node's text is not here.
+    ``KeyError`` unless :func:`can_audit`, and ``BadShard`` where the node's text is not here, and
+    :class:`Stopped` once ``stop()`` is true.
     """
     assert not contribution.private, "there is nothing to see of it"
-    claim = Claim(
-        plan, node, contribution, kit.points, replica.witness.theta_roots[plan.round - 1], residuals=residuals
-    )
-    return replay(lab_of(replica, plan, node, before), claim, blobs)
+    claim = claim_of(replica, plan, node, contribution, kit, residuals)
+    return replay(replace(lab_of(replica, plan, node, before), stop=stop), claim, blobs)
+
+
+def claim_of(
+    replica: Replica,
+    plan: Plan,
+    node: str,
+    contribution: Contribution,
+    kit: Kit,
+    residuals: frozenset[bytes] | None = None,
+) -> Claim:
+    """What ``node`` says, and what this replica knows that it has to follow from. Raises ``KeyError`` unless
+    :func:`can_audit`."""
+    return Claim(plan, node, contribution, kit.points, replica.witness.theta_roots[plan.round - 1], residuals)
 
 
 def lab_of(replica: Replica, plan: Plan, node: str, before: Plan | None = None) -> Lab:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from psyche.protocol.standing import probation_note
 from psyche.protocol.state import Phase
 from psyche.protocol.wire import decode
 from psyche.roles.advance import Advance
+from psyche.roles.auditor import AUDITS, Auditor
 from psyche.roles.board import BoardClient
 from psyche.roles.catchup import CatchUp, behind
 from psyche.roles.certification import Certification, Moved
@@ -51,6 +53,7 @@ from psyche.state.budget import Spent
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.training.choice import describe_device
+from psyche.verification.kit import Kits
 
 
 class Worker:
@@ -91,7 +94,7 @@ class Worker:
             board=lambda: self._client.board,
             log=log,
         )
-        self._advance = Advance(replica, network, ledger, self._voter, self._trainer.do)
+        self._advance = Advance(replica, network, ledger, self._voter, self._on_trainer)
         self._catch_up = CatchUp(
             replica,
             settings,
@@ -115,6 +118,18 @@ class Worker:
             on_trainer=self._trainer.do,
             log=log,
         )
+        kits = Kits(directory / AUDITS, self._warn)
+        replica.witness.kits = kits
+        self._auditor = Auditor(
+            replica,
+            kits,
+            network,
+            self._client,
+            ledger,
+            self._supply,
+            do=self._trainer.do,
+            log=log,
+        )
         self._tuned = False
 
     async def run(self) -> None:
@@ -128,6 +143,7 @@ class Worker:
             self._wire.serve(index)
         await self._catch_up.recover(self.ledger)
         await serve_history(self.network, self.ledger)
+        await self._auditor.serve()
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         leaving = asyncio.create_task(self._departure.run(working))
@@ -147,6 +163,7 @@ class Worker:
             for halt in (self._trainer.halt_late, self._warm_up.halt):
                 with contextlib.suppress(PsycheError):  # of an engine that is gone, which is known by now
                     await halt()
+            await self._auditor.close()
             await self._supply.close()
             await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._departure.tell()
@@ -162,7 +179,9 @@ class Worker:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(self._concerns_me)
             await self._trainer.halt_late()
+            self._auditor.check()
             if behind(board, replica.chain):
+                await self._auditor.put_off()
                 await self._catch_up.synchronise(board)
                 self._supply.begin(replica.chain.position)
                 if replica.chain.rounds and not behind(board, replica.chain):
@@ -173,6 +192,7 @@ class Worker:
                 with contextlib.suppress(Moved):
                     await self._take_part(board.plan)
                 self._departure.end()
+        await self._auditor.put_off()
         await self._saver.save(force=not self._departure.quickly)
         if not self._finished():
             return
@@ -223,9 +243,11 @@ class Worker:
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
             self._departure.begin(plan)
             await self._warm_up.halt()
+            await self._auditor.put_off()
             work = await self._train(plan)
         else:
             self._supply.expect(plan)
+            self._auditor.begin()
         try:
             self._meter.exchanging()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
@@ -248,6 +270,7 @@ class Worker:
             await self._trainer.do(self.replica.forsake)
             raise
         await self._advance.step(record, gradient)
+        self._auditor.follow(record)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
             await self._trainer.do(self.replica.give_back, work)
         self._meter.exchanged()
@@ -263,7 +286,8 @@ class Worker:
         self._departure.end(record)
         if quota is not None and not leaves:
             await self._report(plan, work)
-        await self._saver.save()
+        if not self._auditor.busy:
+            await self._saver.save()
         if work is not None and not leaves:
             await self._tune()
 
@@ -355,6 +379,10 @@ class Worker:
             self.log.emit(events.Notice(level="info", text=text))
 
     # -------------------------------------------------------------------------------------- helpers
+
+    async def _on_trainer(self, function: Callable[[], None]) -> None:
+        """Where what trains is somebody else's work, an outer step has nothing to move there, and does not wait."""
+        await (asyncio.to_thread(function) if self._auditor.busy else self._trainer.do(function))
 
     def _closed_to_me(self, plan: Plan) -> bool:
         board = self._client.board

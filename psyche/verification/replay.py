@@ -29,7 +29,7 @@ from psyche.numerics.backends.base import Backend
 from psyche.numerics.codecs.base import Codec, NonFinite
 from psyche.numerics.digest import blob_root, digest, payload_root
 from psyche.protocol.assignment import permute
-from psyche.protocol.messages import Contribution, Plan
+from psyche.protocol.messages import WITHHELD, Contribution, Plan
 from psyche.protocol.verdicts import Finding
 from psyche.training.engine import Batch, Engine
 from psyche.training.moments import Moments, packed_bytes
@@ -46,6 +46,10 @@ auditors, and a fraction of one inner step's work."""
 
 Blobs = Callable[[bytes, int], Buffer]
 """The blob of a root, checked, of at most so many bytes. Raises :class:`Unserved`."""
+
+
+class Stopped(Exception):
+    """An audit was given up before its end."""
 
 
 class Contradiction(Exception):
@@ -84,12 +88,14 @@ class Lab:
     heldout: Split
     by_muon: frozenset[str]
     """Names of the parameters that Muon steps."""
+    stop: Callable[[], bool] = lambda: False
+    """Whether the audit is to be given up; asked before every inner step."""
 
 
 def replay(lab: Lab, claim: Claim, blobs: Blobs) -> Finding:
     """What an auditor has to say. The engine is used, and afterwards is what it was.
 
-    Raises ``BadShard`` where the text is not here.
+    Raises ``BadShard`` where the text is not here, and :class:`Stopped`.
     """
     try:
         _check_trace(lab, claim)
@@ -104,6 +110,17 @@ def replay(lab: Lab, claim: Claim, blobs: Blobs) -> Finding:
         return Finding("false", MOST, 0, 0)
     worst = max(range(len(errors)), key=errors.__getitem__, default=0)
     return Finding("measured", millionths(errors[worst]) if errors else 0, worst, gain)
+
+
+def needed(engine: Engine, claim: Claim) -> dict[bytes, int]:
+    """Roots of the blobs that a replay asks for, and the most bytes each may have."""
+    vector = 4 * engine.layout.size
+    roots = {claim.theta_root: vector, _end(claim): vector}
+    for point in claim.points[:-1]:
+        roots |= {point.parameters: vector, point.optimizer: packed_bytes(engine.layout)}
+    if claim.given.residual_in not in (WITHHELD, blob_root(bytes(vector))):
+        roots[claim.given.residual_in] = vector
+    return roots
 
 
 @contextmanager
@@ -224,6 +241,8 @@ def segment_error(lab: Lab, claim: Claim, number: int, blobs: Blobs) -> float:
     engine.load_state(moments.state(engine.layout, lab.by_muon))
     first, lrs = (claim.plan.round - 1) * run.rounds.inner_steps, []
     for step in range(start.step, stop.step):
+        if lab.stop():
+            raise Stopped
         lrs.append(learning_rate(run.inner, first + step, run.total_steps, engine.steps))
         engine.step(batch_of(lab, claim, step), lrs[-1])
     found = torch.empty_like(before)
