@@ -38,6 +38,7 @@ from psyche.protocol.state import (
 from psyche.protocol.weights import weights
 from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
+from psyche.roles.tribunal import Judge, Tribunal
 from psyche.roles.work import Work
 
 
@@ -45,8 +46,8 @@ class Machine:
     """The coordinator's state machine at a standstill of time: nobody is late here."""
 
     def __init__(self, manifest: Manifest, due: Mapping[str, int]) -> None:
-        self._rules = rules_of(manifest)
-        self._state = replace(State.initial(self._rules), done=due)  # where no time passes, quotas stay as they are
+        self.rules = rules_of(manifest)
+        self._state = replace(State.initial(self.rules), done=due)  # where no time passes, quotas stay as they are
 
     @property
     def round(self) -> Round:
@@ -57,14 +58,14 @@ class Machine:
     @property
     def draw(self) -> Draw:
         """Who reduces what of it."""
-        return draw_of(self._rules, self.round)
+        return draw_of(self.rules, self.round)
 
     def promise(self, node: str) -> Promised:
         """``node`` follows the one leader there is."""
         return Promised(node, self._state.leading, self._state.rounds)
 
     def send(self, event: Event) -> list[Effect]:
-        self._state, effects = tick(self._rules, self._state, event, now=0.0)
+        self._state, effects = tick(self.rules, self._state, event, now=0.0)
         return effects
 
 
@@ -73,14 +74,16 @@ def play(
     replicas: Mapping[str, Replica],
     late: Callable[[int, str], int] = lambda round, node: 0,
     due: Mapping[str, int] = MappingProxyType({}),
+    judge: Judge | None = None,
 ) -> Iterator[tuple[Record, dict[str, Work]]]:
     """Run to the end; after each round's outer step yield its record and what each member produced.
 
     ``replicas`` go by node id, as many as ``rounds.start_members`` or more, all at the genesis state. ``late`` says
     how many late steps a node takes while a round is on the wire, and ``due`` which quota a node has, if not H: in a
-    distributed run time decides both.
+    distributed run time decides both. ``judge`` is what auditors do; without one nobody does the audits that are drawn.
     """
     machine = Machine(manifest, due)
+    tribunal = None if judge is None else Tribunal(replicas, manifest.run_id, machine.rules.audits, judge)
     effects: list[Effect] = []
     for node in sorted(replicas):
         effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
@@ -88,7 +91,7 @@ def play(
         effects += machine.send(machine.promise(node))
     while plans := [effect.plan for effect in effects if isinstance(effect, Planned)]:
         plan = plans[-1]
-        works = {node: replicas[node].train(plan) for node in sorted(replicas)}
+        works = {member.node: replicas[member.node].train(plan) for member in plan.members}
         for node, work in works.items():
             machine.send(
                 Committed(
@@ -105,7 +108,7 @@ def play(
         record = proposed.record
         certified = [
             effect
-            for node in works
+            for node in proposed.record.electorate
             for effect in machine.send(Voted(node, plan.round, proposed.term, record.hash, b""))
             if isinstance(effect, Certified)
         ]
@@ -116,9 +119,11 @@ def play(
                 replica.step_late(plan)
             replica.apply(record, replica.gradient_of(record, payloads))
         yield record, works
+        for said in tribunal.hear(record) if tribunal else ():
+            machine.send(said)
         effects = [
             effect
-            for node in works
+            for node in sorted(set(replicas) - set(record.docket.banned))
             for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root))
         ]
 

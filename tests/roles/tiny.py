@@ -60,6 +60,7 @@ def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
         "rounds": {"total": 4, "inner_steps": 3, "start_members": members},
         "deadlines": {"round_min": 10.0, "round_max": 60.0, "exchange_min": 5.0, "exchange_max": 20.0, "silence": 10.0},
         "heldout_sequences": 4,
+        "audits": {"rate": 0.0},
     }
     node = {
         "listen": ["/ip4/127.0.0.1/tcp/0"],

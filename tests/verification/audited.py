@@ -80,7 +80,8 @@ Make = Callable[..., Court]
 
 def court(directory: Path, cache: Path, **changes: object) -> Court:
     """Three nodes at the beginning of a run; the text is prepared in ``cache``."""
-    config = load_config(write_config(directory, members=2, **({"rounds": ROUNDS} | changes)))
+    changes = {"rounds": ROUNDS, "audits": {"rate": 0.05}} | changes
+    config = load_config(write_config(directory, members=2, **changes))
     config = config.model_copy(update={"node": config.node.model_copy(update={"cache": cache})})
     identities = [Identity.load_or_create(directory / f"{number}.key") for number in range(3)]
     manifest = launch(config, identities[0].peer_id).manifest
