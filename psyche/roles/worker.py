@@ -25,7 +25,7 @@ from psyche.exchange.shelf import Shelf
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
-from psyche.protocol.acceptor import plan_fault
+from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.messages import (
     Attestation,
     Board,
@@ -39,7 +39,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import probation_note
-from psyche.protocol.state import Phase
+from psyche.protocol.state import Phase, Rules
 from psyche.roles.advance import Advance
 from psyche.roles.board import BoardClient
 from psyche.roles.catchup import CatchUp, behind
@@ -59,6 +59,15 @@ from psyche.state.budget import Spent
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.training.choice import describe_device
+
+
+def concerns(board: Board, chain: Chain, rules: Rules) -> bool:
+    """Whether there is something to do for a node that holds ``chain``: a state to catch up with, a round to take part
+    in, or the end. A plan that the manifest does not allow is no round: what it asks for would get no vote."""
+    if behind(board, chain) or board.phase == Phase.FINISHED:
+        return True
+    plan = board.plan
+    return plan is not None and (quota_fault(plan, rules) or plan_fault(plan, chain)) is None
 
 
 class Worker:
@@ -168,7 +177,7 @@ class Worker:
             self._supply.begin(replica.chain.position)
         while not self._departure.asked:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
-            board = await self._client.until(self._concerns_me)
+            board = await self._client.until(lambda board: concerns(board, replica.chain, self._voter.rules))
             await self._trainer.halt_late()
             if behind(board, replica.chain):
                 await self._catch_up.synchronise(board)
@@ -185,15 +194,6 @@ class Worker:
         if not self._finished():
             return
         self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
-
-    def _concerns_me(self, board: Board) -> bool:
-        """Whether there is something to do: a state to catch up with, a round to take part in, or the end."""
-        if behind(board, self.replica.chain) or board.phase == Phase.FINISHED:
-            return True
-        plan = board.plan
-        if plan is None or quota_fault(plan, self._voter.rules) is not None:
-            return False
-        return plan_fault(plan, self.replica.chain) is None
 
     # ----------------------------------------------------------------- what BoardClient asks of its node
 
