@@ -73,6 +73,31 @@ def test_who_is_killed_before_it_can_send_has_paid_all_the_same(tmp_path: Path) 
         Budget(tmp_path, 8.0, DELTA, noise).require()
 
 
+def test_the_directory_is_closed_to_others_before_anything_private_is_in_it(tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    for mode in (None, 0o755, 0o777):
+        if mode is not None:
+            node.chmod(mode)
+        Budget(node, 8.0, DELTA, 1.0)
+        assert node.stat().st_mode & 0o777 == 0o700
+
+
+def test_where_others_cannot_be_kept_out_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without users, where chmod says that all is well; one where it is not allowed."""
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(Path, "chmod", lambda path, mode: None)
+    with pytest.raises(PsycheError, match=r"others on this machine can read .*: choose another place with --directory"):
+        Budget(tmp_path, 8.0, DELTA, 1.0)
+
+    def refused(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    with pytest.raises(PsycheError, match=r"Operation not permitted\): choose another place with --directory"):
+        Budget(tmp_path, 8.0, DELTA, 1.0)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", [b"", b"[", b"{}", b'[{"noise_multiplier":0,"releases":1}]', b"\xff"])
 def test_a_record_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
