@@ -21,6 +21,7 @@ from psyche.training.devices import pick_precision
 from psyche.training.engine import Batch
 from psyche.training.labels import labels, predicted
 from psyche.training.models import build
+from psyche.training.optimizers import adamw
 from psyche.training.zero.settings import deepspeed_settings
 from psyche.training.zero.shards import OptimizerShards, ParameterShards, Parts
 from psyche.training.zero.wire import Kind, Rows, Start
@@ -61,8 +62,9 @@ class Trainer:
         model, layout = self._built(config.Model.model_validate_json(order.model), order.stage, settings)
         if order.checkpoints:
             model.activation_checkpointing_enable()  # type: ignore[operator]
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._engine, zero, *_ = deepspeed.initialize(
-            model=model, optimizer=_adamw(model, layout, inner), config=settings
+            model=model, optimizer=adamw(named, layout, inner), config=settings
         )
         self._groups = zero.optimizer.param_groups
         self._end = order.end
@@ -141,14 +143,3 @@ class Trainer:
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self._engine(input_ids=tokens, labels=targets, use_cache=False).loss
         return loss
-
-
-def _adamw(model: nn.Module, layout: FlatLayout, inner: config.Inner) -> torch.optim.AdamW:
-    """TorchEngine's inner optimizer. A parameter that ZeRO 3 has cut up does not know that it is a matrix."""
-    matrices = {span.name for span in layout.spans if len(span.shape) >= 2}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if name in matrices], "weight_decay": inner.weight_decay},
-        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=inner.lr, betas=inner.betas, eps=inner.eps, fused=True)
