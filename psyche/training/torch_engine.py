@@ -18,7 +18,7 @@ from psyche.training.compiling import Prospect, compiled_if_it_pays
 from psyche.training.devices import limit_memory, pick_device, pick_precision
 from psyche.training.engine import Batch
 from psyche.training.labels import labels, predicted
-from psyche.training.memory import piece_size, free_memory, kept_by, most_at_once
+from psyche.training.memory import free_memory, kept_by, most_at_once, piece_size
 from psyche.training.optimizers import Optimizers
 
 OUT_OF_MEMORY = "one sequence does not fit into this device's memory: free some of it, or train on a bigger one"
