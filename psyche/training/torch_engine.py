@@ -15,7 +15,7 @@ from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
 from psyche.training.compiling import Prospect, compiled_if_it_pays
-from psyche.training.devices import limit_memory, pick_device, pick_precision
+from psyche.training.devices import limit_memory, memory_limit, pick_device, pick_precision
 from psyche.training.engine import Batch
 from psyche.training.labels import labels, predicted
 from psyche.training.memory import free_memory, kept_by, most_at_once, piece_size
@@ -49,7 +49,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, inner: Inner, node: Node, end: int | None = None) -> None:
         """``end``: of padded sequences, the token that padding follows."""
         self.device = pick_device(node.device)
-        limit_memory(node, self.device)
+        limit_memory(memory_limit(node), self.device)
         self.layout = FlatLayout.of_model(model)
         self.model = model.to(self.device).train()
         self._forward: Callable[..., Any] = self.model
