@@ -207,7 +207,7 @@ class Worker:
         chain = self.replica.chain
         seen = self._voter.certificate
         certificate = None if seen is None else decode(Certificate, seen)
-        device = describe_device(self.settings)
+        device = describe_device(self.settings, self.manifest.run.inner.optimizer)
         return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
 
     async def promise(self, term: int, claim: bytes) -> Promise:
