@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -63,12 +62,16 @@ def test_who_is_killed_before_it_can_send_has_paid_all_the_same(tmp_path: Path) 
     noise = noise_for(8.0, DELTA, 2)
     code = (
         "import os, signal, sys; from pathlib import Path; from psyche.state.budget import Budget\n"
-        f"Budget(Path(sys.argv[1]), 8.0, {DELTA}, {noise}).charge(); os.kill(os.getpid(), signal.SIGKILL)"
+        f"budget = lambda: Budget(Path(sys.argv[1]), 8.0, {DELTA}, {noise})\n"
+        "print(budget().rounds_left(5))\n"
+        "for _ in range(2):\n"
+        "    if not (child := os.fork()):\n"
+        "        budget().charge(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), budget().rounds_left(5), flush=True)"
     )
-    for charged in (1, 2):
-        process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ, check=False)
-        assert process.returncode == -signal.SIGKILL
-        assert Budget(tmp_path, 8.0, DELTA, noise).rounds_left(5) == 2 - charged
+    said = subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], text=True)
+    killed = -signal.SIGKILL
+    assert [int(word) for word in said.split()] == [2, killed, 1, killed, 0]
     with pytest.raises(Spent):
         Budget(tmp_path, 8.0, DELTA, noise).require()
 
