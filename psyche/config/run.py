@@ -29,10 +29,13 @@ class CodecSpec(Strict):
         return self
 
 
+InnerOptimizer = Literal["adamw", "muon"]
+
+
 class Inner(Strict):
     """What each node trains with. Defaults are DiLoCo's (arXiv 2311.08105, table 5) with β₂ and clip of 2503.09799."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: InnerOptimizer = "adamw"
     """``muon``: Muon for the matrices between the embeddings, AdamW for the rest (MuLoCo, arXiv 2505.23725)."""
     muon_momentum: Fraction = 0.95
     lr: Positive = 4e-4

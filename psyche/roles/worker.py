@@ -26,11 +26,11 @@ from psyche.exchange.shelf import Shelf
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
-from psyche.protocol.acceptor import plan_fault
+from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.messages import Attestation, Board, Certificate, Commitment, Plan, Present, Promise, Record
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import probation_note
-from psyche.protocol.state import Phase
+from psyche.protocol.state import Phase, Rules
 from psyche.protocol.wire import decode
 from psyche.roles.advance import Advance
 from psyche.roles.auditor import AUDITS, Auditor
@@ -54,6 +54,15 @@ from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.training.choice import describe_device
 from psyche.verification.kit import Kits
+
+
+def concerns(board: Board, chain: Chain, rules: Rules) -> bool:
+    """Whether there is something to do for a node that holds ``chain``: a state to catch up with, a round to take part
+    in, or the end. A plan that the manifest does not allow is no round: what it asks for would get no vote."""
+    if behind(board, chain) or board.phase == Phase.FINISHED:
+        return True
+    plan = board.plan
+    return plan is not None and (quota_fault(plan, rules) or plan_fault(plan, chain)) is None
 
 
 class Worker:
@@ -177,7 +186,7 @@ class Worker:
             self._supply.begin(replica.chain.position)
         while not self._departure.asked:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
-            board = await self._client.until(self._concerns_me)
+            board = await self._client.until(lambda board: concerns(board, replica.chain, self._voter.rules))
             await self._trainer.halt_late()
             self._auditor.check()
             if behind(board, replica.chain):
@@ -198,15 +207,6 @@ class Worker:
             return
         self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
 
-    def _concerns_me(self, board: Board) -> bool:
-        """Whether there is something to do: a state to catch up with, a round to take part in, or the end."""
-        if behind(board, self.replica.chain) or board.phase == Phase.FINISHED:
-            return True
-        plan = board.plan
-        if plan is None or quota_fault(plan, self._voter.rules) is not None:
-            return False
-        return plan_fault(plan, self.replica.chain) is None
-
     # ----------------------------------------------------------------- what BoardClient asks of its node
 
     @property
@@ -219,7 +219,7 @@ class Worker:
         chain = self.replica.chain
         seen = self._voter.certificate
         certificate = None if seen is None else decode(Certificate, seen)
-        device = describe_device(self.settings)
+        device = describe_device(self.settings, self.manifest.run.inner.optimizer)
         return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
 
     async def promise(self, term: int, claim: bytes) -> Promise:

@@ -28,7 +28,8 @@ def coasted(
     parameters = {name: nn.Parameter(view) for name, view in layout.views(flat).items()}
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    parts: list[torch.optim.Optimizer] = [adamw([p for n, p in parameters.items() if n not in by_muon], inner)]
+    others = {name: p for name, p in parameters.items() if name not in by_muon}
+    parts: list[torch.optim.Optimizer] = [adamw(others, layout, inner)]
     if by_muon:
         parts.append(muon([parameters[name] for name in sorted(by_muon)], inner))
     kept: dict[str, dict[str, Tensor]] = {}

@@ -30,7 +30,7 @@ class Swarm:
     def moved(self, node: str) -> Tensor:
         """x − θ of what a node has trained last, ``[n]`` fp32: what a friend, or a spy, tells."""
         replica = self.replicas[node]
-        return replica._snapshot - self._theta_of[node]  # noqa: SLF001
+        return replica._snapshot - self._theta_of[node]
 
     _theta_of: dict[str, Tensor] = field(default_factory=dict)
 
@@ -133,7 +133,7 @@ def inner_product(seen: Sequence[Tensor]) -> Tensor:
 
 
 def a_little(seen: Sequence[Tensor]) -> Tensor:
-    """A little is enough (Baruch et al., arXiv 1902.06156): one standard deviation off the mean, in every coordinate."""
+    """A little is enough (Baruch et al., arXiv 1902.06156): a standard deviation off the mean, everywhere."""
     stack = torch.stack(list(seen))
     return stack.mean(0) - stack.std(0, unbiased=False)
 
