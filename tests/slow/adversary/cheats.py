@@ -6,8 +6,7 @@ can without doing the work. So each is caught by what it cannot make up, not by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,21 +17,38 @@ from psyche.roles.work import Work
 from psyche.training.engine import Batch
 
 
-@dataclass
 class Swarm:
     """What hostile nodes of one run know of each other and of the honest ones."""
 
-    replicas: dict[str, Replica] = field(default_factory=dict)
-    hostile: frozenset[str] = frozenset()
-    from_round: int = 1
-    """Before it they are honest."""
+    def __init__(self, from_round: int = 1) -> None:
+        """Before ``from_round`` they are honest."""
+        self.from_round = from_round
+        self.moved: dict[str, Tensor] = {}
+        """x − θ (``[n]`` fp32) of what each honest node has trained last. The simulator trains them first."""
 
-    def moved(self, node: str) -> Tensor:
-        """x − θ of what a node has trained last, ``[n]`` fp32: what a friend, or a spy, tells."""
-        replica = self.replicas[node]
-        return replica._snapshot - self._theta_of[node]
+    @property
+    def honest(self) -> Tensor:
+        """The same of all, ``[nodes, n]``."""
+        return torch.stack([self.moved[node] for node in sorted(self.moved)])
 
-    _theta_of: dict[str, Tensor] = field(default_factory=dict)
+
+class Honest(Replica):
+    """A replica that hostile nodes spy on."""
+
+    swarm: Swarm
+
+    def train(self, plan: Plan, **hooks: object) -> Work:  # type: ignore[override]
+        """The round's work."""
+        work = super().train(plan, **hooks)  # type: ignore[arg-type]
+        self.swarm.moved[self.node] = moved_by(self)
+        return work
+
+
+def moved_by(replica: Replica) -> Tensor:
+    """x − θ of what it has trained, ``[n]`` fp32."""
+    flat = torch.empty(replica.engine.layout.size)
+    replica.engine.read(flat)
+    return flat.sub_(replica.outer.theta)
 
 
 Forge = Callable[["Cheat", Plan, Tensor], Tensor]
@@ -46,6 +62,8 @@ class Cheat(Replica):
     forge: Forge | None = None
     lazy: float = 1.0
     """Share of the inner steps that it takes."""
+    before: Tensor | None = None
+    """What it trained last."""
     data: Callable[[Batch], Batch] | None = None
     """What it trains on instead of the sequences it was dealt."""
 
@@ -75,9 +93,7 @@ class Cheat(Replica):
             self.engine.step = honest_step  # type: ignore[method-assign]
 
     def _forge(self, plan: Plan, due: int) -> None:
-        flat = torch.empty(self.engine.layout.size)
-        self.engine.read(flat)
-        moved = flat - self.outer.theta
+        moved = moved_by(self)
         if self.lazy < 1:
             moved *= due / max(1, round(self.lazy * due))
         if self.forge is not None:
@@ -101,41 +117,31 @@ def scaled(factor: float) -> Forge:
     return lambda cheat, plan, moved: factor * moved
 
 
-class Memory:
-    """Hands in what it handed in first, for ever."""
-
-    def __init__(self) -> None:
-        self._first: dict[str, Tensor] = {}
-
-    def __call__(self, cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
-        return self._first.setdefault(cheat.node, moved)
+def own_old() -> Forge:
+    """What it handed in first, for ever."""
+    first: dict[str, Tensor] = {}
+    return lambda cheat, plan, moved: first.setdefault(cheat.node, moved)
 
 
-class Observer:
-    """Sees what honest nodes have trained in this round; the simulator trains them first."""
-
-    def __init__(self, make: Callable[[Sequence[Tensor]], Tensor]) -> None:
-        self._make = make
-        self.seen: dict[str, Tensor] = {}
-
-    def __call__(self, cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
-        return self._make([self.seen[node] for node in sorted(self.seen)]) if self.seen else moved
+def stale(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
+    """What it trained for the round before, from an older state."""
+    before, cheat.before = cheat.before, moved
+    return moved if before is None else before
 
 
-def copied(seen: Sequence[Tensor]) -> Tensor:
+def copied(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
     """A peer's work."""
-    return seen[0].clone()
+    return cheat.swarm.honest[0].clone()
 
 
-def inner_product(seen: Sequence[Tensor]) -> Tensor:
+def inner_product(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
     """Inner-product manipulation (Xie et al., arXiv 1903.03936): against the mean of the honest, at its length."""
-    return -torch.stack(list(seen)).mean(0)
+    return -cheat.swarm.honest.mean(0)
 
 
-def a_little(seen: Sequence[Tensor]) -> Tensor:
+def a_little(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
     """A little is enough (Baruch et al., arXiv 1902.06156): a standard deviation off the mean, everywhere."""
-    stack = torch.stack(list(seen))
-    return stack.mean(0) - stack.std(0, unbiased=False)
+    return cheat.swarm.honest.mean(0) - cheat.swarm.honest.std(0, unbiased=False)
 
 
 def other_data(batch: Batch) -> Batch:
