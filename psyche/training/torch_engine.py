@@ -136,6 +136,11 @@ class TorchEngine:
         self._optimizers.zero_grad()
         self._forward = self.model if compiled is None else compiled
 
+    @property
+    def compiled(self) -> bool:
+        """Whether ``torch.compile`` is in use."""
+        return self._forward is not self.model
+
     # ------------------------------------------------------------------------------ one step's parts
 
     def _backward(self, batch: Batch) -> Tensor:
