@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from psyche.config.base import Count, Fraction, NonNegative, PeerId, Positive, Seconds, Strict
 from psyche.config.data import BpeTokenizer, Data
 from psyche.config.model import Model
-from psyche.config.trust import Aggregation, Audits
+from psyche.config.trust import MAX_POINTS, Aggregation, Audits
 from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_result_codec
 
 
@@ -175,6 +175,16 @@ class Run(Strict):
             raise ValueError(
                 f"overlap.late_steps ({self.overlap.late_steps}) is above rounds.inner_steps "
                 f"({self.rounds.inner_steps}): a round has no more steps to take early"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _traced(self) -> Self:
+        every = self.audits.trace_steps
+        if every is not None and self.rounds.inner_steps > every * (MAX_POINTS - 2):
+            raise ValueError(
+                f"audits.trace_steps ({every}) makes more than {MAX_POINTS} trace points of a round's "
+                f"{self.rounds.inner_steps} inner steps: raise it"
             )
         return self
 

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from psyche.config.base import Count, Positive, Strict
 
+MAX_POINTS = 4096
+"""Trace points of a round, at most: what a kit's message has room for."""
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 

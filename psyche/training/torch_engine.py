@@ -143,6 +143,11 @@ class TorchEngine:
         self._optimizers.zero_grad()
         self._forward, self._compiled_rows = (self.model, 0) if compiled is None else (compiled, rows)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether ``torch.compile`` is in use."""
+        return self._forward is not self.model
+
     # ------------------------------------------------------------------------------ one step's parts
 
     def _backward(self, batch: Batch) -> Tensor:

@@ -19,13 +19,12 @@ from typing import Annotated
 from msgspec import Meta
 from typing_extensions import Buffer
 
+from psyche.config.trust import MAX_POINTS
 from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.wire import Body, decode
 from psyche.verification.traces import Point, trace_root
 
-MAX_POINTS = 4096
-"""Of a round; ``run.audits.trace_steps`` asks for no more."""
 MAX_KIT = MAX_POINTS * 80 + 16
 """Bytes of an encoded kit, at most."""
 NAME = "kit"
