@@ -15,7 +15,7 @@ from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Stand
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.reduction import Draw, ring_fault
-from psyche.protocol.standing import standing_fault
+from psyche.protocol.standing import standing_fault, votes_fault
 from psyche.protocol.state import Rules
 
 
@@ -108,7 +108,10 @@ def consider(
             raise Refusal(f"the contribution of {accepted.node[-6:]}: {fault}")
         if accepted.node not in held:
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
-    if fault := standing_fault(record, chain.standing, rules.probation):
+    standing, voters, probation = chain.standing, chain.voters, rules.probation
+    if fault := votes_fault(record, standing=standing, voters=voters, probation=probation):
+        raise Refusal(fault)
+    if fault := standing_fault(record, standing, probation):
         raise Refusal(fault)
     return replace(acceptor, term=proposal.term, record=record.hash)
 
