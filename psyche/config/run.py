@@ -10,7 +10,7 @@ from psyche.config.base import Count, Fraction, NonNegative, PeerId, Positive, S
 from psyche.config.data import BpeTokenizer, Data
 from psyche.config.model import Model
 from psyche.config.trust import MAX_POINTS, Aggregation, Audits
-from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_result_codec
+from psyche.numerics.codecs.names import CODECS, is_sparse, usual_error_feedback, usual_result_codec
 
 
 class CodecSpec(Strict):
@@ -185,6 +185,16 @@ class Run(Strict):
             raise ValueError(
                 f"audits.trace_steps ({every}) makes more than {MAX_POINTS} trace points of a round's "
                 f"{self.rounds.inner_steps} inner steps: raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        kind = self.aggregation.kind
+        if is_sparse(self.codec.name) and kind not in ("mean", "norm_clip"):
+            raise ValueError(
+                f"aggregation.kind {kind} compares the values of all nodes at every parameter, and codec "
+                f"{self.codec.name} sends few of them; choose norm_clip or mean, or a codec that sends all: int8, int4"
             )
         return self
 

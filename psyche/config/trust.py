@@ -24,7 +24,7 @@ class Aggregation(Strict):
     max_share: Share = 0.25
     """Of an outer step's weight, the most that one node has; or twice an equal share, where few contribute."""
     newcomers_share: Share = 0.25
-    """The most that all nodes on probation have together, unless there are no others."""
+    """The most that all nodes on probation have together."""
 
 
 class Audits(Strict):

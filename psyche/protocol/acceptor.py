@@ -16,7 +16,7 @@ from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Stand
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.reduction import Draw, ring_fault
-from psyche.protocol.standing import standing_fault
+from psyche.protocol.standing import standing_fault, votes_fault
 from psyche.protocol.state import Rules
 from psyche.protocol.verdicts import EMPTY, Docket
 
@@ -114,9 +114,12 @@ def consider(
             raise Refusal(f"the contribution of {accepted.node[-6:]}: {fault}")
         if accepted.node not in held:
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
-    if fault := standing_fault(record, chain.standing, chain.docket, rules):
+    standing, voters = chain.standing, chain.voters
+    if fault := votes_fault(record, standing=standing, voters=voters, probation=rules.probation):
         raise Refusal(fault)
-    if fault := docket_fault(record, chain.docket, chain.standing, rules):
+    if fault := standing_fault(record, standing, chain.docket, rules):
+        raise Refusal(fault)
+    if fault := docket_fault(record, chain.docket, standing, rules):
         raise Refusal(fault)
     return replace(acceptor, term=proposal.term, record=record.hash)
 

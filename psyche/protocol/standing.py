@@ -63,6 +63,25 @@ def probation_note(record: Record, node: str, probation: int) -> str | None:
     return "past its probation: this node has a vote from the next round on"
 
 
+def votes_fault(record: Record, *, standing: Sequence[Standing], voters: Collection[str], probation: int) -> str | None:
+    """What is wrong with whom the plan of ``record`` gives a vote, or None: who has none is a newcomer, whose weight is
+    capped (``protocol/weights.py``).
+
+    ``standing`` and ``voters``: what the record before says. A roster may give a vote to those it names.
+    """
+    members = [member.node for member in record.plan.members]
+    given = {member.node for member in record.plan.members if member.votes}
+
+    def may_vote(electorate: Collection[str]) -> set[str]:
+        return set(voting(members, standing=standing, electorate=electorate, probation=probation))
+
+    if given == may_vote(voters):
+        return None
+    if record.roster and may_vote(()) <= given <= may_vote({*voters, *record.electorate}):
+        return None
+    return "the plan gives votes to others than those who are past their probation"
+
+
 def standing_fault(record: Record, before: Sequence[Standing], docket: Docket, rules: Rules) -> str | None:
     """What is wrong with how far ``record`` says that nodes have got, and whom it lets vote next, or None.
 

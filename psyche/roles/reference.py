@@ -12,7 +12,8 @@ from itertools import zip_longest
 from types import MappingProxyType
 
 from psyche.config import Manifest
-from psyche.numerics.aggregate import gathered, reduce_slice
+from psyche.exchange.merge import Merge
+from psyche.numerics.aggregate import reduce_slice
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.reducing import draw_of
@@ -35,7 +36,6 @@ from psyche.protocol.state import (
     State,
     Voted,
 )
-from psyche.protocol.weights import weights
 from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
 from psyche.roles.tribunal import Judge, Tribunal
@@ -172,13 +172,14 @@ def _reduced(
     if not plan.reducers:
         return {}
     replica, draw = replicas[min(replicas)], machine.draw
-    parts = weights({node: work.contribution for node, work in works.items()}, replica.run.private_share)
-    mean = gathered(replica.codec, parts, {node: work.payload for node, work in works.items()})
+    given = {node: work.contribution for node, work in works.items()}
+    payloads = {node: work.payload for node, work in works.items()}
+    merged = Merge.of(replica.run).gradient(replica.codec, plan, given, payloads)
     counts = [part.stop - part.start for part in replica.slices_of(plan.round)]
     result_codec = replica.backend.codec(replica.run.result_codec)
 
     def chunk(number: int) -> bytes:
-        return reduce_slice(mean, result_codec, number, counts[number])
+        return reduce_slice(merged, result_codec, number, counts[number])
 
     roots = [payload_root([chunk(number) for number in draw.slices_of(group)]) for group in range(draw.groups)]
     return {node: {group: roots[group] for group in draw.duties(node)} for node in works}

@@ -14,7 +14,8 @@ import torch
 
 from psyche.config import Manifest
 from psyche.data.store import BadShard, TokenStore
-from psyche.numerics.aggregate import Gradient, decoded, gathered, reduce_slice
+from psyche.exchange.merge import Merge
+from psyche.numerics.aggregate import Gradient, decoded, reduce_slice
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import NonFinite
@@ -24,7 +25,6 @@ from psyche.protocol.acceptor import Chain
 from psyche.protocol.assignment import next_position
 from psyche.protocol.challenge import base_proof
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.weights import weights
 from psyche.roles.portion import Portion
 from psyche.roles.private import Private
 from psyche.roles.witness import Witness
@@ -231,13 +231,13 @@ class Replica:
         """The outer gradient, aggregated from the payloads of all that ``record`` accepted; if the round is sharded,
         as everybody decodes it from its encoded result."""
         given = {one.node: one.contribution for one in record.accepted}
-        mean = gathered(self.codec, weights(given, self.run.private_share), payloads)
+        merged = Merge.of(self.run).gradient(self.codec, record.plan, given, payloads)
         if not record.plan.reducers:
-            return mean
+            return merged
         result_codec, parts = self.backend.codec(self.run.result_codec), self.slices_of(record.plan.round)
 
         def encoded(number: int) -> bytes:
-            return reduce_slice(mean, result_codec, number, parts[number].stop - parts[number].start)
+            return reduce_slice(merged, result_codec, number, parts[number].stop - parts[number].start)
 
         return decoded(result_codec, encoded)
 

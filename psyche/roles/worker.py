@@ -20,6 +20,7 @@ from psyche.exchange.base import Exchange, Wire
 from psyche.exchange.gather import Gather
 from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.exchange.journal import Journal
+from psyche.exchange.merge import Merge
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import Shelf
@@ -346,9 +347,10 @@ class Worker:
         counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
         shape = Shape(self.replica.codec, counts)
         run = self.manifest.run
+        merge = Merge.of(run)
         if plan.reducers:
-            return Sharded(self._wire, plan, shape, run.private_share, self.replica.backend.codec(run.result_codec))
-        return Gather(self._wire, plan, shape, run.private_share)
+            return Sharded(self._wire, plan, shape, merge, self.replica.backend.codec(run.result_codec))
+        return Gather(self._wire, plan, shape, merge)
 
     # ---------------------------------------------------------------------------- after the outer step
 
