@@ -66,7 +66,7 @@ def verify_command(
     from psyche.config import MANIFEST
     from psyche.errors import PsycheError
     from psyche.protocol.ledger import BadLedger
-    from psyche.roles.ledger import verify_ledger
+    from psyche.roles.ledger_check import verify_ledger
 
     file = _file(path)
     try:

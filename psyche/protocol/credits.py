@@ -77,7 +77,7 @@ class Deeds(Message, frozen=True):
     """Members without credit for the round, and why."""
     minority: tuple[str, ...]
     newcomers: tuple[str, ...]
-    """On probation."""
+    """Those who contributed and are still on probation."""
     audits: tuple[tuple[str, int, int], ...]
     """Open ones: accused, round and tokens of the contribution."""
     closed: tuple[Closed, ...]
@@ -95,7 +95,7 @@ def deeds(record: Record, probation: int) -> Deeds:
         ),
         tuple((one.node, one.reason) for one in record.excluded),
         record.minority,
-        tuple(one.node for one in record.standing if one.rounds < probation),
+        tuple(one.node for one in record.standing if one.rounds < probation and one.last == record.plan.round),
         tuple((one.accused, one.round, one.tokens) for one in docket.audits),
         docket.closed,
         docket.banned,
@@ -172,8 +172,9 @@ class Books:
             self._close(one)
         self._open = {(accused, round): tokens for accused, round, tokens in done.audits}
         newcomers = set(done.newcomers)
+        for work in done.work:
+            self.account(work.node).newcomer = work.node in newcomers
         for account in self.accounts.values():
-            account.newcomer = account.node in newcomers
             self._mature(account)
         return self._settled
 

@@ -108,7 +108,7 @@ def _record(ledger: Ledger, entry: Entry) -> Record:
 def _round(entry: Entry, record: Record) -> Round:
     members = [
         Part(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(minority))
-        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, minority in member_rows(record)
+        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, minority, _ in member_rows(record)
     ]
     root = None if entry.state_root is None else entry.state_root.hex()
     return Round(entry.round, record.hash.hex(), root, record.reconfiguration, members)

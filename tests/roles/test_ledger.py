@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.protocol.ledger import BadLedger
-from psyche.roles.ledger import verify_ledger
+from psyche.roles.ledger_check import verify_ledger
 from psyche.state.ledger import NAME, Ledger, LedgerError
 from tests.chains import MANIFEST, NAMES, RULES, certify, chain
 from tests.ledgers import CHAIN, EACH, OTHER, change, fill
@@ -47,7 +47,7 @@ def held(path: Path, query: str, *values: object) -> object:
 
 def test_a_sound_ledger(sound: Path) -> None:
     found = verify_ledger(sound, MANIFEST)
-    assert (found.rounds, found.last, found.missing, found.reconfigurations) == (6, 6, (), 0)
+    assert (found.rounds, found.last, found.missing, found.reconfigurations) == (6, 6, [], 0)
     assert found.tokens == dict.fromkeys(NAMES[:-1], 6 * EACH) | {NAMES[-1]: 3 * EACH}
 
 
@@ -143,7 +143,7 @@ def test_missing_rounds_are_named(sound: Path, gone: set[int]) -> None:
     with copied(sound) as path:
         for round in gone:
             change(path, "DELETE FROM rounds WHERE round = ?", round)
-        assert "members are listed for it" in fault(path).reason
+        assert "members or audits are listed for it" in fault(path).reason
         for round in gone:
             change(path, "DELETE FROM members WHERE round = ?", round)
         found = verify_ledger(path, MANIFEST)
