@@ -38,6 +38,13 @@ IdleOnly = Annotated[
     bool | None,
     typer.Option("--idle-only", help="Only while other programs leave CPUs and GPU alone.", show_default=False),
 ]
+Payout = Annotated[
+    str | None,
+    typer.Option(
+        help="Address that credits are to be paid to: 0x and 40 digits, as an Ethereum wallet shows it.",
+        show_default=False,
+    ),
+]
 PrivateText = Annotated[
     Path | None,
     typer.Option(
@@ -85,6 +92,7 @@ def join(
     max_gpu_memory: MaxGpuMemory = None,
     schedule: Schedule = None,
     idle_only: IdleOnly = None,
+    payout: Payout = None,
     private_data: PrivateText = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
@@ -114,6 +122,7 @@ def join(
         max_gpu_memory=max_gpu_memory,
         schedule=schedule,
         idle_only=idle_only,
+        payout=payout,
         private={"path": private_data, "epsilon": epsilon, "delta": delta, "noise_multiplier": noise_multiplier},
     )
     run_node(read_invite(invite), settings, directory)

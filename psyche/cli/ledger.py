@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from psyche.cli.credits import claims_command, credits_command, proof_command, why_command
+from psyche.cli.places import ManifestFile, Place, checked, ledger_file, manifest_of, spans
+
 if TYPE_CHECKING:  # `psyche --help` imports this module: what is heavy is imported by the command that needs it
     from rich.table import Table
 
-    from psyche.config import Manifest
-    from psyche.roles.ledger_story import Round, Story
+    from psyche.roles.ledger_story import Ending, Round, Story
 
-app = typer.Typer(help="Show and verify the certified chain of a run.", no_args_is_help=True)
-Place = Annotated[
-    Path, typer.Argument(help="A ledger file, or the directory of a node or a coordinator.", show_default=False)
-]
+app = typer.Typer(help="The certified chain of a run, and the credits that follow from it.", no_args_is_help=True)
 
 _PREFIX = 8
 """Digits of a hash that a table shows."""
@@ -38,7 +36,7 @@ def show_command(
     from psyche.roles.ledger_story import story_of
     from psyche.state.ledger import Ledger
 
-    with Ledger.read(_file(path)) as ledger:
+    with Ledger.read(ledger_file(path)) as ledger:
         story = story_of(ledger, last=last, node=node)
     if json:
         import msgspec
@@ -55,49 +53,30 @@ def show_command(
 
 
 @app.command("verify")
-def verify_command(
-    path: Place,
-    manifest: Annotated[
-        Path | None,
-        typer.Option(help="The run's manifest; by default the one in the ledger's directory.", show_default=False),
-    ] = None,
-) -> None:
-    """Check every signature, vote and link against nothing but the run's manifest; the first bad round is named."""
-    from psyche.config import MANIFEST
-    from psyche.errors import PsycheError
-    from psyche.protocol.ledger import BadLedger
-    from psyche.roles.ledger import verify_ledger
+def verify_command(path: Place, manifest: ManifestFile = None) -> None:
+    """Check every signature, vote and link against nothing but the run's manifest; the first bad round is named.
 
-    file = _file(path)
-    try:
-        found = verify_ledger(file, _manifest(manifest or file.parent / MANIFEST))
-    except BadLedger as fault:
-        raise PsycheError(f"{file} is not the history of the run: {fault}") from None
-    missing = _spans((gap.start, gap.stop - 1) for gap in found.missing)
+    Credits are then added up anew, from the chain alone.
+    """
+    from psyche.roles.credit_story import sums
+
+    file = ledger_file(path)
+    found = checked(file, manifest_of(manifest, file))
+    missing = spans((gap.start, gap.stop - 1) for gap in found.missing)
     typer.echo(
         f"sound: {found.rounds:,} certified rounds up to round {found.last:,}, {sum(found.tokens.values()):,} tokens "
         f"of {len(found.tokens):,} nodes, {found.reconfigurations:,} reconfigurations; "
         + (f"missing here: {missing}" if missing else "none is missing")
     )
+    final, pending, forfeited = sums(found.books)
+    convicted = sum(account.banned > 0 for account in found.books.accounts.values())
+    typer.echo(f"credits: {final:,} final, {pending:,} pending, {forfeited:,} forfeited; {convicted:,} nodes convicted")
 
 
-def _file(path: Path) -> Path:
-    from psyche.state.ledger import NAME
-
-    return path / NAME if path.is_dir() else path
-
-
-def _manifest(path: Path) -> Manifest:
-    from psyche.config import Manifest
-    from psyche.errors import PsycheError
-
-    try:
-        return Manifest.decode(path.read_bytes())
-    except OSError as error:
-        raise PsycheError(
-            f"cannot read the run's manifest {path} ({error.strerror}): name it with --manifest; every node "
-            "of the run has it in its directory"
-        ) from None
+app.command("credits")(credits_command)
+app.command("why")(why_command)
+app.command("claims")(claims_command)
+app.command("proof")(proof_command)
 
 
 # ------------------------------------------------------------------------------------- the tables
@@ -137,7 +116,22 @@ def _remarks(round: Round) -> str:
     lines += [f"{peer_name(part.node)}: outvoted on a result" for part in round.members if part.minority]
     if private := [peer_name(part.node) for part in round.members if part.private]:
         lines.append(f"private data, unaudited: {', '.join(private)}")
+    lines += [_ending(one) for one in round.audits if one.lied or one.outcome in ("convicted", "unserved")]
     return escape("\n".join(lines))
+
+
+def _ending(one: Ending) -> str:
+    """An audit that ended badly for somebody, and on what evidence."""
+    from psyche.telemetry.wording import peer_name
+
+    what = {"convicted": "convicted", "unserved": "not handed over"}.get(one.outcome, one.outcome)
+    heard = [
+        f"{peer_name(word.auditor)} found "
+        + (f"{word.error:.4f} off in segment {word.segment}" if word.outcome == "measured" else f"it {word.outcome}")
+        for word in one.evidence
+    ]
+    lied = f"; lied: {', '.join(map(peer_name, one.lied))}" if one.lied else ""
+    return f"{peer_name(one.accused)}, work of round {one.work:,}: {what} ({'; '.join(heard) or 'no evidence'}){lied}"
 
 
 def _totals_table(story: Story) -> Table:
@@ -160,13 +154,7 @@ def _totals_table(story: Story) -> Table:
 
 def _notes(story: Story) -> Iterable[str]:
     if story.missing:
-        yield f"missing here: {_spans(story.missing)}"
+        yield f"missing here: {spans(story.missing)}"
     if story.superseded:
         again = ", ".join(f"{round:,}" for round in sorted(set(story.superseded)))
         yield f"certified before with another record, and superseded: {again}"
-
-
-def _spans(gaps: Iterable[tuple[int, int]]) -> str:
-    """Rounds 1–4, 9."""
-    found = [f"{first:,}" if first == last else f"{first:,}–{last:,}" for first, last in gaps]
-    return f"round{'s' * (len(found) > 1 or any('–' in one for one in found))} {', '.join(found)}" if found else ""

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 
 from psyche.config.base import Count, Positive, Strict, validated
 from psyche.errors import ConfigError
+from psyche.ethereum import address_bytes
 from psyche.hours import Hours
 from psyche.rates import bits_per_second
 from psyche.sizes import byte_count
@@ -63,6 +64,17 @@ def _size(text: str) -> str:
     return text
 
 
+def _quoted(given: object) -> object:
+    if type(given) is int:
+        raise ValueError("put the address in quotes: YAML takes what begins with 0x for a number")
+    return given
+
+
+def _address(text: str) -> str:
+    address_bytes(text)
+    return text
+
+
 def _hours(text: str) -> str:
     Hours.parse(text)
     return text
@@ -75,6 +87,7 @@ Gpus = Annotated[
 ]
 Rate = Annotated[str, AfterValidator(_rate)]
 Size = Annotated[str, AfterValidator(_size)]
+Address = Annotated[str, BeforeValidator(_quoted), AfterValidator(_address)]
 Schedule = Annotated[str, AfterValidator(_hours)]
 
 
@@ -127,6 +140,9 @@ class Node(Strict):
     checkpoints_kept: Annotated[int, Field(ge=1)] = 3
     wandb: Wandb = Wandb()
     private: PrivateData | None = None
+    payout: Address | None = None
+    """Address that this node's credits are to be paid to, as Ethereum writes it: the last one that came with an
+    accepted contribution counts. Without one, credits are counted all the same, and are nobody's to claim."""
 
     @model_validator(mode="after")
     def _silent(self) -> Self:
@@ -147,6 +163,7 @@ def override_node(
     max_gpu_memory: str | None = None,
     schedule: str | None = None,
     idle_only: bool | None = None,
+    payout: str | None = None,
     private: Mapping[str, Any] | None = None,
 ) -> Node:
     """``node`` with what was said on the command line in place of what its file says; None says nothing."""
@@ -159,6 +176,7 @@ def override_node(
         "max_gpu_memory": max_gpu_memory,
         "schedule": schedule,
         "idle_only": idle_only,
+        "payout": payout,
     }
     changes = {field: value for field, value in said.items() if value is not None}
     if told := {name: value for name, value in (private or {}).items() if value is not None}:

@@ -171,6 +171,8 @@ def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribu
         return "the tokens claimed are not those of the inner steps claimed"
     if given.payload_bytes > rules.payload_bytes:
         return "the payload is larger than the codec can make it"
+    if len(given.payout) not in (0, 20):
+        return "its payout address is not one of 20 bytes"
     return _private_fault(rules, given)
 
 

@@ -45,6 +45,11 @@ def check_certificate(
 
     Whether the electorate is the one that the record before named is for whoever holds that record to say.
     """
+    return certified(certificate, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope).record
+
+
+def certified(certificate: Certificate, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open) -> Proposal:
+    """The same with the term that it was proposed in."""
     try:
         signed = envelopes.decode(certificate.proposal)
         proposal = check_proposal(signed, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope)
@@ -52,7 +57,7 @@ def check_certificate(
         _check_seals(certificate.seals, proposal.record, run_id, coordinators, open_envelope)
     except MalformedMessage as error:
         raise BadCertificate(str(error)) from None
-    return proposal.record
+    return proposal
 
 
 def check_proposal(
@@ -91,11 +96,12 @@ def _check_statements(record: Record, run_id: bytes, open_envelope: Open) -> Non
 
 def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open_envelope: Open) -> None:
     record, voters = proposal.record, set()
+    vote = Vote(proposal.term, record.hash).encode()
     for item in votes:
         envelope = envelopes.decode(item)
         _open(open_envelope, envelope, Vote.DOMAIN, run_id, record.plan.round)
-        vote = decode(Vote, envelope.body)
-        if (vote.term, vote.record) != (proposal.term, record.hash):
+        if envelope.body != vote:
+            decode(Vote, envelope.body)  # raises where it is none at all
             raise BadCertificate(f"the vote of {envelope.author} is for something else")
         voters.add(envelope.author)
     if not carries_quorum(voters, record.electorate):

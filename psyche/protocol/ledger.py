@@ -14,7 +14,7 @@ from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position
 from psyche.protocol.audits import docket_fault
-from psyche.protocol.certificates import BadCertificate, Open, check_certificate
+from psyche.protocol.certificates import BadCertificate, Open, certified
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Certificate, Plan, Proposal, Record, Standing
 from psyche.protocol.quotas import quota_fault
@@ -28,8 +28,11 @@ class BadLedger(ValueError):
     """Why a chain is not the history of the run. ``round`` is the first one at fault, and stands in the message."""
 
     def __init__(self, round: int, reason: str) -> None:
-        super().__init__(f"round {round}: {reason}")
+        super().__init__(round, reason)  # what another process makes it from again
         self.round, self.reason = round, reason
+
+    def __str__(self) -> str:
+        return f"round {self.round}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,25 @@ def claimed(certificate: bytes) -> Proposal:
 
 
 def verify_chain(
-    entries: Iterable[Entry], *, rules: Rules, coordinators: Sequence[str], open_envelope: Open
+    entries: Iterable[Entry],
+    *,
+    rules: Rules,
+    coordinators: Sequence[str],
+    open_envelope: Open,
+    after: Entry | None = None,
 ) -> Iterator[Verified]:
     """Each entry, in the order given, once it is proven. Raises :class:`BadLedger` at the first that is not.
 
     Proven is that a quorum made the record final, that it follows from the record before (hash, seed, position in
     the data, state_root, term, voters), and that no contribution counts for more than its plan allows. Where the
     round before is missing the record's own word is taken for what precedes it. The last state_root is its owner's
-    word.
+    word. ``after`` is the entry before the first of ``entries``, which somebody else proves.
     """
-    before: Entry | None = None
-    last: Record | None = None
+    before = after
+    last = None if after is None else _believed(after)
     chain = Chain(0, rules.run_id, rules.genesis, 0)
+    if after is not None and last is not None:
+        chain = _chain_after(after, last, rules)
     for entry in entries:
         record = prove(entry, run_id=rules.run_id, coordinators=coordinators, open_envelope=open_envelope)
         missing = range(chain.rounds + 1, entry.round)
@@ -85,19 +95,29 @@ def verify_chain(
         if fault := fault or _accounts_fault(record, rules):
             raise BadLedger(entry.round, fault)
         yield Verified(record, missing)
-        position = next_position(record.plan, rules.batch_size, rules.late_steps)
-        before, last = entry, record
-        chain = Chain(entry.round, record.hash, entry.state_root or bytes(32), position)
+        before, last, chain = entry, record, _chain_after(entry, record, rules)
+
+
+def _believed(entry: Entry) -> Record:
+    try:
+        return claimed(entry.certificate).record
+    except MalformedMessage as error:
+        raise BadLedger(entry.round, f"its certificate proves nothing: {error}") from None
+
+
+def _chain_after(entry: Entry, record: Record, rules: Rules) -> Chain:
+    position = next_position(record.plan, rules.batch_size, rules.late_steps)
+    return Chain(entry.round, record.hash, entry.state_root or bytes(32), position)
 
 
 def prove(entry: Entry, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open) -> Record:
     """The record that an entry's certificate makes final. Raises :class:`BadLedger` where it proves nothing."""
     try:
         certificate = decode(Certificate, entry.certificate)
-        record = check_certificate(certificate, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope)
-        term = claimed(entry.certificate).term
+        proposal = certified(certificate, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope)
     except (MalformedMessage, BadCertificate) as error:
         raise BadLedger(entry.round, f"its certificate proves nothing: {error}") from None
+    record, term = proposal.record, proposal.term
     if record.plan.round != entry.round:
         raise BadLedger(entry.round, f"in its place is the certificate of round {record.plan.round}")
     if term < record.plan.term:

@@ -7,6 +7,7 @@ format: what does not fit is refused while decoding.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated
 
 from msgspec import Meta
@@ -121,7 +122,7 @@ class Standing(Message, frozen=True):
     """The last of them whose contribution an audit was drawn for; 0: none was."""
 
 
-class Record(Body, frozen=True):
+class Record(Body, frozen=True, dict=True):
     """What happened in a round. Chained by ``plan.previous``; final once certified."""
 
     DOMAIN = "record"
@@ -146,7 +147,7 @@ class Record(Body, frozen=True):
     minority: Nodes
     """Reducers that reported another result than the one believed."""
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
         return digest("record", self.encode())
 

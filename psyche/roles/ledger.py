@@ -1,27 +1,20 @@
-"""The ledger at work: a thread that writes it beside the event loop, and the check that anyone can make of a file."""
+"""The ledger at work: a thread that writes it beside the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 from psyche.config import Manifest
-from psyche.network.identity import open_envelope
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.messages import Certificate, Record
 from psyche.protocol.wire import decode
-from psyche.roles.chain_rules import chain_rules
 from psyche.roles.proofs import record_in
-from psyche.state.ledger import Forked, Ledger, LedgerError
-from psyche.state.ledger_schema import member_rows, round_row
+from psyche.state.ledger import Forked, Ledger
 
 
 @contextlib.asynccontextmanager
@@ -106,83 +99,3 @@ def backfill(
                 ledger.append(encoded, record, chain.state_root if record.hash == chain.head else None)
             except Forked as fork:
                 warn(f"{fork}; the checkpoint's is not entered")
-
-
-# ------------------------------------------------------------------------------------ the check
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a sound ledger holds."""
-
-    rounds: int
-    last: int
-    missing: tuple[range, ...]
-    """Rounds before the last one that are not there."""
-    tokens: dict[str, int]
-    """Of each node, over all its accepted contributions that are there."""
-    reconfigurations: int
-
-
-def verify_ledger(path: Path, manifest: Manifest) -> Summary:
-    """Check a ledger file against nothing but the run's manifest.
-
-    Raises :class:`LedgerError` where the file cannot be read, is damaged, or is another run's, and :class:`BadLedger`,
-    which names the round, where what it says is not what the run's members have certified.
-    """
-    with Ledger.read(path) as ledger:
-        if ledger.run_id != manifest.run_id:
-            raise LedgerError(
-                f"{path} is the ledger of run {ledger.run_id.hex()[:16]}…, and the manifest that of "
-                f"{manifest.run_id.hex()[:16]}…: give the right one with --manifest"
-            )
-        ledger.check_pages()
-        summary = _verify_chain(ledger, manifest)
-        for stray in ledger.strays():
-            raise BadLedger(stray, "members are listed for it, and it is not there")
-        _verify_superseded(ledger, manifest)
-    return summary
-
-
-def _verify_chain(ledger: Ledger, manifest: Manifest) -> Summary:
-    tokens: Counter[str] = Counter()
-    missing: list[range] = []
-    rounds = last = reconfigurations = 0
-    for verified in verify_chain(
-        ledger.entries(),
-        rules=chain_rules(manifest),
-        coordinators=manifest.resolved.coordinators,
-        open_envelope=open_envelope,
-    ):
-        _compare(ledger, verified)
-        tokens.update(verified.tokens)
-        missing += [verified.missing] if verified.missing else []
-        rounds, last = rounds + 1, verified.record.plan.round
-        reconfigurations += verified.record.reconfiguration
-    return Summary(rounds, last, tuple(missing), dict(tokens), reconfigurations)
-
-
-def _compare(ledger: Ledger, verified: Verified) -> None:
-    """What the file says for those who ask it in SQL is what the certificate says."""
-    record = verified.record
-    if ledger.row(record.plan.round) != round_row(record):
-        raise BadLedger(record.plan.round, "its row does not say what its certificate says")
-    if ledger.member_rows(record.plan.round) != member_rows(record):
-        raise BadLedger(record.plan.round, "its members are not listed as its certificate says")
-
-
-def _verify_superseded(ledger: Ledger, manifest: Manifest) -> None:
-    """A second certified record of a round is a fault of the run, proven by this file."""
-    for entry in ledger.superseded():
-        record = prove(
-            entry,
-            run_id=manifest.run_id,
-            coordinators=manifest.resolved.coordinators,
-            open_envelope=open_envelope,
-        )
-        after = ledger.row(entry.round + 1)
-        there = ledger.hash_of(entry.round) or (None if after is None else after[2])
-        if there is not None and there != record.hash:
-            raise BadLedger(
-                entry.round, f"certified twice, as {there.hex()[:12]} and, superseded, as {record.hash.hex()[:12]}"
-            )

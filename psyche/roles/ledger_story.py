@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import msgspec
 
+from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.ledger import Entry, claimed
 from psyche.protocol.messages import Record
+from psyche.protocol.verdicts import Verdict
+from psyche.protocol.wire import decode
 from psyche.state.ledger import Ledger, LedgerError
 from psyche.state.ledger_schema import member_rows
 
@@ -27,6 +31,32 @@ class Part(msgspec.Struct):
     minority: bool
 
 
+class Word(msgspec.Struct):
+    """What an auditor found, signed by it: the evidence."""
+
+    auditor: str
+    said: int
+    """Round whose record holds it."""
+    outcome: str
+    error: float
+    """Of the replay, relative."""
+    segment: int
+
+
+class Ending(msgspec.Struct):
+    """An audit that ended with a round."""
+
+    accused: str
+    work: int
+    """Round of the contribution."""
+    outcome: str
+    gain: float
+    """Of held-out loss, nats a token."""
+    paid: list[str]
+    lied: list[str]
+    evidence: list[Word]
+
+
 class Round(msgspec.Struct):
     """One certified round. Hashes are hexadecimal."""
 
@@ -36,6 +66,7 @@ class Round(msgspec.Struct):
     """After the round."""
     reconfiguration: bool
     members: list[Part]
+    audits: list[Ending]
 
 
 class Total(msgspec.Struct):
@@ -74,17 +105,18 @@ def story_of(ledger: Ledger, *, last: int | None = None, node: str | None = None
     """
     totals: dict[str, Total] = {}
     rounds: deque[Round] = deque(maxlen=None if node is not None else last)
+    words: dict[tuple[str, int], list[Word]] = {}
     held = 0
     for entry in ledger.entries():
         held += 1
-        round = _round(entry, _record(ledger, entry))
+        round = _round(entry, record_of(ledger, entry), words)
         _add(totals, round)
         rounds.append(round)
     shown = list(rounds)
     if node is not None:
-        me = _only(ledger, totals, node)
+        me = only(ledger, totals, node)
         totals = {me: totals[me]}
-        shown = [_part_of(round, me) for round in rounds if any(part.node == me for part in round.members)]
+        shown = [round for round in (_part_of(one, me) for one in rounds) if round.members or round.audits]
         shown = shown[-last:] if last is not None else shown
     return Story(
         run_id=ledger.run_id.hex(),
@@ -96,7 +128,8 @@ def story_of(ledger: Ledger, *, last: int | None = None, node: str | None = None
     )
 
 
-def _record(ledger: Ledger, entry: Entry) -> Record:
+def record_of(ledger: Ledger, entry: Entry) -> Record:
+    """What an entry of ``ledger`` says, no signature checked. Raises :class:`LedgerError`."""
     try:
         return claimed(entry.certificate).record
     except MalformedMessage as error:
@@ -105,13 +138,42 @@ def _record(ledger: Ledger, entry: Entry) -> Record:
         ) from None
 
 
-def _round(entry: Entry, record: Record) -> Round:
+def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Word]]) -> Round:
+    """``words``: of audits that are open, what was said so far."""
     members = [
         Part(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(minority))
-        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, minority in member_rows(record)
+        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, minority, _ in member_rows(record)
     ]
     root = None if entry.state_root is None else entry.state_root.hex()
-    return Round(entry.round, record.hash.hex(), root, record.reconfiguration, members)
+    for said in record.docket.said:
+        _hear(said, entry.round, words)
+    audits = [
+        Ending(
+            accused=one.accused,
+            work=one.round,
+            outcome=one.outcome,
+            gain=one.gain / 1e6,
+            paid=list(one.paid),
+            lied=list(one.lied),
+            evidence=words.pop((one.accused, one.round), []),
+        )
+        for one in record.docket.closed
+    ]
+    return Round(entry.round, record.hash.hex(), root, record.reconfiguration, members, audits)
+
+
+def _hear(said: bytes, round: int, words: dict[tuple[str, int], list[Word]]) -> None:
+    """Add a verdict to what was said; digests of verdicts say nothing, and neither does what cannot be read."""
+    try:
+        envelope = envelopes.decode(said)
+        if envelope.domain != Verdict.DOMAIN:
+            return
+        verdict = decode(Verdict, envelope.body)
+    except MalformedMessage:
+        return
+    found = verdict.finding
+    word = Word(envelope.author, round, found.outcome, found.error / 1e6, found.segment)
+    words.setdefault((verdict.accused, verdict.round), []).append(word)
 
 
 def _add(totals: dict[str, Total], round: Round) -> None:
@@ -125,8 +187,9 @@ def _add(totals: dict[str, Total], round: Round) -> None:
             total.payload_bytes += part.payload_bytes or 0
 
 
-def _only(ledger: Ledger, totals: dict[str, Total], node: str) -> str:
-    found = [name for name in totals if name.endswith(node.removeprefix("…"))]
+def only(ledger: Ledger, names: Iterable[str], node: str) -> str:
+    """The one of ``names`` that ends in ``node``. Raises :class:`LedgerError` where it is none or several."""
+    found = [name for name in names if name.endswith(node.removeprefix("…"))]
     if len(found) == 1:
         return found[0]
     what = "no member" if not found else f"{len(found)} members"
@@ -135,4 +198,6 @@ def _only(ledger: Ledger, totals: dict[str, Total], node: str) -> str:
 
 
 def _part_of(round: Round, node: str) -> Round:
-    return msgspec.structs.replace(round, members=[part for part in round.members if part.node == node])
+    members = [part for part in round.members if part.node == node]
+    audits = [one for one in round.audits if node in (one.accused, *one.paid, *one.lied)]
+    return msgspec.structs.replace(round, members=members, audits=audits)

@@ -14,6 +14,7 @@ from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
 from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
+from psyche.ethereum import address_bytes
 from psyche.network.address import split_address
 from psyche.network.identity import IDENTITY, Identity
 from psyche.network.invite import MAX_ADDRESSES, Invite
@@ -238,6 +239,8 @@ async def _take_part(
     making = asyncio.to_thread(_replica, manifest, found.store, node, choice, directory, identity, log)
     supply: Supply
     (replica, certificates), supply = await asyncio.gather(making, provide())
+    if node.payout is not None:
+        replica.payout = address_bytes(node.payout)
     if budget is not None:
         supply = Supply()  # of the run's text it trains on none
         replica.private = await asyncio.to_thread(open_private, manifest, node, directory, found.store, budget)

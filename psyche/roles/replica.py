@@ -77,6 +77,8 @@ class Replica:
         self.private: Private | None = None
         """The node's own text, if it trains on that (federated mode). Then every round starts from θ, and is seen of
         outside only as what was clipped, noised and paid for."""
+        self.payout = b""
+        """Address that the node's credits are to be paid to, if its owner has named one."""
 
     # ------------------------------------------------------------------------------- one round
 
@@ -143,7 +145,7 @@ class Replica:
             late_steps=steps.late,
             tokens=done * self.run.tokens_per_step,
             private=self.private is not None,
-            payout=b"",
+            payout=self.payout,
             salt=self._salt(plan),
         )
         loss = sum(steps.losses) / len(steps.losses)

@@ -18,7 +18,17 @@ from typing import Self
 from psyche.errors import PsycheError
 from psyche.protocol.ledger import Entry, claimed, missing_rounds
 from psyche.protocol.messages import Record
-from psyche.state.ledger_schema import APPLICATION, SCHEMA, VERSION, MemberRow, RoundRow, member_rows, round_row
+from psyche.state.ledger_schema import (
+    APPLICATION,
+    SCHEMA,
+    VERSION,
+    AuditRow,
+    MemberRow,
+    RoundRow,
+    audit_rows,
+    member_rows,
+    round_row,
+)
 
 NAME = "ledger.sqlite"
 _WAIT_SECONDS = 30.0
@@ -119,6 +129,7 @@ class Ledger:
                 (first,),
             )
             cursor.execute("DELETE FROM members WHERE round >= ?", (first,))
+            cursor.execute("DELETE FROM audits WHERE round >= ?", (first,))
             moved = cursor.execute("DELETE FROM rounds WHERE round >= ?", (first,)).rowcount
             self._append(cursor, certificate, record, state_root)
         return moved
@@ -143,7 +154,8 @@ class Ledger:
         root = state_root if after is None else after[1]
         if there is None:
             cursor.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?)", (*row[:4], root, row[4], certificate))
-            cursor.executemany("INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", member_rows(record))
+            cursor.executemany("INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", member_rows(record))
+            cursor.executemany("INSERT INTO audits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", audit_rows(record))
         elif root is not None:
             cursor.execute("UPDATE rounds SET state_root = ? WHERE round = ?", (root, round))
         # A quorum has voted for what this round builds on: a node that had found something else was wrong.
@@ -189,6 +201,11 @@ class Ledger:
             yield from page
             first = page[-1].round + 1
 
+    def entry(self, round: int) -> Entry | None:
+        """The round as it is there, if it is. Nothing in it is checked."""
+        query = "SELECT round, certificate, state_root FROM rounds WHERE round = ?"
+        return next((self._entry(row) for row in self._select(query, round)), None)
+
     def superseded(self) -> list[Entry]:
         """Records that the run went back on, by round."""
         query = "SELECT round, certificate, state_root FROM superseded ORDER BY round, record_hash"
@@ -203,10 +220,14 @@ class Ledger:
         """What the file says of a round's members; :func:`member_rows` of its record, or it was changed."""
         return self._select("SELECT * FROM members WHERE round = ? ORDER BY node", round)
 
+    def audit_rows(self, round: int) -> list[AuditRow]:
+        """What the file says of audits that ended with a round; :func:`audit_rows` of its record, or it was changed."""
+        return self._select("SELECT * FROM audits WHERE round = ? ORDER BY place", round)
+
     def strays(self) -> list[int]:
-        """Rounds that members are listed for and that are not there."""
-        found = self._select("SELECT DISTINCT round FROM members WHERE round NOT IN (SELECT round FROM rounds)")
-        return [round for (round,) in found]
+        """Rounds that members or audits are listed for and that are not there."""
+        listed = "SELECT round FROM members UNION SELECT round FROM audits"
+        return [round for (round,) in self._select(f"{listed} EXCEPT SELECT round FROM rounds")]
 
     def check_pages(self) -> None:
         """Have SQLite look for damage in the whole file. Raises :class:`LedgerError` where it finds some."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psyche.protocol.messages import Record
 
-VERSION = 2
+VERSION = 3
 APPLICATION = int.from_bytes(b"psyc", "big")
 """SQLite keeps both in the file's header."""
 
@@ -30,7 +30,19 @@ CREATE TABLE members (
     private INTEGER,               -- trained on data of its own: unaudited, its weight capped
     reason TEXT,                   -- left out: why
     minority INTEGER NOT NULL,     -- it reported another result than the one believed
+    payout BLOB,                   -- address that it wants to be paid at; empty: it named none
     PRIMARY KEY (round, node)
+) WITHOUT ROWID;
+CREATE TABLE audits (              -- those that ended
+    round INTEGER NOT NULL,        -- whose record says so
+    place INTEGER NOT NULL,        -- in that record
+    accused TEXT NOT NULL,
+    work INTEGER NOT NULL,         -- round of the contribution that was done again
+    outcome TEXT NOT NULL,
+    gain INTEGER NOT NULL,         -- of held-out loss, in millionths of a nat a token
+    paid TEXT NOT NULL,            -- auditors whose word agrees with it, with spaces between them
+    lied TEXT NOT NULL,            -- and those who said the opposite
+    PRIMARY KEY (round, place)
 ) WITHOUT ROWID;
 CREATE TABLE superseded (
     record_hash BLOB PRIMARY KEY,
@@ -47,8 +59,10 @@ SCHEMA = (
 )
 """The statements that make an empty ledger, in one transaction."""
 
-MemberRow = tuple[int, str, int, int, int | None, int | None, int | None, int | None, str | None, int]
+MemberRow = tuple[int, str, int, int, int | None, int | None, int | None, int | None, str | None, int, bytes | None]
 """A row of ``members``."""
+AuditRow = tuple[int, int, str, int, str, int, str, str]
+"""A row of ``audits``."""
 RoundRow = tuple[int, bytes, bytes, bytes, int]
 """Of a row of ``rounds`` what its certificate says: round, record_hash, previous, base_root, reconfiguration."""
 
@@ -70,6 +84,23 @@ def member_rows(record: Record) -> list[MemberRow]:
         counts: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
         if done is not None:
             counts = done.tokens, done.inner_steps, done.payload_bytes, int(done.private)
-        outvoted = int(node in record.minority)
-        rows.append((record.plan.round, node, member.votes, member.inner_steps, *counts, reasons.get(node), outvoted))
+        rest = reasons.get(node), int(node in record.minority), None if done is None else done.payout
+        rows.append((record.plan.round, node, member.votes, member.inner_steps, *counts, *rest))
     return rows
+
+
+def audit_rows(record: Record) -> list[AuditRow]:
+    """What ``audits`` says of a record, in its order."""
+    return [
+        (
+            record.plan.round,
+            place,
+            one.accused,
+            one.round,
+            one.outcome,
+            one.gain,
+            " ".join(one.paid),
+            " ".join(one.lied),
+        )
+        for place, one in enumerate(record.docket.closed)
+    ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from psyche.config import MANIFEST, Manifest
-from psyche.roles.ledger import verify_ledger
+from psyche.roles.ledger_check import verify_ledger
 from psyche.state.ledger import NAME as LEDGER
 from psyche.telemetry.events import Notice, RoundCertified, RoundStarted
 from tests.roles.swarm import Swarm, standby_key, swarm

@@ -5,18 +5,24 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche.network.identity import Identity
+from psyche.protocol import envelope as envelopes
 from psyche.protocol.ledger import BadLedger
-from psyche.roles.ledger import verify_ledger
+from psyche.protocol.messages import Certificate, Excluded, Record
+from psyche.protocol.verdicts import Closed
+from psyche.protocol.wire import decode
+from psyche.roles.ledger_check import verify_ledger
 from psyche.state.ledger import NAME, Ledger, LedgerError
-from tests.chains import MANIFEST, NAMES, RULES, certify, chain
+from tests.chains import COORDINATOR, MANIFEST, MEMBERS, NAMES, RULES, STRANGER, certify, chain
 from tests.ledgers import CHAIN, EACH, OTHER, change, fill
 
 
@@ -47,12 +53,12 @@ def held(path: Path, query: str, *values: object) -> object:
 
 def test_a_sound_ledger(sound: Path) -> None:
     found = verify_ledger(sound, MANIFEST)
-    assert (found.rounds, found.last, found.missing, found.reconfigurations) == (6, 6, (), 0)
+    assert (found.rounds, found.last, found.missing, found.reconfigurations) == (6, 6, [], 0)
     assert found.tokens == dict.fromkeys(NAMES[:-1], 6 * EACH) | {NAMES[-1]: 3 * EACH}
 
 
 COLUMNS = ["record_hash", "previous", "base_root", "reconfiguration", "certificate"]
-COUNTS = ["votes", "due_steps", "tokens", "inner_steps", "payload_bytes", "private", "minority"]
+COUNTS = ["votes", "due_steps", "tokens", "inner_steps", "payload_bytes", "private", "minority", "payout"]
 VALUES = st.one_of(
     st.integers(2, 2**40), st.binary(min_size=1, max_size=40), st.text(min_size=1, max_size=9), st.none()
 )
@@ -143,7 +149,7 @@ def test_missing_rounds_are_named(sound: Path, gone: set[int]) -> None:
     with copied(sound) as path:
         for round in gone:
             change(path, "DELETE FROM rounds WHERE round = ?", round)
-        assert "members are listed for it" in fault(path).reason
+        assert "members or audits are listed for it" in fault(path).reason
         for round in gone:
             change(path, "DELETE FROM members WHERE round = ?", round)
         found = verify_ledger(path, MANIFEST)
@@ -186,3 +192,119 @@ def test_a_run_that_went_back_is_told_by_its_ledger(sound: Path) -> None:
         assert (found.round, "certified twice" in found.reason) == (5, True), "round 6 is built on another round 5"
         change(path, "UPDATE superseded SET certificate = ?", b"made up")
         assert "proves nothing" in fault(path).reason
+
+
+# ------------------------------------------------------------- signed again, by whoever has a key
+
+
+def signed_again(certificate: bytes, what: str, number: int, by: Identity) -> bytes:
+    """A certificate with one of its envelopes signed by another key, in that key's name."""
+    content = decode(Certificate, certificate)
+    if what == "proposal":
+        return msgspec.structs.replace(content, proposal=forged(content.proposal, by)).encode()
+    items = list(getattr(content, what))
+    items[number % len(items)] = forged(items[number % len(items)], by)
+    return msgspec.structs.replace(content, **{what: tuple(items)}).encode()
+
+
+def forged(envelope: bytes, by: Identity) -> bytes:
+    old = envelopes.decode(envelope)
+    return envelopes.encode(by.seal(old.domain, old.run_id, old.round, old.body))
+
+
+@given(
+    st.integers(1, 6), st.sampled_from(["proposal", "seals"]), st.integers(0, 9), st.sampled_from([STRANGER, *MEMBERS])
+)
+@settings(deadline=None, max_examples=30)
+def test_what_a_coordinator_signs_counts_from_nobody_else(
+    sound: Path, round: int, what: str, number: int, by: Identity
+) -> None:
+    with copied(sound) as path:
+        again = signed_again(CHAIN[round - 1].certificate, what, number, by)
+        change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round)
+        found = fault(path)
+        assert found.round == round
+        assert "who is no coordinator" in found.reason
+
+
+@given(st.integers(1, 6), st.integers(0, 3), st.sampled_from([STRANGER, COORDINATOR]))
+@settings(deadline=None, max_examples=15)
+def test_votes_count_from_members_only(sound: Path, round: int, number: int, by: Identity) -> None:
+    with copied(sound) as path:
+        again = signed_again(CHAIN[round - 1].certificate, "votes", number, by)
+        again = signed_again(again, "votes", number + 1, by)
+        change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round)
+        assert (fault(path).round, "2 votes are not more than two thirds of 4" in fault(path).reason) == (round, True)
+
+
+CHANGES: dict[str, Callable[[Record], Record]] = {
+    "more tokens": lambda record: with_contribution(record, tokens=EACH + 1),
+    "another payout": lambda record: with_contribution(record, payout=b"p" * 20),
+    "another root": lambda record: with_contribution(record, trace_root=b"t" * 32),
+    "an audit": lambda record: with_docket(record, closed=(Closed(NAMES[0], 1, "passed", (NAMES[1],), (), 9),)),
+    "a conviction": lambda record: with_docket(record, closed=(Closed(NAMES[0], 1, "convicted", (), (), 0),)),
+    "a ban": lambda record: with_docket(record, banned=(NAMES[1],)),
+    "a grudge": lambda record: msgspec.structs.replace(record, minority=(NAMES[1],)),
+    "an excuse": lambda record: msgspec.structs.replace(record, excluded=(Excluded(NAMES[-1], "it was ill"),)),
+}
+
+
+def with_contribution(record: Record, **changes: object) -> Record:
+    first, *others = record.accepted
+    mine = msgspec.structs.replace(first, contribution=msgspec.structs.replace(first.contribution, **changes))
+    return msgspec.structs.replace(record, accepted=(mine, *others))
+
+
+def with_docket(record: Record, **changes: object) -> Record:
+    return msgspec.structs.replace(record, docket=msgspec.structs.replace(record.docket, **changes))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("rows", [False, True], ids=["certificate", "and rows"])
+@pytest.mark.parametrize("votes", [True, False], ids=["old votes", "no votes"])
+def test_a_coordinator_alone_rewrites_nothing(sound: Path, name: str, rows: bool, votes: bool) -> None:
+    """It has its own key, and the file: it proposes and seals another record, with the votes for the first, or none."""
+    old = CHAIN[3]
+    record = CHANGES[name](old.record)
+    assert record.hash != old.record.hash
+    certificate = decode(Certificate, certify(record, voters=0))
+    if votes:
+        certificate = msgspec.structs.replace(certificate, votes=decode(Certificate, old.certificate).votes)
+    with copied(sound) as path:
+        if rows:
+            with Ledger.open(path, RULES.run_id) as ledger:
+                for table in ("rounds", "members", "audits"):
+                    change(path, f"DELETE FROM {table} WHERE round >= 4")
+                ledger.append(certificate.encode(), record, old.root)
+        else:
+            change(path, "UPDATE rounds SET certificate = ? WHERE round = 4", certificate.encode())
+        found = fault(path)
+        assert found.round == 4
+        assert ("is for something else" if votes else "0 votes are not more than two thirds of 4") in found.reason
+
+
+@given(st.integers(0, 2**30), st.integers(1, 255))
+@settings(deadline=None, max_examples=60)
+def test_a_changed_byte_of_the_file_is_found_or_says_nothing(sound: Path, at: int, flip: int) -> None:
+    """Wherever it is; but for what nobody reads, as what SQLite has not overwritten of earlier pages."""
+    with copied(sound) as path:
+        content = bytearray(path.read_bytes())
+        content[at % len(content)] ^= flip
+        path.write_bytes(content)
+        before = verify_ledger(sound, MANIFEST)
+        try:
+            found = verify_ledger(path, MANIFEST)
+        except (LedgerError, BadLedger):
+            return
+        with Ledger.read(path) as ledger, Ledger.read(sound) as untouched:
+            assert list(ledger.entries()) == list(untouched.entries())
+        assert found.books.accounts == before.books.accounts
+
+
+@pytest.mark.parametrize("round", [1, 4, 6])
+def test_an_audit_that_never_was_is_named(sound: Path, round: int) -> None:
+    with copied(sound) as path:
+        change(path, "INSERT INTO audits VALUES (?, 0, ?, 1, 'passed', 5, '', '')", round, NAMES[0])
+        assert (fault(path).round, "its audits are not listed" in fault(path).reason) == (round, True)
+        change(path, "UPDATE audits SET round = 99")
+        assert fault(path).round == 99

@@ -13,7 +13,7 @@ import pytest
 
 from psyche.config import MANIFEST, Manifest, load_config
 from psyche.network.identity import IDENTITY, Identity
-from psyche.roles.ledger import verify_ledger
+from psyche.roles.ledger_check import verify_ledger
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger
 from psyche.telemetry.events import RoundCertified

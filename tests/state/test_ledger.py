@@ -213,7 +213,7 @@ def test_another_formats_ledger_is_refused(path: Path) -> None:
     with sqlite3.connect(path) as writer:
         writer.execute("PRAGMA user_version = 99")
     for use in (lambda: Ledger.open(path, RUN), lambda: Ledger.read(path)):
-        with pytest.raises(LedgerError, match="a ledger of format 99, and this psyche reads 2: use the version"):
+        with pytest.raises(LedgerError, match="a ledger of format 99, and this psyche reads 3: use the version"):
             use()
 
 

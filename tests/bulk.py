@@ -1,0 +1,117 @@
+"""Long ledgers of many nodes, with real signatures, for what has to be quick.
+
+``python -m tests.bulk DIRECTORY ROUNDS NODES`` writes one with its manifest, as a node's directory has them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from psyche.config import MANIFEST, Data, Manifest, Model, Resolved, Rounds, Run
+from psyche.config.trust import Audits
+from psyche.network.identity import Identity
+from psyche.numerics.digest import digest
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.assignment import next_position
+from psyche.protocol.messages import (
+    Accepted,
+    Certificate,
+    Member,
+    Plan,
+    Proposal,
+    Record,
+    Roster,
+    Seal,
+    Vote,
+)
+from psyche.protocol.proposals import round_seed
+from psyche.protocol.standing import standing_after
+from psyche.protocol.state import Rules
+from psyche.protocol.verdicts import EMPTY
+from psyche.protocol.wire import Body
+from psyche.roles.chain_rules import chain_rules
+from psyche.state.ledger import NAME, Ledger
+from psyche.state.ledger_schema import audit_rows, member_rows, round_row
+from tests.protocol.players import contribution
+
+COORDINATOR = Identity(bytes(31) + b"c", Path("unused"))
+
+
+def bulk_manifest(rounds: int) -> Manifest:
+    """Of a run in which nothing is audited."""
+    digests = {key: f"{number:064x}" for number, key in enumerate(("store", "layout", "genesis"), 1)}
+    return Manifest(
+        run=Run(
+            name="bulk",
+            model=Model(settings={"vocab_size": 4096}),
+            data=Data(),
+            rounds=Rounds(total=rounds, inner_steps=5),
+            audits=Audits(rate=0.0),
+        ),
+        resolved=Resolved(coordinators=(COORDINATOR.peer_id,), parameters=4096, flat_size=4096, **digests),
+    )
+
+
+def bulk_chain(
+    manifest: Manifest, nodes: int, payouts: Sequence[bytes] | None = None
+) -> Iterator[tuple[bytes, Record, bytes]]:
+    """Certificate, record, and state_root of each round of the run, with the votes of just a quorum.
+
+    ``payouts`` are the addresses that nodes name, in the order of their names; one each by default.
+    """
+    rules = chain_rules(manifest)
+    members = [Identity(b"bulk" + number.to_bytes(28, "big"), Path("unused")) for number in range(nodes)]
+    members.sort(key=lambda one: one.peer_id)
+    names = tuple(one.peer_id for one in members)
+    named = dict(zip(names, payouts or [digest("payout", name.encode())[:20] for name in names], strict=True))
+    plan: Plan | None = None
+    head, root, standing = rules.run_id, rules.genesis, ()
+    for round in range(1, rules.rounds + 1):
+        position = 0 if plan is None else next_position(plan, rules.batch_size, rules.late_steps)
+        given = tuple(Member(name, rules.inner_steps, 1) for name in names)
+        plan = Plan(round, 2 * round - 1, head, root, round_seed(head), position, 0, given)
+        standing = standing_after(standing, round=round, electorate=names, accepted=names, probation=rules.probation)
+        accepted = tuple(
+            Accepted(name, contribution(name, plan, rules, payload_bytes=1000, payout=named[name])) for name in names
+        )
+        roster = int(round == 1)
+        record = Record(plan, accepted, (), roster, names, names, standing, EMPTY, (), (), ())
+        yield _certify(record, members[: 2 * nodes // 3 + 1], rules), record, digest("root", record.hash)
+        head, root = record.hash, digest("root", record.hash)
+
+
+def _certify(record: Record, voters: list[Identity], rules: Rules) -> bytes:
+    round, term, own, previous = record.plan.round, record.plan.term + 1, record.hash, record.plan.previous
+
+    def sealed(author: Identity, body: Body) -> bytes:
+        return envelopes.encode(author.seal(body.DOMAIN, rules.run_id, round, body.encode()))
+
+    vote, roster = Vote(term, own), Roster(previous, record.roster, record.electorate)
+    signed = (sealed(COORDINATOR, roster),) if record.roster else ()
+    seal = sealed(COORDINATOR, Seal(previous, record.roster, own))
+    proposal = sealed(COORDINATOR, Proposal(term, record, signed))
+    return Certificate(proposal, tuple(sealed(one, vote) for one in voters), (seal,)).encode()
+
+
+def bulk_ledger(directory: Path, rounds: int, nodes: int, payouts: Sequence[bytes] | None = None) -> Manifest:
+    """Write ledger and manifest of a run of so many rounds; in one transaction, or the disk is what takes longest."""
+    manifest = bulk_manifest(rounds)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).write_bytes(manifest.encode())
+    Ledger.open(directory / NAME, manifest.run_id).close()
+    with sqlite3.connect(directory / NAME) as writer:
+        for certificate, record, root in bulk_chain(manifest, nodes, payouts):
+            row = round_row(record)
+            writer.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?)", (*row[:4], root, row[4], certificate))
+            for table, rows in (("members", member_rows(record)), ("audits", audit_rows(record))):
+                for one in rows:
+                    writer.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(one))})", one)
+    writer.close()
+    return manifest
+
+
+if __name__ == "__main__":
+    bulk_ledger(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
