@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
-from psyche.config import Manifest, Node
+from psyche.config import Manifest, Node, Run
 from psyche.numerics.codecs.registry import codec
 from psyche.roles.probes import Offset
 from psyche.telemetry.wording import size
@@ -25,6 +25,9 @@ from psyche.training.zero.memory import ROOM, rank_bytes
 Level = Literal["ok", "warn", "fail"]
 CLOCK_WARN = 1.5
 """Seconds. Bootstrap nodes turn away who differs by more than 3."""
+KITS = 3
+"""Rounds: the one that is trained for, the one before, of which it is not known yet whether it is audited, and one that
+is."""
 RANK_BYTES = 500 << 20
 """A rank before it has any tensor: Python, torch, transformers and DeepSpeed."""
 
@@ -63,11 +66,23 @@ def needs_of(manifest: Manifest, node: Node, choice: Choice) -> Needs:
     payloads = encoder.payload_bytes(elements) * (run.rounds.start_members + 1)
     checkpoint = (2 + 2) * 4 * elements + residual
     both = node.outer_state == "gpu" and on_gpu
+    point, kits = _audited(run, elements)
     return Needs(
-        host=(8 * elements if both else outer) + judged + beside + (0 if on_gpu else trains * len(choice.devices)),
+        host=(8 * elements if both else outer)
+        + (judged + beside + point + (0 if on_gpu else trains * len(choice.devices))),
         device=(trains + (outer if both else 0)) if on_gpu else 0,
-        directory=checkpoint * (node.checkpoints_kept + 1) + payloads,
+        directory=checkpoint * (node.checkpoints_kept + 1) + payloads + kits,
     )
+
+
+def _audited(run: Run, elements: int) -> tuple[int, int]:
+    """Bytes of memory for one trace point, and of disk for what auditors need of this node."""
+    if not run.audits.rate:
+        return 0, 0
+    point = 3 * 4 * elements  # parameters, and two moments
+    every = run.audits.trace_steps or run.rounds.inner_steps
+    points = 1 + -(-run.rounds.inner_steps // every)
+    return point, KITS * (points * point + 2 * 4 * elements)  # and θ, and the error feedback
 
 
 def _trained(elements: int, choice: Choice) -> tuple[int, int]:
