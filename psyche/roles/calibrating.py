@@ -24,6 +24,8 @@ from psyche.verification.calibration import Calibration, Kind, Measured, Told, k
 from psyche.verification.calibration_view import IGNORED, plot, snippet, table, to_json, words
 from psyche.verification.thresholds import thresholds
 
+LINE_EVERY = 5.0
+"""Percent between progress lines where there is no terminal."""
 TUNED_FOR = 10**9
 """Inner steps that compiling has to pay within: this is about what it changes, not about what it saves."""
 
@@ -48,7 +50,7 @@ def calibrate(
         if file is not None:
             with disk_errors(file, "another path"):
                 file.parent.mkdir(parents=True, exist_ok=True)
-    measured = measure(config, store, kinds_here(), rounds)
+    measured = measure(config, store, kinds_here(config.node.threads), rounds)
     found = thresholds(measured.honest, measured.hostile, IGNORED)
     if json is not None:
         write_durably(json, text.dumps(to_json(measured, found), indent=2).encode() + b"\n")
@@ -104,19 +106,19 @@ def _say(words: str) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Told]:
-    """A bar on a terminal, a line for each thing done elsewhere; all on stderr."""
-    console, last = Console(stderr=True), ""
+    """A bar on a terminal, a line now and then elsewhere; all on stderr."""
+    console, last, said = Console(stderr=True), "", 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
         def told(what: str, steps: int) -> None:
-            nonlocal last
+            nonlocal last, said
             bar.update(task, advance=steps, description=what)
-            if what != last and not console.is_terminal:
-                done = bar.tasks[0].percentage
+            done = bar.tasks[0].percentage
+            if not console.is_terminal and (what != last or done >= said + LINE_EVERY):
+                last, said = what, done
                 print(f"{done:3.0f} %  {what}", file=sys.stderr, flush=True)
-            last = what
 
         yield told

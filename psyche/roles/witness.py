@@ -31,7 +31,6 @@ class Witness:
         self.theta_roots: dict[int, bytes] = {}
         """Root of θ alone after so many rounds, of the last ``audits.window`` and of now: what an audited round of this
         node's peers was to be trained from."""
-        self._x = torch.empty(engine.layout.size if run.audits.rate else 0)
 
     def stands(self, rounds: int, host: OuterState, index: BlobIndex) -> None:
         """The outer state after ``rounds``, and its chunk hashes."""
@@ -61,8 +60,9 @@ class Witness:
     def mark(self, trace: Trace, step: int) -> None:
         """A trace point after ``step`` inner steps of the round, unless there is one."""
         if self._audited(trace) and (not trace.points or trace.points[-1].step < step):
-            self._engine.read(self._x)
-            trace.mark(step, self._x.numpy().data, packed(self._engine))
+            local = torch.empty(self._engine.layout.size)  # a new one: the last may still be on its way to the disk
+            self._engine.read(local)
+            trace.mark(step, local.numpy().data, packed(self._engine))
 
     def residual(self, trace: Trace, residual: Tensor | None, parts: Sequence[slice]) -> bytes:
         """Root of the error feedback in what a round exchanges."""

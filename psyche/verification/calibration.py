@@ -45,18 +45,24 @@ class Kind:
     compiled: bool = False
 
 
-def kinds_here() -> list[Kind]:
-    """Those that can be tried on this machine; the first is the reference."""
+def kinds_here(threads: int | None) -> list[Kind]:
+    """Those that can be tried on this machine; the first is the reference, and what it has not said otherwise the
+    others have of it. ``threads`` are a node's usual ones, all cores where None."""
     cores = len(os.sched_getaffinity(0))
-    found = [Kind("fp32, 1 thread", "cpu", 1, "fp32")]
-    if cores > 1:
-        found.append(Kind(f"fp32, {cores} threads", "cpu", cores, "fp32"))
-    found.append(Kind(f"bf16, {cores} thread{'s' * (cores > 1)}", "cpu", cores, "bf16"))
-    found.append(Kind("fp32, compiled", "cpu", cores, "fp32", compiled=True))
+    usual = threads or cores
+    other = cores if usual != cores else max(1, cores // 2)
+    found = [Kind(f"fp32, {_counted(usual)}", "cpu", usual, "fp32")]
+    if other != usual:
+        found.append(Kind(f"fp32, {_counted(other)}", "cpu", other, "fp32"))
+    found += [Kind("bf16", "cpu", usual, "bf16"), Kind("fp32, compiled", "cpu", usual, "fp32", compiled=True)]
     if torch.cuda.is_available():
-        found += [Kind("fp32, GPU", "cuda", cores, "fp32"), Kind("bf16, GPU", "cuda", cores, "bf16")]
-        found.append(Kind("bf16, GPU, compiled", "cuda", cores, "bf16", compiled=True))
+        found += [Kind("fp32, GPU", "cuda", usual, "fp32"), Kind("bf16, GPU", "cuda", usual, "bf16")]
+        found.append(Kind("bf16, GPU, compiled", "cuda", usual, "bf16", compiled=True))
     return found
+
+
+def _counted(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -47,12 +48,18 @@ class Unserved(Exception):
 
 
 class Kits:
-    """A node's, one directory a round. A disk that cannot be written costs the node the proof, not the round."""
+    """A node's, one directory a round. A disk that cannot be written costs the node the proof, not the round.
+
+    Who trains waits for hashes and not for the disk: a thread writes, one blob at a time, so that no more than one is
+    held in memory for it.
+    """
 
     def __init__(self, directory: Path, warn: Callable[[str], None] = lambda text: None) -> None:
         """What an earlier process of the node left there whole is still there."""
         self._directory, self._warn = directory, warn
         self._broken: set[int] = set()
+        self._writer = ThreadPoolExecutor(1, "kits")
+        self._writing: Future[None] | None = None
         for round, place in self._places():
             if not (place / NAME).is_file():
                 self.forget_one(round)
@@ -60,36 +67,31 @@ class Kits:
     @property
     def rounds(self) -> list[int]:
         """Those that can be done again, ascending."""
+        self._settle()
         return sorted(round for round, place in self._places() if (place / NAME).is_file())
 
     def begin(self, round: int) -> None:
         """``round`` is trained for, maybe once more."""
+        self._settle()
         self._broken.discard(round)
         self.forget_one(round)
 
     def keep(self, round: int, blob: Buffer) -> bytes:
-        """Hash and write a blob of ``round``; its root. Raises nothing: where it cannot be written the round will not
-        be served."""
+        """Hash a blob of ``round``, and have it written: it must stay as it is until the next one is kept. Its root.
+
+        Raises nothing: where it cannot be written the round will not be served.
+        """
         root = index_blob(blob).root
-        if round not in self._broken:
-            try:
-                self._write(round, root, blob)
-            except OSError as error:
-                self._fail(round, error)
+        self._begin(round, lambda: self._write(round, root, blob))
         return root
 
     def finish(self, round: int, kit: Kit) -> None:
         """All blobs of ``round`` were given."""
-        if round in self._broken:
-            return
-        try:
-            self._place(round).mkdir(parents=True, exist_ok=True)
-            (self._place(round) / NAME).write_bytes(kit.encode())
-        except OSError as error:
-            self._fail(round, error)
+        self._begin(round, lambda: self._write_kit(round, kit))
 
     def kit(self, round: int) -> Kit | None:
         """That of ``round``, if it is here."""
+        self._settle()
         try:
             return decode(Kit, (self._place(round) / NAME).read_bytes())
         except (OSError, MalformedMessage):
@@ -97,6 +99,7 @@ class Kits:
 
     def blobs(self, round: int) -> Iterator[tuple[bytes, Callable[[], BlobIndex], Callable[[int], bytes]]]:
         """Root, index and chunks of each blob of ``round``, as ``BlobServer.add_unread`` takes them."""
+        self._settle()
         for path in self._place(round).glob("?" * 64):
             root = bytes.fromhex(path.name)
             yield root, partial(_index_of, path, root), partial(_chunk_of, path)
@@ -104,6 +107,7 @@ class Kits:
     def read(self, round: int, root: bytes, limit: int) -> bytes:
         """A blob of ``round``, of at most ``limit`` bytes, as it would come from another node. Raises
         :class:`Unserved`."""
+        self._settle()
         path = self._place(round) / root.hex()
         try:
             content = path.read_bytes() if path.stat().st_size <= limit else b""
@@ -125,6 +129,23 @@ class Kits:
 
     # ------------------------------------------------------------------------------------ on disk
 
+    def _begin(self, round: int, write: Callable[[], None]) -> None:
+        def run() -> None:
+            if round in self._broken:
+                return
+            try:
+                write()
+            except OSError as error:
+                self._fail(round, error)
+
+        self._settle()
+        self._writing = self._writer.submit(run)
+
+    def _settle(self) -> None:
+        """Wait for what is being written."""
+        if self._writing is not None:
+            self._writing.result()
+
     def _place(self, round: int) -> Path:
         return self._directory / f"{round:08d}"
 
@@ -132,6 +153,11 @@ class Kits:
         if not self._directory.is_dir():
             return []
         return [(int(path.name), path) for path in self._directory.iterdir() if path.name.isdecimal()]
+
+    def _write_kit(self, round: int, kit: Kit) -> None:
+        place = self._place(round)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / NAME).write_bytes(kit.encode())
 
     def _write(self, round: int, root: bytes, blob: Buffer) -> None:
         place = self._place(round)

@@ -67,6 +67,9 @@ class Claim:
     """Of the node's kit."""
     theta_root: bytes
     """Of the outer parameters before the round: a blob of θ alone."""
+    seed: bytes
+    """What draws the held-out sequences that the gain is measured on, the same for all contributions of a round. It has
+    to be unknown until commitments are closed: who knows them could train on them."""
     residuals: frozenset[bytes] | None = None
     """What the node's error feedback may have been before the round, as far as records say: what it was after earlier
     ones. Nothing (zeros) is always possible. None: they say nothing, because work of this node was not accepted."""
@@ -282,7 +285,7 @@ def _gain(lab: Lab, claim: Claim, theta: Tensor, payload: Sequence[bytes]) -> in
         out = torch.zeros(part.stop - part.start, device=lab.backend.device)
         codec.decode_add(encoded, 1.0, out)
         change[part] = out.cpu()
-    key, count = digest("gain", claim.plan.seed, claim.node.encode()), len(lab.heldout)
+    key, count = digest("gain", claim.seed), len(lab.heldout)
     drawn = permute(np.arange(min(GAIN_SEQUENCES, count), dtype=np.uint64), count, key)
     without, with_it = (_loss(lab, flat, drawn) for flat in (theta, theta - lab.run.outer.lr * change))
     gain = (without - with_it) * 1e6

@@ -19,7 +19,7 @@ from psyche.protocol.messages import WITHHELD
 from psyche.protocol.wire import Body, Hash, Natural
 
 Keep = Callable[[Buffer], bytes]
-"""Takes a blob, which is the caller's again afterwards, and returns its root."""
+"""Takes a blob, which has to stay as it is until the next one is given, and returns its root."""
 
 
 class Point(Body, frozen=True):

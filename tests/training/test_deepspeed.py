@@ -16,6 +16,7 @@ from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.training.engine import Engine
 from psyche.training.models import build
+from psyche.training.moments import Moments, packed
 from psyche.training.torch_engine import TorchEngine
 from psyche.training.zero.engine import DeepSpeedEngine
 from psyche.training.zero.memory import Stage
@@ -154,6 +155,17 @@ def test_a_state_goes_from_one_engine_to_the_other_and_back(engine: DeepSpeedEng
     third.load_state(engine.state())
     assert train(third, 4) == pytest.approx(train(other, 4), rel=1e-5)
     assert_close(third, other)
+
+
+def test_its_optimizer_is_packed_like_one_engines(engine: DeepSpeedEngine) -> None:
+    """So that a node of many GPUs can be audited by one of one."""
+    train(engine, 0, 2)
+    data = bytes(packed(engine))
+    other = alone()
+    other.write(parameters(engine))
+    other.load_state(Moments.unpack(data, other.layout).state(other.layout, frozenset()))
+    assert bytes(packed(other)) == data
+    assert train(engine, 2, 4) == pytest.approx(train(other, 2, 4), rel=1e-4)
 
 
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(engine: DeepSpeedEngine) -> None:

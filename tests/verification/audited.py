@@ -72,7 +72,7 @@ class Court:
         kits = self.accused.witness.kits
         assert kits is not None
         blobs = partial(kits.read, plan.round)
-        return audit(self.auditor, plan, self.accused.node, work.contribution, kit, blobs, **known)  # type: ignore[arg-type]
+        return audit(self.auditor, plan, self.accused.node, work.contribution, kit, blobs, seed=b"seed", **known)  # type: ignore[arg-type]
 
 
 Make = Callable[..., Court]

@@ -48,7 +48,7 @@ def test_a_calibration_says_what_to_configure(
 ) -> None:
     rounds = {"total": 8, "inner_steps": 10, "start_members": 2}
     path = write_config(tmp_path, members=2, rounds=rounds)
-    monkeypatch.setattr(calibrating, "kinds_here", lambda: [PLAIN, HALVED])
+    monkeypatch.setattr(calibrating, "kinds_here", lambda threads: [PLAIN, HALVED])
     written, picture = tmp_path / "out" / "errors.json", tmp_path / "out" / "errors.png"
     calibrate(*prepared(path, None), 4, json=written, picture=picture)
     said = capsys.readouterr()

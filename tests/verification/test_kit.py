@@ -21,6 +21,7 @@ def full(kits: Kits, round: int) -> bytes:
     kits.begin(round)
     root = kits.keep(round, BLOB)
     kits.finish(round, Kit((POINT,)))
+    kits.kit(round)  # which waits until it is written
     return root
 
 

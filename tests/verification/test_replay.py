@@ -41,7 +41,7 @@ def test_honest_work_passes_to_the_bit(make: Make, codec: str, every: int | None
         assert kit.trace_root == work.contribution.trace_root
         found = case.judge(plan, work, residuals=before)
         assert (found.outcome, found.error) == ("measured", 0)
-        assert found.gain > 0, "it has learned something"
+        assert found.gain > 0 or plan.round > 1, "the first round learns something"
         if codec == "fp32":
             assert work.contribution.residual_in == work.contribution.residual_out == WITHHELD
         else:
