@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and disk errors that a person can act on."""
+"""Files that are whole or absent, directories that are closed, and disk errors that a person can act on."""
 
 from __future__ import annotations
 
@@ -53,6 +53,20 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def close_to_others(directory: Path) -> None:
+    """Have ``directory``, made where it is missing, and nobody but this user able to look into it.
+
+    Raises ``OSError`` where it is another user's, and :class:`PsycheError` where its file system knows no users.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.chmod(0o700)  # it may have been there, open
+    if directory.stat().st_mode & 0o077:
+        raise PsycheError(
+            f"others on this machine can read {directory}, and its file system cannot keep them out: choose another "
+            "place with --directory"
+        )
 
 
 @contextmanager

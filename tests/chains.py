@@ -13,10 +13,11 @@ from psyche.network.identity import Identity, open_envelope
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.assignment import next_position
+from psyche.protocol.audits import docket_after
 from psyche.protocol.ledger import Entry, Verified, verify_chain
 from psyche.protocol.messages import Accepted, Certificate, Excluded, Member, Plan, Proposal, Record, Roster, Seal, Vote
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.standing import standing_after
+from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.state import Rules
 from psyche.protocol.verdicts import EMPTY
 from psyche.protocol.wire import Body
@@ -92,22 +93,28 @@ def link(
     plan = Plan(round, 2 * round - 1, previous, base, round_seed(previous), position, 0, members)
     out = left_out(round)
     accepted, excluded = NAMES[: len(NAMES) - out], NAMES[len(NAMES) - out :]
+    given = tuple(Accepted(name, contribution(name, plan, RULES)) for name in accepted)
+    standing, docket = (before.record.standing, before.record.docket) if before else ((), EMPTY)
+    docket = docket_after(
+        docket, standing, (), plan=plan, accepted=given, electorate=NAMES, suspects=(), rules=RULES
+    )  # fmt: skip
     record = mend(
         Record(
             plan=plan,
-            accepted=tuple(Accepted(name, contribution(name, plan, RULES)) for name in accepted),
+            accepted=given,
             excluded=tuple(Excluded(name, REASON) for name in excluded),
             roster=int(before is None),
             electorate=NAMES,
             voters=NAMES,
             standing=standing_after(
-                before.record.standing if before else (),
+                standing,
                 round=round,
                 electorate=NAMES,
                 accepted=accepted,
-                probation=RULES.probation,
+                audited=newly_audited(docket, round),
+                rules=RULES,
             ),
-            docket=EMPTY,
+            docket=docket,
             ring=(),
             results=(),
             minority=(),

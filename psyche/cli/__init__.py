@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from psyche.cli import bench, config, data, join, ledger, model, runs
+from psyche.cli import audit, bench, config, data, join, ledger, model, runs
 from psyche.cli.dashboard import dashboard
 from psyche.cli.doctor import doctor
 from psyche.errors import PsycheError
@@ -34,6 +34,7 @@ app.command()(dashboard)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(audit.app, name="audit")
 app.add_typer(bench.app, name="bench")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from psyche.config import load_node
 from psyche.errors import PsycheError
-from psyche.telemetry.events import RunStarted
-from psyche.telemetry.log import LOG_NAME, read_events
+
+if TYPE_CHECKING:
+    from psyche.telemetry.events import RunStarted
 
 
 def dashboard(
@@ -21,9 +21,10 @@ def dashboard(
     output: Annotated[Path | None, typer.Option(help="Write the layout to this file and ask no server.")] = None,
 ) -> None:
     """Create the W&B dashboard of a run; without a W&B key, write its layout as JSON into the run's directory."""
+    from psyche.config import load_node
+
     started = _started(run_dir)
     wandb = load_node(config).wandb
-    # Imported here: they take a second, which no other command should pay.
     from psyche.telemetry import dashboard as dashboards
     from psyche.telemetry.wandb_run import resolve_mode
 
@@ -44,6 +45,9 @@ def dashboard(
 
 
 def _started(run_dir: Path) -> RunStarted:
+    from psyche.telemetry.events import RunStarted
+    from psyche.telemetry.log import LOG_NAME, read_events
+
     logs = sorted(run_dir.rglob(LOG_NAME)) if run_dir.is_dir() else [run_dir]
     for log in logs:
         for event in read_events(log):

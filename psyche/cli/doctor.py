@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +30,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check this machine: versions, port, clock, reachability, disk, memory, speed, line. Exit code 1 if one fails."""
+    import asyncio
+    import json
+    from dataclasses import asdict
+
     from psyche.cli.process import RUNS, home_of, read_invite
     from psyche.config import load_node, override_node
 

@@ -33,7 +33,8 @@ def evaluate(
         Path | None, typer.Option(help="A UTF-8 file to judge on, instead of the held-out split.", show_default=False)
     ] = None,
     sequences: Annotated[
-        int | None, typer.Option(help="Held-out sequences to judge on. Default: all.", min=1, show_default=False)
+        int | None,
+        typer.Option(help="Held-out sequences to judge on. Default: as many as the run.", min=1, show_default=False),
     ] = None,
     tasks: Tasks = None,
     shots: Shots = None,

@@ -22,7 +22,18 @@ from psyche.config.files import Config, load_config, load_node
 from psyche.config.manifest import MANIFEST, Manifest, Resolved
 from psyche.config.model import Model
 from psyche.config.node import DeepSpeed, Node, PrivateData, Wandb, override_node
-from psyche.config.run import CodecSpec, Deadlines, ExchangeSpec, Federated, Inner, Outer, Overlap, Rounds, Run
+from psyche.config.run import (
+    CodecSpec,
+    Deadlines,
+    ExchangeSpec,
+    Federated,
+    Inner,
+    InnerOptimizer,
+    Outer,
+    Overlap,
+    Rounds,
+    Run,
+)
 
 __all__ = [
     "MANIFEST",
@@ -37,6 +48,7 @@ __all__ = [
     "Filter",
     "HubSource",
     "Inner",
+    "InnerOptimizer",
     "Manifest",
     "MixturePart",
     "MixtureSource",

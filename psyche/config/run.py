@@ -9,8 +9,8 @@ from pydantic import Field, StringConstraints, model_validator
 from psyche.config.base import Count, Fraction, NonNegative, PeerId, Positive, Seconds, Strict
 from psyche.config.data import BpeTokenizer, Data
 from psyche.config.model import Model
-from psyche.config.trust import Aggregation, Audits
-from psyche.numerics.codecs.names import CODECS, usual_error_feedback, usual_result_codec
+from psyche.config.trust import MAX_POINTS, Aggregation, Audits
+from psyche.numerics.codecs.names import CODECS, is_sparse, usual_error_feedback, usual_result_codec
 
 
 class CodecSpec(Strict):
@@ -29,10 +29,13 @@ class CodecSpec(Strict):
         return self
 
 
+InnerOptimizer = Literal["adamw", "muon"]
+
+
 class Inner(Strict):
     """What each node trains with. Defaults are DiLoCo's (arXiv 2311.08105, table 5) with β₂ and clip of 2503.09799."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: InnerOptimizer = "adamw"
     """``muon``: Muon for the matrices between the embeddings, AdamW for the rest (MuLoCo, arXiv 2505.23725)."""
     muon_momentum: Fraction = 0.95
     lr: Positive = 4e-4
@@ -172,6 +175,26 @@ class Run(Strict):
             raise ValueError(
                 f"overlap.late_steps ({self.overlap.late_steps}) is above rounds.inner_steps "
                 f"({self.rounds.inner_steps}): a round has no more steps to take early"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _traced(self) -> Self:
+        every = self.audits.trace_steps
+        if every is not None and self.rounds.inner_steps > every * (MAX_POINTS - 2):
+            raise ValueError(
+                f"audits.trace_steps ({every}) makes more than {MAX_POINTS} trace points of a round's "
+                f"{self.rounds.inner_steps} inner steps: raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        kind = self.aggregation.kind
+        if is_sparse(self.codec.name) and kind not in ("mean", "norm_clip"):
+            raise ValueError(
+                f"aggregation.kind {kind} compares the values of all nodes at every parameter, and codec "
+                f"{self.codec.name} sends few of them; choose norm_clip or mean, or a codec that sends all: int8, int4"
             )
         return self
 

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from psyche.config.base import Count, Positive, Strict
 
+MAX_POINTS = 4096
+"""Trace points of a round, at most: what a kit's message has room for."""
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -22,7 +24,7 @@ class Aggregation(Strict):
     max_share: Share = 0.25
     """Of an outer step's weight, the most that one node has; or twice an equal share, where few contribute."""
     newcomers_share: Share = 0.25
-    """The most that all nodes on probation have together, unless there are no others."""
+    """The most that all nodes on probation have together."""
 
 
 class Audits(Strict):

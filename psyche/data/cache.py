@@ -3,6 +3,9 @@
 The kernel keeps the peace. A shard that somebody has open is locked, shared, by whoever maps it (``data/store.py``) and
 is not evicted; one that is being fetched is locked by the fetcher, and whoever wants it too waits. The locks of a
 process end with it, so a crash leaves nothing behind but a part, which is taken over or makes way.
+
+Where a file system has no locks, each process fetches into a part of its own, and what is fetched is no shard before it
+has its name: two may fetch the same, and one may remove what another has open, which goes on reading it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -20,6 +25,8 @@ from psyche.errors import PsycheError
 
 PART = ".part"
 """Ends the name of a shard that is being fetched."""
+ABANDONED_SECONDS = 3600.0
+"""Since somebody has written into a part, where no lock says whether its fetcher is alive."""
 
 
 class CacheFull(PsycheError):
@@ -31,6 +38,8 @@ class ShardCache:
 
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
+        self.locks = True
+        """Whether its file system has locks, as far as is known: what was fetched into it has shown."""
 
     def place(self, shard: Shard) -> Path:
         """Where a shard is, or would be."""
@@ -58,6 +67,7 @@ class ShardCache:
         incoming = Incoming.begin(self.place(shard))
         if incoming is None:
             return None
+        self.locks = incoming.locked
         try:
             with self._alone():
                 self._make_room(shard.bytes)
@@ -106,19 +116,25 @@ class ShardCache:
 class Incoming:
     """A shard's file on its way into the cache: a part, until :meth:`keep` gives it its name."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path, self.descriptor = path, descriptor
-        self._part = _part(path)
+    def __init__(self, path: Path, part: Path, descriptor: int, *, locked: bool) -> None:
+        self._path, self._part, self.descriptor, self.locked = path, part, descriptor, locked
 
     @classmethod
     def begin(cls, path: Path) -> Self | None:
         """An empty part for ``path``; None where another process has it."""
-        descriptor = os.open(_part(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if not _lock(descriptor) or not _is_still(descriptor, _part(path)):
+        part = path.with_name(path.name + PART)
+        descriptor = _create(part)
+        locked = _lock(descriptor)
+        if locked is None:  # whoever opens it under this name would write over what we write
+            os.close(descriptor)
+            part.unlink(missing_ok=True)
+            part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
+            return cls(path, part, _create(part), locked=False)
+        if not locked or not _is_still(descriptor, part):
             os.close(descriptor)
             return None
         os.ftruncate(descriptor, 0)
-        return cls(path, descriptor)
+        return cls(path, part, descriptor, locked=True)
 
     def keep(self) -> None:
         """What was written is the shard. Raises ``OSError``."""
@@ -140,18 +156,18 @@ class Incoming:
         self.close()
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + PART)
+def _create(part: Path) -> int:
+    return os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file for this process alone, unless somebody has it."""
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file for this process alone: False where somebody has it, None where it cannot be locked."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: at worst two fetch the same
-        return True
+    except OSError:
+        return None
     return True
 
 
@@ -163,15 +179,22 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def _evict(path: Path) -> bool:
-    """Remove a file that nobody uses."""
+    """Remove a file that nobody uses, as far as can be known."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS locks nothing that is open for reading only
     except FileNotFoundError:
         return True
+    except PermissionError:
+        return False  # another user's
     try:
-        if not _lock(descriptor):
+        locked = _lock(descriptor)
+        if locked is False or (locked is None and path.suffix == PART and not _abandoned(descriptor)):
             return False
         path.unlink(missing_ok=True)
         return True
     finally:
         os.close(descriptor)
+
+
+def _abandoned(part: int) -> bool:
+    return time.time() - os.fstat(part).st_mtime > ABANDONED_SECONDS

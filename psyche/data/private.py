@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 
 from psyche.data.encoding import batches
 from psyche.data.index import DTYPES, Index
-from psyche.data.packing import Tokens, pack, pad
+from psyche.data.staging import SplitState, SplitWriter
 from psyche.data.tokenizer import Encoder
-from psyche.durable import disk_errors, write_durably
+from psyche.durable import close_to_others, disk_errors, write_durably
 from psyche.errors import PsycheError
 
 TOKENS = "tokens.bin"
@@ -78,8 +79,7 @@ def prepare_private(source: Path, directory: Path, index: Index, tokenizer: Path
     )
     target, description = directory / TOKENS, directory / DESCRIPTION
     with disk_errors(directory, "--directory"):
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        directory.chmod(0o700)
+        close_to_others(directory)
         if (
             not target.exists()
             or not description.exists()
@@ -98,18 +98,13 @@ def prepare_private(source: Path, directory: Path, index: Index, tokenizer: Path
 
 def _encode(files: list[Path], target: Path, index: Index, encoder: Encoder) -> None:
     """Replace ``target`` by the sequences of all ``files``."""
-    temporary, width = target.with_suffix(".tmp"), index.sequence_length
-    carry: Tokens = np.empty(0, DTYPES[index.dtype])
-    with temporary.open("wb") as file:
+    temporary = target.with_suffix(".tmp")
+    writer = SplitWriter(temporary, DTYPES[index.dtype], index.sequence_length, index.packing, SplitState())
+    with closing(writer):
         for batch in batches(text for path in files for text in _documents(path)):
-            documents = [ids.astype(carry.dtype) for ids in encoder.encode(batch)]
-            if index.packing == "pad":
-                rows = np.concatenate([pad(document, width) for document in documents])
-            else:
-                rows, carry = pack(np.concatenate([carry, *documents]), width)
-            file.write(np.ascontiguousarray(rows).data)
-        file.flush()
-        os.fsync(file.fileno())
+            for document in encoder.encode(batch):
+                writer.add(document)
+        writer.sync()
     os.replace(temporary, target)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from psyche.exchange.journal import Journal
+from psyche.exchange.merge import Merge
 from psyche.exchange.shape import Shape
 from psyche.exchange.shelf import Shelf
 from psyche.network.fetch import FetchError, fetch_blob
@@ -99,9 +100,8 @@ def taken(record: Record) -> Mapping[bytes, int]:
 class Exchange(ABC):
     """One round's exchange at one member. Payloads are those of the round's fragment, a chunk for each slice."""
 
-    def __init__(self, wire: Wire, plan: Plan, shape: Shape, private_share: float) -> None:
-        """``private_share`` is that of ``protocol/weights.py``."""
-        self.wire, self.plan, self.shape, self.private_share = wire, plan, shape, private_share
+    def __init__(self, wire: Wire, plan: Plan, shape: Shape, merge: Merge) -> None:
+        self.wire, self.plan, self.shape, self.merge = wire, plan, shape, merge
         self.members = [member.node for member in plan.members]
         self.others: Sequence[str] = ()
         """Who may have what the round took besides its members, once it is over: those who followed it."""

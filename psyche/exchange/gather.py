@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Sequence
 
 from psyche.exchange.base import Exchange
-from psyche.numerics.aggregate import Gradient, gathered
+from psyche.numerics.aggregate import Gradient
 from psyche.protocol.messages import Contribution, Record
-from psyche.protocol.weights import weights
 
 
 class Gather(Exchange):
@@ -28,4 +27,4 @@ class Gather(Exchange):
     async def prepare(self, record: Record) -> Gradient:
         await asyncio.gather(*(self.collect(one.node, one.contribution) for one in record.accepted))
         given = {one.node: one.contribution for one in record.accepted}
-        return gathered(self.shape.codec, weights(given, self.private_share), self.payloads)
+        return self.merge.gradient(self.shape.codec, self.plan, given, self.payloads)

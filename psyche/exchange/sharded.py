@@ -12,20 +12,20 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from psyche.exchange.base import Exchange, Wire
+from psyche.exchange.merge import Merge
 from psyche.exchange.shape import Shape
 from psyche.network.spool import Blob
-from psyche.numerics.aggregate import Gradient, decoded, gathered, reduce_slice
+from psyche.numerics.aggregate import Gradient, decoded, reduce_slice
 from psyche.numerics.codecs.base import Codec
 from psyche.protocol.messages import Contribution, Plan, Record, Reducing
 from psyche.protocol.reduction import Draw
-from psyche.protocol.weights import weights
 
 
 class Sharded(Exchange):
     """Some reduce each group of slices; who, the board shows."""
 
-    def __init__(self, wire: Wire, plan: Plan, shape: Shape, private_share: float, result_codec: Codec) -> None:
-        super().__init__(wire, plan, shape, private_share)
+    def __init__(self, wire: Wire, plan: Plan, shape: Shape, merge: Merge, result_codec: Codec) -> None:
+        super().__init__(wire, plan, shape, merge)
         self._result_codec = result_codec
         self._draw: Draw | None = None
         self._reduced_in: dict[int, int] = {}
@@ -52,7 +52,7 @@ class Sharded(Exchange):
         draw, groups = self._draw, self.due(reducing)
         assert draw is not None
         selected = {node: given[node] for node in reducing.selected}
-        gradient = gathered(self.shape.codec, weights(selected, self.private_share), self.payloads)
+        gradient = self.merge.gradient(self.shape.codec, self.plan, selected, self.payloads)
         found = {}
         for group in groups:
             parts = await asyncio.to_thread(self._add_up, gradient, draw.slices_of(group))

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs.base import Codec
+from psyche.numerics.robust import Aggregator, clipped
 
 Gradient = Callable[[int, Tensor], None]
 """Fills a tensor (``[n]`` fp32, holding anything) with the outer gradient of slice number i of the round."""
@@ -32,16 +33,32 @@ def aggregate(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Tenso
         codec.decode_add(payload, weight, out)
 
 
-def gathered(codec: Codec, weights: Mapping[str, float], payloads: Mapping[str, Chunks]) -> Gradient:
-    """The sum of ``payloads`` by node id, times ``weights``: slice i of the gradient from slice i of each.
+def gathered(
+    codec: Codec, weights: Mapping[str, float], payloads: Mapping[str, Chunks], aggregator: Aggregator
+) -> Gradient:
+    """The aggregate of ``payloads`` by node id, with ``weights``: slice i of the gradient from slice i of each.
 
-    Weights are fp32 values from ``numerics/shares.py``, of whom to add up and of nobody else.
+    Weights are fp32 values from ``numerics/shares.py``, of whom to take in and of nobody else. No more of the slices is
+    decoded at a time than one, unless ``aggregator`` needs to see all of them beside each other.
     """
+    nodes = sorted(weights)
+    counts = [weights[node] for node in nodes]
 
-    def gradient(number: int, out: Tensor) -> None:
-        aggregate(codec, ((weights[node], payloads[node][number]) for node in sorted(weights)), out)
+    def streamed(number: int, out: Tensor) -> None:
+        used = counts
+        if aggregator.kind == "norm_clip":
+            used = clipped(counts, [codec.squared_norm(payloads[node][number], out.numel()) for node in nodes])
+        aggregate(codec, ((weight, payloads[node][number]) for node, weight in zip(nodes, used, strict=True)), out)
 
-    return gradient
+    def compared(number: int, out: Tensor) -> None:
+        rows, squares = torch.zeros(len(nodes), out.numel(), device=codec.device), []
+        for node, row in zip(nodes, rows, strict=True):
+            encoded = payloads[node][number]
+            squares.append(codec.squared_norm(encoded, out.numel()))
+            codec.decode_add(encoded, 1.0, row)
+        aggregator.of(rows, counts, squares, out)
+
+    return streamed if aggregator.streams else compared
 
 
 def decoded(codec: Codec, encoded: Callable[[int], Buffer]) -> Gradient:

@@ -122,6 +122,13 @@ def rehash(index: BlobIndex, data: Buffer, changed: Sequence[int]) -> BlobIndex:
     return BlobIndex(index.sizes, bytes(hashes))
 
 
+def head_index(index: BlobIndex, data: Buffer, size: int) -> BlobIndex:
+    """The index of the first ``size`` bytes of ``data``, whose own is ``index``: no more than one chunk is hashed."""
+    whole, rest = divmod(size, CHUNK)
+    tail = index_blob(memoryview(data).cast("B")[whole * CHUNK : size]) if rest else BlobIndex((), b"")
+    return BlobIndex(index.sizes[:whole] + tail.sizes, index.hashes[: whole * HASH_BYTES] + tail.hashes)
+
+
 def _hash(chunk: Buffer) -> bytes:
     return bytes(blake3(chunk).digest())
 

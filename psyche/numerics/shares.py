@@ -2,24 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from fractions import Fraction
 
 
-def shares(parts: Mapping[str, int], capped: Set[str] = frozenset(), most: Fraction = Fraction(1)) -> dict[str, float]:
-    """Each node's :func:`share` of the sum of all ``parts``, in ascending order of node id.
+@dataclass(frozen=True)
+class Cap:
+    """That some nodes have no more than ``most`` of the weight together."""
 
-    The nodes of ``capped`` get no more than ``most`` of it together, by their parts; what they may not have goes to the
-    others by theirs, and is nobody's where there are no others. 0 ≤ ``most`` ≤ 1.
+    nodes: Set[str]
+    most: Fraction
+
+
+def shares(parts: Mapping[str, int], caps: Sequence[Cap] = (), each: Fraction = Fraction(1)) -> dict[str, float]:
+    """:func:`exact_shares`, each rounded once to the nearest fp32 value."""
+    return {node: share(exact.numerator, exact.denominator) for node, exact in exact_shares(parts, caps, each).items()}
+
+
+def exact_shares(
+    parts: Mapping[str, int], caps: Sequence[Cap] = (), each: Fraction = Fraction(1)
+) -> dict[str, Fraction]:
+    """Each node's share of 1 by its part, in ascending order of node id; none above ``each``, and all ``caps`` kept.
+
+    What a cap takes goes to the others by their parts, and is nobody's where there are no others: all shares rise
+    together, in proportion to the parts, and stop where a cap is reached (progressive filling, Bertsekas and Gallager,
+    Data Networks, 2nd edition, §6.5.2). So nobody has less for it that others are capped, and no order matters. A node
+    may be under several caps. Parts are positive.
     """
-    total, theirs = sum(parts.values()), sum(parts[node] for node in capped)
-    if theirs <= most * total:
-        return {node: share(parts[node], total) for node in sorted(parts)}
-    found = {}
-    for node in sorted(parts):
-        together, of = (most, theirs) if node in capped else (1 - most, total - theirs)
-        found[node] = share(together.numerator * parts[node], together.denominator * of)
-    return found
+    filling = _Filling(parts, caps, each)
+    while filling.rising:
+        filling.rise()
+    return {node: filling.found[node] for node in sorted(parts)}
+
+
+class _Filling:
+    """The state of :func:`exact_shares`: who still rises, and what all that no longer do have."""
+
+    def __init__(self, parts: Mapping[str, int], caps: Sequence[Cap], each: Fraction) -> None:
+        self._parts, self._each = parts, each
+        self._caps = [*caps, Cap(frozenset(parts), Fraction(1))]
+        self.rising = sorted(parts, key=lambda node: parts[node])
+        """The one that reaches ``each`` first is last."""
+        self.found: dict[str, Fraction] = {}
+        self._left = [cap.most for cap in self._caps]
+        self._open = [sum(parts[node] for node in parts if node in cap.nodes) for cap in self._caps]
+
+    def rise(self) -> None:
+        """To the next rate of weight for a part at which somebody is at a cap; who is rises no more."""
+        largest = self._parts[self.rising[-1]]
+        rate = min(
+            self._each / largest,
+            *(left / parts for left, parts in zip(self._left, self._open, strict=True) if parts),
+        )
+        full = [
+            cap.nodes
+            for cap, left, parts in zip(self._caps, self._left, self._open, strict=True)
+            if left == rate * parts
+        ]
+        still = []
+        for node in self.rising:
+            part = self._parts[node]
+            if rate * part == self._each or any(node in nodes for nodes in full):
+                self._settle(node, rate * part)
+            else:
+                still.append(node)
+        self.rising = still
+
+    def _settle(self, node: str, weight: Fraction) -> None:
+        self.found[node] = weight
+        for number, cap in enumerate(self._caps):
+            if node in cap.nodes:
+                self._left[number] -= weight
+                self._open[number] -= self._parts[node]
 
 
 def share(part: int, whole: int) -> float:

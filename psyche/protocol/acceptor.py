@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from psyche.protocol.admission import contribution_fault
+from psyche.protocol.audits import docket_fault
 from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.reduction import Draw, ring_fault
-from psyche.protocol.standing import standing_fault
+from psyche.protocol.standing import standing_fault, votes_fault
 from psyche.protocol.state import Rules
+from psyche.protocol.verdicts import EMPTY, Docket
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Chain:
     """The electorate of the next round, if no roster names another; nobody before the first."""
     standing: tuple[Standing, ...] = ()
     """Of the last record."""
+    docket: Docket = EMPTY
+    """Of the last record."""
 
 
 def promise(acceptor: Acceptor, term: int) -> Acceptor:
@@ -60,6 +64,8 @@ def plan_fault(plan: Plan, chain: Chain) -> str | None:
     if plan.seed != round_seed(chain.head) or plan.position != chain.position:
         return "the plan's data is not what follows from the last record"
     nodes = [member.node for member in plan.members]
+    if banned := set(nodes) & set(chain.docket.banned):
+        return f"{min(banned)[-6:]}, who was convicted, is a member of the plan"
     return None if nodes == sorted(set(nodes)) else "the plan's members are not in ascending order"
 
 
@@ -108,7 +114,12 @@ def consider(
             raise Refusal(f"the contribution of {accepted.node[-6:]}: {fault}")
         if accepted.node not in held:
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
-    if fault := standing_fault(record, chain.standing, rules.probation):
+    standing, voters = chain.standing, chain.voters
+    if fault := votes_fault(record, standing=standing, voters=voters, probation=rules.probation):
+        raise Refusal(fault)
+    if fault := standing_fault(record, standing, chain.docket, rules):
+        raise Refusal(fault)
+    if fault := docket_fault(record, chain.docket, standing, rules):
         raise Refusal(fault)
     return replace(acceptor, term=proposal.term, record=record.hash)
 

@@ -5,11 +5,13 @@ Nobody's claim sets their own weight, and nothing that a member sends may do mor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 from psyche.protocol.assignment import next_position
+from psyche.protocol.audits import admissible
 from psyche.protocol.deadlines import WINDOW
 from psyche.protocol.messages import WITHHELD, Contribution, Member, Plan, Record
 from psyche.protocol.quotas import done_in, measured
@@ -34,6 +36,7 @@ from psyche.protocol.state import (
     Restored,
     Round,
     Rules,
+    Said,
     Seen,
     State,
     Submission,
@@ -43,6 +46,7 @@ from psyche.protocol.state import (
 )
 
 Step = tuple[State, list[Effect]]
+BANNED = "this node was convicted of cheating and takes no part in this run any more: psyche ledger why says what of"
 V = TypeVar("V")
 
 
@@ -54,6 +58,10 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Seen(node):
             peer = state.peers.get(node)
             return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
+        case Arrived(node) | Said(node) if node in state.docket.banned:
+            return state, [Rejected(node, BANNED)]
+        case Said():
+            return _hear(rules, state, event)
         case Arrived(node, state_root, device, rounds):
             if node not in state.peers:
                 state = replace(state, arrived=now)
@@ -77,6 +85,17 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             if refusal:
                 return state, [Rejected(event.node, refusal)]
             return _accept(state, event, now), []
+
+
+def _hear(rules: Rules, state: State, event: Said) -> Step:
+    """An auditor's word is kept until it is on record. Of an audit that has ended nothing needs to be said any more."""
+    if all((audit.accused, audit.round) != event.key for audit in state.docket.audits):
+        return state, []
+    if next(admissible(state.docket, [event], state.rounds + 1, rules.audits), None) is None:
+        reason = f"nothing is to be said on the contribution of {event.body.accused[-6:]} to round {event.body.round}"
+        return state, [Rejected(event.node, reason)]
+    name = event.node, *event.key, event.body.DOMAIN
+    return replace(state, said={**state.said, name: event}), []
 
 
 def _refusal(rules: Rules, state: State, event: Submission) -> str | None:
@@ -202,7 +221,11 @@ def _accept(state: State, event: Submission, now: float) -> State:
                 state = replace(state, result_seconds=observed(state.result_seconds, now - current.since))
             current = replace(current, votes=_put(current.votes, node, event.proof), fetched=current.fetched | {node})
         case Attested():
-            current = replace(current, attestations=_put(current.attestations, node, event.state_root))
+            current = replace(
+                current,
+                attestations=_put(current.attestations, node, event.state_root),
+                suspected=_put(current.suspected, node, event.suspects),
+            )
             if node in state.peers:
                 there = replace(state.peers[node], state_root=event.state_root, rounds=event.round)
                 state = with_peer(state, node, there)
@@ -241,6 +264,8 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
     current = state.round
     if current is not None and current.plan == record.plan:
         state = replace(state, speeds=measured(state.speeds, current, record, state.peers))
+    for node in set(record.docket.banned) & set(state.peers):
+        state = without_peer(state, node)
     return replace(
         state,
         rounds=record.plan.round,
@@ -249,6 +274,9 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
         position=next_position(record.plan, rules.batch_size, rules.late_steps),
         electorate=record.voters,
         standing=record.standing,
+        docket=record.docket,
+        said={key: one for key, one in state.said.items() if one.proof not in record.docket.said},
+        suspects=suspects_of(current, record),
         goodbyes=state.goodbyes & set(record.voters),
         roster=0,
         used=0,
@@ -258,6 +286,18 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
         done=done_in(record),
         gathering=False,
     )
+
+
+def suspects_of(current: Round | None, record: Record) -> frozenset[str]:
+    """Whose contribution to a round stood out, as more than half of those say who saw it.
+
+    Of a sharded round each slice was seen by its reducers only. Who is named wrongly is audited, and nothing else.
+    """
+    if current is None or current.plan != record.plan:
+        return frozenset()
+    seen_by = record.plan.reducers or len(current.suspected)
+    named = Counter(node for some in current.suspected.values() for node in some)
+    return frozenset(one.node for one in record.accepted if 2 * named[one.node] > seen_by)
 
 
 # -------------------------------------------------------------------------------------- helpers

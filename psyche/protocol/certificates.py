@@ -74,6 +74,7 @@ def check_proposal(
     if coordinators[proposal.term % len(coordinators)] != signed.author:
         raise BadCertificate(f"term {proposal.term} is not one of {signed.author}")
     _open(open_envelope, signed, Proposal.DOMAIN, run_id, plan.round if round is None else round)
+    _check_statements(record, run_id, open_envelope)
     if not record.electorate:
         raise BadCertificate("nobody votes on the record")
     if record.roster:
@@ -84,6 +85,13 @@ def check_proposal(
                 f"{count} of {len(coordinators)} coordinators signed the reconfiguration; more than half must"
             )
     return proposal
+
+
+def _check_statements(record: Record, run_id: bytes, open_envelope: Open) -> None:
+    """What auditors are said to have said."""
+    for item in record.docket.said:
+        envelope = envelopes.decode(item)
+        _open(open_envelope, envelope, envelope.domain, run_id, envelope.round)
 
 
 def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open_envelope: Open) -> None:

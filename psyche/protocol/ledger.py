@@ -13,12 +13,14 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position
+from psyche.protocol.audits import docket_fault
 from psyche.protocol.certificates import BadCertificate, Open, certified
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Certificate, Plan, Proposal, Record
+from psyche.protocol.messages import Certificate, Plan, Proposal, Record, Standing
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import Rules
+from psyche.protocol.verdicts import EMPTY, Docket
 from psyche.protocol.wire import decode
 
 
@@ -143,13 +145,17 @@ def _succession_fault(record: Record, last: Record | None, rules: Rules) -> str 
     if last is None:
         if record.plan.round > 1:
             return None
-        return standing_fault(record, (), rules.probation) if record.roster else "no roster names its voters"
+        return _standing_fault(record, (), EMPTY, rules) if record.roster else "no roster names its voters"
     if record.plan.term <= last.plan.term:
         return f"its term {record.plan.term} is not above that of round {last.plan.round}, {last.plan.term}"
     follows = record.plan.round == last.plan.round + 1
     if follows and not record.roster and record.electorate != last.voters:
         return f"its voters are not those that round {last.plan.round} named"
-    return standing_fault(record, last.standing, rules.probation) if follows else None
+    return _standing_fault(record, last.standing, last.docket, rules) if follows else None
+
+
+def _standing_fault(record: Record, standing: Sequence[Standing], docket: Docket, rules: Rules) -> str | None:
+    return standing_fault(record, standing, docket, rules) or docket_fault(record, docket, standing, rules)
 
 
 def _accounts_fault(record: Record, rules: Rules) -> str | None:

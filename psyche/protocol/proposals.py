@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
+from psyche.protocol.audits import admissible, busy, docket_after
 from psyche.protocol.deadlines import adaptive
-from psyche.protocol.messages import Accepted, Excluded, Record
-from psyche.protocol.standing import standing_after, voting
+from psyche.protocol.messages import Accepted, Excluded, Plan, Record
+from psyche.protocol.standing import newly_audited, standing_after, voting
 from psyche.protocol.state import Abandoned, Phase, Proposed, Round, Rules, State
-from psyche.protocol.verdicts import EMPTY
 from psyche.protocol.wire import MAX_MEMBERS
 
 LEAST_DEVIATION = 0.1
@@ -52,12 +52,24 @@ def propose(
     plan = current.plan
     if (electorate is not None and set(electorate) != set(state.electorate)) or state.bound:
         state = reconfigured(state, state.electorate if electorate is None else electorate)
+    given = tuple(Accepted(node, current.contributions[node][0]) for node in sorted(accepted))
+    docket = docket_after(
+        state.docket,
+        state.standing,
+        list(admissible(state.docket, state.said.values(), plan.round, rules.audits)),
+        plan=plan,
+        accepted=given,
+        electorate=state.electorate,
+        suspects=state.suspects & {member.node for member in plan.members},
+        rules=rules,
+    )
     standing = standing_after(
         state.standing,
         round=plan.round,
         electorate=state.electorate,
         accepted=accepted,
-        probation=rules.probation,
+        audited=newly_audited(docket, plan.round),
+        rules=rules,
     )
     excluded = tuple(
         Excluded(member.node, exclusion(state, current, member.node))
@@ -66,20 +78,20 @@ def propose(
     )
     record = Record(
         plan=plan,
-        accepted=tuple(Accepted(node, current.contributions[node][0]) for node in sorted(accepted)),
+        accepted=given,
         excluded=excluded,
         roster=state.roster,
         electorate=state.electorate,
         voters=tuple(
             voting(
-                accepted | set(living(state, current)),
+                (accepted | set(living(state, current)) | excused(rules, state, plan)) - set(docket.banned),
                 standing=standing,
                 electorate=state.electorate,
                 probation=rules.probation,
             )
         ),
         standing=standing,
-        docket=EMPTY,
+        docket=docket,
         ring=current.ring,
         results=results,
         minority=tuple(sorted(minority)),
@@ -148,9 +160,30 @@ def seated(rules: Rules, state: State, ready: Sequence[str]) -> list[str]:
     the round's seed."""
     if len(ready) <= MAX_MEMBERS:
         return list(ready)
-    seed, first = round_seed(state.head), set(with_vote(rules, state, ready))
+    seed = round_seed(state.head)
+    first = set(with_vote(rules, state, ready))
     drawn = sorted(ready, key=lambda node: (node not in first, digest("seat", seed, node.encode())))
     return sorted(drawn[:MAX_MEMBERS])
+
+
+def training(rules: Rules, state: State, seats: Sequence[str]) -> list[str]:
+    """Who of ``seats`` trains in the round to come: who has somebody's work to do again does that instead.
+
+    So nobody waits for an audit. But no more than half of them at a time, drawn by the round's seed, and never so many
+    that fewer train than a round needs.
+    """
+    seed, least = round_seed(state.head), max(rules.min_members, (len(seats) + 1) // 2)
+    auditing = busy(state.docket, state.rounds + 1, rules.audits) & set(seats)
+    away = sorted(auditing, key=lambda node: digest("seat", seed, node.encode()))[: max(0, len(seats) - least)]
+    return [node for node in seats if node not in away]
+
+
+def excused(rules: Rules, state: State, plan: Plan) -> frozenset[str]:
+    """Voters that are here and audit while ``plan``'s members train: they keep their vote."""
+    auditing = busy(state.docket, plan.round, rules.audits) & set(state.electorate)
+    return frozenset(
+        node for node in auditing if node in state.peers and state.peers[node].state_root == plan.base_root
+    )
 
 
 def exclusion(state: State, current: Round, node: str) -> str:

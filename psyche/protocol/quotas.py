@@ -78,9 +78,10 @@ def measured(speeds: Speeds, current: Round, record: Record, here: Collection[st
         if steps > 0 and seconds > 0:
             before = () if done.inner_steps < due[one.node] else kept.get(one.node, ())
             kept[one.node] = (*before, steps / seconds)[-WINDOW:]
-    if current.committed_at and current.closed is not None:
+    lasted = 0.0 if current.closed is None else current.closed - current.opened
+    if current.committed_at and lasted > 0:  # in no time at all nobody was slow
         for node in due.keys() & set(here) - current.commitments.keys():
-            kept[node] = (due[node] / (current.closed - current.opened),)
+            kept[node] = (due[node] / lasted,)
     return kept
 
 

@@ -28,6 +28,7 @@ from psyche.protocol.proposals import (
     reconfigured,
     round_seed,
     seated,
+    training,
     with_vote,
 )
 from psyche.protocol.quotas import planned
@@ -119,7 +120,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         state = reconfigured(state, electors(rules, state, seated(rules, state, ready)))
     if not state.taken_up:
         return take_up(rules, state, ready, now)
-    seats = seated(rules, state, ready)
+    seats = training(rules, state, seated(rules, state, ready))
     voters = set(with_vote(rules, state, seats))
     plan = Plan(
         round=state.rounds + 1,
@@ -258,8 +259,8 @@ def _left_behind(current: Round, record: Record) -> set[str]:
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:
     record = current.proposal
     assert record is not None
-    base, late = current.plan.base_root, _left_behind(current, record)
-    waiting = [n for n, peer in state.peers.items() if peer.state_root == base and n not in current.attestations]
+    base, late, gone = current.plan.base_root, _left_behind(current, record), set(record.docket.banned)
+    waiting = [n for n, p in state.peers.items() if p.state_root == base and n not in {*current.attestations, *gone}]
     until = current.deadline
     assert current.closed is not None
     if set(waiting) <= late:
@@ -271,7 +272,7 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     # electorate is no shortcut; who only followed the round does not. Where so many have gone since they voted that no
     # half is left, those who are here must all have found the same.
     votes = {member.node: member.votes for member in current.plan.members} | dict.fromkeys(record.electorate, 1)
-    electors = {member.node for member in current.plan.members} & set(record.electorate)
+    electors = {member.node for member in current.plan.members} & set(record.electorate) - gone
     total = sum(votes.get(node, 0) for node in electors | set(current.attestations))
     weights = {
         root: sum(votes.get(node, 0) for node in having(current.attestations, root))

@@ -9,24 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from psyche.protocol.audits import busy
 from psyche.protocol.messages import Record, Standing
+from psyche.protocol.state import Rules
+from psyche.protocol.verdicts import Docket
 from psyche.protocol.wire import MAX_MEMBERS
 
 
 def standing_after(
-    before: Sequence[Standing], *, round: int, electorate: Iterable[str], accepted: Iterable[str], probation: int
+    before: Sequence[Standing],
+    *,
+    round: int,
+    electorate: Iterable[str],
+    accepted: Iterable[str],
+    audited: Collection[str],
+    rules: Rules,
 ) -> tuple[Standing, ...]:
     """How far nodes have got after round ``round``, in ascending order of node.
 
-    Who stays away loses nothing; of more nodes than a round has members, those who were accepted last are remembered.
+    ``audited`` are those of whose contribution an audit was drawn. Who stays away loses nothing; of more nodes than a
+    round has members, those who were accepted last are remembered.
     """
-    if not probation:
+    if not rules.probation and not rules.audits.rate:
         return ()
+    probation = max(1, rules.probation)
     reached = {one.node: one for one in before}
     voting = set(electorate)
     for node in accepted:
-        rounds = reached[node].rounds if node in reached else 0
-        reached[node] = Standing(node, probation if node in voting else min(rounds + 1, probation), round, 0)
+        rounds, last = (reached[node].rounds, reached[node].audited) if node in reached else (0, 0)
+        counted = probation if node in voting else min(rounds + 1, probation)
+        reached[node] = Standing(node, counted, round, round if node in audited else last)
     latest = sorted(reached.values(), key=lambda one: (-one.last, one.node))[:MAX_MEMBERS]
     return tuple(sorted(latest, key=lambda one: one.node))
 
@@ -51,25 +63,55 @@ def probation_note(record: Record, node: str, probation: int) -> str | None:
     return "past its probation: this node has a vote from the next round on"
 
 
-def standing_fault(record: Record, before: Sequence[Standing], probation: int) -> str | None:
+def votes_fault(record: Record, *, standing: Sequence[Standing], voters: Collection[str], probation: int) -> str | None:
+    """What is wrong with whom the plan of ``record`` gives a vote, or None: who has none is a newcomer, whose weight is
+    capped (``protocol/weights.py``).
+
+    ``standing`` and ``voters``: what the record before says. A roster may give a vote to those it names.
+    """
+    members = [member.node for member in record.plan.members]
+    given = {member.node for member in record.plan.members if member.votes}
+
+    def may_vote(electorate: Collection[str]) -> set[str]:
+        return set(voting(members, standing=standing, electorate=electorate, probation=probation))
+
+    if given == may_vote(voters):
+        return None
+    if record.roster and may_vote(()) <= given <= may_vote({*voters, *record.electorate}):
+        return None
+    return "the plan gives votes to others than those who are past their probation"
+
+
+def standing_fault(record: Record, before: Sequence[Standing], docket: Docket, rules: Rules) -> str | None:
     """What is wrong with how far ``record`` says that nodes have got, and whom it lets vote next, or None.
 
-    ``before``: what the record before says.
+    ``before`` and ``docket``: what the record before says.
     """
     accepted = [one.node for one in record.accepted]
-    electorate = record.electorate
+    electorate, banned = record.electorate, set(record.docket.banned)
     standing = standing_after(
-        before, round=record.plan.round, electorate=electorate, accepted=accepted, probation=probation
+        before,
+        round=record.plan.round,
+        electorate=electorate,
+        accepted=accepted,
+        audited=newly_audited(record.docket, record.plan.round),
+        rules=rules,
     )
     if record.standing != standing:
         return "how far nodes are past their probation does not follow from the record before"
 
     def may_vote(nodes: Iterable[str]) -> list[str]:
-        return voting(nodes, standing=standing, electorate=electorate, probation=probation)
+        return voting(set(nodes) - banned, standing=standing, electorate=electorate, probation=rules.probation)
 
     members = {member.node for member in record.plan.members}
+    members |= busy(docket, record.plan.round, rules.audits) & set(electorate)
     if list(record.voters) != may_vote(set(record.voters) & members):
         return "the voters of the next round are not members of this one, past their probation, in ascending order"
     if not set(may_vote(accepted)) <= set(record.voters):
         return "who contributed and is past its probation is left without a vote"
     return None
+
+
+def newly_audited(docket: Docket, round: int) -> frozenset[str]:
+    """Of whose contribution to ``round`` an audit was drawn."""
+    return frozenset(audit.accused for audit in docket.audits if audit.round == round)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from psyche.protocol.messages import Contribution, Plan, Record, Standing
+from psyche.protocol.verdicts import EMPTY, Docket, SealedVerdict, Verdict
 
 
 class Phase(StrEnum):
@@ -132,6 +133,8 @@ class Round:
     certified: bool = False
     certified_at: float = 0.0
     attestations: Mapping[str, bytes] = field(default_factory=dict)
+    suspected: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Whose payloads stood out, as each of those says who has attested."""
 
     @property
     def begun_here(self) -> bool:
@@ -184,6 +187,12 @@ class State:
     """Who votes in the round that comes: the last record's ``voters``, or who the last roster names."""
     standing: tuple[Standing, ...] = ()
     """Of the last record."""
+    docket: Docket = EMPTY
+    """Of the last record."""
+    said: Mapping[tuple[str, str, int, str], Said] = field(default_factory=dict)
+    """Of audits, what is not on record yet: by author, accused, round and kind."""
+    suspects: frozenset[str] = frozenset()
+    """Whose contribution to the last round stood out."""
     roster: int = 0
     """Number of that roster; 0: none."""
     used: int = 0
@@ -292,6 +301,21 @@ class Attested:
     node: str
     round: int
     state_root: bytes
+    suspects: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Said:
+    """An auditor's word on a contribution of any round; ``proof`` is its signed envelope."""
+
+    node: str
+    body: SealedVerdict | Verdict
+    proof: bytes
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Accused and round: what an audit is named by."""
+        return self.body.accused, self.body.round
 
 
 @dataclass(frozen=True)
@@ -325,7 +349,7 @@ class Unsigned:
 
 Submission = Committed | Opened | Held | Reported | Voted | Attested
 """What a member says of a round it is in."""
-Event = Tick | Overruled | Unsigned | Arrived | Seen | Left | Promised | Submission | Restored
+Event = Tick | Overruled | Unsigned | Arrived | Seen | Left | Promised | Submission | Said | Restored
 
 
 # -------------------------------------------------------------------------------------- effects

@@ -70,6 +70,10 @@ class Audit(Message, frozen=True):
     round: Positive
     tokens: Positive
     """Of the contribution."""
+    looks: Positive
+    """How many auditors are wanted, and"""
+    since: Positive
+    """the round in whose record that was last decided."""
     candidates: Annotated[tuple[NodeId, ...], Meta(max_length=JURY)]
     """Who may be asked, in this order."""
     opinions: Annotated[tuple[Opinion, ...], Meta(max_length=JURY)]
@@ -106,7 +110,7 @@ class Docket(Message, frozen=True):
     """Whose contribution to the round before stood out from the others', as their receivers say, ascending. They are
     audited more often, and that is all that comes of it."""
     banned: Nodes
-    """Convicted in this run: no plan names them any more. Ascending; of too many, those convicted last."""
+    """Convicted in this run: no plan names them any more. Ascending."""
 
 
 EMPTY = Docket((), (), (), (), ())

@@ -18,8 +18,8 @@ from psyche.protocol.messages import Board, Holding, Plan, Record, Reduced, Redu
 from psyche.protocol.state import Phase
 from psyche.roles.board import BoardClient
 from psyche.roles.proofs import proposal_in
-from psyche.roles.replica import Work
 from psyche.roles.voter import Voter
+from psyche.roles.work import Work
 
 
 class Moved(Exception):

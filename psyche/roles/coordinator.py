@@ -18,6 +18,7 @@ from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
 from psyche.protocol import envelope as envelopes
 from psyche.protocol import state as protocol
+from psyche.protocol.audits import statement
 from psyche.protocol.certificates import BadCertificate, seals_needed, signatures_needed
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import (
@@ -42,6 +43,7 @@ from psyche.protocol.messages import (
 from psyche.protocol.oath import Perjury
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import Phase, State
+from psyche.protocol.verdicts import SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import metrics_event
@@ -210,6 +212,8 @@ class Coordinator:
                 if promise.accepted is not None and promise.roster:
                     self._signed[promise.accepted.plan.round, promise.accepted.roster] = promise.roster
                 await self._dispatch(promise)
+            case SealedVerdict() | Verdict():
+                await self._dispatch(statement(proof))
             case Leave():
                 await self._dispatch(protocol.Left(node, body.reason))
             case Metrics():
@@ -226,7 +230,7 @@ class Coordinator:
             case Vote():
                 await self._dispatch(protocol.Voted(node, round, body.term, body.record, proof))
             case Attestation():
-                await self._dispatch(protocol.Attested(node, round, body.state_root))
+                await self._dispatch(protocol.Attested(node, round, body.state_root, frozenset(body.suspects)))
                 self.log.emit(events.Attested(round=round, peer=node, state_root=body.state_root.hex()))
 
     async def _greet(self, node: str, body: Present) -> None:

@@ -97,7 +97,7 @@ async def _visit(
     parameters = manifest.resolved.parameters
     report(Finding("run", "ok", f"{manifest.run.name}, {parameters:,} parameters, codec {manifest.run.codec.name}"))
     try:
-        choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size)
+        choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
     except PsycheError as error:
         report(Finding("engine", "fail", "this node's settings and devices do not go together", str(error)))
         return

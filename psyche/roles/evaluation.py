@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from psyche.data.store import BadShard
 from psyche.errors import PsycheError
 from psyche.roles.trained import Trained
 from psyche.training.labels import IGNORED, labels, predicted
@@ -50,13 +51,21 @@ class TextLoss:
 
 
 def heldout_loss(trained: Trained, sequences: int | None, told: Told = lambda done, total: None) -> TextLoss:
-    """On the held-out split of the run it was trained in, the first ``sequences`` of it (all where None)."""
+    """On the held-out split of the run it was trained in, the first ``sequences`` of it.
+
+    Where that is None, those that the run judges itself on: all nodes find the same, and it is the run's own curve that
+    it can be compared with. Raises :class:`PsycheError` where some are not here.
+    """
     if trained.store is None:
         raise PsycheError("an exported model does not know its run's held-out text: name some with --text")
     split = trained.store.heldout
-    count = len(split) if sequences is None else min(sequences, len(split))
+    count = trained.judged if sequences is None else min(sequences, len(split))
     batches = (split.batch(range(at, min(at + BATCH, count))) for at in range(0, count, BATCH))
-    return _loss(trained, batches, trained.store.index.pad, count, told)
+    try:
+        return _loss(trained, batches, trained.store.index.pad, count, told)
+    except BadShard as error:
+        mend = f"a node has the first {trained.judged}: leave out --sequences, or ask whoever has all of them"
+        raise PsycheError(f"not all of {count} held-out sequences are here ({error}); {mend}") from None
 
 
 def text_loss(trained: Trained, path: Path, told: Told = lambda done, total: None) -> TextLoss:

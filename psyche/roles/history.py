@@ -63,7 +63,7 @@ def following(manifest: Manifest, encoded: Sequence[bytes], chain: Chain) -> lis
         if not record.roster and record.electorate != chain.voters:
             break
         found.append((record, item))
-        chain = Chain(record.plan.round, record.hash, b"", 0, record.voters, record.standing)
+        chain = Chain(record.plan.round, record.hash, b"", 0, record.voters, record.standing, record.docket)
     return found
 
 

@@ -13,7 +13,7 @@ from psyche.data.store import TokenStore
 from psyche.errors import ConfigError
 from psyche.numerics.outer import OuterState
 from psyche.roles.rules import fragments_of
-from psyche.training.models import build
+from psyche.training.models import build, draws_random_numbers
 from psyche.training.torch_engine import TorchEngine
 
 
@@ -46,6 +46,11 @@ def launch(config: Config, coordinator: str, progress: Callable[[Progress], None
         torch.set_num_threads(config.node.threads)
     engine = TorchEngine(build(run.model, seed=run.seed), run.inner, config.node, store.index.pad)
     fragments_of(run, engine.layout)
+    if run.audits.rate and draws_random_numbers(engine.model, torch.zeros(1, 1, dtype=torch.int64).to(engine.device)):
+        raise ConfigError(
+            "run.model.settings: with dropout no two nodes take the same step, so that none can be audited: set it to "
+            "0 (attention_dropout, attn_pdrop, …), or run.audits.rate"
+        )
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     genesis = OuterState.initial(theta)

@@ -6,7 +6,7 @@ import time
 
 from psyche.network.traffic import Traffic
 from psyche.protocol.messages import Metrics
-from psyche.roles.replica import Work
+from psyche.roles.work import Work
 from psyche.telemetry import events
 
 

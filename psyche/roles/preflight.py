@@ -14,7 +14,6 @@ from psyche.network.node import NetworkNode
 from psyche.roles.checks import Finding, check_clock, check_disk, check_memory, check_reach, needs_of
 from psyche.roles.probes import clock_offset, reachable
 from psyche.roles.provision import Found
-from psyche.sizes import byte_count
 from psyche.training.choice import Choice
 from psyche.training.memory import available_memory
 
@@ -35,10 +34,9 @@ def check_machine(manifest: Manifest, node: Node, choice: Choice, directory: Pat
         mend = "free the GPU (nvidia-smi shows who uses it), or set node.outer_state to cpu"
         if choice.stage is not None and not choice.offload:
             mend += ", or node.deepspeed.offload to cpu"
-        free = choice.free
         if node.max_gpu_memory is not None:
-            free, mend = min(free, byte_count(node.max_gpu_memory)), f"{mend}, or raise --max-gpu-memory"
-        findings.append(check_memory("GPU memory", needs.device, free, mend))
+            mend += ", or raise --max-gpu-memory"
+        findings.append(check_memory("GPU memory", needs.device, choice.free, mend))
     elif node.max_gpu_memory is not None:
         text = f"{node.max_gpu_memory} of a GPU allowed, and this node trains on the CPU"
         findings.append(Finding("GPU memory", "warn", text, "leave --max-gpu-memory out, or choose a --device"))

@@ -79,6 +79,5 @@ def open_private(manifest: Manifest, node: Node, directory: Path, store: TokenSt
     """The node's own text, encoded like the run's. Raises :class:`PsycheError` where it cannot be."""
     assert node.private is not None
     assert manifest.run.federated is not None
-    directory.chmod(0o700)  # checkpoints keep the inner optimizer's moments, which remember the text
     text = prepare_private(node.private.path, directory / DIRECTORY, store.index, store.tokenizer_path)
     return Private(text, budget, manifest.run.federated.clip, manifest.run.rounds.total)

@@ -218,7 +218,7 @@ async def _take_part(
     warn = warning(log)
     hosts, manifest, signed = await _ask_for_manifest(invite, directory, network, warn)
     log.emit(run_started(manifest))
-    choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size)
+    choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
     log.emit(engine_chosen(choice))
     found = await find_store(network, manifest, node, hosts)
     budget = await asyncio.to_thread(check_private, manifest, node, directory)

@@ -12,7 +12,8 @@ from itertools import zip_longest
 from types import MappingProxyType
 
 from psyche.config import Manifest
-from psyche.numerics.aggregate import gathered, reduce_slice
+from psyche.exchange.merge import Merge
+from psyche.numerics.aggregate import reduce_slice
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.reducing import draw_of
@@ -35,17 +36,18 @@ from psyche.protocol.state import (
     State,
     Voted,
 )
-from psyche.protocol.weights import weights
-from psyche.roles.replica import Replica, Work
+from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
+from psyche.roles.tribunal import Judge, Tribunal
+from psyche.roles.work import Work
 
 
 class Machine:
     """The coordinator's state machine at a standstill of time: nobody is late here."""
 
     def __init__(self, manifest: Manifest, due: Mapping[str, int]) -> None:
-        self._rules = rules_of(manifest)
-        self._state = replace(State.initial(self._rules), done=due)  # where no time passes, quotas stay as they are
+        self.rules = rules_of(manifest)
+        self._state = replace(State.initial(self.rules), done=due)  # where no time passes, quotas stay as they are
 
     @property
     def round(self) -> Round:
@@ -56,14 +58,14 @@ class Machine:
     @property
     def draw(self) -> Draw:
         """Who reduces what of it."""
-        return draw_of(self._rules, self.round)
+        return draw_of(self.rules, self.round)
 
     def promise(self, node: str) -> Promised:
         """``node`` follows the one leader there is."""
         return Promised(node, self._state.leading, self._state.rounds)
 
     def send(self, event: Event) -> list[Effect]:
-        self._state, effects = tick(self._rules, self._state, event, now=0.0)
+        self._state, effects = tick(self.rules, self._state, event, now=0.0)
         return effects
 
 
@@ -72,14 +74,16 @@ def play(
     replicas: Mapping[str, Replica],
     late: Callable[[int, str], int] = lambda round, node: 0,
     due: Mapping[str, int] = MappingProxyType({}),
+    judge: Judge | None = None,
 ) -> Iterator[tuple[Record, dict[str, Work]]]:
     """Run to the end; after each round's outer step yield its record and what each member produced.
 
     ``replicas`` go by node id, as many as ``rounds.start_members`` or more, all at the genesis state. ``late`` says
     how many late steps a node takes while a round is on the wire, and ``due`` which quota a node has, if not H: in a
-    distributed run time decides both.
+    distributed run time decides both. ``judge`` is what auditors do; without one nobody does the audits that are drawn.
     """
     machine = Machine(manifest, due)
+    tribunal = None if judge is None else Tribunal(replicas, manifest.run_id, machine.rules.audits, judge)
     effects: list[Effect] = []
     for node in sorted(replicas):
         effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
@@ -87,7 +91,7 @@ def play(
         effects += machine.send(machine.promise(node))
     while plans := [effect.plan for effect in effects if isinstance(effect, Planned)]:
         plan = plans[-1]
-        works = {node: replicas[node].train(plan) for node in sorted(replicas)}
+        works = {member.node: replicas[member.node].train(plan) for member in plan.members}
         for node, work in works.items():
             machine.send(
                 Committed(
@@ -104,7 +108,7 @@ def play(
         record = proposed.record
         certified = [
             effect
-            for node in works
+            for node in proposed.record.electorate
             for effect in machine.send(Voted(node, plan.round, proposed.term, record.hash, b""))
             if isinstance(effect, Certified)
         ]
@@ -115,9 +119,11 @@ def play(
                 replica.step_late(plan)
             replica.apply(record, replica.gradient_of(record, payloads))
         yield record, works
+        for said in tribunal.hear(record) if tribunal else ():
+            machine.send(said)
         effects = [
             effect
-            for node in works
+            for node in sorted(set(replicas) - set(record.docket.banned))
             for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root))
         ]
 
@@ -166,13 +172,14 @@ def _reduced(
     if not plan.reducers:
         return {}
     replica, draw = replicas[min(replicas)], machine.draw
-    parts = weights({node: work.contribution for node, work in works.items()}, replica.run.private_share)
-    mean = gathered(replica.codec, parts, {node: work.payload for node, work in works.items()})
+    given = {node: work.contribution for node, work in works.items()}
+    payloads = {node: work.payload for node, work in works.items()}
+    merged = Merge.of(replica.run).gradient(replica.codec, plan, given, payloads)
     counts = [part.stop - part.start for part in replica.slices_of(plan.round)]
     result_codec = replica.backend.codec(replica.run.result_codec)
 
     def chunk(number: int) -> bytes:
-        return reduce_slice(mean, result_codec, number, counts[number])
+        return reduce_slice(merged, result_codec, number, counts[number])
 
     roots = [payload_root([chunk(number) for number in draw.slices_of(group)]) for group in range(draw.groups)]
     return {node: {group: roots[group] for group in draw.duties(node)} for node in works}

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import sqrt
 
 import torch
 
 from psyche.config import Manifest
 from psyche.data.store import BadShard, TokenStore
-from psyche.errors import PsycheError
-from psyche.numerics.aggregate import Gradient, decoded, gathered, reduce_slice
+from psyche.exchange.merge import Merge
+from psyche.numerics.aggregate import Gradient, decoded, reduce_slice
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import NonFinite
@@ -25,53 +24,14 @@ from psyche.numerics.outer import OuterState
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.assignment import next_position
 from psyche.protocol.challenge import base_proof
-from psyche.protocol.messages import WITHHELD, Contribution, Plan, Record
-from psyche.protocol.weights import weights
+from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.roles.portion import Portion
 from psyche.roles.private import Private
+from psyche.roles.witness import Witness
+from psyche.roles.work import Exploded, Interrupted, Slices, Steps, Work
 from psyche.training.engine import Engine
 from psyche.training.schedules import learning_rate
-from psyche.verification.traces import Trace, Withheld
-
-Slices = Sequence[bytes]
-"""The encoded slices of one contribution, in the order of ``FlatLayout.fragments()``."""
-
-
-class Interrupted(Exception):
-    """Training was stopped before the round's last inner step; nothing of it was encoded."""
-
-
-class Exploded(PsycheError):
-    """A parameter became NaN or infinite. The message names the tensor."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one round of local training produced."""
-
-    round: int
-    contribution: Contribution
-    payload: Slices
-    loss: float
-    """Mean over the inner steps, nats a token."""
-    lr: float
-    """Of the last inner step."""
-    norm: float
-    """‖D(payload)‖₂, the same value on every node that decodes it."""
-
-
-@dataclass
-class Steps:
-    """Inner steps of one round so far."""
-
-    trace: Trace = field(default_factory=Trace)
-    losses: list[float] = field(default_factory=list)
-    lr: float = 0.0
-    """Of the last one."""
-    late: int = 0
-    """Those among them that were taken while the round before was on the wire."""
-    based: bool = False
-    """Whether that round's outer step has reached x. No late step follows it: a replay has to know where it came."""
+from psyche.verification.traces import Withheld
 
 
 class Replica:
@@ -107,6 +67,7 @@ class Replica:
         overlap = self.run.overlap
         self._overlaps = overlap.fragments > 1 or overlap.late_steps > 0
         self._fragments = engine.layout.fragments(overlap.fragments)
+        self.witness = Witness(self.run, engine)
         self.adopt(outer, None)
         self._snapshot = torch.empty_like(self.outer.theta)
         """What trained when it was last encoded: x at the end of a round's inner steps."""
@@ -145,11 +106,13 @@ class Replica:
             self.engine.write(self.outer.theta)
             self._steps = Steps() if self.private is None else Steps(Withheld())
         steps, self._steps = self._steps, None
+        self.witness.begin(plan.round, steps.trace, steps.late, self.host.theta)
         for step in range(steps.late, member.inner_steps):
             if stop():
                 raise Interrupted
             if steps.losses and enough():
                 break
+            self.witness.pass_by(steps.trace, step)
             try:
                 self._step(steps, plan, step, self.global_step(plan) + step)
             except BadShard:
@@ -159,20 +122,23 @@ class Replica:
             progress(step, steps.losses[-1], steps.lr)
         done = len(steps.losses)
         self.engine.read(self._snapshot)
-        end = steps.trace.mark(done, self._snapshot)
+        self.witness.mark(steps.trace, done)
         if self.private is not None:
             parts = [used for part in self.slices_of(plan.round) for used in self.engine.layout.within(part)]
             self.private.conceal(self.outer.theta, self._snapshot, parts)
+        residual_in = self._residual_root(plan.round, steps)
         payload = self._encode(plan.round)
+        residual_out = self._residual_root(plan.round, steps)
+        self.witness.finish(plan.round, steps.trace)
         if self.private is None:
-            self._steps = Steps(Trace(end if self._overlaps else None))
+            self._steps = Steps()
         contribution = Contribution(
             base_root=plan.base_root,
             data_digest=steps.trace.data_digest,
             base_proof=self.base_proof(plan, self.node),
             trace_root=steps.trace.root,
-            residual_in=WITHHELD,
-            residual_out=WITHHELD,
+            residual_in=residual_in,
+            residual_out=residual_out,
             payload_root=payload_root(payload),
             payload_bytes=sum(len(part) for part in payload),
             inner_steps=done,
@@ -267,13 +233,13 @@ class Replica:
         """The outer gradient, aggregated from the payloads of all that ``record`` accepted; if the round is sharded,
         as everybody decodes it from its encoded result."""
         given = {one.node: one.contribution for one in record.accepted}
-        mean = gathered(self.codec, weights(given, self.run.private_share), payloads)
+        merged = Merge.of(self.run).gradient(self.codec, record.plan, given, payloads)
         if not record.plan.reducers:
-            return mean
+            return merged
         result_codec, parts = self.backend.codec(self.run.result_codec), self.slices_of(record.plan.round)
 
         def encoded(number: int) -> bytes:
-            return reduce_slice(mean, result_codec, number, parts[number].stop - parts[number].start)
+            return reduce_slice(merged, result_codec, number, parts[number].stop - parts[number].start)
 
         return decoded(result_codec, encoded)
 
@@ -323,7 +289,7 @@ class Replica:
         if record is None:
             return Chain(0, self.manifest.run_id, root, 0)
         position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.late_steps)
-        return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing)
+        return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing, record.docket)
 
     def slices_of(self, round: int) -> tuple[slice, ...]:
         """What round ``round`` exchanges: the slices of its fragment."""
@@ -379,6 +345,10 @@ class Replica:
         self.host = self.outer.to(torch.device("cpu"))
         self.index = self.host.index() if changed is None else self.host.reindex(self.index, changed)
         self.chain = self.place(record, self.index.root)
+        self.witness.stands(self.chain.rounds, self.host, self.index)
+
+    def _residual_root(self, round: int, steps: Steps) -> bytes:
+        return self.witness.residual(steps.trace, self.residual, self.slices_of(round))
 
     def _encode(self, round: int) -> list[bytes]:
         payload = []

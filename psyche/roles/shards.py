@@ -184,6 +184,11 @@ class ShardSupply(Supply):
                         raise
                     self._split.close_all_but(self._now)  # what may be needed next makes way
                     incoming = await asyncio.to_thread(self._cache.claim, shard)
+            if not self._cache.locks:
+                self._warn(
+                    f"the file system of {self._cache.directory} has no locks: processes that share it may fetch the "
+                    "same twice, and remove what others use; give each a node.cache of its own"
+                )
             if incoming is not None and not self._cache.place(shard).exists():
                 return incoming
             if incoming is not None:

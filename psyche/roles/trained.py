@@ -28,6 +28,8 @@ class Trained:
     """In words: which run and round, or which directory."""
     store: TokenStore | None
     """What it was trained on, where that is known."""
+    judged: int = 0
+    """Held-out sequences of it that the run judges itself on; every node has those."""
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +57,8 @@ def load_trained(directory: Path, device: str = "auto", cache: Path | None = Non
         model = model_of(manifest.run.model, OuterState(checkpoint.outer).theta)
         tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path, local_files_only=True)
         name = f"{manifest.run.name} after round {checkpoint.chain.rounds}"
-        return Trained(model.to(where).eval(), tokenizer, name, store)
+        judged = min(manifest.run.heldout_sequences, len(store.heldout))
+        return Trained(model.to(where).eval(), tokenizer, name, store, judged)
     if not (directory / "config.json").exists():
         raise PsycheError(
             f"{directory} is neither a node's directory (it has no {MANIFEST}) nor an exported model (no config.json): "

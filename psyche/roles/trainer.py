@@ -15,7 +15,8 @@ from psyche.protocol.messages import Board, Plan
 from psyche.roles.leaving import Departure
 from psyche.roles.metrics import Meter
 from psyche.roles.remainder import Remainder
-from psyche.roles.replica import Replica, Work
+from psyche.roles.replica import Replica
+from psyche.roles.work import Work
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 

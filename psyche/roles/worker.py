@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,21 @@ from psyche.exchange.base import Exchange, Wire
 from psyche.exchange.gather import Gather
 from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.exchange.journal import Journal
+from psyche.exchange.merge import Merge
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import Shelf
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
-from psyche.protocol.acceptor import plan_fault
+from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.messages import Attestation, Board, Certificate, Commitment, Plan, Present, Promise, Record
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import probation_note
-from psyche.protocol.state import Phase
+from psyche.protocol.state import Phase, Rules
 from psyche.protocol.wire import decode
 from psyche.roles.advance import Advance
+from psyche.roles.auditor import AUDITS, Auditor
 from psyche.roles.board import BoardClient
 from psyche.roles.catchup import CatchUp, behind
 from psyche.roles.certification import Certification, Moved
@@ -39,17 +42,28 @@ from psyche.roles.history import serve_history
 from psyche.roles.leaving import Departure, Farewell
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import Meter, metrics_event
-from psyche.roles.replica import Interrupted, Replica, Work
+from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
 from psyche.roles.saving import Saver
 from psyche.roles.shards import Supply
 from psyche.roles.trainer import Trainer
 from psyche.roles.voter import Voter
 from psyche.roles.warmup import WarmUp
+from psyche.roles.work import Interrupted, Work
 from psyche.state.budget import Spent
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.training.choice import describe_device
+from psyche.verification.kit import Kits
+
+
+def concerns(board: Board, chain: Chain, rules: Rules) -> bool:
+    """Whether there is something to do for a node that holds ``chain``: a state to catch up with, a round to take part
+    in, or the end. A plan that the manifest does not allow is no round: what it asks for would get no vote."""
+    if behind(board, chain) or board.phase == Phase.FINISHED:
+        return True
+    plan = board.plan
+    return plan is not None and (quota_fault(plan, rules) or plan_fault(plan, chain)) is None
 
 
 class Worker:
@@ -90,7 +104,7 @@ class Worker:
             board=lambda: self._client.board,
             log=log,
         )
-        self._advance = Advance(replica, network, ledger, self._voter, self._trainer.do)
+        self._advance = Advance(replica, network, ledger, self._voter, self._on_trainer)
         self._catch_up = CatchUp(
             replica,
             settings,
@@ -114,6 +128,18 @@ class Worker:
             on_trainer=self._trainer.do,
             log=log,
         )
+        kits = Kits(directory / AUDITS, self._warn)
+        replica.witness.kits = kits
+        self._auditor = Auditor(
+            replica,
+            kits,
+            network,
+            self._client,
+            ledger,
+            self._supply,
+            do=self._trainer.do,
+            log=log,
+        )
         self._tuned = False
 
     async def run(self) -> None:
@@ -127,6 +153,7 @@ class Worker:
             self._wire.serve(index)
         await self._catch_up.recover(self.ledger)
         await serve_history(self.network, self.ledger)
+        await self._auditor.serve()
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         leaving = asyncio.create_task(self._departure.run(working))
@@ -146,6 +173,7 @@ class Worker:
             for halt in (self._trainer.halt_late, self._warm_up.halt):
                 with contextlib.suppress(PsycheError):  # of an engine that is gone, which is known by now
                     await halt()
+            await self._auditor.close()
             await self._supply.close()
             await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._departure.tell()
@@ -159,9 +187,11 @@ class Worker:
             self._supply.begin(replica.chain.position)
         while not self._departure.asked:
             self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
-            board = await self._client.until(self._concerns_me)
+            board = await self._client.until(lambda board: concerns(board, replica.chain, self._voter.rules))
             await self._trainer.halt_late()
+            self._auditor.check()
             if behind(board, replica.chain):
+                await self._auditor.put_off()
                 await self._catch_up.synchronise(board)
                 self._supply.begin(replica.chain.position)
                 if replica.chain.rounds and not behind(board, replica.chain):
@@ -172,19 +202,11 @@ class Worker:
                 with contextlib.suppress(Moved):
                     await self._take_part(board.plan)
                 self._departure.end()
+        await self._auditor.put_off()
         await self._saver.save(force=not self._departure.quickly)
         if not self._finished():
             return
         self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
-
-    def _concerns_me(self, board: Board) -> bool:
-        """Whether there is something to do: a state to catch up with, a round to take part in, or the end."""
-        if behind(board, self.replica.chain) or board.phase == Phase.FINISHED:
-            return True
-        plan = board.plan
-        if plan is None or quota_fault(plan, self._voter.rules) is not None:
-            return False
-        return plan_fault(plan, self.replica.chain) is None
 
     # ----------------------------------------------------------------- what BoardClient asks of its node
 
@@ -198,7 +220,7 @@ class Worker:
         chain = self.replica.chain
         seen = self._voter.certificate
         certificate = None if seen is None else decode(Certificate, seen)
-        device = describe_device(self.settings)
+        device = describe_device(self.settings, self.manifest.run.inner.optimizer)
         return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
 
     async def promise(self, term: int, claim: bytes) -> Promise:
@@ -222,9 +244,11 @@ class Worker:
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
             self._departure.begin(plan)
             await self._warm_up.halt()
+            await self._auditor.put_off()
             work = await self._train(plan)
         else:
             self._supply.expect(plan)
+            self._auditor.begin()
         try:
             self._meter.exchanging()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
@@ -247,6 +271,7 @@ class Worker:
             await self._trainer.do(self.replica.forsake)
             raise
         await self._advance.step(record, gradient)
+        self._auditor.follow(record)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
             await self._trainer.do(self.replica.give_back, work)
         self._meter.exchanged()
@@ -262,7 +287,8 @@ class Worker:
         self._departure.end(record)
         if quota is not None and not leaves:
             await self._report(plan, work)
-        await self._saver.save()
+        if not self._auditor.busy:
+            await self._saver.save()
         if work is not None and not leaves:
             await self._tune()
 
@@ -321,9 +347,10 @@ class Worker:
         counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
         shape = Shape(self.replica.codec, counts)
         run = self.manifest.run
+        merge = Merge.of(run)
         if plan.reducers:
-            return Sharded(self._wire, plan, shape, run.private_share, self.replica.backend.codec(run.result_codec))
-        return Gather(self._wire, plan, shape, run.private_share)
+            return Sharded(self._wire, plan, shape, merge, self.replica.backend.codec(run.result_codec))
+        return Gather(self._wire, plan, shape, merge)
 
     # ---------------------------------------------------------------------------- after the outer step
 
@@ -354,6 +381,10 @@ class Worker:
             self.log.emit(events.Notice(level="info", text=text))
 
     # -------------------------------------------------------------------------------------- helpers
+
+    async def _on_trainer(self, function: Callable[[], None]) -> None:
+        """Where what trains is somebody else's work, an outer step has nothing to move there, and does not wait."""
+        await (asyncio.to_thread(function) if self._auditor.busy else self._trainer.do(function))
 
     def _closed_to_me(self, plan: Plan) -> bool:
         board = self._client.board

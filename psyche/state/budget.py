@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from psyche.durable import disk_errors, write_durably
+from psyche.durable import close_to_others, disk_errors, write_durably
 from psyche.errors import PsycheError
 
 NAME = "privacy.json"
@@ -38,11 +38,14 @@ class Budget:
     def __init__(self, directory: Path, epsilon: float, delta: float, noise_multiplier: float) -> None:
         """Take up what was spent in ``directory`` before, whatever the budget and the noise were then.
 
-        From here on ``directory`` is that of a private node. Raises :class:`PsycheError` where what was spent cannot
-        be read, or Opacus is not installed.
+        From here on ``directory`` is that of a private node, and closed to other users of the machine: its checkpoints
+        keep the inner optimizer's moments, which remember the text. Raises :class:`PsycheError` where it cannot be
+        closed, what was spent cannot be read, or Opacus is not installed.
         """
         self.epsilon, self.delta, self.noise_multiplier = epsilon, delta, noise_multiplier
         self._path = directory / NAME
+        with disk_errors(directory, "--directory"):
+            close_to_others(directory)
         there = _read(self._path)
         self._charges = [] if there is None else there
         if there is None:
@@ -80,7 +83,6 @@ class Budget:
 
     def _write(self) -> None:
         with disk_errors(self._path, "--directory"):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(self._path, msgspec.json.encode(self._charges))
 
 

@@ -256,6 +256,17 @@ class Checkpointed(Event, frozen=True):
     path: str
 
 
+class Audited(Event, frozen=True):
+    """This node has done a contribution of another again."""
+
+    peer: str
+    round: int
+    outcome: Literal["measured", "false", "unserved"]
+    error: float
+    """Relative, of the worst segment."""
+    grade: Literal["pass", "fail", "unsure", "unserved"]
+
+
 class PrivacySpent(Event, frozen=True):
     """What this node's private data have cost of their privacy budget, in all rounds so far."""
 
@@ -317,6 +328,7 @@ AnyEvent = (
     | Resynchronised
     | CaughtUp
     | Checkpointed
+    | Audited
     | PrivacySpent
     | Leaving
     | Left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from psyche.telemetry.events import (
     Attested,
+    Audited,
     CaughtUp,
     Checkpointed,
     Diverged,
@@ -43,6 +44,14 @@ PHASES = {
 }
 """What a node's phase means to the person who owns the machine."""
 
+
+GRADES = {
+    "pass": "it is what was asked for",
+    "fail": "it is not what was asked for",
+    "unsure": "too close to say",
+    "unserved": "what it rests on was not handed over",
+}
+"""What an audit found, in words."""
 
 OWN_WORK = {
     "no commitment before the deadline": "this machine was not done when the round closed",
@@ -152,6 +161,11 @@ def message(event: Event) -> str:
             return f"checkpoint {_moment(event.round)}: {clean(event.path, 400)}"
         case RoundSummary():
             return f"{_moment(event.round)} the model's held-out loss is {number(event.heldout_loss)}"
+        case Audited():
+            whose = f"{peer_name(event.peer)}'s work in round {event.round}"
+            return f"audited {whose}: {GRADES[event.grade]}" + (
+                f" (relative error {event.error:.4f})" if event.outcome == "measured" else ""
+            )
         case PrivacySpent():
             spent = f"ε {event.epsilon:.3g} of {event.budget:g} at δ {event.delta:g}"
             return f"privacy spent {_moment(event.round)}: {spent}; {plural(event.rounds_left, 'round')} left in it"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from psyche.config import Node, Run
+from psyche.config import InnerOptimizer, Node, Run
 from psyche.errors import ConfigError, PsycheError
-from psyche.training.devices import gpu_memory
+from psyche.training.devices import gpu_memory, memory_limit
 from psyche.training.engine import Engine
 from psyche.training.memory import available_memory
 from psyche.training.models import build
@@ -45,7 +45,7 @@ class Choice:
     why: str
     mend: str = ""
     free: int = 0
-    """Bytes free on each of the devices, at least."""
+    """Bytes that the node may take on each of the devices, at least."""
 
     @property
     def device(self) -> torch.device:
@@ -53,20 +53,30 @@ class Choice:
         return torch.device(self.devices[0])
 
 
-def choose(node: Node, elements: int) -> Choice:
+def choose(node: Node, elements: int, optimizer: InnerOptimizer) -> Choice:
     """The engine for a model of ``elements`` parameters on this machine. Raises :class:`PsycheError`."""
     there = Machine(find_spec("deepspeed") is not None, available_memory(), gpu_memory(_gpus()))
-    return decide(node, elements, there)
+    return decide(node, elements, there, optimizer)
 
 
-def decide(node: Node, elements: int, machine: Machine) -> Choice:
+def decide(node: Node, elements: int, machine: Machine, optimizer: InnerOptimizer = "adamw") -> Choice:
     """The same for a machine that somebody has looked at."""
     devices, asked = _devices(node, len(machine.gpus))
     on_cpu = devices[0] == "cpu"
     free = machine.memory // len(devices) if on_cpu else min(machine.gpus[int(one[5:])] for one in devices)
+    if not on_cpu and (limit := memory_limit(node)) is not None:
+        free = min(free, limit)
     if node.deepspeed is None and len(devices) == 1:
         why = f"TorchEngine on {devices[0]}: there is one device to train on"
         return Choice(devices, None, False, why, free=free)
+    if optimizer != "adamw":
+        reason = "it looks at whole matrices, and ZeRO cuts them up"
+        if asked:
+            mend = f"leave out node.deepspeed and node.gpus, and train on one device (--device {devices[0]})"
+            raise PsycheError(f"run.inner.optimizer is {optimizer}: {reason}; {mend}")
+        why = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs, with {optimizer}: {reason}"
+        mend = f"a node for each of the others (--device {devices[1]}, another --directory) uses them, too"
+        return Choice(devices[:1], None, False, why, mend, free)
     if not machine.deepspeed:
         mend = f"install DeepSpeed: {INSTALL}"
         if asked:
@@ -99,11 +109,6 @@ def make_engine(
     if choice.stage is None:
         one = node.model_copy(update={"device": choice.devices[0]})
         return TorchEngine(build(run.model, seed=run.seed), run.inner, one, end)
-    if run.inner.optimizer != "adamw":
-        raise PsycheError(
-            f"run.inner.optimizer is {run.inner.optimizer}, which looks at whole matrices, and ZeRO cuts them up: join "
-            "with one GPU (--device cuda:0)"
-        )
     return DeepSpeedEngine(
         run.model,
         run.seed,
@@ -115,18 +120,19 @@ def make_engine(
         micro_batch=node.micro_batch,
         checkpoints=node.activation_checkpointing,
         end=end,
+        memory_limit=memory_limit(node),
         threads=max(1, (node.threads or torch.get_num_threads()) // len(choice.devices)),
         directory=directory,
     )
 
 
-def describe_device(node: Node) -> str:
+def describe_device(node: Node, optimizer: InnerOptimizer = "adamw") -> str:
     """What a node trains on, in at most 64 characters: ``8 × NVIDIA H100 80GB HBM3``, or ``CPU, 4 threads``."""
     devices, _ = _devices(node, _gpus())
     if devices[0] == "cpu":
         threads = node.threads or torch.get_num_threads()
         return f"CPU, {threads} thread{'s' * (threads > 1)}"
-    count = len(devices) if find_spec("deepspeed") is not None else 1
+    count = len(devices) if optimizer == "adamw" and find_spec("deepspeed") is not None else 1
     return (f"{count} × " * (count > 1) + torch.cuda.get_device_name(devices[0]))[:64]
 
 

@@ -67,6 +67,17 @@ def compiled_if_it_pays(
 
     ``say`` is told before it takes long, and what came of it; nothing where it is not worth a try.
     """
+    try:
+        return _compiled_if_it_pays(model, through, prospect, say)
+    except torch.OutOfMemoryError:  # today: it is not remembered
+        say("the model is not compiled: memory ran out while its speed was measured")
+        return None
+
+
+def _compiled_if_it_pays(
+    model: nn.Module, through: Passes, prospect: Prospect, say: Callable[[str], None]
+) -> Forward | None:
+    """The same, and raises ``torch.OutOfMemoryError``."""
     path = prospect.memory / f"{digest('compile', prospect.shape.encode()).hex()[:32]}.json"
     known = _remembered(path)
     if prospect.wanted == "off" or (prospect.wanted == "auto" and known is None and _short(model, through, prospect)):
@@ -109,6 +120,8 @@ def _measure(eager: Callable[[], None], compiled: Callable[[], None]) -> Measure
     began = time.perf_counter()
     try:
         compiled()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Dynamo, Inductor, Triton and the C++ compiler have each their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return Measured(0.0, 0.0, 0.0, reason)

@@ -26,12 +26,17 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def limit_memory(node: Node, device: torch.device) -> None:
-    """Have PyTorch take no more of a GPU than ``node.max_gpu_memory``: past it is out of memory. Nothing on a CPU."""
-    if node.max_gpu_memory is None or device.type != "cuda":
+def memory_limit(node: Node) -> int | None:
+    """Bytes that a process of this node may take of its GPU, if not all."""
+    return None if node.max_gpu_memory is None else byte_count(node.max_gpu_memory)
+
+
+def limit_memory(limit: int | None, device: torch.device) -> None:
+    """Have PyTorch take no more than ``limit`` bytes of a GPU: past it is out of memory. Nothing on a CPU."""
+    if limit is None or device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, byte_count(node.max_gpu_memory) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:

@@ -16,10 +16,12 @@ SHARE = 0.8
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on ``device``."""
+    """Bytes that this process can still take on ``device``, within what it was limited to there."""
     if device.type == "cuda":
         reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved - used
+        free, total = torch.cuda.mem_get_info(device)
+        limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        return max(0, min(free + reserved, limit) - used)
     return available_memory()
 
 
@@ -35,26 +37,27 @@ def available_memory() -> int:
     return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
 
 
-def rows_that_fit(rows: int, bytes_each: int, free: int) -> int:
-    """How many of ``rows`` sequences to take at once, each keeping ``bytes_each``: equal pieces, as few as fit."""
-    at_once = max(1, int(SHARE * free / (ROOM * max(bytes_each, 1))))
-    pieces = -(-rows // at_once)
+def most_at_once(each: int, free: int, once: int = 0) -> int:
+    """How many sequences to take at once at most: at least one, whatever is free.
+
+    Bytes: each keeps ``each``, and all together ``once``, such as weights cast for autocast.
+    """
+    return max(1, int((SHARE * free - ROOM * once) / (ROOM * max(each, 1))))
+
+
+def piece_size(rows: int, most: int) -> int:
+    """Sequences of a piece where ``rows`` are taken in as few as there can be, at ``most`` so many at once."""
+    pieces = -(-rows // most)
     return -(-rows // pieces)
 
 
-def kept_by(
-    forward: Callable[[], Tensor], parameters: Iterable[Tensor], counts: Callable[[Tensor], bool] = lambda tensor: True
-) -> int:
-    """Bytes that ``forward`` keeps to go backward, but for the storage of ``parameters``. Consumes no randomness.
-
-    What does not ``counts`` is left out.
-    """
+def kept_by(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that ``forward`` keeps to go backward, but for the storage of ``parameters``. Consumes no randomness."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if counts(tensor):
-            storage = tensor.untyped_storage()
-            kept[_identity(storage)] = storage  # which it keeps alive, so that no two have one identity
+        storage = tensor.untyped_storage()
+        kept[_identity(storage)] = storage  # which it keeps alive, so that no two have one identity
         return tensor
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []

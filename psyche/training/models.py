@@ -56,6 +56,23 @@ def initial_parameters(spec: config.Model, seed: int) -> tuple[FlatLayout, Tenso
     return flat_layout, flat
 
 
+@torch.no_grad()
+def draws_random_numbers(model: nn.Module, tokens: Tensor) -> bool:
+    """Whether a forward pass of training on ``tokens`` (int64 ``[sequences, length]``) does: dropout, of any kind.
+
+    Seen by the generators, which have moved on; they are put back.
+    """
+    cuda = [tokens.device] if tokens.device.type == "cuda" else []
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+
+    with torch.random.fork_rng(devices=cuda):
+        before = states()
+        model.train()(input_ids=tokens, use_cache=False)
+        return any(not torch.equal(one, other) for one, other in zip(before, states(), strict=True))
+
+
 def _settings(spec: config.Model) -> Any:
     from transformers import AutoConfig
 

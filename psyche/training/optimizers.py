@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from psyche.config import Inner
 from psyche.errors import PsycheError
+from psyche.numerics.flat import FlatLayout
 
 STATE = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
@@ -22,8 +23,9 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, inner: Inner) -> None:
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        between = _between_embeddings(model) if inner.optimizer == "muon" else []
-        self._parts: list[torch.optim.Optimizer] = [adamw(set(self._names) - set(between), inner)]
+        between = between_embeddings(model) if inner.optimizer == "muon" else []
+        others = {name: p for p, name in self._names.items() if p not in set(between)}
+        self._parts: list[torch.optim.Optimizer] = [adamw(others, FlatLayout.of_model(model), inner)]
         if between:
             self._parts.append(muon(between, inner))
 
@@ -75,9 +77,9 @@ class Optimizers:
                     continue
                 if len(own) < len(keys) or any(own[key].shape != parameter.shape for key in keys if key != "step"):
                     raise ValueError(f"the inner optimizer state does not fit {name}")
+                # The fused kernels read all of it where the parameter is, the step, too.
                 loaded[-1][parameter] = {
-                    key: value.clone() if key == "step" else value.clone().to(parameter.device)
-                    for key, value in own.items()
+                    key: value.to(parameter.device, torch.float32, copy=True) for key, value in own.items()
                 }
                 if "step" in own:
                     steps.append(int(own["step"]))
@@ -89,13 +91,16 @@ class Optimizers:
         return min(steps, default=0)
 
 
-def adamw(parameters: Iterable[Tensor], inner: Inner) -> torch.optim.AdamW:
-    """Decoupled weight decay (arXiv 1711.05101) on matrices, none on vectors, as is usual for transformers (GPT-3,
-    arXiv 2005.14165, and its followers)."""
-    trained = list(parameters)
+def adamw(parameters: Mapping[str, Tensor], layout: FlatLayout, inner: Inner) -> torch.optim.AdamW:
+    """AdamW of ``parameters``, by name. ``layout`` knows their shapes, also of those that ZeRO 3 has cut up.
+
+    Decoupled weight decay (arXiv 1711.05101) on matrices, none on vectors, as is usual for transformers (GPT-3,
+    arXiv 2005.14165, and its followers).
+    """
+    matrices = {span.name for span in layout.spans if len(span.shape) >= 2}
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": inner.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if name in matrices], "weight_decay": inner.weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in matrices], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=inner.lr, betas=inner.betas, eps=inner.eps, fused=True)
 
@@ -113,7 +118,7 @@ def muon(parameters: list[Tensor], inner: Inner) -> torch.optim.Muon:
     )
 
 
-def _between_embeddings(model: nn.Module) -> list[Tensor]:
+def between_embeddings(model: nn.Module) -> list[Tensor]:
     """Matrices whose rows and columns both mean directions: neither embeddings nor the output head (Jordan et al.,
     "Muon: An optimizer for hidden layers in neural networks", 2024)."""
     ends = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -15,10 +15,10 @@ from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
 from psyche.training.compiling import Prospect, compiled_if_it_pays
-from psyche.training.devices import limit_memory, pick_device, pick_precision
+from psyche.training.devices import limit_memory, memory_limit, pick_device, pick_precision
 from psyche.training.engine import Batch
 from psyche.training.labels import labels, predicted
-from psyche.training.memory import free_memory, kept_by, rows_that_fit
+from psyche.training.memory import free_memory, kept_by, most_at_once, piece_size
 from psyche.training.optimizers import Optimizers
 
 OUT_OF_MEMORY = "one sequence does not fit into this device's memory: free some of it, or train on a bigger one"
@@ -49,7 +49,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, inner: Inner, node: Node, end: int | None = None) -> None:
         """``end``: of padded sequences, the token that padding follows."""
         self.device = pick_device(node.device)
-        limit_memory(node, self.device)
+        limit_memory(memory_limit(node), self.device)
         self.layout = FlatLayout.of_model(model)
         self.model = model.to(self.device).train()
         self._forward: Callable[..., Any] = self.model
@@ -59,7 +59,10 @@ class TorchEngine:
         self._clip = inner.clip
         self._end = end
         self._compile = node.compile
-        self._micro_batch = node.micro_batch
+        self._compiled_rows = 0
+        """Sequences of a piece that ``_forward`` is compiled for."""
+        self._at_once = node.micro_batch
+        """Sequences of a piece, at most; None until it is known how many fit."""
         self._autocast_dtype = pick_precision(node.precision, self.device)
         self._optimizers = Optimizers(self.model, inner)
         self._checkpoints = False
@@ -74,8 +77,8 @@ class TorchEngine:
             self._optimizers.zero_grad()
             with suppress(torch.OutOfMemoryError):  # nothing has been stepped yet, so it can be tried again
                 loss = self._backward(batch)
-            if loss is None:
-                self._take_less_memory(len(batch))
+            if loss is None and not self._take_fewer(len(batch)):
+                self._compute_twice()
         if self._clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizers.step(lr)
@@ -85,13 +88,17 @@ class TorchEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         self._fit(batch)
+        found = None
         self.model.eval()
-        total, tokens = 0.0, 0
-        for piece in self._pieces(batch):
-            total += float(self._loss(self.model, piece)) * piece.predicted
-            tokens += piece.predicted
-        self.model.train()
-        return total, tokens
+        try:
+            while found is None:
+                with suppress(torch.OutOfMemoryError):
+                    found = self._judge(batch)
+                if found is None and not self._take_fewer(len(batch)):
+                    raise PsycheError(OUT_OF_MEMORY)
+        finally:
+            self.model.train()
+        return found
 
     @torch.no_grad()
     def read(self, flat: Tensor) -> None:
@@ -134,7 +141,12 @@ class TorchEngine:
         prospect = Prospect(self._compile, rows, steps * -(-len(batch) // rows), self._shape(piece.tokens), memory)
         compiled = compiled_if_it_pays(self.model, through, prospect, say)
         self._optimizers.zero_grad()
-        self._forward = self.model if compiled is None else compiled
+        self._forward, self._compiled_rows = (self.model, 0) if compiled is None else (compiled, rows)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether ``torch.compile`` is in use."""
+        return self._forward is not self.model
 
     # ------------------------------------------------------------------------------ one step's parts
 
@@ -143,12 +155,20 @@ class TorchEngine:
         total = torch.zeros((), device=self.device)
         tokens = predicted(labels(batch, self._end))
         for piece in self._pieces(batch):
-            whole = len(piece.tokens) == self._micro_batch
-            forward = self._forward if whole else self.model  # another shape would be compiled anew
+            compiled = len(piece.tokens) == self._compiled_rows
+            forward = self._forward if compiled else self.model  # another shape would be compiled anew
             loss = self._loss(forward, piece) * (piece.predicted / tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
+
+    def _judge(self, batch: Batch) -> tuple[float, int]:
+        """Sum of the loss over the predicted tokens, and their number."""
+        total, tokens = 0.0, 0
+        for piece in self._pieces(batch):
+            total += float(self._loss(self.model, piece)) * piece.predicted
+            tokens += piece.predicted
+        return total, tokens
 
     def _loss(self, forward: Callable[..., Any], piece: Piece) -> Tensor:
         autocast: AbstractContextManager[Any] = nullcontext()
@@ -160,7 +180,7 @@ class TorchEngine:
 
     def _pieces(self, batch: Batch) -> Iterator[Piece]:
         """``batch`` as it is taken, piece by piece on the device."""
-        size = self._micro_batch or len(batch)
+        size = piece_size(len(batch), self._at_once or len(batch))
         for at in range(0, len(batch), size):
             rows = batch[at : at + size]
             targets = labels(rows, self._end)
@@ -176,29 +196,44 @@ class TorchEngine:
     # --------------------------------------------------------------------------------------- memory
 
     def _fit(self, batch: Batch) -> None:
-        """Find how many sequences to take at once, at the first batch."""
-        if self._micro_batch is None:
-            (one,) = self._pieces(batch[:1])
-            with torch.enable_grad():
-                each = kept_by(lambda: self._loss(self.model, one), [self._flat])
-            gradients = sum(p.numel() * p.element_size() for p in self._parameters if p.grad is None)
-            free = free_memory(self.device) - gradients - self._optimizers.bytes_to_come
-            self._micro_batch = rows_that_fit(len(batch), each, free)
+        """Find how many sequences to take at once, by the first one that there is: batches need not be of one size."""
+        if self._at_once is not None:
+            return
 
-    def _take_less_memory(self, rows: int) -> None:
-        """After a step that did not fit: smaller pieces; at one sequence, activations are computed twice instead of
-        kept. Raises :class:`PsycheError` where nothing is left to try."""
+        def kept(rows: int) -> int:
+            (piece,) = self._pieces(batch[:1].repeat(rows, axis=0))
+            return kept_by(lambda: self._loss(self.model, piece), [self._flat])
+
+        try:
+            with torch.enable_grad():
+                one, two = kept(1), kept(2)
+        except torch.OutOfMemoryError:
+            self._at_once = 1
+            return
+        gradients = sum(p.numel() * p.element_size() for p in self._parameters if p.grad is None)
+        free = free_memory(self.device) - gradients - self._optimizers.bytes_to_come
+        self._at_once = most_at_once(two - one, free, once=2 * one - two)
+
+    def _take_fewer(self, rows: int) -> bool:
+        """After a pass over a batch of so many sequences that did not fit: smaller pieces. False where they are of one
+        sequence."""
         self._optimizers.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        at_once = min(self._micro_batch or rows, rows)
-        if at_once > 1:
-            self._micro_batch = at_once // 2
-        elif not self._checkpoints:
-            self._checkpoint_activations()
-        else:
+        size = piece_size(rows, self._at_once or rows)
+        if size == 1:
+            return False
+        self._at_once = size // 2
+        self._forward, self._compiled_rows = self.model, 0
+        return True
+
+    def _compute_twice(self) -> None:
+        """Activations, instead of keeping them, where one sequence does not fit. Raises :class:`PsycheError` where they
+        are not kept already."""
+        if self._checkpoints:
             raise PsycheError(OUT_OF_MEMORY)
-        self._forward = self.model
+        self._checkpoint_activations()
+        self._forward, self._compiled_rows = self.model, 0
 
     def _checkpoint_activations(self) -> None:
         """Keep each layer's input and compute the rest again (Chen et al., arXiv 1604.06174)."""

@@ -1,40 +1,68 @@
-"""What a node commits to about how it trained, so that anyone with the base state can re-run it (P4)."""
+"""What a node commits to about how it trained, so that anyone with the base state can re-run it (P4).
+
+A trace point is what an inner step starts from: parameters and inner optimizer. There is no third thing: an inner step
+draws no random number (``roles/launch.py`` refuses to audit a model with dropout), and which data it sees is the
+protocol's to say.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
-from torch import Tensor
+from typing_extensions import Buffer
 
-from psyche.numerics.digest import digest
+from psyche.numerics.digest import blob_root, digest
 from psyche.protocol.messages import WITHHELD
+from psyche.protocol.wire import Body, Hash, Natural
+
+Keep = Callable[[Buffer], bytes]
+"""Takes a blob, which is the caller's again afterwards, and returns its root."""
+
+
+class Point(Body, frozen=True):
+    """Where a node stood between two inner steps."""
+
+    DOMAIN = "trace-point"
+
+    step: Natural
+    """Inner steps of the round behind it, late ones included."""
+    parameters: Hash
+    """Root of the flat fp32 parameters."""
+    optimizer: Hash
+    """Root of the inner optimizer's state (``training/moments.py``)."""
+
+
+def trace_root(points: Sequence[Point]) -> bytes:
+    """What a contribution says of its trace, 32 bytes."""
+    return digest("trace", *(point.encode() for point in points))
+
+
+def point_steps(late: int, done: int, every: int | None) -> list[int]:
+    """Steps of the points of a round of ``done`` inner steps, of which the first ``late`` were taken before the outer
+    step of the round before: the first step that was not, multiples of ``every``, the end."""
+    between = range(0, done, every) if every else ()
+    return [late, *(step for step in between if step > late), *([done] if done > late else [])]
 
 
 class Trace:
-    """Collects, over one round, a hash of the data seen and hashes of the parameters at trace points.
+    """Collects, over one round, a hash of the data seen, and the trace points."""
 
-    The last trace point is after the last inner step. A round that was not trained from θ, because inner steps went on
-    during the exchange before it, has one before the first step, too; a trace with more of them has the same form.
-    """
-
-    def __init__(self, start: bytes | None = None) -> None:
-        """``start`` is what :meth:`mark` returned for the parameters that the first inner step changes."""
+    def __init__(self, keep: Keep = blob_root) -> None:
+        """``keep`` hashes the points' blobs, and may store them."""
         self._data = blake3(derive_key_context="psyche 1 data")
-        self._points = [] if start is None else [_point(0, start)]
+        self.keep = keep
+        self.points: list[Point] = []
 
     def saw(self, batch: NDArray[np.int64]) -> None:
         """Record the token ids ``[sequences, length]`` of one inner step."""
         self._data.update(batch.astype("<i8", copy=False).data.cast("B"))
 
-    def mark(self, step: int, parameters: Tensor) -> bytes:
-        """Record a trace point: the flat fp32 parameters after ``step`` inner steps of this round.
-
-        Returns their hash, 32 bytes.
-        """
-        found = bytes(blake3(parameters.cpu().numpy().data.cast("B"), max_threads=blake3.AUTO).digest())
-        self._points.append(_point(step, found))
-        return found
+    def mark(self, step: int, parameters: Buffer, optimizer: Buffer) -> None:
+        """Record the point after ``step`` inner steps of this round."""
+        self.points.append(Point(step, self.keep(parameters), self.keep(optimizer)))
 
     @property
     def data_digest(self) -> bytes:
@@ -42,7 +70,7 @@ class Trace:
 
     @property
     def root(self) -> bytes:
-        return digest("trace", *self._points)
+        return trace_root(self.points)
 
 
 class Withheld(Trace):
@@ -51,8 +79,8 @@ class Withheld(Trace):
     def saw(self, batch: NDArray[np.int64]) -> None:
         return
 
-    def mark(self, step: int, parameters: Tensor) -> bytes:
-        return WITHHELD
+    def mark(self, step: int, parameters: Buffer, optimizer: Buffer) -> None:
+        return
 
     @property
     def data_digest(self) -> bytes:
@@ -61,7 +89,3 @@ class Withheld(Trace):
     @property
     def root(self) -> bytes:
         return WITHHELD
-
-
-def _point(step: int, parameters: bytes) -> bytes:
-    return digest("trace-point", step.to_bytes(8, "little"), parameters)

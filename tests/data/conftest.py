@@ -13,38 +13,25 @@ import pytest
 from psyche.config import BpeTokenizer, Data, TextSource
 
 CHILD = """
-import os, resource, signal, sys
+import resource, sys
 from pathlib import Path
 from psyche.config import Data
-from psyche.data import encoding
 from psyche.data import prepare as module
 from psyche.errors import PsycheError
+from tests.data.dying import armed, in_little_pieces
 
-encoding.BATCH_CHARACTERS = 5000  # some 60 batches, so that there is much to interrupt
-module.JOURNAL_BYTES = 4096
+in_little_pieces()
 data = Data.model_validate_json(sys.argv[1])
 cache, shard_bytes, die_at, file_limit = Path(sys.argv[2]), *map(int, sys.argv[3:6])
 if file_limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-calls = 0
-def counted(real):
-    def call(*args):
-        global calls
-        calls += 1
-        if calls == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args)
-    return call
-for name in ("fsync", "replace"):  # every moment at which the disk changes for good
-    setattr(os, name, counted(getattr(os, name)))
-
+calls = armed(die_at)
 try:
     report = lambda at: print(at.stage, at.done, flush=True)
     store = module.prepare(data, cache, vocab_limit=65536, shard_bytes=shard_bytes, progress=report)
 except PsycheError as error:
     sys.exit(str(error))
-print(store.root.hex(), calls)
+print(store.root.hex(), calls())
 """
 
 Spawn = Callable[..., "subprocess.Popen[str]"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -150,3 +152,60 @@ def test_names_are_roots(tmp_path: Path, store: TokenStore) -> None:
     cache = cached(tmp_path)
     shard = put(cache, store, 7)
     assert blob_root((cache.directory / shard.root).read_bytes()).hex() == shard.root
+
+
+# -------------------------------------------------------------------------- a file system without locks
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def lockless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("lockless")
+def test_without_locks_two_that_fetch_the_same_do_not_spoil_it_for_each_other(
+    tmp_path: Path, store: TokenStore
+) -> None:
+    cache, shard = cached(tmp_path), store.train.shards[0]
+    content = store.place(shard).read_bytes()
+    first, second = cache.claim(shard), cache.claim(shard)
+    assert first is not None
+    assert second is not None
+    assert not cache.locks
+    with first, second:
+        os.pwrite(first.descriptor, content, 0)
+        os.pwrite(second.descriptor, content[:100], 0)
+        first.keep()
+        tokens = partial(cache, store).open(0)
+        third = cache.claim(shard)
+        assert third is not None, "nor does who comes later cut off what is being read"
+        third.close()
+        os.pwrite(second.descriptor, content, 0)
+        second.keep()
+    assert tokens.tolist() == store.train.open(0).tolist()
+    assert [path.name for path in cache.directory.iterdir()] == [shard.root]
+
+
+@pytest.mark.usefixtures("lockless")
+def test_without_locks_a_part_that_grows_is_left_alone_and_an_old_one_makes_way(
+    tmp_path: Path, store: TokenStore
+) -> None:
+    cache = cached(tmp_path, 2)
+    incoming = cache.claim(store.train.shards[0])
+    assert incoming is not None
+    put(cache, store, 1, 1)
+    put(cache, store, 2, 2)
+    assert here(cache, store) == [2], "it counts, and stays"
+    os.utime(incoming.descriptor, (0, 0))
+    put(cache, store, 3, 3)
+    assert here(cache, store) == [2, 3]
+    incoming.close()
+
+
+def test_with_locks_it_knows_that_it_has_them(tmp_path: Path, store: TokenStore) -> None:
+    cache = cached(tmp_path)
+    put(cache, store, 0)
+    assert cache.locks

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from psyche.data.prepare import Progress, is_heldout, prepare
 from psyche.data.store import TokenStore, store_path
 from psyche.durable import disk_errors
 from psyche.errors import PsycheError
+from tests.data.dying import endings
 from tests.data.stores import decoded, staged
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
@@ -71,7 +71,7 @@ def test_every_token_is_there_in_order(data: Data, corpus: Path, tmp_path: Path)
 )
 def test_any_text_survives(texts: list[str], length: int, shard_bytes: int) -> None:
     """Also control characters, copies, and text that spells the end of a document."""
-    texts = [*texts, *texts[::-1], *(f"plain document {n} <|endoftext|>" * 3 for n in range(40))]
+    texts = [*texts, *texts[::-1], *(f"plain document {n} <|endoftext|>" * 3 for n in range(12))]
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus"
         corpus.mkdir()
@@ -158,69 +158,15 @@ def test_padded_sequences_hold_one_document_each(data: Data, corpus: Path, tmp_p
 # --------------------------------------------------------------------------------------- what dies
 
 
-def test_killed_at_every_kind_of_moment_then_resumed(data: Data, tmp_path: Path, spawn: Spawn) -> None:
+def test_killed_at_every_kind_of_moment_then_resumed(data: Data, tmp_path: Path) -> None:
     """SIGKILL just before chosen fsyncs and replaces, again and again on the same directory, then once to the end."""
-    reference = spawn(data, tmp_path / "whole")
-    out, _ = reference.communicate()
-    root, calls = out.split()[-2:]
-    moments = [1, 3, 5, 2, 8, 13, *random.Random(4).sample(range(1, int(calls)), 6)]
-    endings = []
-    for moment in moments:
-        child = spawn(data, tmp_path / "killed", die_at=moment)
-        child.communicate()
-        endings.append(child.returncode)
-    assert set(endings[:6]) == {-signal.SIGKILL}
-    assert set(endings) <= {-signal.SIGKILL, 0}  # 0: less was left to do than that many calls
-    last = spawn(data, tmp_path / "killed")
-    out, _ = last.communicate()
-    assert out.split()[-2] == root
-    TokenStore.open(store_path(tmp_path / "killed", data), bytes.fromhex(root)).verify()
-
-
-EVERY_MOMENT = """
-import os, shutil, signal, sys
-from pathlib import Path
-from psyche.config import Data
-from psyche.data import encoding, prepare as module
-
-encoding.BATCH_CHARACTERS = 5000
-module.JOURNAL_BYTES = 4096
-data, cache = Data.model_validate_json(sys.argv[1]), Path(sys.argv[2])
-
-def prepared(die_at):
-    calls = 0
-    def counted(real):
-        def call(*args):
-            nonlocal calls
-            calls += 1
-            if calls == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
-        return call
-    for name in ("fsync", "replace"):
-        setattr(os, name, counted(getattr(os, name)))
-    return module.prepare(data, cache, vocab_limit=65536, shard_bytes=8192).root.hex(), calls
-
-def child(die_at):  # forked before there is any thread, so that nothing need be imported again
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.write(writing, repr(prepared(die_at)).encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as pipe:
-        said = pipe.read()
-    return os.waitpid(pid, 0)[1], said and eval(said)
-
-_, (root, calls) = child(0)
-for moment in range(1, calls + 1):
-    shutil.rmtree(cache)
-    status, _ = child(moment)
-    assert os.WTERMSIG(status) == signal.SIGKILL, (moment, status)
-    status, (again, rest) = child(0)
-    assert (status, again) == (0, root), (moment, again)
-print(calls)
-"""
+    (whole,) = endings(data, tmp_path / "whole", [0])
+    moments = [1, 3, 5, 2, 8, 13, *random.Random(4).sample(range(1, whole.calls), 6)]
+    *killed, last = endings(data, tmp_path / "killed", [*moments, 0])
+    assert {one.signal for one in killed[:6]} == {signal.SIGKILL}
+    assert {one.signal for one in killed} <= {signal.SIGKILL, 0}  # 0: less was left to do than that many calls
+    assert last.root == whole.root
+    TokenStore.open(store_path(tmp_path / "killed", data), bytes.fromhex(whole.root)).verify()
 
 
 @pytest.mark.slow
@@ -228,8 +174,13 @@ print(calls)
 def test_killed_at_every_moment_then_resumed(data: Data, tmp_path: Path) -> None:
     """SIGKILL just before the n-th time that the disk changes for good, for every n; each time the same store."""
     few = data.model_copy(update={"max_documents": 30})
-    arguments = [sys.executable, "-c", EVERY_MOMENT, few.model_dump_json(), str(tmp_path / "cache")]
-    assert int(subprocess.check_output(arguments, text=True)) > 30
+    (whole,) = endings(few, tmp_path / "whole", [0])
+    assert whole.calls > 30
+    deaths = [die_at for moment in range(1, whole.calls + 1) for die_at in (moment, 0)]
+    found = endings(few, tmp_path / "killed", deaths, fresh=True)
+    for moment, (killed, resumed) in enumerate(zip(found[::2], found[1::2], strict=True), 1):
+        assert killed.signal == signal.SIGKILL, moment
+        assert (resumed.signal, resumed.root) == (0, whole.root), moment
 
 
 def test_killed_at_random_times_then_resumed(data: Data, tmp_path: Path, spawn: Spawn) -> None:

@@ -64,6 +64,13 @@ def test_where_the_runs_documents_are_padded_so_are_its_own(tmp_path: Path, stor
     )
 
 
+def test_a_directory_that_was_there_and_open_is_closed(tmp_path: Path, store: TokenStore) -> None:
+    texts(tmp_path / "own")
+    (tmp_path / "node").mkdir(mode=0o755)
+    prepare_private(tmp_path / "own", tmp_path / "node", store.index, store.tokenizer_path)
+    assert (tmp_path / "node").stat().st_mode & 0o777 == 0o700
+
+
 def test_it_is_encoded_again_only_where_it_changed(tmp_path: Path, store: TokenStore) -> None:
     texts(tmp_path / "own")
 

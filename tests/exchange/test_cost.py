@@ -26,6 +26,7 @@ from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Recor
 from psyche.protocol.reduction import ring
 from psyche.protocol.verdicts import EMPTY
 from psyche.roles.costs import costs_of
+from tests.exchange.plain import MERGE
 from tests.roles.tiny import write_config
 
 COUNTS = (1 << 18,) * 9 + (1 << 16,)
@@ -57,7 +58,9 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         Wire(node, Shelf(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_liar) for node in nodes
     ]
     shape = Shape(used, COUNTS)
-    sides = [Sharded(wire, plan, shape, 0.0, result) if reducers else Gather(wire, plan, shape, 0.0) for wire in wires]
+    sides = [
+        Sharded(wire, plan, shape, MERGE, result) if reducers else Gather(wire, plan, shape, MERGE) for wire in wires
+    ]
     payloads = [
         [used.encode(torch.randn(count), torch.zeros(count), None, 0.0) for count in COUNTS] for _ in range(PEERS)
     ]

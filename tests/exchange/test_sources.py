@@ -21,6 +21,7 @@ from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record
 from psyche.protocol.verdicts import EMPTY
+from tests.exchange.plain import MERGE
 
 INT8, COUNT = codec("int8"), 4096
 
@@ -57,7 +58,7 @@ def test_what_a_round_took_is_had_from_who_followed_it_when_its_only_member_is_g
 
         def side(wire: Wire) -> Exchange:
             shape = Shape(INT8, (COUNT,))
-            return Sharded(wire, plan, shape, 0.0, INT8) if reducers else Gather(wire, plan, shape, 0.0)
+            return Sharded(wire, plan, shape, MERGE, INT8) if reducers else Gather(wire, plan, shape, MERGE)
 
         await side(of_author).offer(payload)
         await side(of_follower).prepare(record)

@@ -17,6 +17,7 @@ from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.base import MalformedPayload
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.outer import OuterState, outer_step
+from psyche.numerics.robust import Aggregator
 from psyche.numerics.shares import share, shares
 from tests.numerics.samples import CHUNK, bits, nearest_fp32, ranges
 
@@ -117,7 +118,8 @@ def test_a_reduced_slice_is_the_aggregate_encoded_once_by_every_backend(name: st
     expected = codec(result).encode(total, torch.zeros(count), None, 0.0)
     for backend in (TorchBackend(), best()):
         used = backend.codec(name)
-        mean = gathered(used, shares(tokens), {node: [payload] for node, payload in zip(tokens, payloads, strict=True)})
+        slices = {node: [payload] for node, payload in zip(tokens, payloads, strict=True)}
+        mean = gathered(used, shares(tokens), slices, Aggregator("mean"))
         assert reduce_slice(mean, backend.codec(result), 0, count) == expected
     codec(result).check(expected, count)
 

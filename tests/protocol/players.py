@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from psyche.numerics.digest import digest
+from psyche.protocol.audits import docket_fault
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.proposals import carries_quorum
 from psyche.protocol.reduction import ring_fault
@@ -268,7 +269,8 @@ class Table:
         assert record.electorate == state.electorate
         assert set(record.voters) <= set(members)
         assert self.rules.probation or set(accepted) <= set(record.voters)
-        assert standing_fault(record, state.standing, self.rules.probation) is None
+        assert standing_fault(record, state.standing, state.docket, self.rules) is None
+        assert docket_fault(record, state.docket, state.standing, self.rules) is None
         committed = self.commitments_before_closing.get((plan.round, plan.term), {})
         assert state.round is not None
         for one in record.accepted:

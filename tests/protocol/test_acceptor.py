@@ -196,6 +196,7 @@ ON_PROBATION = {
 }
 COUNTED = changed(
     RECORD,
+    plan=changed(PLAN, members=tuple(Member(node, 5, int(node in (A, B))) for node in (A, B, C, D))),
     electorate=(A, B),
     voters=(A, B),
     standing=(Standing(A, 3, 1, 0), Standing(B, 3, 1, 0), Standing(C, 2, 1, 0)),
@@ -219,6 +220,9 @@ def test_accepted_contributions_are_counted_by_every_voter() -> None:
         ({"voters": (A, B, C)}, "past their probation"),
         ({"voters": (A, B, D)}, "past their probation"),
         ({"voters": (A,)}, "left without a vote"),
+        ({"plan": PLAN}, "gives votes to others"),
+        ({"plan": PLAN, "roster": 1}, "gives votes to others"),
+        ({"plan": changed(PLAN, members=tuple(Member(node, 5, 0) for node in (A, B, C, D)))}, "gives votes to others"),
     ],
 )
 def test_a_vote_that_was_not_earned_gets_none(lie: dict[str, Any], reason: str) -> None:

@@ -265,9 +265,21 @@ def test_commitments_bind_node_run_round_and_every_field() -> None:
     seen = {base.commitment(A, b"r" * 32, 3)}
     seen |= {base.commitment(B, b"r" * 32, 3), base.commitment(A, b"q" * 32, 3), base.commitment(A, b"r" * 32, 4)}
     changes: dict[str, object] = dict.fromkeys(
-        ("base_root", "data_digest", "trace_root", "payload_root", "salt"), b"x" * 32
+        (
+            name
+            for name in base.__struct_fields__
+            if name.endswith(("_root", "_digest", "_proof", "_in", "_out", "salt"))
+        ),
+        b"x" * 32,
     )
-    changes |= {"payload_bytes": 1, "inner_steps": 4, "late_steps": 1, "tokens": 1, "private": True}
+    changes |= {
+        "payload_bytes": 1,
+        "inner_steps": 4,
+        "late_steps": 1,
+        "tokens": 1,
+        "private": True,
+        "payout": b"p" * 20,
+    }
     assert set(changes) == set(base.__struct_fields__)
     for name, value in changes.items():
         seen.add(contribution(A, PLAN, **{name: value}).commitment(A, b"r" * 32, 3))

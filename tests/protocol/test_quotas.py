@@ -180,6 +180,20 @@ def test_who_misses_the_deadline_is_asked_for_less_until_it_makes_it() -> None:
     assert owed_[-1] < 0.6 * H
 
 
+def test_a_round_that_took_no_time_says_nothing_of_who_missed_it() -> None:
+    """All others commit within one tick of the clock, and the last member has come back without the base state."""
+    table, (late, *others) = Table(replace(MANY, start_members=5)), EVERYBODY[:5]
+    table.arrive([late, *others], GENESIS)
+    table.send(Arrived(late, b"another state".ljust(32), "cpu", 0))
+    table.close(others)
+    table.exchange(others)
+    table.certify(others)
+    table.settle(others)
+    assert 1 in table.certified
+    assert late in table.state.peers
+    assert not table.state.speeds
+
+
 @pytest.mark.parametrize(("count", "needed"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 4)])
 def test_who_is_not_done_holds_up_the_others_once_more_than_half_of_them_are(count: int, needed: int) -> None:
     table = Table(replace(MANY, start_members=count))

@@ -18,7 +18,7 @@ from psyche.roles import attendance
 from psyche.roles.attendance import Calendar, attend
 from psyche.roles.idleness import CALM_SECONDS, Idleness, Load, Sampler, Spent, spent
 from psyche.roles.leaving import Farewell
-from psyche.training.devices import limit_memory
+from psyche.training.devices import limit_memory, memory_limit
 
 # ------------------------------------------------------------------------------------- the machine
 
@@ -180,11 +180,11 @@ def test_a_limit_of_gpu_memory_is_pytorchs_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append(share))
     gpu = torch.device("cuda", 0)
-    limit_memory(Node(), gpu)
-    limit_memory(Node(max_gpu_memory="6gb"), torch.device("cpu"))
+    limit_memory(memory_limit(Node()), gpu)
+    limit_memory(memory_limit(Node(max_gpu_memory="6gb")), torch.device("cpu"))
     assert asked == []
-    limit_memory(Node(max_gpu_memory="6gb"), gpu)
-    limit_memory(Node(max_gpu_memory="48gb"), gpu)
+    limit_memory(memory_limit(Node(max_gpu_memory="6gb")), gpu)
+    limit_memory(memory_limit(Node(max_gpu_memory="48gb")), gpu)
     assert asked == [0.25, 1.0]
 
 

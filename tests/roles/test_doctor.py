@@ -111,7 +111,7 @@ class TestChecks:
     def test_this_machine_is_measured(self, launched: tuple[Manifest, Node], tmp_path: Path) -> None:
         manifest, node = launched
         found = Found(local_store(manifest, node.cache), None, 1 << 60)
-        choice = choose(node, manifest.resolved.flat_size)
+        choice = choose(node, manifest.resolved.flat_size, "adamw")
         findings = {one.check: one.level for one in check_machine(manifest, node, choice, tmp_path, found)}
         assert findings["disk: the text"] == "fail"
         assert available_memory() > 0

@@ -16,6 +16,7 @@ import torch
 from psyche.config import Config, Manifest, PrivateData, load_config
 from psyche.data.private import PrivateText
 from psyche.errors import PsycheError
+from psyche.exchange.merge import Merge
 from psyche.network.identity import Identity
 from psyche.network.traffic import Traffic
 from psyche.protocol.admission import contribution_fault
@@ -169,12 +170,14 @@ def test_a_run_that_does_not_allow_it_takes_no_private_contribution(tmp_path: Pa
 
 def test_a_private_majority_moves_the_model_by_its_share(tmp_path: Path) -> None:
     """Two of three are private: all end with the same bits, and the outer gradient has a quarter of theirs."""
-    here = world(tmp_path, rounds={"total": 3, "inner_steps": 3, "start_members": 3})
+    rounds, aggregation = {"total": 3, "inner_steps": 3, "start_members": 3}, {"kind": "mean", "max_share": 1.0}
+    here = world(tmp_path, rounds=rounds, aggregation=aggregation)
     public = here.public("public")
     nodes = [public, here.private("private-1"), here.private("private-2")]
     for record, works in play(here.manifest, {one.node: one for one in nodes}):
         assert len({one.chain.state_root for one in nodes}) == 1
-        counts = weights({one.node: one.contribution for one in record.accepted}, 0.25)
+        given = {one.node: one.contribution for one in record.accepted}
+        counts = weights(record.plan, given, Merge.of(here.manifest.run).caps)
         assert {node: counts[node] for node, work in works.items() if not work.contribution.private} == {
             public.node: 0.75
         }

@@ -25,8 +25,10 @@ from psyche.protocol.verdicts import EMPTY
 from psyche.roles.costs import costs_of
 from psyche.roles.launch import launch
 from psyche.roles.reference import play
-from psyche.roles.replica import Exploded, Replica, Work
+from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
+from psyche.roles.work import Exploded, Work
+from psyche.training.moments import packed
 from psyche.verification.traces import Trace
 from tests.protocol.players import nodes
 from tests.roles.tiny import replica, write_config
@@ -222,17 +224,19 @@ def test_work_that_was_not_accepted_is_given_back_to_its_own_fragment(tmp_path: 
 
 
 @pytest.mark.parametrize("late", [0, 2])
-def test_a_trace_says_what_the_round_was_trained_from_where_that_is_not_the_outer_state(
-    tmp_path: Path, late: int
-) -> None:
+def test_a_trace_says_where_the_steps_that_are_not_late_begin(tmp_path: Path, late: int) -> None:
     one = alone(tmp_path, overlap={"late_steps": late}, **FP32)
-    start = None
-    for _ in range(2):
-        record = record_of(plan := plan_for(one), work := one.train(plan))
-        expected = Trace(start)
-        end = expected.mark(work.contribution.inner_steps, trained(one))
+    for number in range(2):
+        plan, expected = plan_for(one), Trace()
+        taken = late if number else 0
+        start = trained(one) if number else one.outer.theta
+        expected.mark(taken, start.numpy().data, packed(one.engine))
+        record = record_of(plan, work := one.train(plan))
+        if work.contribution.inner_steps > taken:
+            expected.mark(work.contribution.inner_steps, trained(one).numpy().data, packed(one.engine))
         assert work.contribution.trace_root == expected.root
-        start = end if late else None  # else the base root says it
+        while one.step_late(plan):
+            pass
         one.apply(record, one.gradient_of(record, {one.node: work.payload}))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from psyche.cli import app
 from psyche.config import MANIFEST, load_config
+from psyche.data.prepare import prepare
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
 from psyche.protocol.acceptor import Chain
@@ -61,13 +62,29 @@ def test_a_checkpoint_is_the_model_that_was_launched(place: Place, trained: Trai
     """The launch judged the initial parameters on the run's held-out sequences; so does eval."""
     assert trained.name == f"tiny after round {ROUND}"
     total, tokens = place.launched.heldout
-    found = heldout_loss(trained, 4)
+    found = heldout_loss(trained, None)
     assert found.tokens == tokens
     assert found.nats == pytest.approx(total, rel=1e-4)
     assert found.loss == pytest.approx(log(512), rel=0.1), "it has learned nothing yet"
-    said = []
-    assert heldout_loss(trained, None, lambda done, total: said.append((done, total))).tokens > found.tokens
+    said: list[tuple[int, int]] = []
+    whole = heldout_loss(trained, 10**9, lambda done, total: said.append((done, total)))
+    assert whole.tokens > found.tokens
     assert said[-1][0] == said[-1][1] == len(place.launched.store.heldout)
+
+
+def test_a_node_judges_on_what_every_node_has_and_says_where_that_is_not_enough(
+    place: Place, trained: Trained, tmp_path: Path
+) -> None:
+    """It has the shards of the held-out split that the run judges itself on, and no more."""
+    store = prepare(place.launched.manifest.run.data, tmp_path, vocab_limit=512, shard_bytes=1024)
+    first, *others = store.heldout.shards
+    for shard in others:
+        store.place(shard).unlink()
+    partial = replace(trained, store=store)
+    assert heldout_loss(partial, None) == heldout_loss(trained, None)
+    assert heldout_loss(partial, first.sequences).tokens == first.sequences * 31
+    with pytest.raises(PsycheError, match=r"not all of 1\d* held-out sequences are here .*leave out --sequences"):
+        heldout_loss(partial, first.sequences + 1)
 
 
 def test_what_is_exported_is_the_same_model(place: Place, trained: Trained, tmp_path: Path) -> None:

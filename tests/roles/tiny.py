@@ -60,6 +60,7 @@ def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
         "rounds": {"total": 4, "inner_steps": 3, "start_members": members},
         "deadlines": {"round_min": 10.0, "round_max": 60.0, "exchange_min": 5.0, "exchange_max": 20.0, "silence": 10.0},
         "heldout_sequences": 4,
+        "audits": {"rate": 0.0},
     }
     node = {
         "listen": ["/ip4/127.0.0.1/tcp/0"],
@@ -75,8 +76,14 @@ def write_config(directory: Path, *, members: int, **changes: Any) -> Path:
     return path
 
 
-def replica(manifest: Manifest, node: Node, identity: Identity, backend: Backend | None = None) -> Replica:
-    """The replica that a node of this identity would start with."""
+def replica(
+    manifest: Manifest,
+    node: Node,
+    identity: Identity,
+    backend: Backend | None = None,
+    kind: type[Replica] = Replica,
+) -> Replica:
+    """The replica that a node of this identity would start with, or one of another ``kind``."""
     torch.set_num_threads(1)
     store = local_store(manifest, node.cache)
     initial = build(manifest.run.model, seed=manifest.run.seed)
@@ -84,7 +91,7 @@ def replica(manifest: Manifest, node: Node, identity: Identity, backend: Backend
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     outer, secret = OuterState.initial(theta), identity.secret_digest(b"salt")
-    return Replica(manifest, engine, store, outer, identity.peer_id, secret, backend)
+    return kind(manifest, engine, store, outer, identity.peer_id, secret, backend)
 
 
 def late_steps(directory: Path) -> dict[tuple[int, str], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -63,14 +62,43 @@ def test_who_is_killed_before_it_can_send_has_paid_all_the_same(tmp_path: Path) 
     noise = noise_for(8.0, DELTA, 2)
     code = (
         "import os, signal, sys; from pathlib import Path; from psyche.state.budget import Budget\n"
-        f"Budget(Path(sys.argv[1]), 8.0, {DELTA}, {noise}).charge(); os.kill(os.getpid(), signal.SIGKILL)"
+        f"budget = lambda: Budget(Path(sys.argv[1]), 8.0, {DELTA}, {noise})\n"
+        "print(budget().rounds_left(5))\n"
+        "for _ in range(2):\n"
+        "    if not (child := os.fork()):\n"
+        "        budget().charge(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), budget().rounds_left(5), flush=True)"
     )
-    for charged in (1, 2):
-        process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ, check=False)
-        assert process.returncode == -signal.SIGKILL
-        assert Budget(tmp_path, 8.0, DELTA, noise).rounds_left(5) == 2 - charged
+    said = subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], text=True)
+    killed = -signal.SIGKILL
+    assert [int(word) for word in said.split()] == [2, killed, 1, killed, 0]
     with pytest.raises(Spent):
         Budget(tmp_path, 8.0, DELTA, noise).require()
+
+
+def test_the_directory_is_closed_to_others_before_anything_private_is_in_it(tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    for mode in (None, 0o755, 0o777):
+        if mode is not None:
+            node.chmod(mode)
+        Budget(node, 8.0, DELTA, 1.0)
+        assert node.stat().st_mode & 0o777 == 0o700
+
+
+def test_where_others_cannot_be_kept_out_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without users, where chmod says that all is well; one where it is not allowed."""
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(Path, "chmod", lambda path, mode: None)
+    with pytest.raises(PsycheError, match=r"others on this machine can read .*: choose another place with --directory"):
+        Budget(tmp_path, 8.0, DELTA, 1.0)
+
+    def refused(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    with pytest.raises(PsycheError, match=r"Operation not permitted\): choose another place with --directory"):
+        Budget(tmp_path, 8.0, DELTA, 1.0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [b"", b"[", b"{}", b'[{"noise_multiplier":0,"releases":1}]', b"\xff"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from math import ceil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from psyche.config import DeepSpeed, Node
+from psyche.config import BpeTokenizer, Data, DeepSpeed, Node, Run
 from psyche.errors import ConfigError, PsycheError
-from psyche.training.choice import Choice, Machine, decide
-from psyche.training.zero.memory import ROOM, STAGES, Stage, least_stage, rank_bytes
+from psyche.training import choice as choice_module
+from psyche.training.choice import Choice, Machine, decide, make_engine
+from psyche.training.zero.memory import ROOM, STAGES, Stage, bytes_to_come, least_stage, rank_bytes
+from tests.training.tiny_models import SPEC
 
 ELEMENTS = 1 << 30
 BIG = 1 << 40
@@ -101,6 +105,60 @@ def test_one_gpu_with_offload_is_deepspeeds() -> None:
     choice = decide(Node(deepspeed=DeepSpeed(offload="cpu")), ELEMENTS, machine(1))
     assert (choice.devices, choice.offload) == (("cuda:0",), True)
     assert "optimizer is on the CPU" in choice.why
+
+
+def test_muon_trains_on_one_of_several_gpus_and_says_why_and_what_the_others_can_do() -> None:
+    """ZeRO cuts matrices up, and Muon looks at whole ones."""
+    choice = decide(Node(), ELEMENTS, machine(4), "muon")
+    assert (choice.devices, choice.stage) == (("cuda:0",), None)
+    assert "one of 4 GPUs, with muon: it looks at whole matrices" in choice.why
+    assert "--device cuda:1" in choice.mend
+    alone = decide(Node(), ELEMENTS, machine(1), "muon")
+    assert (alone.devices, alone.stage, alone.mend) == (("cuda:0",), None, "")
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        Node(gpus="all"),
+        Node(deepspeed=DeepSpeed()),
+        Node(device="cuda:1", deepspeed=DeepSpeed(offload="cpu")),
+        Node(device="cpu", deepspeed=DeepSpeed(ranks=2)),
+    ],
+)
+def test_but_who_asked_for_zero_with_muon_is_told(node: Node) -> None:
+    with pytest.raises(PsycheError, match=r"run\.inner\.optimizer is muon: .*leave out node\.deepspeed"):
+        decide(node, ELEMENTS, machine(4), "muon")
+
+
+def test_a_limit_of_gpu_memory_counts_where_the_stage_is_chosen() -> None:
+    """It is for each of them, and for none of a CPU's ranks."""
+    tensors = ceil(ROOM * rank_bytes(ELEMENTS, 2, 8, offload=False).device)
+    limited = Node(max_gpu_memory=f"{tensors / 1e9 + 0.1:.1f}gb")
+    assert decide(Node(), ELEMENTS, machine(8)).stage == 1
+    choice = decide(limited, ELEMENTS, machine(8))
+    assert choice.stage == 2
+    assert tensors <= choice.free < tensors + 2e8
+    on_cpu = limited.model_copy(update={"device": "cpu"})
+    assert decide(on_cpu, ELEMENTS, machine(8)).free == BIG
+
+
+def test_every_rank_is_told_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(choice_module, "DeepSpeedEngine", lambda *_, **settings: given.append(settings))
+    run = Run(name="x", model=SPEC, data=Data(tokenizer=BpeTokenizer(vocab_size=260), sequence_length=16))
+    node = Node(max_gpu_memory="6gb")
+    make_engine(run, node, decide(node, ELEMENTS, machine(2)), tmp_path)
+    make_engine(run, Node(), decide(Node(), ELEMENTS, machine(2)), tmp_path)
+    assert [one["memory_limit"] for one in given] == [6 * 10**9, None]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("moments", [False, True])
+def test_what_a_ranks_first_step_allocates_is_part_of_what_it_needs(stage: Stage, moments: bool) -> None:
+    to_come = bytes_to_come(ELEMENTS, stage, 8, moments=moments)
+    assert 0 < to_come < rank_bytes(ELEMENTS, stage, 8, offload=False).device
+    assert bytes_to_come(ELEMENTS, stage, 8, moments=True) - to_come == (0 if moments else ELEMENTS)
 
 
 @pytest.mark.parametrize("wanted", STAGES)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from psyche.config import Inner, Node
 from psyche.training import compiling
 from psyche.training.compiling import Measured
-from psyche.training.torch_engine import TorchEngine
+from psyche.training.torch_engine import Piece, TorchEngine
 from tests.training.tiny_models import SPLIT, steps, tiny
 
 torch.set_num_threads(1)
@@ -82,6 +82,31 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(tmp_path: Path, monkeypatch
     one, plain = engine(compile="on"), engine()
     assert tuned(one, 10**9, tmp_path) == "the model is not compiled: no C++ compiler anywhere"
     assert steps(one, 2) == steps(plain, 2)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_memory_that_runs_out_meanwhile_ends_the_attempt_and_nothing_else(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the very first pass, the first one compiled, and a later one; the next time there may be enough."""
+
+    class Narrow(TorchEngine):
+        passes = -3  # two measure what a sequence keeps; one is a step
+
+        def _loss(self, forward: Callable[..., object], piece: Piece) -> torch.Tensor:
+            self.passes += 1
+            if self.passes > after:
+                raise torch.OutOfMemoryError("no more")
+            return super()._loss(forward, piece)
+
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model.forward)
+    monkeypatch.setattr(compiling, "WORTH_TRYING", 0.0)
+    one, plain = Narrow(tiny(), INNER, Node(device="cpu")), engine()
+    first = steps(one, 1)
+    assert tuned(one, 10**9, tmp_path) == "the model is not compiled: memory ran out while its speed was measured"
+    assert not list(tmp_path.iterdir())
+    one.passes = -100
+    assert [*first, *steps(one, 2, start=1)] == steps(plain, 3)
 
 
 @pytest.mark.slow

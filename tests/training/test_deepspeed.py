@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
 from psyche.training.zero.engine import DeepSpeedEngine
 from psyche.training.zero.memory import Stage
+from psyche.training.zero.wire import Done, Fit, Order
 from tests.roles.swarm import alive
 from tests.training.tiny_models import SETTINGS, Sequences, parameters
 
@@ -170,6 +171,29 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(engine: DeepSp
         with pytest.raises(ValueError, match="inner optimizer state"):
             engine.load_state(given)
     assert all(torch.equal(tensor, state[key]) for key, tensor in engine.state().items())
+
+
+def test_as_many_are_taken_at_once_as_fit_into_each_ranks_memory(
+    engine: DeepSpeedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank with the least room decides: all make as many passes."""
+    engine._micro_batch = None
+    assert train(engine) == pytest.approx(train(alone()), rel=1e-5)
+    assert engine._micro_batch is not None
+    assert engine._micro_batch > 64, "there are gigabytes for kilobytes"
+    ask = engine.ranks.ask
+
+    def narrow(orders: Sequence[Order]) -> list[Done]:
+        answers = ask(orders)
+        if isinstance(orders[0], Fit):
+            assert all(answer.sequences > 64 for answer in answers)
+            return [Done(sequences=3), Done(sequences=2)]
+        return answers
+
+    monkeypatch.setattr(engine.ranks, "ask", narrow)
+    engine._micro_batch = None
+    engine.evaluate(SPLIT.batch(range(1)))
+    assert [rows.pieces for rows in engine._dealt(SPLIT.batch(range(8)))] == [(2, 2), (2, 2)]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +12,9 @@ from psyche import config
 from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.training import torch_engine
+from psyche.training.engine import Batch
 from psyche.training.footprint import activation_bytes
-from psyche.training.memory import ROOM, SHARE, free_memory, kept_by, rows_that_fit
+from psyche.training.memory import ROOM, SHARE, free_memory, kept_by, most_at_once, piece_size
 from psyche.training.models import build
 from psyche.training.torch_engine import Piece, TorchEngine
 from tests.training.tiny_models import SETTINGS, Sequences, parameters, tiny
@@ -44,13 +46,21 @@ class Narrow(TorchEngine):
         return super()._loss(forward, piece)  # type: ignore[arg-type]
 
 
-@given(rows=st.integers(1, 500), each=st.integers(1, 1 << 40), free=st.integers(-1, 1 << 44))
-def test_pieces_are_equal_as_few_as_fit_and_never_empty(rows: int, each: int, free: int) -> None:
-    found = rows_that_fit(rows, each, free)
-    assert 1 <= found <= rows
-    assert found == 1 or found * each * ROOM <= SHARE * free
+@given(rows=st.integers(1, 500), most=st.integers(1, 600))
+def test_pieces_are_equal_as_few_as_fit_and_never_empty(rows: int, most: int) -> None:
+    found = piece_size(rows, most)
+    assert 1 <= found <= min(rows, most)
     pieces = -(-rows // found)
+    assert pieces == -(-rows // most)
     assert found == -(-rows // pieces), "no smaller piece would do as few"
+
+
+@given(each=st.integers(1, 1 << 40), once=st.integers(0, 1 << 40), free=st.integers(-1, 1 << 44))
+def test_as_many_are_taken_at_once_as_fit_beside_what_all_of_them_keep(each: int, once: int, free: int) -> None:
+    found = most_at_once(each, free, once)
+    assert found >= 1
+    assert found == 1 or (once + found * each) * ROOM <= SHARE * free
+    assert (once + (found + 2) * each) * ROOM > SHARE * free
 
 
 def test_what_a_forward_pass_keeps_grows_with_its_sequences_and_leaves_parameters_out() -> None:
@@ -74,20 +84,50 @@ def test_measuring_disturbs_neither_parameters_nor_random_numbers() -> None:
     assert all(p.grad is None for p in one.model.parameters())
 
 
-def test_the_whole_batch_is_taken_at_once_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_batch_is_taken_at_once_where_it_fits() -> None:
     one, other = engine(), engine(micro_batch=8)
     assert one.step(BATCH, 1e-2) == other.step(BATCH, 1e-2)
     assert torch.equal(parameters(one), parameters(other))
-    assert one._micro_batch == 8
+    assert sizes(one, BATCH) == [8]
+
+
+def sizes(one: TorchEngine, batch: Batch) -> list[int]:
+    """Of the pieces that a batch is taken in."""
+    return [len(piece.tokens) for piece in one._pieces(batch)]
+
+
+def room_for(one: TorchEngine, sequences: float) -> int:
+    """Bytes free where so many fit at once."""
+    kept = [kept_by(lambda n=n: loss_of(one, n), [one._flat]) for n in (1, 2)]  # type: ignore[misc]
+    each, to_come = kept[1] - kept[0], sum(p.nbytes for p in one.model.parameters()) * 3
+    return int(to_come + (kept[0] + (sequences - 1) * each) * ROOM / SHARE)
 
 
 def test_little_memory_means_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     one = engine()
-    each = kept_by(lambda: loss_of(one, 1), [one._flat])
-    to_come = sum(p.nbytes for p in one.model.parameters()) * 3
-    monkeypatch.setattr(torch_engine, "free_memory", lambda device: int(to_come + 2.5 * each * ROOM / SHARE))
+    free = room_for(one, 2.5)
+    monkeypatch.setattr(torch_engine, "free_memory", lambda device: free)
     one.step(BATCH, 1e-2)
-    assert one._micro_batch == 2
+    assert sizes(one, BATCH) == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("first", [1, 3, 8])
+def test_how_many_fit_does_not_depend_on_how_many_come_first(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last batch of the held-out split, say."""
+    one = engine()
+    free = room_for(one, 5.5)
+    monkeypatch.setattr(torch_engine, "free_memory", lambda device: free)
+    one.evaluate(BATCH[:first])
+    assert sizes(one, BATCH) == [4, 4]
+    assert sizes(one, BATCH[:5]) == [5]
+
+
+def test_weights_that_are_cast_for_a_pass_count_once_and_not_for_each_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine(precision="bf16")
+    free = room_for(one, 6.5)
+    monkeypatch.setattr(torch_engine, "free_memory", lambda device: free)
+    one.step(BATCH, 1e-2)
+    assert sizes(one, np.concatenate([BATCH] * 3)) == [6, 6, 6, 6]
 
 
 def test_a_step_that_does_not_fit_is_taken_again_in_smaller_pieces() -> None:
@@ -97,6 +137,25 @@ def test_a_step_that_does_not_fit_is_taken_again_in_smaller_pieces() -> None:
     assert one.tried == [8, 4, 2, 2, 2, 2]
     assert torch.equal(parameters(one), parameters(plain)), "what was accumulated before it failed is forgotten"
     assert one.steps == 1
+
+
+def test_a_batch_that_cannot_be_judged_at_once_is_judged_in_smaller_pieces() -> None:
+    one, plain = Narrow(tiny(), INNER, Node(device="cpu", micro_batch=8)), engine(micro_batch=2)
+    assert one.evaluate(BATCH) == plain.evaluate(BATCH)
+    assert one.tried == [8, 4, 2, 2, 2, 2]
+    assert one.model.training
+    assert not one.model.is_activation_checkpointing, "nothing is kept that could be computed again"
+
+
+def test_where_two_do_not_fit_one_is_taken_at_a_time() -> None:
+    """The second sequence of the measurement is one too many."""
+
+    class Tight(Narrow):
+        room = 1
+
+    one, plain = Tight(tiny(), INNER, Node(device="cpu")), engine(micro_batch=1)
+    assert one.step(BATCH, 1e-2) == plain.step(BATCH, 1e-2)
+    assert one.tried == [1, 2, *[1] * 8]
 
 
 def test_where_one_sequence_does_not_fit_activations_are_not_kept() -> None:
@@ -117,6 +176,8 @@ def test_where_nothing_fits_the_mend_is_named() -> None:
     before = parameters(one)
     with pytest.raises(PsycheError, match="one sequence does not fit"):
         one.step(BATCH, 1e-2)
+    with pytest.raises(PsycheError, match="one sequence does not fit"):
+        one.evaluate(BATCH)
     assert torch.equal(parameters(one), before)
 
 
@@ -126,6 +187,22 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
     assert kept_by(lambda: loss_of(one, 8), [one._flat]) < 0.8 * kept_by(lambda: loss_of(plain, 8), plain._flat)
     losses = [[e.step(BATCH, 1e-2) for _ in range(3)] for e in (one, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_free_memory_of_a_gpu_ends_at_the_limit_that_was_set_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 GB, of which others have 4 and we 3, one of them cached only."""
+    for name, value in {
+        "memory_reserved": 3,
+        "memory_allocated": 2,
+        "mem_get_info": (17, 24),
+        "get_per_process_memory_fraction": 1.0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    gpu = torch.device("cuda", 0)
+    assert free_memory(gpu) == 18
+    for fraction, left in ((0.5, 10), (1 / 24, 0)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=fraction: share)
+        assert free_memory(gpu) == left
 
 
 def test_free_memory_is_some() -> None:
@@ -141,3 +218,13 @@ def test_activations_are_known_without_allocating_them() -> None:
     kept = kept_by(lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss, model.parameters())
     assert found == pytest.approx(kept, rel=0.2)
     assert activation_bytes(spec, 32, twice=True) < 0.6 * found
+
+
+def test_activations_of_a_model_as_wide_as_its_sequences_are_long_count_like_any_other() -> None:
+    """Of hidden states, heads and MLP each has its turn to be of the shape of attention's weights."""
+    spec = config.Model(settings=SETTINGS | {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2})
+    for twice in (False, True):
+        found = {length: activation_bytes(spec, length, twice=twice) for length in (63, 64, 65, 127, 128, 129, 384)}
+        for length in (64, 128):
+            assert 2 * found[length] == pytest.approx(found[length - 1] + found[length + 1], abs=2)
+        assert found[384] == pytest.approx(3 * found[128], rel=0.01)

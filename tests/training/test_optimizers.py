@@ -80,3 +80,31 @@ def test_what_the_first_step_will_allocate_is_known_before_it(optimizer: str) ->
     kept = {name: value for name, value in optimizers.state().items() if not name.startswith("step/")}
     assert expected == sum(value.nbytes for value in kept.values())
     assert optimizers.bytes_to_come == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_step_numbers_are_loaded_as_what_fused_kernels_read(dtype: torch.dtype) -> None:
+    one, other = engine(), engine()
+    losses = steps(one, 2)
+    assert losses == steps(other, 2)
+    one.load_state({name: value.to(dtype) if "step/" in name else value for name, value in other.state().items()})
+    assert one.steps == 2
+    assert {value.dtype for value in one.state().values()} == {torch.float32}
+    assert steps(one, 2, start=2) == steps(other, 2, start=2)
+
+
+def test_what_is_loaded_goes_to_the_device_of_its_parameter_step_numbers_too() -> None:
+    """As fused kernels want it; on the meta device, which needs no GPU and has no such kernels."""
+    one, model = engine(), tiny()
+    steps(one, 2)
+    optimizers = Optimizers(model, MUON)
+    names = dict(model.named_parameters())
+    there = {name: torch.nn.Parameter(p.detach().to("meta")) for name, p in names.items()}
+    optimizers._names = {there[name]: name for name in there}
+    for part in optimizers._parts:
+        for group in part.param_groups:
+            group["params"] = [there[name] for name, p in names.items() if any(p is held for held in group["params"])]
+    assert optimizers.load_state(one.state()) == 2
+    found = optimizers.state()
+    assert found.keys() == one.state().keys()
+    assert {value.device.type for value in found.values()} == {"meta"}

@@ -36,7 +36,8 @@ from psyche.protocol.messages import Record
 from psyche.roles.coordinator import Coordinator
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.presence import KINDS, announce
-from psyche.roles.replica import Interrupted, Replica, Work
+from psyche.roles.replica import Replica
+from psyche.roles.work import Interrupted, Work
 from psyche.roles.worker import Worker
 from psyche.state.ledger import NAME as LEDGER
 from psyche.state.ledger import Ledger

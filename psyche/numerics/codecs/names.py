@@ -11,9 +11,14 @@ _SPARSE = tuple("topk2" if kept == 64 else f"topk2-{kept}" for kept in KEPT)
 CODECS = ("fp32", "int8", "int4", "int4-32", "int2", *_SPARSE, *(name.replace("topk2", "topk2e") for name in _SPARSE))
 
 
+def is_sparse(name: str) -> bool:
+    """Whether a codec leaves most values out."""
+    return name.startswith("topk2")
+
+
 def usual_error_feedback(name: str) -> float:
     """β where a configuration does not say: .95 for sparse codecs (SparseLoCo, arXiv 2508.15706), 1 for others."""
-    return 0.95 if name.startswith("topk2") else 1.0
+    return 0.95 if is_sparse(name) else 1.0
 
 
 def usual_result_codec(name: str) -> str:
@@ -25,7 +30,7 @@ def usual_result_codec(name: str) -> str:
     single sum topk2-512 loses more (.49 to .52, relative, at 4 to 32 nodes) than topk2-128 (.37): that says little
     about training.
     """
-    if name.startswith("topk2"):
+    if is_sparse(name):
         coded, _, kept = name.partition("-")
         return "int2" if kept in ("256", "512") else f"{coded}-512"
     return {"fp32": "fp32", "int2": "int4"}.get(name, "int8")

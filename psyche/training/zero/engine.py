@@ -18,7 +18,7 @@ from psyche.training.labels import labels, predicted
 from psyche.training.models import build, layout
 from psyche.training.zero.ranks import Ranks
 from psyche.training.zero.shared import SharedVector
-from psyche.training.zero.wire import Evaluate, Kind, Order, Read, Resume, Rows, Shift, Start, Step, Write
+from psyche.training.zero.wire import Evaluate, Fit, Kind, Order, Read, Resume, Rows, Shift, Start, Step, Write
 
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
@@ -44,10 +44,13 @@ class DeepSpeedEngine:
         threads: int,
         checkpoints: bool = False,
         end: int | None = None,
+        memory_limit: int | None = None,
         directory: Path,
     ) -> None:
-        """``checkpoints``: activations are computed twice. ``end``: of padded sequences, the token that padding comes
-        after. ``threads`` are each rank's, ``directory`` is where their output goes. Raises :class:`PsycheError`."""
+        """``micro_batch`` are the sequences that a rank takes at once, as many as fit where that is None;
+        ``checkpoints``: activations are computed twice. ``end``: of padded sequences, the token that padding comes
+        after. ``threads`` are each rank's, ``memory_limit`` the bytes that it may take of its GPU; ``directory`` is
+        where their output goes. Raises :class:`PsycheError`."""
         self.layout = layout(spec)
         self.steps = 0
         self._micro_batch = micro_batch
@@ -56,7 +59,15 @@ class DeepSpeedEngine:
             self.ranks = Ranks(devices, shared.descriptor, self.layout.size, directory)
         self._flat = shared.tensor
         start = Start(
-            spec.model_dump_json(), inner.model_dump_json(), precision, stage, offload, threads, checkpoints, end
+            spec.model_dump_json(),
+            inner.model_dump_json(),
+            precision,
+            stage,
+            offload,
+            threads,
+            checkpoints,
+            end,
+            memory_limit,
         )
         self._all(start)
         with torch.no_grad():
@@ -139,7 +150,10 @@ class DeepSpeedEngine:
         """Each rank's sequences, as evenly as they go: all make as many forward passes, some of fewer sequences."""
         ranks = len(self.ranks.pids)
         share = -(-len(batch) // ranks)
-        passes = -(-share // (self._micro_batch or share))
+        if self._micro_batch is None:
+            fits = self.ranks.ask([Fit(batch.shape[1])] * ranks)
+            self._micro_batch = min(answer.sequences for answer in fits)
+        passes = -(-share // self._micro_batch)
         pieces = np.array_split(batch, ranks * passes)
         dealt = [pieces[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
         return [

@@ -27,13 +27,23 @@ def rank_bytes(elements: int, stage: Stage, ranks: int, *, offload: bool) -> Ran
     """Of a model of ``elements`` parameters on ``ranks`` ranks. Offloaded are masters, moments and their gradients."""
     share = -(-elements // ranks)
     model = elements if stage < 3 else share
-    gradients = elements if stage == 1 else share
     optimizer = 3 * share if stage < 3 or offload else 2 * share  # at stage 3 the model's share is the master, too
-    buckets = 2 * min(BUCKET, elements)
-    kept = model + gradients + buckets
+    kept = model + _passing(elements, stage, ranks)
     if offload:
         return RankBytes(device=4 * kept, host=4 * (optimizer + share))
     return RankBytes(device=4 * (kept + optimizer), host=0)
+
+
+def bytes_to_come(elements: int, stage: Stage, ranks: int, *, moments: bool) -> int:
+    """Of :func:`rank_bytes`, what a rank's first step will allocate where it trains; with ``moments``, those, too."""
+    share = -(-elements // ranks)
+    return 4 * (_passing(elements, stage, ranks) + 2 * share * moments)
+
+
+def _passing(elements: int, stage: Stage, ranks: int) -> int:
+    """Elements of gradients, and of buckets on their way."""
+    gradients = elements if stage == 1 else -(-elements // ranks)
+    return gradients + 2 * min(BUCKET, elements)
 
 
 def least_stage(elements: int, ranks: int, free: int, *, offload: bool) -> Stage:

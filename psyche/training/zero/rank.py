@@ -17,6 +17,7 @@ from psyche.training.zero.wire import (
     Done,
     Evaluate,
     Failed,
+    Fit,
     Order,
     Read,
     Resume,
@@ -84,6 +85,8 @@ def _carry_out(order: Order, trainer: Trainer) -> Done:
             return Done(loss=trainer.step(rows, total, lr))
         case Evaluate(rows):
             return Done(*trainer.evaluate(rows))
+        case Fit(length):
+            return Done(sequences=trainer.fit(length))
         case Read(kind):
             trainer.read(kind)
         case Write(kind, parts):

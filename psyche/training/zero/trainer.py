@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from psyche import config
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
-from psyche.training.devices import pick_precision
+from psyche.training.devices import limit_memory, pick_precision
 from psyche.training.engine import Batch
+from psyche.training.footprint import activation_bytes
 from psyche.training.labels import labels, predicted
+from psyche.training.memory import free_memory, most_at_once
 from psyche.training.models import build
+from psyche.training.optimizers import adamw
+from psyche.training.zero.memory import bytes_to_come
 from psyche.training.zero.settings import deepspeed_settings
 from psyche.training.zero.shards import OptimizerShards, ParameterShards, Parts
 from psyche.training.zero.wire import Kind, Rows, Start
@@ -40,6 +44,7 @@ class Trainer:
         self._device = torch.device("cpu" if kind == "cpu" else f"{kind}:{os.environ['LOCAL_RANK']}")
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        limit_memory(order.memory_limit, self._device)
         torch.distributed.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             store=torch.distributed.FileStore(store, self._ranks),  # type: ignore[attr-defined]  # it is documented
@@ -50,21 +55,25 @@ class Trainer:
         # Collectives over shared memory, compiled at the first start, which takes minutes and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         inner = config.Inner.model_validate_json(order.inner)
+        autocast = pick_precision(order.precision, self._device)
         settings = deepspeed_settings(
             stage=order.stage,
             offload=order.offload,
             clip=inner.clip,
-            autocast=pick_precision(order.precision, self._device),
+            autocast=autocast,
             elements=len(flat),
             pin=self._device.type == "cuda",
         )
         model, layout = self._built(config.Model.model_validate_json(order.model), order.stage, settings)
         if order.checkpoints:
             model.activation_checkpointing_enable()  # type: ignore[operator]
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._engine, zero, *_ = deepspeed.initialize(
-            model=model, optimizer=_adamw(model, layout, inner), config=settings
+            model=model, optimizer=adamw(named, layout, inner), config=settings
         )
         self._groups = zero.optimizer.param_groups
+        self._order, self._autocast = order, autocast
+        self._optimizer = zero.optimizer
         self._end = order.end
         self._flat = flat
         self._shards = (ParameterShards if order.stage == 3 else OptimizerShards)(zero, model, layout)
@@ -94,6 +103,16 @@ class Trainer:
             tokens_in_all += count
         self._engine.train()
         return total, tokens_in_all
+
+    def fit(self, length: int) -> int:
+        """How many sequences of ``length`` tokens to take at once at most. No rank runs out of memory to find it: the
+        others would wait for that one."""
+        order = self._order
+        spec = config.Model.model_validate_json(order.model)
+        each = activation_bytes(spec, length, twice=order.checkpoints) * (1 if self._autocast is not None else 2)
+        free = free_memory(self._device) // (self._ranks if self._device.type == "cpu" else 1)
+        moments = not order.offload and not any(self._optimizer.state.values())
+        return most_at_once(each, free - bytes_to_come(len(self._flat), order.stage, self._ranks, moments=moments))
 
     def read(self, kind: Kind) -> None:
         """Copy what this rank holds to the shared vector."""
@@ -141,14 +160,3 @@ class Trainer:
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self._engine(input_ids=tokens, labels=targets, use_cache=False).loss
         return loss
-
-
-def _adamw(model: nn.Module, layout: FlatLayout, inner: config.Inner) -> torch.optim.AdamW:
-    """TorchEngine's inner optimizer. A parameter that ZeRO 3 has cut up does not know that it is a matrix."""
-    matrices = {span.name for span in layout.spans if len(span.shape) >= 2}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if name in matrices], "weight_decay": inner.weight_decay},
-        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=inner.lr, betas=inner.betas, eps=inner.eps, fused=True)

@@ -31,6 +31,8 @@ class Start(Message, frozen=True):
     """Activations are computed twice instead of kept."""
     end: int | None
     """Of padded sequences, the token that padding follows."""
+    memory_limit: int | None
+    """Bytes that a rank may take of its GPU."""
 
 
 class Rows(msgspec.Struct, frozen=True):
@@ -55,6 +57,12 @@ class Evaluate(Message, frozen=True):
     """The loss of the parameters as they are."""
 
     rows: Rows
+
+
+class Fit(Message, frozen=True):
+    """Say how many sequences of so many tokens fit into this rank's memory at once."""
+
+    length: int
 
 
 class Read(Message, frozen=True):
@@ -86,7 +94,7 @@ class Stop(Message, frozen=True):
     """End this process. Not answered."""
 
 
-Order = Start | Step | Evaluate | Read | Write | Shift | Resume | Stop
+Order = Start | Step | Evaluate | Fit | Read | Write | Shift | Resume | Stop
 
 
 class Done(Message, frozen=True):
@@ -94,6 +102,8 @@ class Done(Message, frozen=True):
 
     loss: float = 0.0
     tokens: int = 0
+    sequences: int = 0
+    """That fit at once; the answer to :class:`Fit`."""
 
 
 class Failed(Message, frozen=True):

@@ -12,13 +12,13 @@ import msgspec
 
 from psyche.config import Manifest, Node
 from psyche.exchange.journal import Journal
+from psyche.exchange.merge import Merge
 from psyche.network.identity import Identity
 from psyche.network.spool import Blob
-from psyche.numerics.aggregate import Gradient, decoded, gathered
+from psyche.numerics.aggregate import Gradient, decoded
 from psyche.numerics.digest import digest
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Plan, Record
-from psyche.protocol.weights import weights
 from psyche.roles.replica import Replica
 from psyche.state.ledger import Ledger
 from tests.roles.tiny import replica
@@ -110,7 +110,7 @@ def _gradient(taker: Replica, record: Record, journal: Journal) -> Gradient:
     if not record.results:
         given = {one.node: one.contribution for one in record.accepted}
         payloads = {one.node: _blob(record, one.contribution.payload_root, journal) for one in record.accepted}
-        return gathered(taker.codec, weights(given, taker.run.private_share), payloads)
+        return Merge.of(taker.run).gradient(taker.codec, record.plan, given, payloads)
     results = [_blob(record, root, journal) for root in record.results]
 
     def encoded(number: int) -> bytes:

@@ -1,0 +1,38 @@
+"""From a round's payloads to its outer gradient, as the manifest has it: who counts how much, and how all is added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from psyche.config import Run
+from psyche.numerics.aggregate import Chunks, Gradient, gathered
+from psyche.numerics.codecs.base import Codec
+from psyche.numerics.robust import Aggregator
+from psyche.protocol.messages import Contribution, Plan
+from psyche.protocol.weights import Caps, weights
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The same on all nodes of a run."""
+
+    caps: Caps
+    aggregator: Aggregator
+
+    @classmethod
+    def of(cls, run: Run) -> Merge:
+        """What ``run.aggregation`` says. Its shares are taken as the fp64 values that they are."""
+        spec = run.aggregation
+        caps = Caps(Fraction(spec.max_share), Fraction(spec.newcomers_share), Fraction(run.private_share))
+        return cls(caps, Aggregator(spec.kind, spec.trim))
+
+    def gradient(
+        self, codec: Codec, plan: Plan, given: Mapping[str, Contribution], payloads: Mapping[str, Chunks]
+    ) -> Gradient:
+        """The outer gradient of ``plan``'s round from all ``given`` contributions, slice by slice.
+
+        ``payloads`` has, of each of them, the slices that will be asked for.
+        """
+        return gathered(codec, weights(plan, given, self.caps), payloads, self.aggregator)

@@ -1,0 +1,233 @@
+"""Audits: whose contribution is done again, by whom, and what follows from what they find (DESIGN §8). Pure.
+
+    drawn -> one auditor (sometimes two) -> passes: passed
+                                            fails: a jury of all who can do it -> two thirds are believed
+
+Everything but which messages came in is computed by everybody, from the record before and from this one: a docket that
+does not follow gets no vote. An auditor puts the digest of its verdict on record, and shows the verdict in a later
+round, so that none can copy another's. Nobody waits for an audit: rounds go on meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from statistics import median_low
+
+import msgspec
+
+from psyche.numerics.digest import digest
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.judgement import Judgement, decide
+from psyche.protocol.messages import Accepted, Plan, Record, Standing
+from psyche.protocol.state import AuditRules, Rules, Said
+from psyche.protocol.verdicts import JURY, Audit, Closed, Docket, Opinion, SealedVerdict, Verdict
+from psyche.protocol.wire import decode
+
+NEW = 2
+"""Added to the risk of who is on probation: an identity costs nothing, and has nothing to lose yet."""
+OVERDUE = 1
+"""Added to that of who has not been audited for twice as many rounds as audits are apart on average: luck is no
+excuse (the chance of it is e⁻² at a constant rate)."""
+SUSPECT = 20
+"""Times the risk of who stood out in the round before: at the usual rate of 1 in 20 it is certain to be audited."""
+
+
+class BadDocket(ValueError):
+    """Why the audits in a record do not follow from those in the record before."""
+
+
+def asked(audit: Audit, round: int, rules: AuditRules) -> tuple[str, ...]:
+    """Whose word on ``audit`` can come on record in ``round``: as many as are wanted, and another for each
+    ``patience`` rounds that went by."""
+    return audit.candidates[: audit.looks + (round - audit.since) // rules.patience]
+
+
+def busy(docket: Docket, round: int, rules: AuditRules) -> frozenset[str]:
+    """Who is asked to audit while ``round`` is under way, and has not said yet that it is done."""
+    return frozenset(
+        node
+        for audit in docket.audits
+        for node in asked(audit, round, rules)
+        if all(one.auditor != node for one in audit.opinions)
+    )
+
+
+# --------------------------------------------------------------------------------- who audits whom
+
+
+def drawn(
+    plan: Plan,
+    accepted: Sequence[Accepted],
+    *,
+    electorate: Collection[str],
+    standing: Sequence[Standing],
+    before: Docket,
+    rules: Rules,
+) -> tuple[Audit, ...]:
+    """The audits of a round's contributions, ascending by accused.
+
+    The seed comes from what was committed to before anybody saw a payload, salts among it, and from the round's own:
+    nobody knew it in time to be honest in that round alone. ``standing`` is that of the record before.
+    """
+    given = {one.node: one.contribution for one in accepted}
+    committed = [given[node].commitment(node, rules.run_id, plan.round) for node in sorted(given)]
+    seed = digest("audits", plan.seed, *committed)
+    known = {one.node: one for one in standing}
+    able = [node for node in given if node in electorate and not given[node].private and node not in before.banned]
+    found = []
+    for node in sorted(given):
+        if given[node].private or not set(able) - {node}:
+            continue
+        risk = _risk(known.get(node), plan.round, rules) * (SUSPECT if node in before.suspects else 1)
+        if chance(digest("audited", seed, node.encode()), rules.audits.rate * risk):
+            order = {other: digest("auditor", seed, node.encode(), other.encode()) for other in able if other != node}
+            candidates = tuple(sorted(order, key=order.__getitem__))[:JURY]
+            found.append(Audit(node, plan.round, given[node].tokens, 1, plan.round, candidates, ()))
+    return tuple(found)
+
+
+def _risk(standing: Standing | None, round: int, rules: Rules) -> int:
+    """How many times the usual rate a node is audited at."""
+    rounds, last = (0, 0) if standing is None else (standing.rounds, standing.audited)
+    return 1 + NEW * (rounds < rules.probation) + OVERDUE * ((round - last) * rules.audits.rate > 2)
+
+
+def chance(hash: bytes, probability: float) -> bool:
+    """True for a share ``probability`` of all hashes."""
+    return int.from_bytes(hash[:8], "little") < int(probability * 2**64)
+
+
+# ----------------------------------------------------------------------------- what follows from it
+
+
+def docket_after(
+    before: Docket,
+    standing: Sequence[Standing],
+    said: Sequence[Said],
+    *,
+    plan: Plan,
+    accepted: Sequence[Accepted],
+    electorate: Collection[str],
+    suspects: Collection[str],
+    rules: Rules,
+) -> Docket:
+    """The docket of the record of ``plan``. ``before`` and ``standing`` are of the record before.
+
+    Raises :class:`BadDocket` where one of ``said`` is out of place.
+    """
+    audits = {(audit.accused, audit.round): audit for audit in before.audits}
+    for one in said:
+        if one.key not in audits:
+            raise BadDocket(f"{one.node[-6:]} speaks of an audit that is not open")
+        audits[one.key] = _heard(audits[one.key], one, plan.round, rules.audits)
+    judged = {key: _judged(audit, plan, before, rules.audits) for key, audit in audits.items()}
+    closed = [one for one in judged.values() if isinstance(one, Closed)]
+    convicted = {one.accused for one in closed if one.outcome == "convicted"} | {n for one in closed for n in one.lied}
+    still = [one for one in judged.values() if isinstance(one, Audit) and one.accused not in convicted]
+    new = drawn(plan, accepted, electorate=electorate, standing=standing, before=before, rules=rules)
+    return Docket(
+        said=tuple(one.proof for one in said),
+        audits=tuple(sorted((*still, *new), key=lambda one: (one.round, one.accused))),
+        closed=tuple(sorted(closed, key=lambda one: (one.round, one.accused))),
+        suspects=tuple(sorted(suspects)),
+        banned=tuple(sorted({*before.banned, *convicted})),
+    )
+
+
+def _heard(audit: Audit, said: Said, round: int, rules: AuditRules) -> Audit:
+    """``audit`` with another word on it."""
+    author, body = said.node, said.body
+    mine = next((one for one in audit.opinions if one.auditor == author), None)
+    if isinstance(body, SealedVerdict):
+        if mine is not None:
+            raise BadDocket(f"a second verdict of {author[-6:]} on {audit.accused[-6:]}")
+        if author not in asked(audit, round, rules):
+            raise BadDocket(f"{author[-6:]} was not asked to audit {audit.accused[-6:]}")
+        return msgspec.structs.replace(audit, opinions=(*audit.opinions, Opinion(author, body.digest, None)))
+    if mine is None or mine.finding is not None or mine.digest != body.digest:
+        raise BadDocket(f"the verdict of {author[-6:]} on {audit.accused[-6:]} is not the one it sealed")
+    shown = tuple(
+        msgspec.structs.replace(one, finding=body.finding) if one.auditor == author else one for one in audit.opinions
+    )
+    return msgspec.structs.replace(audit, opinions=shown)
+
+
+def _judged(audit: Audit, plan: Plan, before: Docket, rules: AuditRules) -> Audit | Closed:
+    """The audit with as many auditors wanted as it now takes, or how it ended."""
+    second = digest("second look", plan.previous, audit.accused.encode(), audit.round.to_bytes(8, "little"))
+    found: Judgement = decide(
+        audit,
+        rules,
+        again=chance(second, rules.second),
+        expired=plan.round - audit.round >= rules.window or audit.accused in before.banned,
+    )
+    if isinstance(found, int):
+        return msgspec.structs.replace(audit, looks=found, since=plan.round) if found != audit.looks else audit
+    gains = [one.finding.gain for one in audit.opinions if one.finding is not None and one.auditor in found.right]
+    return Closed(
+        audit.accused,
+        audit.round,
+        found.outcome,
+        tuple(sorted(found.right)),
+        tuple(sorted(found.lied)),
+        median_low(gains) if gains else 0,
+    )
+
+
+# ----------------------------------------------------------------------------- of records and messages
+
+
+def statement(proof: bytes) -> Said:
+    """What an envelope says of an audit, its signature not checked. Raises ``MalformedMessage``."""
+    envelope = envelopes.decode(proof)
+    kinds: Mapping[str, type[SealedVerdict | Verdict]] = {kind.DOMAIN: kind for kind in (SealedVerdict, Verdict)}
+    if (kind := kinds.get(envelope.domain)) is None:
+        raise MalformedMessage(f"{envelope.domain!r} says nothing of an audit")
+    body = decode(kind, envelope.body)
+    if body.round != envelope.round:
+        raise MalformedMessage(f"it speaks of round {body.round}, and is signed for round {envelope.round}")
+    return Said(envelope.author, body, proof)
+
+
+def statements(docket: Docket) -> list[Said]:
+    """What came on record in ``docket``, no signature checked. Raises ``MalformedMessage``."""
+    return [statement(proof) for proof in docket.said]
+
+
+def admissible(docket: Docket, said: Iterable[Said], round: int, rules: AuditRules) -> Iterator[Said]:
+    """Those of ``said`` that can come on record in ``round``, one of each author on each audit."""
+    audits = {(audit.accused, audit.round): audit for audit in docket.audits}
+    taken: set[tuple[tuple[str, int], str]] = set()
+    for one in sorted(said, key=lambda one: (one.body.round, one.body.accused, one.node, one.body.DOMAIN)):
+        if one.key not in audits or (one.key, one.node) in taken:
+            continue
+        try:
+            _heard(audits[one.key], one, round, rules)
+        except BadDocket:
+            continue
+        taken.add((one.key, one.node))
+        yield one
+
+
+def docket_fault(record: Record, before: Docket, standing: Sequence[Standing], rules: Rules) -> str | None:
+    """What is wrong with the audits in ``record``, or None. ``before`` and ``standing`` are of the record before."""
+    members = {member.node for member in record.plan.members}
+    if members & set(before.banned):
+        return "who was convicted is a member of the round"
+    if not set(record.docket.suspects) <= members:
+        return "who stood out is no member of the round"
+    try:
+        due = docket_after(
+            before,
+            standing,
+            statements(record.docket),
+            plan=record.plan,
+            accepted=record.accepted,
+            electorate=record.electorate,
+            suspects=record.docket.suspects,
+            rules=rules,
+        )
+    except (BadDocket, MalformedMessage) as error:
+        return str(error)
+    return None if record.docket == due else "the audits do not follow from those of the record before"

@@ -1,0 +1,290 @@
+"""The auditor in every worker: what it lets others check of its own work, and what it checks of theirs (DESIGN §8).
+
+While the members of a round train, who is asked to audit does somebody's work again instead (``protocol/audits.py``
+says who). Nobody waits for it: the outer step of the round is taken as if the node did nothing, and a node that is a
+member after all puts the audit off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
+
+from psyche.config import Manifest
+from psyche.data.store import BadShard
+from psyche.errors import PsycheError
+from psyche.network.fetch import BadBlob, FetchError, fetch
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.protocol.audits import asked
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.judgement import grade
+from psyche.protocol.messages import Certificate, Record
+from psyche.protocol.verdicts import Audit, Finding, SealedVerdict, Verdict
+from psyche.protocol.wire import Body, decode
+from psyche.roles.casefile import Case, first_needed, open_case
+from psyche.roles.chain_rules import chain_rules
+from psyche.roles.inspection import audit, can_audit, claim_of
+from psyche.roles.ledger import LedgerWriter
+from psyche.roles.proofs import record_in
+from psyche.roles.replica import Replica
+from psyche.roles.shards import Supply
+from psyche.telemetry import events
+from psyche.telemetry.log import EventLog
+from psyche.verification.kit import MAX_KIT, Kit, Kits, Unserved
+from psyche.verification.replay import Stopped, needed
+
+AUDITS = "audits"
+"""What others need to check this node's last rounds, in its directory."""
+CALL_SECONDS = 15.0
+ATTEMPTS = 3
+"""To get something of an accused, before that is said: it may be between two connections."""
+RETRY_SECONDS = 2.0
+MAX_LOOKED_AT = 64 << 20
+"""Bytes of certificates."""
+UNSERVED = Finding("unserved", 0, 0, 0)
+
+Key = tuple[str, int]
+T = TypeVar("T")
+
+
+class Client(Protocol):
+    """Takes messages to the coordinator. Raises ``Refused``."""
+
+    async def submit(self, body: Body, round: int) -> None: ...
+
+
+class Do(Protocol):
+    """Runs a function where the node trains."""
+
+    def __call__(self, function: Callable[..., T], *arguments: object) -> Awaitable[T]: ...
+
+
+class Convicted(PsycheError):
+    """This node was convicted in its run."""
+
+
+class Auditor:
+    """One node's."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        kits: Kits,
+        network: NetworkNode,
+        client: Client,
+        ledger: LedgerWriter,
+        supply: Supply,
+        *,
+        do: Do,
+        log: EventLog,
+    ) -> None:
+        """``do`` runs a function on the thread that trains."""
+        self._replica, self._kits, self._network, self._client = replica, kits, network, client
+        self._ledger, self._supply, self._do, self._log = ledger, supply, do, log
+        self._me, self._rules = replica.node, chain_rules(replica.manifest).audits
+        self._verdicts: dict[Key, Verdict] = {}
+        self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
+        self._working: asyncio.Task[None] | None = None
+        self._saying: asyncio.Task[None] | None = None
+        self._stop = threading.Event()
+        """Of the work that is under way: the thread that trains asks for it between two steps."""
+
+    async def serve(self) -> None:
+        """Let others ask for the trace points of this node's rounds. Blobs are served of what is audited."""
+
+        async def kit(peer: str, request: bytes) -> bytes:
+            found = await asyncio.to_thread(self._kits.kit, int.from_bytes(request, "little"))
+            if found is None:
+                raise Refused("this node has nothing of that round (any more)")
+            return found.encode()
+
+        await self._network.rpc.serve("kit", kit, max_request=8)
+        self._offer()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine holds somebody else's work."""
+        return self._working is not None and not self._working.done()
+
+    def follow(self, record: Record) -> None:
+        """``record`` is certified, and its outer step taken: say what is to be said, and forget what nobody asks for.
+
+        Raises :class:`Convicted`.
+        """
+        for one in record.docket.closed:
+            if one.accused == self._me:
+                self._tell(f"the audit of this node's work in round {one.round} ended: {one.outcome}")
+            self._verdicts.pop((one.accused, one.round), None)
+        self.check()
+        self._offer()
+        if self._saying is not None:
+            self._saying.cancel()
+        self._saying = asyncio.create_task(self._say(record.docket.audits))
+
+    async def _say(self, audits: Sequence[Audit]) -> None:
+        """What is not on record yet of this node's verdicts: nobody waits for it, however long the coordinator is
+        away."""
+        for case in audits:
+            mine = next((one for one in case.opinions if one.auditor == self._me), None)
+            verdict = self._verdicts.get((case.accused, case.round))
+            if verdict is not None and (mine is None or mine.finding is None):
+                sealed = SealedVerdict(case.accused, case.round, verdict.digest)
+                await self._submit(sealed if mine is None else verdict)
+
+    def check(self) -> None:
+        """Raise :class:`Convicted` where the chain says so."""
+        if self._me in self._replica.chain.docket.banned:
+            raise Convicted(
+                "this node was convicted of cheating and takes no part in this run any more; what of is in "
+                "`psyche ledger why`. If it is honest its hardware computes wrongly: `psyche doctor`, no overclocking"
+            )
+
+    def begin(self) -> None:
+        """This node is no member of the round: do what is asked of it."""
+        if not self.busy and self._duties():
+            self._stop = threading.Event()
+            self._working = asyncio.create_task(self._work(self._stop))
+
+    async def put_off(self) -> None:
+        """Stop working; what was begun is begun anew another time."""
+        self._stop.set()
+        if self._working is not None:
+            self._working.cancel()
+            (ended,) = await asyncio.gather(self._working, return_exceptions=True)
+            self._working = None
+            if isinstance(ended, Exception):
+                raise ended
+
+    async def close(self) -> None:
+        """Do and say nothing any more."""
+        await self.put_off()
+        if self._saying is not None:
+            self._saying.cancel()
+            await asyncio.gather(self._saying, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------ being audited
+
+    def _offer(self) -> None:
+        """Serve what is being audited, and of the rest keep the last round, for which nothing is drawn yet."""
+        chain = self._replica.chain
+        wanted = {audit.round for audit in chain.docket.audits if audit.accused == self._me}
+        for round in [round for round in self._served if round not in wanted]:
+            for root, read in self._served.pop(round):
+                self._network.blobs.remove(root, read)
+        for round in wanted - set(self._served):
+            self._served[round] = []
+            for root, load, read in self._kits.blobs(round):
+                self._network.blobs.add_unread(root, load, read)
+                self._served[round].append((root, read))
+        self._kits.forget(chain.rounds + 1, keep=wanted)
+
+    # -------------------------------------------------------------------------------------- auditing
+
+    def _duties(self) -> list[Audit]:
+        chain = self._replica.chain
+        return [
+            case
+            for case in chain.docket.audits
+            if self._me in asked(case, chain.rounds + 1, self._rules)
+            and all(one.auditor != self._me for one in case.opinions)
+            and (case.accused, case.round) not in self._verdicts
+        ]
+
+    async def _work(self, stop: threading.Event) -> None:
+        """One contribution after the other; what can be said of each goes on record as soon as it is known."""
+        await self._do(self._replica.forsake)
+        for duty in self._duties():
+            case = await self._case(duty)
+            if case is None or not can_audit(self._replica, case.plan):
+                self._tell(f"this node cannot audit {duty.accused[-6:]}: it was not there in round {duty.round}")
+                continue
+            try:
+                finding = await self._look_into(case, stop)
+            except (BadShard, Stopped):
+                continue
+            verdict = Verdict(duty.accused, duty.round, finding, os.urandom(32))
+            self._verdicts[duty.accused, duty.round] = verdict
+            self._log.emit(
+                events.Audited(
+                    peer=duty.accused,
+                    round=duty.round,
+                    outcome=finding.outcome,
+                    error=finding.error / 1e6,
+                    grade=grade(finding, self._rules),
+                )
+            )
+            await self._submit(SealedVerdict(duty.accused, duty.round, verdict.digest))
+
+    async def _case(self, duty: Audit) -> Case | None:
+        manifest = self._replica.manifest
+        encoded = await self._ledger.certificates(first_needed(duty), MAX_LOOKED_AT)
+        return await asyncio.to_thread(_opened, manifest, encoded, duty)
+
+    async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
+        """Fetch what the contribution rests on, and do it again. Raises ``BadShard`` and :class:`Stopped`."""
+        await self._supply.ready(case.plan, case.node, stop.is_set)
+        try:
+            kit = await self._kit_of(case)
+            blobs = await self._blobs_of(case, kit)
+        except Unserved as error:
+            self._tell(f"{case.node[-6:]} does not hand over what it committed to in round {case.plan.round}: {error}")
+            return UNSERVED
+        work = partial(audit, before=case.before, residuals=case.residuals, stop=stop.is_set)
+        return await self._do(work, self._replica, case.plan, case.node, case.given, kit, partial(_within, blobs))
+
+    async def _kit_of(self, case: Case) -> Kit:
+        async def ask() -> Kit:
+            reply = await self._network.rpc.call(
+                case.node, "kit", case.plan.round.to_bytes(8, "little"), timeout=CALL_SECONDS, max_reply=MAX_KIT
+            )
+            return decode(Kit, reply)
+
+        return await self._insist(ask)
+
+    async def _blobs_of(self, case: Case, kit: Kit) -> Mapping[bytes, bytearray]:
+        found: dict[bytes, bytearray] = {}
+        claim = claim_of(self._replica, case.plan, case.node, case.given, kit)
+        for root, limit in needed(self._replica.engine, claim).items():
+
+            async def get(root: bytes = root, limit: int = limit) -> bytearray:
+                return await fetch(self._network, root, sources=[case.node], max_size=limit)
+
+            found[root] = await self._insist(get)
+        return found
+
+    async def _insist(self, get: Callable[[], Awaitable[T]]) -> T:
+        """Raises :class:`Unserved` where it is not to be had, however often one asks."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return await get()
+            except (MalformedMessage, BadBlob) as error:
+                raise Unserved(str(error)) from None
+            except (FetchError, Unreachable, Refused, Violation) as error:
+                if attempt == ATTEMPTS - 1:
+                    raise Unserved(str(error)) from None
+                await asyncio.sleep(RETRY_SECONDS)
+        raise AssertionError
+
+    async def _submit(self, body: SealedVerdict | Verdict) -> None:
+        with contextlib.suppress(Refused):  # it is on record, or the audit has ended
+            await self._client.submit(body, body.round)
+
+    def _tell(self, text: str) -> None:
+        self._log.emit(events.Notice(level="info", text=text))
+
+
+def _opened(manifest: Manifest, encoded: Sequence[bytes], duty: Audit) -> Case | None:
+    records = (record_in(manifest, decode(Certificate, one)) for one in encoded)
+    return open_case(duty, {one.plan.round: one for one in records}, manifest.run.overlap.fragments)
+
+
+def _within(blobs: Mapping[bytes, bytearray], root: bytes, limit: int) -> bytearray:
+    if root not in blobs or len(blobs[root]) > limit:
+        raise Unserved(f"{root.hex()[:8]}")
+    return blobs[root]

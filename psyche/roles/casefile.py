@@ -1,0 +1,58 @@
+"""What a node's own ledger says of a contribution that is to be done again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from psyche.protocol.messages import Contribution, Plan, Record
+from psyche.protocol.verdicts import Audit
+
+LOOKBACK = 64
+"""Rounds in which a node's error feedback is looked for: one that started again goes on with that of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A contribution, and what records say that it has to follow from."""
+
+    plan: Plan
+    node: str
+    given: Contribution
+    before: Plan | None
+    """Of the round before, whose data late steps took."""
+    residuals: frozenset[bytes] | None
+    """See ``verification/replay.py: Claim``."""
+
+
+def first_needed(audit: Audit) -> int:
+    """Rounds from this one on up to the audited one are what :func:`open_case` wants."""
+    return max(1, audit.round - LOOKBACK)
+
+
+def open_case(audit: Audit, records: Mapping[int, Record], fragments: int) -> Case | None:
+    """The case of ``audit``, from the records there are; None where its own is missing."""
+    record = records.get(audit.round)
+    if record is None:
+        return None
+    given = next((one.contribution for one in record.accepted if one.node == audit.accused), None)
+    if given is None:
+        return None
+    before = records.get(audit.round - 1)
+    residuals = _residuals(audit, records, fragments)
+    return Case(record.plan, audit.accused, given, before.plan if before else None, residuals)
+
+
+def _residuals(audit: Audit, records: Mapping[int, Record], fragments: int) -> frozenset[bytes] | None:
+    """What the error feedback of the fragment may have been before the round, as far as records say.
+
+    None where they do not: something of the node's was left out, and given back to its error feedback, or it has been
+    there for longer than the records at hand.
+    """
+    found: set[bytes] = set()
+    for round in range(audit.round - fragments, first_needed(audit) - 1, -fragments):
+        record = records.get(round)
+        if record is None or any(one.node == audit.accused for one in record.excluded):
+            return None
+        found |= {one.contribution.residual_out for one in record.accepted if one.node == audit.accused}
+    return frozenset(found) if found or first_needed(audit) == 1 else None

@@ -1,0 +1,172 @@
+"""What a node keeps on disk of its last rounds, so that others can do them again: parameters and optimizer at the trace
+points, θ, and the error feedback before it was encoded. All of it are blobs by their roots.
+
+``<directory>/<round>/<root in hex>``, and ``<directory>/<round>/kit`` once the round is whole. Nothing is flushed:
+who fetches a blob checks it, and one that a power loss cut short is no blob any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+from typing_extensions import Buffer
+
+from psyche.config.trust import MAX_POINTS
+from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.wire import Body, decode
+from psyche.verification.traces import Point, trace_root
+
+MAX_KIT = MAX_POINTS * 80 + 16
+"""Bytes of an encoded kit, at most."""
+NAME = "kit"
+
+
+class Kit(Body, frozen=True):
+    """The trace points of a round. Whether they are those committed to, their root says."""
+
+    DOMAIN = "kit"
+
+    points: Annotated[tuple[Point, ...], Meta(min_length=1, max_length=MAX_POINTS)]
+
+    @property
+    def trace_root(self) -> bytes:
+        return trace_root(self.points)
+
+
+class Unserved(Exception):
+    """A blob that a node committed to is not to be had of it."""
+
+
+class Kits:
+    """A node's, one directory a round. A disk that cannot be written costs the node the proof, not the round."""
+
+    def __init__(self, directory: Path, warn: Callable[[str], None] = lambda text: None) -> None:
+        """What an earlier process of the node left there whole is still there."""
+        self._directory, self._warn = directory, warn
+        self._broken: set[int] = set()
+        for round, place in self._places():
+            if not (place / NAME).is_file():
+                self.forget_one(round)
+
+    @property
+    def rounds(self) -> list[int]:
+        """Those that can be done again, ascending."""
+        return sorted(round for round, place in self._places() if (place / NAME).is_file())
+
+    def begin(self, round: int) -> None:
+        """``round`` is trained for, maybe once more."""
+        self._broken.discard(round)
+        self.forget_one(round)
+
+    def keep(self, round: int, blob: Buffer) -> bytes:
+        """Hash and write a blob of ``round``; its root. Raises nothing: where it cannot be written the round will not
+        be served."""
+        root = index_blob(blob).root
+        if round not in self._broken:
+            try:
+                self._write(round, root, blob)
+            except OSError as error:
+                self._fail(round, error)
+        return root
+
+    def finish(self, round: int, kit: Kit) -> None:
+        """All blobs of ``round`` were given."""
+        if round in self._broken:
+            return
+        try:
+            self._place(round).mkdir(parents=True, exist_ok=True)
+            (self._place(round) / NAME).write_bytes(kit.encode())
+        except OSError as error:
+            self._fail(round, error)
+
+    def kit(self, round: int) -> Kit | None:
+        """That of ``round``, if it is here."""
+        try:
+            return decode(Kit, (self._place(round) / NAME).read_bytes())
+        except (OSError, MalformedMessage):
+            return None
+
+    def blobs(self, round: int) -> Iterator[tuple[bytes, Callable[[], BlobIndex], Callable[[int], bytes]]]:
+        """Root, index and chunks of each blob of ``round``, as ``BlobServer.add_unread`` takes them."""
+        for path in self._place(round).glob("?" * 64):
+            root = bytes.fromhex(path.name)
+            yield root, partial(_index_of, path, root), partial(_chunk_of, path)
+
+    def read(self, round: int, root: bytes, limit: int) -> bytes:
+        """A blob of ``round``, of at most ``limit`` bytes, as it would come from another node. Raises
+        :class:`Unserved`."""
+        path = self._place(round) / root.hex()
+        try:
+            content = path.read_bytes() if path.stat().st_size <= limit else b""
+        except OSError:
+            content = b""
+        if not content or index_blob(content).root != root:
+            raise Unserved(f"{root.hex()[:8]} of round {round}")
+        return content
+
+    def forget(self, before: int, keep: Collection[int] = ()) -> None:
+        """Delete rounds below ``before`` but those of ``keep``."""
+        for round, _ in self._places():
+            if round < before and round not in keep:
+                self.forget_one(round)
+
+    def forget_one(self, round: int) -> None:
+        """Delete ``round``, if it is there."""
+        shutil.rmtree(self._place(round), ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------ on disk
+
+    def _place(self, round: int) -> Path:
+        return self._directory / f"{round:08d}"
+
+    def _places(self) -> list[tuple[int, Path]]:
+        if not self._directory.is_dir():
+            return []
+        return [(int(path.name), path) for path in self._directory.iterdir() if path.name.isdecimal()]
+
+    def _write(self, round: int, root: bytes, blob: Buffer) -> None:
+        place = self._place(round)
+        place.mkdir(parents=True, exist_ok=True)
+        path = place / root.hex()
+        if path.exists():
+            return
+        view = memoryview(blob).cast("B")
+        with contextlib.suppress(OSError):  # the optimizer a round ends with is the one that the next begins with
+            earlier = self._place(round - 1) / root.hex()
+            if earlier.stat().st_size == view.nbytes:
+                os.link(earlier, path)
+                return
+        with path.open("wb", buffering=0) as file:
+            while view:
+                view = view[file.write(view) :]
+
+    def _fail(self, round: int, error: OSError) -> None:
+        self._broken.add(round)
+        self.forget_one(round)
+        self._warn(
+            f"what others need to check round {round} cannot be written to {self._directory} ({error.strerror}): free "
+            "some disk, or an audit of it will find nothing"
+        )
+
+
+def _index_of(path: Path, root: bytes) -> BlobIndex:
+    """Raises ``LookupError`` where the file is not what it was."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        index = index_blob(content)
+    if index.root != root:
+        raise LookupError("the file is another, or corrupt")
+    return index
+
+
+def _chunk_of(path: Path, number: int) -> bytes:
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), CHUNK, number * CHUNK)

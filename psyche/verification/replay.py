@@ -1,0 +1,299 @@
+"""Do a contribution's work again and say how far apart the two are (DESIGN §8). Knows no network: blobs are handed in.
+
+Exact first: what has to agree to the bit on any hardware (points against the commitment, θ, data, payload and error
+feedback) makes a contribution ``false`` where it does not. Then every segment between two trace points is trained
+again from the state that the node says it was in, and the displacements are compared.
+
+What a run with ``overlap`` leaves uncovered: late steps are part of the data digest, but not replayed (they were taken
+from parameters that no trace point names), so a round that is all late steps has nothing to replay; and where a round
+does not start from θ, because of late steps or because fragments are exchanged in turn, nothing ties its first point
+to the rounds before. Nor is the optimizer at the first point tied to the round before: ``coasting.py`` says why that
+gains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Buffer
+
+from psyche.config import Run
+from psyche.data.store import Split
+from psyche.numerics.backends.base import Backend
+from psyche.numerics.codecs.base import Codec, NonFinite
+from psyche.numerics.digest import blob_root, digest, payload_root
+from psyche.protocol.assignment import permute
+from psyche.protocol.messages import WITHHELD, Contribution, Plan
+from psyche.protocol.verdicts import Finding
+from psyche.training.engine import Batch, Engine
+from psyche.training.moments import Moments, packed_bytes
+from psyche.training.schedules import learning_rate
+from psyche.verification.coasting import coasted
+from psyche.verification.kit import Unserved
+from psyche.verification.traces import Point, Trace, point_steps, trace_root
+
+MOST = 10**9
+"""What a Finding says of errors that are larger, or not finite."""
+GAIN_SEQUENCES = 8
+"""Held-out sequences that a contribution's gain is measured on: enough to tell harm from use in the median of some
+auditors, and a fraction of one inner step's work."""
+
+Blobs = Callable[[bytes, int], Buffer]
+"""The blob of a root, checked, of at most so many bytes. Raises :class:`Unserved`."""
+
+
+class Stopped(Exception):
+    """An audit was given up before its end."""
+
+
+class Contradiction(Exception):
+    """Something that has to agree to the bit does not. The message says what."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A contribution, and what an auditor knows that it has to follow from."""
+
+    plan: Plan
+    node: str
+    given: Contribution
+    points: tuple[Point, ...]
+    """Of the node's kit."""
+    theta_root: bytes
+    """Of the outer parameters before the round: a blob of θ alone."""
+    residuals: frozenset[bytes] | None = None
+    """What the node's error feedback may have been before the round, as far as records say: what it was after earlier
+    ones. Nothing (zeros) is always possible. None: they say nothing, because work of this node was not accepted."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What an audit is done with."""
+
+    run: Run
+    engine: Engine
+    backend: Backend
+    parts: tuple[slice, ...]
+    """What the round exchanges."""
+    batch: Callable[[int], Batch]
+    """The audited node's sequences in an inner step of the round that is not late. Raises ``BadShard``."""
+    late_batch: Callable[[int], Batch] | None
+    """The same for late ones; None where nobody knows."""
+    heldout: Split
+    by_muon: frozenset[str]
+    """Names of the parameters that Muon steps."""
+    stop: Callable[[], bool] = lambda: False
+    """Whether the audit is to be given up; asked before every inner step."""
+
+
+def replay(lab: Lab, claim: Claim, blobs: Blobs) -> Finding:
+    """What an auditor has to say. The engine is used, and afterwards is what it was.
+
+    Raises ``BadShard`` where the text is not here, and :class:`Stopped`.
+    """
+    try:
+        _check_trace(lab, claim)
+        theta, end = (_vector(blobs, root, lab.engine.layout.size) for root in (claim.theta_root, _end(claim)))
+        payload = _encoded_again(lab, claim, theta, end, blobs)
+        with undisturbed(lab.engine):
+            errors = [segment_error(lab, claim, number, blobs) for number in range(len(claim.points) - 1)]
+            gain = _gain(lab, claim, theta, payload)
+    except Unserved:
+        return Finding("unserved", 0, 0, 0)
+    except Contradiction:
+        return Finding("false", MOST, 0, 0)
+    worst = max(range(len(errors)), key=errors.__getitem__, default=0)
+    return Finding("measured", millionths(errors[worst]) if errors else 0, worst, gain)
+
+
+def needed(engine: Engine, claim: Claim) -> dict[bytes, int]:
+    """Roots of the blobs that a replay asks for, and the most bytes each may have."""
+    vector = 4 * engine.layout.size
+    roots = {claim.theta_root: vector, _end(claim): vector}
+    for point in claim.points[:-1]:
+        roots |= {point.parameters: vector, point.optimizer: packed_bytes(engine.layout)}
+    if claim.given.residual_in not in (WITHHELD, blob_root(bytes(vector))):
+        roots[claim.given.residual_in] = vector
+    return roots
+
+
+@contextmanager
+def undisturbed(engine: Engine) -> Iterator[None]:
+    """Within, the engine may train anything; afterwards parameters and optimizer are what they were, to the bit."""
+    flat = torch.empty(engine.layout.size)
+    engine.read(flat)
+    state = {name: value.clone() for name, value in engine.state().items()}
+    try:
+        yield
+    finally:
+        engine.write(flat)
+        engine.load_state(state)
+
+
+def millionths(error: float) -> int:
+    """A relative error as a :class:`Finding` has it."""
+    return min(MOST, round(error * 1e6)) if isfinite(error) else MOST
+
+
+# ----------------------------------------------------------------------------- to the bit
+
+
+def _check_trace(lab: Lab, claim: Claim) -> None:
+    given, points = claim.given, claim.points
+    if trace_root(points) != given.trace_root:
+        raise Contradiction("the trace points are not those committed to")
+    member = claim.plan.member(claim.node)
+    if member is None or not given.late_steps <= given.inner_steps <= max(member.inner_steps, given.late_steps):
+        raise Contradiction("more steps than were due")
+    expected = point_steps(given.late_steps, given.inner_steps, lab.run.audits.trace_steps)
+    if [point.step for point in points] != expected:
+        raise Contradiction("trace points at other steps than the run asks for")
+    if lab.run.overlap.fragments == 1 and not given.late_steps and points[0].parameters != claim.theta_root:
+        raise Contradiction("trained from other parameters than the run's")
+    if given.late_steps and lab.late_batch is None:
+        return
+    trace = Trace()
+    for step in range(given.inner_steps):
+        trace.saw(batch_of(lab, claim, step))
+    if trace.data_digest != given.data_digest:
+        raise Contradiction("trained on other data than assigned")
+
+
+def batch_of(lab: Lab, claim: Claim, step: int) -> Batch:
+    """What the node was to train on in inner step ``step`` of the round."""
+    if step >= claim.given.late_steps:
+        return lab.batch(step)
+    assert lab.late_batch is not None
+    return lab.late_batch(step)
+
+
+def _encoded_again(lab: Lab, claim: Claim, theta: Tensor, end: Tensor, blobs: Blobs) -> list[bytes]:
+    """The payload, which the parameters at the end of the round and the error feedback before it determine."""
+    codec, device, given = lab.backend.codec(lab.run.codec.name), lab.backend.device, claim.given
+    kept = _residual(lab, claim, codec, blobs)
+    payload, at = [], 0
+    for part in lab.parts:
+        size = part.stop - part.start
+        residual = None if kept is None else kept[at : at + size].to(device)
+        try:
+            encoded = codec.encode(theta[part].to(device), end[part].to(device), residual, lab.run.codec.error_feedback)
+        except NonFinite:
+            raise Contradiction("parameters or error feedback are not finite") from None
+        payload.append(encoded)
+        if kept is not None and residual is not None:
+            kept[at : at + size].copy_(residual)
+        at += size
+    if payload_root(payload) != given.payload_root:
+        raise Contradiction("the payload is not what follows from the parameters")
+    if kept is not None and blob_root(kept.numpy().data) != given.residual_out:
+        raise Contradiction("the error feedback afterwards is not what follows")
+    return payload
+
+
+def _residual(lab: Lab, claim: Claim, codec: Codec, blobs: Blobs) -> Tensor | None:
+    """The node's error feedback before it encoded, of what the round exchanges; a copy."""
+    if not codec.error_feedback:
+        return None
+    size = sum(part.stop - part.start for part in lab.parts)
+    nothing, root = torch.zeros(size), claim.given.residual_in
+    if root == blob_root(nothing.numpy().data):
+        return nothing
+    if claim.residuals is not None and root not in claim.residuals:
+        raise Contradiction("the error feedback is not what it was after earlier rounds")
+    return _vector(blobs, root, size)
+
+
+def _vector(blobs: Blobs, root: bytes, size: int) -> Tensor:
+    """A blob of ``size`` fp32 numbers, ``[size]`` on the CPU; a copy."""
+    content = bytearray(blobs(root, 4 * size))
+    if len(content) != 4 * size:
+        raise Contradiction("a blob that is no vector of this model")
+    return torch.frombuffer(content, dtype=torch.float32)
+
+
+def _end(claim: Claim) -> bytes:
+    return claim.points[-1].parameters
+
+
+# ------------------------------------------------------------------------------- to within noise
+
+
+def segment_error(lab: Lab, claim: Claim, number: int, blobs: Blobs) -> float:
+    """The relative error of segment ``number``, between the points of that number and the next: ‖d − d'‖ / ‖d'‖, d
+    the displacement that the node claims and d' that of this engine from the same state on the same batches.
+
+    Where momentum alone would have come far, what counts is what the data change of that: the denominator is at most
+    ‖d' − d₀‖, d₀ as in ``coasting.py``. Infinite where anything is not finite. The engine is left at the end.
+    """
+    start, stop = claim.points[number], claim.points[number + 1]
+    engine, run = lab.engine, lab.run
+    before, after = (_vector(blobs, point.parameters, engine.layout.size) for point in (start, stop))
+    moments = _moments(lab, blobs, start.optimizer)
+    if not all(bool(torch.isfinite(one).all()) for one in (before, after, moments.flat)):
+        return float("inf")
+    engine.write(before)
+    engine.load_state(moments.state(engine.layout, lab.by_muon))
+    first, lrs = (claim.plan.round - 1) * run.rounds.inner_steps, []
+    for step in range(start.step, stop.step):
+        if lab.stop():
+            raise Stopped
+        lrs.append(learning_rate(run.inner, first + step, run.total_steps, engine.steps))
+        engine.step(batch_of(lab, claim, step), lrs[-1])
+    found = torch.empty_like(before)
+    engine.read(found)
+    drift = coasted(engine.layout, run.inner, lab.by_muon, before, moments, lrs)
+    return relative_error(before, after, found, drift)
+
+
+def relative_error(before: Tensor, after: Tensor, found: Tensor, drift: Tensor) -> float:
+    """‖after − found‖ over the smaller of ‖found − before‖ and ‖found − drift‖; all ``[n]`` fp32, summed in fp64."""
+    apart = _distance(after, found)
+    moved = min(_distance(found, before), _distance(found, drift))
+    if not isfinite(apart) or not isfinite(moved):
+        return float("inf")
+    if moved == 0.0:
+        return 0.0 if apart == 0.0 else float("inf")
+    return apart / moved
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float(torch.linalg.vector_norm(one - other, dtype=torch.float64))
+
+
+def _moments(lab: Lab, blobs: Blobs, root: bytes) -> Moments:
+    run, layout = lab.run, lab.engine.layout
+    most = run.total_steps + run.rounds.inner_steps  # the second are those of a newcomer's warming up
+    try:
+        return Moments.unpack(blobs(root, packed_bytes(layout)), layout, most)
+    except ValueError as error:
+        raise Contradiction(str(error)) from None
+
+
+def _gain(lab: Lab, claim: Claim, theta: Tensor, payload: Sequence[bytes]) -> int:
+    """By how much an outer step of this contribution alone lowers the held-out loss, millionths of a nat a token."""
+    codec, change = lab.backend.codec(lab.run.codec.name), torch.zeros_like(theta)
+    for part, encoded in zip(lab.parts, payload, strict=True):
+        out = torch.zeros(part.stop - part.start, device=lab.backend.device)
+        codec.decode_add(encoded, 1.0, out)
+        change[part] = out.cpu()
+    key, count = digest("gain", claim.plan.seed, claim.node.encode()), len(lab.heldout)
+    drawn = permute(np.arange(min(GAIN_SEQUENCES, count), dtype=np.uint64), count, key)
+    without, with_it = (_loss(lab, flat, drawn) for flat in (theta, theta - lab.run.outer.lr * change))
+    gain = (without - with_it) * 1e6
+    return round(max(-MOST, min(MOST, gain))) if isfinite(gain) else -MOST
+
+
+def _loss(lab: Lab, flat: Tensor, sequences: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
+    """Nats a token."""
+    lab.engine.write(flat)
+    size, total, tokens = lab.run.inner.batch_size, 0.0, 0
+    for at in range(0, len(sequences), size):
+        loss, predicted = lab.engine.evaluate(lab.heldout.batch(sequences[at : at + size]))
+        total, tokens = total + loss, tokens + predicted
+    return total / tokens

@@ -1,0 +1,117 @@
+"""Rounds in which nothing happens but audits: contributions by name, auditors by what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from psyche.numerics.digest import digest
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.audits import admissible, asked, docket_after
+from psyche.protocol.envelope import Envelope
+from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Standing
+from psyche.protocol.proposals import round_seed
+from psyche.protocol.standing import newly_audited, standing_after
+from psyche.protocol.state import Rules, Said
+from psyche.protocol.verdicts import EMPTY, Audit, Closed, Docket, Finding, SealedVerdict, Verdict
+from psyche.protocol.wire import Body
+from tests.protocol.players import GENESIS, RUN_ID, contribution
+
+PASS = Finding("measured", 1_000, 0, 5)
+FAIL = Finding("measured", 700_000, 1, 0)
+UNSURE = Finding("measured", 30_000, 0, 1)
+FALSE = Finding("false", 0, 0, 0)
+UNSERVED = Finding("unserved", 0, 0, 0)
+
+Says = Callable[[str, Audit], Finding | None]
+"""What an auditor finds; None: it never answers."""
+
+
+def signed(node: str, round: int, body: Body) -> bytes:
+    """An envelope with no true signature."""
+    return envelopes.encode(Envelope(body.DOMAIN, RUN_ID, round, node, body.encode(), bytes(64)))
+
+
+def verdict(node: str, audit: Audit, finding: Finding) -> Verdict:
+    return Verdict(audit.accused, audit.round, finding, digest("salt", node.encode(), audit.accused.encode()))
+
+
+def said(node: str, body: SealedVerdict | Verdict) -> Said:
+    return Said(node, body, signed(node, body.round, body))
+
+
+@dataclass
+class Court:
+    """A run's dockets, round by round."""
+
+    nodes: Sequence[str]
+    rules: Rules
+    round: int = 0
+    head: bytes = RUN_ID
+    docket: Docket = EMPTY
+    standing: tuple[Standing, ...] = ()
+    closed: list[Closed] = field(default_factory=list)
+    opened: list[Audit] = field(default_factory=list)
+    suspects: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
+    """Who contributes nothing."""
+
+    @property
+    def members(self) -> list[str]:
+        return [node for node in self.nodes if node not in self.docket.banned and node not in self.silent]
+
+    def plan(self) -> Plan:
+        members = tuple(Member(node, self.rules.inner_steps, 1) for node in self.members)
+        return Plan(self.round + 1, self.round + 1, self.head, GENESIS, round_seed(self.head), 0, 0, members)
+
+    def next(self, statements: Sequence[Said], private: Sequence[str] = ()) -> Docket:
+        """One round. Raises ``BadDocket``."""
+        plan = self.plan()
+        given = tuple(Accepted(node, self._work(node, plan, node in private)) for node in self.members)
+        after = docket_after(
+            self.docket,
+            self.standing,
+            statements,
+            plan=plan,
+            accepted=given,
+            electorate=self.nodes,
+            suspects=self.suspects & set(self.members),
+            rules=self.rules,
+        )
+        self.standing = standing_after(
+            self.standing,
+            round=plan.round,
+            electorate=self.nodes,
+            accepted=self.members,
+            audited=newly_audited(after, plan.round),
+            rules=self.rules,
+        )
+        self.round, self.head = plan.round, digest("court", self.head, *after.said)
+        self.docket = after
+        self.closed += after.closed
+        self.opened += [audit for audit in after.audits if audit.round == plan.round]
+        return after
+
+    def play(self, rounds: int, says: Says) -> None:
+        """Rounds in which whoever is asked answers at once, and shows its verdict as soon as it may."""
+        for _ in range(rounds):
+            statements = [
+                said(node, body)
+                for audit in self.docket.audits
+                for node in audit.candidates
+                if node not in self.docket.banned and (body := self._word(node, audit, says)) is not None
+            ]
+            self.next(list(admissible(self.docket, statements, self.round + 1, self.rules.audits)))
+
+    def _word(self, node: str, audit: Audit, says: Says) -> SealedVerdict | Verdict | None:
+        mine = next((one for one in audit.opinions if one.auditor == node), None)
+        if (mine is None and node not in asked(audit, self.round + 1, self.rules.audits)) or (mine and mine.finding):
+            return None
+        finding = says(node, audit)
+        if finding is None:
+            return None
+        full = verdict(node, audit, finding)
+        return SealedVerdict(audit.accused, audit.round, full.digest) if mine is None else full
+
+    def _work(self, node: str, plan: Plan, private: bool) -> Contribution:
+        return contribution(node, plan, self.rules, private=private)

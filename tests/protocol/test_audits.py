@@ -1,0 +1,208 @@
+"""Audits: who is drawn, who is asked, and that what is on record follows from what was said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche.protocol.audits import BadDocket, asked, busy, statement
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.messages import Leave
+from psyche.protocol.state import AuditRules
+from psyche.protocol.verdicts import Audit, Finding, SealedVerdict
+from tests.protocol.courts import FAIL, FALSE, PASS, UNSERVED, UNSURE, Court, said, signed, verdict
+from tests.protocol.players import RULES, nodes
+
+ALWAYS = AuditRules(rate=1.0, second=0.0, patience=3, window=20, pass_error=20_000, fail_error=40_000)
+EIGHT = nodes(8)
+
+
+def court(count: int = 8, **changes: object) -> Court:
+    return Court(nodes(count), replace(RULES, rounds=10**6, audits=replace(ALWAYS, **changes)))  # type: ignore[arg-type]
+
+
+def test_what_is_honest_passes_in_two_rounds_and_its_auditor_is_paid() -> None:
+    trial = court()
+    trial.play(1, lambda node, audit: PASS)
+    assert [audit.accused for audit in trial.docket.audits] == EIGHT
+    first = trial.docket.audits[0]
+    trial.play(2, lambda node, audit: PASS)
+    ended = [one for one in trial.closed if one.round == 1]
+    assert {one.outcome for one in ended} == {"passed"}
+    assert ended[0].paid == first.candidates[:1]
+    assert ended[0].gain == PASS.gain
+
+
+def test_a_cheat_is_convicted_by_a_jury_and_takes_no_part_any_more() -> None:
+    trial = court()
+    trial.play(8, lambda node, audit: FAIL if audit.accused == EIGHT[2] else PASS)
+    assert trial.docket.banned == (EIGHT[2],)
+    convicted = [one for one in trial.closed if one.outcome == "convicted"]
+    assert [(one.accused, one.round, len(one.paid)) for one in convicted] == [(EIGHT[2], 1, 7)]
+    assert EIGHT[2] not in {audit.accused for audit in trial.docket.audits}
+    assert {one.outcome for one in trial.closed if one.accused != EIGHT[2]} == {"passed"}
+
+
+def test_one_verdict_never_convicts() -> None:
+    trial = court(2)
+    trial.play(30, lambda node, audit: FAIL)
+    assert trial.docket.banned == ()
+    assert {one.outcome for one in trial.closed} == {"inconclusive"}
+
+
+def test_a_lying_auditor_is_found_out_by_a_jury() -> None:
+    liar = EIGHT[0]
+    trial = court()
+    trial.play(40, lambda node, audit: FAIL if node == liar else PASS)
+    assert trial.docket.banned == (liar,)
+    assert {one.outcome for one in trial.closed if one.accused != liar} == {"passed"}
+
+
+def test_who_passes_a_cheat_is_found_out_by_a_second_look() -> None:
+    cheat, friend = EIGHT[0], EIGHT[1]
+    trial = court(second=1.0)
+    trial.play(60, lambda node, audit: FAIL if audit.accused == cheat and node != friend else PASS)
+    assert cheat in trial.docket.banned
+    assert set(trial.docket.banned) <= {cheat, friend}
+
+
+def test_between_the_thresholds_nobody_is_punished() -> None:
+    trial = court()
+    trial.play(30, lambda node, audit: UNSURE)
+    assert trial.docket.banned == ()
+    assert {one.outcome for one in trial.closed} == {"inconclusive"}
+
+
+def test_what_is_false_to_the_bit_fails() -> None:
+    trial = court()
+    trial.play(9, lambda node, audit: FALSE if audit.accused == EIGHT[3] else PASS)
+    assert trial.docket.banned == (EIGHT[3],)
+
+
+def test_who_hands_nothing_over_is_not_paid_for_it_and_not_banned() -> None:
+    trial = court()
+    trial.play(10, lambda node, audit: UNSERVED if audit.accused == EIGHT[3] else PASS)
+    assert trial.docket.banned == ()
+    assert {one.outcome for one in trial.closed if one.accused == EIGHT[3]} == {"unserved"}
+
+
+def test_an_auditor_who_is_silent_is_replaced() -> None:
+    trial = court()
+    trial.play(12, lambda node, audit: None if node in EIGHT[:2] else PASS)
+    assert {one.outcome for one in trial.closed if one.round == 1} == {"passed"}
+    assert not [audit for audit in trial.docket.audits if audit.round == 1]
+
+
+def test_audits_that_nobody_does_end_with_the_window() -> None:
+    trial = court(window=5)
+    trial.play(8, lambda node, audit: None)
+    assert {one.outcome for one in trial.closed} == {"dropped"}
+    assert min(audit.round for audit in trial.docket.audits) == 8 - 5 + 1
+
+
+def test_a_verdict_is_shown_only_after_its_digest_is_on_record_and_only_once() -> None:
+    trial = court()
+    trial.next([])
+    audit = trial.docket.audits[0]
+    node, stranger = audit.candidates[0], audit.candidates[1]
+    full, other = verdict(node, audit, PASS), verdict(node, audit, FAIL)
+    sealed = SealedVerdict(audit.accused, audit.round, full.digest)
+    with pytest.raises(BadDocket, match="not the one it sealed"):
+        trial.next([said(node, full)])
+    with pytest.raises(BadDocket, match="was not asked"):
+        trial.next([said(stranger, sealed)])
+    with pytest.raises(BadDocket, match="second verdict"):
+        trial.next([said(node, sealed), said(node, sealed)])
+    trial.next([said(node, sealed)])
+    with pytest.raises(BadDocket, match="not the one it sealed"):
+        trial.next([said(node, other)])
+    trial.next([said(node, full)])
+    with pytest.raises(BadDocket, match="not open"):
+        trial.next([said(node, full)])
+
+
+def test_a_statement_is_signed_for_the_round_it_speaks_of() -> None:
+    sealed = SealedVerdict(EIGHT[0], 3, bytes(32))
+    assert statement(signed(EIGHT[1], 3, sealed)).body == sealed
+    with pytest.raises(MalformedMessage, match="signed for round 4"):
+        statement(signed(EIGHT[1], 4, sealed))
+    with pytest.raises(MalformedMessage, match="says nothing of an audit"):
+        statement(signed(EIGHT[1], 4, Leave("bye")))
+
+
+def test_who_audits_is_busy_until_its_digest_is_on_record() -> None:
+    trial = court(3, rate=1.0)
+    trial.next([])
+    audits = trial.docket.audits
+    assert busy(trial.docket, 2, trial.rules.audits) == {audit.candidates[0] for audit in audits}
+    node = audits[0].candidates[0]
+    mine = [audit for audit in audits if audit.candidates[0] == node]
+    trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0))
+    trial.next([said(node, SealedVerdict(one.accused, one.round, bytes(32))) for one in mine])
+    assert node not in busy(trial.docket, 3, trial.rules.audits)
+
+
+def test_private_contributions_are_not_audited_and_their_authors_audit_nobody() -> None:
+    trial = court()
+    trial.next([], private=EIGHT[:2])
+    assert not {audit.accused for audit in trial.docket.audits} & set(EIGHT[:2])
+    assert not {node for audit in trial.docket.audits for node in audit.candidates} & set(EIGHT[:2])
+
+
+def test_rates() -> None:
+    """Within five standard deviations of the binomial."""
+    trial = court(rate=0.05, window=10**6, patience=10**6)
+    trial.rules = replace(trial.rules, probation=0)
+    for _ in range(400):
+        trial.docket = replace_audits(trial)
+        trial.next([])
+    found = Counter(audit.accused for audit in trial.opened)
+    assert 3200 * 0.05 - 5 * (3200 * 0.05) ** 0.5 < sum(found.values()) < 2 * 3200 * 0.05 + 5 * (3200 * 0.05) ** 0.5
+    suspicious = court(rate=0.05)
+    suspicious.suspects = frozenset(EIGHT[:1])
+    suspicious.next([])
+    for _ in range(20):
+        suspicious.docket = replace_audits(suspicious)
+        suspicious.next([])
+        assert EIGHT[0] in {audit.accused for audit in suspicious.opened if audit.round == suspicious.round}
+
+
+def replace_audits(trial: Court) -> object:
+    """The docket with nothing open."""
+    import msgspec
+
+    return msgspec.structs.replace(trial.docket, audits=())
+
+
+FINDINGS = st.sampled_from([PASS, FAIL, FALSE, UNSURE, UNSERVED, None])
+
+
+@settings(deadline=None, max_examples=60)
+@given(count=st.integers(8, 14), seed=st.randoms(use_true_random=False), second=st.sampled_from([0.0, 0.3]))
+def test_a_quarter_that_conspires_convicts_nobody_who_is_honest(count: int, seed: object, second: float) -> None:
+    """Hostile auditors say whatever hurts, each for itself; honest ones what is so."""
+    trial = court(count, rate=0.5, second=second)
+    hostile = set(trial.nodes[: (count - 1) // 4])
+
+    def says(node: str, audit: Audit) -> Finding | None:
+        if node not in hostile:
+            return FAIL if audit.accused in hostile else PASS
+        return seed.choice([FAIL, FAIL, FALSE, UNSERVED])  # type: ignore[attr-defined,no-any-return]
+
+    trial.play(40, says)
+    assert set(trial.docket.banned) <= hostile
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_whatever_auditors_say_a_docket_stays_in_bounds(data: st.DataObject) -> None:
+    trial = court(data.draw(st.integers(1, 6)), rate=data.draw(st.sampled_from([0.3, 1.0])), window=6, patience=2)
+    trial.play(15, lambda node, audit: data.draw(FINDINGS))
+    assert all(trial.round - audit.round < 6 for audit in trial.docket.audits)
+    assert all(set(asked(a, trial.round, trial.rules.audits)) <= set(a.candidates) for a in trial.docket.audits)
+    assert all(one.accused not in one.paid for one in trial.closed)
+    assert all(one.outcome != "convicted" or len(one.paid) >= 2 for one in trial.closed)

@@ -1,0 +1,102 @@
+"""Runs in one process, some of whose nodes lie: rounds, audits, verdicts and credits by the code of real nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from psyche.config import load_config
+from psyche.network.identity import Identity
+from psyche.protocol.messages import Record
+from psyche.protocol.verdicts import Closed
+from psyche.roles.launch import launch
+from psyche.roles.reference import play
+from psyche.roles.replica import Replica
+from psyche.roles.tribunal import Judge, honest
+from psyche.verification.kit import Kits
+from tests.roles.tiny import replica, write_config
+from tests.slow.adversary.cheats import Cheat, Honest, Swarm
+
+STEPS = 10
+AUDITS = {"rate": 0.2, "second": 0.2, "window": 40, "patience": 3}
+"""Four times the usual rate, so that a run of a minute has as many audits as one of an hour."""
+
+
+@dataclass
+class Ran:
+    """What came of a run."""
+
+    records: list[Record] = field(default_factory=list)
+    loss: float = 0.0
+    """Of the outer parameters on the held-out set, nats a token."""
+    hostile: frozenset[str] = frozenset()
+
+    @property
+    def closed(self) -> list[Closed]:
+        return [one for record in self.records for one in record.docket.closed]
+
+    @property
+    def banned(self) -> frozenset[str]:
+        return frozenset(self.records[-1].docket.banned)
+
+    def convicted_in(self) -> dict[str, int]:
+        """Round in whose record each was convicted."""
+        found: dict[str, int] = {}
+        for record in self.records:
+            for node in record.docket.banned:
+                found.setdefault(node, record.plan.round)
+        return found
+
+
+Arm = Callable[[Cheat], None]
+"""Makes a hostile node what it is."""
+
+
+def run(
+    directory: Path,
+    cache: Path,
+    *,
+    nodes: int,
+    hostile: int,
+    rounds: int,
+    arm: Arm | None = None,
+    judge: Callable[[frozenset[str]], Judge] = lambda hostile: honest,
+    from_round: int = 1,
+    seed: int = 11,
+    **changes: object,
+) -> Ran:
+    """A run of ``nodes``, the last ``hostile`` of which are armed; without ``arm`` they are honest, too."""
+    shape = {"total": rounds, "inner_steps": STEPS, "start_members": nodes, "probation": 3}
+    settings = {"rounds": shape, "audits": AUDITS, "seed": seed} | changes
+    config = load_config(write_config(directory, members=nodes, **settings))
+    config = config.model_copy(update={"node": config.node.model_copy(update={"cache": cache})})
+    identities = sorted(
+        (Identity.load_or_create(directory / f"{number}.key") for number in range(nodes)), key=lambda one: one.peer_id
+    )
+    manifest = launch(config, identities[0].peer_id).manifest
+    swarm = Swarm(from_round)
+    liars = frozenset(one.peer_id for one in identities[nodes - hostile :]) if arm else frozenset()
+    replicas: dict[str, Replica] = {}
+    for identity in identities:
+        kind = Cheat if identity.peer_id in liars else Honest
+        one = replica(manifest, config.node, identity, kind=kind)
+        one.swarm = swarm  # type: ignore[attr-defined]
+        one.witness.kits = Kits(directory / identity.peer_id / "audits")
+        if arm is not None and isinstance(one, Cheat):
+            arm(one)
+        replicas[identity.peer_id] = one
+    ran = Ran(hostile=liars)
+    for record, _ in play(manifest, replicas, judge=judge(liars)):
+        ran.records.append(record)
+    ran.loss = heldout_loss(replicas[identities[0].peer_id])
+    return ran
+
+
+def heldout_loss(one: Replica) -> float:
+    """Nats a token, on the whole held-out set."""
+    with torch.no_grad():
+        total, tokens = one.heldout_loss(0, 1)
+    return total / tokens

@@ -1,0 +1,55 @@
+"""Runs of real processes, a quarter of which lie: they are found out, nobody else is, and the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from psyche.config import MANIFEST, Manifest
+from psyche.network.identity import IDENTITY, Identity
+from psyche.protocol.ledger import claimed
+from psyche.protocol.messages import Record
+from psyche.roles.ledger_check import verify_ledger
+from psyche.state.ledger import NAME, Ledger
+from psyche.telemetry.events import RunFinished
+from tests.roles.swarm import swarm
+from tests.roles.tiny import write_config
+
+pytestmark = pytest.mark.slow
+
+HONEST = 6
+ROUNDS = 20
+AUDITS = {"rate": 0.25, "second": 0.2, "window": 40, "patience": 3}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("flip", "half"), ("noise", "data"), ("zero", "tenfold"), ("liar", "liar"), ("silent", "half")],
+)
+def test_a_quarter_that_lies_is_found_out(tmp_path: Path, first: str, second: str) -> None:
+    shape = {"total": ROUNDS, "inner_steps": 6, "start_members": HONEST + 2}
+    config = write_config(tmp_path, members=HONEST + 2, rounds=shape, audits=AUDITS)
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for number in range(1, HONEST + 1):
+            run.node(f"node-{number}")
+        for name, way in (("first", first), ("second", second)):
+            run.node(name, way, module="tests.slow.adversary.wayward")
+        for number in range(1, HONEST + 1):
+            assert run.join(f"node-{number}") == 0, run.output(f"node-{number}")[-2000:]
+        assert run.events("coordinator", RunFinished)
+    records = records_of(tmp_path / "run" / "node-1")
+    banned = set(records[-1].docket.banned)
+    liars = {name: Identity.load_or_create(tmp_path / "run" / name / IDENTITY).peer_id for name in ("first", "second")}
+    assert banned <= set(liars.values()), "nobody honest is convicted"
+    unserved = {one.accused for record in records for one in record.docket.closed if one.outcome == "unserved"}
+    for name, way in (("first", first), ("second", second)):
+        assert liars[name] in (unserved if way == "silent" else banned), f"{way} was not found out"
+    manifest = Manifest.decode((tmp_path / "run" / "coordinator" / MANIFEST).read_bytes())
+    assert verify_ledger(tmp_path / "run" / "node-1" / NAME, manifest).last == ROUNDS
+
+
+def records_of(node: Path) -> list[Record]:
+    with Ledger.read(node / NAME) as ledger:
+        return [claimed(entry.certificate).record for entry in ledger.entries()]
