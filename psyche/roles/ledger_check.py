@@ -99,10 +99,10 @@ def verify_ledger(
                 f"{path} is the ledger of run {ledger.run_id.hex()[:16]}…, and the manifest that of "
                 f"{manifest.run_id.hex()[:16]}…: give the right one with --manifest"
             )
-        ledger.check_pages()
         rounds = ledger.rounds()
         summary = Summary(Books(chain_rules(manifest)))
         with _checking(ledger, manifest, _stretches(rounds), workers) as found:
+            ledger.check_pages()  # while other processes are at work already
             for checked in found:
                 _add(summary, checked, wanted)
                 progress(summary.rounds, len(rounds))
