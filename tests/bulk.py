@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from psyche.config import MANIFEST, Data, Manifest, Model, Resolved, Rounds, Run
@@ -16,6 +16,7 @@ from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.assignment import next_position
+from psyche.protocol.audits import asked, docket_after
 from psyche.protocol.messages import (
     Accepted,
     Certificate,
@@ -28,9 +29,9 @@ from psyche.protocol.messages import (
     Vote,
 )
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.standing import standing_after
-from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import EMPTY
+from psyche.protocol.standing import newly_audited, standing_after
+from psyche.protocol.state import Rules, Said
+from psyche.protocol.verdicts import EMPTY, Docket, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body
 from psyche.roles.chain_rules import chain_rules
 from psyche.state.ledger import NAME, Ledger
@@ -40,8 +41,8 @@ from tests.protocol.players import contribution
 COORDINATOR = Identity(bytes(31) + b"c", Path("unused"))
 
 
-def bulk_manifest(rounds: int) -> Manifest:
-    """Of a run in which nothing is audited."""
+def bulk_manifest(rounds: int, rate: float = 0.0) -> Manifest:
+    """Of a run in which contributions are audited at that rate."""
     digests = {key: f"{number:064x}" for number, key in enumerate(("store", "layout", "genesis"), 1)}
     return Manifest(
         run=Run(
@@ -49,7 +50,7 @@ def bulk_manifest(rounds: int) -> Manifest:
             model=Model(settings={"vocab_size": 4096}),
             data=Data(),
             rounds=Rounds(total=rounds, inner_steps=5),
-            audits=Audits(rate=0.0),
+            audits=Audits(rate=rate),
         ),
         resolved=Resolved(coordinators=(COORDINATOR.peer_id,), parameters=4096, flat_size=4096, **digests),
     )
@@ -68,19 +69,51 @@ def bulk_chain(
     names = tuple(one.peer_id for one in members)
     named = dict(zip(names, payouts or [digest("payout", name.encode())[:20] for name in names], strict=True))
     plan: Plan | None = None
-    head, root, standing = rules.run_id, rules.genesis, ()
+    head, root, standing, docket = rules.run_id, rules.genesis, (), EMPTY
+    owners = {one.peer_id: one for one in members}
     for round in range(1, rules.rounds + 1):
         position = 0 if plan is None else next_position(plan, rules.batch_size, rules.late_steps)
         given = tuple(Member(name, rules.inner_steps, 1) for name in names)
         plan = Plan(round, 2 * round - 1, head, root, round_seed(head), position, 0, given)
-        standing = standing_after(standing, round=round, electorate=names, accepted=names, probation=rules.probation)
         accepted = tuple(
             Accepted(name, contribution(name, plan, rules, payload_bytes=1000, payout=named[name])) for name in names
         )
+        docket = docket_after(
+            docket,
+            standing,
+            list(_heard(docket, round, owners, rules)),
+            plan=plan,
+            accepted=accepted,
+            electorate=names,
+            suspects=(),
+            rules=rules,
+        )
+        standing = standing_after(
+            standing,
+            round=round,
+            electorate=names,
+            accepted=names,
+            audited=newly_audited(docket, round),
+            rules=rules,
+        )
         roster = int(round == 1)
-        record = Record(plan, accepted, (), roster, names, names, standing, EMPTY, (), (), ())
+        record = Record(plan, accepted, (), roster, names, names, standing, docket, (), (), ())
         yield _certify(record, members[: 2 * nodes // 3 + 1], rules), record, digest("root", record.hash)
         head, root = record.hash, digest("root", record.hash)
+
+
+def _heard(docket: Docket, round: int, owners: Mapping[str, Identity], rules: Rules) -> Iterator[Said]:
+    """What auditors say at once who are asked, and honest: they seal that it passes, and show it a round later."""
+    for audit in docket.audits:
+        verdict = Verdict(audit.accused, audit.round, Finding("measured", 0, 0, 100 + audit.round), bytes(32))
+        spoken = {one.auditor: one.finding is not None for one in audit.opinions}
+        for node in asked(audit, round, rules.audits):
+            if spoken.get(node):
+                continue
+            sealed = SealedVerdict(audit.accused, audit.round, verdict.digest)
+            body = verdict if node in spoken else sealed
+            proof = owners[node].seal(body.DOMAIN, rules.run_id, audit.round, body.encode())
+            yield Said(node, body, envelopes.encode(proof))
 
 
 def _certify(record: Record, voters: list[Identity], rules: Rules) -> bytes:
@@ -96,9 +129,11 @@ def _certify(record: Record, voters: list[Identity], rules: Rules) -> bytes:
     return Certificate(proposal, tuple(sealed(one, vote) for one in voters), (seal,)).encode()
 
 
-def bulk_ledger(directory: Path, rounds: int, nodes: int, payouts: Sequence[bytes] | None = None) -> Manifest:
+def bulk_ledger(
+    directory: Path, rounds: int, nodes: int, payouts: Sequence[bytes] | None = None, rate: float = 0.0
+) -> Manifest:
     """Write ledger and manifest of a run of so many rounds; in one transaction, or the disk is what takes longest."""
-    manifest = bulk_manifest(rounds)
+    manifest = bulk_manifest(rounds, rate)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).write_bytes(manifest.encode())
     Ledger.open(directory / NAME, manifest.run_id).close()
@@ -114,4 +149,4 @@ def bulk_ledger(directory: Path, rounds: int, nodes: int, payouts: Sequence[byte
 
 
 if __name__ == "__main__":
-    bulk_ledger(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    bulk_ledger(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), rate=Audits().rate)

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from blake3 import blake3
@@ -32,11 +32,17 @@ HASH_BYTES = 32
 
 def digest(domain: str, *parts: bytes) -> bytes:
     """BLAKE3 of length-prefixed ``parts`` under a domain name, so that no two uses can collide. 32 bytes."""
-    hasher = blake3(derive_key_context=f"psyche 1 {domain}")
+    hasher = _begun(domain).copy()
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))
         hasher.update(part)
     return bytes(hasher.digest())
+
+
+@lru_cache
+def _begun(domain: str) -> blake3:
+    """A hasher that knows its domain: there are a few dozen, and to take one in costs as much as a short message."""
+    return blake3(derive_key_context=f"psyche 1 {domain}")
 
 
 @dataclass(frozen=True)

@@ -74,17 +74,25 @@ def drawn(
     committed = [given[node].commitment(node, rules.run_id, plan.round) for node in sorted(given)]
     seed = digest("audits", plan.seed, *committed)
     known = {one.node: one for one in standing}
-    able = [node for node in given if node in electorate and not given[node].private and node not in before.banned]
+    able = sorted(node for node in set(electorate) & given.keys() - set(before.banned) if not given[node].private)
     found = []
     for node in sorted(given):
-        if given[node].private or not set(able) - {node}:
+        if given[node].private or able in ([], [node]):
             continue
         risk = _risk(known.get(node), plan.round, rules) * (SUSPECT if node in before.suspects else 1)
         if chance(digest("audited", seed, node.encode()), rules.audits.rate * risk):
-            order = {other: digest("auditor", seed, node.encode(), other.encode()) for other in able if other != node}
-            candidates = tuple(sorted(order, key=order.__getitem__))[:JURY]
+            candidates = _candidates([other for other in able if other != node], seed, node)
             found.append(Audit(node, plan.round, given[node].tokens, 1, plan.round, candidates, ()))
     return tuple(found)
+
+
+def _candidates(able: list[str], seed: bytes, accused: str) -> tuple[str, ...]:
+    """The first of ``able`` as the seed shuffles them: of thousands no more hashes are taken than a jury has seats."""
+    for seat in range(min(JURY, len(able))):
+        hash = digest("auditor", seed, accused.encode(), seat.to_bytes(8, "little"))
+        at = seat + int.from_bytes(hash, "little") % (len(able) - seat)
+        able[seat], able[at] = able[at], able[seat]
+    return tuple(able[:JURY])
 
 
 def _risk(standing: Standing | None, round: int, rules: Rules) -> int:

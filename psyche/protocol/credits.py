@@ -16,7 +16,8 @@ into it, so that who comes under many names earns no more than under one:
 - Whose work was not handed over to its auditors forfeits the credit of that round; a reducer that is outvoted on a
   result, too.
 - After the run's last round nobody can be challenged any more: all becomes final but what is under audit or of a node
-  on probation. So what is cheated in the last few rounds is paid; the window keeps that a small part of a run.
+  on probation. So what is cheated in the last few rounds, too late for an audit, is paid; and an audit that the run did
+  not live to see the end of costs an honest node the credit of that round.
 """
 
 from __future__ import annotations
@@ -155,6 +156,8 @@ class Books:
         """The last one entered."""
         self._open: dict[tuple[str, int], int] = {}
         """Tokens of the contributions under audit, by accused and round."""
+        self._audited: dict[str, set[int]] = {}
+        """Of each accused their rounds."""
         self._gains: deque[tuple[int, int, int]] = deque()
         """Round in which an audit closed, gain and tokens of its contribution, where both were positive."""
         self._settled: list[Change] = []
@@ -171,6 +174,9 @@ class Books:
         for one in done.closed:
             self._close(one)
         self._open = {(accused, round): tokens for accused, round, tokens in done.audits}
+        self._audited = {}
+        for accused, round, _ in done.audits:
+            self._audited.setdefault(accused, set()).add(round)
         newcomers = set(done.newcomers)
         for work in done.work:
             self.account(work.node).newcomer = work.node in newcomers
@@ -284,15 +290,22 @@ class Books:
         if account.newcomer:
             return
         over = self.round >= self._rules.rounds
+        audited = self._audited.get(account.node, ())
+        held: deque[Change] = deque()
         while account.pending:
             first = account.pending[0]
             if first.round + self._rules.audits.window > self.round and not over:
-                return
-            if any(_is_for(first, round) for accused, round in self._open if accused == account.node):
-                return
+                break
+            challenged = first.round in audited and _is_for(first, first.round)
+            if challenged and not over:
+                break
             account.pending.popleft()
+            if challenged:
+                held.append(first)
+                continue
             account.final += first.amount
             self._settled.append(replace(first, status="final", settled=self.round))
+        account.pending.extendleft(reversed(held))
 
 
 def _is_for(change: Change, round: int) -> bool:

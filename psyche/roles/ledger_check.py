@@ -6,6 +6,7 @@ it is known. So long ledgers are cut into stretches, and all cores check them; c
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,9 @@ from pathlib import Path
 import msgspec
 
 from psyche.config import Manifest
+from psyche.network import signatures
 from psyche.network.identity import open_envelope
+from psyche.protocol.certificates import Open
 from psyche.protocol.credits import Books, Change, Deeds, deeds
 from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.wire import Message
@@ -96,10 +99,10 @@ def verify_ledger(
                 f"{path} is the ledger of run {ledger.run_id.hex()[:16]}…, and the manifest that of "
                 f"{manifest.run_id.hex()[:16]}…: give the right one with --manifest"
             )
-        ledger.check_pages()
         rounds = ledger.rounds()
         summary = Summary(Books(chain_rules(manifest)))
         with _checking(ledger, manifest, _stretches(rounds), workers) as found:
+            ledger.check_pages()  # while other processes are at work already
             for checked in found:
                 _add(summary, checked, wanted)
                 progress(summary.rounds, len(rounds))
@@ -127,7 +130,21 @@ def _add(summary: Summary, checked: Checked, wanted: Callable[[Change], bool]) -
 
 
 def check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch) -> Checked:
-    """What a stretch says, once every signature, vote, link and row in it is proven. Raises :class:`BadLedger`."""
+    """What a stretch says, once every signature, vote, link and row in it is proven. Raises :class:`BadLedger`.
+
+    Its signatures are checked together, if this build can do that; where something is wrong each on its own, to find
+    out what is wrong first.
+    """
+    if signatures.available():
+        batch = signatures.Batch()
+        with contextlib.suppress(BadLedger):
+            checked = _check_stretch(ledger, manifest, stretch, batch.open_envelope)
+            if batch.holds():
+                return checked
+    return _check_stretch(ledger, manifest, stretch, open_envelope)
+
+
+def _check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch, open_envelope: Open) -> Checked:
     rules = chain_rules(manifest)
     before = None if stretch.before is None else ledger.entry(stretch.before)
     done: list[Deeds] = []

@@ -9,11 +9,10 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psyche.numerics.shares import Cap, exact_shares
 from psyche.protocol.credits import BONUS, Books, Change, Deeds, Work, deeds, fold, private_credit
-from psyche.protocol.messages import Contribution
 from psyche.protocol.state import AuditRules
 from psyche.protocol.verdicts import Closed, Outcome
-from psyche.protocol.weights import weights
 from tests.chains import NAMES, RULES, chain
 from tests.protocol.players import nodes
 
@@ -136,10 +135,11 @@ def test_nothing_is_final_on_probation() -> None:
 
 def test_with_the_last_round_all_is_final_but_what_is_under_audit_or_of_a_newcomer() -> None:
     kept, _ = books(
-        deed(LAST - 1, (A, 5), (C, 5)),
-        deed(LAST, (A, 5), (B, 5), (C, 5), newcomers=(B,), audits=((C, LAST, 5),)),
+        deed(LAST - 1, (A, 5), (C, 7), (D, 7)),
+        deed(LAST, (A, 5), (B, 5), (C, 5), (D, 5), newcomers=(B,), audits=((C, LAST, 5), (D, LAST - 1, 7))),
     )
-    assert [(kept.account(node).final, kept.account(node).waiting) for node in (A, B, C)] == [(10, 0), (0, 5), (5, 5)]
+    found = [(kept.account(node).final, kept.account(node).waiting) for node in (A, B, C, D)]
+    assert found == [(10, 0), (0, 5), (7, 5), (5, 7)]
 
 
 def test_gains_are_paid_in_proportion_up_to_the_median_and_never_over_a_tenth() -> None:
@@ -183,23 +183,15 @@ def test_private_work_is_paid_as_its_weight_is_capped(given_: dict[str, tuple[in
     kept, _ = books(
         deed(1, *((n, t) for n, (t, _) in given_.items()), private=tuple(n for n in given_ if given_[n][1]))
     )
-    weighed = weights(
-        {node: _contribution(tokens, hidden) for node, (tokens, hidden) in given_.items()}, TRUST.private_share
-    )
-    for node, (tokens, hidden) in given_.items():
+    parts, hidden = {n: t for n, (t, _) in given_.items()}, frozenset(n for n in given_ if given_[n][1])
+    weighed = exact_shares(parts, [Cap(hidden, Fraction(TRUST.private_share))])
+    for node, tokens in parts.items():
         earned = kept.account(node).earned
-        if not hidden:
+        if node not in hidden:
             assert earned == tokens
         else:
-            would = Fraction(tokens, total)
-            fair = tokens * min(Fraction(1), Fraction(weighed[node]) / would)
-            assert abs(earned - fair) <= 1 + fair / 2**22, "weights are fp32, credits exact and rounded down"
-            assert earned == private_credit(tokens, private, total, Fraction(TRUST.private_share)) <= tokens
-
-
-def _contribution(tokens: int, private: bool) -> Contribution:
-    h = bytes(32)
-    return Contribution(h, h, h, h, h, h, h, 1, 1, 0, tokens, private, b"", h)
+            assert earned == int(tokens * min(Fraction(1), weighed[node] / Fraction(tokens, total)))
+            assert earned == private_credit(tokens, private, total, Fraction(TRUST.private_share))
 
 
 # ------------------------------------------------------------------------------ nothing by splitting
@@ -324,8 +316,11 @@ def test_records_are_read_as_they_are_paid() -> None:
     records = [one.record for one in chain(6)]
     kept = fold(replace(RULES, rounds=6), records)
     each = RULES.inner_steps * RULES.tokens_per_step
-    assert {name: account.final for name, account in kept.accounts.items()} == dict.fromkeys(NAMES[:-1], 6 * each) | {
-        NAMES[-1]: 3 * each
+    earned = {name: account.earned for name, account in kept.accounts.items()}
+    assert earned == dict.fromkeys(NAMES[:-1], 6 * each) | {NAMES[-1]: 3 * each}
+    audited = Counter(one.accused for one in records[-1].docket.audits)
+    assert {name: account.waiting for name, account in kept.accounts.items()} == {
+        name: each * audited[name] for name in NAMES
     }
     done = deeds(records[0], RULES.probation)
     assert [node for node, _ in done.left_out] == [NAMES[-1]]

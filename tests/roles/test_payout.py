@@ -1,0 +1,33 @@
+"""An address that a node's owner named goes with its contributions, and a made-up one is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from psyche.config import load_config
+from psyche.network.identity import Identity
+from psyche.protocol.admission import contribution_fault
+from psyche.protocol.messages import Member, Plan
+from psyche.protocol.proposals import round_seed
+from psyche.roles.launch import launch
+from psyche.roles.rules import rules_of
+from tests.roles.tiny import replica, write_config
+
+
+def test_a_contribution_says_where_it_is_to_be_paid(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, members=1))
+    identity = Identity.load_or_create(tmp_path / "node.key")
+    manifest = launch(config, identity.peer_id).manifest
+    one = replica(manifest, config.node, identity)
+    one.payout = b"a" * 20
+    member = Member(identity.peer_id, one.run.rounds.inner_steps, 1)
+    head = one.chain.head
+    plan = Plan(1, 1, head, one.chain.state_root, round_seed(head), 0, 0, (member,))
+    given, rules = one.train(plan).contribution, rules_of(manifest)
+    assert given.payout == b"a" * 20
+    assert contribution_fault(rules, plan, member, given) is None
+    for payout, refused in ((b"", False), (b"a" * 19, True)):
+        found = contribution_fault(rules, plan, member, msgspec.structs.replace(given, payout=payout))
+        assert (found is not None and "payout address" in found) == refused
