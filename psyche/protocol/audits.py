@@ -65,14 +65,9 @@ def drawn(
     before: Docket,
     rules: Rules,
 ) -> tuple[Audit, ...]:
-    """The audits of a round's contributions, ascending by accused.
-
-    The seed comes from what was committed to before anybody saw a payload, salts among it, and from the round's own:
-    nobody knew it in time to be honest in that round alone. ``standing`` is that of the record before.
-    """
+    """The audits of a round's contributions, ascending by accused. ``standing`` is that of the record before."""
     given = {one.node: one.contribution for one in accepted}
-    committed = [given[node].commitment(node, rules.run_id, plan.round) for node in sorted(given)]
-    seed = digest("audits", plan.seed, *committed)
+    seed = seed_of(plan, accepted, rules.run_id)
     known = {one.node: one for one in standing}
     able = sorted(node for node in set(electorate) & given.keys() - set(before.banned) if not given[node].private)
     found = []
@@ -84,6 +79,13 @@ def drawn(
             candidates = _candidates([other for other in able if other != node], seed, node)
             found.append(Audit(node, plan.round, given[node].tokens, 1, plan.round, candidates, ()))
     return tuple(found)
+
+
+def seed_of(plan: Plan, accepted: Sequence[Accepted], run_id: bytes) -> bytes:
+    """What draws who is audited, and on what: it comes from what was committed to before anybody saw a payload, salts
+    among it, and from the round's own seed. Nobody knew it in time to be honest in that round alone."""
+    given = {one.node: one.contribution for one in accepted}
+    return digest("audits", plan.seed, *(given[node].commitment(node, run_id, plan.round) for node in sorted(given)))
 
 
 def _candidates(able: list[str], seed: bytes, accused: str) -> tuple[str, ...]:

@@ -235,8 +235,7 @@ class Auditor:
         except Unserved as error:
             self._tell(f"{case.node[-6:]} does not hand over what it committed to in round {case.plan.round}: {error}")
             return UNSERVED
-        work = partial(audit, before=case.before, residuals=case.residuals, stop=stop.is_set)
-        return await self._do(work, self._replica, case.plan, case.node, case.given, kit, partial(_within, blobs))
+        return await self._do(partial(audit, stop=stop.is_set), self._replica, case, kit, partial(_within, blobs))
 
     async def _kit_of(self, case: Case) -> Kit:
         async def ask() -> Kit:
@@ -249,7 +248,7 @@ class Auditor:
 
     async def _blobs_of(self, case: Case, kit: Kit) -> Mapping[bytes, bytearray]:
         found: dict[bytes, bytearray] = {}
-        claim = claim_of(self._replica, case.plan, case.node, case.given, kit)
+        claim = claim_of(self._replica, case, kit)
         for root, limit in needed(self._replica.engine, claim).items():
 
             async def get(root: bytes = root, limit: int = limit) -> bytearray:
@@ -281,7 +280,7 @@ class Auditor:
 
 def _opened(manifest: Manifest, encoded: Sequence[bytes], duty: Audit) -> Case | None:
     records = (record_in(manifest, decode(Certificate, one)) for one in encoded)
-    return open_case(duty, {one.plan.round: one for one in records}, manifest.run.overlap.fragments)
+    return open_case(duty, {one.plan.round: one for one in records}, manifest.run_id, manifest.run.overlap.fragments)
 
 
 def _within(blobs: Mapping[bytes, bytearray], root: bytes, limit: int) -> bytearray:

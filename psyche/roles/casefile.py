@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from psyche.protocol.audits import seed_of
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.verdicts import Audit
 
@@ -20,9 +21,10 @@ class Case:
     node: str
     given: Contribution
     before: Plan | None
-    """Of the round before, whose data late steps took."""
+    """Of the round before, whose data late steps took; without it those are not checked."""
+    seed: bytes
     residuals: frozenset[bytes] | None
-    """See ``verification/replay.py: Claim``."""
+    """This and ``seed``: see ``verification/replay.py: Claim``."""
 
 
 def first_needed(audit: Audit) -> int:
@@ -30,7 +32,7 @@ def first_needed(audit: Audit) -> int:
     return max(1, audit.round - LOOKBACK)
 
 
-def open_case(audit: Audit, records: Mapping[int, Record], fragments: int) -> Case | None:
+def open_case(audit: Audit, records: Mapping[int, Record], run_id: bytes, fragments: int) -> Case | None:
     """The case of ``audit``, from the records there are; None where its own is missing."""
     record = records.get(audit.round)
     if record is None:
@@ -40,7 +42,8 @@ def open_case(audit: Audit, records: Mapping[int, Record], fragments: int) -> Ca
         return None
     before = records.get(audit.round - 1)
     residuals = _residuals(audit, records, fragments)
-    return Case(record.plan, audit.accused, given, before.plan if before else None, residuals)
+    seed = seed_of(record.plan, record.accepted, run_id)
+    return Case(record.plan, audit.accused, given, before.plan if before else None, seed, residuals)
 
 
 def _residuals(audit: Audit, records: Mapping[int, Record], fragments: int) -> frozenset[bytes] | None:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from psyche.protocol.messages import Contribution, Plan
+from psyche.protocol.messages import Plan
 from psyche.protocol.verdicts import Finding
+from psyche.roles.casefile import Case
 from psyche.roles.portion import Portion
 from psyche.roles.replica import Replica
 from psyche.training.engine import Batch
@@ -26,30 +27,22 @@ def can_audit(replica: Replica, plan: Plan) -> bool:
     return plan.round - 1 in replica.witness.theta_roots and not isinstance(replica.engine, DeepSpeedEngine)
 
 
-def audit(
-    replica: Replica,
-    plan: Plan,
-    node: str,
-    contribution: Contribution,
-    kit: Kit,
-    blobs: Blobs,
-    *,
-    seed: bytes,
-    before: Plan | None = None,
-    residuals: frozenset[bytes] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Finding:
-    """Do again what ``node`` contributed to the round of ``plan``; what this replica trains is put aside meanwhile.
+def audit(replica: Replica, case: Case, kit: Kit, blobs: Blobs, *, stop: Callable[[], bool] = lambda: False) -> Finding:
+    """Do the contribution of ``case`` again; what this replica trains is put aside meanwhile.
 
-    To be called where the replica trains, between two inner steps. ``before`` is the plan of the round before, where
-    the late steps were dealt their data; without it those are not checked. ``seed`` and ``residuals`` are those of
-    :class:`Claim`. Raises ``KeyError`` unless :func:`can_audit`, ``BadShard`` where the node's text is not here, and
-    :class:`Stopped` once ``stop()`` is true.
+    To be called where the replica trains, between two inner steps. Raises ``KeyError`` unless :func:`can_audit`,
+    ``BadShard`` where the node's text is not here, and :class:`Stopped` once ``stop()`` is true.
     """
-    assert not contribution.private, "there is nothing to see of it"
-    root = replica.witness.theta_roots[plan.round - 1]
-    claim = Claim(plan, node, contribution, kit.points, root, seed, residuals)
-    return replay(replace(lab_of(replica, plan, node, before), stop=stop), claim, blobs)
+    assert not case.given.private, "there is nothing to see of it"
+    lab = lab_of(replica, case.plan, case.node, case.before)
+    return replay(replace(lab, stop=stop), claim_of(replica, case, kit), blobs)
+
+
+def claim_of(replica: Replica, case: Case, kit: Kit) -> Claim:
+    """What the node says, and what this replica knows that it has to follow from. Raises ``KeyError`` unless
+    :func:`can_audit`."""
+    root = replica.witness.theta_roots[case.plan.round - 1]
+    return Claim(case.plan, case.node, case.given, kit.points, root, case.seed, case.residuals)
 
 
 def lab_of(replica: Replica, plan: Plan, node: str, before: Plan | None = None) -> Lab:

@@ -67,10 +67,9 @@ class Tribunal:
     def look(self, node: str, case: Audit) -> Finding:
         """What ``node`` finds of a contribution."""
         replica, accused = self._replicas[node], self._replicas[case.accused]
-        opened = open_case(case, self._records, replica.run.overlap.fragments)
+        opened = open_case(case, self._records, self._run_id, replica.run.overlap.fragments)
         kits = accused.witness.kits
         kit = None if kits is None else kits.kit(case.round)
         if opened is None or kits is None or kit is None:
             return UNSERVED
-        look = partial(audit, replica, opened.plan, opened.node, opened.given, kit, partial(kits.read, case.round))
-        return look(before=opened.before, residuals=opened.residuals)
+        return audit(replica, opened, kit, partial(kits.read, case.round))

@@ -15,6 +15,7 @@ from psyche.network.identity import Identity
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY, Finding
+from psyche.roles.casefile import Case
 from psyche.roles.inspection import audit
 from psyche.roles.launch import launch
 from psyche.roles.replica import Replica
@@ -60,19 +61,33 @@ class Court:
         for one in (self.accused, self.auditor, self.peer):
             one.apply(record, one.gradient_of(record, {node: work.payload for node, work in works.items()}))
 
-    def judge(self, plan: Plan, work: Work, **known: object) -> Finding:
+    def judge(
+        self,
+        plan: Plan,
+        work: Work,
+        before: Plan | None = None,
+        residuals: frozenset[bytes] | None = None,
+    ) -> Finding:
         """What the auditor finds of the accused's work."""
         kits = self.accused.witness.kits
         assert kits is not None
         kit = kits.kit(plan.round)
         assert kit is not None
-        return self.judge_kit(plan, work, kit, **known)
+        return self.judge_kit(plan, work, kit, before, residuals)
 
-    def judge_kit(self, plan: Plan, work: Work, kit: Kit, **known: object) -> Finding:
+    def judge_kit(
+        self,
+        plan: Plan,
+        work: Work,
+        kit: Kit,
+        before: Plan | None = None,
+        residuals: frozenset[bytes] | None = None,
+    ) -> Finding:
         kits = self.accused.witness.kits
         assert kits is not None
         blobs = partial(kits.read, plan.round)
-        return audit(self.auditor, plan, self.accused.node, work.contribution, kit, blobs, seed=b"seed", **known)  # type: ignore[arg-type]
+        case = Case(plan, self.accused.node, work.contribution, before, b"seed", residuals)
+        return audit(self.auditor, case, kit, blobs)
 
 
 Make = Callable[..., Court]
