@@ -24,6 +24,7 @@ from psyche.bench.exchange.participant import PATIENCE, Participant, Process
 from psyche.bench.exchange.talk import Done, Met, Ready, Spec, Verified
 from psyche.bench.exchange.tensors import Error, blocks, checked, draw, true_mean
 from psyche.config import CodecSpec, Deadlines, ExchangeSpec, Inner, Manifest, Model, Node, Outer, Resolved, Rounds, Run
+from psyche.config.trust import Audits
 from psyche.data.store import TokenStore
 from psyche.errors import PsycheError
 from psyche.network.identity import Identity
@@ -288,6 +289,7 @@ def manifest_of(spec: Spec, coordinator: str) -> Manifest:
         outer=Outer(lr=1.0, momentum=0.0),
         rounds=Rounds(total=NEVER, inner_steps=1, start_members=spec.peers),
         deadlines=Deadlines(round_min=LONG_SECONDS, round_max=LONG_SECONDS),
+        audits=Audits(rate=0.0),  # random numbers, which no audit would take for work
     )
     return Manifest(run=run, resolved=resolved)
 

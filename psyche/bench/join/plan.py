@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psyche.config import BpeTokenizer, CodecSpec, Config, Data, Deadlines, Inner, Model, Node, Rounds, Run, Wandb
+from psyche.config.trust import Audits
 from psyche.training.models import layout
 
 BEFORE = 2
@@ -85,6 +86,7 @@ def _config(plan: Plan) -> Config:
         # Paced steps take so equally long that a deadline by what was seen lets nobody be late by half a second.
         deadlines=Deadlines(round_min=min(1800.0, max(20.0, 2 * plan.inner_steps * plan.step_seconds))),
         heldout_sequences=plan.peers,
+        audits=Audits(rate=0.0),  # who audits sits out rounds, and rounds with and without a joiner are compared
     )
     node = Node(threads=1, device="cpu", checkpoint_every=NEVER, wandb=Wandb(mode="disabled"))
     return Config(run=run, node=node)

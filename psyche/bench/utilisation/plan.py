@@ -21,6 +21,7 @@ from psyche.config import (
     Wandb,
     load_config,
 )
+from psyche.config.trust import Audits
 from psyche.errors import PsycheError
 from psyche.exchange.cost import Shapes, sharded_from
 from psyche.numerics.codecs.registry import codec
@@ -114,7 +115,14 @@ def small_config() -> Config:
     }
     data = Data(tokenizer=BpeTokenizer(vocab_size=512), sequence_length=32)
     inner = Inner(lr=2e-3, batch_size=2, schedule="constant", warmup_steps=10)
-    run = Run(name="utilisation", model=Model(settings=settings), data=data, inner=inner, heldout_sequences=4)
+    run = Run(
+        name="utilisation",
+        model=Model(settings=settings),
+        data=data,
+        inner=inner,
+        heldout_sequences=4,
+        audits=Audits(rate=0.0),  # an auditor's step is none of training, and the question is what the wire costs
+    )
     return Config(run=run, node=Node(threads=1, device="cpu", wandb=Wandb(mode="disabled")))
 
 
