@@ -14,7 +14,7 @@ from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Board, Holding, Plan, Record, Reduced, Reducing, Result, Vote
+from psyche.protocol.messages import Board, Contribution, Holding, Plan, Record, Reduced, Reducing, Result, Vote
 from psyche.protocol.state import Phase
 from psyche.roles.board import BoardClient
 from psyche.roles.proofs import proposal_in
@@ -43,10 +43,13 @@ class Certification:
         voter: Voter,
         client: BoardClient,
         exchange: Exchange,
+        knows_base: Callable[[str, Contribution], bool],
         warn: Callable[[str], None],
     ) -> None:
+        """``knows_base`` says whether a node's contribution proves that it was made from the state of ``plan``."""
         self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.wire.me
         self._voter, self._client, self._exchange, self._warn = voter, client, exchange, warn
+        self._knows_base, self._baseless = knows_base, set[str]()
         self._openings = voter.follows(plan)
         self._tasks: dict[object, asyncio.Task[None]] = {}
         self._failed: set[object] = set()
@@ -94,7 +97,7 @@ class Certification:
         if board.reducing is not None:
             self._exchange.drawn(board.reducing)
         for node, given in self._openings.contributions.items():
-            if node not in self._exchange.held:
+            if node not in self._exchange.held and self._based(node, given):
                 self._start(node, partial(self._exchange.collect, node, given))
         held = self._exchange.held & frozenset(self._openings.contributions)
         if held != self._told and self._member:
@@ -103,6 +106,13 @@ class Certification:
         if board.reducing is not None:
             self._reduce(board.reducing)
         await self._vote(board)
+
+    def _based(self, node: str, given: Contribution) -> bool:
+        """Whether it is worth fetching: what was made from another state is held, and so accepted, by nobody."""
+        if node not in self._baseless and not self._knows_base(node, given):
+            self._baseless.add(node)
+            self._warn(f"{node[-6:]} does not have the state that round {self._plan.round} starts from: left out")
+        return node not in self._baseless
 
     def _reduce(self, reducing: Reducing) -> None:
         """Start adding up what this node has to, once everything for it is here."""

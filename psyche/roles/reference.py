@@ -36,6 +36,7 @@ from psyche.protocol.state import (
     State,
     Voted,
 )
+from psyche.roles.lookout import Lookout
 from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
 from psyche.roles.tribunal import Judge, Tribunal
@@ -84,6 +85,7 @@ def play(
     """
     machine = Machine(manifest, due)
     tribunal = None if judge is None else Tribunal(replicas, manifest.run_id, machine.rules.audits, judge)
+    lookout = Lookout(replicas[min(replicas)].codec, manifest.run_id, manifest.run.overlap.fragments)
     effects: list[Effect] = []
     for node in sorted(replicas):
         effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
@@ -121,10 +123,12 @@ def play(
         yield record, works
         for said in tribunal.hear(record) if tribunal else ():
             machine.send(said)
+        counts = [part.stop - part.start for part in replicas[min(replicas)].slices_of(plan.round)]
+        suspects = frozenset(lookout.look(record, counts, payloads, range(len(counts))) if tribunal else ())
         effects = [
             effect
             for node in sorted(set(replicas) - set(record.docket.banned))
-            for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root))
+            for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root, suspects))
         ]
 
 

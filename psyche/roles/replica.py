@@ -156,6 +156,10 @@ class Replica:
         state = self.host.buffer
         return base_proof(plan.seed, node, self.index.chunks, lambda number: state[number * CHUNK :][:CHUNK])
 
+    def shows_base(self, plan: Plan, node: str, given: Contribution) -> bool:
+        """Whether ``node`` proves that it has the state that ``plan`` starts from, where this replica stands, too."""
+        return given.base_proof == self.base_proof(plan, node)
+
     def due(self, plan: Plan) -> int:
         """Inner steps that are left of this node's quota in the round it is about to train for."""
         member = plan.member(self.node)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ from psyche.roles.certification import Certification, Moved
 from psyche.roles.history import serve_history
 from psyche.roles.leaving import Departure, Farewell
 from psyche.roles.ledger import LedgerWriter
+from psyche.roles.lookout import Lookout
 from psyche.roles.metrics import Meter, metrics_event
 from psyche.roles.replica import Replica
 from psyche.roles.rules import rules_of
@@ -128,6 +131,8 @@ class Worker:
             on_trainer=self._trainer.do,
             log=log,
         )
+        run = self.manifest.run
+        self._lookout = Lookout(replica.codec, os.urandom(32), run.overlap.fragments) if run.audits.rate else None
         kits = Kits(directory / AUDITS, self._warn)
         replica.witness.kits = kits
         self._auditor = Auditor(
@@ -254,13 +259,15 @@ class Worker:
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
             if work is not None and self.manifest.run.overlap.late_steps:
                 self._trainer.begin_late(plan)
+            exchange = self._exchange(plan)
             certification = Certification(
                 plan,
                 work,
                 self.replica.chain,
                 voter=self._voter,
                 client=self._client,
-                exchange=self._exchange(plan),
+                exchange=exchange,
+                knows_base=partial(self.replica.shows_base, plan),
                 warn=self._warn,
             )
             record, gradient = await certification.run()
@@ -280,8 +287,9 @@ class Worker:
             if quota is not None:
                 await self._report(plan, work, judge=False)
             await self._departure.goodbye(plan.round, finished=self._finished())
+        suspects = await self._suspects(record, exchange)
         try:
-            await self._client.submit(Attestation(self.replica.chain.state_root, ()), plan.round)
+            await self._client.submit(Attestation(self.replica.chain.state_root, suspects), plan.round)
         except Refused:
             await self._client.present()  # too late for the round, not for the run
         self._departure.end(record)
@@ -331,6 +339,17 @@ class Worker:
             self._departure.end()
         self._departure.sealed()
         return work
+
+    async def _suspects(self, record: Record, exchange: Exchange) -> tuple[str, ...]:
+        """Whose contribution stands out, and so is to be audited, if anybody's is."""
+        if self._lookout is None:
+            return ()
+        counts, seen = exchange.shape.counts, exchange.part()
+        held = {node: exchange.payloads[node] for node in exchange.held if node in exchange.payloads}
+        found = await asyncio.to_thread(self._lookout.look, record, counts, held, seen)
+        for node, check in found.items():
+            self._inform(f"the work of {node[-6:]} stands out in round {record.plan.round}: {check}")
+        return tuple(found)
 
     def _account_for(self, plan: Plan) -> None:
         """Say what of a privacy budget is spent. A node that has no round left in it leaves after this one."""

@@ -1,0 +1,41 @@
+"""Who stands out among a round's payloads, as one node sees it: the cheap checks of DESIGN §8, round after round."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from psyche.numerics.aggregate import Chunks
+from psyche.numerics.codecs.base import Codec
+from psyche.numerics.outliers import REMEMBERED, Sample, outliers, sketch
+from psyche.protocol.messages import Record
+
+
+class Lookout:
+    """One node's. Rounds of the same fragment are compared with each other, where the same slice was seen of them."""
+
+    def __init__(self, codec: Codec, secret: bytes, fragments: int) -> None:
+        """``secret`` draws where payloads are looked at: who knew it would have to look honest there only."""
+        self._codec, self._secret, self._fragments = codec, secret, fragments
+        self._signs: dict[tuple[int, Sample], deque[Mapping[str, Tensor]]] = {}
+
+    def look(
+        self, record: Record, counts: Sequence[int], payloads: Mapping[str, Chunks], seen: Collection[int]
+    ) -> dict[str, str]:
+        """Those whose accepted contribution stood out, and by which check, ascending by node.
+
+        ``counts`` are the parameters of the payloads' slices, ``seen`` the numbers of those that are in ``payloads``.
+        What nodes with data of their own contribute is not looked at: it is noise on purpose, and nobody can audit it.
+        """
+        given = {one.node: one.contribution for one in record.accepted if one.node in payloads}
+        steps = {node: one.inner_steps for node, one in given.items() if not one.private}
+        if not seen or not steps:
+            return {}
+        sample = Sample.drawn(self._secret, {number: counts[number] for number in seen})
+        sketches = {node: sketch(self._codec, payloads[node][sample.slice], sample) for node in steps}
+        before = self._signs.setdefault((record.plan.round % self._fragments, sample), deque(maxlen=REMEMBERED))
+        found = outliers(sketches, steps, before)
+        before.append({node: one.signs for node, one in sketches.items()})
+        return found
