@@ -24,6 +24,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs.base import Codec
@@ -94,12 +95,7 @@ def sketch(codec: Codec, encoded: Buffer, sample: Sample) -> Sketch:
     whole = torch.zeros(sample.count, device=codec.device)
     codec.decode_add(encoded, 1.0, whole)
     values = whole.view(-1, ALIGNMENT)[list(sample.chunks)].cpu().view(-1)
-    return Sketch(norm, _unit(values.double()).float())
-
-
-def _unit(values: Tensor) -> Tensor:
-    length = float(torch.linalg.vector_norm(values))
-    return values / length if length else values
+    return Sketch(norm, normalize(values, dim=0))
 
 
 def outliers(
@@ -134,7 +130,7 @@ def _norms(norms: Mapping[str, float], steps: Mapping[str, int]) -> Iterable[str
 
 
 def _astray(values: Sequence[Tensor], nodes: Sequence[str]) -> Iterable[str]:
-    rows = torch.stack(list(values)).double()
+    rows = torch.stack(list(values))
     others = rows.sum(0) - rows
     cosines = ((rows * others).sum(1) / torch.linalg.vector_norm(others, dim=1).clamp_min(1e-30)).tolist()
     least = DIRECTION * median(cosines)
@@ -149,7 +145,7 @@ def _copies(signs: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _stale(signs: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> dict[str, str]:
     own = torch.tensor([[one == other for other in earlier] for one in signs])
-    cosines, nan = _cosines(signs, earlier), torch.tensor(float("nan"), dtype=torch.float64)
+    cosines, nan = _cosines(signs, earlier), torch.tensor(float("nan"))
     others, mine = _nearness(cosines.where(~own, nan)) > COPY, _nearness(cosines.where(own, nan)) > STALE
     named = {}
     for node, copied, repeated in zip(signs, others.any(1).tolist(), mine.any(1).tolist(), strict=True):
@@ -159,9 +155,9 @@ def _stale(signs: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> dict[s
 
 
 def _cosines(these: Mapping[str, Tensor], those: Mapping[str, Tensor]) -> Tensor:
-    """fp64 ``[these, those]``."""
-    left, right = (torch.stack([_unit(one.double()) for one in some.values()]) for some in (these, those))
-    return left @ right.T
+    """fp32 ``[these, those]``."""
+    left, right = (torch.stack(list(some.values())).float() for some in (these, those))
+    return normalize(left) @ normalize(right).T
 
 
 def _nearness(cosines: Tensor) -> Tensor:
