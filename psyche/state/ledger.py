@@ -321,7 +321,7 @@ def _naming(path: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         mend = "free some space" if "full" in str(error) else "check its permissions and that nothing holds it open"
         raise LedgerError(f"cannot use the ledger {path} ({error}): {mend}") from None
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the second of a schema that is no text any more
         raise LedgerError(
             f"{path} is damaged or no ledger ({error}): move it away, or take another node's copy"
         ) from None

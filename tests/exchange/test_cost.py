@@ -22,11 +22,12 @@ from psyche.numerics.backends.choice import best
 from psyche.numerics.codecs.names import CODECS, usual_result_codec
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
-from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record, Reducing
+from psyche.protocol.messages import Accepted, Member, Plan, Record, Reducing
 from psyche.protocol.reduction import ring
 from psyche.protocol.verdicts import EMPTY
 from psyche.roles.costs import costs_of
 from tests.exchange.plain import MERGE
+from tests.protocol.players import contribution
 from tests.roles.tiny import write_config
 
 COUNTS = (1 << 18,) * 9 + (1 << 16,)
@@ -65,8 +66,13 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         [used.encode(torch.randn(count), torch.zeros(count), None, 0.0) for count in COUNTS] for _ in range(PEERS)
     ]
     given = {
-        node.peer_id: Contribution(
-            bytes(32), bytes(32), bytes(32), payload_root(payload), sum(map(len, payload)), 1, 0, 1, False, bytes(32)
+        node.peer_id: contribution(
+            node.peer_id,
+            plan,
+            payload_root=payload_root(payload),
+            payload_bytes=sum(map(len, payload)),
+            inner_steps=1,
+            tokens=1,
         )
         for node, payload in zip(nodes, payloads, strict=True)
     }

@@ -33,7 +33,7 @@ from psyche.verification.traces import Trace
 from tests.protocol.players import nodes
 from tests.roles.tiny import replica, write_config
 
-FP32 = {"codec": {"name": "fp32"}}
+FP32 = {"codec": {"name": "fp32"}, "aggregation": {"kind": "mean"}}
 
 
 def swarm(directory: Path, members: int, **changes: object) -> dict[str, Replica]:
@@ -225,7 +225,7 @@ def test_work_that_was_not_accepted_is_given_back_to_its_own_fragment(tmp_path: 
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_trace_says_where_the_steps_that_are_not_late_begin(tmp_path: Path, late: int) -> None:
-    one = alone(tmp_path, overlap={"late_steps": late}, **FP32)
+    one = alone(tmp_path, overlap={"late_steps": late}, audits={"rate": 0.05}, **FP32)
     for number in range(2):
         plan, expected = plan_for(one), Trace()
         taken = late if number else 0
