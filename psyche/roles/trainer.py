@@ -7,8 +7,10 @@ import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from psyche.protocol.messages import Board, Plan
@@ -45,6 +47,7 @@ class Trainer:
         self._remainder = Remainder(board)
         self._late: asyncio.Task[None] | None = None
         """Inner steps of the next round, while this one is on the wire."""
+        self._tuned = False
 
     async def do(self, function: Callable[..., T], *arguments: object) -> T:
         """``function`` on the thread, after what it was given before."""
@@ -67,6 +70,19 @@ class Trainer:
                 await self._late
             await self.do(lambda: None)  # the step that was under way
             self._late = None
+
+    async def tune(self, memory: Path) -> None:
+        """Have the engine find out whether compiling pays, the first time: to be called once this node has contributed,
+        so that a newcomer's first step does not wait for a compiler. ``memory`` is where it notes what it found."""
+        if self._tuned:
+            return
+        self._tuned, run = True, self._replica.run
+        steps = (run.rounds.total - self._replica.chain.rounds) * run.rounds.inner_steps
+        batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
+        await self.do(self._replica.engine.tune, batch, steps, memory, self._tell)
+
+    def _tell(self, text: str) -> None:
+        self._log.emit(events.Notice(level="info", text=text))
 
     async def end(self) -> None:
         """Wait for what the thread was given, and end it."""

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from psyche.config import Node
 from psyche.data.store import BadShard
 from psyche.errors import PsycheError
@@ -145,7 +143,6 @@ class Worker:
             do=self._trainer.do,
             log=log,
         )
-        self._tuned = False
 
     async def run(self) -> None:
         """Take part until the run is finished, or this node is asked to leave and has handed in what it can.
@@ -298,17 +295,7 @@ class Worker:
         if not self._auditor.busy:
             await self._saver.save()
         if work is not None and not leaves:
-            await self._tune()
-
-    async def _tune(self) -> None:
-        """Once this node has contributed: a newcomer's first step does not wait for a compiler."""
-        if self._tuned:
-            return
-        self._tuned, run = True, self.manifest.run
-        steps = (run.rounds.total - self.replica.chain.rounds) * run.rounds.inner_steps
-        batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
-        memory = self.settings.cache.expanduser() / "compile"
-        await self._trainer.do(self.replica.engine.tune, batch, steps, memory, self._inform)
+            await self._trainer.tune(self.settings.cache.expanduser() / "compile")
 
     async def _train(self, plan: Plan) -> Work | None:
         """The inner steps, and the commitment to them; None where the round closed before we were done."""
