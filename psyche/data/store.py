@@ -76,9 +76,8 @@ class Split:
         if wanted.size and (shard_of == shard_of[0]).all():  # as nearly always: neighbours are of one shard
             out[:] = self.open(int(shard_of[0])).take(places, axis=0)
             return out
-        for number in np.unique(shard_of):
-            rows = shard_of == number
-            out[rows] = self.open(int(number)).take(places[rows], axis=0)
+        for row, number, place in zip(out, shard_of.tolist(), places.tolist(), strict=True):
+            row[:] = self.open(number)[place]
         return out
 
     def open(self, number: int) -> NDArray[np.unsignedinteger]:
