@@ -361,6 +361,8 @@ class Coordinator:
         )
         for node in record.minority:
             self.log.emit(events.outvoted(node, round))
+        for audit in record.docket.closed:
+            self.log.emit(events.AuditEnded(audit.accused, audit.round, audit.outcome, audit.lied))
 
     def _refuse(self, peer: str, reason: str) -> None:
         self.log.emit(events.Rejected(peer=peer, reason=reason, what="submission"))

@@ -200,6 +200,10 @@ class RoundSummary(Event, frozen=True):
     """Mean over members of the share of the round spent in inner steps, 0 to 1."""
     rejections_total: int
     divergences_total: int
+    audits_total: int
+    """Audits that ended."""
+    convictions_total: int
+    """Nodes that were convicted, of what they contributed or of what they said as auditors."""
 
 
 class Rejected(Event, frozen=True):
@@ -267,6 +271,23 @@ class Audited(Event, frozen=True):
     grade: Literal["pass", "fail", "unsure", "unserved"]
 
 
+class AuditEnded(Event, frozen=True):
+    """What came of checking a contribution, as the records say."""
+
+    peer: str
+    """Whose contribution it was."""
+    round: int
+    """That it was made in."""
+    outcome: Literal["passed", "inconclusive", "convicted", "unserved", "dropped"]
+    lied: tuple[str, ...]
+    """Auditors who said the opposite of what most found, and are convicted of that."""
+
+    @property
+    def matters(self) -> bool:
+        """Whether anybody's standing changed: most audits come to nothing."""
+        return bool(self.lied) or self.outcome in ("convicted", "unserved")
+
+
 class PrivacySpent(Event, frozen=True):
     """What this node's private data have cost of their privacy budget, in all rounds so far."""
 
@@ -329,6 +350,7 @@ AnyEvent = (
     | CaughtUp
     | Checkpointed
     | Audited
+    | AuditEnded
     | PrivacySpent
     | Leaving
     | Left

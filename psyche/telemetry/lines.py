@@ -5,6 +5,7 @@ from __future__ import annotations
 from psyche.telemetry.events import (
     Attested,
     Audited,
+    AuditEnded,
     CaughtUp,
     Checkpointed,
     Diverged,
@@ -166,6 +167,8 @@ def message(event: Event) -> str:
             return f"audited {whose}: {GRADES[event.grade]}" + (
                 f" (relative error {event.error:.4f})" if event.outcome == "measured" else ""
             )
+        case AuditEnded():
+            return _ended(event)
         case PrivacySpent():
             spent = f"ε {event.epsilon:.3g} of {event.budget:g} at δ {event.delta:g}"
             return f"privacy spent {_moment(event.round)}: {spent}; {plural(event.rounds_left, 'round')} left in it"
@@ -182,6 +185,16 @@ def message(event: Event) -> str:
             return f"run finished after {plural(event.rounds, 'round')}: {clean(event.reason)}"
         case _:
             return ""
+
+
+def _ended(event: AuditEnded) -> str:
+    """Nothing of an audit that came to nothing, as most do."""
+    said = [f"{peer_name(one)} was convicted of what it said of {peer_name(event.peer)}" for one in event.lied]
+    if event.outcome == "convicted":
+        said.append(f"{peer_name(event.peer)} was convicted of its work in round {event.round}")
+    elif event.outcome == "unserved":
+        said.append(f"{peer_name(event.peer)} did not show its work in round {event.round}, and is not paid for it")
+    return "; ".join(said)
 
 
 def _moment(number: int) -> str:

@@ -56,6 +56,8 @@ SWARM = (
     Metric("health/momentum_norm", "momentum_norm", OUTER_STEP, "health", "Outer momentum norm"),
     Metric("health/divergences_total", "divergences_total", OUTER_STEP, "health", "Divergences so far"),
     Metric("health/rejections_total", "rejections_total", OUTER_STEP, "health", "Rejections so far"),
+    Metric("health/audits_total", "audits_total", OUTER_STEP, "health", "Audits that ended"),
+    Metric("health/convictions_total", "convictions_total", OUTER_STEP, "health", "Nodes convicted so far"),
     Metric("health/refused_reports", "refused", OUTER_STEP, "health", "Members' metrics refused"),
 )
 """The coordinator's run: fields of :class:`RoundSummary`."""

@@ -22,6 +22,7 @@ import msgspec
 
 from psyche.config import Run
 from psyche.telemetry.events import (
+    AuditEnded,
     Diverged,
     Event,
     MemberMetrics,
@@ -50,6 +51,8 @@ class Totals(msgspec.Struct, frozen=True):
     bytes_down: int = 0
     rejections: int = 0
     divergences: int = 0
+    audits: int = 0
+    convictions: int = 0
 
     @classmethod
     def after(cls, summary: RoundSummary) -> Totals:
@@ -60,6 +63,8 @@ class Totals(msgspec.Struct, frozen=True):
             bytes_down=summary.bytes_down_total,
             rejections=summary.rejections_total,
             divergences=summary.divergences_total,
+            audits=summary.audits_total,
+            convictions=summary.convictions_total,
         )
 
 
@@ -164,6 +169,8 @@ def summarise(
         compute_utilisation=_utilisation(reports),
         rejections_total=before.rejections,
         divergences_total=before.divergences,
+        audits_total=before.audits,
+        convictions_total=before.convictions,
     )
 
 
@@ -218,6 +225,12 @@ class Monitor:
                 self._totals = msgspec.structs.replace(self._totals, rejections=self._totals.rejections + 1)
             case Diverged():
                 self._totals = msgspec.structs.replace(self._totals, divergences=self._totals.divergences + 1)
+            case AuditEnded():
+                convicted = len(event.lied) + (event.outcome == "convicted")
+                before = self._totals
+                self._totals = msgspec.structs.replace(
+                    before, audits=before.audits + 1, convictions=before.convictions + convicted
+                )
             case _:
                 pass
 

@@ -9,6 +9,7 @@ import msgspec
 
 from psyche.telemetry.events import (
     Attested,
+    AuditEnded,
     CaughtUp,
     Checkpointed,
     Diverged,
@@ -102,7 +103,7 @@ class ViewState(msgspec.Struct, frozen=True):
             | Leaving
             | Left
             | Notice,
-        ):
+        ) or (isinstance(event, AuditEnded) and event.matters):
             changes["messages"] = (*self.messages, event)[-MESSAGES:]
         return msgspec.structs.replace(self, **changes)
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.telemetry.events import (
+    AuditEnded,
     Diverged,
     Event,
     MemberMetrics,
@@ -174,6 +175,14 @@ class TestMonitor:
         assert totals == [4 * STEPS * RUN.tokens_per_step * n for n in (1, 2, 3)]
         assert isinstance(got[-1], RoundSummary)
         assert got[-1].divergences_total == 1
+
+    def test_audits_and_convictions_are_counted(self) -> None:
+        events = [e for e in story(3) if not isinstance(e, RoundSummary)]
+        events.insert(4, AuditEnded(PEERS[0], 1, "passed", ()))
+        events.insert(5, AuditEnded(PEERS[1], 1, "convicted", (PEERS[2],)))
+        *_, last = self.run(*events)
+        assert isinstance(last, RoundSummary)
+        assert (last.audits_total, last.convictions_total) == (2, 2)
 
     def test_the_excluded_and_strangers_do_not_count(self) -> None:
         reports = [metrics(1, peer) for peer in (*PEERS[1:], "stranger")]

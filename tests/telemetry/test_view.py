@@ -9,6 +9,7 @@ from rich.console import Console
 from psyche.protocol import proposals
 from psyche.telemetry.events import (
     Attested,
+    AuditEnded,
     Checkpointed,
     Diverged,
     Downloading,
@@ -97,6 +98,8 @@ class TestPlain:
             certified(3, PEERS[:1], excluded=((ME, "arrived after the deadline"),)),
             Rejected(ME, "scale is not finite", "payload"),
             Diverged(OTHER, 3, "7c1f" * 16, "aaaa" * 16),
+            AuditEnded(OTHER, 2, "passed", ()),
+            AuditEnded(OTHER, 2, "convicted", (ME,)),
             Checkpointed(3, "runs/demo/3"),
             RunFinished(3, "all rounds done"),
         ]
@@ -115,6 +118,7 @@ class TestPlain:
             "round 3/16  left out: …BBBBBB (arrived after the deadline)",
             "refused: payload from …BBBBBB (scale is not finite)",
             "diverged: …CCCCCC holds aaaa…, the others 7c1f… after round 3",
+            "…BBBBBB was convicted of what it said of …CCCCCC; …CCCCCC was convicted of its work in round 2",
             "checkpoint after round 3: runs/demo/3",
             "run finished after 3 rounds: all rounds done",
         ]
