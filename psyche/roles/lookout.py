@@ -19,7 +19,8 @@ class Lookout:
     def __init__(self, codec: Codec, secret: bytes, fragments: int) -> None:
         """``secret`` draws where payloads are looked at: who knew it would have to look honest there only."""
         self._codec, self._secret, self._fragments = codec, secret, fragments
-        self._signs: dict[tuple[int, Sample], deque[Mapping[str, Tensor]]] = {}
+        self._seen = deque[tuple[int, Sample, Mapping[str, Tensor]]](maxlen=REMEMBERED * fragments)
+        """Fragment, sample, and signs by node, of the last rounds."""
 
     def look(
         self, record: Record, counts: Sequence[int], payloads: Mapping[str, Chunks], seen: Collection[int]
@@ -35,7 +36,7 @@ class Lookout:
             return {}
         sample = Sample.drawn(self._secret, {number: counts[number] for number in seen})
         sketches = {node: sketch(self._codec, payloads[node][sample.slice], sample) for node in steps}
-        before = self._signs.setdefault((record.plan.round % self._fragments, sample), deque(maxlen=REMEMBERED))
-        found = outliers(sketches, steps, before)
-        before.append({node: one.signs for node, one in sketches.items()})
+        fragment = record.plan.round % self._fragments
+        found = outliers(sketches, steps, [signs for *where, signs in self._seen if where == [fragment, sample]])
+        self._seen.append((fragment, sample, {node: one.signs for node, one in sketches.items()}))
         return found
