@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -94,9 +95,17 @@ def failure_of(tmp_path: Path, name: str, **options: object) -> str:
             await start(tmp_path, name, **options)  # type: ignore[arg-type]
         return str(failure.value)
 
-    before = {entry for entry in os.listdir("/tmp") if entry.startswith("psyche-")}
-    text = asyncio.run(main())
-    assert {entry for entry in os.listdir("/tmp") if entry.startswith("psyche-")} <= before
+    made: list[str] = []
+
+    def made_here(*where: object, **how: object) -> str:
+        made.append(mkdtemp(*where, **how))  # type: ignore[call-overload]
+        return made[-1]
+
+    mkdtemp = tempfile.mkdtemp
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", made_here)
+        text = asyncio.run(main())
+    assert not any(map(os.path.exists, made))
     return text
 
 

@@ -145,6 +145,7 @@ class TestDisks:
             run.wait("node-1", Notice, lambda event: "takes no part in round 1" in event.text)
             assert not run.events("node-1", RoundCertified)
 
+    @pytest.mark.slow
     def test_a_corrupt_checkpoint_is_named_and_passed_over(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=2, rounds=FOREVER | {"start_members": 2})
         with swarm(tmp_path / "run", config) as run:

@@ -6,6 +6,8 @@ import signal
 import socket
 from pathlib import Path
 
+import pytest
+
 from psyche.network.invite import Invite
 from psyche.roles.ports import PORT, keep_port, last_port
 from psyche.telemetry.events import Notice, RoundCertified
@@ -39,6 +41,7 @@ def test_nor_is_one_that_is_not_free_or_no_port(tmp_path: Path) -> None:
         assert last_port(ANY, tmp_path) == ANY
 
 
+@pytest.mark.slow
 def test_after_a_power_cut_an_old_invite_does_and_who_is_first_waits(tmp_path: Path) -> None:
     rounds = {"total": 500, "inner_steps": 5, "start_members": 2}
     with swarm(tmp_path / "run", write_config(tmp_path, members=2, rounds=rounds)) as run:

@@ -147,3 +147,36 @@ def a_little(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
 def other_data(batch: Batch) -> Batch:
     """Sequences it was not dealt: those it was, read backwards."""
     return batch[:, ::-1].copy()
+
+
+def hands_nothing_over(cheat: Cheat) -> None:
+    """Honest work that nobody can check."""
+    cheat.witness.kits = None
+
+
+def armed(**how: object) -> Callable[[Cheat], None]:
+    """Sets fields of a :class:`Cheat`."""
+
+    def arm(cheat: Cheat) -> None:
+        for name, value in how.items():
+            setattr(cheat, name, value)
+
+    return arm
+
+
+WAYS: dict[str, Callable[[Cheat], None]] = {
+    "zero update": armed(forge=zero),
+    "noise of the right norm": armed(forge=noise),
+    "sign flip": armed(forge=scaled(-1)),
+    "×10": armed(forge=scaled(10)),
+    "×1.5": armed(forge=scaled(1.5)),
+    "stale base": armed(forge=stale),
+    "27 of 30 steps": armed(lazy=0.9),
+    "half of the steps": armed(lazy=0.5),
+    "other data": armed(data=other_data),
+    "copy of a peer": armed(forge=copied),
+    "own old payload": lambda cheat: armed(forge=own_old())(cheat),
+    "inner-product manipulation": armed(forge=inner_product),
+    "a little is enough": armed(forge=a_little),
+}
+"""Ways to lie about one's own work."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,11 +10,14 @@ import torch
 
 from psyche.config import load_config
 from psyche.network.identity import Identity
+from psyche.numerics.digest import digest
+from psyche.protocol.credits import Books, fold
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import Closed
 from psyche.roles.launch import launch
 from psyche.roles.reference import play
 from psyche.roles.replica import Replica
+from psyche.roles.rules import rules_of
 from psyche.roles.tribunal import Judge, honest
 from psyche.verification.kit import Kits
 from tests.roles.tiny import replica, write_config
@@ -33,6 +36,8 @@ class Ran:
     loss: float = 0.0
     """Of the outer parameters on the held-out set, nats a token."""
     hostile: frozenset[str] = frozenset()
+    books: Books | None = None
+    """What everybody is paid in the end, from the records alone."""
 
     @property
     def closed(self) -> list[Closed]:
@@ -41,6 +46,19 @@ class Ran:
     @property
     def banned(self) -> frozenset[str]:
         return frozenset(self.records[-1].docket.banned)
+
+    def paid(self, nodes: Iterable[str]) -> int:
+        """Credits of ``nodes`` that are final."""
+        assert self.books is not None
+        return sum(self.books.account(node).final for node in nodes)
+
+    def named_in(self) -> dict[str, int]:
+        """Round whose payload of each stood out first."""
+        found: dict[str, int] = {}
+        for record in self.records:
+            for node in record.docket.suspects:
+                found.setdefault(node, record.plan.round - 1)
+        return found
 
     def convicted_in(self) -> dict[str, int]:
         """Round in whose record each was convicted."""
@@ -74,7 +92,8 @@ def run(
     config = load_config(write_config(directory, members=nodes, **settings))
     config = config.model_copy(update={"node": config.node.model_copy(update={"cache": cache})})
     identities = sorted(
-        (Identity.load_or_create(directory / f"{number}.key") for number in range(nodes)), key=lambda one: one.peer_id
+        (Identity(digest("adversary", bytes([seed, number])), directory / f"{number}.key") for number in range(nodes)),
+        key=lambda one: one.peer_id,
     )
     manifest = launch(config, identities[0].peer_id).manifest
     swarm = Swarm(from_round)
@@ -91,6 +110,7 @@ def run(
     ran = Ran(hostile=liars)
     for record, _ in play(manifest, replicas, judge=judge(liars)):
         ran.records.append(record)
+    ran.books = fold(rules_of(manifest), ran.records)
     ran.loss = heldout_loss(replicas[identities[0].peer_id])
     return ran
 

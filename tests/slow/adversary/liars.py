@@ -1,0 +1,39 @@
+"""Auditors that lie about the work of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from psyche.protocol.verdicts import Audit, Finding
+from psyche.roles.tribunal import Judge
+
+FAILED, PASSED = Finding("measured", 900_000, 0, 0), Finding("measured", 0, 0, 0)
+
+
+def slander(hostile: frozenset[str]) -> Judge:
+    """They fail whoever is not one of them."""
+
+    def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:
+        if node not in hostile:
+            return look()
+        return PASSED if case.accused in hostile else FAILED
+
+    return judge
+
+
+def vouch(hostile: frozenset[str]) -> Judge:
+    """They pass each other, and say the truth of everybody else."""
+
+    def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:
+        return PASSED if node in hostile and case.accused in hostile else look()
+
+    return judge
+
+
+def wave_through(hostile: frozenset[str]) -> Judge:
+    """They pass everybody, and save themselves the work."""
+
+    def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:
+        return PASSED if node in hostile else look()
+
+    return judge
