@@ -21,7 +21,18 @@ from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import Judgement, decide
 from psyche.protocol.messages import Accepted, Plan, Record, Standing
 from psyche.protocol.state import AuditRules, Rules, Said
-from psyche.protocol.verdicts import JURY, Audit, Closed, Docket, Opinion, SealedVerdict, Verdict
+from psyche.protocol.verdicts import (
+    EMPTY,
+    JURY,
+    Audit,
+    Auditable,
+    Closed,
+    Docket,
+    Opinion,
+    Pool,
+    SealedVerdict,
+    Verdict,
+)
 from psyche.protocol.wire import decode
 
 NEW = 2
@@ -30,7 +41,7 @@ OVERDUE = 1
 """Added to that of who has not been audited for twice as many rounds as audits are apart on average: luck is no
 excuse (the chance of it is e⁻² at a constant rate)."""
 SUSPECT = 20
-"""Times the risk of who stood out in the round before: at the usual rate of 1 in 20 it is certain to be audited."""
+"""Times the rate at which contributions that stood out are audited: at the usual one of 1 in 20 all of them are."""
 
 
 class BadDocket(ValueError):
@@ -56,29 +67,13 @@ def busy(docket: Docket, round: int, rules: AuditRules) -> frozenset[str]:
 # --------------------------------------------------------------------------------- who audits whom
 
 
-def drawn(
-    plan: Plan,
-    accepted: Sequence[Accepted],
-    *,
-    electorate: Collection[str],
-    standing: Sequence[Standing],
-    before: Docket,
-    rules: Rules,
-) -> tuple[Audit, ...]:
-    """The audits of a round's contributions, ascending by accused. ``standing`` is that of the record before."""
-    given = {one.node: one.contribution for one in accepted}
-    seed = seed_of(plan, accepted, rules.run_id)
-    known = {one.node: one for one in standing}
-    able = sorted(node for node in set(electorate) & given.keys() - set(before.banned) if not given[node].private)
-    found = []
-    for node in sorted(given):
-        if given[node].private or able in ([], [node]):
-            continue
-        risk = _risk(known.get(node), plan.round, rules) * (SUSPECT if node in before.suspects else 1)
-        if chance(digest("audited", seed, node.encode()), rules.audits.rate * risk):
-            candidates = _candidates([other for other in able if other != node], seed, node)
-            found.append(Audit(node, plan.round, given[node].tokens, 1, plan.round, candidates, ()))
-    return tuple(found)
+def pool_of(plan: Plan, accepted: Sequence[Accepted], electorate: Collection[str], rules: Rules) -> Pool:
+    """What audits of a round are drawn from: nothing where the run has none. What is private cannot be audited."""
+    if not rules.audits.rate:
+        return EMPTY.pool
+    given = {one.node: one.contribution for one in accepted if not one.contribution.private}
+    found = (Auditable(node, given[node].tokens, node in electorate) for node in sorted(given))
+    return Pool(seed_of(plan, accepted, rules.run_id), tuple(found))
 
 
 def seed_of(plan: Plan, accepted: Sequence[Accepted], run_id: bytes) -> bytes:
@@ -86,6 +81,31 @@ def seed_of(plan: Plan, accepted: Sequence[Accepted], run_id: bytes) -> bytes:
     among it, and from the round's own seed. Nobody knew it in time to be honest in that round alone."""
     given = {one.node: one.contribution for one in accepted}
     return digest("audits", plan.seed, *(given[node].commitment(node, run_id, plan.round) for node in sorted(given)))
+
+
+def by_chance(pool: Pool, round: int, standing: Sequence[Standing], rules: Rules) -> Iterator[str]:
+    """Whose contribution to ``round`` is audited for no reason but its turn. ``standing`` is of the record before."""
+    known = {one.node: one for one in standing}
+    for one in pool.given:
+        risk = _risk(known.get(one.node), round, rules)
+        if chance(digest("audited", pool.seed, one.node.encode()), rules.audits.rate * risk):
+            yield one.node
+
+
+def by_suspicion(pool: Pool, suspects: Collection[str], rules: Rules) -> Iterator[str]:
+    """Whose contribution is audited because it stood out."""
+    for node in sorted(suspects):
+        if chance(digest("suspected", pool.seed, node.encode()), rules.audits.rate * SUSPECT):
+            yield node
+
+
+def opened(pool: Pool, round: int, since: int, accused: Iterable[str], out: Collection[str]) -> Iterator[Audit]:
+    """Audits of contributions to ``round``, drawn in the record of ``since``. Nobody of ``out`` is asked."""
+    for node in accused:
+        given = pool.of(node)
+        able = [one.node for one in pool.given if one.able and one.node != node and one.node not in out]
+        if given is not None and able and node not in out:
+            yield Audit(node, round, given.tokens, 1, since, _candidates(able, pool.seed, node), ())
 
 
 def _candidates(able: list[str], seed: bytes, accused: str) -> tuple[str, ...]:
@@ -135,13 +155,20 @@ def docket_after(
     closed = [one for one in judged.values() if isinstance(one, Closed)]
     convicted = {one.accused for one in closed if one.outcome == "convicted"} | {n for one in closed for n in one.lied}
     still = [one for one in judged.values() if isinstance(one, Audit) and one.accused not in convicted]
-    new = drawn(plan, accepted, electorate=electorate, standing=standing, before=before, rules=rules)
+    banned = {*before.banned, *convicted}
+    pool, now, last = pool_of(plan, accepted, electorate, rules), plan.round, plan.round - 1
+    suspected = (node for node in by_suspicion(before.pool, suspects, rules) if (node, last) not in audits)
+    new = [
+        *opened(before.pool, last, now, suspected, banned),
+        *opened(pool, now, now, by_chance(pool, now, standing, rules), banned),
+    ]
     return Docket(
         said=tuple(one.proof for one in said),
         audits=tuple(sorted((*still, *new), key=lambda one: (one.round, one.accused))),
         closed=tuple(sorted(closed, key=lambda one: (one.round, one.accused))),
         suspects=tuple(sorted(suspects)),
-        banned=tuple(sorted({*before.banned, *convicted})),
+        banned=tuple(sorted(banned)),
+        pool=pool,
     )
 
 
@@ -222,11 +249,10 @@ def admissible(docket: Docket, said: Iterable[Said], round: int, rules: AuditRul
 
 def docket_fault(record: Record, before: Docket, standing: Sequence[Standing], rules: Rules) -> str | None:
     """What is wrong with the audits in ``record``, or None. ``before`` and ``standing`` are of the record before."""
-    members = {member.node for member in record.plan.members}
-    if members & set(before.banned):
+    if {member.node for member in record.plan.members} & set(before.banned):
         return "who was convicted is a member of the round"
-    if not set(record.docket.suspects) <= members:
-        return "who stood out is no member of the round"
+    if not set(record.docket.suspects) <= {one.node for one in before.pool.given}:
+        return "who stood out did not contribute to the round before"
     try:
         due = docket_after(
             before,

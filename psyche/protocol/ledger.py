@@ -90,9 +90,7 @@ def verify_chain(
         if entry.round <= chain.rounds or entry.round > rules.rounds:
             raise BadLedger(entry.round, f"it stands after round {chain.rounds} of {rules.rounds}")
         fault = _link_fault(record.plan, chain, stated=before is None or before.state_root is not None)
-        if fault is None:
-            fault = _succession_fault(record, last, rules)
-        if fault := fault or _accounts_fault(record, rules):
+        if fault := fault or _accounts_fault(record, rules) or _succession_fault(record, last, rules):
             raise BadLedger(entry.round, fault)
         yield Verified(record, missing)
         before, last, chain = entry, record, _chain_after(entry, record, rules)

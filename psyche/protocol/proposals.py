@@ -60,7 +60,7 @@ def propose(
         plan=plan,
         accepted=given,
         electorate=state.electorate,
-        suspects=state.suspects & {member.node for member in plan.members},
+        suspects=state.suspects & {one.node for one in state.docket.pool.given},
         rules=rules,
     )
     standing = standing_after(

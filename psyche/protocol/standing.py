@@ -113,5 +113,5 @@ def standing_fault(record: Record, before: Sequence[Standing], docket: Docket, r
 
 
 def newly_audited(docket: Docket, round: int) -> frozenset[str]:
-    """Of whose contribution to ``round`` an audit was drawn."""
-    return frozenset(audit.accused for audit in docket.audits if audit.round == round)
+    """Of whose contribution, to ``round`` or the one before, an audit was drawn in ``round``."""
+    return frozenset(audit.accused for audit in docket.audits if audit.since == round and not audit.opinions)

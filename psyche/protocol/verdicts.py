@@ -97,6 +97,28 @@ class Closed(Message, frozen=True):
     """The median of what those who are paid found; 0 where nobody found any."""
 
 
+class Auditable(Message, frozen=True):
+    """A contribution that can be audited."""
+
+    node: NodeId
+    tokens: Positive
+    able: bool
+    """Whether its author may be asked to audit others of the round."""
+
+
+class Pool(Message, frozen=True):
+    """A round's contributions, as far as audits are drawn from them."""
+
+    seed: Hash
+    """See ``protocol/audits.py: seed_of``."""
+    given: Annotated[tuple[Auditable, ...], Meta(max_length=MAX_AUDITS)]
+    """Ascending by node."""
+
+    def of(self, node: str) -> Auditable | None:
+        """That of ``node``."""
+        return next((one for one in self.given if one.node == node), None)
+
+
 class Docket(Message, frozen=True):
     """The audits of a run, as a record leaves them. What is said is the coordinator's choice; what follows is not."""
 
@@ -107,10 +129,12 @@ class Docket(Message, frozen=True):
     closed: Annotated[tuple[Closed, ...], Meta(max_length=MAX_AUDITS)]
     """Ones that ended here, in the same order."""
     suspects: Nodes
-    """Whose contribution to the round before stood out from the others', as their receivers say, ascending. They are
-    audited more often, and that is all that comes of it."""
+    """Whose contribution to the round before stood out from the others', as their receivers say, ascending. It is
+    audited, probably, and that is all that comes of it."""
     banned: Nodes
     """Convicted in this run: no plan names them any more. Ascending."""
+    pool: Pool
+    """Of this round: who stood out in it is known when the next record is made."""
 
 
-EMPTY = Docket((), (), (), (), ())
+EMPTY = Docket((), (), (), (), (), Pool(bytes(32), ()))

@@ -171,7 +171,7 @@ class Auditor:
     # ------------------------------------------------------------------------------ being audited
 
     def _offer(self) -> None:
-        """Serve what is being audited, and of the rest keep the last round, for which nothing is drawn yet."""
+        """Serve what is being audited, and of the rest keep the last round: who stood out in it is not known yet."""
         chain = self._replica.chain
         wanted = {audit.round for audit in chain.docket.audits if audit.accused == self._me}
         for round in [round for round in self._served if round not in wanted]:
@@ -182,7 +182,7 @@ class Auditor:
             for root, load, read in self._kits.blobs(round):
                 self._network.blobs.add_unread(root, load, read)
                 self._served[round].append((root, read))
-        self._kits.forget(chain.rounds + 1, keep=wanted)
+        self._kits.forget(chain.rounds, keep=wanted)
 
     # -------------------------------------------------------------------------------------- auditing
 

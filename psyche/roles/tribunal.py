@@ -44,7 +44,7 @@ class Tribunal:
         for node, replica in self._replicas.items():
             if replica.witness.kits is not None:
                 mine = {one.round for one in record.docket.audits if one.accused == node}
-                replica.witness.kits.forget(record.plan.round + 1, keep=mine)
+                replica.witness.kits.forget(record.plan.round, keep=mine)
         for case in record.docket.audits:
             for node in case.candidates:
                 if node in self._replicas and node not in record.docket.banned:

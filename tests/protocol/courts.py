@@ -75,7 +75,7 @@ class Court:
             plan=plan,
             accepted=given,
             electorate=self.nodes,
-            suspects=self.suspects & set(self.members),
+            suspects=self.suspects & {one.node for one in self.docket.pool.given},
             rules=self.rules,
         )
         self.standing = standing_after(
@@ -89,7 +89,7 @@ class Court:
         self.round, self.head = plan.round, digest("court", self.head, *after.said)
         self.docket = after
         self.closed += after.closed
-        self.opened += [audit for audit in after.audits if audit.round == plan.round]
+        self.opened += [audit for audit in after.audits if audit.since == plan.round and not audit.opinions]
         return after
 
     def play(self, rounds: int, says: Says) -> None:

@@ -162,13 +162,25 @@ def test_rates() -> None:
         trial.next([])
     found = Counter(audit.accused for audit in trial.opened)
     assert 3200 * 0.05 - 5 * (3200 * 0.05) ** 0.5 < sum(found.values()) < 2 * 3200 * 0.05 + 5 * (3200 * 0.05) ** 0.5
-    suspicious = court(rate=0.05)
-    suspicious.suspects = frozenset(EIGHT[:1])
-    suspicious.next([])
+
+
+def test_a_contribution_that_stood_out_is_audited_itself_and_once() -> None:
+    trial = court(rate=0.05)
+    trial.suspects = frozenset(EIGHT[:1])
+    trial.next([])
     for _ in range(20):
-        suspicious.docket = replace_audits(suspicious)
-        suspicious.next([])
-        assert EIGHT[0] in {audit.accused for audit in suspicious.opened if audit.round == suspicious.round}
+        trial.silent = frozenset(EIGHT[:1]) if trial.round % 2 else frozenset()
+        contributed = EIGHT[0] in {one.node for one in trial.docket.pool.given}
+        trial.next([])
+        earlier = [one for one in trial.opened if (one.accused, one.round) == (EIGHT[0], trial.round - 1)]
+        assert len(earlier) == contributed, "whether it takes part in the next round or not"
+
+
+def test_who_stood_out_and_contributed_nothing_is_not_believed() -> None:
+    trial = court(rate=0.05)
+    trial.next([], private=EIGHT[:1])
+    trial.suspects = frozenset(EIGHT[:1])
+    assert trial.next([]).suspects == ()
 
 
 def replace_audits(trial: Court) -> object:
