@@ -94,35 +94,13 @@ def play(
     while plans := [effect.plan for effect in effects if isinstance(effect, Planned)]:
         plan = plans[-1]
         works = {member.node: replicas[member.node].train(plan) for member in plan.members}
-        for node, work in works.items():
-            machine.send(
-                Committed(
-                    node, plan.round, plan.term, work.contribution.commitment(node, manifest.run_id, plan.round), b""
-                )
-            )
-        for node, work in works.items():
-            machine.send(Opened(node, plan.round, work.contribution, b""))
-        for node in works:
-            effects = machine.send(Held(node, plan.round, frozenset(works)))
-        for node, results in _reduced(machine, plan, replicas, works).items():
-            effects += machine.send(Reported(node, plan.round, machine.round.selected_in, results))
-        (proposed,) = (effect for effect in effects if isinstance(effect, Proposed))
-        record = proposed.record
-        certified = [
-            effect
-            for node in proposed.record.electorate
-            for effect in machine.send(Voted(node, plan.round, proposed.term, record.hash, b""))
-            if isinstance(effect, Certified)
-        ]
-        assert len(certified) == 1
+        record = _certified(machine, plan, replicas, works)
         payloads = {node: work.payload for node, work in works.items()}
         for node, replica in replicas.items():
             for _ in range(late(plan.round, node)):
                 replica.step_late(plan)
             replica.apply(record, replica.gradient_of(record, payloads))
         yield record, works
-        for said in tribunal.hear(record) if tribunal else ():
-            machine.send(said)
         counts = [part.stop - part.start for part in replicas[min(replicas)].slices_of(plan.round)]
         suspects = frozenset(lookout.look(record, counts, payloads, range(len(counts))) if tribunal else ())
         effects = [
@@ -130,6 +108,33 @@ def play(
             for node in sorted(set(replicas) - set(record.docket.banned))
             for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root, suspects))
         ]
+        for said in tribunal.hear(record) if tribunal else ():  # while the next round is trained for
+            machine.send(said)
+
+
+def _certified(machine: Machine, plan: Plan, replicas: Mapping[str, Replica], works: Mapping[str, Work]) -> Record:
+    """The record of a round in which everybody is in time, holds everything and votes."""
+    run_id = machine.rules.run_id
+    for node, work in works.items():
+        digest = work.contribution.commitment(node, run_id, plan.round)
+        machine.send(Committed(node, plan.round, plan.term, digest, b""))
+    for node, work in works.items():
+        machine.send(Opened(node, plan.round, work.contribution, b""))
+    effects: list[Effect] = []
+    for node in works:
+        effects = machine.send(Held(node, plan.round, frozenset(works)))
+    for node, results in _reduced(machine, plan, replicas, works).items():
+        effects += machine.send(Reported(node, plan.round, machine.round.selected_in, results))
+    (proposed,) = (effect for effect in effects if isinstance(effect, Proposed))
+    record = proposed.record
+    certified = [
+        effect
+        for node in record.electorate
+        for effect in machine.send(Voted(node, plan.round, proposed.term, record.hash, b""))
+        if isinstance(effect, Certified)
+    ]
+    assert len(certified) == 1
+    return record
 
 
 def retrace(replicas: Mapping[str, Replica], records: Sequence[Record]) -> Iterator[str]:
