@@ -13,7 +13,7 @@ from psyche.roles.portion import Portion
 from psyche.roles.replica import Replica
 from psyche.training.engine import Batch
 from psyche.training.moments import muon_parameters
-from psyche.training.zero.engine import DeepSpeedEngine
+from psyche.training.torch_engine import TorchEngine
 from psyche.verification.kit import Kit
 from psyche.verification.replay import Blobs, Claim, Lab, replay
 
@@ -24,7 +24,7 @@ def can_audit(replica: Replica, plan: Plan) -> bool:
     A node of several ranks is audited like others and audits nobody: a gradient that is not finite ends its ranks, and
     there are states from which a step has one.
     """
-    return plan.round - 1 in replica.witness.theta_roots and not isinstance(replica.engine, DeepSpeedEngine)
+    return plan.round - 1 in replica.witness.theta_roots and isinstance(replica.engine, TorchEngine)
 
 
 def audit(replica: Replica, case: Case, kit: Kit, blobs: Blobs, *, stop: Callable[[], bool] = lambda: False) -> Finding:
@@ -47,10 +47,11 @@ def claim_of(replica: Replica, case: Case, kit: Kit) -> Claim:
 
 def lab_of(replica: Replica, plan: Plan, node: str, before: Plan | None = None) -> Lab:
     """With what this replica can do the work of ``node`` again."""
-    run, split = replica.run, replica.store.train
+    run, split, engine = replica.run, replica.store.train, replica.engine
+    assert isinstance(engine, TorchEngine), "see can_audit"
     return Lab(
         run=run,
-        engine=replica.engine,
+        engine=engine,
         backend=replica.backend,
         parts=replica.slices_of(plan.round),
         batch=partial(Portion(run, split, node).of_round, plan),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,17 @@ class TorchEngine:
         compiled = compiled_if_it_pays(self.model, through, prospect, say)
         self._optimizers.zero_grad()
         self._forward, self._compiled_rows = (self.model, 0) if compiled is None else (compiled, rows)
+
+    @contextmanager
+    def other_precision(self) -> Iterator[None]:
+        """Within, steps are in bf16 where they are in fp32 otherwise, and the other way round; nothing is compiled."""
+        own = self._autocast_dtype, self._forward, self._compiled_rows
+        other = torch.bfloat16 if self._autocast_dtype is None else None
+        self._autocast_dtype, self._forward, self._compiled_rows = other, self.model, 0
+        try:
+            yield
+        finally:
+            self._autocast_dtype, self._forward, self._compiled_rows = own
 
     @property
     def compiled(self) -> bool:

@@ -2,7 +2,7 @@
 
 A reference node and a peer train some rounds together. Each segment between two trace points of the reference is then
 done again, from the same state on the same batches, by every kind of node there is here; and claimed by every kind of
-cheat. An error is that of an audit: ``replay.relative_error``.
+cheat. An error is that of an audit: ``replay.segment_error``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from psyche.training.engine import Batch, Engine
 from psyche.training.moments import Moments, muon_parameters, packed
 from psyche.training.schedules import learning_rate
 from psyche.verification.coasting import coasted
-from psyche.verification.replay import relative_error
+from psyche.verification.replay import CLEAR, relative_error, tolerant_error
 from psyche.verification.traces import point_steps
 
 ONE_STEP, TENTH, HALF = "one step left out", "a tenth left out", "half the steps"
@@ -132,9 +132,13 @@ class Calibration:
             drift = coasted(layout, self._run.inner, self._by_muon, before, moments, segment.lrs)
             for auditor in found.kinds:
                 replayed = self._get(segment, auditor)
+                other = _of_other_precision(auditor, done)
                 for claim in (*found.kinds, *FRAUDS):
                     if claim != auditor:
-                        error = relative_error(before, self._get(segment, claim), replayed, drift)
+                        after = self._get(segment, claim)
+                        error = relative_error(before, after, replayed, drift)
+                        if error > CLEAR and other is not None:
+                            error = tolerant_error(before, after, replayed, self._get(segment, other), drift)
                         found.errors.setdefault((claim, auditor), []).append(error)
         return found
 
@@ -253,6 +257,14 @@ START, OPTIMIZER = "start", "optimizer"
 def steps_of(run: Run, rounds: int, kinds: int) -> int:
     """Inner steps that :meth:`Calibration.measure` takes."""
     return rounds * run.rounds.inner_steps * (DEALT + kinds - 1)
+
+
+def _of_other_precision(name: str, kinds: Sequence[Kind]) -> str | None:
+    """What the kind of that name is on its device in the other precision, uncompiled."""
+    own = next(kind for kind in kinds if kind.name == name)
+    wanted = (own.device, own.precision == "fp32", False)
+    same = (kind.name for kind in kinds if (kind.device, kind.precision != "fp32", kind.compiled) == wanted)
+    return next(same, None)
 
 
 def _copied(engine: Engine) -> State:

@@ -34,12 +34,19 @@ from psyche.protocol.verdicts import Finding
 from psyche.training.engine import Batch, Engine
 from psyche.training.moments import Moments, packed_bytes
 from psyche.training.schedules import learning_rate
+from psyche.training.torch_engine import TorchEngine
 from psyche.verification.coasting import coasted
 from psyche.verification.kit import Unserved
 from psyche.verification.traces import Point, Trace, point_steps, trace_root
 
 MOST = 10**9
 """What a Finding says of errors that are larger, or not finite."""
+CLEAR = 0.01
+"""A relative error up to which nobody needs to look closer."""
+USUAL = 0.02
+"""Relative difference between fp32 and bf16 that an error is not measured by: about the most where training is calm."""
+MOST_NOISE = 0.4
+"""The most that an error is measured by."""
 GAIN_SEQUENCES = 8
 """Held-out sequences that a contribution's gain is measured on: enough to tell harm from use in the median of some
 auditors, and a fraction of one inner step's work."""
@@ -80,7 +87,7 @@ class Lab:
     """What an audit is done with."""
 
     run: Run
-    engine: Engine
+    engine: TorchEngine
     backend: Backend
     parts: tuple[slice, ...]
     """What the round exchanges."""
@@ -231,31 +238,60 @@ def segment_error(lab: Lab, claim: Claim, number: int, blobs: Blobs) -> float:
     """The relative error of segment ``number``, between the points of that number and the next: ‖d − d'‖ / ‖d'‖, d
     the displacement that the node claims and d' that of this engine from the same state on the same batches.
 
-    Where momentum alone would have come far, what counts is what the data change of that: the denominator is at most
-    ‖d' − d₀‖, d₀ as in ``coasting.py``. Infinite where anything is not finite. The engine is left at the end.
+    Where that is not clear, it is done once more in the other precision: see :func:`tolerant_error`. Infinite where
+    anything is not finite. The engine is left at the end.
     """
     start, stop = claim.points[number], claim.points[number + 1]
-    engine, run = lab.engine, lab.run
-    before, after = (_vector(blobs, point.parameters, engine.layout.size) for point in (start, stop))
+    before, after = (_vector(blobs, point.parameters, lab.engine.layout.size) for point in (start, stop))
     moments = _moments(lab, blobs, start.optimizer)
     if not all(bool(torch.isfinite(one).all()) for one in (before, after, moments.flat)):
         return float("inf")
+    found, lrs = _trained(lab, claim, range(start.step, stop.step), before, moments)
+    drift = coasted(lab.engine.layout, lab.run.inner, lab.by_muon, before, moments, lrs)
+    error = relative_error(before, after, found, drift)
+    if error <= CLEAR:
+        return error
+    with lab.engine.other_precision():
+        other, _ = _trained(lab, claim, range(start.step, stop.step), before, moments)
+    return tolerant_error(before, after, found, other, drift)
+
+
+def _trained(lab: Lab, claim: Claim, steps: range, before: Tensor, moments: Moments) -> tuple[Tensor, list[float]]:
+    """Parameters after ``steps`` of the round from ``before``, and the learning rates."""
+    engine, run = lab.engine, lab.run
     engine.write(before)
     engine.load_state(moments.state(engine.layout, lab.by_muon))
     first, lrs = (claim.plan.round - 1) * run.rounds.inner_steps, []
-    for step in range(start.step, stop.step):
+    for step in steps:
         if lab.stop():
             raise Stopped
         lrs.append(learning_rate(run.inner, first + step, run.total_steps, engine.steps))
         engine.step(batch_of(lab, claim, step), lrs[-1])
     found = torch.empty_like(before)
     engine.read(found)
-    drift = coasted(engine.layout, run.inner, lab.by_muon, before, moments, lrs)
-    return relative_error(before, after, found, drift)
+    return found, lrs
+
+
+def tolerant_error(before: Tensor, after: Tensor, found: Tensor, other: Tensor, drift: Tensor) -> float:
+    """The relative error against the nearer of two replays in different precision, fp32 and bf16, in units of how far
+    these two are apart where that is more than usual: in such a segment training enlarges every difference, and honest
+    nodes of other hardware are as far off.
+
+    So what is as near to the truth as the other precision passes. In the demo's second round the two are apart by a
+    third of what the data change, and by a hundredth in its first. Who makes up an optimizer that enlarges all there is
+    gains a factor of twenty by it: what has nothing to do with the data fails all the same.
+    """
+    errors = [relative_error(before, after, one, drift) for one in (found, other)]
+    noise = relative_error(before, other, found, drift)
+    return min(errors) * USUAL / min(max(noise, USUAL), MOST_NOISE)
 
 
 def relative_error(before: Tensor, after: Tensor, found: Tensor, drift: Tensor) -> float:
-    """‖after − found‖ over the smaller of ‖found − before‖ and ‖found − drift‖; all ``[n]`` fp32, summed in fp64."""
+    """‖after − found‖ over the smaller of ‖found − before‖ and ‖found − drift‖; all ``[n]`` fp32, summed in fp64.
+
+    Where momentum alone would have come far, what counts is what the data change of that: ``drift`` is where it would
+    have come, as in ``coasting.py``.
+    """
     apart = _distance(after, found)
     moved = min(_distance(found, before), _distance(found, drift))
     if not isfinite(apart) or not isfinite(moved):

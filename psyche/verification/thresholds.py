@@ -21,6 +21,8 @@ NOT_FAILING = 0.9999
 """Share of honest replays that are not to fail; two more auditors have to find the same before one convicts."""
 CAUGHT = 0.99
 """Share of a fraud's replays that are to be above a bound, for the fraud to count as told apart."""
+TINY = 1e-3
+"""Errors below count as this: by how many powers of ten they are smaller says nothing about the large ones."""
 FEWEST = 4
 """Samples without which there is no bound: the formula has none below 3."""
 
@@ -46,10 +48,10 @@ def lower_bound(errors: Sequence[float], share: float) -> float:
 def _bound(errors: Sequence[float], share: float, sign: float) -> float:
     if len(errors) < FEWEST:
         raise ValueError(f"{len(errors)} samples, where {FEWEST} are the fewest that bound anything")
-    logs = [log(error) for error in errors if error > 0]
-    if len(logs) < 2:
-        return max(errors) if sign > 0 else 0.0
-    reach = exp(fmean(logs) + sign * tolerance_factor(max(FEWEST, len(logs)), share) * stdev(logs))
+    if not any(errors):
+        return 0.0
+    logs = [log(max(error, TINY)) for error in errors]
+    reach = exp(fmean(logs) + sign * tolerance_factor(len(logs), share) * stdev(logs))
     return max(reach, *errors) if sign > 0 else min(reach, *errors)
 
 

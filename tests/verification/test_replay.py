@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from psyche.numerics.digest import blob_root
 from psyche.protocol.messages import WITHHELD
 from psyche.roles.inspection import can_audit
 from psyche.verification.kit import Kit, Unserved
-from psyche.verification.replay import MOST
+from psyche.verification.replay import CLEAR, MOST, MOST_NOISE, USUAL, tolerant_error
 from tests.verification.audited import STEPS, Court, Make, at_the_end, cheat, matched_noise, train_lazily, trained
 
 PASS, FAIL = 20_000, 40_000
@@ -87,6 +89,34 @@ def test_steps_that_were_left_out_are_seen(case: Court, steps: int) -> None:
     assert found.outcome == "measured"
     assert found.error > PASS
     assert found.error > FAIL or steps == 29
+
+
+def test_honest_work_in_the_other_precision_passes(case: Court) -> None:
+    for _ in range(2):
+        plan = case.plan()
+        with case.accused.engine.other_precision():  # type: ignore[attr-defined]
+            work = case.accused.train(plan)
+        found = case.judge(plan, work)
+        assert found.outcome == "measured"
+        assert found.error <= 1e6 * CLEAR
+        case.advance(plan, {case.accused.node: work, case.peer.node: case.peer.train(plan)})
+
+
+@given(noise=st.floats(1e-3, 1.0), lie=st.floats(0.0, 2.0), seed=st.integers(0, 9))
+def test_an_error_is_measured_by_how_far_two_precisions_are_apart(noise: float, lie: float, seed: int) -> None:
+    """So whoever is no farther from a replay than they are from each other passes, and only there is a lie smaller."""
+    make = torch.Generator().manual_seed(seed)
+    moved, apart, off = (torch.nn.functional.normalize(torch.randn(4096, generator=make), dim=0) for _ in range(3))
+    before, found, other = torch.zeros(4096), moved, moved + noise * apart
+    for near in (found, other):
+        assert tolerant_error(before, near, found, other, before) == 0
+        if noise <= MOST_NOISE:
+            assert tolerant_error(before, near + 0.9 * noise * off, found, other, before) <= USUAL
+    error = tolerant_error(before, found + lie * off, found, other, before)
+    assert error <= lie + 1e-5
+    assert error >= min(lie, abs(lie - noise)) * USUAL / MOST_NOISE - 1e-5, "whatever the noise"
+    if noise <= USUAL:
+        assert error >= min(lie, abs(lie - noise)) - 1e-5
 
 
 def test_a_lazy_segment_is_named(make: Make) -> None:
@@ -197,7 +227,20 @@ def test_an_optimizer_that_is_made_up_to_need_no_data_does_not_help(case: Court,
     assert drawn
     found = case.judge(plan, work)
     assert found.outcome == "measured"
-    assert found.error > 10 * FAIL
+    assert found.error > FAIL
+
+
+def test_an_optimizer_that_is_made_up_to_enlarge_rounding_does_not_help(case: Court) -> None:
+    """Second moments of nothing: any two replays of it end far apart."""
+    case.accused.engine.step(case.accused.store.train.batch(range(2)), 1e-3)
+    state = {name: value.clone() for name, value in case.accused.engine.state().items()}
+    for name, value in state.items():
+        if name.startswith("exp_avg_sq/"):
+            value.fill_(1e-20)
+    case.accused.engine.load_state(state)
+    work = cheat(case.accused, plan := case.plan(), at_the_end(matched_noise))
+    found = case.judge(plan, work)
+    assert found.outcome == "false" or found.error > FAIL
 
 
 def test_points_and_states_that_cannot_be_are_false(case: Court) -> None:
