@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from psyche.verification.calibration import FRAUDS, ONE_STEP, Measured
-from psyche.verification.thresholds import CAUGHT, CONFIDENCE, NOT_FAILING, PASSING, Thresholds
+from psyche.verification.thresholds import CONFIDENCE, MARGIN, Thresholds
 
 IGNORED = (ONE_STEP,)
 """Frauds that thresholds are not set for: what they save is less than audits cost. Shown all the same."""
@@ -33,15 +33,14 @@ def _range(errors: Sequence[float]) -> str:
 
 def words(measured: Measured, found: Thresholds) -> str:
     """What the thresholds rest on, and what they do not tell apart."""
-    count = len(measured.segments)
     lines = [
-        f"{count} segments; bounds are one-sided tolerance limits of log-normal errors, {CONFIDENCE:.0%} confidence.",
-        f"Honest: {NOT_FAILING:.2%} of replays are at most {found.honest:.2g} apart, the worst pair of kinds.",
-        f"Hostile: {CAUGHT:.0%} of the replays of a fraud are at least so far off:",
-        *(f"  {name:18} {bound:.2g}{_mark(name, found)}" for name, bound in found.hostile.items()),
+        f"{len(measured.segments)} segments. Honest nodes are at most {found.honest:.2g} apart; with {CONFIDENCE:.0%} "
+        f"confidence {found.share:.0%} or more of all replays are (free of distribution: more rounds, more of them).",
+        f"What fails is {found.fail_error / found.honest:.2g} times as far off. Of the replays of a fraud that are:",
+        *(f"  {name:18} {share:.0%}{_mark(name, found)}" for name, share in found.hostile.items()),
     ]
     if set(found.missed) - set(IGNORED):
-        lines.append("Honest noise and frauds overlap: more rounds narrow the bounds, and so does only one precision.")
+        lines.append("Honest noise and frauds overlap: run.audits.trace_steps, which makes segments shorter, helps.")
     return "\n".join(lines)
 
 
@@ -63,11 +62,12 @@ def to_json(measured: Measured, found: Thresholds) -> dict[str, Any]:
     return {
         "segments": [{"round": one.round + 1, "start": one.start, "stop": one.stop} for one in measured.segments],
         "confidence": CONFIDENCE,
-        "shares": {"passing": PASSING, "not_failing": NOT_FAILING, "caught": CAUGHT},
+        "margin": MARGIN,
         "pass_error": found.pass_error,
         "fail_error": found.fail_error,
-        "honest_bound": found.honest,
-        "hostile_bounds": dict(found.hostile),
+        "honest_most": found.honest,
+        "honest_share": found.share,
+        "hostile_caught": dict(found.hostile),
         "not_told_apart": list(found.missed),
         "errors": rows,
     }

@@ -1,58 +1,28 @@
-"""From some measured errors to bounds on all of them, with a stated confidence.
+"""From some measured errors of replays to thresholds, with a stated confidence.
 
-Relative errors of replays spread by a factor, not by a difference, so their logarithms are taken as normal. A bound on
-a share of a normal distribution of which only a sample is known is the mean and so many standard deviations of the
-sample: a one-sided tolerance limit (Natrella, "Experimental Statistics", NBS Handbook 91, 1963, §2-2; NIST/SEMATECH
-e-Handbook, 7.2.6.3). Few samples give wide bounds, and no bound is inside what was measured.
+Errors of honest replays have no shape that could be counted on: most are nothing, and where training enlarges rounding
+some are a thousand times the others. So what is said of those that were not measured is free of any distribution: with
+confidence c, the largest of n samples is above a share (1 − c)^(1/n) of all there are (Wilks 1941, "Determination of
+sample sizes for setting tolerance limits"; NIST/SEMATECH e-Handbook, 7.2.6.4). Beyond it there is a margin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, exp, floor, log, log10, sqrt
-from statistics import NormalDist, fmean, stdev
+from math import ceil, floor, log10, sqrt
+from statistics import median
 
 CONFIDENCE = 0.95
-"""That a bound holds for the share it is for."""
-PASSING = 0.99
-"""Share of honest replays that are to pass. The others are inconclusive, which costs nobody anything."""
-NOT_FAILING = 0.9999
-"""Share of honest replays that are not to fail; two more auditors have to find the same before one convicts."""
-CAUGHT = 0.99
-"""Share of a fraud's replays that are to be above a bound, for the fraud to count as told apart."""
-TINY = 1e-3
-"""Errors below count as this: by how many powers of ten they are smaller says nothing about the large ones."""
+"""That the share is at least so large."""
+MARGIN = 4.0
+"""How many times the largest honest error the least is that fails; half of that passes."""
 FEWEST = 4
-"""Samples without which there is no bound: the formula has none below 3."""
-
-
-def tolerance_factor(count: int, share: float, confidence: float = CONFIDENCE) -> float:
-    """Standard deviations of a sample of ``count``, above whose mean with ``confidence`` no more than 1 − ``share``
-    lies."""
-    z, c = NormalDist().inv_cdf(share), NormalDist().inv_cdf(confidence)
-    a, b = 1 - c * c / (2 * (count - 1)), z * z - c * c / count
-    return (z + sqrt(z * z - a * b)) / a
-
-
-def upper_bound(errors: Sequence[float], share: float) -> float:
-    """What ``share`` of such errors are at most; ``FEWEST`` of them or more, or all 0, which bound nothing else."""
-    return _bound(errors, share, 1.0)
-
-
-def lower_bound(errors: Sequence[float], share: float) -> float:
-    """What ``share`` of such errors are at least."""
-    return _bound(errors, share, -1.0)
-
-
-def _bound(errors: Sequence[float], share: float, sign: float) -> float:
-    if len(errors) < FEWEST:
-        raise ValueError(f"{len(errors)} samples, where {FEWEST} are the fewest that bound anything")
-    if not any(errors):
-        return 0.0
-    logs = [log(max(error, TINY)) for error in errors]
-    reach = exp(fmean(logs) + sign * tolerance_factor(len(logs), share) * stdev(logs))
-    return max(reach, *errors) if sign > 0 else min(reach, *errors)
+"""Segments without which nothing is said."""
+SEEN = 0.5
+"""Share of a fraud's replays that have to fail for it to count as told apart: it is found out by the second audit."""
+SMALLEST = 2.0**-23
+"""Of an fp32 number's relative rounding: kinds that agree to the bit here may differ by as much elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +32,18 @@ class Thresholds:
     pass_error: float
     fail_error: float
     honest: float
-    """What all but 1 − ``NOT_FAILING`` of the honest errors are at most, of the pair of kinds that differ most."""
+    """The largest error between honest nodes, of the pair of kinds that differ most."""
+    share: float
+    """Of honest replays that are at most so far apart, at least, with ``CONFIDENCE``."""
     hostile: Mapping[str, float]
-    """What ``CAUGHT`` of the errors of each fraud are at least, by the auditor that sees it worst."""
+    """Share of the replays of each fraud that fail, by the auditor that sees the fewest."""
     missed: tuple[str, ...]
-    """Frauds that are not told from honest work: that bound is below ``fail_error``."""
+    """Frauds that are not told from honest work: fewer than ``SEEN`` do."""
+
+
+def covered(count: int, confidence: float = CONFIDENCE) -> float:
+    """Share of all that is at most the largest of ``count`` samples, at least, with ``confidence``."""
+    return float((1 - confidence) ** (1 / count))
 
 
 def thresholds(
@@ -74,23 +51,22 @@ def thresholds(
 ) -> Thresholds:
     """Thresholds for the honest errors of each pair of kinds, and for each fraud's, by auditor.
 
-    Where there is room between honest errors and frauds, but those ``ignored``, ``fail_error`` is in the middle of it
-    (in logarithms), and ``pass_error`` half of it or what honest nodes need: kinds of node that were not measured have
-    the same room as cheats.
+    ``fail_error`` is ``MARGIN`` times the largest honest error, or more where there is room: in the middle (in
+    logarithms) between that and a usual error of the smallest fraud that is not ``ignored``. Kinds of node that were
+    not measured have as much room then as cheats. ``pass_error`` is half of it.
     """
-    passing = max(upper_bound(errors, PASSING) for errors in honest.values())
-    failing = max(SMALLEST, *(upper_bound(errors, NOT_FAILING) for errors in honest.values()))
-    floors = {name: min(lower_bound(errors, CAUGHT) for errors in found) for name, found in hostile.items()}
-    least = min(bound for name, bound in floors.items() if name not in ignored)
-    room = least > failing
-    fail = rounded(sqrt(failing * least) if room else failing, down=room)
-    passed = rounded(max(passing, fail / 2)) if passing < fail / 2 else rounded(min(passing, 0.95 * fail), down=True)
-    missed = tuple(name for name, bound in floors.items() if bound <= fail)
-    return Thresholds(passed, fail, failing, floors, missed)
-
-
-SMALLEST = 2.0**-23
-"""Of an fp32 number's relative rounding: kinds that agree to the bit here may differ by as much elsewhere."""
+    count = min(map(len, honest.values()))
+    if count < FEWEST:
+        raise ValueError(f"{count} segments, where {FEWEST} are the fewest that say anything")
+    largest = max(SMALLEST, *(error for errors in honest.values() for error in errors))
+    usual = min(median(errors) for name, found in hostile.items() if name not in ignored for errors in found)
+    fail = rounded(max(MARGIN * largest, sqrt(largest * usual)))
+    caught = {
+        name: min(sum(error >= fail for error in errors) / len(errors) for errors in found)
+        for name, found in hostile.items()
+    }
+    missed = tuple(name for name, share in caught.items() if share < SEEN)
+    return Thresholds(rounded(fail / 2, down=True), fail, largest, covered(count), caught, missed)
 
 
 def rounded(value: float, *, down: bool = False) -> float:

@@ -1,63 +1,56 @@
-"""Bounds from samples hold as often as they say, and thresholds are between honest errors and frauds."""
+"""What is said of errors that were not measured holds as often as it says, and thresholds leave a margin."""
 
 from __future__ import annotations
 
-from math import exp
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from psyche.verification.thresholds import (
-    CONFIDENCE,
-    PASSING,
-    lower_bound,
-    rounded,
-    thresholds,
-    tolerance_factor,
-    upper_bound,
-)
+from psyche.verification.thresholds import CONFIDENCE, MARGIN, covered, rounded, thresholds
+
+ERRORS = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0)), min_size=4, max_size=9)
 
 
-@pytest.mark.parametrize(("count", "expected"), [(5, 5.741), (10, 3.981), (30, 3.064), (100, 2.684)])
-def test_factors_are_those_of_the_tables(count: int, expected: float) -> None:
-    """One-sided factors for 99 % with 95 % confidence, as tabled (NBS Handbook 91, table A-7); the formula is near."""
-    assert tolerance_factor(count, 0.99) == pytest.approx(expected, rel=0.05)
+@pytest.mark.parametrize("count", [8, 59, 299])
+def test_the_largest_of_some_samples_is_above_that_share_of_all(count: int) -> None:
+    """59 are the fewest for 95 %, and 299 for 99 %, as tabled."""
+    assert covered(59) == pytest.approx(0.95, abs=5e-4)
+    assert covered(299) == pytest.approx(0.99, abs=5e-4)
+    random, share = Random(1), covered(count)
+    held = sum(max(random.random() for _ in range(count)) >= share for _ in range(2000))
+    assert held >= 2000 * (CONFIDENCE - 0.02)
 
 
-def test_a_bound_holds_as_often_as_it_says() -> None:
-    """Log-normal errors: 99 % of them are at exp(μ + 2.326 σ) at most."""
-    random, held = Random(1), 0
-    for _ in range(1000):
-        sample = [exp(random.gauss(-6.0, 0.5)) for _ in range(8)]
-        held += upper_bound(sample, PASSING) >= exp(-6.0 + 2.326 * 0.5)
-    assert held >= 1000 * (CONFIDENCE - 0.03)
-
-
-def test_bounds_are_never_inside_of_what_was_measured() -> None:
-    sample = [1e-3, 1.1e-3, 0.9e-3, 1e-3]
-    assert upper_bound(sample, 0.5) >= max(sample)
-    assert lower_bound(sample, 0.5) <= min(sample)
-    assert upper_bound([0.0] * 6, 0.99) == 0.0
-    with pytest.raises(ValueError, match="fewest"):
-        upper_bound([1.0] * 3, 0.99)
+@given(st.lists(ERRORS, min_size=1, max_size=4), st.lists(ERRORS, min_size=1, max_size=3))
+def test_nobody_honest_is_near_to_failing(honest: list[list[float]], hostile: list[list[float]]) -> None:
+    pairs = {f"{number}": errors for number, errors in enumerate(honest)}
+    found = thresholds(pairs, {"fraud": hostile}, [])
+    largest = max(max(errors) for errors in honest)
+    assert largest <= found.honest
+    assert found.pass_error < found.fail_error
+    assert MARGIN * largest <= found.fail_error
+    assert largest <= found.pass_error
+    assert found.hostile["fraud"] == min(sum(e >= found.fail_error for e in errors) / len(errors) for errors in hostile)
 
 
 def test_thresholds_are_between_honest_errors_and_frauds() -> None:
     found = thresholds(
         {"a | b": [0.004, 0.0041, 0.0039, 0.004], "b | a": [0.0] * 4},
-        {"tenth": [[0.14, 0.141, 0.139, 0.14]], "step": [[0.02, 0.021, 0.022, 0.02]]},
+        {"tenth": [[0.14, 0.141, 0.139, 0.01]], "step": [[0.004, 0.021, 0.003, 0.002]]},
         ["step"],
     )
     assert 0.0041 < found.pass_error < found.fail_error < 0.139
-    assert found.honest < found.fail_error
+    assert found.hostile == {"tenth": 0.75, "step": 0.0 if found.fail_error > 0.021 else 0.25}
     assert found.missed == ("step",)
 
 
 def test_noise_as_large_as_frauds_is_said_to_be() -> None:
     found = thresholds({"a | b": [0.1, 0.2, 0.3, 0.15]}, {"tenth": [[0.14, 0.15, 0.13, 0.12]]}, [])
     assert found.missed == ("tenth",)
-    assert found.pass_error < found.fail_error
-    assert found.fail_error >= found.honest, "nobody honest is convicted for it"
+    with pytest.raises(ValueError, match="fewest"):
+        thresholds({"a | b": [0.1] * 3}, {"tenth": [[0.14] * 3]}, [])
 
 
 def test_rounding_goes_where_it_is_told() -> None:
