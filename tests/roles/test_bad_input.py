@@ -77,6 +77,7 @@ class TestJoining:
         assert "/ip4/127.0.0.1/tcp/9" in words
         assert "invite" in words
 
+    @pytest.mark.slow
     def test_the_manifest_has_another_hash(self, tmp_path: Path) -> None:
         """Whoever answers at the invite's address gives out the manifest of another run."""
         config = write_config(tmp_path, members=1, rounds=FOREVER)
@@ -112,6 +113,7 @@ class TestDisks:
             assert "Traceback" not in words
             assert not run.events("node-1", RoundCertified)
 
+    @pytest.mark.slow
     def test_a_disk_that_fills_up_meanwhile(self, tmp_path: Path, large_disk: Path) -> None:
         config = write_config(tmp_path, members=1, rounds=FOREVER)
         with swarm(tmp_path / "run", config) as run:
@@ -131,6 +133,7 @@ class TestDisks:
         words = said(psyche("coordinator", str(config), "--directory", str(tmp_path / "c")))
         assert "no space left" in words
 
+    @pytest.mark.slow
     def test_a_corrupt_shard_that_nobody_has_whole(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=1, rounds=FOREVER)
         with swarm(tmp_path / "run", config) as run:

@@ -52,6 +52,7 @@ def test_a_node_that_missed_rounds_takes_their_outer_steps(tmp_path: Path) -> No
             assert roots.get(entry.round, entry.state_root.hex()) == entry.state_root.hex()
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_power_goes_on_where_it_was(tmp_path: Path) -> None:
     """Checkpoints are of earlier rounds; what came after is on every node's disk."""
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"start_members": 2}, deadlines=QUICK)

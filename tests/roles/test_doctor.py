@@ -208,6 +208,7 @@ class TestTheCommand:
         assert result.returncode == 1
         assert "choose another with --port" in " ".join(result.stdout.split())
 
+    @pytest.mark.slow
     def test_with_an_invite_to_a_run(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=1)
         with swarm(tmp_path / "run", config) as run:

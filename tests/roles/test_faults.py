@@ -119,6 +119,7 @@ def test_a_node_with_other_bits_is_told_and_resynchronises(tmp_path: Path) -> No
         stop_and_compare(run, ["node-1", "node-2", "node-3"])
 
 
+@pytest.mark.slow
 def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> None:
     """Another cache, so no token store; other random numbers, so another initial state."""
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 4, "start_members": 2})
@@ -136,6 +137,7 @@ def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> No
         assert list((tmp_path / "other-cache" / "data" / "shards").iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind_when_the_launcher_is_stopped(tmp_path: Path) -> None:
     """Killed: ``test_orphans.py``."""
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 500, "start_members": 2})

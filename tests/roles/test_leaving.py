@@ -59,6 +59,7 @@ def contribution(run: Swarm, round: int, node: str) -> Contribution | None:
     return {one.node: one.contribution for one in claimed(entry.certificate).record.accepted}.get(peer)
 
 
+@pytest.mark.slow
 def test_who_leaves_while_it_trains_hands_in_the_steps_it_has(some: Swarm) -> None:
     some.node("node-2", module=SLOW)
     some.wait("node-2", StepDone)

@@ -64,6 +64,7 @@ def test_after_a_power_cut_an_old_invite_does_and_who_is_first_waits(tmp_path: P
             assert run.kill(name, signal.SIGINT) == 130
 
 
+@pytest.mark.slow
 def test_a_newcomer_whose_invite_leads_nowhere_is_told_at_once(tmp_path: Path) -> None:
     with swarm(tmp_path / "run", write_config(tmp_path, members=1)) as run:
         run.coordinator()

@@ -16,7 +16,7 @@ SLOW = [("fp32", 1), ("int8", 2), ("fp32", 4), ("int8", 4), ("int4", 2)]
 
 
 def slow(*values: object) -> object:
-    """Each is ten to thirty seconds; of each kind one runs every time, and these with the slow tests."""
+    """Each is ten to thirty seconds; of what matters most one runs every time, and these with the slow tests."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -40,7 +40,7 @@ def test_a_sharded_run_matches_the_reference(tmp_path: Path, codec: str, members
     ("codec", "overlap"),
     [
         slow("int8", {"late_steps": 2}),
-        ("topk2", {"fragments": 2, "late_steps": 3}),
+        slow("topk2", {"fragments": 2, "late_steps": 3}),
         slow("fp32", {"fragments": 4}),
     ],
 )

@@ -57,6 +57,7 @@ def test_a_budget_that_no_noise_can_keep_is_refused() -> None:
         noise_for(0.01, DELTA, 100)
 
 
+@pytest.mark.slow
 def test_who_is_killed_before_it_can_send_has_paid_all_the_same(tmp_path: Path) -> None:
     """SIGKILL between the charge and what it pays for; with a budget for two, the third is refused."""
     noise = noise_for(8.0, DELTA, 2)
