@@ -197,6 +197,7 @@ def _judged(audit: Audit, plan: Plan, before: Docket, rules: AuditRules) -> Audi
         audit,
         rules,
         again=chance(second, rules.second),
+        late=plan.round - audit.since > rules.patience,
         expired=plan.round - audit.round >= rules.window or audit.accused in before.banned,
     )
     if isinstance(found, int):

@@ -6,11 +6,17 @@ and an honest node would be gone. A jury is dear, and comes once for each cheat 
 
 Replays differ by noise, so that a finding passes, or fails, or says nothing (between the thresholds). The gap between
 those is calibrated to be wider than the noise: of two honest auditors never one passes what the other fails.
+
+That an auditor looked at all its sketch says (``verification/sketch.py``): where a second one is asked and the two show
+different ways, a jury shows which of them is made up. Noise is what keeps honest auditors of other hardware from being
+taken for liars then, whatever the audited node did to enlarge it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from statistics import median_low
 from typing import Literal
 
 from psyche.protocol.state import AuditRules
@@ -24,6 +30,10 @@ LEAST = 2
 LEAST_JURY = 5
 """Voices of a jury from which on those in the minority are taken for liars, and not only outvoted: two that conspire
 are then no two thirds."""
+APART = 2
+"""Sketches whose distance is more than the smaller one's norm divided by this are not of the same way."""
+QUIET = 100_000
+"""Millionths: noise up to which a sketch convicts. A fifth of what it would take for honest auditors to be apart."""
 
 Grade = Literal["pass", "fail", "unsure", "unserved"]
 
@@ -51,17 +61,27 @@ def grade(finding: Finding, rules: AuditRules) -> Grade:
     return "pass" if finding.error <= rules.pass_error else "unsure"
 
 
-def decide(audit: Audit, rules: AuditRules, *, again: bool, expired: bool) -> Judgement:
+def decide(audit: Audit, rules: AuditRules, *, again: bool, late: bool, expired: bool) -> Judgement:
     """What follows from what is on record of ``audit``.
 
-    ``again``: the seed of this round wants a second auditor for what the first has passed. ``expired``: nobody is
-    waited for any more.
+    ``again``: the seed of this round wants a second auditor for what the first has not failed. ``late``: who is asked
+    had time enough, and a jury that is clear goes on without the others. ``expired``: nobody is waited for any more.
     """
-    grades = {one.auditor: grade(one.finding, rules) for one in audit.opinions if one.finding is not None}
-    wanted = min(audit.looks, len(audit.candidates))
-    if len(grades) < wanted and not expired:
+    shown = {one.auditor: one.finding for one in audit.opinions if one.finding is not None}
+    grades = {node: grade(one, rules) for node, one in shown.items()}
+    clear = late and audit.looks == JURY and _clear(audit, grades)
+    if len(shown) < min(audit.looks, len(audit.candidates)) and not clear and not expired:
         return audit.looks
-    all_heard = expired or len(grades) >= len(audit.candidates)
+    all_heard = expired or len(shown) >= len(audit.candidates)
+    measured = {node: one for node, one in shown.items() if one.outcome == "measured"}
+    if _doubtful(measured) and audit.looks < JURY and not all_heard:
+        return JURY
+    found = _weighed(audit, grades, again=again, all_heard=all_heard)
+    return found if isinstance(found, int) else _without(found, _astray(measured), len(measured))
+
+
+def _weighed(audit: Audit, grades: dict[str, Grade], *, again: bool, all_heard: bool) -> Judgement:
+    """What follows from what auditors say of the contribution."""
     passing, failing, unserved = (_of(grades, one) for one in ("pass", "fail", "unserved"))
     if failing:
         return _tried(audit, passing, failing, all_heard)
@@ -70,7 +90,7 @@ def decide(audit: Audit, rules: AuditRules, *, again: bool, expired: bool) -> Ju
             return MORE
         gone = len(unserved) > len(passing) and len(unserved) >= LEAST
         return Ended("unserved", unserved) if gone else Ended("passed" if passing else "inconclusive", passing)
-    if again and audit.looks == 1 and passing and not all_heard:
+    if again and audit.looks == 1 and grades and not all_heard:
         return 2
     if not grades:
         return Ended("dropped")
@@ -80,16 +100,56 @@ def decide(audit: Audit, rules: AuditRules, *, again: bool, expired: bool) -> Ju
 def _tried(audit: Audit, passing: frozenset[str], failing: frozenset[str], all_heard: bool) -> Judgement:
     """At least one fails it."""
     many, few = sorted((passing, failing), key=len, reverse=True)
-    if not all_heard and (audit.looks < JURY or 3 * len(many) < 2 * len(audit.candidates)):
+    if not all_heard and (audit.looks < JURY or not _two_thirds(many, audit.candidates)):
         return JURY
-    voices = len(passing) + len(failing)
-    if 3 * len(many) < 2 * voices:
+    voices = passing | failing
+    if not _two_thirds(many, voices):
         return Ended("inconclusive")
-    lied = few if voices >= LEAST_JURY else frozenset()
+    lied = few if len(voices) >= LEAST_JURY else frozenset()
     if many is passing:
         return Ended("passed", passing, lied)
     return Ended("convicted", failing, lied) if len(failing) >= (MORE if passing else LEAST) else Ended("inconclusive")
 
 
+def _clear(audit: Audit, grades: dict[str, Grade]) -> bool:
+    """Whether no other voice can change anything."""
+    return any(_two_thirds(_of(grades, one), audit.candidates) for one in ("pass", "fail"))
+
+
+def _two_thirds(some: Collection[str], of: Collection[str]) -> bool:
+    return 3 * len(some) >= 2 * len(of)
+
+
 def _of(grades: dict[str, Grade], wanted: Grade) -> frozenset[str]:
     return frozenset(node for node, found in grades.items() if found == wanted)
+
+
+# ----------------------------------------------------------------------------- who did not look
+
+
+def unlike(one: Finding, other: Finding) -> bool:
+    """Whether two auditors show different ways. In integers, so that all nodes agree."""
+    a, b = one.sketch, other.sketch
+    if len(a) != len(b):
+        return True
+    apart = sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+    return APART**2 * apart > min(sum(x * x for x in a), sum(y * y for y in b))
+
+
+def _doubtful(measured: Mapping[str, Finding]) -> bool:
+    """Whether somebody did not look."""
+    return any(unlike(one, other) for one in measured.values() for other in measured.values())
+
+
+def _astray(measured: Mapping[str, Finding]) -> frozenset[str]:
+    """Who shows another way than two thirds do; nobody where no two thirds show one, or training is noisy."""
+    near = ([node for node, one in measured.items() if not unlike(one, middle)] for middle in measured.values())
+    most = max(near, key=len, default=[])
+    if not most or not _two_thirds(most, measured) or median_low(measured[node].noise for node in most) > QUIET:
+        return frozenset()
+    return frozenset(measured) - frozenset(most)
+
+
+def _without(found: Ended, astray: frozenset[str], voices: int) -> Ended:
+    lied = found.lied | astray if voices >= LEAST_JURY else found.lied
+    return replace(found, right=found.right - astray, lied=lied)

@@ -12,6 +12,10 @@ from psyche.protocol.wire import Body, Hash, Message, Natural, NodeId, Nodes, Po
 JURY = 15
 """Auditors of one contribution at most, where those before them disagree."""
 MAX_AUDITS = 4096
+MOST = 10**9
+"""What a :class:`Finding` says of numbers that are larger, or not finite."""
+SKETCH = 64
+"""Numbers of the way in a finding, at most: two honest ones' relative distance comes out right to about an eighth."""
 
 
 class Finding(Message, frozen=True):
@@ -20,13 +24,19 @@ class Finding(Message, frozen=True):
     outcome: Literal["measured", "false", "unserved"]
     """``measured``: replayed, and ``error`` says how far apart. ``false``: something that has to agree to the bit does
     not. ``unserved``: its author did not hand over what it committed to."""
-    error: Annotated[int, Meta(ge=0, le=10**9)]
-    """‖Δ − Δ'‖ / ‖Δ'‖ of the worst segment, in millionths; 10⁹ stands for more, and for what is not finite."""
+    error: Annotated[int, Meta(ge=0, le=MOST)]
+    """‖Δ − Δ'‖ / ‖Δ'‖ of the worst segment, in millionths."""
     segment: Natural
     """Number of that segment: what anybody has to run again who doubts it."""
-    gain: Annotated[int, Meta(ge=-(10**9), le=10**9)]
+    gain: Annotated[int, Meta(ge=-MOST, le=MOST)]
     """By how much the contribution alone lowers the held-out loss, in millionths of a nat a token. For pay, never for
     judgement."""
+    noise: Annotated[int, Meta(ge=0, le=MOST)] = MOST
+    """How far apart two precisions are in the segment where they are farthest, as ``error``; the most where nobody
+    looked: a jury does."""
+    sketch: Annotated[tuple[Annotated[int, Meta(ge=-MOST, le=MOST)], ...], Meta(max_length=SKETCH)] = ()
+    """How far some parameters had come on the way, in 10⁻⁹ (``verification/sketch.py``): who knows has trained. Of an
+    auditor, never of the contribution."""
 
 
 class Verdict(Body, frozen=True):
@@ -92,8 +102,8 @@ class Closed(Message, frozen=True):
     paid: Nodes
     """Auditors whose word agrees with how it ended, ascending: they are paid for the work as if they had done it."""
     lied: Nodes
-    """Auditors who said the opposite of what a jury found, ascending."""
-    gain: Annotated[int, Meta(ge=-(10**9), le=10**9)]
+    """Auditors who said the opposite of what a jury found, or show another way than it does, ascending."""
+    gain: Annotated[int, Meta(ge=-MOST, le=MOST)]
     """The median of what those who are paid found; 0 where nobody found any."""
 
 

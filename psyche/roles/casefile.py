@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from psyche.protocol.audits import seed_of
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.verdicts import Audit
+from psyche.protocol.verdicts import JURY, Audit
 
 LOOKBACK = 64
 """Rounds in which a node's error feedback is looked for: one that started again goes on with that of a checkpoint."""
@@ -25,6 +25,8 @@ class Case:
     seed: bytes
     residuals: frozenset[bytes] | None
     """This and ``seed``: see ``verification/replay.py: Claim``."""
+    jury: bool = False
+    """Auditors do not agree about it: look closely."""
 
 
 def first_needed(audit: Audit) -> int:
@@ -43,7 +45,9 @@ def open_case(audit: Audit, records: Mapping[int, Record], run_id: bytes, fragme
     before = records.get(audit.round - 1)
     residuals = _residuals(audit, records, fragments)
     seed = seed_of(record.plan, record.accepted, run_id)
-    return Case(record.plan, audit.accused, given, before.plan if before else None, seed, residuals)
+    return Case(
+        record.plan, audit.accused, given, before.plan if before else None, seed, residuals, audit.looks == JURY
+    )
 
 
 def _residuals(audit: Audit, records: Mapping[int, Record], fragments: int) -> frozenset[bytes] | None:

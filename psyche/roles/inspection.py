@@ -35,7 +35,7 @@ def audit(replica: Replica, case: Case, kit: Kit, blobs: Blobs, *, stop: Callabl
     """
     assert not case.given.private, "there is nothing to see of it"
     lab = lab_of(replica, case.plan, case.node, case.before)
-    return replay(replace(lab, stop=stop), claim_of(replica, case, kit), blobs)
+    return replay(replace(lab, stop=stop, thorough=case.jury), claim_of(replica, case, kit), blobs)
 
 
 def claim_of(replica: Replica, case: Case, kit: Kit) -> Claim:

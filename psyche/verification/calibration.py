@@ -2,7 +2,7 @@
 
 A reference node and a peer train some rounds together. Each segment between two trace points of the reference is then
 done again, from the same state on the same batches, by every kind of node there is here; and claimed by every kind of
-cheat. An error is that of an audit: ``replay.segment_error``.
+cheat. An error is that of an audit: ``verification/replay.py``.
 """
 
 from __future__ import annotations

@@ -30,17 +30,16 @@ from psyche.numerics.codecs.base import Codec, NonFinite
 from psyche.numerics.digest import blob_root, digest, payload_root
 from psyche.protocol.assignment import permute
 from psyche.protocol.messages import WITHHELD, Contribution, Plan
-from psyche.protocol.verdicts import Finding
+from psyche.protocol.verdicts import MOST, Finding
 from psyche.training.engine import Batch, Engine
 from psyche.training.moments import Moments, packed_bytes
 from psyche.training.schedules import learning_rate
 from psyche.training.torch_engine import TorchEngine
 from psyche.verification.coasting import coasted
 from psyche.verification.kit import Unserved
+from psyche.verification.sketch import Glimpse, glimpses
 from psyche.verification.traces import Point, Trace, point_steps, trace_root
 
-MOST = 10**9
-"""What a Finding says of errors that are larger, or not finite."""
 CLEAR = 0.01
 """A relative error up to which nobody needs to look closer."""
 USUAL = 0.02
@@ -100,6 +99,8 @@ class Lab:
     """Names of the parameters that Muon steps."""
     stop: Callable[[], bool] = lambda: False
     """Whether the audit is to be given up; asked before every inner step."""
+    thorough: bool = False
+    """Measure noise where nothing is wrong, too."""
 
 
 def replay(lab: Lab, claim: Claim, blobs: Blobs) -> Finding:
@@ -111,15 +112,18 @@ def replay(lab: Lab, claim: Claim, blobs: Blobs) -> Finding:
         _check_trace(lab, claim)
         theta, end = (_vector(blobs, root, lab.engine.layout.size) for root in (claim.theta_root, _end(claim)))
         payload = _encoded_again(lab, claim, theta, end, blobs)
+        shown = glimpses(digest("looked at", claim.seed, claim.node.encode()), claim.points, lab.engine.layout)
         with undisturbed(lab.engine):
-            errors = [segment_error(lab, claim, number, blobs) for number in range(len(claim.points) - 1)]
+            found = [_segment(lab, claim, number, blobs, shown.get(number)) for number in range(len(claim.points) - 1)]
             gain = _gain(lab, claim, theta, payload)
     except Unserved:
         return Finding("unserved", 0, 0, 0)
     except Contradiction:
         return Finding("false", MOST, 0, 0)
-    worst = max(range(len(errors)), key=errors.__getitem__, default=0)
-    return Finding("measured", millionths(errors[worst]) if errors else 0, worst, gain)
+    worst = max(range(len(found)), key=lambda number: found[number].error, default=0)
+    error, noise = (max((getattr(one, name) for one in found), default=0.0) for name in ("error", "noise"))
+    sketch = tuple(number for one in found for number in one.sketch)
+    return Finding("measured", millionths(error), worst, gain, millionths(noise), sketch)
 
 
 def needed(engine: Engine, claim: Claim) -> dict[bytes, int]:
@@ -234,42 +238,62 @@ def _end(claim: Claim) -> bytes:
 # ------------------------------------------------------------------------------- to within noise
 
 
-def segment_error(lab: Lab, claim: Claim, number: int, blobs: Blobs) -> float:
-    """The relative error of segment ``number``, between the points of that number and the next: ‖d − d'‖ / ‖d'‖, d
-    the displacement that the node claims and d' that of this engine from the same state on the same batches.
+@dataclass(frozen=True)
+class Segment:
+    """What a segment's replay says."""
 
-    Where that is not clear, it is done once more in the other precision: see :func:`tolerant_error`. Infinite where
-    anything is not finite. The engine is left at the end.
+    error: float
+    """‖d − d'‖ / ‖d'‖, d the displacement that the node claims and d' that of this engine from the same state on the
+    same batches. Infinite where anything is not finite."""
+    noise: float
+    """The same between two precisions of this engine; infinite where that was not looked at."""
+    sketch: tuple[int, ...] = ()
+
+
+def _segment(lab: Lab, claim: Claim, number: int, blobs: Blobs, glimpse: Glimpse | None) -> Segment:
+    """Train segment ``number`` again, between the points of that number and the next.
+
+    Where the error is not clear, it is done once more in the other precision: see :func:`tolerant_error`. The engine is
+    left at the end.
     """
     start, stop = claim.points[number], claim.points[number + 1]
     before, after = (_vector(blobs, point.parameters, lab.engine.layout.size) for point in (start, stop))
     moments = _moments(lab, blobs, start.optimizer)
     if not all(bool(torch.isfinite(one).all()) for one in (before, after, moments.flat)):
-        return float("inf")
-    found, lrs = _trained(lab, claim, range(start.step, stop.step), before, moments)
+        return Segment(float("inf"), float("inf"))
+    steps = range(start.step, stop.step)
+    found, lrs, sketch = _trained(lab, claim, steps, before, moments, glimpse)
     drift = coasted(lab.engine.layout, lab.run.inner, lab.by_muon, before, moments, lrs)
     error = relative_error(before, after, found, drift)
-    if error <= CLEAR:
-        return error
+    if error <= CLEAR and not lab.thorough:
+        return Segment(error, float("inf"), sketch)
     with lab.engine.other_precision():
-        other, _ = _trained(lab, claim, range(start.step, stop.step), before, moments)
-    return tolerant_error(before, after, found, other, drift)
+        other, _, _ = _trained(lab, claim, steps, before, moments)
+    noise = relative_error(before, other, found, drift)
+    if error > CLEAR:
+        error = tolerant_error(before, after, found, other, drift)
+    return Segment(error, noise, sketch)
 
 
-def _trained(lab: Lab, claim: Claim, steps: range, before: Tensor, moments: Moments) -> tuple[Tensor, list[float]]:
-    """Parameters after ``steps`` of the round from ``before``, and the learning rates."""
+def _trained(
+    lab: Lab, claim: Claim, steps: range, before: Tensor, moments: Moments, glimpse: Glimpse | None = None
+) -> tuple[Tensor, list[float], tuple[int, ...]]:
+    """Parameters after ``steps`` of the round from ``before``, the learning rates, and what ``glimpse`` shows."""
     engine, run = lab.engine, lab.run
     engine.write(before)
     engine.load_state(moments.state(engine.layout, lab.by_muon))
-    first, lrs = (claim.plan.round - 1) * run.rounds.inner_steps, []
+    first, lrs, found = (claim.plan.round - 1) * run.rounds.inner_steps, [], torch.empty_like(before)
+    sketch: tuple[int, ...] = ()
     for step in steps:
         if lab.stop():
             raise Stopped
         lrs.append(learning_rate(run.inner, first + step, run.total_steps, engine.steps))
         engine.step(batch_of(lab, claim, step), lrs[-1])
-    found = torch.empty_like(before)
+        if glimpse is not None and step == glimpse.step:
+            engine.read(found)
+            sketch = glimpse.show(before, found)
     engine.read(found)
-    return found, lrs
+    return found, lrs, sketch
 
 
 def tolerant_error(before: Tensor, after: Tensor, found: Tensor, other: Tensor, drift: Tensor) -> float:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche.numerics.digest import digest
 from psyche.protocol.audits import BadDocket, asked, busy, statement
 from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.judgement import unlike
 from psyche.protocol.messages import Leave
 from psyche.protocol.state import AuditRules
 from psyche.protocol.verdicts import Audit, Finding, SealedVerdict
@@ -70,6 +73,64 @@ def test_who_passes_a_cheat_is_found_out_by_a_second_look() -> None:
     assert set(trial.docket.banned) <= {cheat, friend}
 
 
+def shown(finding: Finding, audit: Audit, *, off: float = 0.0, noise: int = 5_000) -> Finding:
+    """``finding`` of somebody who looked, and whose arithmetic is ``off`` from others' by so much."""
+    way = [int.from_bytes(digest("way", audit.accused.encode(), bytes([i]))[:2], "little") - 2**15 for i in range(64)]
+    odd = [(-1) ** i * round(off * abs(number)) for i, number in enumerate(way)]
+    return msgspec.structs.replace(finding, sketch=tuple(map(sum, zip(way, odd, strict=True))), noise=noise)
+
+
+LAZY = {
+    "nothing": PASS,
+    "zeros": msgspec.structs.replace(PASS, sketch=(0,) * 64),
+    "something": msgspec.structs.replace(PASS, sketch=tuple(range(-32, 32))),
+    "unsure of everything": UNSURE,
+}
+
+
+@pytest.mark.parametrize("says", LAZY)
+def test_who_passes_unseen_is_found_out_where_all_are_honest(says: str) -> None:
+    """By a second look; and where the second was lazy and the first honest as well."""
+    lazy = EIGHT[3]
+    trial = court(second=0.2)
+    trial.play(40, lambda node, audit: LAZY[says] if node == lazy else shown(PASS, audit))
+    assert trial.docket.banned == (lazy,)
+    assert {one.outcome for one in trial.closed if one.accused != lazy} <= {"passed", "inconclusive"}
+    assert all(lazy not in one.paid for one in trial.closed if lazy in one.lied)
+
+
+def test_other_hardware_is_not_laziness() -> None:
+    trial = court(second=1.0)
+    trial.play(30, lambda node, audit: shown(PASS, audit, off=0.24 if node in EIGHT[:3] else 0.0))
+    assert trial.docket.banned == ()
+    assert {one.looks for one in trial.docket.audits} <= {1, 2}, "no jury is troubled"
+
+
+def test_where_rounding_is_enlarged_nobody_is_taken_for_lazy() -> None:
+    """Whoever did that: an audited node hands over the optimizer that it is audited with."""
+    trial = court(second=1.0)
+    trial.play(30, lambda node, audit: shown(PASS, audit, off=1.5 if node in EIGHT[:2] else 0.0, noise=300_000))
+    assert trial.docket.banned == ()
+    assert {one.outcome for one in trial.closed} == {"passed"}
+
+
+def test_three_that_agree_are_too_few_to_call_others_lazy() -> None:
+    trial = court(4, second=1.0)
+    trial.play(30, lambda node, audit: LAZY["zeros"] if node == EIGHT[0] else shown(PASS, audit))
+    assert trial.docket.banned == ()
+
+
+@given(st.lists(st.integers(-(10**9), 10**9), min_size=64, max_size=64), st.floats(0, 0.49))
+def test_ways_are_unlike_from_half_of_the_way_on(way: list[int], off: float) -> None:
+    one = msgspec.structs.replace(PASS, sketch=tuple(way))
+    near = msgspec.structs.replace(PASS, sketch=tuple(number + int(off * number) for number in way))
+    signs = msgspec.structs.replace(PASS, sketch=tuple(-number for number in way))
+    assert not unlike(one, one)
+    assert not unlike(one, near)
+    assert unlike(one, signs) == unlike(signs, one) == any(way)
+    assert unlike(one, PASS)
+
+
 def test_between_the_thresholds_nobody_is_punished() -> None:
     trial = court()
     trial.play(30, lambda node, audit: UNSURE)
@@ -95,6 +156,15 @@ def test_an_auditor_who_is_silent_is_replaced() -> None:
     trial.play(12, lambda node, audit: None if node in EIGHT[:2] else PASS)
     assert {one.outcome for one in trial.closed if one.round == 1} == {"passed"}
     assert not [audit for audit in trial.docket.audits if audit.round == 1]
+
+
+def test_a_jury_does_not_wait_for_those_who_are_gone() -> None:
+    cheat, gone = EIGHT[2], EIGHT[:2]
+    trial = court(window=40)
+    trial.play(10, lambda node, audit: None if node in gone else FAIL if audit.accused == cheat else PASS)
+    assert cheat in trial.docket.banned
+    first = next(one for one in trial.closed if one.accused == cheat)
+    assert len(first.paid) == 5, "who was in time"
 
 
 def test_audits_that_nobody_does_end_with_the_window() -> None:
@@ -185,8 +255,6 @@ def test_who_stood_out_and_contributed_nothing_is_not_believed() -> None:
 
 def replace_audits(trial: Court) -> object:
     """The docket with nothing open."""
-    import msgspec
-
     return msgspec.structs.replace(trial.docket, audits=())
 
 

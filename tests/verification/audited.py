@@ -27,6 +27,9 @@ STEPS = 30
 """H, as where the relative errors of REFERENCES were measured."""
 ROUNDS = {"total": 6, "inner_steps": STEPS, "start_members": 2}
 
+SEED = b"seed"
+"""What draws what auditors look at."""
+
 Tamper = Callable[[Replica, int], None]
 """Called after every inner step, with its number."""
 
@@ -69,11 +72,15 @@ class Court:
         residuals: frozenset[bytes] | None = None,
     ) -> Finding:
         """What the auditor finds of the accused's work."""
+        return self.judge_kit(plan, work, self.kit(plan), before, residuals)
+
+    def kit(self, plan: Plan) -> Kit:
+        """The accused's of that round."""
         kits = self.accused.witness.kits
         assert kits is not None
         kit = kits.kit(plan.round)
         assert kit is not None
-        return self.judge_kit(plan, work, kit, before, residuals)
+        return kit
 
     def judge_kit(
         self,
@@ -82,11 +89,13 @@ class Court:
         kit: Kit,
         before: Plan | None = None,
         residuals: frozenset[bytes] | None = None,
+        *,
+        jury: bool = False,
     ) -> Finding:
         kits = self.accused.witness.kits
         assert kits is not None
         blobs = partial(kits.read, plan.round)
-        case = Case(plan, self.accused.node, work.contribution, before, b"seed", residuals)
+        case = Case(plan, self.accused.node, work.contribution, before, SEED, residuals, jury)
         return audit(self.auditor, case, kit, blobs)
 
 

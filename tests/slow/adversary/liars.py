@@ -7,7 +7,7 @@ from collections.abc import Callable
 from psyche.protocol.verdicts import Audit, Finding
 from psyche.roles.tribunal import Judge
 
-FAILED, PASSED = Finding("measured", 900_000, 0, 0), Finding("measured", 0, 0, 0)
+FAILED, PASSED, UNSURE = (Finding("measured", error, 0, 0) for error in (900_000, 0, 30_000))
 
 
 def slander(hostile: frozenset[str]) -> Judge:
@@ -35,5 +35,14 @@ def wave_through(hostile: frozenset[str]) -> Judge:
 
     def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:
         return PASSED if node in hostile else look()
+
+    return judge
+
+
+def shrug(hostile: frozenset[str]) -> Judge:
+    """They say of everybody that it is hard to say."""
+
+    def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:
+        return UNSURE if node in hostile else look()
 
     return judge

@@ -13,7 +13,7 @@ import pytest
 
 from psyche.roles.tribunal import Judge
 from tests.slow.adversary.cheats import WAYS, Cheat, armed, hands_nothing_over, noise, scaled, zero
-from tests.slow.adversary.liars import slander, vouch, wave_through
+from tests.slow.adversary.liars import shrug, slander, vouch, wave_through
 from tests.slow.adversary.simulated import Ran, run
 
 pytestmark = pytest.mark.slow
@@ -59,6 +59,13 @@ def test_auditors_that_pass_a_cheat_go_down_with_it(
     tmp_path: Path, cache: Path, judge: Callable[[frozenset[str]], Judge]
 ) -> None:
     check(judge.__name__, run(tmp_path, cache, nodes=8, hostile=2, rounds=20, arm=WAYS["other data"], judge=judge))
+
+
+@pytest.mark.parametrize("judge", [wave_through, shrug])
+def test_auditors_that_do_not_look_are_found_out_where_all_work_is_honest(
+    tmp_path: Path, cache: Path, judge: Callable[[frozenset[str]], Judge]
+) -> None:
+    check(judge.__name__, run(tmp_path, cache, nodes=8, hostile=2, rounds=30, arm=armed(), judge=judge))
 
 
 def test_who_hands_nothing_over_is_paid_nothing_for_what_was_audited(tmp_path: Path, cache: Path) -> None:
