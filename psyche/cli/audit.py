@@ -10,11 +10,6 @@ import typer
 app = typer.Typer(help="Check contributions by doing them again.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps the only command a command of its own."""
-
-
 @app.command()
 def calibrate(
     config: Annotated[Path, typer.Argument(help="Configuration file (YAML) with a run: part.", show_default=False)],
@@ -29,3 +24,49 @@ def calibrate(
     with progress_display() as report:
         loaded, store = calibrating.prepared(config, report)
     calibrating.calibrate(loaded, store, rounds, json=json, picture=plot)
+
+
+@app.command()
+def rerun(
+    path: Annotated[Path, typer.Argument(help="Directory of a node that audited.", show_default=False)],
+    node: Annotated[
+        str | None, typer.Argument(help="Whose work: its PeerID, or how that ends.", show_default=False)
+    ] = None,
+    round: Annotated[int | None, typer.Argument(help="Of which round.", show_default=False)] = None,
+    segment: Annotated[int | None, typer.Option(help="Only this one, from 0.", show_default=False)] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where the run's text is kept.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Do work again that an auditor did not pass, from the evidence that it kept: nobody has to take its word.
+
+    Without NODE and ROUND, say which evidence there is. A convicted node's auditors have it; copy their directories
+    (ledger, manifest and evidence) to any machine that has the run's text.
+    """
+    import sys
+
+    from psyche.cli.places import ledger_file, manifest_of
+    from psyche.verification.evidence import EVIDENCE, Evidence
+
+    ledger = ledger_file(path)
+    manifest, evidence = manifest_of(None, ledger), Evidence(ledger.parent / EVIDENCE)
+    if node is None or round is None:
+        cases = evidence.cases()
+        typer.echo("\n".join(f"{name} {number}" for name, number in cases) or f"{path} has no evidence: nothing failed")
+        return
+    import msgspec
+
+    from psyche.config import Node
+    from psyche.roles import rerun as again
+
+    case = again.case_in(ledger, manifest, again.chosen(evidence, node, round), round)
+    settings = Node(device=device) if cache is None else Node(device=device, cache=cache)
+    found = again.rerun(
+        ledger.parent / EVIDENCE,
+        case,
+        manifest,
+        settings,
+        only=segment,
+        told=lambda text: print(f"{text} …", file=sys.stderr),
+    )
+    typer.echo(msgspec.json.encode(found) if json else "\n".join(again.in_words(found, manifest)))

@@ -87,6 +87,11 @@ class BlobIndex:
             raise ValueError("a chunk of no bytes, or of too many")
         return cls(sizes, bytes(view[4 * chunks :]))
 
+    def head(self, whole: int, rest: Buffer) -> BlobIndex:
+        """The index of a blob of which this one's first ``whole`` chunks, and then the bytes ``rest`` are all."""
+        tail = index_blob(rest)
+        return BlobIndex(self.sizes[:whole] + tail.sizes, self.hashes[: whole * HASH_BYTES] + tail.hashes)
+
     def matches(self, number: int, chunk: Buffer) -> bool:
         """Whether ``chunk`` is the blob's chunk ``number``, to the bit."""
         if not 0 <= number < self.chunks or memoryview(chunk).nbytes != self.sizes[number]:
@@ -126,13 +131,6 @@ def rehash(index: BlobIndex, data: Buffer, changed: Sequence[int]) -> BlobIndex:
     for number, found in zip(changed, _POOL.map(_hash, (pieces[number] for number in changed)), strict=True):
         hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES] = found
     return BlobIndex(index.sizes, bytes(hashes))
-
-
-def head_index(index: BlobIndex, data: Buffer, size: int) -> BlobIndex:
-    """The index of the first ``size`` bytes of ``data``, whose own is ``index``: no more than one chunk is hashed."""
-    whole, rest = divmod(size, CHUNK)
-    tail = index_blob(memoryview(data).cast("B")[whole * CHUNK : size]) if rest else BlobIndex((), b"")
-    return BlobIndex(index.sizes[:whole] + tail.sizes, index.hashes[: whole * HASH_BYTES] + tail.hashes)
 
 
 def _hash(chunk: Buffer) -> bytes:

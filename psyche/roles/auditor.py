@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
@@ -25,7 +26,7 @@ from psyche.protocol.audits import asked
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import grade
 from psyche.protocol.messages import Certificate, Record
-from psyche.protocol.verdicts import Audit, Finding, SealedVerdict, Verdict
+from psyche.protocol.verdicts import JURY, Audit, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.roles.casefile import Case, first_needed, open_case
 from psyche.roles.chain_rules import chain_rules
@@ -36,6 +37,7 @@ from psyche.roles.replica import Replica
 from psyche.roles.shards import Supply
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
+from psyche.verification.evidence import Evidence
 from psyche.verification.kit import MAX_KIT, Kit, Kits, Unserved
 from psyche.verification.replay import Stopped, needed
 
@@ -80,15 +82,21 @@ class Auditor:
         client: Client,
         ledger: LedgerWriter,
         supply: Supply,
+        evidence: Evidence,
         *,
         do: Do,
         log: EventLog,
     ) -> None:
-        """``do`` runs a function on the thread that trains."""
+        """``do`` runs a function on the thread that trains; in ``evidence`` is kept what does not pass."""
         self._replica, self._kits, self._network, self._client = replica, kits, network, client
         self._ledger, self._supply, self._do, self._log = ledger, supply, do, log
+        self._evidence = evidence
         self._me, self._rules = replica.node, chain_rules(replica.manifest).audits
         self._verdicts: dict[Key, Verdict] = {}
+        self._begun: Counter[Key] = Counter()
+        """How often a duty was begun: who is put off goes on with another one, lest an accused holds up all."""
+        self._failed: Counter[Key] = Counter()
+        """How often something of an accused was not to be had, whether this node was put off meanwhile or not."""
         self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
         self._working: asyncio.Task[None] | None = None
         self._saying: asyncio.Task[None] | None = None
@@ -120,7 +128,8 @@ class Auditor:
         for one in record.docket.closed:
             if one.accused == self._me:
                 self._tell(f"the audit of this node's work in round {one.round} ended: {one.outcome}")
-            self._verdicts.pop((one.accused, one.round), None)
+            for kept in (self._verdicts, self._begun, self._failed):
+                kept.pop((one.accused, one.round), None)
         self.check()
         self._offer()
         if self._saying is not None:
@@ -188,18 +197,20 @@ class Auditor:
 
     def _duties(self) -> list[Audit]:
         chain = self._replica.chain
-        return [
+        found = [
             case
             for case in chain.docket.audits
             if self._me in asked(case, chain.rounds + 1, self._rules)
             and all(one.auditor != self._me for one in case.opinions)
             and (case.accused, case.round) not in self._verdicts
         ]
+        return sorted(found, key=lambda case: self._begun[case.accused, case.round])
 
     async def _work(self, stop: threading.Event) -> None:
         """One contribution after the other; what can be said of each goes on record as soon as it is known."""
         await self._do(self._replica.forsake)
         for duty in self._duties():
+            self._begun[duty.accused, duty.round] += 1
             case = await self._case(duty)
             if case is None or not can_audit(self._replica, case.plan):
                 self._tell(f"this node cannot audit {duty.accused[-6:]}: it was not there in round {duty.round}")
@@ -223,7 +234,7 @@ class Auditor:
 
     async def _case(self, duty: Audit) -> Case | None:
         manifest = self._replica.manifest
-        encoded = await self._ledger.certificates(first_needed(duty), MAX_LOOKED_AT)
+        encoded = await self._ledger.certificates(first_needed(duty.round), MAX_LOOKED_AT)
         return await asyncio.to_thread(_opened, manifest, encoded, duty)
 
     async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
@@ -235,7 +246,20 @@ class Auditor:
         except Unserved as error:
             self._tell(f"{case.node[-6:]} does not hand over what it committed to in round {case.plan.round}: {error}")
             return UNSERVED
-        return await self._do(partial(audit, stop=stop.is_set), self._replica, case, kit, partial(_within, blobs))
+        found = await self._do(partial(audit, stop=stop.is_set), self._replica, case, kit, partial(_within, blobs))
+        if grade(found, self._rules) == "fail":
+            await asyncio.to_thread(self._keep, case, kit, blobs)
+        return found
+
+    def _keep(self, case: Case, kit: Kit, blobs: Mapping[bytes, bytearray]) -> None:
+        """Evidence of what failed: nobody has to believe this node."""
+        base = self._replica.witness.bases.get(case.plan.round - 1)
+        if base is None:
+            return
+        try:
+            self._evidence.keep(case.node, case.plan.round, kit, blobs, base)
+        except OSError as error:
+            self._tell(f"the evidence against {case.node[-6:]} cannot be kept ({error.strerror}): free some disk")
 
     async def _kit_of(self, case: Case) -> Kit:
         async def ask() -> Kit:
@@ -244,31 +268,31 @@ class Auditor:
             )
             return decode(Kit, reply)
 
-        return await self._insist(ask)
+        return await self._insist(case, ask)
 
     async def _blobs_of(self, case: Case, kit: Kit) -> Mapping[bytes, bytearray]:
         found: dict[bytes, bytearray] = {}
-        claim = claim_of(self._replica, case, kit)
+        claim = claim_of(case, kit, self._replica.witness.bases[case.plan.round - 1])
         for root, limit in needed(self._replica.engine, claim).items():
 
             async def get(root: bytes = root, limit: int = limit) -> bytearray:
                 return await fetch(self._network, root, sources=[case.node], max_size=limit)
 
-            found[root] = await self._insist(get)
+            found[root] = await self._insist(case, get)
         return found
 
-    async def _insist(self, get: Callable[[], Awaitable[T]]) -> T:
+    async def _insist(self, case: Case, get: Callable[[], Awaitable[T]]) -> T:
         """Raises :class:`Unserved` where it is not to be had, however often one asks."""
-        for attempt in range(ATTEMPTS):
+        while True:
             try:
                 return await get()
             except (MalformedMessage, BadBlob) as error:
                 raise Unserved(str(error)) from None
             except (FetchError, Unreachable, Refused, Violation) as error:
-                if attempt == ATTEMPTS - 1:
+                self._failed[case.node, case.plan.round] += 1
+                if self._failed[case.node, case.plan.round] >= ATTEMPTS:
                     raise Unserved(str(error)) from None
-                await asyncio.sleep(RETRY_SECONDS)
-        raise AssertionError
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _submit(self, body: SealedVerdict | Verdict) -> None:
         with contextlib.suppress(Refused):  # it is on record, or the audit has ended
@@ -280,7 +304,8 @@ class Auditor:
 
 def _opened(manifest: Manifest, encoded: Sequence[bytes], duty: Audit) -> Case | None:
     records = (record_in(manifest, decode(Certificate, one)) for one in encoded)
-    return open_case(duty, {one.plan.round: one for one in records}, manifest.run_id, manifest.run.overlap.fragments)
+    found, fragments = {one.plan.round: one for one in records}, manifest.run.overlap.fragments
+    return open_case(duty.accused, duty.round, found, manifest.run_id, fragments, jury=duty.looks == JURY)
 
 
 def _within(blobs: Mapping[bytes, bytearray], root: bytes, limit: int) -> bytearray:

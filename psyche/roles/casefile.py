@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from psyche.protocol.audits import seed_of
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.verdicts import JURY, Audit
 
 LOOKBACK = 64
 """Rounds in which a node's error feedback is looked for: one that started again goes on with that of a checkpoint."""
@@ -29,37 +28,37 @@ class Case:
     """Auditors do not agree about it: look closely."""
 
 
-def first_needed(audit: Audit) -> int:
+def first_needed(round: int) -> int:
     """Rounds from this one on up to the audited one are what :func:`open_case` wants."""
-    return max(1, audit.round - LOOKBACK)
+    return max(1, round - LOOKBACK)
 
 
-def open_case(audit: Audit, records: Mapping[int, Record], run_id: bytes, fragments: int) -> Case | None:
-    """The case of ``audit``, from the records there are; None where its own is missing."""
-    record = records.get(audit.round)
+def open_case(
+    node: str, round: int, records: Mapping[int, Record], run_id: bytes, fragments: int, *, jury: bool = False
+) -> Case | None:
+    """The case of what ``node`` contributed to ``round``, from the records there are; None where it is in none."""
+    record = records.get(round)
     if record is None:
         return None
-    given = next((one.contribution for one in record.accepted if one.node == audit.accused), None)
+    given = next((one.contribution for one in record.accepted if one.node == node), None)
     if given is None:
         return None
-    before = records.get(audit.round - 1)
-    residuals = _residuals(audit, records, fragments)
+    before = records.get(round - 1)
+    residuals = _residuals(node, round, records, fragments)
     seed = seed_of(record.plan, record.accepted, run_id)
-    return Case(
-        record.plan, audit.accused, given, before.plan if before else None, seed, residuals, audit.looks == JURY
-    )
+    return Case(record.plan, node, given, before.plan if before else None, seed, residuals, jury)
 
 
-def _residuals(audit: Audit, records: Mapping[int, Record], fragments: int) -> frozenset[bytes] | None:
+def _residuals(node: str, audited: int, records: Mapping[int, Record], fragments: int) -> frozenset[bytes] | None:
     """What the error feedback of the fragment may have been before the round, as far as records say.
 
     None where they do not: something of the node's was left out, and given back to its error feedback, or it has been
     there for longer than the records at hand.
     """
     found: set[bytes] = set()
-    for round in range(audit.round - fragments, first_needed(audit) - 1, -fragments):
+    for round in range(audited - fragments, first_needed(audited) - 1, -fragments):
         record = records.get(round)
-        if record is None or any(one.node == audit.accused for one in record.excluded):
+        if record is None or any(one.node == node for one in record.excluded):
             return None
-        found |= {one.contribution.residual_out for one in record.accepted if one.node == audit.accused}
-    return frozenset(found) if found or first_needed(audit) == 1 else None
+        found |= {one.contribution.residual_out for one in record.accepted if one.node == node}
+    return frozenset(found) if found or first_needed(audited) == 1 else None

@@ -14,7 +14,7 @@ from psyche.protocol.audits import asked
 from psyche.protocol.envelope import Envelope
 from psyche.protocol.messages import Record
 from psyche.protocol.state import AuditRules, Said
-from psyche.protocol.verdicts import Audit, Finding, SealedVerdict, Verdict
+from psyche.protocol.verdicts import JURY, Audit, Finding, SealedVerdict, Verdict
 from psyche.roles.casefile import open_case
 from psyche.roles.inspection import audit
 from psyche.roles.replica import Replica
@@ -67,7 +67,8 @@ class Tribunal:
     def look(self, node: str, case: Audit) -> Finding:
         """What ``node`` finds of a contribution."""
         replica, accused = self._replicas[node], self._replicas[case.accused]
-        opened = open_case(case, self._records, self._run_id, replica.run.overlap.fragments)
+        fragments, jury = replica.run.overlap.fragments, case.looks == JURY
+        opened = open_case(case.accused, case.round, self._records, self._run_id, fragments, jury=jury)
         kits = accused.witness.kits
         kit = None if kits is None else kits.kit(case.round)
         if opened is None or kits is None or kit is None:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from psyche.config import Run
-from psyche.numerics.digest import BlobIndex, blob_root, head_index
+from psyche.numerics.digest import BlobIndex, blob_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import WITHHELD
 from psyche.training.engine import Engine
 from psyche.training.moments import packed
+from psyche.verification.evidence import Base
 from psyche.verification.kit import Kit, Kits
 from psyche.verification.traces import Trace, Withheld
 
@@ -28,16 +29,16 @@ class Witness:
         self._audits, self._engine = run.audits, engine
         self.kits: Kits | None = None
         """Where what others need to check this node is kept; None: the roots are all that is left of it."""
-        self.theta_roots: dict[int, bytes] = {}
-        """Root of θ alone after so many rounds, of the last ``audits.window`` and of now: what an audited round of this
-        node's peers was to be trained from."""
+        self.bases: dict[int, Base] = {}
+        """After so many rounds, of the last ``audits.window`` and of now: what an audited round of this node's peers
+        was to be trained from."""
 
     def stands(self, rounds: int, host: OuterState, index: BlobIndex) -> None:
         """The outer state after ``rounds``, and its chunk hashes."""
         if self._audits.rate:
-            self.theta_roots[rounds] = head_index(index, host.buffer, 4 * self._engine.layout.size).root
+            self.bases[rounds] = Base.of(index, host.buffer)
             oldest = rounds - self._audits.window
-            self.theta_roots = {at: root for at, root in self.theta_roots.items() if oldest <= at <= rounds}
+            self.bases = {at: base for at, base in self.bases.items() if oldest <= at <= rounds}
 
     def begin(self, round: int, trace: Trace, late: int, theta: Tensor) -> None:
         """The inner steps of ``round`` that are not late begin, after ``late`` of them; ``trace`` is the round's, and

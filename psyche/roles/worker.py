@@ -55,6 +55,7 @@ from psyche.state.budget import Spent
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.training.choice import describe_device
+from psyche.verification.evidence import EVIDENCE, Evidence
 from psyche.verification.kit import Kits
 
 
@@ -140,6 +141,7 @@ class Worker:
             self._client,
             ledger,
             self._supply,
+            Evidence(directory / EVIDENCE),
             do=self._trainer.do,
             log=log,
         )

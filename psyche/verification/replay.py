@@ -109,12 +109,10 @@ def replay(lab: Lab, claim: Claim, blobs: Blobs) -> Finding:
     Raises ``BadShard`` where the text is not here, and :class:`Stopped`.
     """
     try:
-        _check_trace(lab, claim)
-        theta, end = (_vector(blobs, root, lab.engine.layout.size) for root in (claim.theta_root, _end(claim)))
-        payload = _encoded_again(lab, claim, theta, end, blobs)
+        theta, payload = agreement(lab, claim, blobs)
         shown = glimpses(digest("looked at", claim.seed, claim.node.encode()), claim.points, lab.engine.layout)
         with undisturbed(lab.engine):
-            found = [_segment(lab, claim, number, blobs, shown.get(number)) for number in range(len(claim.points) - 1)]
+            found = [segment(lab, claim, number, blobs, shown.get(number)) for number in range(len(claim.points) - 1)]
             gain = _gain(lab, claim, theta, payload)
     except Unserved:
         return Finding("unserved", 0, 0, 0)
@@ -156,6 +154,14 @@ def millionths(error: float) -> int:
 
 
 # ----------------------------------------------------------------------------- to the bit
+
+
+def agreement(lab: Lab, claim: Claim, blobs: Blobs) -> tuple[Tensor, list[bytes]]:
+    """θ and the payload, where all that has to agree to the bit does. Raises :class:`Contradiction`, ``Unserved`` and
+    ``BadShard``."""
+    _check_trace(lab, claim)
+    theta, end = (_vector(blobs, root, lab.engine.layout.size) for root in (claim.theta_root, _end(claim)))
+    return theta, _encoded_again(lab, claim, theta, end, blobs)
 
 
 def _check_trace(lab: Lab, claim: Claim) -> None:
@@ -250,11 +256,11 @@ class Segment:
     sketch: tuple[int, ...] = ()
 
 
-def _segment(lab: Lab, claim: Claim, number: int, blobs: Blobs, glimpse: Glimpse | None) -> Segment:
+def segment(lab: Lab, claim: Claim, number: int, blobs: Blobs, glimpse: Glimpse | None = None) -> Segment:
     """Train segment ``number`` again, between the points of that number and the next.
 
     Where the error is not clear, it is done once more in the other precision: see :func:`tolerant_error`. The engine is
-    left at the end.
+    left at the end. Raises as :func:`agreement`, and :class:`Stopped`.
     """
     start, stop = claim.points[number], claim.points[number + 1]
     before, after = (_vector(blobs, point.parameters, lab.engine.layout.size) for point in (start, stop))

@@ -335,6 +335,6 @@ def test_a_run_without_audits_pays_for_none(make: Make) -> None:
     assert kits is not None
     assert kits.rounds == []
     assert work.contribution.residual_in == WITHHELD
-    assert case.accused.witness.theta_roots == {}
+    assert case.accused.witness.bases == {}
     with pytest.raises(Unserved):
         kits.read(1, b"x" * 32, 10)

@@ -13,7 +13,9 @@ from psyche.protocol.messages import Record
 from psyche.roles.ledger_check import verify_ledger
 from psyche.state.ledger import NAME, Ledger
 from psyche.telemetry.events import RunFinished
+from psyche.verification.evidence import EVIDENCE, Evidence
 from tests.roles.swarm import swarm
+from tests.roles.test_bad_input import psyche
 from tests.roles.tiny import write_config
 
 pytestmark = pytest.mark.slow
@@ -48,6 +50,19 @@ def test_a_quarter_that_lies_is_found_out(tmp_path: Path, first: str, second: st
         assert liars[name] in (unserved if way == "silent" else banned), f"{way} was not found out"
     manifest = Manifest.decode((tmp_path / "run" / "coordinator" / MANIFEST).read_bytes())
     assert verify_ledger(tmp_path / "run" / "node-1" / NAME, manifest).last == ROUNDS
+    if second != "liar":
+        whoever_doubts_it_can_look(tmp_path / "run", liars["second"])
+
+
+def whoever_doubts_it_can_look(run: Path, liar: str) -> None:
+    """Some honest auditors kept what they convicted the liar by; from that and the ledger it fails anywhere."""
+    nodes = [run / f"node-{number}" for number in range(1, HONEST + 1)]
+    node, round = next(
+        (node, round) for node in nodes for name, round in Evidence(node / EVIDENCE).cases() if name == liar
+    )
+    assert f"{liar} {round}" in psyche("audit", "rerun", str(node)).stdout
+    done = psyche("audit", "rerun", str(node), liar[-6:], str(round), "--cache", str(run.parent / "cache"))
+    assert "FAILS" in done.stdout or "That alone fails" in done.stdout, done.stdout + done.stderr
 
 
 def records_of(node: Path) -> list[Record]:

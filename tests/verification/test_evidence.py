@@ -1,0 +1,127 @@
+"""What an auditor keeps convicts from files alone; and whoever tampers with it is told so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from psyche.errors import PsycheError
+from psyche.numerics.digest import CHUNK, blob_root
+from psyche.numerics.outer import OuterState
+from psyche.protocol.messages import Plan
+from psyche.roles.casefile import Case
+from psyche.roles.inspection import claim_of
+from psyche.roles.rerun import Rerun, chosen, in_words, rerun
+from psyche.roles.work import Work
+from psyche.verification.evidence import BASE, ROUNDS, Base, Evidence
+from psyche.verification.kit import Unserved
+from psyche.verification.replay import needed
+from tests.verification.audited import SEED, Court, Make, at_the_end, cheat, train_lazily
+
+NUMBERS = CHUNK // 4
+
+
+@given(st.sampled_from([1, NUMBERS // 2, NUMBERS - 1, NUMBERS, NUMBERS + 1, 2 * NUMBERS]), st.integers(0, 9))
+def test_theta_is_proven_by_the_chunk_hashes_of_the_state(size: int, seed: int) -> None:
+    state = OuterState(torch.randn(2, size, generator=torch.Generator().manual_seed(seed)))
+    index = state.index()
+    base = Base.of(index, state.buffer)
+    assert base.theta_root(index.root) == blob_root(state.theta.numpy().data)
+    with pytest.raises(Unserved):
+        base.theta_root(bytes(32))
+    with pytest.raises(Unserved):
+        Base(base.index, base.seam[:-1] + bytes([base.seam[-1] ^ 1])).theta_root(index.root)
+    with pytest.raises(Unserved):
+        Base(base.index[:-1], base.seam).theta_root(index.root)
+
+
+def kept(case: Court, plan: Plan, work: Work) -> Case:
+    """The case, and in ``evidence`` what an auditor has of it."""
+    opened, kit, kits = (
+        Case(plan, case.accused.node, work.contribution, None, SEED, None),
+        case.kit(plan),
+        case.accused.witness.kits,
+    )
+    base = case.auditor.witness.bases[plan.round - 1]
+    assert kits is not None
+    roots = needed(case.auditor.engine, claim_of(opened, kit, base))
+    blobs = {root: kits.read(plan.round, root, limit) for root, limit in roots.items()}
+    Evidence(case.directory / "evidence").keep(case.accused.node, plan.round, kit, blobs, base)
+    return opened
+
+
+def again(case: Court, opened: Case, only: int | None = None) -> Rerun:
+    return rerun(case.directory / "evidence", opened, case.manifest, case.settings, only=only)
+
+
+def test_a_cheat_fails_once_more_from_files(make: Make) -> None:
+    case = make(audits={"trace_steps": 10})
+    found = again(case, kept(case, plan := case.plan(), train_lazily(case.accused, plan, 15)))
+    assert found.fault is None
+    assert [(one.start, one.stop) for one in found.segments] == [(0, 10), (10, 20), (20, 30)]
+    assert [one.grade for one in found.segments] == ["pass", "fail", "fail"]
+    text = "\n".join(in_words(found, case.manifest))
+    assert "inner steps 11 to 20" in text
+    assert "FAILS" in text
+
+
+def test_honest_work_passes_and_one_segment_is_enough(make: Make) -> None:
+    case = make(audits={"trace_steps": 10})
+    opened = kept(case, plan := case.plan(), case.accused.train(plan))
+    found = again(case, opened)
+    assert (found.fault, {one.grade for one in found.segments}, {one.error for one in found.segments}) == (
+        None,
+        {"pass"},
+        {0},
+    )
+    assert all(0 < one.noise < 1 for one in found.segments)
+    assert again(case, opened, only=1).segments == found.segments[1:2]
+    with pytest.raises(PsycheError, match="there are 3 segments"):
+        again(case, opened, only=3)
+
+
+def test_what_does_not_agree_to_the_bit_is_named(make: Make) -> None:
+    case = make()
+    work = cheat(case.accused, plan := case.plan(), at_the_end(lambda one, moved: -moved))
+    opened = kept(case, plan, work)
+    lie = replace(work.contribution, payload_root=bytes(32))
+    found = again(case, Case(plan, opened.node, lie, None, SEED, None))
+    assert found.fault == "the payload is not what follows from the parameters"
+    assert "That alone fails" in "\n".join(in_words(found, case.manifest))
+
+
+@pytest.mark.parametrize("name", ["kit", BASE, "?" * 64])
+def test_evidence_that_was_tampered_with_is_none(make: Make, name: str) -> None:
+    case = make()
+    opened = kept(case, plan := case.plan(), case.accused.train(plan))
+    place = case.directory / "evidence" / case.accused.node / "00000001"
+    for file in place.glob(name):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    if name == "kit":
+        assert again(case, opened).fault == "the trace points are not those committed to"
+        return
+    with pytest.raises(PsycheError, match="is not whole"):
+        again(case, opened)
+
+
+def test_the_newest_rounds_are_kept(tmp_path: Path, make: Make) -> None:
+    case = make()
+    kept(case, plan := case.plan(), case.accused.train(plan))
+    evidence = Evidence(tmp_path / "e")
+    kit, base = case.kit(plan), case.auditor.witness.bases[0]
+    for round in range(1, ROUNDS + 3):
+        evidence.keep("12D3a", round, kit, {}, base)
+    evidence.keep("12D3b", 1, kit, {}, base)
+    assert evidence.cases() == [*(("12D3a", round) for round in range(3, ROUNDS + 3)), ("12D3b", 1)]
+    assert chosen(evidence, "…3b", 1) == "12D3b"
+    with pytest.raises(PsycheError, match="the evidence here is of round 3 of …12D3a"):
+        chosen(evidence, "b", 2)
+    with pytest.raises(PsycheError, match="of nothing"):
+        chosen(Evidence(tmp_path / "none"), "b", 2)
