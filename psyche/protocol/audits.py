@@ -151,7 +151,8 @@ def docket_after(
         if one.key not in audits:
             raise BadDocket(f"{one.node[-6:]} speaks of an audit that is not open")
         audits[one.key] = _heard(audits[one.key], one, plan.round, rules.audits)
-    judged = {key: _judged(audit, plan, before, rules.audits) for key, audit in audits.items()}
+    fresh = {one.key for one in said if isinstance(one.body, Verdict)}
+    judged = {key: _judged(one, plan, before, rules.audits, fresh=key in fresh) for key, one in audits.items()}
     closed = [one for one in judged.values() if isinstance(one, Closed)]
     convicted = {one.accused for one in closed if one.outcome == "convicted"} | {n for one in closed for n in one.lied}
     still = [one for one in judged.values() if isinstance(one, Audit) and one.accused not in convicted]
@@ -190,12 +191,13 @@ def _heard(audit: Audit, said: Said, round: int, rules: AuditRules) -> Audit:
     return msgspec.structs.replace(audit, opinions=shown)
 
 
-def _judged(audit: Audit, plan: Plan, before: Docket, rules: AuditRules) -> Audit | Closed:
+def _judged(audit: Audit, plan: Plan, before: Docket, rules: AuditRules, *, fresh: bool) -> Audit | Closed:
     """The audit with as many auditors wanted as it now takes, or how it ended."""
     second = digest("second look", plan.previous, audit.accused.encode(), audit.round.to_bytes(8, "little"))
     found: Judgement = decide(
         audit,
         rules,
+        fresh=fresh,
         again=chance(second, rules.second),
         late=plan.round - audit.since > rules.patience,
         expired=plan.round - audit.round >= rules.window or audit.accused in before.banned,

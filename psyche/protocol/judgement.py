@@ -61,11 +61,13 @@ def grade(finding: Finding, rules: AuditRules) -> Grade:
     return "pass" if finding.error <= rules.pass_error else "unsure"
 
 
-def decide(audit: Audit, rules: AuditRules, *, again: bool, late: bool, expired: bool) -> Judgement:
+def decide(audit: Audit, rules: AuditRules, *, fresh: bool, again: bool, late: bool, expired: bool) -> Judgement:
     """What follows from what is on record of ``audit``.
 
-    ``again``: the seed of this round wants a second auditor for what the first has not failed. ``late``: who is asked
-    had time enough, and a jury that is clear goes on without the others. ``expired``: nobody is waited for any more.
+    ``fresh``: a verdict was shown in this very record. ``again``: this round's seed wants a second auditor for what the
+    first has not failed; it is asked in the record after, so that nobody knows that when it shows its verdict.
+    ``late``: who is asked had time enough, and a jury that is clear goes on without the others. ``expired``: nobody is
+    waited for any more.
     """
     shown = {one.auditor: one.finding for one in audit.opinions if one.finding is not None}
     grades = {node: grade(one, rules) for node, one in shown.items()}
@@ -76,11 +78,11 @@ def decide(audit: Audit, rules: AuditRules, *, again: bool, late: bool, expired:
     measured = {node: one for node, one in shown.items() if one.outcome == "measured"}
     if _doubtful(measured) and audit.looks < JURY and not all_heard:
         return JURY
-    found = _weighed(audit, grades, again=again, all_heard=all_heard)
+    found = _weighed(audit, grades, fresh=fresh, again=again, all_heard=all_heard)
     return found if isinstance(found, int) else _without(found, _astray(measured), len(measured))
 
 
-def _weighed(audit: Audit, grades: dict[str, Grade], *, again: bool, all_heard: bool) -> Judgement:
+def _weighed(audit: Audit, grades: dict[str, Grade], *, fresh: bool, again: bool, all_heard: bool) -> Judgement:
     """What follows from what auditors say of the contribution."""
     passing, failing, unserved = (_of(grades, one) for one in ("pass", "fail", "unserved"))
     if failing:
@@ -90,8 +92,8 @@ def _weighed(audit: Audit, grades: dict[str, Grade], *, again: bool, all_heard: 
             return MORE
         gone = len(unserved) > len(passing) and len(unserved) >= LEAST
         return Ended("unserved", unserved) if gone else Ended("passed" if passing else "inconclusive", passing)
-    if again and audit.looks == 1 and grades and not all_heard:
-        return 2
+    if audit.looks == 1 and grades and not all_heard and (fresh or again):
+        return 1 if fresh else 2
     if not grades:
         return Ended("dropped")
     return Ended("passed", passing) if passing else Ended("inconclusive", frozenset(grades))

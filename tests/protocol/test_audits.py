@@ -28,12 +28,12 @@ def court(count: int = 8, **changes: object) -> Court:
     return Court(nodes(count), replace(RULES, rounds=10**6, audits=replace(ALWAYS, **changes)))  # type: ignore[arg-type]
 
 
-def test_what_is_honest_passes_in_two_rounds_and_its_auditor_is_paid() -> None:
+def test_what_is_honest_passes_and_its_auditor_is_paid() -> None:
     trial = court()
     trial.play(1, lambda node, audit: PASS)
     assert [audit.accused for audit in trial.docket.audits] == EIGHT
     first = trial.docket.audits[0]
-    trial.play(2, lambda node, audit: PASS)
+    trial.play(3, lambda node, audit: PASS)
     ended = [one for one in trial.closed if one.round == 1]
     assert {one.outcome for one in ended} == {"passed"}
     assert ended[0].paid == first.candidates[:1]
@@ -97,6 +97,19 @@ def test_who_passes_unseen_is_found_out_where_all_are_honest(says: str) -> None:
     assert trial.docket.banned == (lazy,)
     assert {one.outcome for one in trial.closed if one.accused != lazy} <= {"passed", "inconclusive"}
     assert all(lazy not in one.paid for one in trial.closed if lazy in one.lied)
+
+
+def test_nobody_knows_when_it_shows_its_verdict_whether_a_second_is_asked() -> None:
+    """Else it would wait for a round in which none is."""
+    trial = court(second=0.5)
+    trial.next([])
+    looks = set()
+    for _ in range(30):
+        shows = [one for one in trial.docket.audits if one.looks == 1 and any(o.finding for o in one.opinions)]
+        asked_twice = {(one.accused, one.round) for one in trial.docket.audits if one.looks == 2}
+        looks |= {(one.accused, one.round) in asked_twice for one in shows}
+        trial.play(1, lambda node, audit: shown(PASS, audit))
+    assert looks == {False}, "what was just shown is still open, and nothing is drawn yet"
 
 
 def test_other_hardware_is_not_laziness() -> None:
@@ -191,6 +204,9 @@ def test_a_verdict_is_shown_only_after_its_digest_is_on_record_and_only_once() -
     with pytest.raises(BadDocket, match="not the one it sealed"):
         trial.next([said(node, other)])
     trial.next([said(node, full)])
+    with pytest.raises(BadDocket, match="not the one it sealed"):
+        trial.next([said(node, full)])
+    trial.next([])
     with pytest.raises(BadDocket, match="not open"):
         trial.next([said(node, full)])
 

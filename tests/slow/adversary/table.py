@@ -12,7 +12,7 @@ import torch
 
 from psyche.roles.tribunal import Judge, honest
 from tests.slow.adversary.cheats import WAYS, Cheat, armed
-from tests.slow.adversary.liars import slander, vouch, wave_through
+from tests.slow.adversary.liars import shrug, slander, vouch, wave_through
 from tests.slow.adversary.simulated import Ran, run
 
 SEEDS = (11, 12, 13)
@@ -21,6 +21,8 @@ LIARS: dict[str, tuple[Callable[[Cheat], None], Callable[[frozenset[str]], Judge
     "auditors fail honest work": (armed(), slander),
     "auditors vouch for each other, other data": (WAYS["other data"], vouch),
     "auditors pass everybody, other data": (WAYS["other data"], wave_through),
+    "auditors pass everybody unseen": (armed(), wave_through),
+    "auditors are unsure of everybody unseen": (armed(), shrug),
 }
 
 
