@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from time import monotonic
 from typing import Protocol, TypeVar
 
 from psyche.config import Manifest
@@ -45,7 +46,7 @@ AUDITS = "audits"
 """What others need to check this node's last rounds, in its directory."""
 CALL_SECONDS = 15.0
 ATTEMPTS = 3
-"""To get something of an accused, before that is said: it may be between two connections."""
+"""To get something of an accused, before that is said."""
 RETRY_SECONDS = 2.0
 MAX_LOOKED_AT = 64 << 20
 """Bytes of certificates."""
@@ -65,6 +66,10 @@ class Do(Protocol):
     """Runs a function where the node trains."""
 
     def __call__(self, function: Callable[..., T], *arguments: object) -> Awaitable[T]: ...
+
+
+class Later(Exception):
+    """Something of an accused is not to be had now."""
 
 
 class Convicted(PsycheError):
@@ -97,6 +102,8 @@ class Auditor:
         """How often a duty was begun: who is put off goes on with another one, lest an accused holds up all."""
         self._failed: Counter[Key] = Counter()
         """How often something of an accused was not to be had, whether this node was put off meanwhile or not."""
+        self._ask_again: dict[Key, float] = {}
+        """When, by this machine's clock: an accused may be between two connections."""
         self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
         self._working: asyncio.Task[None] | None = None
         self._saying: asyncio.Task[None] | None = None
@@ -128,7 +135,7 @@ class Auditor:
         for one in record.docket.closed:
             if one.accused == self._me:
                 self._tell(f"the audit of this node's work in round {one.round} ended: {one.outcome}")
-            for kept in (self._verdicts, self._begun, self._failed):
+            for kept in (self._verdicts, self._begun, self._failed, self._ask_again):
                 kept.pop((one.accused, one.round), None)
         self.check()
         self._offer()
@@ -209,28 +216,40 @@ class Auditor:
     async def _work(self, stop: threading.Event) -> None:
         """One contribution after the other; what can be said of each goes on record as soon as it is known."""
         await self._do(self._replica.forsake)
-        for duty in self._duties():
-            self._begun[duty.accused, duty.round] += 1
-            case = await self._case(duty)
-            if case is None or not can_audit(self._replica, case.plan):
-                self._tell(f"this node cannot audit {duty.accused[-6:]}: it was not there in round {duty.round}")
-                continue
-            try:
-                finding = await self._look_into(case, stop)
-            except (BadShard, Stopped):
-                continue
-            verdict = Verdict(duty.accused, duty.round, finding, os.urandom(32))
-            self._verdicts[duty.accused, duty.round] = verdict
-            self._log.emit(
-                events.Audited(
-                    peer=duty.accused,
-                    round=duty.round,
-                    outcome=finding.outcome,
-                    error=finding.error / 1e6,
-                    grade=grade(finding, self._rules),
-                )
+        duties = self._duties()
+        while duties:
+            duties = [duty for duty in duties if not await self._done(duty, stop)]
+            if duties:
+                await asyncio.sleep(RETRY_SECONDS / 4)
+
+    async def _done(self, duty: Audit, stop: threading.Event) -> bool:
+        """Whether there is nothing more to be done for ``duty`` now; False: its accused is to be asked once more."""
+        key = duty.accused, duty.round
+        if monotonic() < self._ask_again.get(key, 0.0):
+            return False
+        self._begun[key] += 1
+        case = await self._case(duty)
+        if case is None or not can_audit(self._replica, case.plan):
+            self._tell(f"this node cannot audit {duty.accused[-6:]}: it was not there in round {duty.round}")
+            return True
+        try:
+            finding = await self._look_into(case, stop)
+        except (BadShard, Stopped):
+            return True
+        except Later:
+            return False
+        verdict = self._verdicts[key] = Verdict(duty.accused, duty.round, finding, os.urandom(32))
+        self._log.emit(
+            events.Audited(
+                peer=duty.accused,
+                round=duty.round,
+                outcome=finding.outcome,
+                error=finding.error / 1e6,
+                grade=grade(finding, self._rules),
             )
-            await self._submit(SealedVerdict(duty.accused, duty.round, verdict.digest))
+        )
+        await self._submit(SealedVerdict(duty.accused, duty.round, verdict.digest))
+        return True
 
     async def _case(self, duty: Audit) -> Case | None:
         manifest = self._replica.manifest
@@ -238,7 +257,7 @@ class Auditor:
         return await asyncio.to_thread(_opened, manifest, encoded, duty)
 
     async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
-        """Fetch what the contribution rests on, and do it again. Raises ``BadShard`` and :class:`Stopped`."""
+        """Fetch what the contribution rests on, and do it again. Raises ``BadShard``, :class:`Stopped`, :class:`Later`."""
         await self._supply.ready(case.plan, case.node, stop.is_set)
         try:
             kit = await self._kit_of(case)
@@ -268,7 +287,7 @@ class Auditor:
             )
             return decode(Kit, reply)
 
-        return await self._insist(case, ask)
+        return await self._had(case, ask)
 
     async def _blobs_of(self, case: Case, kit: Kit) -> Mapping[bytes, bytearray]:
         found: dict[bytes, bytearray] = {}
@@ -278,21 +297,20 @@ class Auditor:
             async def get(root: bytes = root, limit: int = limit) -> bytearray:
                 return await fetch(self._network, root, sources=[case.node], max_size=limit)
 
-            found[root] = await self._insist(case, get)
+            found[root] = await self._had(case, get)
         return found
 
-    async def _insist(self, case: Case, get: Callable[[], Awaitable[T]]) -> T:
-        """Raises :class:`Unserved` where it is not to be had, however often one asks."""
-        while True:
-            try:
-                return await get()
-            except (MalformedMessage, BadBlob) as error:
-                raise Unserved(str(error)) from None
-            except (FetchError, Unreachable, Refused, Violation) as error:
-                self._failed[case.node, case.plan.round] += 1
-                if self._failed[case.node, case.plan.round] >= ATTEMPTS:
-                    raise Unserved(str(error)) from None
-            await asyncio.sleep(RETRY_SECONDS)
+    async def _had(self, case: Case, get: Callable[[], Awaitable[T]]) -> T:
+        """Raises :class:`Unserved` where it was not to be had however often this node asked, and :class:`Later`."""
+        try:
+            return await get()
+        except (MalformedMessage, BadBlob) as error:
+            raise Unserved(str(error)) from None
+        except (FetchError, Unreachable, Refused, Violation) as error:
+            key = case.node, case.plan.round
+            self._failed[key] += 1
+            self._ask_again[key] = monotonic() + RETRY_SECONDS
+            raise (Unserved(str(error)) if self._failed[key] >= ATTEMPTS else Later) from None
 
     async def _submit(self, body: SealedVerdict | Verdict) -> None:
         with contextlib.suppress(Refused):  # it is on record, or the audit has ended
