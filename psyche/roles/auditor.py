@@ -257,7 +257,7 @@ class Auditor:
         return await asyncio.to_thread(_opened, manifest, encoded, duty)
 
     async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
-        """Fetch what the contribution rests on, and do it again. Raises ``BadShard``, :class:`Stopped`, :class:`Later`."""
+        """Fetch what the work rests on, and do it again. Raises ``BadShard``, :class:`Stopped` and :class:`Later`."""
         await self._supply.ready(case.plan, case.node, stop.is_set)
         try:
             kit = await self._kit_of(case)
