@@ -21,23 +21,24 @@ from tests.roles.tiny import write_config
 pytestmark = pytest.mark.slow
 
 HONEST = 6
-ROUNDS = 20
 AUDITS = {"rate": 0.25, "second": 0.2, "window": 40, "patience": 3}
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "steps"),
+    ("first", "second", "shape"),
     [
-        ("flip", "half", 6),
-        ("noise", "data", 6),
-        ("zero", "tenfold", 6),
-        ("liar", "liar", 6),
-        ("silent", "half", 60),  # three have to ask in vain, for seconds each: not in rounds of half a second
+        ("flip", "half", (20, 6)),
+        ("noise", "data", (20, 6)),
+        ("zero", "tenfold", (20, 6)),
+        ("liar", "liar", (20, 6)),
+        ("silent", "half", (40, 40)),  # three have to ask in vain, for seconds each: not in rounds of half a second
     ],
 )
-def test_a_quarter_that_lies_is_found_out(tmp_path: Path, first: str, second: str, steps: int) -> None:
-    shape = {"total": ROUNDS, "inner_steps": steps, "start_members": HONEST + 2}
-    config = write_config(tmp_path, members=HONEST + 2, rounds=shape, audits=AUDITS)
+def test_a_quarter_that_lies_is_found_out(tmp_path: Path, first: str, second: str, shape: tuple[int, int]) -> None:
+    """``shape``: how many rounds of how many inner steps."""
+    total, steps = shape
+    rounds = {"total": total, "inner_steps": steps, "start_members": HONEST + 2}
+    config = write_config(tmp_path, members=HONEST + 2, rounds=rounds, audits=AUDITS)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
         for number in range(1, HONEST + 1):
@@ -55,7 +56,7 @@ def test_a_quarter_that_lies_is_found_out(tmp_path: Path, first: str, second: st
     for name, way in (("first", first), ("second", second)):
         assert liars[name] in (unserved if way == "silent" else banned), f"{way} was not found out"
     manifest = Manifest.decode((tmp_path / "run" / "coordinator" / MANIFEST).read_bytes())
-    assert verify_ledger(tmp_path / "run" / "node-1" / NAME, manifest).last == ROUNDS
+    assert verify_ledger(tmp_path / "run" / "node-1" / NAME, manifest).last == total
     if second != "liar":
         whoever_doubts_it_can_look(tmp_path / "run", liars["second"])
 
