@@ -27,10 +27,10 @@ AUDITS = {"rate": 0.25, "second": 0.2, "window": 40, "patience": 3}
 @pytest.mark.parametrize(
     ("first", "second", "shape"),
     [
-        ("flip", "half", (20, 6)),
-        ("noise", "data", (20, 6)),
-        ("zero", "tenfold", (20, 6)),
-        ("liar", "liar", (20, 6)),
+        ("flip", "half", (40, 6)),
+        ("noise", "data", (40, 6)),
+        ("zero", "tenfold", (40, 6)),
+        ("liar", "liar", (40, 6)),
         ("silent", "half", (40, 40)),  # three have to ask in vain, for seconds each: not in rounds of half a second
     ],
 )
