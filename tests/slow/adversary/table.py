@@ -1,8 +1,9 @@
-"""``python -m tests.slow.adversary.table [WAY …]``: what becomes of each way to lie, over some seeds, as a table."""
+"""``python -m tests.slow.adversary.table [--rounds N] [WAY …]``: what becomes of each way to lie, over some seeds, as a
+table."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.slow.adversary.liars import shrug, slander, vouch, wave_through
 from tests.slow.adversary.simulated import Ran, run
 
 SEEDS = (11, 12, 13)
-NODES, HOSTILE, ROUNDS = 8, 2, 20
+NODES, HOSTILE = 8, 2
 LIARS: dict[str, tuple[Callable[[Cheat], None], Callable[[frozenset[str]], Judge]]] = {
     "auditors fail honest work": (armed(), slander),
     "auditors vouch for each other, other data": (WAYS["other data"], vouch),
@@ -26,14 +27,14 @@ LIARS: dict[str, tuple[Callable[[Cheat], None], Callable[[frozenset[str]], Judge
 }
 
 
-def runs(name: str, cache: Path) -> list[Ran]:
+def runs(name: str, rounds: int, cache: Path) -> list[Ran]:
     arm, judge = LIARS.get(name, (WAYS.get(name), lambda hostile: honest))
     found = []
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             hostile, nodes = (HOSTILE, NODES) if arm else (0, NODES - HOSTILE if name == "only the honest" else NODES)
             found.append(
-                run(Path(folder), cache, nodes=nodes, hostile=hostile, rounds=ROUNDS, arm=arm, judge=judge, seed=seed)
+                run(Path(folder), cache, nodes=nodes, hostile=hostile, rounds=rounds, arm=arm, judge=judge, seed=seed)
             )
     return found
 
@@ -52,12 +53,17 @@ def row(name: str, all_of: list[Ran]) -> str:
 
 
 def main() -> None:
+    known = ["everybody honest", "only the honest", *WAYS, *LIARS]
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=20)
+    options.add_argument("way", nargs="*", default=known, help=f"all, or of {', '.join(known)}")
+    given = options.parse_args()
     torch.set_num_threads(1)
     print("| way | stood out | convicted | after rounds (median / most) | honest convicted | paid | loss | by seed |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as cache:
-        for name in sys.argv[1:] or ["everybody honest", "only the honest", *WAYS, *LIARS]:
-            print(row(name, runs(name, Path(cache))), flush=True)
+        for name in given.way:
+            print(row(name, runs(name, given.rounds, Path(cache))), flush=True)
 
 
 if __name__ == "__main__":
