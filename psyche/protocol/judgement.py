@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from statistics import median_low
 from typing import Literal
 
@@ -140,7 +141,7 @@ def unlike(one: Finding, other: Finding) -> bool:
 
 def _doubtful(measured: Mapping[str, Finding]) -> bool:
     """Whether somebody did not look."""
-    return any(unlike(one, other) for one in measured.values() for other in measured.values())
+    return any(unlike(one, other) for one, other in combinations(measured.values(), 2))
 
 
 def _astray(measured: Mapping[str, Finding]) -> frozenset[str]:

@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Protocol, TypeVar
 
@@ -38,7 +40,7 @@ from psyche.roles.replica import Replica
 from psyche.roles.shards import Supply
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
-from psyche.verification.evidence import Evidence
+from psyche.verification.evidence import EVIDENCE, Evidence
 from psyche.verification.kit import MAX_KIT, Kit, Kits, Unserved
 from psyche.verification.replay import Stopped, needed
 
@@ -76,34 +78,43 @@ class Convicted(PsycheError):
     """This node was convicted in its run."""
 
 
+@dataclass
+class Tried:
+    """What this node has done for an audit it is asked for."""
+
+    begun: int = 0
+    """Times: who is put off goes on with another one, lest an accused holds up all."""
+    failed: int = 0
+    """Times that something of the accused was not to be had, whether this node was put off meanwhile or not."""
+    again: float = 0.0
+    """When to ask it once more, by this machine's clock: it may be between two connections."""
+    verdict: Verdict | None = None
+
+
 class Auditor:
     """One node's."""
 
     def __init__(
         self,
         replica: Replica,
-        kits: Kits,
+        directory: Path,
         network: NetworkNode,
         client: Client,
         ledger: LedgerWriter,
         supply: Supply,
-        evidence: Evidence,
         *,
         do: Do,
         log: EventLog,
+        warn: Callable[[str], None],
     ) -> None:
-        """``do`` runs a function on the thread that trains; in ``evidence`` is kept what does not pass."""
-        self._replica, self._kits, self._network, self._client = replica, kits, network, client
-        self._ledger, self._supply, self._do, self._log = ledger, supply, do, log
-        self._evidence = evidence
+        """In the node's ``directory`` is kept what others need to check ``replica``, and what did not pass. ``do`` runs
+        a function on the thread that trains."""
+        self._replica, self._network, self._client = replica, network, client
+        self._ledger, self._supply, self._do, self._log, self._warn = ledger, supply, do, log, warn
+        self._kits, self._evidence = Kits(directory / AUDITS, warn), Evidence(directory / EVIDENCE)
+        replica.witness.kits = self._kits
         self._me, self._rules = replica.node, chain_rules(replica.manifest).audits
-        self._verdicts: dict[Key, Verdict] = {}
-        self._begun: Counter[Key] = Counter()
-        """How often a duty was begun: who is put off goes on with another one, lest an accused holds up all."""
-        self._failed: Counter[Key] = Counter()
-        """How often something of an accused was not to be had, whether this node was put off meanwhile or not."""
-        self._ask_again: dict[Key, float] = {}
-        """When, by this machine's clock: an accused may be between two connections."""
+        self._tried: defaultdict[Key, Tried] = defaultdict(Tried)
         self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
         self._working: asyncio.Task[None] | None = None
         self._saying: asyncio.Task[None] | None = None
@@ -135,8 +146,8 @@ class Auditor:
         for one in record.docket.closed:
             if one.accused == self._me:
                 self._tell(f"the audit of this node's work in round {one.round} ended: {one.outcome}")
-            for kept in (self._verdicts, self._begun, self._failed, self._ask_again):
-                kept.pop((one.accused, one.round), None)
+        for key in self._tried.keys() - {(one.accused, one.round) for one in record.docket.audits}:
+            del self._tried[key]
         self.check()
         self._offer()
         if self._saying is not None:
@@ -148,7 +159,7 @@ class Auditor:
         away."""
         for case in audits:
             mine = next((one for one in case.opinions if one.auditor == self._me), None)
-            verdict = self._verdicts.get((case.accused, case.round))
+            verdict = self._tried[case.accused, case.round].verdict
             if verdict is not None and (mine is None or mine.finding is None):
                 sealed = SealedVerdict(case.accused, case.round, verdict.digest)
                 await self._submit(sealed if mine is None else verdict)
@@ -209,9 +220,9 @@ class Auditor:
             for case in chain.docket.audits
             if self._me in asked(case, chain.rounds + 1, self._rules)
             and all(one.auditor != self._me for one in case.opinions)
-            and (case.accused, case.round) not in self._verdicts
+            and self._tried[case.accused, case.round].verdict is None
         ]
-        return sorted(found, key=lambda case: self._begun[case.accused, case.round])
+        return sorted(found, key=lambda case: self._tried[case.accused, case.round].begun)
 
     async def _work(self, stop: threading.Event) -> None:
         """One contribution after the other; what can be said of each goes on record as soon as it is known."""
@@ -224,10 +235,10 @@ class Auditor:
 
     async def _done(self, duty: Audit, stop: threading.Event) -> bool:
         """Whether there is nothing more to be done for ``duty`` now; False: its accused is to be asked once more."""
-        key = duty.accused, duty.round
-        if monotonic() < self._ask_again.get(key, 0.0):
+        tried = self._tried[duty.accused, duty.round]
+        if monotonic() < tried.again:
             return False
-        self._begun[key] += 1
+        tried.begun += 1
         case = await self._case(duty)
         if case is None or not can_audit(self._replica, case.plan):
             self._tell(f"this node cannot audit {duty.accused[-6:]}: it was not there in round {duty.round}")
@@ -238,7 +249,7 @@ class Auditor:
             return True
         except Later:
             return False
-        verdict = self._verdicts[key] = Verdict(duty.accused, duty.round, finding, os.urandom(32))
+        tried.verdict = Verdict(duty.accused, duty.round, finding, os.urandom(32))
         self._log.emit(
             events.Audited(
                 peer=duty.accused,
@@ -248,7 +259,7 @@ class Auditor:
                 grade=grade(finding, self._rules),
             )
         )
-        await self._submit(SealedVerdict(duty.accused, duty.round, verdict.digest))
+        await self._submit(SealedVerdict(duty.accused, duty.round, tried.verdict.digest))
         return True
 
     async def _case(self, duty: Audit) -> Case | None:
@@ -278,7 +289,7 @@ class Auditor:
         try:
             self._evidence.keep(case.node, case.plan.round, kit, blobs, base)
         except OSError as error:
-            self._tell(f"the evidence against {case.node[-6:]} cannot be kept ({error.strerror}): free some disk")
+            self._warn(f"the evidence against {case.node[-6:]} cannot be kept ({error.strerror}): free some disk")
 
     async def _kit_of(self, case: Case) -> Kit:
         async def ask() -> Kit:
@@ -290,9 +301,12 @@ class Auditor:
         return await self._had(case, ask)
 
     async def _blobs_of(self, case: Case, kit: Kit) -> Mapping[bytes, bytearray]:
+        def roots() -> Mapping[bytes, int]:  # hashes vectors of the model's size
+            claim = claim_of(case, kit, self._replica.witness.bases[case.plan.round - 1])
+            return needed(self._replica.engine, claim)
+
         found: dict[bytes, bytearray] = {}
-        claim = claim_of(case, kit, self._replica.witness.bases[case.plan.round - 1])
-        for root, limit in needed(self._replica.engine, claim).items():
+        for root, limit in (await asyncio.to_thread(roots)).items():
 
             async def get(root: bytes = root, limit: int = limit) -> bytearray:
                 return await fetch(self._network, root, sources=[case.node], max_size=limit)
@@ -307,10 +321,10 @@ class Auditor:
         except (MalformedMessage, BadBlob) as error:
             raise Unserved(str(error)) from None
         except (FetchError, Unreachable, Refused, Violation) as error:
-            key = case.node, case.plan.round
-            self._failed[key] += 1
-            self._ask_again[key] = monotonic() + RETRY_SECONDS
-            raise (Unserved(str(error)) if self._failed[key] >= ATTEMPTS else Later) from None
+            tried = self._tried[case.node, case.plan.round]
+            tried.failed += 1
+            tried.again = monotonic() + RETRY_SECONDS
+            raise (Unserved(str(error)) if tried.failed >= ATTEMPTS else Later) from None
 
     async def _submit(self, body: SealedVerdict | Verdict) -> None:
         with contextlib.suppress(Refused):  # it is on record, or the audit has ended

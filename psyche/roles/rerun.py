@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from psyche.config import Manifest, Node
@@ -59,7 +59,7 @@ class Rerun:
 def case_in(ledger: Path, manifest: Manifest, node: str, round: int) -> Case:
     """The contribution as the ledger has it, certificates checked. Raises :class:`PsycheError`."""
     with Ledger.read(ledger) as file:
-        entries = [one for one in file.entries(first_needed(round)) if one.round <= round]
+        entries = list(takewhile(lambda one: one.round <= round, file.entries(first_needed(round))))
     try:
         records = {one.round: record_in(manifest, decode(Certificate, one.certificate)) for one in entries}
     except (BadCertificate, MalformedMessage) as error:
@@ -91,7 +91,7 @@ def rerun(
 ) -> Rerun:
     """Do ``case`` again, or only its segment number ``only``, from the evidence in ``directory``.
 
-    Raises :class:`PsycheError` where evidence or text is not here or damaged.
+    Raises :class:`PsycheError` where evidence or text is not here or damaged: whoever handed it on may have made it up.
     """
     evidence, run, node, round = Evidence(directory), manifest.run, case.node, case.plan.round
     store = local_store(manifest, settings.cache.expanduser(), shard_places(settings, shard_cache(settings)))
@@ -99,7 +99,10 @@ def rerun(
     lab = replace(lab_for(run, engine, on(engine.device), store, case), thorough=True)
     blobs = partial(evidence.read, node, round)
     try:
-        claim = claim_of(case, evidence.kit(node, round), evidence.base(node, round))
+        kit = evidence.kit(node, round)
+        if kit.trace_root != case.given.trace_root:  # no signature says whose they are
+            raise Unserved("its trace points are not those committed to")
+        claim = claim_of(case, kit, evidence.base(node, round))
         told("data, payload and error feedback")
         fault = None
         try:

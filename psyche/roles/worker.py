@@ -27,14 +27,14 @@ from psyche.exchange.shelf import Shelf
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
+from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.messages import Attestation, Board, Certificate, Commitment, Plan, Present, Promise, Record
 from psyche.protocol.quotas import quota_fault
-from psyche.protocol.standing import probation_note
 from psyche.protocol.state import Phase, Rules
 from psyche.protocol.wire import decode
 from psyche.roles.advance import Advance
-from psyche.roles.auditor import AUDITS, Auditor
+from psyche.roles.auditor import Auditor
 from psyche.roles.board import BoardClient
 from psyche.roles.catchup import CatchUp, behind
 from psyche.roles.certification import Certification, Moved
@@ -42,8 +42,9 @@ from psyche.roles.history import serve_history
 from psyche.roles.leaving import Departure, Farewell
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.lookout import Lookout
-from psyche.roles.metrics import Meter, metrics_event
+from psyche.roles.metrics import Meter
 from psyche.roles.replica import Replica
+from psyche.roles.reporting import Reporter
 from psyche.roles.rules import rules_of
 from psyche.roles.saving import Saver
 from psyche.roles.shards import Supply
@@ -55,8 +56,6 @@ from psyche.state.budget import Spent
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.training.choice import describe_device
-from psyche.verification.evidence import EVIDENCE, Evidence
-from psyche.verification.kit import Kits
 
 
 def concerns(board: Board, chain: Chain, rules: Rules) -> bool:
@@ -132,19 +131,18 @@ class Worker:
         )
         run = self.manifest.run
         self._lookout = Lookout(replica.codec, os.urandom(32), run.overlap.fragments) if run.audits.rate else None
-        kits = Kits(directory / AUDITS, self._warn)
-        replica.witness.kits = kits
         self._auditor = Auditor(
             replica,
-            kits,
+            directory,
             network,
             self._client,
             ledger,
             self._supply,
-            Evidence(directory / EVIDENCE),
             do=self._trainer.do,
             log=log,
+            warn=self._warn,
         )
+        self._reporter = Reporter(replica, network, self._client, self._trainer, self._meter, log)
 
     async def run(self) -> None:
         """Take part until the run is finished, or this node is asked to leave and has handed in what it can.
@@ -259,17 +257,7 @@ class Worker:
             if work is not None and self.manifest.run.overlap.late_steps:
                 self._trainer.begin_late(plan)
             exchange = self._exchange(plan)
-            certification = Certification(
-                plan,
-                work,
-                self.replica.chain,
-                voter=self._voter,
-                client=self._client,
-                exchange=exchange,
-                knows_base=partial(self.replica.shows_base, plan),
-                warn=self._warn,
-            )
-            record, gradient = await certification.run()
+            record, gradient = await self._certify(plan, work, exchange)
         except Moved as moved:
             await self._trainer.halt_late()
             if work is not None and not moved.accepted:
@@ -281,10 +269,10 @@ class Worker:
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
             await self._trainer.do(self.replica.give_back, work)
         self._meter.exchanged()
-        self._announce_record(record)
+        self._reporter.announce(record)
         if leaves := self._departure.asked:  # said before the last attestation, after which the next round is planned
             if quota is not None:
-                await self._report(plan, work, judge=False)
+                await self._reporter.report(plan, work, judge=False)
             await self._departure.goodbye(plan.round, finished=self._finished())
         suspects = await self._suspects(record, exchange)
         try:
@@ -293,11 +281,24 @@ class Worker:
             await self._client.present()  # too late for the round, not for the run
         self._departure.end(record)
         if quota is not None and not leaves:
-            await self._report(plan, work)
+            await self._reporter.report(plan, work)
         if not self._auditor.busy:
             await self._saver.save()
         if work is not None and not leaves:
             await self._trainer.tune(self.settings.cache.expanduser() / "compile")
+
+    async def _certify(self, plan: Plan, work: Work | None, exchange: Exchange) -> tuple[Record, Gradient]:
+        """Exchange payloads and vote. Raises :class:`Moved`."""
+        return await Certification(
+            plan,
+            work,
+            self.replica.chain,
+            voter=self._voter,
+            client=self._client,
+            exchange=exchange,
+            knows_base=partial(self.replica.shows_base, plan),
+            warn=self._warn,
+        ).run()
 
     async def _train(self, plan: Plan) -> Work | None:
         """The inner steps, and the commitment to them; None where the round closed before we were done."""
@@ -359,34 +360,6 @@ class Worker:
         if plan.reducers:
             return Sharded(self._wire, plan, shape, merge, self.replica.backend.codec(run.result_codec))
         return Gather(self._wire, plan, shape, merge)
-
-    # ---------------------------------------------------------------------------- after the outer step
-
-    async def _report(self, plan: Plan, work: Work | None, *, judge: bool = True) -> None:
-        """Judge this node's share of the held-out set and tell the coordinator what the round was like."""
-        rank, heldout = [member.node for member in plan.members].index(self.identity.peer_id), (0.0, 0)
-        if judge:
-            heldout = await self._trainer.do(self.replica.heldout_loss, rank, len(plan.members))
-        momentum_norm = await self._trainer.do(self.replica.momentum_norm)
-        metrics = self._meter.metrics(work, heldout, momentum_norm, self.network.traffic)
-        self.log.emit(metrics_event(self.identity.peer_id, plan.round, metrics))
-        with contextlib.suppress(Refused):
-            await self._client.submit(metrics, plan.round)
-
-    def _announce_record(self, record: Record) -> None:
-        self.log.emit(
-            events.RoundCertified(
-                round=record.plan.round,
-                accepted=tuple(accepted.node for accepted in record.accepted),
-                excluded=tuple((excluded.node, excluded.reason) for excluded in record.excluded),
-                state_root=self.replica.chain.state_root.hex(),
-                seconds=self._meter.total(),
-            )
-        )
-        if self.identity.peer_id in record.minority:
-            self.log.emit(events.outvoted(self.identity.peer_id, record.plan.round))
-        if text := probation_note(record, self.identity.peer_id, self.manifest.run.rounds.probation):
-            self.log.emit(events.Notice(level="info", text=text))
 
     # -------------------------------------------------------------------------------------- helpers
 

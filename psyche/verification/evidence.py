@@ -1,12 +1,13 @@
 """What an auditor keeps of work that it did not pass, so that anybody can do it again from files and the ledger alone.
 
-``<directory>/<accused>/<round>/`` holds what the audit was handed: the kit, and its blobs by their roots, as ``kit.py``
+``<directory>/<round>-<accused>/`` holds what the audit was handed: the kit, and its blobs by their roots, as ``kit.py``
 has them. With them lies what proves θ, which no record names: the chunk hashes of the outer state before the round,
 whose root is in the round's plan.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -16,14 +17,16 @@ from typing_extensions import Buffer
 
 from psyche.numerics.digest import CHUNK, BlobIndex
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.wire import Body, decode
-from psyche.verification.kit import Kit, Kits, Unserved
+from psyche.protocol.wire import B, Body, decode
+from psyche.verification.kit import NAME as KIT
+from psyche.verification.kit import Kit, Unserved, read_blob
 
 EVIDENCE = "evidence"
 """Its place in a node's directory."""
-ROUNDS = 4
-"""Of each accused, the newest ones, that are kept: each is about 20 bytes a parameter."""
+CASES = 4
+"""Of the newest rounds, that are kept: each is about 20 bytes a parameter, and cheats decide how many there are."""
 BASE = "base"
+_BEGUN = ".begun"
 
 
 class Base(Body, frozen=True):
@@ -57,47 +60,51 @@ class Base(Body, frozen=True):
 
 
 class Evidence:
-    """All that one node has, of all it did not pass."""
+    """What one node has of the newest cases that it did not pass. Who reads writes nothing."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def keep(self, accused: str, round: int, kit: Kit, blobs: Mapping[bytes, Buffer], base: Base) -> None:
-        """Write a case, and forget the oldest of this accused. Raises ``OSError``."""
-        kits = self._kits(accused)
-        kits.begin(round)
-        for blob in blobs.values():
-            kits.keep(round, blob)
-        kits.finish(round, kit)
-        if round in kits.rounds:
-            (kits.place(round) / BASE).write_bytes(base.encode())
-        for old in kits.rounds[:-ROUNDS]:
-            kits.forget_one(old)
+        """Write a case, blobs by their roots, and forget the oldest. Raises ``OSError``, and then is as it was."""
+        begun, place = self._directory / _BEGUN, self._place(accused, round)
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.mkdir(parents=True)
+        try:
+            for root, blob in blobs.items():
+                (begun / root.hex()).write_bytes(blob)
+            (begun / BASE).write_bytes(base.encode())
+            (begun / KIT).write_bytes(kit.encode())
+            shutil.rmtree(place, ignore_errors=True)
+            begun.rename(place)
+        except OSError:
+            shutil.rmtree(begun, ignore_errors=True)
+            raise
+        for node, old in self.cases()[:-CASES]:
+            shutil.rmtree(self._place(node, old), ignore_errors=True)
 
     def cases(self) -> list[tuple[str, int]]:
-        """Accused and round of all that is here, ascending."""
-        if not self._directory.is_dir():
-            return []
-        nodes = sorted(path.name for path in self._directory.iterdir() if path.is_dir())
-        return [(node, round) for node in nodes for round in self._kits(node).rounds]
+        """Accused and round of all that is here, the oldest round first."""
+        found = (path.name.split("-") for path in self._directory.glob("*-*"))
+        return sorted(((node, int(round)) for round, node in found), key=lambda case: (case[1], case[0]))
 
     def kit(self, accused: str, round: int) -> Kit:
         """Raises :class:`Unserved` where it is not here, or damaged."""
-        found = self._kits(accused).kit(round)
-        if found is None:
-            raise Unserved("there is no evidence of it")
-        return found
+        return self._decoded(Kit, self._place(accused, round) / KIT)
 
     def base(self, accused: str, round: int) -> Base:
         """Raises :class:`Unserved` where it is not here, or damaged."""
-        try:
-            return decode(Base, (self._kits(accused).place(round) / BASE).read_bytes())
-        except (OSError, MalformedMessage) as error:
-            raise Unserved(f"what proves θ is missing ({error})") from None
+        return self._decoded(Base, self._place(accused, round) / BASE)
 
     def read(self, accused: str, round: int, root: bytes, limit: int) -> bytes:
         """A blob, of at most ``limit`` bytes. Raises :class:`Unserved`."""
-        return self._kits(accused).read(round, root, limit)
+        return read_blob(self._place(accused, round), root, limit)
 
-    def _kits(self, accused: str) -> Kits:
-        return Kits(self._directory / accused)
+    def _decoded(self, kind: type[B], path: Path) -> B:
+        try:
+            return decode(kind, path.read_bytes())
+        except (OSError, MalformedMessage) as error:
+            raise Unserved(f"{path.name}: {error}") from None
+
+    def _place(self, accused: str, round: int) -> Path:
+        return self._directory / f"{round:08d}-{accused}"

@@ -93,14 +93,14 @@ class Kits:
         """That of ``round``, if it is here."""
         self._settle()
         try:
-            return decode(Kit, (self.place(round) / NAME).read_bytes())
+            return decode(Kit, (self._place(round) / NAME).read_bytes())
         except (OSError, MalformedMessage):
             return None
 
     def blobs(self, round: int) -> Iterator[tuple[bytes, Callable[[], BlobIndex], Callable[[int], bytes]]]:
         """Root, index and chunks of each blob of ``round``, as ``BlobServer.add_unread`` takes them."""
         self._settle()
-        for path in self.place(round).glob("?" * 64):
+        for path in self._place(round).glob("?" * 64):
             root = bytes.fromhex(path.name)
             yield root, partial(_index_of, path, root), partial(_chunk_of, path)
 
@@ -108,14 +108,7 @@ class Kits:
         """A blob of ``round``, of at most ``limit`` bytes, as it would come from another node. Raises
         :class:`Unserved`."""
         self._settle()
-        path = self.place(round) / root.hex()
-        try:
-            content = path.read_bytes() if path.stat().st_size <= limit else b""
-        except OSError:
-            content = b""
-        if not content or index_blob(content).root != root:
-            raise Unserved(f"{root.hex()[:8]} of round {round}")
-        return content
+        return read_blob(self._place(round), root, limit)
 
     def forget(self, before: int, keep: Collection[int] = ()) -> None:
         """Delete rounds below ``before`` but those of ``keep``."""
@@ -125,7 +118,7 @@ class Kits:
 
     def forget_one(self, round: int) -> None:
         """Delete ``round``, if it is there."""
-        shutil.rmtree(self.place(round), ignore_errors=True)
+        shutil.rmtree(self._place(round), ignore_errors=True)
 
     # ------------------------------------------------------------------------------------ on disk
 
@@ -146,8 +139,7 @@ class Kits:
         if self._writing is not None:
             self._writing.result()
 
-    def place(self, round: int) -> Path:
-        """Directory of ``round``."""
+    def _place(self, round: int) -> Path:
         return self._directory / f"{round:08d}"
 
     def _places(self) -> list[tuple[int, Path]]:
@@ -156,19 +148,19 @@ class Kits:
         return [(int(path.name), path) for path in self._directory.iterdir() if path.name.isdecimal()]
 
     def _write_kit(self, round: int, kit: Kit) -> None:
-        place = self.place(round)
+        place = self._place(round)
         place.mkdir(parents=True, exist_ok=True)
         (place / NAME).write_bytes(kit.encode())
 
     def _write(self, round: int, root: bytes, blob: Buffer) -> None:
-        place = self.place(round)
+        place = self._place(round)
         place.mkdir(parents=True, exist_ok=True)
         path = place / root.hex()
         if path.exists():
             return
         view = memoryview(blob).cast("B")
         with contextlib.suppress(OSError):  # the optimizer a round ends with is the one that the next begins with
-            earlier = self.place(round - 1) / root.hex()
+            earlier = self._place(round - 1) / root.hex()
             if earlier.stat().st_size == view.nbytes:
                 os.link(earlier, path)
                 return
@@ -183,6 +175,19 @@ class Kits:
             f"what others need to check round {round} cannot be written to {self._directory} ({error.strerror}): free "
             "some disk, or an audit of it will find nothing"
         )
+
+
+def read_blob(directory: Path, root: bytes, limit: int) -> bytes:
+    """The blob of a root, of at most ``limit`` bytes, from where it lies by that name. Raises :class:`Unserved` where
+    it is not there, or is another."""
+    path = directory / root.hex()
+    try:
+        content = path.read_bytes() if path.stat().st_size <= limit else b""
+    except OSError:
+        content = b""
+    if not content or index_blob(content).root != root:
+        raise Unserved(f"{root.hex()[:8]} of {directory.name}")
+    return content
 
 
 def _index_of(path: Path, root: bytes) -> BlobIndex:

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from psyche.config import Manifest, Node, load_config
 from psyche.network.identity import Identity
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.verdicts import EMPTY, Finding
+from psyche.protocol.verdicts import EMPTY, Audit, Finding
 from psyche.roles.casefile import Case
 from psyche.roles.inspection import audit
 from psyche.roles.launch import launch
@@ -56,13 +57,14 @@ class Court:
         seed = round_seed(chain.head)
         return Plan(chain.rounds + 1, 1, chain.head, chain.state_root, seed, chain.position, 0, members)
 
-    def advance(self, plan: Plan, works: dict[str, Work]) -> None:
-        """The round is certified with these contributions."""
+    def advance(self, plan: Plan, works: dict[str, Work], audits: tuple[Audit, ...] = ()) -> Record:
+        """The round is certified with these contributions, and these audits are open."""
         accepted = tuple(Accepted(node, works[node].contribution) for node in sorted(works))
         nodes = tuple(self.nodes)
-        record = Record(plan, accepted, (), 1, nodes, nodes, (), EMPTY, (), (), ())
+        record = Record(plan, accepted, (), 1, nodes, nodes, (), replace(EMPTY, audits=audits), (), (), ())
         for one in (self.accused, self.auditor, self.peer):
             one.apply(record, one.gradient_of(record, {node: work.payload for node, work in works.items()}))
+        return record
 
     def judge(
         self,

@@ -1,0 +1,150 @@
+"""An auditor does what it is asked for, whatever those that it looks at do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import psyche.roles.auditor as auditing
+from psyche.network.streams import Refused
+from psyche.protocol.messages import Certificate, Record
+from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, Finding, SealedVerdict
+from psyche.protocol.wire import Body, decode
+from psyche.roles.auditor import Auditor
+from psyche.roles.shards import Supply
+from psyche.telemetry.log import EventLog
+from psyche.verification.evidence import EVIDENCE, Evidence
+from tests.verification.audited import Court, court, train_lazily
+
+
+@dataclass
+class Scene:
+    """An auditor and two that it looks at: one lazy, one honest, whose kits it is handed unless they are ``silent``."""
+
+    court: Court
+    directory: Path
+    monkeypatch: pytest.MonkeyPatch
+    silent: set[str] = field(default_factory=set)
+    said: list[tuple[str, bytes]] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+    record: Record = field(init=False)
+
+    def __post_init__(self) -> None:
+        case = self.court
+        plan = case.plan()
+        works = {case.accused.node: train_lazily(case.accused, plan, 15), case.peer.node: case.peer.train(plan)}
+        audits = (
+            Audit(case.accused.node, 1, 1, JURY, 1, (case.auditor.node,), ()),
+            Audit(case.peer.node, 1, 1, 1, 1, (case.auditor.node,), ()),
+        )
+        self.record = case.advance(plan, works, audits)
+
+    def auditor(self) -> Auditor:
+        """With the network in the hands of this scene; only who certified a record is taken on trust."""
+        by_node = {one.node: one for one in (self.court.accused, self.court.peer)}
+
+        async def call(node: str, *request: object, **options: object) -> bytes:
+            if node in self.silent:
+                raise Refused("no")
+            kits = by_node[node].witness.kits
+            assert kits is not None
+            kit = kits.kit(1)
+            assert kit is not None
+            return kit.encode()
+
+        async def fetch(network: object, root: bytes, *, sources: list[str], max_size: int) -> bytearray:
+            kits = by_node[sources[0]].witness.kits
+            assert kits is not None
+            return bytearray(kits.read(1, root, max_size))
+
+        async def certificates(first: int, most: int) -> list[bytes]:
+            return [b"the only one"]
+
+        async def submit(body: Body, round: int) -> None:
+            assert isinstance(body, SealedVerdict)
+            self.said.append((body.accused, body.digest))
+
+        async def do(function: Callable[..., object], *arguments: object) -> object:
+            return function(*arguments)
+
+        self.monkeypatch.setattr(auditing, "fetch", fetch)
+        self.monkeypatch.setattr(auditing, "decode", _decoded)
+        self.monkeypatch.setattr(auditing, "record_in", lambda manifest, certificate: self.record)
+        network = SimpleNamespace(rpc=SimpleNamespace(call=call))
+        ledger, client = SimpleNamespace(certificates=certificates), SimpleNamespace(submit=submit)
+        log = EventLog(self.directory / "events.jsonl", "auditor")
+        parts = (self.court.auditor, self.directory, network, client, ledger, Supply())
+        return Auditor(*parts, do=do, log=log, warn=self.warned.append)  # type: ignore[arg-type]
+
+    def finding(self, auditor: Auditor, node: str) -> Finding:
+        """What it will show of ``node``."""
+        verdict = auditor._tried[node, 1].verdict
+        assert verdict is not None
+        return verdict.finding
+
+
+def _decoded(kind: type[Body], data: bytes) -> object:
+    return None if kind is Certificate else decode(kind, data)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    case = court(tmp_path, tmp_path_factory.mktemp("cache"))
+    case.peer.witness.kits = auditing.Kits(tmp_path / "peer")
+    return Scene(case, tmp_path / "auditor", monkeypatch)
+
+
+async def worked(auditor: Auditor, seconds: float | None = None) -> None:
+    """All that it is asked for, or what of it can be done without waiting longer; then it is put off."""
+    auditor.begin()
+    assert auditor._working is not None
+    await asyncio.wait({auditor._working}, timeout=seconds)
+    await auditor.put_off()
+
+
+def test_what_fails_is_kept_and_only_a_jury_looks_twice(scene: Scene) -> None:
+    auditor = scene.auditor()
+    asyncio.run(worked(auditor))
+    lazy, honest = (scene.finding(auditor, one.node) for one in (scene.court.accused, scene.court.peer))
+    assert (lazy.outcome, honest.outcome, honest.error) == ("measured", "measured", 0)
+    assert lazy.error > 40_000
+    assert (lazy.noise < MOST, honest.noise) == (True, MOST), "noise is what a jury measures"
+    assert len(lazy.sketch) == len(honest.sketch) == SKETCH
+    assert Evidence(scene.directory / EVIDENCE).cases() == [(scene.court.accused.node, 1)]
+    assert {node for node, _ in scene.said} == {scene.court.accused.node, scene.court.peer.node}
+
+
+def test_evidence_that_cannot_be_written_costs_no_verdict_and_is_told(scene: Scene) -> None:
+    scene.directory.mkdir()
+    (scene.directory / EVIDENCE).write_text("a file, where a directory should be")
+    asyncio.run(worked(auditor := scene.auditor()))
+    assert scene.finding(auditor, scene.court.accused.node).error > 40_000
+    (warning,) = scene.warned
+    assert "cannot be kept" in warning
+
+
+def test_who_hands_nothing_over_holds_up_nobody_and_is_asked_in_later_rounds(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The auditor is put off as soon as it waits: rounds may be shorter than what it waits for."""
+    now = [0.0]
+    monkeypatch.setattr(auditing, "monotonic", lambda: now[0])
+    scene.silent = {scene.court.accused.node}
+    auditor = scene.auditor()
+
+    async def rounds() -> list[int]:
+        found = []
+        for _ in range(auditing.ATTEMPTS):
+            await worked(auditor, 0.3)
+            found.append(len(scene.said))
+            now[0] += auditing.RETRY_SECONDS
+        return found
+
+    assert asyncio.run(rounds()) == [1, 1, 2], "asked no more often than every so many seconds"
+    assert scene.finding(auditor, scene.court.peer.node).outcome == "measured"
+    assert scene.finding(auditor, scene.court.accused.node).outcome == "unserved"
