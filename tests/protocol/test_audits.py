@@ -151,6 +151,14 @@ def test_between_the_thresholds_nobody_is_punished() -> None:
     assert {one.outcome for one in trial.closed} == {"inconclusive"}
 
 
+def test_who_finds_nothing_clear_may_be_looked_at_as_well() -> None:
+    trial, looks = court(second=1.0), set()
+    for _ in range(10):
+        trial.play(1, lambda node, audit: UNSURE)
+        looks |= {audit.looks for audit in trial.docket.audits}
+    assert looks == {1, 2}
+
+
 def test_what_is_false_to_the_bit_fails() -> None:
     trial = court()
     trial.play(9, lambda node, audit: FALSE if audit.accused == EIGHT[3] else PASS)

@@ -70,7 +70,8 @@ EXAMPLES: list[Body] = [
     Vote(9, b"r" * 32),
     Attestation(b"s" * 32, (A,)),
     SealedVerdict(A, 3, b"v" * 32),
-    Verdict(A, 3, Finding("measured", 4000, 1, -250), b"n" * 32),
+    Verdict(A, 3, Finding("unserved", 0, 0, 0), b"n" * 32),
+    Verdict(A, 3, Finding("measured", 4000, 1, -250, 900, (-(10**9), 0, 7)), b"n" * 32),
     Leave("it was stopped"),
     Metrics(1.5, 2.5, 100, 1000, 10, 1.0, 2.0, 3.0, 1e-3, 0.5, math.inf, 1, 2, 3),
     Proposal(8, RECORD, (b"r",)),
@@ -122,6 +123,12 @@ def test_round_trip(example: Body) -> None:
     data = example.encode()
     assert decode(type(example), data) == example
     assert decode(type(example), data).encode() == data
+
+
+@pytest.mark.parametrize("sketch", [(0,) * 65, (10**9 + 1,)], ids=["too long", "too large"])
+def test_a_sketch_is_bounded(sketch: tuple[int, ...]) -> None:
+    with pytest.raises(MalformedMessage):
+        decode(Verdict, Verdict(A, 3, Finding("measured", 0, 0, 0, 0, sketch), b"n" * 32).encode())
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=ids)
