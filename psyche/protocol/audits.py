@@ -72,12 +72,12 @@ def busy(docket: Docket, round: int, rules: AuditRules, pending: Iterable[Said] 
 # --------------------------------------------------------------------------------- who audits whom
 
 
-def pool_of(plan: Plan, accepted: Sequence[Accepted], electorate: Collection[str], rules: Rules) -> Pool:
+def pool_of(plan: Plan, accepted: Sequence[Accepted], rules: Rules) -> Pool:
     """What audits of a round are drawn from: nothing where the run has none. What is private cannot be audited."""
     if not rules.audits.rate:
         return EMPTY.pool
     given = {one.node: one.contribution for one in accepted if not one.contribution.private}
-    found = (Auditable(node, given[node].tokens, node in electorate) for node in sorted(given))
+    found = (Auditable(node, given[node].tokens) for node in sorted(given))
     return Pool(seed_of(plan, accepted, rules.run_id), tuple(found))
 
 
@@ -104,22 +104,32 @@ def by_suspicion(pool: Pool, suspects: Collection[str], rules: Rules) -> Iterato
             yield node
 
 
-def opened(pool: Pool, round: int, since: int, accused: Iterable[str], out: Collection[str]) -> Iterator[Audit]:
-    """Audits of contributions to ``round``, drawn in the record of ``since``. Nobody of ``out`` is asked."""
+def auditors(accepted: Sequence[Accepted], electorate: Collection[str], out: Collection[str]) -> list[str]:
+    """Who may be asked for an audit that a record opens, ascending: all who vote on it, for they hold what the round
+    was trained from, contributed or not. But nobody of ``out``, and nobody who trains on private data: such nodes have
+    none of the run's text."""
+    private = {one.node for one in accepted if one.contribution.private}
+    return sorted(set(electorate) - private - set(out))
+
+
+def opened(
+    pool: Pool, round: int, since: int, accused: Iterable[str], auditors: Sequence[str], out: Collection[str]
+) -> Iterator[Audit]:
+    """Audits of contributions to ``round`` by nodes that are not in ``out``, drawn in the record of ``since``."""
     for node in accused:
         given = pool.of(node)
-        able = [one.node for one in pool.given if one.able and one.node != node and one.node not in out]
-        if given is not None and able and node not in out:
-            yield Audit(node, round, given.tokens, 1, since, _candidates(able, pool.seed, node), ())
+        others = [one for one in auditors if one != node]
+        if given is not None and others and node not in out:
+            yield Audit(node, round, given.tokens, 1, since, _candidates(others, pool.seed, node), ())
 
 
-def _candidates(able: list[str], seed: bytes, accused: str) -> tuple[str, ...]:
-    """The first of ``able`` as the seed shuffles them: of thousands no more hashes are taken than a jury has seats."""
-    for seat in range(min(JURY, len(able))):
+def _candidates(nodes: list[str], seed: bytes, accused: str) -> tuple[str, ...]:
+    """The first of ``nodes`` as the seed shuffles them: of thousands no more hashes are taken than a jury has seats."""
+    for seat in range(min(JURY, len(nodes))):
         hash = digest("auditor", seed, accused.encode(), seat.to_bytes(8, "little"))
-        at = seat + int.from_bytes(hash, "little") % (len(able) - seat)
-        able[seat], able[at] = able[at], able[seat]
-    return tuple(able[:JURY])
+        at = seat + int.from_bytes(hash, "little") % (len(nodes) - seat)
+        nodes[seat], nodes[at] = nodes[at], nodes[seat]
+    return tuple(nodes[:JURY])
 
 
 def _risk(standing: Standing | None, round: int, rules: Rules) -> int:
@@ -162,11 +172,12 @@ def docket_after(
     convicted = {one.accused for one in closed if one.outcome == "convicted"} | {n for one in closed for n in one.lied}
     still = [one for one in judged.values() if isinstance(one, Audit) and one.accused not in convicted]
     banned = {*before.banned, *convicted}
-    pool, now, last = pool_of(plan, accepted, electorate, rules), plan.round, plan.round - 1
+    pool, now, last = pool_of(plan, accepted, rules), plan.round, plan.round - 1
+    asked_from = auditors(accepted, electorate, banned)
     suspected = (node for node in by_suspicion(before.pool, suspects, rules) if (node, last) not in audits)
     new = [
-        *opened(before.pool, last, now, suspected, banned),
-        *opened(pool, now, now, by_chance(pool, now, standing, rules), banned),
+        *opened(before.pool, last, now, suspected, asked_from, banned),
+        *opened(pool, now, now, by_chance(pool, now, standing, rules), asked_from, banned),
     ]
     return Docket(
         said=tuple(one.proof for one in said),

@@ -133,8 +133,6 @@ class Auditable(Message, frozen=True):
 
     node: NodeId
     tokens: Positive
-    able: bool
-    """Whether its author may be asked to audit others of the round."""
 
 
 class Pool(Message, frozen=True):

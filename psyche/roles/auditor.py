@@ -121,6 +121,8 @@ class Auditor:
         self._tried: defaultdict[Key, Tried] = defaultdict(Tried)
         self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
         self._working: asyncio.Task[None] | None = None
+        self._now: Audit | None = None
+        """What it was last busy with."""
         self._saying: asyncio.Task[None] | None = None
         self._stop = threading.Event()
         """Of the work that is under way: the thread that trains asks for it between two steps."""
@@ -180,7 +182,9 @@ class Auditor:
 
     def begin(self) -> bool:
         """This node is no member of the round: do the audits that it is asked for. Whether there are any."""
-        if not self.busy and self._duties():
+        if self.busy:
+            self._tell_what_is_audited()
+        elif self._duties():
             self._stop = threading.Event()
             self._working = asyncio.create_task(self._work(self._stop))
         return self.busy
@@ -263,7 +267,8 @@ class Auditor:
         if case is None:
             await self._decline(duty, "it does not hold what that round was trained from")
             return True
-        self._log.emit(events.AuditStarted(peer=duty.accused, round=duty.round, during=self._replica.chain.rounds + 1))
+        self._now = duty
+        self._tell_what_is_audited()
         try:
             finding = await self._look_into(case, stop)
         except BadShard:
@@ -362,6 +367,11 @@ class Auditor:
     async def _submit(self, body: AuditStatement) -> None:
         with contextlib.suppress(Refused):  # it is on record, or the audit has ended
             await self._client.submit(body, body.round)
+
+    def _tell_what_is_audited(self) -> None:
+        if (now := self._now) is not None:
+            during = self._replica.chain.rounds + 1
+            self._log.emit(events.AuditStarted(peer=now.accused, round=now.round, during=during))
 
     def _tell(self, text: str) -> None:
         self._log.emit(events.Notice(level="info", text=text))

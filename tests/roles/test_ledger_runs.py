@@ -37,6 +37,23 @@ def test_the_writer_writes_what_was_entered_before_it_is_closed(tmp_path: Path) 
     assert warnings == []
 
 
+def test_rounds_that_are_missing_hide_none_of_those_that_are_there(tmp_path: Path) -> None:
+    """A node that joined late, or was away, looks back over a gap."""
+    one, two, *_, five, six = (entry.certificate for entry in CHAIN[:6])
+
+    async def work() -> None:
+        async with writing(Ledger.open(tmp_path / NAME, RULES.run_id), print) as writer:
+            for entry in (CHAIN[0], CHAIN[1], CHAIN[4], CHAIN[5]):
+                writer.enter(entry.certificate, entry.record, entry.root)
+            assert await writer.held(range(1, 7), 1 << 20) == [one, two, five, six]
+            assert await writer.held(range(3, 6), 1 << 20) == [five]
+            assert await writer.held(range(3, 5), 1 << 20) == []
+            assert await writer.held(range(1, 7), 1) == [six], "the latest ones are what is needed most"
+            assert await writer.certificates(1, 1 << 20) == [one, two]
+
+    asyncio.run(work())
+
+
 def test_the_writer_follows_a_run_that_went_back_and_says_so(tmp_path: Path) -> None:
     """All of a run's nodes were killed, say, and started again from checkpoints older than their ledgers."""
     warnings: list[str] = []

@@ -10,6 +10,7 @@ from psyche.protocol import proposals
 from psyche.telemetry.events import (
     Attested,
     AuditEnded,
+    AuditStarted,
     Checkpointed,
     Diverged,
     Downloading,
@@ -159,6 +160,24 @@ class TestPlain:
             "model restored to the state after round 3, fetched from the members",
             "warning: your upload is slow",
         ]
+
+    def test_a_round_of_auditing_is_shown_as_one(self) -> None:
+        events: list[Event] = [
+            started(),
+            AuditStarted(OTHER, 1, 2),
+            PhaseChanged(2, "following"),
+            certified(2, (OTHER,)),
+            PhaseChanged(3, "following"),
+            certified(3, (OTHER,)),
+        ]
+        assert plain(ContributorView(ME), events)[1:] == [
+            "round 2/16  auditing: repeating …CCCCCC's work in round 1 to check it, for the same credit as training",
+            "round 2/16  following the round; it ends without work of this machine",
+            "round 2/16  this machine audited …CCCCCC instead of training, state 2000…",
+            "round 3/16  following the round; it ends without work of this machine",
+            "round 3/16  certified without work of this machine, state 3000…",
+        ]
+        assert "auditing: repeating another member's work" in drawn(ContributorView(ME), events[:2])
 
     def test_what_peers_send_cannot_steer_the_terminal(self) -> None:
         hostile = "\x1b[2J\x1b]0;owned\x07\n[bold red]round 9/9[/]" + "x" * 10_000

@@ -49,7 +49,7 @@ def test_honest_work_passes_to_the_bit(make: Make, codec: str, every: int | None
         else:
             before |= {work.contribution.residual_out}
         case.advance(plan, works)
-    assert can_audit(case.auditor, plan)
+    assert can_audit(case.auditor, plan.round)
 
 
 def test_muon_is_audited_like_adamw(make: Make) -> None:

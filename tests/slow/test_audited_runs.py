@@ -1,0 +1,89 @@
+"""A run under many audits, with members that join late and one that was away: nobody stands idle, no audit lapses."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from psyche.network.identity import IDENTITY, Identity
+from psyche.protocol.ledger import claimed
+from psyche.protocol.messages import Record
+from psyche.state.ledger import NAME, Ledger
+from psyche.telemetry.events import AuditStarted, Event, PhaseChanged, RoundCertified, RunFinished
+from tests.roles.swarm import Swarm, swarm
+from tests.roles.tiny import write_config
+
+pytestmark = pytest.mark.slow
+
+ROUNDS = int(os.environ.get("PSYCHE_AUDITED_ROUNDS", "100"))
+FOUNDERS = [f"founder-{number}" for number in range(1, 5)]
+LATE = ["late-1", "late-2"]
+RATE = 0.2
+"""Four times the default."""
+
+
+def test_late_joiners_audit_or_train_in_every_round(tmp_path: Path) -> None:
+    rounds = {"total": ROUNDS, "inner_steps": 80, "start_members": len(FOUNDERS)}
+    config = write_config(tmp_path, members=len(FOUNDERS), rounds=rounds, audits={"rate": RATE})
+    with swarm(tmp_path / "run", config) as run:
+        run.coordinator()
+        for name in FOUNDERS:
+            run.node(name)
+        for name, at in zip(LATE, (ROUNDS // 5, ROUNDS // 3), strict=True):
+            _certified(run, at)
+            run.node(name)
+        _certified(run, ROUNDS // 2)
+        run.kill(FOUNDERS[0])  # what it needs to audit the rounds before is gone with it
+        _certified(run, ROUNDS // 2 + 5)
+        run.node(FOUNDERS[0])
+        _certified(run, ROUNDS)
+        for name in [*FOUNDERS, *LATE]:
+            assert run.join(name) == 0, run.output(name)[-2000:]
+        assert run.events("coordinator", RunFinished)
+        events = {name: run.events(name, Event) for name in [*FOUNDERS, *LATE]}
+    records = _records(tmp_path / "run" / FOUNDERS[1])
+    assert [record.plan.round for record in records] == list(range(1, ROUNDS + 1))
+    outcomes = Counter(one.outcome for record in records for one in record.docket.closed)
+    declined = sum(len(audit.declined) for record in records[-1:] for audit in record.docket.audits)
+    print(f"audits: {dict(outcomes)}; declined and open: {declined}")
+    for name, logged in events.items():
+        peer = Identity.load_or_create(tmp_path / "run" / name / IDENTITY).peer_id
+        idle = _idle_rounds(peer, records, logged)
+        print(f"{name}: {_seconds(logged)}; idle in rounds {idle}")
+        away = range(ROUNDS // 2 - 1, ROUNDS // 2 + 20) if name == FOUNDERS[0] else range(0)
+        assert not set(idle) - set(away), f"{name} did nothing in rounds {idle}"
+    assert outcomes["passed"] > ROUNDS * RATE / 2
+    assert not outcomes["dropped"], "somebody could have done it"
+    assert not records[-1].docket.banned
+
+
+def _certified(run: Swarm, number: int) -> None:
+    for last in range(min(number, 5), number + 1, 5):  # rounds take as long as they take: each few have their own wait
+        run.wait("coordinator", RoundCertified, lambda event, last=last: event.round >= last)  # type: ignore[misc]
+
+
+def _records(node: Path) -> list[Record]:
+    with Ledger.read(node / NAME) as ledger:
+        return [claimed(entry.certificate).record for entry in ledger.entries()]
+
+
+def _idle_rounds(peer: str, records: list[Record], logged: list[Event]) -> list[int]:
+    """Rounds, from its first as a member on, in which a node neither trained nor audited."""
+    trained = {record.plan.round for record in records if record.plan.member(peer) is not None}
+    audited = {event.during for event in logged if isinstance(event, AuditStarted)}
+    return sorted(set(range(min(trained), len(records) + 1)) - trained - audited)
+
+
+def _seconds(logged: list[Event]) -> dict[str, float]:
+    """How long a node was in each phase."""
+    spent: Counter[str] = Counter()
+    phase, since = "", 0.0
+    for event in logged:
+        if isinstance(event, PhaseChanged | AuditStarted):
+            if phase:
+                spent[phase] += event.time - since
+            phase, since = event.phase if isinstance(event, PhaseChanged) else "auditing", event.time
+    return {name: round(seconds, 1) for name, seconds in spent.most_common()}

@@ -1,0 +1,73 @@
+"""State roots and record hashes of six small runs by the single-process reference, for holding behaviour still.
+
+A change that is to change no behaviour gives the same file before and after it, on the same machine::
+
+    python -m tests.snapshot before.json
+    ...
+    python -m tests.snapshot after.json && diff before.json after.json
+
+State roots hold across any change of names. Record hashes change where a message's name or layout does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from psyche.config import load_config
+from psyche.network.identity import Identity
+from psyche.numerics.digest import digest
+from psyche.roles.launch import launch
+from psyche.roles.reference import play
+from psyche.roles.tribunal import honest
+from psyche.verification.kit import Kits
+from tests.roles.tiny import LARGER, replica, write_config
+
+NODES = 4
+SHARDED = {"exchange": {"kind": "sharded", "reducers": 2}, "model": LARGER}
+AUDITED = {"audits": {"rate": 0.5, "second": 0.2, "window": 20, "patience": 2}}
+CASES: dict[str, dict[str, object]] = {
+    "fp32, gather": {"codec": {"name": "fp32"}},
+    "int8, gather, audits": {"codec": {"name": "int8"}} | AUDITED,
+    "int8, sharded": {"codec": {"name": "int8"}} | SHARDED,
+    "int4, gather, two fragments, late steps": {
+        "codec": {"name": "int4"},
+        "overlap": {"fragments": 2, "late_steps": 2},
+    },
+    "topk2e, sharded, audits": {"codec": {"name": "topk2e"}} | SHARDED | AUDITED,
+    "topk2e, gather, late steps": {"codec": {"name": "topk2e"}, "overlap": {"late_steps": 1}},
+}
+
+
+def run(name: str, directory: Path, cache: Path) -> list[dict[str, str]]:
+    """State root and record hash of each round."""
+    rounds = {"total": 6, "inner_steps": 4, "start_members": NODES}
+    config = load_config(write_config(directory, members=NODES, rounds=rounds, **CASES[name]))
+    config = config.model_copy(update={"node": config.node.model_copy(update={"cache": cache})})
+    identities = [Identity(digest("snapshot", bytes([number])), directory / f"{number}.key") for number in range(NODES)]
+    manifest = launch(config, identities[0].peer_id).manifest
+    replicas = {one.peer_id: replica(manifest, config.node, one) for one in identities}
+    for node, one in replicas.items():
+        one.witness.kits = Kits(directory / node / "audits")
+    late_steps = manifest.run.overlap.late_steps
+    played = play(manifest, replicas, late=lambda _round, _node: late_steps, judge=honest)
+    return [
+        {"state_root": replicas[min(replicas)].chain.state_root.hex(), "record": record.hash.hex()}
+        for record, _ in played
+    ]
+
+
+def main() -> None:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(CASES):
+            directory = Path(folder) / str(number)
+            directory.mkdir()
+            found[name] = run(name, directory, Path(folder) / "cache")
+    Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
