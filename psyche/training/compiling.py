@@ -6,21 +6,20 @@ what a node computes on its own may differ from what others would, and what all 
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
-import msgspec
 import torch
 from torch import nn
-
-from psyche.numerics.digest import digest
 
 WORTH_TRYING = 4 * 3600.0
 """Seconds of training without compiling below which it is not even tried: it costs about a minute to know, in
@@ -47,7 +46,8 @@ class Prospect:
     """Directory where they are remembered."""
 
 
-class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+@dataclass(frozen=True)
+class Measured:
     """Seconds: a pass as it is, a pass compiled, and the first one, which compiles. ``fault``: why it cannot."""
 
     eager: float
@@ -78,7 +78,7 @@ def _compiled_if_it_pays(
     model: nn.Module, through: Passes, prospect: Prospect, say: Callable[[str], None]
 ) -> Forward | None:
     """The same, and raises ``torch.OutOfMemoryError``."""
-    path = prospect.memory / f"{digest('compile', prospect.shape.encode()).hex()[:32]}.json"
+    path = prospect.memory / f"{sha256(prospect.shape.encode()).hexdigest()[:32]}.json"
     known = _remembered(path)
     if prospect.wanted == "off" or (prospect.wanted == "auto" and known is None and _short(model, through, prospect)):
         return None
@@ -102,8 +102,8 @@ def _short(model: nn.Module, through: Passes, prospect: Prospect) -> bool:
 
 def _remembered(path: Path) -> Measured | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Measured)
-    except (OSError, msgspec.DecodeError):
+        return Measured(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -112,7 +112,7 @@ def _remember(path: Path, known: Measured) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(msgspec.json.encode(known))
+            file.write(json.dumps(asdict(known)).encode())
         os.replace(file.name, path)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
-from psyche.config import Node
 from psyche.errors import PsycheError
 from psyche.sizes import byte_count
+
+if TYPE_CHECKING:
+    from psyche.config import Node
 
 
 def pick_device(wanted: str) -> torch.device:

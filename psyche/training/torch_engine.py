@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
 from psyche.training.compiling import Prospect, compiled_if_it_pays
@@ -20,6 +19,9 @@ from psyche.training.engine import Batch
 from psyche.training.labels import labels, predicted
 from psyche.training.memory import free_memory, kept_by, most_at_once, piece_size
 from psyche.training.optimizers import Optimizers
+
+if TYPE_CHECKING:
+    from psyche.config import Inner, Node
 
 OUT_OF_MEMORY = "one sequence does not fit into this device's memory: free some of it, or train on a bigger one"
 
