@@ -150,6 +150,44 @@ def test_when_all_the_time_is_used_the_process_ends_with_what_it_has(tmp_path: P
     assert content(tmp_path)["stopped"] == "the time was up during int8, 36,864 elements"
 
 
+@pytest.mark.parametrize(("left", "compiled"), [(91.0, True), (89.0, False)])
+def test_on_a_gpu_both_models_are_trained_and_compiled_only_where_time_is_left(
+    left: float, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, trained = Clock(), []
+
+    def trains(workload: training.Workload, *_: object) -> Iterator[training.Speed]:
+        trained.append((workload.name, training.ENGINE))
+        clock.now = 1000 + 480 - left
+        yield speed()
+
+    def compiles(workload: training.Workload, device: torch.device, _: object, micro_batch: int) -> training.Speed:
+        assert (device, micro_batch) == (torch.device("cuda:0"), 4)
+        trained.append((workload.name, training.COMPILED))
+        return speed(training.COMPILED)
+
+    monkeypatch.setattr(check, "speeds", trains)
+    monkeypatch.setattr(check, "compiled_speed", compiles)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    report = Report(tmp_path, Budget(480, clock), timed=True)
+    check.Check(report, report._budget, emulate=False, elements=4096).run(["training"])
+    expected = [("30M", training.ENGINE), ("150M", training.ENGINE), ("150M", training.COMPILED)]
+    assert trained == expected[: 2 + compiled]
+    assert report.left_out == ([] if compiled else ["training speed: the time was up before training, 150M, compiled"])
+    assert not report.failures
+
+
+def test_a_gpu_that_a_kernel_has_broken_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    report = Report(tmp_path, Budget(480, Clock()), timed=True)
+    check.Check(report, report._budget, emulate=False, elements=4096).run(["training"])
+    assert "illegal memory access" in report.left_out[0]
+    assert "run again with --only training" in report.left_out[0]
+
+
 def test_what_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compare(name: str, count: int) -> list[Difference]:
         if name == "int8":

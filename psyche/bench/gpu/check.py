@@ -134,7 +134,10 @@ class Check:
         return ", ".join(found)
 
     def _train_compiled(self, workload: Workload) -> str:
-        rows = self._micro_batches[workload.name]
+        rows = self._micro_batches.get(workload.name)
+        if rows is None:
+            self._report.left_out.append(f"training, {workload.name}, compiled: uncompiled it was not measured")
+            return "left out"
         speed = compiled_speed(workload, self._device, self._budget.clock, rows)
         self._report.speeds.append(speed)
         return f"{speed.tokens_per_second:,.0f} tokens/s"
