@@ -44,6 +44,7 @@ from psyche.protocol.state import (
     Unsigned,
     Voted,
 )
+from psyche.protocol.verdicts import Docket
 
 Step = tuple[State, list[Effect]]
 BANNED = "this node was convicted of cheating and takes no part in this run any more: psyche ledger why says what of"
@@ -88,12 +89,19 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
 
 
 def _hear(rules: Rules, state: State, event: Said) -> Step:
-    """An auditor's word is kept until it is on record. Of an audit that has ended nothing needs to be said any more."""
-    if all((audit.accused, audit.round) != event.key for audit in state.docket.audits):
+    """Keep a statement of an auditor until it is on record. One on an audit that has ended is not needed any more.
+
+    A member that has taken the outer step of a certified round speaks from that round's record, which may be a moment
+    before this coordinator has settled it.
+    """
+    docket, round_number = state.docket, state.rounds + 1
+    if (current := state.round) is not None and current.certified and current.proposal is not None:
+        docket, round_number = current.proposal.docket, round_number + 1
+    if all((audit.accused, audit.round) != event.key for audit in docket.audits):
         return state, []
-    if next(admissible(state.docket, [event], state.rounds + 1, rules.audits), None) is None:
-        reason = f"nothing is to be said on the contribution of {event.body.accused[-6:]} to round {event.body.round}"
-        return state, [Rejected(event.node, reason)]
+    if next(admissible(docket, [event], round_number, rules.audits), None) is None:
+        about = f"the audit of {event.body.accused[-6:]}'s work in round {event.body.round}"
+        return state, [Rejected(event.node, f"{about} does not ask for this node's {event.body.DOMAIN} now")]
     name = event.node, *event.key, event.body.DOMAIN
     return replace(state, said={**state.said, name: event}), []
 
@@ -275,7 +283,7 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
         electorate=record.voters,
         standing=record.standing,
         docket=record.docket,
-        said={key: one for key, one in state.said.items() if one.proof not in record.docket.said},
+        said={name: one for name, one in state.said.items() if _still_wanted(one, record.docket)},
         suspects=suspects_of(current, record),
         goodbyes=state.goodbyes & set(record.voters),
         roster=0,
@@ -286,6 +294,12 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
         done=done_in(record),
         gathering=False,
     )
+
+
+def _still_wanted(statement: Said, docket: Docket) -> bool:
+    """Whether a later record can hold it: it is not on record, and its audit is open."""
+    open_audits = {(audit.accused, audit.round) for audit in docket.audits}
+    return statement.key in open_audits and statement.proof not in docket.said
 
 
 def suspects_of(current: Round | None, record: Record) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
     drawn -> one auditor (sometimes two) -> passes: passed
                                             fails: a jury of all who can do it -> two thirds are believed
+                                            declines: the next candidate is asked
 
 Everything but which messages came in is computed by everybody, from the record before and from this one: a docket that
 does not follow gets no vote. An auditor puts the digest of its verdict on record, and shows the verdict in a later
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from statistics import median_low
+from typing import get_args
 
 import msgspec
 
@@ -26,11 +28,12 @@ from psyche.protocol.verdicts import (
     JURY,
     Audit,
     Auditable,
+    AuditStatement,
     Closed,
+    DeclinedAudit,
     Docket,
     Opinion,
     Pool,
-    SealedVerdict,
     Verdict,
 )
 from psyche.protocol.wire import decode
@@ -51,16 +54,18 @@ class BadDocket(ValueError):
 def asked(audit: Audit, round: int, rules: AuditRules) -> tuple[str, ...]:
     """Whose word on ``audit`` can come on record in ``round``: as many as are wanted, and another for each
     ``patience`` rounds that went by."""
-    return audit.candidates[: audit.looks + (round - audit.since) // rules.patience]
+    return audit.able[: audit.looks + (round - audit.since) // rules.patience]
 
 
-def busy(docket: Docket, round: int, rules: AuditRules) -> frozenset[str]:
-    """Who is asked to audit while ``round`` is under way, and has not said yet that it is done."""
+def busy(docket: Docket, round: int, rules: AuditRules, pending: Iterable[Said] = ()) -> frozenset[str]:
+    """Nodes that are asked to audit while ``round`` is under way and have neither sealed a verdict nor declined, be it
+    on record or ``pending``."""
+    answered = {(one.key, one.node) for one in pending}
     return frozenset(
         node
         for audit in docket.audits
         for node in asked(audit, round, rules)
-        if all(one.auditor != node for one in audit.opinions)
+        if all(one.auditor != node for one in audit.opinions) and ((audit.accused, audit.round), node) not in answered
     )
 
 
@@ -177,11 +182,13 @@ def _heard(audit: Audit, said: Said, round: int, rules: AuditRules) -> Audit:
     """``audit`` with another word on it."""
     author, body = said.node, said.body
     mine = next((one for one in audit.opinions if one.auditor == author), None)
-    if isinstance(body, SealedVerdict):
+    if not isinstance(body, Verdict):
         if mine is not None:
-            raise BadDocket(f"a second verdict of {author[-6:]} on {audit.accused[-6:]}")
+            raise BadDocket(f"{author[-6:]} has already sealed a verdict on {audit.accused[-6:]}")
         if author not in asked(audit, round, rules):
-            raise BadDocket(f"{author[-6:]} was not asked to audit {audit.accused[-6:]}")
+            raise BadDocket(f"{author[-6:]} was not asked to audit {audit.accused[-6:]}, or has declined")
+        if isinstance(body, DeclinedAudit):
+            return msgspec.structs.replace(audit, declined=(*audit.declined, author))
         return msgspec.structs.replace(audit, opinions=(*audit.opinions, Opinion(author, body.digest, None)))
     if mine is None or mine.finding is not None or mine.digest != body.digest:
         raise BadDocket(f"the verdict of {author[-6:]} on {audit.accused[-6:]} is not the one it sealed")
@@ -221,7 +228,7 @@ def _judged(audit: Audit, plan: Plan, before: Docket, rules: AuditRules, *, fres
 def statement(proof: bytes) -> Said:
     """What an envelope says of an audit, its signature not checked. Raises ``MalformedMessage``."""
     envelope = envelopes.decode(proof)
-    kinds: Mapping[str, type[SealedVerdict | Verdict]] = {kind.DOMAIN: kind for kind in (SealedVerdict, Verdict)}
+    kinds: Mapping[str, type[AuditStatement]] = {kind.DOMAIN: kind for kind in get_args(AuditStatement)}
     if (kind := kinds.get(envelope.domain)) is None:
         raise MalformedMessage(f"{envelope.domain!r} says nothing of an audit")
     body = decode(kind, envelope.body)

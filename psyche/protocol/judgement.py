@@ -73,9 +73,9 @@ def decide(audit: Audit, rules: AuditRules, *, fresh: bool, again: bool, late: b
     shown = {one.auditor: one.finding for one in audit.opinions if one.finding is not None}
     grades = {node: grade(one, rules) for node, one in shown.items()}
     clear = late and audit.looks == JURY and _clear(audit, grades)
-    if len(shown) < min(audit.looks, len(audit.candidates)) and not clear and not expired:
+    if len(shown) < min(audit.looks, len(audit.able)) and not clear and not expired:
         return audit.looks
-    all_heard = expired or len(shown) >= len(audit.candidates)
+    all_heard = expired or len(shown) >= len(audit.able)
     measured = {node: one for node, one in shown.items() if one.outcome == "measured"}
     if _doubtful(measured) and audit.looks < JURY and not all_heard:
         return JURY
@@ -103,7 +103,7 @@ def _weighed(audit: Audit, grades: dict[str, Grade], *, fresh: bool, again: bool
 def _tried(audit: Audit, passing: frozenset[str], failing: frozenset[str], all_heard: bool) -> Judgement:
     """At least one fails it."""
     many, few = sorted((passing, failing), key=len, reverse=True)
-    if not all_heard and (audit.looks < JURY or not _two_thirds(many, audit.candidates)):
+    if not all_heard and (audit.looks < JURY or not _two_thirds(many, audit.able)):
         return JURY
     voices = passing | failing
     if not _two_thirds(many, voices):
@@ -116,7 +116,7 @@ def _tried(audit: Audit, passing: frozenset[str], failing: frozenset[str], all_h
 
 def _clear(audit: Audit, grades: dict[str, Grade]) -> bool:
     """Whether no other voice can change anything."""
-    return any(_two_thirds(_of(grades, one), audit.candidates) for one in ("pass", "fail"))
+    return any(_two_thirds(_of(grades, one), audit.able) for one in ("pass", "fail"))
 
 
 def _two_thirds(some: Collection[str], of: Collection[str]) -> bool:

@@ -8,12 +8,12 @@ format: what does not fit is refused while decoding.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, get_args
 
 from msgspec import Meta
 
 from psyche.numerics.digest import digest
-from psyche.protocol.verdicts import Docket, SealedVerdict, Verdict
+from psyche.protocol.verdicts import AuditStatement, Docket
 from psyche.protocol.wire import (
     MAX_COORDINATORS,
     MAX_MEMBERS,
@@ -400,8 +400,7 @@ SUBMISSIONS: dict[str, type[Body]] = {
         Reduced,
         Vote,
         Attestation,
-        SealedVerdict,
-        Verdict,
+        *get_args(AuditStatement),
         Leave,
         Metrics,
     )

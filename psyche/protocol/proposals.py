@@ -173,7 +173,7 @@ def training(rules: Rules, state: State, seats: Sequence[str]) -> list[str]:
     that fewer train than a round needs.
     """
     seed, least = round_seed(state.head), max(rules.min_members, (len(seats) + 1) // 2)
-    auditing = busy(state.docket, state.rounds + 1, rules.audits) & set(seats)
+    auditing = busy(state.docket, state.rounds + 1, rules.audits, state.said.values()) & set(seats)
     away = sorted(auditing, key=lambda node: digest("seat", seed, node.encode()))[: max(0, len(seats) - least)]
     return [node for node in seats if node not in away]
 

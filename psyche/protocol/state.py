@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from psyche.protocol.messages import Contribution, Plan, Record, Standing
-from psyche.protocol.verdicts import EMPTY, Docket, SealedVerdict, Verdict
+from psyche.protocol.verdicts import EMPTY, AuditStatement, Docket
 
 
 class Phase(StrEnum):
@@ -309,7 +309,7 @@ class Said:
     """An auditor's word on a contribution of any round; ``proof`` is its signed envelope."""
 
     node: str
-    body: SealedVerdict | Verdict
+    body: AuditStatement
     proof: bytes
 
     @property

@@ -64,6 +64,20 @@ class SealedVerdict(Body, frozen=True):
     digest: Hash
 
 
+class DeclinedAudit(Body, frozen=True):
+    """Signed by a node that was asked to audit a contribution and cannot: it no longer holds the base state, say. The
+    next candidate is asked in the round after."""
+
+    DOMAIN = "declined-audit"
+
+    accused: NodeId
+    round: Positive
+
+
+AuditStatement = SealedVerdict | Verdict | DeclinedAudit
+"""What an auditor says of an audit. All have ``accused`` and ``round``."""
+
+
 class Opinion(Message, frozen=True):
     """An auditor's part in an audit so far."""
 
@@ -88,6 +102,13 @@ class Audit(Message, frozen=True):
     """Who may be asked, in this order."""
     opinions: Annotated[tuple[Opinion, ...], Meta(max_length=JURY)]
     """In the order in which they came on record."""
+    declined: Annotated[tuple[NodeId, ...], Meta(max_length=JURY)] = ()
+    """Candidates that cannot do it, in the order in which they said so. They are not asked again."""
+
+    @property
+    def able(self) -> tuple[NodeId, ...]:
+        """The candidates that have not declined, in the order in which they are asked."""
+        return tuple(node for node in self.candidates if node not in self.declined)
 
 
 Outcome = Literal["passed", "inconclusive", "convicted", "unserved", "dropped"]
@@ -133,7 +154,7 @@ class Docket(Message, frozen=True):
     """The audits of a run, as a record leaves them. What is said is the coordinator's choice; what follows is not."""
 
     said: Annotated[tuple[Signed, ...], Meta(max_length=MAX_AUDITS)]
-    """Signed :class:`SealedVerdict` and :class:`Verdict` messages that came on record here."""
+    """Signed statements (:data:`AuditStatement`) that came on record here."""
     audits: Annotated[tuple[Audit, ...], Meta(max_length=MAX_AUDITS)]
     """Open ones, those drawn from this record among them, ascending by round and accused."""
     closed: Annotated[tuple[Closed, ...], Meta(max_length=MAX_AUDITS)]

@@ -29,7 +29,7 @@ from psyche.protocol.audits import asked
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import grade
 from psyche.protocol.messages import Certificate, Record
-from psyche.protocol.verdicts import JURY, Audit, Finding, SealedVerdict, Verdict
+from psyche.protocol.verdicts import JURY, Audit, AuditStatement, DeclinedAudit, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.roles.casefile import Case, first_needed, open_case
 from psyche.roles.chain_rules import chain_rules
@@ -89,6 +89,10 @@ class Tried:
     again: float = 0.0
     """When to ask it once more, by this machine's clock: it may be between two connections."""
     verdict: Verdict | None = None
+    possible: bool = False
+    """This node holds what it takes, as far as it has looked."""
+    declined: bool = False
+    """This node cannot do it: the next candidate is to be asked."""
 
 
 class Auditor:
@@ -159,10 +163,12 @@ class Auditor:
         away."""
         for case in audits:
             mine = next((one for one in case.opinions if one.auditor == self._me), None)
-            verdict = self._tried[case.accused, case.round].verdict
-            if verdict is not None and (mine is None or mine.finding is None):
+            tried = self._tried[case.accused, case.round]
+            if (verdict := tried.verdict) is not None and (mine is None or mine.finding is None):
                 sealed = SealedVerdict(case.accused, case.round, verdict.digest)
                 await self._submit(sealed if mine is None else verdict)
+            elif tried.declined and self._me not in case.declined:
+                await self._submit(DeclinedAudit(case.accused, case.round))
 
     def check(self) -> None:
         """Raise :class:`Convicted` where the chain says so."""
@@ -172,11 +178,22 @@ class Auditor:
                 "`psyche ledger why`. If it is honest its hardware computes wrongly: `psyche doctor`, no overclocking"
             )
 
-    def begin(self) -> None:
-        """This node is no member of the round: do what is asked of it."""
+    def begin(self) -> bool:
+        """This node is no member of the round: do the audits that it is asked for. Whether there are any."""
         if not self.busy and self._duties():
             self._stop = threading.Event()
             self._working = asyncio.create_task(self._work(self._stop))
+        return self.busy
+
+    async def decline(self) -> None:
+        """Decline, before the next round is planned, what this node is asked for and cannot do: it can train in that
+        round, and the next candidate is asked."""
+        for duty in self._duties():
+            tried = self._tried[duty.accused, duty.round]
+            if not tried.possible:
+                tried.possible = await self._case(duty) is not None
+                if not tried.possible:
+                    await self._decline(duty, "it does not hold what that round was trained from")
 
     async def put_off(self) -> None:
         """Stop working; what was begun is begun anew another time."""
@@ -221,17 +238,20 @@ class Auditor:
             if self._me in asked(case, chain.rounds + 1, self._rules)
             and all(one.auditor != self._me for one in case.opinions)
             and self._tried[case.accused, case.round].verdict is None
+            and not self._tried[case.accused, case.round].declined
         ]
         return sorted(found, key=lambda case: self._tried[case.accused, case.round].begun)
 
     async def _work(self, stop: threading.Event) -> None:
         """One contribution after the other; what can be said of each goes on record as soon as it is known."""
+        during = self._replica.chain.rounds + 1
         await self._do(self._replica.forsake)
         duties = self._duties()
         while duties:
             duties = [duty for duty in duties if not await self._done(duty, stop)]
             if duties:
                 await asyncio.sleep(RETRY_SECONDS / 4)
+        self._log.emit(events.PhaseChanged(round=during, phase="following"))
 
     async def _done(self, duty: Audit, stop: threading.Event) -> bool:
         """Whether there is nothing more to be done for ``duty`` now; False: its accused is to be asked once more."""
@@ -240,12 +260,17 @@ class Auditor:
             return False
         tried.begun += 1
         case = await self._case(duty)
-        if case is None or not can_audit(self._replica, case.plan):
-            self._tell(f"this node cannot audit {duty.accused[-6:]}: it was not there in round {duty.round}")
+        if case is None:
+            await self._decline(duty, "it does not hold what that round was trained from")
             return True
+        self._log.emit(events.AuditStarted(peer=duty.accused, round=duty.round, during=self._replica.chain.rounds + 1))
         try:
             finding = await self._look_into(case, stop)
-        except (BadShard, Stopped):
+        except BadShard:
+            if not stop.is_set():  # or the text was still on its way when this node was put off
+                await self._decline(duty, "the text that it was trained on cannot be fetched")
+            return True
+        except Stopped:
             return True
         except Later:
             return False
@@ -263,9 +288,17 @@ class Auditor:
         return True
 
     async def _case(self, duty: Audit) -> Case | None:
-        manifest = self._replica.manifest
-        encoded = await self._ledger.certificates(first_needed(duty.round), MAX_LOOKED_AT)
-        return await asyncio.to_thread(_opened, manifest, encoded, duty)
+        """What this node's ledger says of the contribution; None where this node cannot audit it."""
+        if not can_audit(self._replica, duty.round):
+            return None
+        encoded = await self._ledger.held(range(first_needed(duty.round), duty.round + 1), MAX_LOOKED_AT)
+        return await asyncio.to_thread(_opened, self._replica.manifest, encoded, duty)
+
+    async def _decline(self, duty: Audit, why: str) -> None:
+        self._tried[duty.accused, duty.round].declined = True
+        text = f"this node declines to audit {duty.accused[-6:]}'s work in round {duty.round}: {why}"
+        self._tell(f"{text}; another member is asked")
+        await self._submit(DeclinedAudit(duty.accused, duty.round))
 
     async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
         """Fetch what the work rests on, and do it again. Raises ``BadShard``, :class:`Stopped` and :class:`Later`."""
@@ -326,7 +359,7 @@ class Auditor:
             tried.again = monotonic() + RETRY_SECONDS
             raise (Unserved(str(error)) if tried.failed >= ATTEMPTS else Later) from None
 
-    async def _submit(self, body: SealedVerdict | Verdict) -> None:
+    async def _submit(self, body: AuditStatement) -> None:
         with contextlib.suppress(Refused):  # it is on record, or the audit has ended
             await self._client.submit(body, body.round)
 

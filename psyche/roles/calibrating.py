@@ -26,8 +26,6 @@ from psyche.verification.thresholds import thresholds
 
 LINE_EVERY = 5.0
 """Percent between progress lines where there is no terminal."""
-TUNED_FOR = 10**9
-"""Inner steps that compiling has to pay within: this is about what it changes, not about what it saves."""
 
 
 def prepared(path: Path, report: Report | None) -> tuple[Config, TokenStore]:
@@ -80,9 +78,11 @@ def maker(config: Config, store: TokenStore) -> Callable[[Kind], TorchEngine | N
         engine = TorchEngine(build(run.model, seed=run.seed), run.inner, settings, store.index.pad)
         if kind.compiled:
             batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
-            engine.tune(batch, TUNED_FOR, config.node.cache.expanduser() / "compile", _say)
-            if not engine.compiled:
-                _say(f"{kind.name}: this machine cannot; it is left out")
+            try:
+                engine.use_compiled(batch[: engine.rows(batch)])
+            except Exception as error:  # Dynamo, Inductor, Triton and the C++ compiler have each their own
+                reason = " ".join(str(error).split())[:200]
+                _say(f"{kind.name} is left out, because torch.compile does not work here: {reason}")
                 return None
         return engine
 

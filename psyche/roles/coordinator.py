@@ -43,7 +43,7 @@ from psyche.protocol.messages import (
 from psyche.protocol.oath import Perjury
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import Phase, State
-from psyche.protocol.verdicts import SealedVerdict, Verdict
+from psyche.protocol.verdicts import DeclinedAudit, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.roles.ledger import LedgerWriter
 from psyche.roles.metrics import metrics_event
@@ -212,7 +212,7 @@ class Coordinator:
                 if promise.accepted is not None and promise.roster:
                     self._signed[promise.accepted.plan.round, promise.accepted.roster] = promise.roster
                 await self._dispatch(promise)
-            case SealedVerdict() | Verdict():
+            case SealedVerdict() | Verdict() | DeclinedAudit():
                 await self._dispatch(statement(proof))
             case Leave():
                 await self._dispatch(protocol.Left(node, body.reason))

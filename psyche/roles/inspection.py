@@ -22,13 +22,13 @@ from psyche.verification.kit import Kit
 from psyche.verification.replay import Blobs, Claim, Lab, replay
 
 
-def can_audit(replica: Replica, plan: Plan) -> bool:
-    """Whether this node still knows what the round of ``plan`` was trained from, and can do it again.
+def can_audit(replica: Replica, round_number: int) -> bool:
+    """Whether this node still knows the outer state that the round was trained from, and can do its work again.
 
     A node of several ranks is audited like others and audits nobody: a gradient that is not finite ends its ranks, and
     there are states from which a step has one.
     """
-    return plan.round - 1 in replica.witness.bases and isinstance(replica.engine, TorchEngine)
+    return round_number - 1 in replica.witness.bases and isinstance(replica.engine, TorchEngine)
 
 
 def audit(replica: Replica, case: Case, kit: Kit, blobs: Blobs, *, stop: Callable[[], bool] = lambda: False) -> Finding:

@@ -48,6 +48,11 @@ class LedgerWriter:
         """Of the rounds from ``first`` on, one after the other without a gap, as many as ``most`` bytes hold."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._certificates, first, most)
 
+    async def held(self, rounds: range, most: int) -> list[bytes]:
+        """Certificates of those of ``rounds`` that are here, ascending: a node that joined late, or was away, lacks
+        some. At most ``most`` bytes, or the last one; the latest rounds come first where they are more."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._held, rounds, most)
+
     def _certificates(self, first: int, most: int) -> list[bytes]:
         found: list[bytes] = []
         for entry in self._ledger.entries(first):
@@ -56,6 +61,17 @@ class LedgerWriter:
                 break
             found.append(entry.certificate)
         return found
+
+    def _held(self, rounds: range, most: int) -> list[bytes]:
+        found: list[bytes] = []
+        for round_number in reversed(rounds):
+            entry = self._ledger.entry(round_number)
+            if entry is not None:
+                most -= len(entry.certificate)
+                if found and most < 0:
+                    break
+                found.append(entry.certificate)
+        return found[::-1]
 
     def check(self) -> None:
         """Raise what a round could not be written for (:class:`LedgerError`: the disk is full, say), if anything."""

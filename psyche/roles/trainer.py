@@ -7,12 +7,11 @@ import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
+from psyche.config import Node
 from psyche.protocol.messages import Board, Plan
 from psyche.roles.leaving import Departure
 from psyche.roles.metrics import Meter
@@ -21,6 +20,7 @@ from psyche.roles.replica import Replica
 from psyche.roles.work import Work
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
+from psyche.training.compiling import compile_if_it_pays
 
 T = TypeVar("T")
 
@@ -47,7 +47,6 @@ class Trainer:
         self._remainder = Remainder(board)
         self._late: asyncio.Task[None] | None = None
         """Inner steps of the next round, while this one is on the wire."""
-        self._tuned = False
 
     async def do(self, function: Callable[..., T], *arguments: object) -> T:
         """``function`` on the thread, after what it was given before."""
@@ -71,18 +70,19 @@ class Trainer:
             await self.do(lambda: None)  # the step that was under way
             self._late = None
 
-    async def tune(self, memory: Path) -> None:
-        """Have the engine find out whether compiling pays, the first time: to be called once this node has contributed,
-        so that a newcomer's first step does not wait for a compiler. ``memory`` is where it notes what it found."""
-        if self._tuned:
-            return
-        self._tuned, run = True, self._replica.run
+    async def compile(self, settings: Node) -> None:
+        """Have the engine train compiled where that pays: before this node presents itself, when no round waits for
+        it."""
+        run = self._replica.run
         steps = (run.rounds.total - self._replica.chain.rounds) * run.rounds.inner_steps
-        batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
-        await self.do(self._replica.engine.tune, batch, steps, memory, self._tell)
 
-    def _tell(self, text: str) -> None:
-        self._log.emit(events.Notice(level="info", text=text))
+        def begin() -> None:
+            self._log.emit(events.PhaseChanged(round=0, phase="compiling"))
+
+        def say(text: str) -> None:
+            self._log.emit(events.Notice(level="info", text=text))
+
+        await compile_if_it_pays(self._replica.engine, run, settings, steps, do=self.do, say=say, begin=begin)
 
     async def end(self) -> None:
         """Wait for what the thread was given, and end it."""

@@ -156,6 +156,7 @@ class Worker:
         await self._catch_up.recover(self.ledger)
         await serve_history(self.network, self.ledger)
         await self._auditor.serve()
+        await self._trainer.compile(self.settings)
         watching = asyncio.create_task(self._client.watch())
         working = asyncio.create_task(self._rounds())
         leaving = asyncio.create_task(self._departure.run(working))
@@ -248,12 +249,13 @@ class Worker:
             await self._warm_up.halt()
             await self._auditor.put_off()
             work = await self._train(plan)
-        else:
-            self._supply.expect(plan)
-            self._auditor.begin()
-        try:
             self._meter.exchanging()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
+        else:
+            self._supply.expect(plan)
+            if not self._auditor.begin():
+                self.log.emit(events.PhaseChanged(round=plan.round, phase="following"))
+        try:
             if work is not None and self.manifest.run.overlap.late_steps:
                 self._trainer.begin_late(plan)
             exchange = self._exchange(plan)
@@ -275,6 +277,7 @@ class Worker:
                 await self._reporter.report(plan, work, judge=False)
             await self._departure.goodbye(plan.round, finished=self._finished())
         suspects = await self._suspects(record, exchange)
+        await self._auditor.decline()
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root, suspects), plan.round)
         except Refused:
@@ -284,8 +287,6 @@ class Worker:
             await self._reporter.report(plan, work)
         if not self._auditor.busy:
             await self._saver.save()
-        if work is not None and not leaves:
-            await self._trainer.tune(self.settings.cache.expanduser() / "compile")
 
     async def _certify(self, plan: Plan, work: Work | None, exchange: Exchange) -> tuple[Record, Gradient]:
         """Exchange payloads and vote. Raises :class:`Moved`."""

@@ -19,7 +19,17 @@ Measured = float | None
 """A measurement; ``None`` where there is none. JSON has no NaN or infinity: they too come back as ``None``."""
 
 Phase = Literal[
-    "joining", "warming", "waiting", "training", "committing", "exchanging", "certifying", "paused", "finished"
+    "joining",
+    "compiling",
+    "warming",
+    "waiting",
+    "following",
+    "training",
+    "committing",
+    "exchanging",
+    "certifying",
+    "paused",
+    "finished",
 ]
 
 
@@ -260,6 +270,17 @@ class Checkpointed(Event, frozen=True):
     path: str
 
 
+class AuditStarted(Event, frozen=True):
+    """This node repeats another's work to check it, instead of training in the round that is under way."""
+
+    peer: str
+    """Whose work."""
+    round: int
+    """In which it was done."""
+    during: int
+    """The round under way."""
+
+
 class Audited(Event, frozen=True):
     """This node has done a contribution of another again."""
 
@@ -349,6 +370,7 @@ AnyEvent = (
     | Resynchronised
     | CaughtUp
     | Checkpointed
+    | AuditStarted
     | Audited
     | AuditEnded
     | PrivacySpent

@@ -6,6 +6,7 @@ from psyche.telemetry.events import (
     Attested,
     Audited,
     AuditEnded,
+    AuditStarted,
     CaughtUp,
     Checkpointed,
     Diverged,
@@ -34,8 +35,11 @@ from psyche.telemetry.wording import amount, clean, donor_name, number, peer_nam
 
 PHASES = {
     "joining": "fetching what the run needs, then waiting for the next round",
+    "compiling": "compiling the model so that it trains faster; this machine joins when that is done",
     "warming": "warming up until the next round begins",
     "waiting": "waiting for enough members to start",
+    "following": "following the round; it ends without work of this machine",
+    "auditing": "auditing: repeating another member's work to check it, for the same credit as training",
     "training": "training on this machine",
     "committing": "sealing this round's work",
     "exchanging": "exchanging work with the other members",
@@ -114,6 +118,9 @@ def contributor_line(state: ViewState, event: Event) -> str:
         case PhaseChanged():
             where = round_of(state, event.round)
             return f"{where}  {PHASES[event.phase]}" if where else PHASES[event.phase]
+        case AuditStarted():
+            what = f"repeating {peer_name(event.peer)}'s work in round {event.round} to check it"
+            return f"{round_of(state, event.during)}  auditing: {what}, for the same credit as training"
         case StepDone():
             return (
                 f"{round_of(state, event.round)}  step {event.step}/{state.inner_steps}  "
@@ -213,4 +220,6 @@ def _verdict(state: ViewState, event: RoundCertified) -> str:
     if state.me in event.accepted:
         so_far = f"{plural(state.rounds_accepted, 'round')} so far"
         return f"your work was accepted ({so_far}), state {root_name(event.state_root)}"
-    return f"done without this machine, state {root_name(event.state_root)}"
+    if (audit := state.audit) is not None and audit.during == event.round:
+        return f"this machine audited {peer_name(audit.peer)} instead of training, state {root_name(event.state_root)}"
+    return f"certified without work of this machine, state {root_name(event.state_root)}"

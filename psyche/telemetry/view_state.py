@@ -10,6 +10,7 @@ import msgspec
 from psyche.telemetry.events import (
     Attested,
     AuditEnded,
+    AuditStarted,
     CaughtUp,
     Checkpointed,
     Diverged,
@@ -68,6 +69,8 @@ class ViewState(msgspec.Struct, frozen=True):
     peers: dict[str, Member] = {}
     step: StepDone | None = None
     download: Downloading | None = None
+    audit: AuditStarted | None = None
+    """The last audit that this machine's node began."""
     certified: RoundCertified | None = None
     summary: RoundSummary | None = None
     heldout: tuple[float, ...] = ()
@@ -151,6 +154,11 @@ def _(event: PeerLeft, state: ViewState) -> dict[str, Any]:
 @_changes.register
 def _(event: PhaseChanged, state: ViewState) -> dict[str, Any]:
     return {"phase": event.phase, "round": event.round, "download": None}
+
+
+@_changes.register
+def _(event: AuditStarted, state: ViewState) -> dict[str, Any]:
+    return {"audit": event, "phase": "auditing", "round": event.during}
 
 
 @_changes.register

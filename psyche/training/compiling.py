@@ -1,139 +1,215 @@
-"""``torch.compile`` where it pays: measured on this machine with this model, and remembered.
+"""``torch.compile`` where it pays, which a trial on this machine with this model decides.
 
-Compiling takes a minute or so at each start, a part of a step is saved each time. Nothing else sees the difference:
-what a node computes on its own may differ from what others would, and what all must agree on is not computed here.
+The trial runs in a child process before the node joins: no other member waits for it, it can be ended after
+:data:`TRIAL_SECONDS`, and Ctrl-C in a terminal does not reach its compilers. What it measures is remembered on disk; a
+trial that failed is not, because the cause may be gone at the next start. It also leaves Inductor's own cache warm, so
+that the node's process compiles in seconds.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-import time
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from hashlib import sha256
+from hashlib import blake2b
 from pathlib import Path
-from statistics import median
 from tempfile import NamedTemporaryFile
-from typing import Any, Literal
+from time import perf_counter
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import nn
+
+from psyche.config import Node, Run
+from psyche.training.engine import Batch, Engine
+from psyche.training.models import build
+from psyche.training.torch_engine import TorchEngine
 
 WORTH_TRYING = 4 * 3600.0
-"""Seconds of training without compiling below which it is not even tried: it costs about a minute to know, in
-which the others go on with the next round."""
-REPEATS = 5
+"""Seconds of training below which no trial is made: it takes a minute or so, and compiling saves a tenth to a third."""
+TRIAL_SECONDS = 300.0
+"""A trial is ended after so long: a 1B model compiles in about two minutes on one core."""
+CHILD = (sys.executable, "-m", "psyche.training.compiling")
+MAX_ANSWER = 64 << 10
+"""Bytes of what the child prints."""
 
-Forward = Callable[..., Any]
-Passes = Callable[[Forward, int], Callable[[], None]]
-"""From a forward pass and a number of sequences to one that also goes backward, and ends when the device has."""
+
+class Do(Protocol):
+    """Runs a function on the thread that trains: the number of threads that PyTorch uses is a thread's own."""
+
+    def __call__(self, function: Callable[..., Any], *arguments: object) -> Awaitable[Any]: ...
 
 
-@dataclass(frozen=True)
-class Prospect:
-    """What decides."""
-
-    wanted: Literal["auto", "on", "off"]
-    rows: int
-    """Sequences of a pass."""
-    passes: int
-    """Forward and backward passes that are still to come."""
-    shape: str
-    """All that the speeds depend on."""
-    memory: Path
-    """Directory where they are remembered."""
+class TrialFailed(Exception):
+    """There is no measurement; the message says why."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds: a pass as it is, a pass compiled, and the first one, which compiles. ``fault``: why it cannot."""
+class Speeds:
+    """Seconds of a forward and backward pass."""
 
     eager: float
     compiled: float
     compiling: float
-    fault: str = ""
+    """The first compiled pass, which compiles."""
 
     def pays(self, passes: int) -> bool:
-        """Whether ``passes`` of them save more than compiling takes."""
-        return not self.fault and (self.eager - self.compiled) * passes > self.compiling
+        """Whether compiling saves time over ``passes`` of them."""
+        return (self.eager - self.compiled) * passes > self.compiling
 
 
-def compiled_if_it_pays(
-    model: nn.Module, through: Passes, prospect: Prospect, say: Callable[[str], None]
-) -> Forward | None:
-    """The compiled model, or None. Raises nothing: what cannot be compiled is trained as it is.
+async def compile_if_it_pays(
+    engine: Engine, run: Run, node: Node, steps: int, *, do: Do, say: Callable[[str], None], begin: Callable[[], None]
+) -> None:
+    """Have ``engine`` train compiled for ``steps`` inner steps, if that pays or ``node.compile`` is ``on``.
 
-    ``say`` is told before it takes long, and what came of it; nothing where it is not worth a try.
+    ``begin`` is called before anything that takes long, ``say`` with what is done and what came of it. Whatever cannot
+    be compiled is trained as it is: only cancelling raises.
     """
+    if not isinstance(engine, TorchEngine) or node.compile == "off":
+        return
+    batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
     try:
-        return _compiled_if_it_pays(model, through, prospect, say)
-    except torch.OutOfMemoryError:  # today: it is not remembered
-        say("the model is not compiled: memory ran out while its speed was measured")
-        return None
+        rows = await do(engine.rows, batch)
+        passes = steps * -(-len(batch) // rows)
+        path = node.cache.expanduser() / "compile" / f"{_key(engine, run, node, rows)}.json"
+        speeds = _remembered(path)
+        if speeds is None:
+            if node.compile == "auto" and passes * rows * await do(engine.pass_seconds, batch[:1], 1) < WORTH_TRYING:
+                return
+            begin()
+            say(
+                "measuring in a process of its own whether torch.compile makes this model faster here: at most "
+                f"{TRIAL_SECONDS / 60:.0f} minutes, once; the node joins afterwards (node.compile: off skips it)"
+            )
+            speeds = await _trial(run, node, rows, await do(torch.get_num_threads))
+            _remember(path, speeds)
+        gain = f"a pass takes {speeds.compiled:.3g} s compiled, {speeds.eager:.3g} s otherwise"
+        if node.compile == "auto" and not speeds.pays(passes):
+            say(f"training without torch.compile, which does not pay here: {gain}")
+            return
+        begin()
+        say(f"compiling the model: {gain}")
+        await do(engine.use_compiled, batch[:rows])
+    except TrialFailed as error:
+        say(f"training without torch.compile: {error}")
+    except Exception as error:  # Dynamo, Inductor, Triton and the C++ compiler have each their own
+        say(f"training without torch.compile: {_in_short(error)}")
 
 
-def _compiled_if_it_pays(
-    model: nn.Module, through: Passes, prospect: Prospect, say: Callable[[str], None]
-) -> Forward | None:
-    """The same, and raises ``torch.OutOfMemoryError``."""
-    path = prospect.memory / f"{sha256(prospect.shape.encode()).hexdigest()[:32]}.json"
-    known = _remembered(path)
-    if prospect.wanted == "off" or (prospect.wanted == "auto" and known is None and _short(model, through, prospect)):
-        return None
-    compiled: Forward = torch.compile(model, dynamic=False)
-    if known is None:
-        say("compiling the model to see whether that pays; it takes about a minute, and is remembered")
-        known = _measure(through(model, prospect.rows), through(compiled, prospect.rows))
-        _remember(path, known)
-    if known.fault:
-        say(f"the model is not compiled: {known.fault}")
-        return None
-    taken = prospect.wanted == "on" or known.pays(prospect.passes)
-    gain = f"a pass takes {known.compiled:.3g} s compiled and {known.eager:.3g} s as it is"
-    say(f"the model is {'compiled' if taken else 'not compiled'}: {gain}")
-    return compiled if taken else None
-
-
-def _short(model: nn.Module, through: Passes, prospect: Prospect) -> bool:
-    return _seconds(through(model, 1), repeats=1) * prospect.rows * prospect.passes < WORTH_TRYING
-
-
-def _remembered(path: Path) -> Measured | None:
+async def _trial(run: Run, node: Node, rows: int, threads: int) -> Speeds:
+    """Speeds as a child process measures them. Raises :class:`TrialFailed`."""
+    child = await asyncio.create_subprocess_exec(
+        *CHILD,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is this process's to handle; and its compilers end with it, see _kill
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    task = {
+        "run": run.model_dump_json(),
+        "node": node.model_copy(update={"micro_batch": rows}).model_dump_json(),
+        "rows": rows,
+        "threads": threads,
+    }
     try:
-        return Measured(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        async with asyncio.timeout(TRIAL_SECONDS):
+            child.stdin.write(json.dumps(task).encode() + b"\n")
+            await child.stdin.drain()
+            answer = await child.stdout.read(MAX_ANSWER)
+            while more := await child.stdout.read(MAX_ANSWER):
+                answer = (answer + more)[:MAX_ANSWER]
+    except TimeoutError:
+        raise TrialFailed(f"the trial took more than {TRIAL_SECONDS:.0f} s") from None
+    except OSError as error:
+        raise TrialFailed(f"the trial could not be started ({error.strerror})") from None
+    finally:
+        _kill(child.pid)
+        await child.wait()
+    if not answer:
+        raise TrialFailed("the trial was ended from outside; it is made again at the next start")
+    found = json.loads(answer)
+    if "fault" in found:
+        raise TrialFailed(found["fault"])
+    return Speeds(**found["speeds"])
+
+
+def _kill(pid: int) -> None:
+    """The child and the compilers it started: it leads a session of its own."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _key(engine: TorchEngine, run: Run, node: Node, rows: int) -> str:
+    """All that the speeds depend on, hashed."""
+    where = f"{torch.get_num_threads()} threads" if node.threads is None else f"{node.threads} threads"
+    if engine.device.type == "cuda":
+        where = torch.cuda.get_device_name(engine.device)
+    what = (run.model.model_dump_json(), run.data.sequence_length, rows, node.precision, engine.checkpoints)
+    return blake2b(repr((torch.__version__, where, *what)).encode(), digest_size=16).hexdigest()
+
+
+def _remembered(path: Path) -> Speeds | None:
+    try:
+        return Speeds(**{name: float(value) for name, value in json.loads(path.read_bytes()).items()})
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def _remember(path: Path, known: Measured) -> None:
-    """Several nodes of a machine may do so at once, and a disk may not take it: then it is measured again."""
+def _remember(path: Path, speeds: Speeds) -> None:
+    """Several nodes of one machine may do so at once. A disk that does not take it costs another trial."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(json.dumps(asdict(known)).encode())
+            file.write(json.dumps(asdict(speeds)).encode())
         os.replace(file.name, path)
 
 
-def _measure(eager: Callable[[], None], compiled: Callable[[], None]) -> Measured:
-    began = time.perf_counter()
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------- the child
+
+
+def measure(engine: TorchEngine, batch: Batch) -> Speeds:
+    """Speeds of passes over ``batch`` as one piece. Raises what the compiler raises."""
+    eager = engine.pass_seconds(batch)
+    began = perf_counter()
+    engine.use_compiled(batch)
+    compiling = perf_counter() - began
+    return Speeds(eager, engine.pass_seconds(batch), compiling)
+
+
+def main() -> None:
+    """Measure what the first line of stdin describes, and print it; end with all that was started as stdin closes."""
+    output = os.dup(1)
+    os.dup2(2, 1)  # a library that prints must not spoil the answer
+    task = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    run, node = Run.model_validate_json(task["run"]), Node.model_validate_json(task["node"])
+    torch.set_num_threads(task["threads"])
     try:
-        compiled()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # Dynamo, Inductor, Triton and the C++ compiler have each their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return Measured(0.0, 0.0, 0.0, reason)
-    compiling = time.perf_counter() - began
-    return Measured(_seconds(eager), _seconds(compiled), compiling)
+        engine = TorchEngine(build(run.model, seed=run.seed), run.inner, node)
+        batch = np.zeros((task["rows"], run.data.sequence_length), np.int64)
+        answer: dict[str, object] = {"speeds": asdict(measure(engine, batch))}
+    except Exception as error:
+        answer = {"fault": _in_short(error)}
+    os.write(output, json.dumps(answer).encode())
 
 
-def _seconds(once: Callable[[], None], repeats: int = REPEATS) -> float:
-    """Of a pass, the median of some after one that warms up."""
-    taken = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        once()
-        taken.append(time.perf_counter() - began)
-    return median(taken[1:])
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

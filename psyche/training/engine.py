@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -42,11 +41,6 @@ class Engine(Protocol):
 
     def shift(self, flat: Tensor, parts: Sequence[slice]) -> None:
         """Add ``flat`` to the parameters in the ranges ``parts``."""
-        ...
-
-    def tune(self, batch: Batch, steps: int, memory: Path, say: Callable[[str], None]) -> None:
-        """Become faster for ``steps`` steps on batches like ``batch``, if there is a way and it pays; it may take a
-        minute. ``say`` is told. What was measured is remembered in the directory ``memory``. Changes no parameter."""
         ...
 
     def state(self) -> dict[str, Tensor]:

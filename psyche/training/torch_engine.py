@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
-from psyche.training.compiling import Prospect, compiled_if_it_pays
 from psyche.training.devices import limit_memory, memory_limit, pick_device, pick_precision
 from psyche.training.engine import Batch
 from psyche.training.labels import labels, predicted
@@ -23,6 +23,8 @@ from psyche.training.optimizers import Optimizers
 if TYPE_CHECKING:
     from psyche.config import Inner, Node
 
+REPEATS = 5
+"""Timed passes: compiled and eager ones differ by a tenth or more where it matters."""
 OUT_OF_MEMORY = "one sequence does not fit into this device's memory: free some of it, or train on a bigger one"
 
 
@@ -60,14 +62,14 @@ class TorchEngine:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._clip = inner.clip
         self._end = end
-        self._compile = node.compile
         self._compiled_rows = 0
         """Sequences of a piece that ``_forward`` is compiled for."""
         self._at_once = node.micro_batch
         """Sequences of a piece, at most; None until it is known how many fit."""
         self._autocast_dtype = pick_precision(node.precision, self.device)
         self._optimizers = Optimizers(self.model, inner)
-        self._checkpoints = False
+        self.checkpoints = False
+        """Whether activations are computed again in the backward pass instead of being kept."""
         if node.activation_checkpointing:
             self._checkpoint_activations()
         self.steps = 0
@@ -125,25 +127,38 @@ class TorchEngine:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.steps = self._optimizers.load_state(state)
 
-    def tune(self, batch: Batch, steps: int, memory: Path, say: Callable[[str], None]) -> None:
-        """Use ``torch.compile`` if that pays."""
+    def rows(self, batch: Batch) -> int:
+        """Sequences of ``batch`` that one forward pass takes."""
         self._fit(batch)
-        piece = next(self._pieces(batch))
+        return piece_size(len(batch), self._at_once or len(batch))
 
-        def through(forward: Callable[..., Any], rows: int) -> Callable[[], None]:
-            def once() -> None:
-                self._optimizers.zero_grad()
-                self._loss(forward, piece.first(rows)).backward()  # type: ignore[no-untyped-call]
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
+    def pass_seconds(self, batch: Batch, repeats: int = REPEATS) -> float:
+        """Seconds of a forward and backward pass over ``batch`` in one piece: the median of ``repeats``, after one that
+        warms up. Changes no parameter."""
+        (piece,) = self._pieces(batch)
+        forward = self._forward if len(batch) == self._compiled_rows else self.model
+        taken = [self._timed(forward, piece) for _ in range(repeats + 1)]
+        return median(taken[1:])
 
-            return once
+    def use_compiled(self, batch: Batch) -> None:
+        """Compile the model for pieces like ``batch``; other sizes are computed as before. Changes no parameter.
 
-        rows = len(piece.tokens)
-        prospect = Prospect(self._compile, rows, steps * -(-len(batch) // rows), self._shape(piece.tokens), memory)
-        compiled = compiled_if_it_pays(self.model, through, prospect, say)
-        self._optimizers.zero_grad()
-        self._forward, self._compiled_rows = (self.model, 0) if compiled is None else (compiled, rows)
+        Raises whatever the compiler raises, and then changes nothing.
+        """
+        (piece,) = self._pieces(batch)
+        compiled: Callable[..., Any] = torch.compile(self.model, dynamic=False)
+        self._timed(compiled, piece)
+        self._forward, self._compiled_rows = compiled, len(batch)
+
+    def _timed(self, forward: Callable[..., Any], piece: Piece) -> float:
+        began = perf_counter()
+        try:
+            self._loss(forward, piece).backward()  # type: ignore[no-untyped-call]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            self._optimizers.zero_grad()
+        return perf_counter() - began
 
     @contextmanager
     def other_precision(self) -> Iterator[None]:
@@ -248,7 +263,7 @@ class TorchEngine:
     def _compute_twice(self) -> None:
         """Activations, instead of keeping them, where one sequence does not fit. Raises :class:`PsycheError` where they
         are not kept already."""
-        if self._checkpoints:
+        if self.checkpoints:
             raise PsycheError(OUT_OF_MEMORY)
         self._checkpoint_activations()
         self._forward, self._compiled_rows = self.model, 0
@@ -256,18 +271,9 @@ class TorchEngine:
     def _checkpoint_activations(self) -> None:
         """Keep each layer's input and compute the rest again (Chen et al., arXiv 1604.06174)."""
         self.model.activation_checkpointing_enable()  # type: ignore[operator]
-        self._checkpoints = True
+        self.checkpoints = True
 
     # ---------------------------------------------------------------------------------------- flat
-
-    def _shape(self, piece: Tensor) -> str:
-        """What the speed of a compiled model depends on, in words."""
-        where = f"{torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
-            where = torch.cuda.get_device_name(self.device)
-        settings = getattr(self.model, "config", self.model)
-        kind = f"{self._autocast_dtype}, {tuple(piece.shape)}, checkpoints {self._checkpoints}"
-        return f"{torch.__version__}, {where}, {kind}, {settings}"
 
     @torch.no_grad()
     def _adopt_flat(self) -> None:

@@ -13,7 +13,7 @@ from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Stand
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.state import Rules, Said
-from psyche.protocol.verdicts import EMPTY, Audit, Closed, Docket, Finding, SealedVerdict, Verdict
+from psyche.protocol.verdicts import EMPTY, Audit, AuditStatement, Closed, Docket, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body
 from tests.protocol.players import GENESIS, RUN_ID, contribution
 
@@ -36,7 +36,7 @@ def verdict(node: str, audit: Audit, finding: Finding) -> Verdict:
     return Verdict(audit.accused, audit.round, finding, digest("salt", node.encode(), audit.accused.encode()))
 
 
-def said(node: str, body: SealedVerdict | Verdict) -> Said:
+def said(node: str, body: AuditStatement) -> Said:
     return Said(node, body, signed(node, body.round, body))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from psyche.numerics.digest import digest
-from psyche.protocol.audits import docket_fault
+from psyche.protocol.audits import busy, docket_fault
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.proposals import carries_quorum
 from psyche.protocol.reduction import ring_fault
@@ -267,7 +267,8 @@ class Table:
         assert sorted(accepted + excluded) == members, "everybody is accepted, or left out with a reason"
         assert all(e.reason for e in record.excluded)
         assert record.electorate == state.electorate
-        assert set(record.voters) <= set(members)
+        auditing = busy(state.docket, plan.round, self.rules.audits)
+        assert set(record.voters) <= {*members, *auditing}
         assert self.rules.probation or set(accepted) <= set(record.voters)
         assert standing_fault(record, state.standing, state.docket, self.rules) is None
         assert docket_fault(record, state.docket, state.standing, self.rules) is None

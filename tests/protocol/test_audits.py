@@ -15,8 +15,8 @@ from psyche.protocol.audits import BadDocket, asked, busy, statement
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import unlike
 from psyche.protocol.messages import Leave
-from psyche.protocol.state import AuditRules
-from psyche.protocol.verdicts import Audit, Finding, SealedVerdict
+from psyche.protocol.state import AuditRules, Said
+from psyche.protocol.verdicts import Audit, DeclinedAudit, Finding, SealedVerdict
 from tests.protocol.courts import FAIL, FALSE, PASS, UNSERVED, UNSURE, Court, said, signed, verdict
 from tests.protocol.players import RULES, nodes
 
@@ -206,7 +206,7 @@ def test_a_verdict_is_shown_only_after_its_digest_is_on_record_and_only_once() -
         trial.next([said(node, full)])
     with pytest.raises(BadDocket, match="was not asked"):
         trial.next([said(stranger, sealed)])
-    with pytest.raises(BadDocket, match="second verdict"):
+    with pytest.raises(BadDocket, match="already sealed"):
         trial.next([said(node, sealed), said(node, sealed)])
     trial.next([said(node, sealed)])
     with pytest.raises(BadDocket, match="not the one it sealed"):
@@ -310,3 +310,73 @@ def test_whatever_auditors_say_a_docket_stays_in_bounds(data: st.DataObject) -> 
     assert all(set(asked(a, trial.round, trial.rules.audits)) <= set(a.candidates) for a in trial.docket.audits)
     assert all(one.accused not in one.paid for one in trial.closed)
     assert all(one.outcome != "convicted" or len(one.paid) >= 2 for one in trial.closed)
+
+
+def test_the_next_candidate_is_asked_as_soon_as_one_declines() -> None:
+    trial = court(rate=1.0)
+    trial.next([])
+    trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100))
+    audit = trial.docket.audits[0]
+    first, second = audit.candidates[:2]
+    decline = said(first, DeclinedAudit(audit.accused, audit.round))
+    mine = [one for one in trial.docket.audits if one.candidates[0] == first and one != audit]
+    others = [said(first, DeclinedAudit(one.accused, one.round)) for one in mine]
+    assert first not in busy(trial.docket, 2, trial.rules.audits, [decline, *others]), "pending counts"
+    assert first in busy(trial.docket, 2, trial.rules.audits, others) | busy(trial.docket, 2, trial.rules.audits, [])
+    trial.next([decline, *others])
+    after = next(one for one in trial.docket.audits if (one.accused, one.round) == (audit.accused, audit.round))
+    assert asked(after, 3, trial.rules.audits) == (second,)
+    assert first not in busy(trial.docket, 3, trial.rules.audits)
+    with pytest.raises(BadDocket, match="has declined"):
+        trial.next([said(first, SealedVerdict(audit.accused, audit.round, bytes(32)))])
+    with pytest.raises(BadDocket, match="has declined"):
+        trial.next([decline])
+
+
+def test_who_has_sealed_a_verdict_cannot_decline() -> None:
+    trial = court()
+    trial.next([])
+    audit = trial.docket.audits[0]
+    node = audit.candidates[0]
+    trial.next([said(node, SealedVerdict(audit.accused, audit.round, bytes(32)))])
+    with pytest.raises(BadDocket, match="already sealed"):
+        trial.next([said(node, DeclinedAudit(audit.accused, audit.round))])
+
+
+def test_an_audit_that_all_candidates_decline_ends_at_once() -> None:
+    trial = court(3)
+    trial.next([])
+    audit = trial.docket.audits[0]
+    trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100))
+    for node in audit.candidates:
+        trial.next([said(node, DeclinedAudit(audit.accused, audit.round))])
+    (ended,) = [one for one in trial.closed if (one.accused, one.round) == (audit.accused, audit.round)]
+    assert ended.outcome == "dropped"
+
+
+def test_a_jury_is_decided_by_those_who_have_not_declined() -> None:
+    """A node that started again since the round cannot repeat it: its seat does not hold up the others."""
+    trial = court(rate=1.0)
+    trial.next([])
+    trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100, window=100))
+    accused, unable = trial.docket.audits[0].accused, trial.docket.audits[0].candidates[-2:]
+
+    def words() -> list[Said]:
+        found = []
+        for audit in trial.docket.audits:
+            for node in asked(audit, trial.round + 1, trial.rules.audits):
+                mine = next((one for one in audit.opinions if one.auditor == node), None)
+                full = verdict(node, audit, FAIL if audit.accused == accused else PASS)
+                if node in unable and mine is None:
+                    found.append(said(node, DeclinedAudit(audit.accused, audit.round)))
+                elif mine is None:
+                    found.append(said(node, SealedVerdict(audit.accused, audit.round, full.digest)))
+                elif mine.finding is None:
+                    found.append(said(node, full))
+        return found
+
+    for _ in range(8):
+        trial.next(words())
+    outcomes = {one.accused: one.outcome for one in trial.closed}
+    assert outcomes[accused] == "convicted"
+    assert set(outcomes.values()) == {"convicted", "passed"}

@@ -38,7 +38,7 @@ from psyche.protocol.messages import (
     Standing,
     Vote,
 )
-from psyche.protocol.verdicts import EMPTY, Finding, SealedVerdict, Verdict
+from psyche.protocol.verdicts import EMPTY, DeclinedAudit, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from tests.protocol.players import contribution, nodes
 
@@ -70,6 +70,7 @@ EXAMPLES: list[Body] = [
     Vote(9, b"r" * 32),
     Attestation(b"s" * 32, (A,)),
     SealedVerdict(A, 3, b"v" * 32),
+    DeclinedAudit(A, 3),
     Verdict(A, 3, Finding("unserved", 0, 0, 0), b"n" * 32),
     Verdict(A, 3, Finding("measured", 4000, 1, -250, 900, (-(10**9), 0, 7)), b"n" * 32),
     Leave("it was stopped"),

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import psyche.roles.auditor as auditing
+from psyche.data.store import BadShard
 from psyche.network.streams import Refused
 from psyche.protocol.messages import Certificate, Record
-from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, Finding, SealedVerdict
+from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
 from psyche.protocol.wire import Body, decode
 from psyche.roles.auditor import Auditor
 from psyche.roles.shards import Supply
@@ -34,7 +35,12 @@ class Scene:
     monkeypatch: pytest.MonkeyPatch
     silent: set[str] = field(default_factory=set)
     hang: set[str] = field(default_factory=set)
-    said: list[tuple[str, bytes]] = field(default_factory=list)
+    certificates: list[bytes] = field(default_factory=lambda: [b"that of round 1"])
+    """In the auditor's ledger."""
+    said: list[str] = field(default_factory=list)
+    """Nodes on whose work it has sealed a verdict."""
+    declined: list[str] = field(default_factory=list)
+    """Nodes whose work it has declined to audit."""
     warned: list[str] = field(default_factory=list)
     record: Record = field(init=False)
 
@@ -68,12 +74,12 @@ class Scene:
             assert kits is not None
             return bytearray(kits.read(1, root, max_size))
 
-        async def certificates(first: int, most: int) -> list[bytes]:
-            return [b"the only one"]
+        async def held(rounds: range, most: int) -> list[bytes]:
+            return self.certificates
 
         async def submit(body: Body, round: int) -> None:
-            assert isinstance(body, SealedVerdict)
-            self.said.append((body.accused, body.digest))
+            assert isinstance(body, SealedVerdict | DeclinedAudit)
+            (self.said if isinstance(body, SealedVerdict) else self.declined).append(body.accused)
 
         async def do(function: Callable[..., object], *arguments: object) -> object:
             return function(*arguments)
@@ -82,7 +88,7 @@ class Scene:
         self.monkeypatch.setattr(auditing, "decode", _decoded)
         self.monkeypatch.setattr(auditing, "record_in", lambda manifest, certificate: self.record)
         network = SimpleNamespace(rpc=SimpleNamespace(call=call))
-        ledger, client = SimpleNamespace(certificates=certificates), SimpleNamespace(submit=submit)
+        ledger, client = SimpleNamespace(held=held), SimpleNamespace(submit=submit)
         log = EventLog(self.directory / "events.jsonl", "auditor")
         parts = (self.court.auditor, self.directory, network, client, ledger, Supply())
         return Auditor(*parts, do=do, log=log, warn=self.warned.append)  # type: ignore[arg-type]
@@ -122,7 +128,7 @@ def test_what_fails_is_kept_and_a_jury_looks_twice(scene: Scene) -> None:
     assert honest.noise < MOST, "a jury measures it"
     assert len(lazy.sketch) == len(honest.sketch) == SKETCH
     assert Evidence(scene.directory / EVIDENCE).cases() == [(scene.court.accused.node, 1)]
-    assert {node for node, _ in scene.said} == {scene.court.accused.node, scene.court.peer.node}
+    assert set(scene.said) == {scene.court.accused.node, scene.court.peer.node}
 
 
 def test_evidence_that_cannot_be_written_costs_no_verdict_and_is_told(scene: Scene) -> None:
@@ -170,3 +176,40 @@ def test_who_hangs_is_not_begun_with_again(scene: Scene) -> None:
 
     assert asyncio.run(rounds()) == [0, 1]
     assert scene.finding(auditor, scene.court.peer.node).outcome == "measured"
+
+
+def test_a_node_that_lacks_the_rounds_before_audits_with_those_it_has(scene: Scene) -> None:
+    """One that joined late, or was away: its ledger begins later than the look back, or has a gap."""
+    auditor = scene.auditor()
+    asyncio.run(auditor.decline())
+    assert not scene.declined
+    asyncio.run(worked(auditor))
+    assert set(scene.said) == {scene.court.accused.node, scene.court.peer.node}
+
+
+@pytest.mark.parametrize("lacks", ["the record", "the base state"])
+def test_what_a_node_cannot_audit_it_declines_before_the_next_round_is_planned(lacks: str, scene: Scene) -> None:
+    if lacks == "the record":
+        scene.certificates = []
+    else:  # it started again meanwhile
+        scene.court.auditor.witness.bases.clear()
+    auditor = scene.auditor()
+
+    async def declined_twice() -> bool:
+        await auditor.decline()
+        await auditor.decline()
+        return auditor.begin()
+
+    assert not asyncio.run(declined_twice()), "it is free to train"
+    assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])
+
+
+def test_work_on_text_that_cannot_be_fetched_is_declined(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def gone(*_: object) -> None:
+        raise BadShard("nobody has it", ())
+
+    monkeypatch.setattr(Supply, "ready", gone)
+    auditor = scene.auditor()
+    asyncio.run(worked(auditor))
+    assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])
+    assert not auditor.begin()

@@ -244,9 +244,6 @@ class WaitingEngine:
     def shift(self, flat: Tensor, parts: Sequence[slice]) -> None:
         """There are no late steps here."""
 
-    def tune(self, batch: Batch, steps: int, memory: Path, say: Callable[[str], None]) -> None:
-        """Nothing: it does not compute."""
-
     def state(self) -> dict[str, Tensor]:
         return {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -96,9 +96,6 @@ class DeepSpeedEngine:
     def shift(self, flat: Tensor, parts: Sequence[slice]) -> None:
         ranges = self._put(flat, parts)
         self._all(Shift(ranges))
-
-    def tune(self, batch: Batch, steps: int, memory: Path, say: Callable[[str], None]) -> None:
-        """Nothing: a model that ZeRO gathers and lets go again is not compiled."""
 
     def state(self) -> dict[str, Tensor]:
         if not self.steps:

@@ -1,0 +1,94 @@
+"""What auditors say reaches the record while rounds go on, and who has answered is given work again."""
+
+from __future__ import annotations
+
+import pytest
+
+from psyche.protocol.audits import busy
+from psyche.protocol.state import Rejected, Settled
+from psyche.protocol.verdicts import Audit, DeclinedAudit, SealedVerdict
+from psyche.protocol.wire import Body
+from tests.protocol.courts import PASS, said, verdict
+from tests.protocol.players import Table, root_after, started
+from tests.protocol.test_audits import ALWAYS
+
+
+@pytest.fixture
+def table() -> Table:
+    """Round 2 is planned, and of eight nodes half train in it: each contribution to round 1 is to be audited."""
+    table, members = started(8, audits=ALWAYS, rounds=10)
+    table.play_round(members)
+    assert table.plan.round == 2
+    assert len(table.plan.members) == 4
+    return table
+
+
+def auditor_of(table: Table) -> tuple[str, list[Audit]]:
+    """One that sits round 2 out, and what it is asked for."""
+    rounds, docket = table.state.rounds + 1, table.state.docket
+    members = {member.node for member in table.plan.members}
+    node = min(busy(docket, rounds, table.rules.audits) - members)
+    return node, [audit for audit in docket.audits if audit.candidates[0] == node]
+
+
+def say(table: Table, node: str, bodies: list[Body]) -> None:
+    effects = [effect for body in bodies for effect in table.send(said(node, body))]  # type: ignore[arg-type]
+    assert not [effect for effect in effects if isinstance(effect, Rejected)]
+
+
+def until_certified(table: Table) -> None:
+    members = [member.node for member in table.plan.members]
+    table.close(members)
+    table.exchange(members)
+    table.certify(list(table.proposal.electorate))
+    assert table.state.round is not None
+    assert table.state.round.certified
+
+
+def settle(table: Table) -> None:
+    root, number = root_after(table.proposal), table.plan.round
+    effects = [
+        effect for node in list(table.state.peers) for effect in table.attest(node, root) if table.state.rounds < number
+    ]
+    assert Settled(number, root) in [*effects, *table.effects]
+
+
+def test_a_verdict_may_be_shown_as_soon_as_the_record_that_seals_it_is_certified(table: Table) -> None:
+    """Its auditor has taken the outer step before this coordinator has heard from more than half of the members."""
+    node, audits = auditor_of(table)
+    full = [verdict(node, audit, PASS) for audit in audits]
+    say(table, node, [SealedVerdict(one.accused, one.round, one.digest) for one in full])
+    until_certified(table)
+    assert table.state.rounds == 1
+    say(table, node, list(full))
+    settle(table)
+    until_certified(table)
+    found = [one for audit in table.proposal.docket.audits for one in audit.opinions if one.auditor == node]
+    closed = [one for one in table.proposal.docket.closed if one.paid == (node,)]
+    assert len(closed) + sum(one.finding is not None for one in found) == len(audits)
+
+
+def test_who_declines_before_the_round_is_planned_is_a_member_of_it(table: Table) -> None:
+    until_certified(table)
+    node, _ = auditor_of(table)
+    say(
+        table,
+        node,
+        [
+            DeclinedAudit(audit.accused, audit.round)
+            for audit in table.proposal.docket.audits
+            if node in audit.candidates[:1]
+        ],
+    )
+    settle(table)
+    assert table.plan.round == 3
+    assert table.plan.member(node) is not None
+
+
+def test_nothing_is_kept_of_what_no_record_can_hold(table: Table) -> None:
+    node, audits = auditor_of(table)
+    say(table, node, [DeclinedAudit(audit.accused, audit.round) for audit in audits])
+    assert len(table.state.said) == len(audits)
+    until_certified(table)
+    settle(table)
+    assert not table.state.said
