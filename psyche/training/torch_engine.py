@@ -172,11 +172,6 @@ class TorchEngine:
             self._autocast_dtype, self._forward, self._compiled_rows = own
 
     @property
-    def micro_batch(self) -> int | None:
-        """Sequences of one forward pass, at most; None until the first batch has shown how many fit."""
-        return self._at_once
-
-    @property
     def compiled(self) -> bool:
         """Whether ``torch.compile`` is in use."""
         return self._forward is not self.model

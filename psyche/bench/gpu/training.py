@@ -15,7 +15,6 @@ from torch import nn
 
 from psyche.training.devices import pick_precision
 from psyche.training.engine import Batch
-from psyche.training.memory import piece_size
 from psyche.training.torch_engine import TorchEngine
 
 WARM_UP = 3
@@ -140,18 +139,15 @@ def engine_speed(workload: Workload, device: torch.device, clock: Callable[[], f
     settings: Any = Settings(device=str(device))
     engine, batch = TorchEngine(_model(workload), settings, settings), workload.batch()
     measured = _measured(workload, device, clock, lambda: engine.step(batch, settings.lr))
-    assert engine.micro_batch is not None
-    micro_batch = piece_size(workload.sequences, engine.micro_batch)
-    return _speed(workload, device, ENGINE, engine.layout.parameters, micro_batch, measured)
+    return _speed(workload, device, ENGINE, engine.layout.parameters, engine.rows(batch), measured)
 
 
 def compiled_speed(workload: Workload, device: torch.device, clock: Callable[[], float], micro_batch: int) -> Speed:
-    """The same with a compiled model: in pieces of one size, so that it is compiled once."""
+    """The same with a compiled model."""
     _begin(device)
     settings: Any = Settings(device=str(device), micro_batch=micro_batch)
-    model, batch = _model(workload), workload.batch()
-    model.compile(dynamic=False)
-    engine = TorchEngine(model, settings, settings)
+    engine, batch = TorchEngine(_model(workload), settings, settings), workload.batch()
+    engine.use_compiled(batch[: engine.rows(batch)])
     measured = _measured(workload, device, clock, lambda: engine.step(batch, settings.lr))
     return _speed(workload, device, COMPILED, engine.layout.parameters, micro_batch, measured)
 
