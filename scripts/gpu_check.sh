@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU and its driver: build every CUDA kernel for that card, compare each with the
-# definition bit for bit, time it against a copy, and write runs/gpu_check/gpu_check.{md,json}.
+# Ten minutes with an NVIDIA GPU: compare every CUDA kernel with the definition bit for bit, time each against a device
+# copy, and measure training in tokens a second. Results are written to runs/gpu_check/gpu_check.{md,json} as they come.
 #
-#   scripts/gpu_check.sh [--elements N] [--out DIRECTORY]
+#   scripts/gpu_check.sh [--minutes 8] [--only kernels times training] [--elements N] [--out DIRECTORY]
 #   scripts/gpu_check.sh --emulate      everything but the launch, on any machine with g++
 #
-# PYTHON is the interpreter that .venv is made with, where there is none yet.
+# Installs nothing and needs no network. Runs from this checkout with the Python and torch (2.8 or newer) that are there:
+# $PYTHON, else .venv's, else python3. Needs numpy, cuda-core and cuda-bindings with NVRTC (kernels), and transformers
+# (training); names what is missing, and does the rest.
+#
+# Exit status: 0 all bits are equal; 1 a bit differs, or something failed; 2 kernels could not be (all) compared.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-make --silent .venv/run.stamp PYTHON="${PYTHON:-python3}"
-if ! .venv/bin/python -c 'import cuda.core, cuda.bindings.nvrtc' 2>/dev/null; then
-  .venv/bin/pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[cuda]'
+if [[ -z "${PYTHON:-}" ]]; then
+  PYTHON=python3
+  if .venv/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; then
+    PYTHON=.venv/bin/python
+  fi
 fi
-exec .venv/bin/python -m psyche.bench.gpu "$@"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m psyche.bench.gpu "$@"

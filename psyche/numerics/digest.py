@@ -16,9 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from blake3 import blake3
 from typing_extensions import Buffer
+
+if TYPE_CHECKING:
+    from blake3 import blake3
 
 CHUNK = 1 << 20
 """Bytes of one chunk where the content does not say otherwise. 1 MiB keeps the index of a 56 GB state (7B parameters,
@@ -42,6 +45,8 @@ def digest(domain: str, *parts: bytes) -> bytes:
 @lru_cache
 def _begun(domain: str) -> blake3:
     """A hasher that knows its domain: there are a few dozen, and to take one in costs as much as a short message."""
+    from blake3 import blake3  # here: codecs and kernels are imported where it is not installed (scripts/gpu_check.sh)
+
     return blake3(derive_key_context=f"psyche 1 {domain}")
 
 
@@ -96,7 +101,7 @@ class BlobIndex:
         """Whether ``chunk`` is the blob's chunk ``number``, to the bit."""
         if not 0 <= number < self.chunks or memoryview(chunk).nbytes != self.sizes[number]:
             return False
-        return bytes(blake3(chunk).digest()) == self.hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
+        return _hash(chunk) == self.hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
 
     def shared(self, other: BlobIndex) -> list[bool]:
         """Of each chunk, whether ``other`` has the same one in the same place; of blobs cut alike, that is."""
@@ -134,6 +139,8 @@ def rehash(index: BlobIndex, data: Buffer, changed: Sequence[int]) -> BlobIndex:
 
 
 def _hash(chunk: Buffer) -> bytes:
+    from blake3 import blake3
+
     return bytes(blake3(chunk).digest())
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -78,6 +77,8 @@ class FlatLayout:
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that two layouts share only if every name, shape and position is the same."""
+        import msgspec  # here: a layout is used where it is not installed (scripts/gpu_check.sh)
+
         return digest("layout", msgspec.msgpack.encode([(s.name, s.shape, s.start) for s in self.spans]))
 
     def slices(self) -> tuple[slice, ...]:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
-from psyche.config import Node
 from psyche.errors import PsycheError
 from psyche.sizes import byte_count
 
+if TYPE_CHECKING:
+    from psyche.config import Node
+
 
 def pick_device(wanted: str) -> torch.device:
-    """``auto`` is the first CUDA device if there is one. Raises :class:`PsycheError` for one that is not there."""
+    """``auto`` is the first CUDA device if there is one. Raises :class:`PsycheError` for one that is not there.
+
+    A CUDA device has a number, also where ``wanted`` has none: torch's memory limits refuse one without.
+    """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda:0" if wanted == "cuda" else wanted)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise PsycheError(
             f"there is no device {wanted} here: torch sees {torch.cuda.device_count()} CUDA devices; "

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from psyche.config import Inner
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
 
-STATE = {
-    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
-    torch.optim.Muon: ("momentum_buffer",),
-}
-"""What an optimizer keeps of each parameter; of the shape of the parameter, but for ``step``, which is a scalar."""
+if TYPE_CHECKING:
+    from psyche.config import Inner
+
+STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+"""By class name, since torch has Muon from 2.9 on: what an optimizer keeps of each parameter; of the shape of the
+parameter, but for ``step``, which is a scalar."""
 
 
 class Optimizers:
@@ -46,7 +47,7 @@ class Optimizers:
         if any(part.state for part in self._parts):
             return 0
         return sum(
-            p.numel() * p.element_size() * (len(STATE[type(part)]) - ("step" in STATE[type(part)]))
+            p.numel() * p.element_size() * len([key for key in STATE[type(part).__name__] if key != "step"])
             for part in self._parts
             for group in part.param_groups
             for p in group["params"]
@@ -67,7 +68,7 @@ class Optimizers:
         unknown, steps = set(state), []
         loaded: list[dict[Tensor, dict[str, Tensor]]] = []
         for part in self._parts:
-            keys = STATE[type(part)]
+            keys = STATE[type(part).__name__]
             loaded.append({})
             for parameter in (p for group in part.param_groups for p in group["params"]):
                 name = self._names[parameter]

@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
 from psyche.training.devices import limit_memory, memory_limit, pick_device, pick_precision
@@ -20,6 +19,9 @@ from psyche.training.engine import Batch
 from psyche.training.labels import labels, predicted
 from psyche.training.memory import free_memory, kept_by, most_at_once, piece_size
 from psyche.training.optimizers import Optimizers
+
+if TYPE_CHECKING:
+    from psyche.config import Inner, Node
 
 REPEATS = 5
 """Timed passes: compiled and eager ones differ by a tenth or more where it matters."""

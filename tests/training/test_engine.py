@@ -234,7 +234,7 @@ def test_device_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert pick_device("auto") == torch.device("cuda")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:0")
     assert pick_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(PsycheError, match="cuda:1"):
         pick_device("cuda:1")

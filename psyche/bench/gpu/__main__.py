@@ -1,62 +1,118 @@
 """``python -m psyche.bench.gpu``: see scripts/gpu_check.sh.
 
-Exit status: 0 where every bit is as defined, 1 where one is not, 2 where kernels cannot run here.
+Exit status: 0 where every bit is as defined; 1 where one is not, or something failed; 2 where kernels could not be
+compared, or not all in the time that there was; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import os
+import signal
 import sys
-from itertools import islice
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
+from threading import Timer
+from typing import TYPE_CHECKING
 
-import torch
+from psyche.bench.gpu.budget import Budget
+from psyche.bench.gpu.requirements import EVERYTHING, KERNELS, advice, missing_modules, parts_without
 
-from psyche.bench.gpu.equality import differences, outer_differences
-from psyche.bench.gpu.machine import Emulated, Gpu, Machine
-from psyche.bench.gpu.report import write
-from psyche.bench.gpu.timing import timings
-from psyche.numerics.backends.cuda_device import missing
-from psyche.numerics.codecs.names import CODECS
+if TYPE_CHECKING:
+    from psyche.bench.gpu.report import Report
 
-SHOWN = 10
-"""Differences of one codec that are collected: more would say the same."""
+EQUAL, DIFFERENT, NOT_COMPARED, INTERRUPTED = 0, 1, 2, 130
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="gpu_check.sh", description="Check and time every kernel on this card.")
+def main(arguments: Sequence[str] | None = None, clock: Callable[[], float] = time.monotonic) -> int:
+    chosen = _parsed(arguments)
+    budget = Budget(60 * chosen.minutes, clock)
+    lacking = missing_modules()
+    for line in advice(lacking, emulate=chosen.emulate):
+        print(f"gpu_check: {line}", file=sys.stderr)
+    if {"torch", "numpy"} & set(lacking):
+        return NOT_COMPARED
+    return _check(chosen, lacking, budget)
+
+
+def _check(chosen: argparse.Namespace, lacking: Sequence[str], budget: Budget) -> int:
+    from psyche.bench.gpu.check import Check
+    from psyche.bench.gpu.report import Report
+
+    report = Report(chosen.out, budget, timed=not chosen.emulate)
+    report.left_out += advice(lacking, emulate=chosen.emulate)
+    parts = set(chosen.only) - parts_without(lacking, emulate=chosen.emulate)
+    watch = Timer(budget.seconds, _give_up, [report])
+    watch.daemon = True
+    watch.start()
+    try:
+        if not _describe(report, chosen.emulate):
+            parts = set()
+        report.save()
+        if parts:
+            print(f"writing {chosen.out}/gpu_check.md and .json as results come", flush=True)
+            Check(report, budget, emulate=chosen.emulate, elements=chosen.elements).run(parts)
+        report.running = None
+        print("\n" + report.save(), end="")
+    except KeyboardInterrupt:
+        report.stopped = f"interrupted during {report.running}"
+        report.save()
+        print(f"\ngpu_check: {report.stopped}; {chosen.out}/gpu_check.md has the results up to there", flush=True)
+        return INTERRUPTED
+    finally:
+        watch.cancel()
+    return _status(report, chosen.only)
+
+
+def _describe(report: Report, emulate: bool) -> bool:
+    """Put the machine into the report. Returns whether anything can run on it, and says why where nothing can."""
+    import torch
+
+    from psyche.bench.gpu.system import describe
+    from psyche.numerics.backends.cuda_device import missing
+
+    if emulate or (torch.version.cuda is not None and torch.cuda.is_available()):
+        report.system |= describe(None if emulate else torch.device("cuda:0"))
+        return True
+    report.system |= describe(None) | {"device": "no GPU"}
+    print(f"gpu_check: {missing()}", file=sys.stderr)
+    report.left_out.append(f"everything: {missing()}")
+    return False
+
+
+def _status(report: Report, wanted: Sequence[str]) -> int:
+    if any(report.differences.values()) or report.failures:
+        return DIFFERENT
+    return EQUAL if report.all_compared or KERNELS not in wanted else NOT_COMPARED
+
+
+def _give_up(report: Report, leave: Callable[[int], object] = os._exit) -> None:
+    """End the process when the time is up, whatever it does: a kernel that never ends cannot be interrupted."""
+    report.stopped = f"the time was up during {report.running}"
+    print(f"\ngpu_check: {report.stopped}; the report has the results up to there", flush=True)
+    try:
+        report.save()
+    finally:
+        leave(DIFFERENT if any(report.differences.values()) or report.failures else NOT_COMPARED)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check.sh", description="Check and time psyche on this machine's GPU.")
     parser.add_argument("--emulate", action="store_true", help="run the check itself without a GPU, on tiny tensors")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time that all of it may take (default: 8)")
+    parser.add_argument("--only", nargs="+", choices=EVERYTHING, default=EVERYTHING, help="leave the other parts out")
     parser.add_argument("--elements", type=int, default=1 << 26, help="fp32 values that are timed (default: 2^26)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="directory of the tables")
-    chosen = parser.parse_args()
-    reason = None if chosen.emulate else missing()
-    if reason is not None:
-        print(f"gpu_check: {reason}", file=sys.stderr)
-        return 2
+    chosen = parser.parse_args(arguments)
     if chosen.elements <= 0 or chosen.elements % 4096 != 0:
         parser.error("--elements must be a multiple of 4096")
-
-    start = perf_counter()
-    machine: Machine = Emulated() if chosen.emulate else Gpu(chosen.elements)
-    system = {
-        "device": machine.launcher.detail,
-        "torch": torch.__version__,
-        "CUDA of torch": str(torch.version.cuda),
-        "host": platform.platform(),
-        "kernels built or loaded in": f"{perf_counter() - start:.1f} s",
-    }
-    print(f"{machine.launcher.detail}: comparing with the definition", flush=True)
-    found = {}
-    for name in CODECS:
-        found[name] = list(islice(differences(machine, name), SHOWN))
-        print(f"  {name}: {'DIFFERENT: ' + str(found[name][0]) if found[name] else 'equal'}", flush=True)
-    found["outer step"] = list(islice(outer_differences(machine), SHOWN))
-    print("timing", flush=True)
-    print("\n" + write(chosen.out, system, found, list(timings(machine)), timed=machine.timed))
-    return 1 if any(found.values()) else 0
+    if not 0 < chosen.minutes < 1e5:
+        parser.error("--minutes must be above 0")
+    return chosen
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C, also of a shell's background job, which ignores it
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

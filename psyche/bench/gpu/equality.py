@@ -12,6 +12,7 @@ from psyche.bench.gpu.machine import Machine
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
+from psyche.numerics.codecs.names import CODECS
 from psyche.numerics.flat import ALIGNMENT
 from psyche.numerics.shares import share
 
@@ -19,6 +20,8 @@ BETA, LR, MU = 0.95, 0.7, 0.9
 WEIGHT = share(1, 3)
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149
+
+OUTER = "outer step"
 
 
 @dataclass(frozen=True)
@@ -52,30 +55,39 @@ def samples(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "one value", spike, torch.zeros(count)
 
 
-def differences(machine: Machine, name: str) -> Iterator[Difference]:
-    """What the codec ``name`` gets wrong on this machine."""
+def comparisons(machine: Machine) -> list[tuple[str, int]]:
+    """What is compared, at how many elements: everything at the smallest size first."""
+    return [
+        (name, chunks * ALIGNMENT)
+        for number, chunks in enumerate(machine.chunks)
+        for name in (*CODECS, OUTER)
+        if number < 2 or not name.startswith("topk2e")  # whose coder is plain Python
+    ]
+
+
+def differences(machine: Machine, name: str, count: int) -> Iterator[Difference]:
+    """What the codec ``name``, or the outer step, gets wrong on ``count`` elements."""
+    if name == OUTER:
+        yield from _outer_differences(machine, count)
+        return
     used, defined = CudaBackend(machine.launcher).codec(name), TorchBackend().codec(name)
-    sizes = machine.chunks[:2] if name.startswith("topk2e") else machine.chunks  # its coder is plain Python
-    for count in (chunks * ALIGNMENT for chunks in sizes):
-        for sample, sent, residual in samples(count):
-            for before in (residual, None):
-                for what in _coding(machine, used, defined, sent, before):
-                    yield Difference(what, sample, count)
-        for what in _refusals(machine, used, defined, count):
-            yield Difference(what, "damaged input", count)
+    for sample, sent, residual in samples(count):
+        for before in (residual, None):
+            for what in _coding(machine, used, defined, sent, before):
+                yield Difference(what, sample, count)
+    for what in _refusals(machine, used, defined, count):
+        yield Difference(what, "damaged input", count)
 
 
-def outer_differences(machine: Machine) -> Iterator[Difference]:
-    """What the outer step gets wrong on this machine."""
+def _outer_differences(machine: Machine, count: int) -> Iterator[Difference]:
     backend, device = CudaBackend(machine.launcher), machine.launcher.device
-    for count in (chunks * ALIGNMENT for chunks in machine.chunks):
-        for sample, theta, momentum in samples(count):
-            gradient = theta.roll(5) * 0.25
-            expected = _stepped(TorchBackend(), theta, momentum, gradient, torch.device("cpu"))
-            found = _stepped(backend, theta, momentum, gradient, device)
-            for what, ours, theirs in zip(("θ", "momentum", "the local copy"), found, expected, strict=True):
-                if not _same(ours, theirs):
-                    yield Difference(what, sample, count)
+    for sample, theta, momentum in samples(count):
+        gradient = theta.roll(5) * 0.25
+        expected = _stepped(TorchBackend(), theta, momentum, gradient, torch.device("cpu"))
+        found = _stepped(backend, theta, momentum, gradient, device)
+        for what, ours, theirs in zip(("θ", "momentum", "the local copy"), found, expected, strict=True):
+            if not _same(ours, theirs):
+                yield Difference(what, sample, count)
 
 
 def _stepped(backend: Backend, theta: Tensor, momentum: Tensor, gradient: Tensor, device: torch.device) -> list[Tensor]:

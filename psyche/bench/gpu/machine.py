@@ -47,7 +47,7 @@ class Gpu:
     timed = True
 
     def __init__(self, elements: int) -> None:
-        self.launcher = DeviceLauncher(torch.device("cuda"))
+        self.launcher = DeviceLauncher(torch.device("cuda:0"))
         self.elements = elements
 
     def seconds(self, run: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from psyche.bench.gpu.equality import BETA, LR, MU, WEIGHT
+from psyche.bench.gpu.equality import BETA, LR, MU, OUTER, WEIGHT
 from psyche.bench.gpu.machine import Machine
 from psyche.numerics.backends.cuda import CudaBackend, CudaCodec
 from psyche.numerics.codecs.names import CODECS
@@ -28,8 +28,9 @@ class Timing:
     """One kernel at one size."""
 
     codec: str
+    """Or ``outer step``."""
     step: str
-    """``encode``, ``check``, ``decode_add`` or ``outer``."""
+    """``encode``, ``check`` or ``decode_add``; ``step`` of the outer step."""
     elements: int
     bytes_moved: int
     """Read and written, if every value is moved once."""
@@ -43,18 +44,28 @@ class Timing:
         return 4 * self.elements / self.seconds / 1e9
 
     @property
+    def copy_gbps(self) -> float:
+        """What the copy reads and writes, GB a second."""
+        return self.bytes_moved / self.copy_seconds / 1e9
+
+    @property
     def share_of_copy(self) -> float:
         return self.copy_seconds / self.seconds
 
 
-def timings(machine: Machine) -> Iterator[Timing]:
-    """All kernels, one after the other. ``topk2e`` has none of its own."""
+TIMED = (*(name for name in CODECS if not name.startswith("topk2e")), OUTER)
+"""What has kernels of its own."""
+
+
+def timings(machine: Machine, name: str) -> Iterator[Timing]:
+    """The kernels of a codec, or of the outer step."""
     backend = CudaBackend(machine.launcher)
-    for name in CODECS:
-        codec = backend.codec(name)
-        if isinstance(codec, CudaCodec):
-            yield from _of_codec(machine, codec)
-    yield _of_outer_step(machine, backend)
+    if name == OUTER:
+        yield _of_outer_step(machine, backend)
+        return
+    codec = backend.codec(name)
+    assert isinstance(codec, CudaCodec)
+    yield from _of_codec(machine, codec)
 
 
 def _of_codec(machine: Machine, codec: CudaCodec) -> Iterator[Timing]:
@@ -81,7 +92,7 @@ def _of_outer_step(machine: Machine, backend: CudaBackend) -> Timing:
     theta, momentum, gradient = (torch.randn(count, device=device) for _ in range(3))
     local = torch.empty(count, device=device)
     step = partial(backend.outer_step, theta, momentum, gradient, lr=LR, mu=MU, local=local)
-    return _timed(machine, "all", "outer", 4 * 6 * count, step)
+    return _timed(machine, OUTER, "step", 4 * 6 * count, step)
 
 
 def _checked_bytes(codec: CudaCodec, count: int) -> int:

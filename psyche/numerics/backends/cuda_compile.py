@@ -10,11 +10,11 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from psyche.numerics.backends.sources import kernels_directory
-from psyche.numerics.digest import HASH_BYTES, digest
+from psyche.numerics.backends.sources import cache_key, kernels_directory
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def cache_directory() -> Path:
 def source_key(architecture: str, kernels: Path) -> str:
     """32 hex digits that differ wherever sources, options or architecture do."""
     parts = [part for path in _sources(kernels) for part in (path.name.encode(), path.read_bytes())]
-    return digest("cubin", architecture.encode(), repr(sorted(OPTIONS.items())).encode(), *parts).hex()[:32]
+    return cache_key(architecture.encode(), repr(sorted(OPTIONS.items())).encode(), *parts)
 
 
 def packed_name(architecture: str, kernels: Path) -> str:
@@ -90,7 +90,7 @@ def write(entry: Path, compiled: bytes) -> None:
     """Keep a cubin behind its digest, so that a damaged file is known as such. Atomic."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
-        file.write(digest("cubin file", compiled) + compiled)
+        file.write(sha256(compiled).digest() + compiled)
     os.replace(file.name, entry)
 
 
@@ -100,8 +100,8 @@ def _read(entry: Path) -> bytes | None:
         content = entry.read_bytes()
     except OSError:
         return None
-    compiled = content[HASH_BYTES:]
-    return compiled if content[:HASH_BYTES] == digest("cubin file", compiled) else None
+    found, compiled = content[:32], content[32:]
+    return compiled if found == sha256(compiled).digest() else None
 
 
 def _sources(kernels: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,8 +52,18 @@ class DeviceLauncher:
             if kernel not in self._kernels:
                 self._kernels[kernel] = self._code.get_kernel(kernel)
             config = LaunchConfig(grid=blocks, block=THREADS)
-            stream = torch.cuda.current_stream(self.device)  # cuda.core takes it by __cuda_stream__
+            stream = _Stream(torch.cuda.current_stream(self.device).cuda_stream)
             launch(stream, config, self._kernels[kernel], *(_argument(argument) for argument in arguments))
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A stream of torch as cuda.core takes it. torch's own class follows the protocol, but not yet in 2.8."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
 
 
 def _argument(argument: Argument) -> Any:

@@ -15,8 +15,7 @@ import torch
 
 from psyche.numerics.backends.cuda_compile import cache_directory
 from psyche.numerics.backends.launcher import THREADS, Argument, packed
-from psyche.numerics.backends.sources import kernels_directory
-from psyche.numerics.digest import digest
+from psyche.numerics.backends.sources import cache_key, kernels_directory
 
 FORWARDS, BACKWARDS = 0, 1
 """Orders in which fibres run. Any other number is the seed of a shuffled one."""
@@ -72,7 +71,7 @@ def build(kernels: Path | None = None, *, sanitized: bool = False, cache: Path |
     compiler = os.environ.get("CXX", "g++")
     flags = _FLAGS + (_SANITIZED if sanitized else ())
     contents = [part for path in sources for part in (path.name.encode(), path.read_bytes())]
-    key = digest("emulator", compiler.encode(), " ".join(flags).encode(), *contents).hex()[:32]
+    key = cache_key(compiler.encode(), " ".join(flags).encode(), *contents)
     library = (cache or cache_directory()) / f"emulator-{key}.so"
     if library.exists():
         return library
