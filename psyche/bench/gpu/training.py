@@ -49,7 +49,6 @@ class Settings:
     precision: str = "auto"
     micro_batch: int | None = None
     activation_checkpointing: bool = False
-    compile: str = "auto"
     max_gpu_memory: str | None = None
 
 
