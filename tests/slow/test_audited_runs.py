@@ -12,7 +12,15 @@ from psyche.network.identity import IDENTITY, Identity
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
 from psyche.state.ledger import NAME, Ledger
-from psyche.telemetry.events import AuditStarted, Event, PhaseChanged, RoundCertified, RunFinished
+from psyche.telemetry.events import (
+    Audited,
+    AuditStarted,
+    Event,
+    PhaseChanged,
+    RoundCertified,
+    RoundStarted,
+    RunFinished,
+)
 from tests.roles.swarm import Swarm, swarm
 from tests.roles.tiny import write_config
 
@@ -44,6 +52,7 @@ def test_late_joiners_audit_or_train_in_every_round(tmp_path: Path) -> None:
             assert run.join(name) == 0, run.output(name)[-2000:]
         assert run.events("coordinator", RunFinished)
         events = {name: run.events(name, Event) for name in [*FOUNDERS, *LATE]}
+        planned = {event.round: event.time for event in run.events("coordinator", RoundStarted)}
     records = _records(tmp_path / "run" / FOUNDERS[1])
     assert [record.plan.round for record in records] == list(range(1, ROUNDS + 1))
     outcomes = Counter(one.outcome for record in records for one in record.docket.closed)
@@ -51,7 +60,7 @@ def test_late_joiners_audit_or_train_in_every_round(tmp_path: Path) -> None:
     print(f"audits: {dict(outcomes)}; declined and open: {declined}")
     for name, logged in events.items():
         peer = Identity.load_or_create(tmp_path / "run" / name / IDENTITY).peer_id
-        idle = _idle_rounds(peer, records, logged)
+        idle = _idle_rounds(peer, records, logged, planned)
         print(f"{name}: {_seconds(logged)}; idle in rounds {idle}")
         away = range(ROUNDS // 2 - 1, ROUNDS // 2 + 20) if name == FOUNDERS[0] else range(0)
         assert not set(idle) - set(away), f"{name} did nothing in rounds {idle}"
@@ -70,10 +79,18 @@ def _records(node: Path) -> list[Record]:
         return [claimed(entry.certificate).record for entry in ledger.entries()]
 
 
-def _idle_rounds(peer: str, records: list[Record], logged: list[Event]) -> list[int]:
-    """Rounds, from its first as a member on, in which a node neither trained nor audited."""
+def _idle_rounds(peer: str, records: list[Record], logged: list[Event], planned: dict[int, float]) -> list[int]:
+    """Rounds, from its first as a member on, in which a node neither trained nor audited; ``planned`` says when each
+    was planned. An audit that was under way at that moment counts: it may have ended a second later."""
     trained = {record.plan.round for record in records if record.plan.member(peer) is not None}
-    audited = {event.during for event in logged if isinstance(event, AuditStarted)}
+    audited: set[int] = set()
+    during = 0
+    for event in logged:
+        if isinstance(event, AuditStarted):
+            during = event.during
+            audited.add(during)
+        elif isinstance(event, Audited) and event.time > planned.get(during + 1, event.time):
+            audited.add(during + 1)
     return sorted(set(range(min(trained), len(records) + 1)) - trained - audited)
 
 
