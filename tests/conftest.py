@@ -1,13 +1,37 @@
 import os
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from psyche.numerics.backends import emulated
 
 torch.set_num_threads(1)  # tests share the machine, and the bits must not depend on it
+
+# How long an example takes says how busy the machine is, nothing about psyche. A failing example prints the line that
+# repeats it.
+settings.register_profile("psyche", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("psyche")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run modules, and the tests of each, in this order")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --shuffle, put the tests into an order that depends on nothing but its seed: all workers need the same."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        order = random.Random(seed)
+        modules = sorted({item.nodeid.split("::")[0] for item in items})
+        order.shuffle(modules)
+        position = {module: number for number, module in enumerate(modules)}
+        order.shuffle(items)
+        items.sort(key=lambda item: position[item.nodeid.split("::")[0]])  # stable: shuffled within
 
 
 @pytest.fixture(scope="session")
