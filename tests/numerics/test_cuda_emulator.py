@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from psyche.numerics.backends import emulated
@@ -57,8 +58,9 @@ def faulty_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def faulty(emulator_library: Path, faulty_sources: Path) -> Path:
-    return emulated.build(faulty_sources, cache=faulty_sources)
+def faulty(emulator_library: Path, faulty_sources: Path, shared: Path) -> Path:
+    with FileLock(shared / "faulty.lock"):
+        return emulated.build(faulty_sources, cache=shared)
 
 
 def noise(seed: int = 0) -> Tensor:
