@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from psyche.bench import convergence
+from psyche.bench import convergence, pool
 from psyche.bench.plan import NUDGE, Scale, items, large_batch
 from psyche.bench.table import Row, differences_to_fp32, percent
 from psyche.bench.trials import Setting, Trial, run_of, run_trial
@@ -242,6 +243,25 @@ def test_stopped_at_any_moment_no_child_is_left(tmp_path: Path, number: signal.S
     finally:
         for pid in _session(process.pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_while_children_are_started_ctrl_c_waits_whichever_thread_hears_it() -> None:
+    begun, over = threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: (begun.set(), over.wait()))  # blocks nothing
+    other.start()
+    heard: list[str] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append("Ctrl-C"))
+    try:
+        begun.wait()
+        with pool._deaf():
+            signal.pthread_kill(other.ident or 0, signal.SIGINT)
+            time.sleep(0.1)
+            heard.append("all are started")
+    finally:
+        signal.signal(signal.SIGINT, before)
+        over.set()
+        other.join()
+    assert heard == ["all are started", "Ctrl-C"]
 
 
 def _until(condition, seconds: float = PATIENCE) -> None:  # type: ignore[no-untyped-def]

@@ -14,7 +14,7 @@ import pytest
 from psyche.config import Wandb
 from psyche.telemetry import metrics as names
 from psyche.telemetry.events import Event, Notice, RoundSummary, StepDone
-from psyche.telemetry.wandb_run import WandbRun, key_configured, own_run, resolve_mode, swarm_run
+from psyche.telemetry.wandb_run import WandbRun, _silenced, key_configured, own_run, resolve_mode, swarm_run
 
 from .story import MANIFEST, PARAMETERS, PEERS, metrics, story
 
@@ -27,6 +27,7 @@ def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(_silenced().settings, "api_key", None)  # W&B reads the environment once in a process
 
 
 def records(path: Path) -> Iterator[Any]:
