@@ -162,6 +162,10 @@ def test_an_access_out_of_bounds_is_found(emulator_library: Path, faulty_sources
     copy = tmp_path / "kernels"
     shutil.copytree(kernels_directory(), copy)
     shutil.copy(faulty_sources / "cuda" / "int2.cu", copy / "cuda")  # the only fault: threads beyond the last level
+    # Most of compiling is the sparse kernels', which would come after int2's; only they have shared memory.
+    listed = copy / "emulator" / "kernels.cpp"
+    text = listed.read_text().replace('#include "topk2.cu"', "__attribute__((used)) __shared__ int nothing;")
+    listed.write_text("".join(line for line in text.splitlines(True) if "topk2" not in line))
     done = under_asan(emulated.build(copy, sanitized=True, cache=tmp_path))
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
