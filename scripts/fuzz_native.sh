@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Damaged payloads against the native decoders, under AddressSanitizer and UndefinedBehaviorSanitizer.
 #   scripts/fuzz_native.sh [cases, default 10 million] [seed]
-# Needs g++ or clang++ (CXX) with both. Exits with 0 where nothing was found.
+# Needs g++ or clang++ (CXX; options of yours in CXXFLAGS) with both. Exits with 0 where nothing was found.
 set -euo pipefail
 cpu="$(cd "$(dirname "$0")/../kernels/cpu" && pwd)"
 build="$(mktemp -d)"
 trap 'rm -rf "$build"' EXIT
 flags=(-std=c++17 -O2 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread
-  -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra)
+  -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra ${CXXFLAGS:-})
 level() { "${CXX:-g++}" "${flags[@]}" -DPSYCHE_LEVEL="$1" "${@:2}" -c "$cpu/level.cpp" -o "$build/$1.o"; }
 level baseline
 if [ "$(uname -m)" = x86_64 ]; then

@@ -1,18 +1,62 @@
 import os
+import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from psyche.numerics.backends import emulated
 
 torch.set_num_threads(1)  # tests share the machine, and the bits must not depend on it
 
+# How long an example takes says how busy the machine is, nothing about psyche. A failing example prints the line that
+# repeats it.
+settings.register_profile("psyche", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("psyche")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run modules, and the tests of each, in this order")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --shuffle, put the tests into an order that depends on nothing but its seed: all workers need the same."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        order = random.Random(seed)
+        modules = sorted({item.nodeid.split("::")[0] for item in items})
+        order.shuffle(modules)
+        position = {module: number for number, module in enumerate(modules)}
+        order.shuffle(items)
+        items.sort(key=lambda item: position[item.nodeid.split("::")[0]])  # stable: shuffled within
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test begins with the same random numbers, whichever came before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
 
 @pytest.fixture(scope="session")
-def emulator_library() -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all its workers share, for what is dear to make; a lock is to be held meanwhile."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emulator_library(shared: Path) -> Path:
     """The kernels in this checkout, compiled for the emulator."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler to build the emulator with")
-    return emulated.build()
+    with FileLock(shared / "emulator.lock"):
+        return emulated.build()

@@ -53,12 +53,20 @@ def _executor(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _deaf() -> Iterator[None]:
     """Children started in here never hear Ctrl-C, which the terminal sends to all: ending them is the parent's part.
 
-    The parent hears it afterwards, for blocked is not ignored."""
+    The parent hears it afterwards. Blocking the signal is not enough for that: another thread may receive it, and
+    Python then interrupts the main one, which leaves a child that is being started without what it is to read."""
+    heard: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number)) if in_main else None
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        if in_main:
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _follow_parent() -> None:

@@ -61,7 +61,7 @@ def test_losses_are_compared_with_the_run_that_waits_seed_by_seed(rows: list[Row
     assert {row.against_waiting_percent for row in rows[:2]} == {0.0}
     for row in rows:
         assert row.against_waiting_percent == percent(row.heldout_loss, waiting[row.seed])
-    assert {row.against_waiting_percent != 0 for row in rows if row.nudge} == {True}
+    assert [row.seed for row in rows if row.nudge] == [0, 1]  # that they begin elsewhere: test_convergence
 
 
 def test_equal_tokens_are_equal_and_equal_time_gives_the_steps_that_waiting_costs(rows: list[Row]) -> None:

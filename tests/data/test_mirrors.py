@@ -126,11 +126,14 @@ def test_one_that_makes_no_progress_is_given_up(kind: str) -> None:
 
 def test_a_limit_of_this_node_is_not_held_against_the_mirror() -> None:
     async def limited(url: str, descriptor: int) -> None:
-        mirror = Mirror(url, anonymous=True, stall=0.5)
-        await mirror.copy(SHARD, SHARD.file, descriptor, throttle=lambda count: time.sleep(count / 1_500_000))
+        mirror = Mirror(url, anonymous=True, stall=2.0)
+        await mirror.copy(SHARD, SHARD.file, descriptor, throttle=lambda count: time.sleep(count / 750_000))
 
     with tempfile.TemporaryFile() as file, host() as (url, _):
+        copy(f"{url}/good")  # what the first copy of a process imports takes its time
+        began = time.monotonic()
         asyncio.run(limited(f"{url}/good", file.fileno()))
+        assert time.monotonic() - began > 2.0, "longer than a mirror may stall"
 
 
 def test_after_it_was_given_up_nothing_more_is_written() -> None:

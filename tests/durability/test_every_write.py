@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from psyche.roles.processes import GENESIS, INVITE
 from tests.durability.cases import CASES, Case
 from tests.durability.sweep import DIED
 
-SLOW = {"token store"}
-"""With a second for each death; the fast tests kill its writer at chosen ones (``tests/data/test_prepare.py``)."""
+SLOW = {"token store", GENESIS, INVITE}
+"""The first with a second for each death; the fast tests kill it at chosen ones (``tests/data/test_prepare.py``). The
+others are written as the manifest is, which stays with the fast tests."""
 
 
 @pytest.fixture(scope="module")

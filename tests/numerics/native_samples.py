@@ -11,7 +11,11 @@ from torch import Tensor
 from psyche.numerics.codecs.base import Codec
 from tests.numerics.samples import CHUNK, LARGEST, TINIEST, ranges
 
-native = pytest.importorskip("psyche.numerics.backends.native", reason="psyche was installed without a C++ compiler")
+native = pytest.importorskip(
+    "psyche.numerics.backends.native",
+    reason="psyche was installed without a C++ compiler, or PSYCHE_NATIVE is 0",
+    exc_type=ImportError,
+)
 
 LEVELS: list[str] = native.levels()
 """All instruction sets of this machine, best first."""

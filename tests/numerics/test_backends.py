@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -40,6 +42,12 @@ def test_without_the_extension_pytorch_computes(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, "psyche.numerics.backends.native", raising=False)
     assert [backend.name for backend in available()] == ["torch"]
     assert best().name == "torch"
+
+
+def test_the_extension_can_be_left_out() -> None:
+    code = "from psyche.numerics.backends.choice import available; print([one.name for one in available()])"
+    environment = os.environ | {"PSYCHE_NATIVE": "0"}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip() == "['torch']"
 
 
 def test_the_sources_that_are_compiled_at_run_time_are_found() -> None:

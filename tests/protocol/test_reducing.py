@@ -155,7 +155,7 @@ def test_reports_that_are_refused() -> None:
     assert "nothing is being reduced" in rejected(table.send(late))
 
 
-@LIMITS
+@settings(max_examples=75)
 @given(data=st.data())
 def test_whatever_reducers_do_a_record_holds_what_most_of_them_found(data: st.DataObject) -> None:
     """Two of seven lie as they like, one vanishes; k = 3, so that the honest are the most for every group."""

@@ -167,7 +167,7 @@ class TestDisks:
 
 class TestMessages:
     def test_each_bad_message_is_refused_and_counted_and_changes_nothing(self, tmp_path: Path) -> None:
-        config = write_config(tmp_path, members=1, rounds=FOREVER | {"total": 8})
+        config = write_config(tmp_path, members=1, rounds=FOREVER | {"total": 3, "inner_steps": 3})
         with swarm(tmp_path / "run", config) as run:
             run.coordinator()
             run.wait("coordinator", RunStarted)

@@ -164,14 +164,14 @@ def test_nothing_is_left_behind_when_the_launcher_is_stopped(tmp_path: Path) -> 
 
 
 def test_ctrl_c_leaves_a_run_cleanly(tmp_path: Path) -> None:
-    config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 500, "start_members": 2}, deadlines=QUICK)
+    patient = QUICK | {"silence": 60.0}  # on a busy machine a node may be silent for long
+    config = write_config(tmp_path, members=1, rounds=ROUNDS | {"total": 500, "start_members": 1}, deadlines=patient)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
         run.node("node-1")
-        run.node("node-2")
         run.wait("coordinator", RoundStarted)
-        assert run.kill("node-2", signal.SIGINT) == 130
-        assert "Traceback" not in run.output("node-2")
+        assert run.kill("node-1", signal.SIGINT) == 130
+        assert "Traceback" not in run.output("node-1")
         assert run.wait("coordinator", PeerLeft).reason == "it was stopped"
 
 

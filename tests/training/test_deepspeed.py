@@ -21,7 +21,7 @@ from psyche.training.torch_engine import TorchEngine
 from psyche.training.zero.engine import DeepSpeedEngine
 from psyche.training.zero.memory import Stage
 from psyche.training.zero.wire import Done, Fit, Order
-from tests.roles.swarm import alive
+from tests.roles.swarm import PATIENCE, alive
 from tests.training.tiny_models import SETTINGS, Sequences, parameters
 
 torch.set_num_threads(1)
@@ -225,7 +225,7 @@ def test_bf16_is_autocast_over_fp32_parameters(tmp_path: Path, stage: Stage) -> 
     engine, other, plain = ranks(tmp_path, stage, precision="bf16"), alone(precision="bf16"), alone()
     losses = train(engine)
     assert losses == pytest.approx(train(other), rel=1e-2)
-    assert losses[0] != pytest.approx(train(plain)[0], rel=1e-6)
+    assert losses != train(plain)
     wanted = parameters(engine) * 1.0001
     engine.write(wanted)
     assert torch.equal(parameters(engine), wanted), "the fp32 parameters are not rounded"
@@ -267,7 +267,7 @@ def test_ranks_end_with_the_engine_that_nobody_holds(tmp_path: Path) -> None:
     pids = engine.ranks.pids
     assert all(map(alive, pids))
     del engine
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while any(map(alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
