@@ -117,8 +117,8 @@ class Node(Strict):
     activation_checkpointing: bool = False
     """Compute activations twice instead of keeping them. Done by itself where one sequence does not fit otherwise."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """``torch.compile``: ``auto`` uses it where training takes four hours or more and a trial before the node joins shows
-    that it pays; ``on`` uses it even where it does not pay."""
+    """``torch.compile``: ``auto`` uses it where training takes four hours or more and a trial, before the node joins,
+    shows that it pays; ``on`` uses it even where it does not pay."""
     max_upload: Rate | None = None
     """What other nodes may fetch from this one, together, such as ``20mbit``; the whole line when absent."""
     max_download: Rate | None = None
