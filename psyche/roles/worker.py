@@ -189,7 +189,8 @@ class Worker:
         if not behind(await self._client.until(lambda board: True), replica.chain):
             self._supply.begin(replica.chain.position)
         while not self._departure.asked:
-            self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
+            if not self._finished():
+                self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             board = await self._client.until(lambda board: concerns(board, replica.chain, self._voter.rules))
             await self._trainer.halt_late()
             self._auditor.check()

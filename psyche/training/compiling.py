@@ -79,7 +79,7 @@ async def compile_if_it_pays(
         rows = await do(engine.rows, batch)
         passes = steps * -(-len(batch) // rows)
         path = node.cache.expanduser() / "compile" / f"{_key(engine, run, node, rows)}.json"
-        speeds = _remembered(path)
+        speeds = remembered = _remembered(path)
         if speeds is None:
             if node.compile == "auto" and passes * rows * await do(engine.pass_seconds, batch[:1], 1) < WORTH_TRYING:
                 return
@@ -94,7 +94,8 @@ async def compile_if_it_pays(
         if node.compile == "auto" and not speeds.pays(passes):
             say(f"training without torch.compile, which does not pay here: {gain}")
             return
-        begin()
+        if remembered:
+            begin()
         say(f"compiling the model: {gain}")
         await do(engine.use_compiled, batch[:rows])
     except TrialFailed as error:
