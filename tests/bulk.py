@@ -12,6 +12,9 @@ from pathlib import Path
 
 from psyche.config import MANIFEST, Data, Manifest, Model, Resolved, Rounds, Run
 from psyche.config.trust import Audits
+from psyche.launch.chain_rules import chain_rules
+from psyche.ledger.schema import audit_rows, member_rows, round_row
+from psyche.ledger.store import NAME, Ledger
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
@@ -33,9 +36,6 @@ from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.state import Rules, Said
 from psyche.protocol.verdicts import EMPTY, Docket, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body
-from psyche.roles.chain_rules import chain_rules
-from psyche.state.ledger import NAME, Ledger
-from psyche.state.ledger_schema import audit_rows, member_rows, round_row
 from tests.protocol.players import contribution
 
 COORDINATOR = Identity(bytes(31) + b"c", Path("unused"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from psyche.config import Data, Manifest, Model, Resolved, Rounds, Run
+from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity, open_envelope
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
@@ -21,7 +22,6 @@ from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.state import Rules
 from psyche.protocol.verdicts import EMPTY
 from psyche.protocol.wire import Body
-from psyche.roles.rules import rules_of
 from tests.protocol.players import contribution
 
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))

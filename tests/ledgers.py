@@ -9,7 +9,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from psyche.cli.ledger import app
-from psyche.state.ledger import NAME, Ledger
+from psyche.ledger.store import NAME, Ledger
 from tests.chains import RULES, Link, chain
 
 CHAIN = chain(6)

@@ -16,12 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from psyche.audit.simulated import honest
 from psyche.config import load_config
+from psyche.diloco.reference import play
+from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
-from psyche.roles.launch import launch
-from psyche.roles.reference import play
-from psyche.roles.tribunal import honest
 from psyche.verification.kit import Kits
 from tests.roles.tiny import LARGER, replica, write_config
 

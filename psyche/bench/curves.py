@@ -15,7 +15,7 @@ from psyche.numerics.codecs.topk2e import TopK2e
 from psyche.training.engine import Engine
 
 if TYPE_CHECKING:
-    from psyche.roles.work import Slices, Work
+    from psyche.diloco.local_update import Slices, Work
 
 JUDGED_AT_ONCE = 64
 """Held-out sequences of one forward pass."""

@@ -35,11 +35,11 @@ from psyche.config import (
 from psyche.config.trust import Audits
 from psyche.data.private import PrivateText
 from psyche.data.store import TokenStore
+from psyche.diloco.private_data import Private
+from psyche.diloco.reference import play
+from psyche.diloco.replica import Replica
+from psyche.launch.launch import Launch, launch
 from psyche.protocol.assignment import sequences
-from psyche.roles.launch import Launch, launch
-from psyche.roles.private import Private
-from psyche.roles.reference import play
-from psyche.roles.replica import Replica
 from psyche.telemetry.report import ddp_bytes
 from psyche.training.models import build
 from psyche.training.privacy import privatise

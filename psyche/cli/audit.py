@@ -18,8 +18,8 @@ def calibrate(
     plot: Annotated[Path | None, typer.Option(help="Draw the errors to this PNG file.", show_default=False)] = None,
 ) -> None:
     """Measure by how much honest nodes of this model differ, and frauds; and say which thresholds tell them apart."""
+    from psyche.audit import calibrate as calibrating
     from psyche.cli.data import progress_display
-    from psyche.roles import calibrating
 
     with progress_display() as report:
         loaded, store = calibrating.prepared(config, report)
@@ -56,8 +56,8 @@ def rerun(
         return
     import msgspec
 
+    from psyche.audit import rerun as again
     from psyche.config import Node
-    from psyche.roles import rerun as again
 
     case = again.case_in(ledger, manifest, again.chosen(evidence, node, round), round)
     settings = Node(device=device) if cache is None else Node(device=device, cache=cache)

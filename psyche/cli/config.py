@@ -26,7 +26,7 @@ def check(
     from psyche.config import load_config
 
     loaded = load_config(config)  # before the slow imports: most errors are found here
-    from psyche.roles.costs import costs_of
+    from psyche.launch.costs import costs_of
 
     for label, value in costs_of(loaded.run).lines(tflops * 1e12):
         typer.echo(f"{label:28} {value}")

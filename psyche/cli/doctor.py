@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from psyche.roles.checks import Finding
+    from psyche.tools.checks import Finding
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -40,7 +40,7 @@ def doctor(
     parsed = None if invite is None else read_invite(invite)
     settings = override_node(load_node(config), port=port)
     where = directory or (RUNS.expanduser() if parsed is None else home_of(parsed))
-    from psyche.roles.doctor import examine
+    from psyche.tools.doctor import examine
 
     findings: list[Finding] = []
     asyncio.run(examine(parsed, settings, where, findings.append))

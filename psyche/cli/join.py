@@ -143,7 +143,7 @@ def leave(
     long that takes at most), says goodbye and ends. Ctrl-C here stops the waiting, not the leaving.
     """
     from psyche.cli.process import RUNS
-    from psyche.roles.farewell import ask_to_leave
-    from psyche.roles.inviting import only_directory
+    from psyche.network.invites import only_directory
+    from psyche.processes.leave import ask_to_leave
 
     ask_to_leave(directory or only_directory(RUNS.expanduser()), typer.echo, now=now)

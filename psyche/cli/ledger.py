@@ -13,7 +13,7 @@ from psyche.cli.places import ManifestFile, Place, checked, ledger_file, manifes
 if TYPE_CHECKING:  # `psyche --help` imports this module: what is heavy is imported by the command that needs it
     from rich.table import Table
 
-    from psyche.roles.ledger_story import Ending, Round, Story
+    from psyche.ledger.rounds_view import Ending, Round, Story
 
 app = typer.Typer(help="The certified chain of a run, and the credits that follow from it.", no_args_is_help=True)
 
@@ -33,8 +33,8 @@ def show_command(
     json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Say what was certified: members, tokens, who was left out and why. Checks no signature; ``verify`` does."""
-    from psyche.roles.ledger_story import story_of
-    from psyche.state.ledger import Ledger
+    from psyche.ledger.rounds_view import story_of
+    from psyche.ledger.store import Ledger
 
     with Ledger.read(ledger_file(path)) as ledger:
         story = story_of(ledger, last=last, node=node)
@@ -58,7 +58,7 @@ def verify_command(path: Place, manifest: ManifestFile = None) -> None:
 
     Credits are then added up anew, from the chain alone.
     """
-    from psyche.roles.credit_story import sums
+    from psyche.ledger.credits_view import sums
 
     file = ledger_file(path)
     found = checked(file, manifest_of(manifest, file))

@@ -46,9 +46,9 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from psyche.roles.evaluation import heldout_loss, task_scores, text_loss
-    from psyche.roles.trained import load_trained
     from psyche.telemetry.wording import number
+    from psyche.tools.evaluate import heldout_loss, task_scores, text_loss
+    from psyche.tools.load import load_trained
 
     if tasks is None and (shots is not None or limit is not None or include is not None):
         raise PsycheError("--shots, --limit and --include are for --tasks: name some")
@@ -86,8 +86,8 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Continue a prompt with a model."""
-    from psyche.roles.generation import Sampling, generate
-    from psyche.roles.trained import load_trained
+    from psyche.tools.generate import Sampling, generate
+    from psyche.tools.load import load_trained
 
     given = sys.stdin.read() if prompt == "-" else prompt
     sampling = Sampling(tokens, temperature, top_k, top_p, seed)

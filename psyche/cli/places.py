@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:  # `psyche --help` imports this module: what is heavy is imported by the command that needs it
     from psyche.config import Manifest
-    from psyche.roles.ledger_check import Summary
+    from psyche.ledger.verify import Summary
 
 Place = Annotated[
     Path, typer.Argument(help="A ledger file, or the directory of a node or a coordinator.", show_default=False)
@@ -25,7 +25,7 @@ ManifestFile = Annotated[
 
 def ledger_file(path: Path) -> Path:
     """The ledger at ``path``, or in it."""
-    from psyche.state.ledger import NAME
+    from psyche.ledger.store import NAME
 
     return path / NAME if path.is_dir() else path
 
@@ -51,8 +51,8 @@ def checked(ledger: Path, manifest: Manifest) -> Summary:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from psyche.errors import PsycheError
+    from psyche.ledger.verify import verify_ledger
     from psyche.protocol.ledger import BadLedger
-    from psyche.roles.ledger_check import verify_ledger
 
     console = Console(stderr=True)
     columns = (TextColumn("rounds checked"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -19,7 +19,7 @@ from psyche.errors import PsycheError
 if TYPE_CHECKING:
     from psyche.config import Config, Node
     from psyche.network.invite import Invite
-    from psyche.roles.leaving import Farewell
+    from psyche.worker.departure import Farewell
 
 PARENT = "PSYCHE_PARENT"
 """Environment: the pid of a launcher that this process must not outlive."""
@@ -50,11 +50,11 @@ def read_invite(text: str) -> Invite:
 def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
     """Be a node until the run ends, Ctrl-C, or ``psyche leave``."""
     _stay_with_parent()
-    from psyche.roles.attendance import attend
-    from psyche.roles.leaving import Farewell
-    from psyche.roles.processes import join
+    from psyche.processes.attendance import attend
+    from psyche.processes.node import join
     from psyche.telemetry.log import Listener
     from psyche.telemetry.view import ContributorView, live
+    from psyche.worker.departure import Farewell
 
     where, farewell = directory or home_of(invite), Farewell()
 
@@ -81,7 +81,7 @@ def run_coordinator(config: Config, directory: Path) -> None:
     """Be the coordinator until the run ends or Ctrl-C."""
     _stay_with_parent()
     from psyche.cli.data import progress_display
-    from psyche.roles.processes import coordinate
+    from psyche.processes.node import coordinate
     from psyche.telemetry.view import SwarmView, live
 
     with live(SwarmView()) as listener, progress_display() as progress:
@@ -91,7 +91,7 @@ def run_coordinator(config: Config, directory: Path) -> None:
 def run_standby(invite: Invite, node: Node, directory: Path) -> None:
     """Be a standby coordinator until the run ends or Ctrl-C."""
     _stay_with_parent()
-    from psyche.roles.standby import stand_by
+    from psyche.processes.standby import stand_by
     from psyche.telemetry.view import SwarmView, live
 
     with live(SwarmView()) as listener:
@@ -163,4 +163,4 @@ def _stay_with_parent() -> None:
 
 def _warm_up() -> None:
     """Import what takes seconds while there is nothing else to do."""
-    import psyche.roles.processes  # noqa: F401
+    import psyche.processes.node  # noqa: F401

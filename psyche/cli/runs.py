@@ -21,7 +21,7 @@ def demo(
     directory: Annotated[Path, typer.Option(help="Where the run's files go; emptied first.")] = Path("runs/demo"),
 ) -> None:
     """Train a small language model here: a coordinator and four nodes, as they would be anywhere else."""
-    from psyche.roles.local import run_locally
+    from psyche.processes.local import run_locally
 
     run_locally(config, peers, directory, fresh=True, report=True)
 
@@ -33,7 +33,7 @@ def run(
 ) -> None:
     """Launch a run: a coordinator and local nodes, with an invite for everybody else. Started again, it goes on."""
     from psyche.config import load_config
-    from psyche.roles.local import run_locally
+    from psyche.processes.local import run_locally
 
     where = directory or Path("runs") / load_config(config).run.name
     run_locally(config, peers, where, fresh=False, report=True)
@@ -88,7 +88,7 @@ def invite(
 ) -> None:
     """Print an invite that holds this node's address and those of the peers it knows. Any member can invite."""
     from psyche.cli.process import RUNS
-    from psyche.roles.inviting import invite_of, only_directory
+    from psyche.network.invites import invite_of, only_directory
 
     typer.echo(invite_of(directory or only_directory(RUNS.expanduser())).encode())
 
@@ -98,7 +98,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="Where the model and its tokenizer go.", show_default=False)],
 ) -> None:
     """Write a node's outer parameters as a directory that transformers loads."""
-    from psyche.roles.export import export_node
+    from psyche.tools.export import export_node
 
     rounds = export_node(directory, output)
     typer.echo(

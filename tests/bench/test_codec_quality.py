@@ -19,10 +19,10 @@ from psyche.bench.quality.table import CurveRow, summaries
 from psyche.bench.table import percent
 from psyche.bench.trials import Setting, Trial, run_of, run_trial
 from psyche.cli.bench import app
+from psyche.diloco.reference import play
 from psyche.errors import PsycheError
+from psyche.launch.costs import costs_of
 from psyche.numerics.codecs.names import CODECS
-from psyche.roles.costs import costs_of
-from psyche.roles.reference import play
 
 CHOSEN = (
     Choice("fp32", 2, lr=0.7, momentum=0.5),

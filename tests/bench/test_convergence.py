@@ -23,9 +23,9 @@ from psyche.bench.plan import NUDGE, Scale, items, large_batch
 from psyche.bench.table import Row, differences_to_fp32, percent
 from psyche.bench.trials import Setting, Trial, run_of, run_trial
 from psyche.config import Outer
+from psyche.diloco.reference import play
 from psyche.errors import PsycheError
-from psyche.roles.costs import costs_of
-from psyche.roles.reference import play
+from psyche.launch.costs import costs_of
 from tests.roles.swarm import PATIENCE
 
 

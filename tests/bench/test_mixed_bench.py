@@ -12,11 +12,11 @@ from psyche.bench.mixed.loss import equal, loss_scale, rows_of, show, trials
 from psyche.bench.mixed.plan import SKIPPED, Plan
 from psyche.bench.mixed.table import Found, Row, found_in, table, to_json
 from psyche.bench.trials import Outcome, run_of
-from psyche.roles.metrics import metrics_event
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
+from psyche.worker.meter import metrics_event
 from tests.bench.measured import metrics
 from tests.chains import NAMES, RULES, chain
 

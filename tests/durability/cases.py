@@ -12,6 +12,7 @@ import opacus.accountants  # noqa: F401  # now, and not in each child that is ab
 import pytest
 
 from psyche.config import MANIFEST, BpeTokenizer, Data, TextSource
+from psyche.coordinator.cosigning import OATH
 from psyche.data.cache import PART, ShardCache
 from psyche.data.index import Shard
 from psyche.data.journal import Journal as Preparation
@@ -19,23 +20,22 @@ from psyche.data.journal import load_journal
 from psyche.data.prepare import prepare
 from psyche.durable import write_durably
 from psyche.exchange.journal import Journal
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
 from psyche.network.identity import IDENTITY, Identity
+from psyche.network.peer_book import PEERS, PeerBook
 from psyche.network.spool import Spool
 from psyche.numerics.digest import blob_root, index_chunks
+from psyche.processes.node import GENESIS, INVITE
 from psyche.protocol.acceptor import Acceptor
 from psyche.protocol.oath import Oath, Signed
-from psyche.roles.notary import OATH
-from psyche.roles.peers import PEERS, PeerBook
-from psyche.roles.processes import GENESIS, INVITE
-from psyche.roles.voter import BALLOT
 from psyche.state.budget import NAME as PRIVACY
 from psyche.state.budget import Budget
 from psyche.state.checkpoint import load_latest, save
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.state.pledges import Ballot, keep, recall
 from psyche.telemetry.events import Notice
 from psyche.telemetry.log import LOG_NAME, EventLog, read_events
+from psyche.worker.voter import BALLOT
 from tests.chains import RULES, chain
 from tests.state.test_checkpoint import RUN, checkpoint, same
 

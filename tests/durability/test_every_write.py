@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.roles.processes import GENESIS, INVITE
+from psyche.processes.node import GENESIS, INVITE
 from tests.durability.cases import CASES, Case
 from tests.durability.sweep import DIED
 

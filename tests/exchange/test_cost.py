@@ -16,6 +16,7 @@ from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import Shelf
+from psyche.launch.costs import costs_of
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.numerics.backends.choice import best
@@ -25,7 +26,6 @@ from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Member, Plan, Record, Reducing
 from psyche.protocol.reduction import ring
 from psyche.protocol.verdicts import EMPTY
-from psyche.roles.costs import costs_of
 from tests.exchange.plain import MERGE
 from tests.protocol.players import contribution
 from tests.roles.tiny import write_config

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche.coordinator.board import board_of
 from psyche.protocol.acceptor import Refusal
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position, positions
@@ -18,7 +19,6 @@ from psyche.protocol.messages import Member
 from psyche.protocol.proposals import mostly_done
 from psyche.protocol.quotas import ALIKE, EXCHANGES, WINDOW, quota_fault, quotas
 from psyche.protocol.state import Arrived, Left, Promised, Restored
-from psyche.roles.shown import board_of
 from tests.protocol.players import GENESIS, RULES, Table, contribution, nodes, root_after
 from tests.protocol.test_acceptor import PLAN, RECORD, changed, vote
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from psyche.cli import main
+from psyche.diloco.replica import Replica
+from psyche.processes import node as processes
 from psyche.protocol.messages import Plan
-from psyche.roles import processes
-from psyche.roles.replica import Replica
 
 
 class Baseless(Replica):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from psyche.cli import main
+from psyche.diloco.replica import Replica
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.messages import Record
-from psyche.roles.replica import Replica
 
 honest = Replica.step_outer
 

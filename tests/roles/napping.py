@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from psyche.bench.utilisation.paced import PacedEngine
-from psyche.roles import attendance
+from psyche.processes import attendance
 from psyche.training import choice
 
 IN_USE = "PSYCHE_TEST_IN_USE"

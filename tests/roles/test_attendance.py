@@ -14,11 +14,11 @@ import torch
 
 from psyche.config import Node, override_node
 from psyche.errors import ConfigError
-from psyche.roles import attendance
-from psyche.roles.attendance import Calendar, attend
-from psyche.roles.idleness import CALM_SECONDS, Idleness, Load, Sampler, Spent, spent
-from psyche.roles.leaving import Farewell
+from psyche.processes import attendance
+from psyche.processes.attendance import Calendar, attend
+from psyche.processes.idleness import CALM_SECONDS, Idleness, Load, Sampler, Spent, spent
 from psyche.training.devices import limit_memory, memory_limit
+from psyche.worker.departure import Farewell
 
 # ------------------------------------------------------------------------------------- the machine
 
@@ -69,7 +69,7 @@ def test_loads_are_measured_on_this_machine() -> None:
     """Of a process that is not a child of the one that measures, and of one that is."""
     script = (
         "import psutil, subprocess, sys, time, torch\n"
-        "from psyche.roles.idleness import Sampler, spent\n"
+        "from psyche.processes.idleness import Sampler, spent\n"
         "child = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
         "sampler, before = Sampler(torch.device('cpu')), spent()\n"
         "used = psutil.Process(child.pid).cpu_times\n"

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-import psyche.roles.auditor as auditing
+import psyche.audit.auditor as auditing
+from psyche.audit.auditor import Auditor
+from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
 from psyche.network.streams import Refused
 from psyche.protocol.messages import Certificate, Record
 from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
 from psyche.protocol.wire import Body, decode
-from psyche.roles.auditor import Auditor
-from psyche.roles.shards import Supply
 from psyche.telemetry.log import EventLog
 from psyche.verification.evidence import EVIDENCE, Evidence
 from tests.verification.audited import Court, court, train_lazily

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from psyche.config import load_config
+from psyche.diloco.reference import play
+from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.numerics.backends.choice import available
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import EmulatedLauncher
-from psyche.roles.launch import launch
-from psyche.roles.reference import play
 from tests.roles.tiny import replica, write_config
 
 

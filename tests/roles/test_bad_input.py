@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from psyche.config import MANIFEST, Manifest
+from psyche.data.provision import serve_provisions, sign_manifest
 from psyche.network.address import split_address
 from psyche.network.identity import Identity
 from psyche.network.invite import Invite
 from psyche.network.node import NetworkNode
+from psyche.network.presence import KINDS
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Attestation, Commitment, Leave, Present, Vote
 from psyche.protocol.verdicts import EMPTY
-from psyche.roles.presence import KINDS
-from psyche.roles.provision import serve_provisions, sign_manifest
 from psyche.telemetry.events import (
     Checkpointed,
     Notice,
@@ -249,7 +249,7 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
 
 async def _join_a_liar(directory: Path, manifest: Manifest) -> str:
     """What ``psyche join`` says of a host that serves ``manifest`` under an invite to something else."""
-    from psyche.roles.provision import local_store
+    from psyche.data.provision import local_store
 
     identity = Identity.load_or_create(directory / "liar.key")
     invited = bytes(reversed(manifest.run_id))

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from psyche.config import Manifest, load_config
+from psyche.coordinator.coordinator import STANDBY, UNKNOWN
+from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.network.streams import Refused, Unreachable
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Board, Present, Promise
 from psyche.protocol.state import Phase
-from psyche.roles import board as module
-from psyche.roles.board import BoardClient
-from psyche.roles.coordinator import STANDBY, UNKNOWN
-from psyche.roles.launch import launch
+from psyche.worker import coordinator_client as module
+from psyche.worker.coordinator_client import BoardClient
 from tests.roles.tiny import write_config
 
 GUARD_SECONDS = 20.0

@@ -10,8 +10,8 @@ import pytest
 from psyche.bench.utilisation import paced
 from psyche.bench.utilisation.paced import PACE
 from psyche.config import MANIFEST, Manifest
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
 from psyche.telemetry.events import CaughtUp, PeerLeft, Resynchronised, RoundCertified
 from tests.roles.swarm import swarm
 from tests.roles.tiny import MODEL, certified_roots, write_config

@@ -11,15 +11,15 @@ import pytest
 from psyche.config import MANIFEST
 from psyche.errors import PsycheError
 from psyche.ethereum import checksummed
+from psyche.launch.chain_rules import chain_rules
+from psyche.ledger.claims import Claim, proves
+from psyche.ledger.store import NAME
+from psyche.ledger.verify import STRETCH, verify_ledger
 from psyche.numerics.digest import digest
 from psyche.protocol.credits import fold
 from psyche.protocol.ledger import BadLedger
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import EMPTY, Audit, Closed, Finding, Verdict
-from psyche.roles.chain_rules import chain_rules
-from psyche.roles.ledger_check import STRETCH, verify_ledger
-from psyche.state.claims import Claim, proves
-from psyche.state.ledger import NAME
 from tests import bulk, chains
 from tests.chains import MEMBERS, NAMES, REASON, chain
 from tests.ledgers import EACH, change, fill, psyche_ledger

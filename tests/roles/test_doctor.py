@@ -11,10 +11,16 @@ from typing import Any
 import pytest
 
 from psyche.config import Manifest, Node, load_config
+from psyche.data.provision import Found, local_store
 from psyche.errors import PsycheError
+from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
-from psyche.roles.checks import (
+from psyche.network.presence import KINDS
+from psyche.network.probes import Offset, clock_offset, reachable, serve_probes
+from psyche.processes.node import MANIFEST
+from psyche.telemetry.events import RunStarted
+from psyche.tools.checks import (
     RANK_BYTES,
     Finding,
     check_clock,
@@ -26,13 +32,7 @@ from psyche.roles.checks import (
     check_versions,
     needs_of,
 )
-from psyche.roles.launch import launch
-from psyche.roles.preflight import check_connection, check_machine, port_of, tell
-from psyche.roles.presence import KINDS
-from psyche.roles.probes import Offset, clock_offset, reachable, serve_probes
-from psyche.roles.processes import MANIFEST
-from psyche.roles.provision import Found, local_store
-from psyche.telemetry.events import RunStarted
+from psyche.tools.preflight import check_connection, check_machine, port_of, tell
 from psyche.training.choice import Choice, choose
 from psyche.training.memory import available_memory
 from tests.roles.swarm import swarm

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from psyche.config import MANIFEST, Manifest
-from psyche.roles.ledger_check import verify_ledger
-from psyche.state.ledger import NAME as LEDGER
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.verify import verify_ledger
 from psyche.telemetry.events import Notice, RoundCertified, RoundStarted
 from tests.roles.swarm import Swarm, standby_key, swarm
 from tests.roles.tiny import certified_roots, write_config

@@ -15,22 +15,22 @@ import torch
 
 from psyche.config import Config, Manifest, PrivateData, load_config
 from psyche.data.private import PrivateText
+from psyche.diloco.private_data import Private, check_private
+from psyche.diloco.reference import play
+from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
 from psyche.exchange.merge import Merge
+from psyche.launch.launch import launch
+from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.network.traffic import Traffic
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.messages import WITHHELD, Member, Plan
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.weights import weights
-from psyche.roles.launch import launch
-from psyche.roles.metrics import Meter, metrics_event
-from psyche.roles.private import Private, check_private
-from psyche.roles.reference import play
-from psyche.roles.replica import Replica
-from psyche.roles.rules import rules_of
 from psyche.state.budget import Budget, Spent
 from psyche.training.privacy import shrinkage
+from psyche.worker.meter import Meter, metrics_event
 from tests.roles.tiny import replica, write_config
 
 CLIP, LOTS = 0.05, 1e15

@@ -14,15 +14,15 @@ from blake3 import blake3
 from psyche.config import MANIFEST, Manifest, load_config
 from psyche.data.journal import document_hash
 from psyche.data.private import TOKENS
+from psyche.data.provision import local_store
 from psyche.data.tokenizer import Encoder
+from psyche.diloco.private_data import DIRECTORY
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
 from psyche.numerics.digest import blob_root
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import WITHHELD
-from psyche.roles.private import DIRECTORY
-from psyche.roles.provision import local_store
 from psyche.state.budget import Budget
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.telemetry.events import MemberMetrics, PrivacySpent, RoundCertified, RunFinished
 from psyche.telemetry.log import LOG_NAME, read_events
 from tests.roles.swarm import swarm

@@ -8,11 +8,11 @@ from typing import cast
 
 import msgspec
 
+from psyche.ledger.history import Certificates, Past
 from psyche.network.rpc import Rpc
 from psyche.network.streams import Unreachable
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.messages import Record
-from psyche.roles.history import Certificates, Past
 from tests.chains import MANIFEST, NAMES, RULES, Link, chain, link
 
 CHAIN = chain(6)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
 from psyche.network.identity import IDENTITY, Identity
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Certificate
 from psyche.protocol.wire import decode
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.telemetry.events import RoundCertified, RoundStarted
 from tests.roles.swarm import swarm
 from tests.roles.tiny import write_config

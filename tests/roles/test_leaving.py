@@ -16,13 +16,13 @@ import pytest
 
 from psyche.bench.utilisation.paced import PACE
 from psyche.errors import PsycheError
+from psyche.launch.rules import rules_of
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
+from psyche.processes.process_lock import LOCK, process_of, registered
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Contribution
-from psyche.roles.rules import rules_of
-from psyche.roles.running import LOCK, process_of, registered
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.telemetry.events import Leaving, Left, PeerLeft, PhaseChanged, RoundCertified, RoundStarted, StepDone
 from tests.roles.swarm import PATIENCE, Swarm, swarm
 from tests.roles.test_overlap import alone, plan_for

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche.ledger.store import NAME, Ledger, LedgerError
+from psyche.ledger.verify import verify_ledger
 from psyche.network.identity import Identity
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.ledger import BadLedger
 from psyche.protocol.messages import Certificate, Excluded, Record
 from psyche.protocol.verdicts import Closed
 from psyche.protocol.wire import decode
-from psyche.roles.ledger_check import verify_ledger
-from psyche.state.ledger import NAME, Ledger, LedgerError
 from tests.chains import COORDINATOR, MANIFEST, MEMBERS, NAMES, RULES, STRANGER, certify, chain
 from tests.ledgers import CHAIN, EACH, OTHER, change, fill
 

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from psyche.errors import PsycheError
+from psyche.ledger.store import NAME, Ledger
 from psyche.protocol.messages import Record
-from psyche.state.ledger import NAME, Ledger
 from tests.chains import MANIFEST, NAMES, REASON, RULES, link, manifest
 from tests.ledgers import CHAIN, EACH, OTHER, change, fill, psyche_ledger
 

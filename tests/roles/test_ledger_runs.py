@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from psyche.coordinator.cosigning import OATH
 from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.ledger.store import NAME, Ledger, LedgerError
+from psyche.ledger.writer import LedgerWriter, backfill, writing
 from psyche.protocol.acceptor import Chain
-from psyche.roles.ledger import LedgerWriter, backfill, writing
-from psyche.roles.notary import OATH
-from psyche.roles.voter import BALLOT
-from psyche.state.ledger import NAME, Ledger, LedgerError
 from psyche.telemetry.events import RoundCertified, RoundStarted
+from psyche.worker.voter import BALLOT
 from tests.chains import MANIFEST, RULES, chain
 from tests.ledgers import CHAIN, fill, psyche_ledger
 from tests.roles.swarm import swarm

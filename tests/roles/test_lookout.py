@@ -13,8 +13,8 @@ from psyche.network.identity import IDENTITY, Identity
 from psyche.numerics.backends.choice import best
 from psyche.protocol.messages import Accepted, Plan, Record
 from psyche.protocol.verdicts import EMPTY
-from psyche.roles.lookout import Lookout
 from psyche.telemetry.events import Notice, RoundCertified, RunFinished
+from psyche.verification.outlier_watch import Lookout
 from tests.protocol.players import contribution
 from tests.protocol.test_acceptor import PLAN, changed
 from tests.roles.swarm import swarm

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from psyche.bench.utilisation.paced import PACE
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.telemetry.events import Leaving, PeerJoined, PeerLeft, RoundCertified, RoundStarted, RunFinished, StepDone
 from tests.roles.napping import IN_USE
 from tests.roles.swarm import Swarm, swarm

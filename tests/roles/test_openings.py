@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from psyche.protocol.messages import Board, Commitment
-from psyche.roles.openings import Openings
+from psyche.worker.reveals import Openings
 from tests.protocol.players import RUN_ID, contribution
 from tests.protocol.test_certificates import MEMBERS, NAMES, PLAN, STRANGER, sealed
 

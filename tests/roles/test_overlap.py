@@ -13,7 +13,13 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from psyche.config import load_config
+from psyche.diloco.local_update import Exploded, Work
+from psyche.diloco.reference import play
+from psyche.diloco.replica import Replica
 from psyche.errors import ConfigError
+from psyche.launch.costs import costs_of
+from psyche.launch.launch import launch
+from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.shares import share
 from psyche.protocol.acceptor import plan_fault
@@ -22,12 +28,6 @@ from psyche.protocol.assignment import next_position, positions
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY
-from psyche.roles.costs import costs_of
-from psyche.roles.launch import launch
-from psyche.roles.reference import play
-from psyche.roles.replica import Replica
-from psyche.roles.rules import rules_of
-from psyche.roles.work import Exploded, Work
 from psyche.training.moments import packed
 from psyche.verification.traces import Trace
 from tests.protocol.players import nodes

@@ -7,12 +7,12 @@ from pathlib import Path
 import msgspec
 
 from psyche.config import load_config
+from psyche.launch.launch import launch
+from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.messages import Member, Plan
 from psyche.protocol.proposals import round_seed
-from psyche.roles.launch import launch
-from psyche.roles.rules import rules_of
 from tests.roles.tiny import replica, write_config
 
 

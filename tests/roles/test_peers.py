@@ -16,10 +16,10 @@ from psyche.errors import PsycheError
 from psyche.network.address import split_address
 from psyche.network.identity import Identity
 from psyche.network.invite import MAX_ADDRESSES, Invite
+from psyche.network.invites import invite_of, only_directory
+from psyche.network.peer_book import ANNOUNCED, DIALLED, MAX_PEERS, PEERS, PeerBook
+from psyche.network.presence import MAX_ANNOUNCED, decode_addresses, encode_addresses
 from psyche.network.records import MAX_BODY
-from psyche.roles.inviting import invite_of, only_directory
-from psyche.roles.peers import ANNOUNCED, DIALLED, MAX_PEERS, PEERS, PeerBook
-from psyche.roles.presence import MAX_ANNOUNCED, decode_addresses, encode_addresses
 from psyche.telemetry.events import RoundCertified, RunFinished, RunStarted
 from tests.roles.swarm import Swarm, swarm
 from tests.roles.tiny import certified_roots, write_config

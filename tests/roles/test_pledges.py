@@ -10,6 +10,7 @@ from typing import cast
 import msgspec
 import pytest
 
+from psyche.coordinator.cosigning import OATH, Notary
 from psyche.errors import PsycheError
 from psyche.network.identity import Identity
 from psyche.network.rpc import Rpc
@@ -18,9 +19,8 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.messages import Proposal, Record, Roster, Seal
 from psyche.protocol.oath import Perjury
-from psyche.roles.notary import OATH, Notary
-from psyche.roles.openings import Openings
-from psyche.roles.voter import BALLOT, Voter
+from psyche.worker.reveals import Openings
+from psyche.worker.voter import BALLOT, Voter
 from tests.chains import COORDINATOR, MANIFEST, NAMES, RULES, STRANGER, chain
 
 RECORD = chain(1)[0].record

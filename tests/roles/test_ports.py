@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from psyche.network.invite import Invite
-from psyche.roles.ports import PORT, keep_port, last_port
+from psyche.network.ports import PORT, keep_port, last_port
 from psyche.telemetry.events import Notice, RoundCertified
 from tests.roles.swarm import swarm
 from tests.roles.tiny import write_config

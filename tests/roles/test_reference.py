@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psyche.config import load_config
-from psyche.roles.local import run_locally
+from psyche.processes.local import run_locally
 from psyche.telemetry.log import LOG_NAME
 from tests.ledgers import check_one_chain
 from tests.roles.tiny import LARGER, certified_roots, late_steps, reference_roots, report, write_config

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from psyche.protocol.messages import Board
-from psyche.roles.remainder import PATIENCE, Remainder
+from psyche.worker.early_stop import PATIENCE, Remainder
 from tests.protocol.test_acceptor import PLAN
 
 TRAINING = Board(1, 1, b"", "training", 0, PLAN.base_root, PLAN, 1e6, False, (), (), None, None, None, "")

@@ -10,12 +10,12 @@ import torch
 from psyche.config import load_config
 from psyche.data.prepare import prepare
 from psyche.data.store import BadShard
+from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.protocol.assignment import shards
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY
-from psyche.roles.launch import launch
 from tests.roles.tiny import replica, write_config
 
 

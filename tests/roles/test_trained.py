@@ -16,13 +16,13 @@ from psyche.config import MANIFEST, load_config
 from psyche.data.prepare import prepare
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
+from psyche.launch.launch import Launch, launch
 from psyche.protocol.acceptor import Chain
-from psyche.roles.evaluation import heldout_loss, task_scores, text_loss
-from psyche.roles.export import export_node
-from psyche.roles.generation import Sampling, generate
-from psyche.roles.launch import Launch, launch
-from psyche.roles.trained import Trained, load_trained
 from psyche.state.checkpoint import Checkpoint, save
+from psyche.tools.evaluate import heldout_loss, task_scores, text_loss
+from psyche.tools.export import export_node
+from psyche.tools.generate import Sampling, generate
+from psyche.tools.load import Trained, load_trained
 from tests.protocol.players import peer_id
 from tests.roles.tiny import write_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psyche.protocol.messages import Board, Plan
 from psyche.protocol.state import Phase
-from psyche.roles.worker import concerns
+from psyche.worker.worker import concerns
 from tests.protocol.players import RULES
 from tests.protocol.test_acceptor import CHAIN, PLAN, changed
 

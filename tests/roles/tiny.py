@@ -11,15 +11,15 @@ import torch
 import yaml
 
 from psyche.config import MANIFEST, Config, Manifest, Node, load_config
+from psyche.data.provision import local_store
+from psyche.diloco.reference import retrace
+from psyche.diloco.replica import Replica
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
 from psyche.network.identity import IDENTITY, Identity
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.outer import OuterState
 from psyche.protocol.ledger import claimed
-from psyche.roles.provision import local_store
-from psyche.roles.reference import retrace
-from psyche.roles.replica import Replica
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.telemetry.events import RoundCertified
 from psyche.telemetry.log import LOG_NAME, read_events
 from psyche.training.models import build

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from psyche.ledger.store import NAME, Ledger
 from psyche.network.identity import IDENTITY, Identity
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
-from psyche.state.ledger import NAME, Ledger
 from psyche.telemetry.events import (
     Audited,
     AuditStarted,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from psyche.config import MANIFEST, Manifest, load_config
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
+from psyche.ledger.verify import verify_ledger
 from psyche.network.identity import IDENTITY, Identity
-from psyche.roles.ledger_check import verify_ledger
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.telemetry.events import RoundCertified
 from tests.roles.swarm import Swarm, standby_key
 from tests.roles.tiny import write_config

@@ -16,9 +16,9 @@ import pytest
 
 from psyche.config import MANIFEST, Manifest, load_config
 from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.ledger.store import NAME as LEDGER
 from psyche.network.identity import IDENTITY
-from psyche.roles.local import run_locally
-from psyche.state.ledger import NAME as LEDGER
+from psyche.processes.local import run_locally
 from psyche.telemetry.log import LOG_NAME
 from tests.roles.tiny import LARGER, certified_roots, write_config
 from tests.slow.chaos.clock import Clock, build

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche.ethereum import address_bytes, keccak256
-from psyche.state.claims import Claim, claim_tree, proves, weights_u16
+from psyche.ledger.claims import Claim, claim_tree, proves, weights_u16
 
 ETHER = 10**18
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche.ledger.schema import member_rows, round_row
+from psyche.ledger.store import Forked, Ledger, LedgerError
 from psyche.protocol.ledger import Entry
-from psyche.state.ledger import Forked, Ledger, LedgerError
-from psyche.state.ledger_schema import member_rows, round_row
 from tests.chains import NAMES, REASON, RULES, Link, chain, link, verified
 
 CHAIN = chain(6)
@@ -81,7 +81,7 @@ def test_it_can_be_asked_in_sql(path: Path) -> None:
 
 
 def test_many_rounds_are_read_page_by_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psyche.state.ledger._PAGE", 2)
+    monkeypatch.setattr("psyche.ledger.store._PAGE", 2)
     with Ledger.read(filled(path)) as ledger:
         assert holds(ledger, CHAIN)
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from psyche.config import CodecSpec, Data, Inner, Manifest, Node, Outer, Resolved, Rounds, Run
+from psyche.diloco.reference import play
+from psyche.diloco.replica import Replica
 from psyche.numerics.flat import FlatLayout
 from psyche.numerics.outer import OuterState
 from psyche.protocol.assignment import sequences
-from psyche.roles.reference import play
-from psyche.roles.replica import Replica
 from psyche.training.schedules import learning_rate
 from psyche.training.torch_engine import TorchEngine
 from tests.protocol.players import peer_id

@@ -11,16 +11,16 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from psyche.audit.case import Case
+from psyche.audit.recheck import audit
 from psyche.config import Manifest, Node, load_config
+from psyche.diloco.local_update import Work
+from psyche.diloco.replica import Replica
+from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY, Audit, Finding
-from psyche.roles.casefile import Case
-from psyche.roles.inspection import audit
-from psyche.roles.launch import launch
-from psyche.roles.replica import Replica
-from psyche.roles.work import Work
 from psyche.verification.kit import Kit, Kits
 from tests.roles.tiny import replica, write_config
 

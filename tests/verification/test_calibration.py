@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from psyche.audit import calibrate as calibrating
+from psyche.audit.calibrate import calibrate, measure, prepared
 from psyche.config import load_config
-from psyche.roles import calibrating
-from psyche.roles.calibrating import calibrate, measure, prepared
 from psyche.verification.calibration import COPY, FRAUDS, HALF, NOISE, ONE_STEP, OTHER, TENTH, Kind
 from tests.roles.tiny import write_config
 

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from psyche.audit.case import Case
+from psyche.audit.recheck import claim_of
+from psyche.audit.rerun import Rerun, chosen, in_words, rerun
+from psyche.diloco.local_update import Work
 from psyche.errors import PsycheError
 from psyche.numerics.digest import CHUNK, blob_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Plan
-from psyche.roles.casefile import Case
-from psyche.roles.inspection import claim_of
-from psyche.roles.rerun import Rerun, chosen, in_words, rerun
-from psyche.roles.work import Work
 from psyche.verification.evidence import BASE, CASES, Base, Evidence
 from psyche.verification.kit import Unserved
 from psyche.verification.replay import needed

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from psyche.audit.recheck import can_audit
 from psyche.numerics.digest import blob_root
 from psyche.protocol.messages import WITHHELD
-from psyche.roles.inspection import can_audit
 from psyche.verification.kit import Kit, Unserved
 from psyche.verification.replay import CLEAR, MOST, MOST_NOISE, USUAL, tolerant_error
 from tests.verification.audited import STEPS, Court, Make, at_the_end, cheat, matched_noise, train_lazily, trained

@@ -25,25 +25,25 @@ from psyche.bench.exchange.talk import Done, Met, Ready, Spec, Verified
 from psyche.bench.exchange.tensors import Error, blocks, checked, draw, true_mean
 from psyche.config import CodecSpec, Deadlines, ExchangeSpec, Inner, Manifest, Model, Node, Outer, Resolved, Rounds, Run
 from psyche.config.trust import Audits
+from psyche.coordinator.coordinator import Coordinator
 from psyche.data.store import TokenStore
+from psyche.diloco.local_update import Interrupted, Work
+from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
+from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
+from psyche.network.presence import KINDS, announce
 from psyche.numerics.aggregate import Gradient
 from psyche.numerics.flat import ALIGNMENT, FlatLayout
 from psyche.numerics.outer import OuterState
 from psyche.protocol.assignment import Shape
 from psyche.protocol.messages import Record
-from psyche.roles.coordinator import Coordinator
-from psyche.roles.ledger import LedgerWriter
-from psyche.roles.presence import KINDS, announce
-from psyche.roles.replica import Replica
-from psyche.roles.work import Interrupted, Work
-from psyche.roles.worker import Worker
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.telemetry.log import LOG_NAME, EventLog
 from psyche.training.engine import Batch
+from psyche.worker.worker import Worker
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ import time
 
 
 def main() -> None:
+    import psyche.processes.node  # noqa: F401
     from psyche.cli.join import join  # noqa: F401
     from psyche.config import Model
-    from psyche.roles import processes  # noqa: F401
     from psyche.telemetry import view  # noqa: F401
     from psyche.training.models import layout
 

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from psyche.bench.mixed.plan import Plan
 from psyche.errors import PsycheError
+from psyche.ledger.store import NAME as LEDGER
+from psyche.ledger.store import Ledger
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
-from psyche.state.ledger import NAME as LEDGER
-from psyche.state.ledger import Ledger
 from psyche.telemetry.events import MemberMetrics, PhaseChanged, RoundStarted
 from psyche.telemetry.log import read_events
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from psyche.diloco.local_update import Work
+from psyche.diloco.replica import Replica
 from psyche.protocol.messages import Plan
-from psyche.roles.replica import Replica
-from psyche.roles.work import Work
 from psyche.training.engine import Batch
 
 

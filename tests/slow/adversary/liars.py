@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from psyche.audit.simulated import Judge
 from psyche.protocol.verdicts import Audit, Finding
-from psyche.roles.tribunal import Judge
 
 FAILED, PASSED, UNSURE = (Finding("measured", error, 0, 0) for error in (900_000, 0, 30_000))
 

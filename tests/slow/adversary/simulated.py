@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
+from psyche.audit.simulated import Judge, honest
 from psyche.config import load_config
+from psyche.diloco.reference import play
+from psyche.diloco.replica import Replica
+from psyche.launch.launch import launch
+from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
 from psyche.protocol.credits import Books, fold
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import Closed
-from psyche.roles.launch import launch
-from psyche.roles.reference import play
-from psyche.roles.replica import Replica
-from psyche.roles.rules import rules_of
-from psyche.roles.tribunal import Judge, honest
 from psyche.verification.kit import Kits
 from tests.roles.tiny import replica, write_config
 from tests.slow.adversary.cheats import Cheat, Honest, Swarm

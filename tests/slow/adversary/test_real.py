@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from psyche.config import MANIFEST, Manifest
+from psyche.ledger.store import NAME, Ledger
+from psyche.ledger.verify import verify_ledger
 from psyche.network.identity import IDENTITY, Identity
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
-from psyche.roles.ledger_check import verify_ledger
-from psyche.state.ledger import NAME, Ledger
 from psyche.telemetry.events import RunFinished
 from psyche.verification.evidence import EVIDENCE, Evidence
 from tests.roles.swarm import swarm

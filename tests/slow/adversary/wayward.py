@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import psyche.roles.auditor as auditing
-import psyche.roles.processes as processes
+import psyche.audit.auditor as auditing
+import psyche.processes.node as processes
 from psyche.cli import main
 from psyche.network.streams import Refused
 from psyche.protocol.verdicts import Finding

@@ -11,16 +11,16 @@ from pathlib import Path
 import msgspec
 
 from psyche.config import Manifest, Node
+from psyche.diloco.replica import Replica
 from psyche.exchange.journal import Journal
 from psyche.exchange.merge import Merge
+from psyche.ledger.store import Ledger
 from psyche.network.identity import Identity
 from psyche.network.spool import Blob
 from psyche.numerics.aggregate import Gradient, decoded
 from psyche.numerics.digest import digest
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Plan, Record
-from psyche.roles.replica import Replica
-from psyche.state.ledger import Ledger
 from tests.roles.tiny import replica
 
 DEALS = (0, 1, 2)

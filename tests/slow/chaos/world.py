@@ -14,7 +14,7 @@ import yaml
 
 from psyche.bench.exchange.links import Link, Place, on_loopback, shaped
 from psyche.errors import PsycheError
-from psyche.roles.inviting import invite_of
+from psyche.network.invites import invite_of
 from tests.roles.swarm import Swarm
 from tests.slow.chaos import clock
 from tests.slow.chaos.clock import Clock

@@ -1,0 +1,1 @@
+"""Repeat a contribution, compare, and say what was found."""

@@ -1,0 +1,389 @@
+"""The auditor in every worker: what it lets others check of its own work, and what it checks of theirs (DESIGN §8).
+
+While the members of a round train, who is asked to audit does somebody's work again instead (``protocol/audits.py``
+says who). Nobody waits for it: the outer step of the round is taken as if the node did nothing, and a node that is a
+member after all puts the audit off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Protocol, TypeVar
+
+from psyche.audit.case import Case, first_needed, open_case
+from psyche.audit.recheck import audit, can_audit, claim_of
+from psyche.config import Manifest
+from psyche.data.shard_prefetch import Supply
+from psyche.data.store import BadShard
+from psyche.diloco.replica import Replica
+from psyche.errors import PsycheError
+from psyche.launch.chain_rules import chain_rules
+from psyche.ledger.proofs import record_in
+from psyche.ledger.writer import LedgerWriter
+from psyche.network.fetch import BadBlob, FetchError, fetch
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.protocol.audits import asked
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.judgement import grade
+from psyche.protocol.messages import Certificate, Record
+from psyche.protocol.verdicts import JURY, Audit, AuditStatement, DeclinedAudit, Finding, SealedVerdict, Verdict
+from psyche.protocol.wire import Body, decode
+from psyche.telemetry import events
+from psyche.telemetry.log import EventLog
+from psyche.verification.evidence import EVIDENCE, Evidence
+from psyche.verification.kit import MAX_KIT, Kit, Kits, Unserved
+from psyche.verification.replay import Stopped, needed
+
+AUDITS = "audits"
+"""What others need to check this node's last rounds, in its directory."""
+CALL_SECONDS = 15.0
+ATTEMPTS = 3
+"""To get something of an accused, before that is said."""
+RETRY_SECONDS = 2.0
+MAX_LOOKED_AT = 64 << 20
+"""Bytes of certificates."""
+UNSERVED = Finding("unserved", 0, 0, 0)
+
+Key = tuple[str, int]
+T = TypeVar("T")
+
+
+class Client(Protocol):
+    """Takes messages to the coordinator. Raises ``Refused``."""
+
+    async def submit(self, body: Body, round: int) -> None: ...
+
+
+class Do(Protocol):
+    """Runs a function where the node trains."""
+
+    def __call__(self, function: Callable[..., T], *arguments: object) -> Awaitable[T]: ...
+
+
+class Later(Exception):
+    """Something of an accused is not to be had now."""
+
+
+class Convicted(PsycheError):
+    """This node was convicted in its run."""
+
+
+@dataclass
+class Tried:
+    """What this node has done for an audit it is asked for."""
+
+    begun: int = 0
+    """Times: who is put off goes on with another one, lest an accused holds up all."""
+    failed: int = 0
+    """Times that something of the accused was not to be had, whether this node was put off meanwhile or not."""
+    again: float = 0.0
+    """When to ask it once more, by this machine's clock: it may be between two connections."""
+    verdict: Verdict | None = None
+    possible: bool = False
+    """This node holds what it takes, as far as it has looked."""
+    declined: bool = False
+    """This node cannot do it: the next candidate is to be asked."""
+
+
+class Auditor:
+    """One node's."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        directory: Path,
+        network: NetworkNode,
+        client: Client,
+        ledger: LedgerWriter,
+        supply: Supply,
+        *,
+        do: Do,
+        log: EventLog,
+        warn: Callable[[str], None],
+    ) -> None:
+        """In the node's ``directory`` is kept what others need to check ``replica``, and what did not pass. ``do`` runs
+        a function on the thread that trains."""
+        self._replica, self._network, self._client = replica, network, client
+        self._ledger, self._supply, self._do, self._log, self._warn = ledger, supply, do, log, warn
+        self._kits, self._evidence = Kits(directory / AUDITS, warn), Evidence(directory / EVIDENCE)
+        replica.witness.kits = self._kits
+        self._me, self._rules = replica.node, chain_rules(replica.manifest).audits
+        self._tried: defaultdict[Key, Tried] = defaultdict(Tried)
+        self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
+        self._working: asyncio.Task[None] | None = None
+        self._now: Audit | None = None
+        """What it was last busy with."""
+        self._saying: asyncio.Task[None] | None = None
+        self._stop = threading.Event()
+        """Of the work that is under way: the thread that trains asks for it between two steps."""
+
+    async def serve(self) -> None:
+        """Let others ask for the trace points of this node's rounds. Blobs are served of what is audited."""
+
+        async def kit(peer: str, request: bytes) -> bytes:
+            found = await asyncio.to_thread(self._kits.kit, int.from_bytes(request, "little"))
+            if found is None:
+                raise Refused("this node has nothing of that round (any more)")
+            return found.encode()
+
+        await self._network.rpc.serve("kit", kit, max_request=8)
+        self._offer()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine holds somebody else's work."""
+        return self._working is not None and not self._working.done()
+
+    def follow(self, record: Record) -> None:
+        """``record`` is certified, and its outer step taken: say what is to be said, and forget what nobody asks for.
+
+        Raises :class:`Convicted`.
+        """
+        for one in record.docket.closed:
+            if one.accused == self._me:
+                self._tell(f"the audit of this node's work in round {one.round} ended: {one.outcome}")
+        for key in self._tried.keys() - {(one.accused, one.round) for one in record.docket.audits}:
+            del self._tried[key]
+        self.check()
+        self._offer()
+        if self._saying is not None:
+            self._saying.cancel()
+        self._saying = asyncio.create_task(self._say(record.docket.audits))
+
+    async def _say(self, audits: Sequence[Audit]) -> None:
+        """What is not on record yet of this node's verdicts: nobody waits for it, however long the coordinator is
+        away."""
+        for case in audits:
+            mine = next((one for one in case.opinions if one.auditor == self._me), None)
+            tried = self._tried[case.accused, case.round]
+            if (verdict := tried.verdict) is not None and (mine is None or mine.finding is None):
+                sealed = SealedVerdict(case.accused, case.round, verdict.digest)
+                await self._submit(sealed if mine is None else verdict)
+            elif tried.declined and self._me not in case.declined:
+                await self._submit(DeclinedAudit(case.accused, case.round))
+
+    def check(self) -> None:
+        """Raise :class:`Convicted` where the chain says so."""
+        if self._me in self._replica.chain.docket.banned:
+            raise Convicted(
+                "this node was convicted of cheating and takes no part in this run any more; what of is in "
+                "`psyche ledger why`. If it is honest its hardware computes wrongly: `psyche doctor`, no overclocking"
+            )
+
+    def begin(self) -> bool:
+        """This node is no member of the round: do the audits that it is asked for. Whether there are any."""
+        if self.busy:
+            self._tell_what_is_audited()
+        elif self._duties():
+            self._stop = threading.Event()
+            self._working = asyncio.create_task(self._work(self._stop))
+        return self.busy
+
+    async def decline(self) -> None:
+        """Decline, before the next round is planned, what this node is asked for and cannot do: it can train in that
+        round, and the next candidate is asked."""
+        for duty in self._duties():
+            tried = self._tried[duty.accused, duty.round]
+            if not tried.possible:
+                tried.possible = await self._case(duty) is not None
+                if not tried.possible:
+                    await self._decline(duty, "it does not hold what that round was trained from")
+
+    async def put_off(self) -> None:
+        """Stop working; what was begun is begun anew another time."""
+        self._stop.set()
+        if self._working is not None:
+            self._working.cancel()
+            (ended,) = await asyncio.gather(self._working, return_exceptions=True)
+            self._working = None
+            if isinstance(ended, Exception):
+                raise ended
+
+    async def close(self) -> None:
+        """Do and say nothing any more."""
+        await self.put_off()
+        if self._saying is not None:
+            self._saying.cancel()
+            await asyncio.gather(self._saying, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------ being audited
+
+    def _offer(self) -> None:
+        """Serve what is being audited, and of the rest keep the last round: who stood out in it is not known yet."""
+        chain = self._replica.chain
+        wanted = {audit.round for audit in chain.docket.audits if audit.accused == self._me}
+        for round in [round for round in self._served if round not in wanted]:
+            for root, read in self._served.pop(round):
+                self._network.blobs.remove(root, read)
+        for round in wanted - set(self._served):
+            self._served[round] = []
+            for root, load, read in self._kits.blobs(round):
+                self._network.blobs.add_unread(root, load, read)
+                self._served[round].append((root, read))
+        self._kits.forget(chain.rounds, keep=wanted)
+
+    # -------------------------------------------------------------------------------------- auditing
+
+    def _duties(self) -> list[Audit]:
+        chain = self._replica.chain
+        found = [
+            case
+            for case in chain.docket.audits
+            if self._me in asked(case, chain.rounds + 1, self._rules)
+            and all(one.auditor != self._me for one in case.opinions)
+            and self._tried[case.accused, case.round].verdict is None
+            and not self._tried[case.accused, case.round].declined
+        ]
+        return sorted(found, key=lambda case: self._tried[case.accused, case.round].begun)
+
+    async def _work(self, stop: threading.Event) -> None:
+        """One contribution after the other; what can be said of each goes on record as soon as it is known."""
+        during = self._replica.chain.rounds + 1
+        await self._do(self._replica.forsake)
+        duties = self._duties()
+        while duties:
+            duties = [duty for duty in duties if not await self._done(duty, stop)]
+            if duties:
+                await asyncio.sleep(RETRY_SECONDS / 4)
+        self._log.emit(events.PhaseChanged(round=during, phase="following"))
+
+    async def _done(self, duty: Audit, stop: threading.Event) -> bool:
+        """Whether there is nothing more to be done for ``duty`` now; False: its accused is to be asked once more."""
+        tried = self._tried[duty.accused, duty.round]
+        if monotonic() < tried.again:
+            return False
+        tried.begun += 1
+        case = await self._case(duty)
+        if case is None:
+            await self._decline(duty, "it does not hold what that round was trained from")
+            return True
+        self._now = duty
+        self._tell_what_is_audited()
+        try:
+            finding = await self._look_into(case, stop)
+        except BadShard:
+            if not stop.is_set():  # or the text was still on its way when this node was put off
+                await self._decline(duty, "the text that it was trained on cannot be fetched")
+            return True
+        except Stopped:
+            return True
+        except Later:
+            return False
+        tried.verdict = Verdict(duty.accused, duty.round, finding, os.urandom(32))
+        self._log.emit(
+            events.Audited(
+                peer=duty.accused,
+                round=duty.round,
+                outcome=finding.outcome,
+                error=finding.error / 1e6,
+                grade=grade(finding, self._rules),
+            )
+        )
+        await self._submit(SealedVerdict(duty.accused, duty.round, tried.verdict.digest))
+        return True
+
+    async def _case(self, duty: Audit) -> Case | None:
+        """What this node's ledger says of the contribution; None where this node cannot audit it."""
+        if not can_audit(self._replica, duty.round):
+            return None
+        encoded = await self._ledger.held(range(first_needed(duty.round), duty.round + 1), MAX_LOOKED_AT)
+        return await asyncio.to_thread(_opened, self._replica.manifest, encoded, duty)
+
+    async def _decline(self, duty: Audit, why: str) -> None:
+        self._tried[duty.accused, duty.round].declined = True
+        text = f"this node declines to audit {duty.accused[-6:]}'s work in round {duty.round}: {why}"
+        self._tell(f"{text}; another member is asked")
+        await self._submit(DeclinedAudit(duty.accused, duty.round))
+
+    async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
+        """Fetch what the work rests on, and do it again. Raises ``BadShard``, :class:`Stopped` and :class:`Later`."""
+        await self._supply.ready(case.plan, case.node, stop.is_set)
+        try:
+            kit = await self._kit_of(case)
+            blobs = await self._blobs_of(case, kit)
+        except Unserved as error:
+            self._tell(f"{case.node[-6:]} does not hand over what it committed to in round {case.plan.round}: {error}")
+            return UNSERVED
+        found = await self._do(partial(audit, stop=stop.is_set), self._replica, case, kit, partial(_within, blobs))
+        if grade(found, self._rules) == "fail":
+            await asyncio.to_thread(self._keep, case, kit, blobs)
+        return found
+
+    def _keep(self, case: Case, kit: Kit, blobs: Mapping[bytes, bytearray]) -> None:
+        """Evidence of what failed: nobody has to believe this node."""
+        base = self._replica.witness.bases.get(case.plan.round - 1)
+        if base is None:
+            return
+        try:
+            self._evidence.keep(case.node, case.plan.round, kit, blobs, base)
+        except OSError as error:
+            self._warn(f"the evidence against {case.node[-6:]} cannot be kept ({error.strerror}): free some disk")
+
+    async def _kit_of(self, case: Case) -> Kit:
+        async def ask() -> Kit:
+            reply = await self._network.rpc.call(
+                case.node, "kit", case.plan.round.to_bytes(8, "little"), timeout=CALL_SECONDS, max_reply=MAX_KIT
+            )
+            return decode(Kit, reply)
+
+        return await self._had(case, ask)
+
+    async def _blobs_of(self, case: Case, kit: Kit) -> Mapping[bytes, bytearray]:
+        def roots() -> Mapping[bytes, int]:  # hashes vectors of the model's size
+            claim = claim_of(case, kit, self._replica.witness.bases[case.plan.round - 1])
+            return needed(self._replica.engine, claim)
+
+        found: dict[bytes, bytearray] = {}
+        for root, limit in (await asyncio.to_thread(roots)).items():
+
+            async def get(root: bytes = root, limit: int = limit) -> bytearray:
+                return await fetch(self._network, root, sources=[case.node], max_size=limit)
+
+            found[root] = await self._had(case, get)
+        return found
+
+    async def _had(self, case: Case, get: Callable[[], Awaitable[T]]) -> T:
+        """Raises :class:`Unserved` where it was not to be had however often this node asked, and :class:`Later`."""
+        try:
+            return await get()
+        except (MalformedMessage, BadBlob) as error:
+            raise Unserved(str(error)) from None
+        except (FetchError, Unreachable, Refused, Violation) as error:
+            tried = self._tried[case.node, case.plan.round]
+            tried.failed += 1
+            tried.again = monotonic() + RETRY_SECONDS
+            raise (Unserved(str(error)) if tried.failed >= ATTEMPTS else Later) from None
+
+    async def _submit(self, body: AuditStatement) -> None:
+        with contextlib.suppress(Refused):  # it is on record, or the audit has ended
+            await self._client.submit(body, body.round)
+
+    def _tell_what_is_audited(self) -> None:
+        if (now := self._now) is not None:
+            during = self._replica.chain.rounds + 1
+            self._log.emit(events.AuditStarted(peer=now.accused, round=now.round, during=during))
+
+    def _tell(self, text: str) -> None:
+        self._log.emit(events.Notice(level="info", text=text))
+
+
+def _opened(manifest: Manifest, encoded: Sequence[bytes], duty: Audit) -> Case | None:
+    records = (record_in(manifest, decode(Certificate, one)) for one in encoded)
+    found, fragments = {one.plan.round: one for one in records}, manifest.run.overlap.fragments
+    return open_case(duty.accused, duty.round, found, manifest.run_id, fragments, jury=duty.looks == JURY)
+
+
+def _within(blobs: Mapping[bytes, bytearray], root: bytes, limit: int) -> bytearray:
+    if root not in blobs or len(blobs[root]) > limit:
+        raise Unserved(f"{root.hex()[:8]}")
+    return blobs[root]

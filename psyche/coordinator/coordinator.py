@@ -1,0 +1,394 @@
+"""The coordinator: it closes rounds. It holds no tensors and no secret but its key, and pushes nothing.
+
+Members submit signed messages and watch the board; the pure state machine of ``protocol/rounds.py`` decides;
+this module checks signatures, keeps time, and turns effects into bytes and events. Of several one leads, and the
+others stand by (``succession.py`` says when one begins, ``protocol/succession.py`` how it goes on).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+from psyche.config import Manifest
+from psyche.coordinator.board import board_of, opened, visible
+from psyche.coordinator.cosigning import Notary
+from psyche.coordinator.leadership import Succession
+from psyche.coordinator.promises import Promises
+from psyche.launch.rules import rules_of
+from psyche.ledger.proofs import record_in
+from psyche.ledger.writer import LedgerWriter
+from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Refused
+from psyche.protocol import envelope as envelopes
+from psyche.protocol import state as protocol
+from psyche.protocol.audits import statement
+from psyche.protocol.certificates import BadCertificate, seals_needed, signatures_needed
+from psyche.protocol.envelope import Envelope, MalformedMessage
+from psyche.protocol.messages import (
+    SUBMISSIONS,
+    Attestation,
+    Certificate,
+    Commitment,
+    Contribution,
+    Heartbeat,
+    Holding,
+    Leave,
+    Metrics,
+    Present,
+    Promise,
+    Proposal,
+    Record,
+    Reduced,
+    Roster,
+    Seal,
+    Vote,
+)
+from psyche.protocol.oath import Perjury
+from psyche.protocol.rounds import tick
+from psyche.protocol.state import Phase, State
+from psyche.protocol.verdicts import DeclinedAudit, SealedVerdict, Verdict
+from psyche.protocol.wire import Body, decode
+from psyche.telemetry import events
+from psyche.telemetry.log import EventLog
+from psyche.worker.meter import metrics_event
+
+WATCH_SECONDS = 4.0
+"""How long a watcher's question is left open when nothing changes; well under any ``silence`` bound."""
+TICK_SECONDS = 0.2
+BURST_SECONDS = 0.02
+"""What is shown of many contributions at once: each board goes to every member, so that one a contribution would cost
+the square of the members."""
+STANDBY = "this coordinator does not lead"
+UNKNOWN = "present yourself first"
+"""What a watcher hears whom the coordinator does not know, or no longer: after a restart, or a long silence."""
+MAX_SUBMISSION = 1 << 20
+MAX_BOARD = 8 << 20
+
+
+class Coordinator:
+    """Runs the rounds of one manifest until the last one is certified."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        identity: Identity,
+        network: NetworkNode,
+        log: EventLog,
+        ledger: LedgerWriter,
+        directory: Path,
+        leads: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``directory`` keeps what this coordinator has signed. It must not be lost while the run goes on.
+
+        ``leads`` is called once, when this coordinator begins to lead.
+        """
+        self.manifest, self.identity, self.network, self.log, self._clock = manifest, identity, network, log, clock
+        self.ledger = ledger
+        self.rules = rules_of(manifest)
+        self.state = State.initial(self.rules)
+        self._promises = Promises(manifest)
+        self._notary = Notary(manifest, identity, network.rpc, directory)
+        self._succession = Succession(manifest, identity, network.rpc)
+        self._first, self._leads = leads, False
+        self._signing: asyncio.Task[None] | None = None
+        """Gathers signatures under what the machine has decided last; members see it when they are there."""
+        self._signed: dict[tuple[int, int], tuple[bytes, ...]] = {}
+        """Rosters in force, by round and number."""
+        self._hindrance: protocol.Overruled | protocol.Unsigned | None = None
+        """Why what is to be signed is not, for the machine to hear with its next tick."""
+        self._claim = b""
+        self._proposal: bytes | None = None
+        self._certificate: Certificate | None = None
+        self._certified: protocol.Certified | None = None
+        self._version = 0
+        self._board = b""
+        self._changed = asyncio.Condition()
+        self._shown = 0
+        """Contributions on the board."""
+        self._later: asyncio.Task[None] | None = None
+        """Will show more of them in a moment."""
+
+    async def run(self) -> None:
+        """Serve until the run is finished and its members have said goodbye (or gone silent)."""
+        await self._notary.serve()
+        await self._succession.serve(self._heartbeat)
+        await self.network.rpc.serve("watch", self._watch, max_request=16)
+        await self.network.rpc.serve("submit", self._submit, max_request=MAX_SUBMISSION)
+        try:
+            while await self._succession.turn(self.log):
+                if await self._lead():
+                    break
+                text = "another coordinator leads, or has led, in a later term"
+                self.log.emit(events.Notice(level="warning", text=text))
+            await self._succession.ask_all()  # those that stand by hear of the end
+        finally:
+            self._succession.close()
+            self._stop_signing()
+            if self._later is not None:
+                self._later.cancel()
+        # Said last, when the members' reports of the last round are in: whoever follows the log can stop here.
+        self.log.emit(events.RunFinished(rounds=self.state.rounds, reason="all rounds are done"))
+
+    async def _lead(self) -> bool:
+        """Lead: to the end of the run (True), or until members follow another coordinator.
+
+        That one may be gone again, and our own term far above its: members that promised themselves to it while they
+        were parted from us hear us only once we begin anew.
+        """
+        used = 0
+        if self._claim:  # it has led before
+            used = self.state.term
+        else:
+            self._first()
+        self.state = State.initial(self.rules, await self._notary.term(max(self._succession.later, used)))
+        self._leads, self._proposal, self._certificate, self._hindrance = True, None, None, None
+        self._claim = self._succession.claim(self.state.leading)
+        await self._publish()
+        if len(self.manifest.resolved.coordinators) > 1:
+            self.log.emit(events.Notice(level="info", text=f"leading, in term {self.state.leading}"))
+        while self.state.phase is not Phase.FINISHED or self.state.peers:
+            hindrance, self._hindrance = self._hindrance, None
+            await self._dispatch(hindrance or protocol.Tick())
+            self.ledger.check()
+            if self._signing is not None and self._signing.done():
+                self._signing.result()  # a disk that is full, say
+            if self._succession.later > self.state.term or self._succession.rival > self.state.leading:
+                self._leads = False
+                self._stop_signing()
+                return False
+            await asyncio.sleep(TICK_SECONDS)
+        return True
+
+    def _heartbeat(self) -> Heartbeat:
+        finished = self.state.phase is Phase.FINISHED or self._succession.finished
+        return Heartbeat(self.state.leading if self._leads else 0, self.state.term, finished)
+
+    # ---------------------------------------------------------------------------- what members ask
+
+    async def _watch(self, peer: str, request: bytes) -> bytes:
+        """The board, as soon as its version is not the one the caller has seen. Asking is a sign of life."""
+        if not self._leads:
+            raise Refused(STANDBY)
+        if peer not in self.state.peers:
+            raise Refused(UNKNOWN)
+        seen = int.from_bytes(request, "little")
+        await self._dispatch(protocol.Seen(peer))
+        async with self._changed:
+            try:
+                async with asyncio.timeout(WATCH_SECONDS):
+                    await self._changed.wait_for(lambda: self._version != seen)
+            except TimeoutError:
+                pass
+        return self._board
+
+    async def _submit(self, peer: str, request: bytes) -> bytes:
+        if not self._leads:
+            raise Refused(STANDBY)
+        try:
+            envelope = envelopes.decode(request, MAX_SUBMISSION)
+            kind = SUBMISSIONS.get(envelope.domain)
+            if kind is None:
+                raise WrongContext(f"{envelope.domain!r} is nothing a member submits")
+            open_envelope(envelope, domain=envelope.domain, run_id=self.manifest.run_id)
+            if envelope.author != peer:
+                raise BadSignature(f"signed by {envelope.author}, sent by {peer}")
+            await self._take(envelope, decode(kind, envelope.body), request)
+        except (MalformedMessage, WrongContext, BadSignature, BadCertificate) as error:
+            self._refuse(peer, str(error))
+        return b""
+
+    async def _take(self, envelope: Envelope, body: Body, proof: bytes) -> None:
+        node, round = envelope.author, envelope.round
+        match body:
+            case Present():
+                await self._greet(node, body)
+            case Promise():
+                promise = self._promises.check(node, body)
+                if promise.accepted is not None and promise.roster:
+                    self._signed[promise.accepted.plan.round, promise.accepted.roster] = promise.roster
+                await self._dispatch(promise)
+            case SealedVerdict() | Verdict() | DeclinedAudit():
+                await self._dispatch(statement(proof))
+            case Leave():
+                await self._dispatch(protocol.Left(node, body.reason))
+            case Metrics():
+                self._report_metrics(node, round, body)
+            case Commitment():
+                await self._dispatch(protocol.Committed(node, round, body.term, body.digest, proof))
+            case Contribution():
+                await self._dispatch(protocol.Opened(node, round, body, proof))
+            case Holding():
+                await self._dispatch(protocol.Held(node, round, frozenset(body.nodes)))
+            case Reduced():
+                results = {result.group: result.root for result in body.results}
+                await self._dispatch(protocol.Reported(node, round, body.term, results))
+            case Vote():
+                await self._dispatch(protocol.Voted(node, round, body.term, body.record, proof))
+            case Attestation():
+                await self._dispatch(protocol.Attested(node, round, body.state_root, frozenset(body.suspects)))
+                self.log.emit(events.Attested(round=round, peer=node, state_root=body.state_root.hex()))
+
+    async def _greet(self, node: str, body: Present) -> None:
+        self._succession.hear(body.claim)
+        if body.certificate is not None and body.rounds > self.state.rounds:
+            record = record_in(self.manifest, body.certificate)
+            await self._dispatch(protocol.Restored(record))
+            if self.state.head == record.hash:
+                self._certificate = body.certificate
+                self.ledger.enter(body.certificate.encode(), record, None)
+        if node not in self.state.peers:
+            self.log.emit(events.PeerJoined(peer=node, device=body.device, round=self.state.rounds + 1))
+        await self._dispatch(protocol.Arrived(node, body.state_root, body.device, body.rounds))
+
+    def _report_metrics(self, node: str, round: int, body: Metrics) -> None:
+        """Metrics are for people: taken from who is here, of the round that is ending or has just ended."""
+        if node not in self.state.peers or round not in (self.state.rounds, self.state.rounds + 1):
+            self._refuse(node, f"metrics of round {round} are not wanted now")
+        self.log.emit(metrics_event(node, round, body))
+
+    # ------------------------------------------------------------------------ the machine's effects
+
+    async def _dispatch(self, event: protocol.Event) -> None:
+        """Feed the machine; publish where something changed; raise Refused where the sender was refused."""
+        before = self.state
+        self.state, effects = tick(self.rules, before, event, self._clock())
+        refusals = [effect for effect in effects if isinstance(effect, protocol.Rejected)]
+        for effect in effects:
+            self._perform(effect)
+        if self.state.note not in ("", before.note) and self.state.phase is not Phase.FINISHED:
+            self.log.emit(events.Notice(level="info", text=self.state.note))  # what is waited for, and for whom
+        if effects or visible(before) != visible(self.state):
+            await self._publish()
+        elif opened(self.state) != self._shown and self._later is None:
+            self._later = asyncio.create_task(self._publish_later())
+        for refusal in refusals:
+            self._refuse(refusal.node, refusal.reason)
+
+    def _perform(self, effect: protocol.Effect) -> None:
+        match effect:
+            case protocol.Planned(plan):
+                self._proposal = None
+                members = tuple(member.node for member in plan.members)
+                self.log.emit(
+                    events.RoundStarted(round=plan.round, members=members, inner_steps=self.rules.inner_steps)
+                )
+            case protocol.Abandoned(round, reason):
+                self.log.emit(events.Notice(level="warning", text=f"round {round} starts again: {reason}"))
+            case protocol.Proposed(term, record):
+                self._proposal = None
+                self._sign(self._propose(term, record))
+            case protocol.Certified(record, votes):
+                assert self._proposal is not None
+                self._certified = effect
+                self._sign(self._certify(record, self._proposal, votes))
+            case protocol.Settled(round, state_root):
+                self._report_round(round, state_root)
+            case protocol.Diverged(node, round, expected, found):
+                self.log.emit(events.Diverged(peer=node, round=round, expected=expected.hex(), found=found.hex()))
+            case protocol.Departed(node, reason):
+                self.log.emit(events.PeerLeft(peer=node, reason=reason, round=self.state.rounds + 1))
+            case protocol.Finished() | protocol.Rejected():
+                pass  # run() ends when the members have left; the sender of what is rejected hears from _dispatch
+
+    # ------------------------------------------------------------------------------ what takes signatures
+
+    def _sign(self, work: Coroutine[None, None, None]) -> None:
+        """Do ``work`` in place of what was to be signed before, which has been decided over."""
+        self._stop_signing()
+        self._signing = asyncio.create_task(work)
+
+    def _stop_signing(self) -> None:
+        if self._signing is not None:
+            self._signing.cancel()
+            self._signing = None
+
+    async def _propose(self, term: int, record: Record) -> None:
+        """Show a proposal, once the roster that it names is in force."""
+        plan, count = record.plan, len(self.manifest.resolved.coordinators)
+        signed = self._signed.get((plan.round, record.roster), ()) if record.roster else ()
+        if record.roster and not signed:
+            roster = Roster(plan.previous, record.roster, record.electorate)
+            signed = await self._notary.gather(roster, plan.round, signatures_needed(count), self._hinder(record))
+            self._signed = {key: value for key, value in self._signed.items() if key[0] >= plan.round}
+            self._signed[plan.round, record.roster] = signed
+        self._proposal = self._seal(Proposal(term, record, signed), plan.round)
+        await self._publish()
+
+    async def _certify(self, record: Record, proposal: bytes, votes: tuple[bytes, ...]) -> None:
+        """Show a certificate, once it is sealed."""
+        seal = Seal(record.plan.previous, record.roster, record.hash)
+        needed = seals_needed(len(self.manifest.resolved.coordinators))
+        seals = await self._notary.gather(seal, record.plan.round, needed, self._hinder(record))
+        self._certificate = Certificate(proposal, votes, seals)
+        await self._publish()
+
+    def _hinder(self, record: Record) -> Callable[[Perjury | None], None]:
+        """Hears why ``record`` is not signed, says so once, and has the machine hear it."""
+        told: set[str] = set()
+
+        def hear(perjury: Perjury | None) -> None:
+            if perjury is not None:
+                sealed = b"" if perjury.roster else perjury.sealed
+                self._hindrance = protocol.Overruled(record.hash, perjury.roster, sealed)
+            else:
+                self._hindrance = protocol.Unsigned(record.hash)
+            reason = str(perjury or "too few of the coordinators that would have to sign can be reached")
+            if reason not in told:
+                told.add(reason)
+                text = f"round {record.plan.round} cannot be decided as it stands: {reason}"
+                self.log.emit(events.Notice(level="warning", text=text))
+
+        return hear
+
+    def _report_round(self, round: int, state_root: bytes) -> None:
+        assert self._certified is not None
+        assert self._certificate is not None
+        record = self._certified.record
+        self.ledger.enter(self._certificate.encode(), record, state_root)
+        self.log.emit(
+            events.RoundCertified(
+                round=round,
+                accepted=tuple(accepted.node for accepted in record.accepted),
+                excluded=tuple((excluded.node, excluded.reason) for excluded in record.excluded),
+                state_root=state_root.hex(),
+                seconds=self._certified.seconds,
+            )
+        )
+        for node in record.minority:
+            self.log.emit(events.outvoted(node, round))
+        for audit in record.docket.closed:
+            self.log.emit(events.AuditEnded(audit.accused, audit.round, audit.outcome, audit.lied))
+
+    def _refuse(self, peer: str, reason: str) -> None:
+        self.log.emit(events.Rejected(peer=peer, reason=reason, what="submission"))
+        raise Refused(reason)
+
+    # ------------------------------------------------------------------------------------ the board
+
+    async def _publish(self) -> None:
+        async with self._changed:
+            self._version += 1
+            self._shown = opened(self.state)
+            board = board_of(
+                self.state,
+                version=self._version,
+                claim=self._claim,
+                proposal=self._proposal,
+                certificate=self._certificate,
+            )
+            self._board = self._seal(board, self.state.rounds)
+            self._changed.notify_all()
+
+    async def _publish_later(self) -> None:
+        await asyncio.sleep(BURST_SECONDS)
+        self._later = None
+        if opened(self.state) != self._shown:
+            await self._publish()
+
+    def _seal(self, body: Body, round: int) -> bytes:
+        return envelopes.encode(self.identity.seal(body.DOMAIN, self.manifest.run_id, round, body.encode()))

@@ -1,0 +1,274 @@
+"""What a newcomer needs before it can train, fetched from whoever is there and believed by hash alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import AsyncFileLock
+
+from psyche.config import Manifest, Node
+from psyche.data.cache import ShardCache
+from psyche.data.index import MAX_INDEX_BYTES, Shard, TokenizerFile, decode_index
+from psyche.data.shard_sources import Suppliers
+from psyche.data.store import INDEX, TOKENIZER, Place, Split, TokenStore, is_of_size, store_path
+from psyche.durable import disk_errors, durable_file, write_durably
+from psyche.errors import PsycheError
+from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.envelope import MalformedMessage
+from psyche.sizes import byte_count
+
+MAX_MANIFEST = 1 << 20
+CALL_SECONDS = 15.0
+DOMAIN = "manifest"
+
+T = TypeVar("T")
+
+
+async def serve_provisions(network: NetworkNode, manifest: bytes, store: TokenStore) -> ShardOffers:
+    """Serve the signed manifest (as received), the token store's index, and as blobs what is here of its files."""
+
+    async def give_index(peer: str, request: bytes) -> bytes:
+        return store.index.encode()
+
+    await serve_manifest(network, manifest)
+    await network.rpc.serve("store", give_index, max_request=0)
+    for item in store.index.tokenizer:
+        serve_file(network, store.path / TOKENIZER / item.file, bytes.fromhex(item.root))
+    for shard in store.index.heldout:
+        serve_file(network, store.place(shard), bytes.fromhex(shard.root))
+    offers = ShardOffers(network, store.train)
+    await asyncio.to_thread(offers.add_all)
+    return offers
+
+
+class ShardOffers:
+    """The training shards that this node gives to others: each as long as a copy of it is here."""
+
+    def __init__(self, network: NetworkNode, split: Split) -> None:
+        self._network, self._split = network, split
+        self._offered: set[int] = set()
+
+    def add_all(self) -> None:
+        """Offer all that are here now."""
+        for number in range(len(self._split.shards)):
+            if self._split.copies(number):
+                self.add(number)
+
+    def add(self, number: int) -> None:
+        """Offer a shard; no more than an entry in a table, until somebody asks for it."""
+        if number not in self._offered:
+            self._offered.add(number)
+            root = bytes.fromhex(self._split.shards[number].root)
+            _serve(self._network, root, lambda: self._split.copies(number)[0])
+
+
+async def serve_manifest(network: NetworkNode, manifest: bytes) -> None:
+    """Serve the signed manifest, as received."""
+
+    async def give_manifest(peer: str, request: bytes) -> bytes:
+        return manifest
+
+    await network.rpc.serve("manifest", give_manifest, max_request=0)
+
+
+def sign_manifest(manifest: Manifest, identity: Identity) -> bytes:
+    """The manifest as it travels: in an envelope signed by one of its coordinators."""
+    return envelopes.encode(identity.seal(DOMAIN, manifest.run_id, 0, manifest.encode()))
+
+
+async def fetch_manifest(network: NetworkNode, run_id: bytes, sources: Sequence[str]) -> tuple[Manifest, bytes]:
+    """The manifest whose hash is ``run_id``, and the envelope it came in.
+
+    Raises :class:`PsycheError` where none of ``sources`` has it: each one's reason is named.
+    """
+
+    async def ask(peer: str) -> tuple[Manifest, bytes]:
+        data = await network.rpc.call(peer, "manifest", b"", timeout=CALL_SECONDS, max_reply=MAX_MANIFEST)
+        return check_manifest(data, run_id), data
+
+    return await _first(sources, ask, "the run manifest")
+
+
+def check_manifest(data: bytes, run_id: bytes) -> Manifest:
+    """The manifest in an envelope. Raises where it is not that of the run, or not signed by a coordinator of it."""
+    envelope = envelopes.decode(data, MAX_MANIFEST)
+    manifest = Manifest.decode(envelope.body)
+    if manifest.run_id != run_id:
+        raise WrongContext("its hash is not that of the invite: this is another run's manifest, or a forged one")
+    open_envelope(envelope, domain=DOMAIN, run_id=run_id)
+    if envelope.author not in manifest.resolved.coordinators:
+        raise BadSignature("it is not signed by a coordinator of the run")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Found:
+    """The run's token store: what of it is on this machine, and how many bytes of disk the rest may take."""
+
+    store: TokenStore
+    encoded: bytes | None
+    """Its index as it came, where it was not here."""
+    missing: int
+
+
+async def find_store(network: NetworkNode, manifest: Manifest, node: Node, sources: Sequence[str]) -> Found:
+    """The store as far as it is here; its index from ``sources`` where not even that is."""
+    cache = shard_cache(node)
+    places = shard_places(node, cache)
+    encoded = None
+    store = _store_here(manifest, node.cache.expanduser(), places)
+    if store is None:
+        root = bytes.fromhex(manifest.resolved.store)
+        encoded = await _fetch_index(network, root, sources)
+        index = decode_index(encoded, "the token store's index")
+        store = TokenStore(_fetched_path(node.cache.expanduser(), root), index, places)
+    return Found(store, encoded, await asyncio.to_thread(_missing, store, manifest, cache))
+
+
+def _missing(store: TokenStore, manifest: Manifest, cache: ShardCache) -> int:
+    basis = sum(item.bytes for item, path in basis_of(store, manifest) if not is_of_size(path, item.bytes))
+    shards = sum(shard.bytes for number, shard in enumerate(store.train.shards) if not store.train.copies(number))
+    return basis + min(shards, cache.room())
+
+
+async def _fetch_index(network: NetworkNode, root: bytes, sources: Sequence[str]) -> bytes:
+    async def ask(peer: str) -> bytes:
+        data = await network.rpc.call(peer, "store", b"", timeout=CALL_SECONDS, max_reply=MAX_INDEX_BYTES)
+        if decode_index(data, f"what {peer} sent").root != root:
+            raise Violation("its token store is not the run's")
+        return data
+
+    return await _first(sources, ask, "the token store's index")
+
+
+def basis_of(store: TokenStore, manifest: Manifest) -> list[tuple[Shard | TokenizerFile, Path]]:
+    """What every node holds of a store, whatever it trains on: the tokenizer, and the held-out text that it judges."""
+    files: list[tuple[Shard | TokenizerFile, Path]] = []
+    files += [(item, store.path / TOKENIZER / item.file) for item in store.index.tokenizer]
+    count = -(-min(manifest.run.heldout_sequences, len(store.heldout)) // store.heldout.shape.per_shard)
+    return files + [(shard, store.place(shard)) for shard in store.index.heldout[:count]]
+
+
+async def obtain_basis(
+    found: Found,
+    manifest: Manifest,
+    suppliers: Suppliers,
+    progress: Callable[[int, int], None] = lambda received, total: None,
+) -> None:
+    """Complete what every node holds of the store; ``progress`` gets bytes received and bytes in all.
+
+    What is here and whole is kept. Raises :class:`PsycheError`.
+    """
+    store, received = found.store, 0
+    files = basis_of(store, manifest)
+    total = sum(item.bytes for item, _ in files)
+
+    def came(count: int) -> None:
+        progress(received + count, total)
+
+    with disk_errors(store.path):
+        store.path.mkdir(parents=True, exist_ok=True)
+        async with AsyncFileLock(f"{store.path}.lock"):  # another node of this machine may want the same
+            for item, path in files:
+                if not await asyncio.to_thread(_is_whole, path, item):
+                    path.parent.mkdir(exist_ok=True)
+                    with durable_file(path) as file:
+                        await suppliers.fetch(item, path.relative_to(store.path).as_posix(), file.fileno(), came)
+                received += item.bytes
+            if found.encoded is not None:
+                write_durably(store.path / INDEX, found.encoded)
+
+
+def _is_whole(path: Path, item: Shard | TokenizerFile) -> bool:
+    return is_of_size(path, item.bytes) and _index_of(path).root.hex() == item.root
+
+
+def local_store(manifest: Manifest, cache: Path, places: Sequence[Place] = ()) -> TokenStore:
+    """The run's token store on this machine, prepared or fetched: all of it that does not change from round to round.
+
+    Raises :class:`PsycheError` if that is not here.
+    """
+    store = _store_here(manifest, cache, places)
+    if store is None or not all(is_of_size(path, item.bytes) for item, path in basis_of(store, manifest)):
+        raise PsycheError(f"the run's token store is not under {cache}: join the run once to fetch it")
+    return store
+
+
+def _store_here(manifest: Manifest, cache: Path, places: Sequence[Place]) -> TokenStore | None:
+    """The run's store, however much of it is here; None where not even its index is."""
+    root = bytes.fromhex(manifest.resolved.store)
+    for path in (store_path(cache, manifest.run.data), _fetched_path(cache, root)):
+        with contextlib.suppress(PsycheError):  # not there, or prepared here from other text than the run's
+            return TokenStore.open(path, root, places)
+    return None
+
+
+def shard_cache(node: Node) -> ShardCache:
+    """Where this machine keeps shards that were fetched, of all runs."""
+    return ShardCache(node.cache.expanduser() / "data" / "shards", byte_count(node.data_cache))
+
+
+def shard_places(node: Node, cache: ShardCache) -> tuple[Place, ...]:
+    """Where shards may be on this machine, besides a store that was prepared here."""
+    directories = [Path(text).expanduser() for text in node.data_mirrors if "://" not in text]
+    return (cache.place, *(partial(_named_in, directory) for directory in directories))
+
+
+def _named_in(directory: Path, shard: Shard) -> Path:
+    return directory / shard.file
+
+
+def _fetched_path(cache: Path, root: bytes) -> Path:
+    return cache / "data" / f"run-{root.hex()[:16]}"
+
+
+async def _first(sources: Sequence[str], ask: Callable[[str], Awaitable[T]], what: str) -> T:
+    """The first good answer; a :class:`PsycheError` with everyone's reason if there is none."""
+    reasons = []
+    for peer in dict.fromkeys(sources):
+        try:
+            return await ask(peer)
+        except (Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext, PsycheError) as error:
+            reasons.append(f"{peer[-6:]}: {error}")
+    raise PsycheError(
+        f"could not get {what} ({'; '.join(reasons)}): ask the run's operator whether the run is still up, "
+        "and for a new invite"
+    )
+
+
+def serve_file(network: NetworkNode, path: Path, root: bytes) -> None:
+    """Serve a file as a blob without keeping it in memory. One whose content is not ``root`` is not served."""
+    _serve(network, root, lambda: path)
+
+
+def _serve(network: NetworkNode, root: bytes, find: Callable[[], Path]) -> None:
+    """``find`` raises ``LookupError`` where the file is not here now."""
+
+    def load() -> BlobIndex:
+        index = _index_of(find())
+        if index.root != root:
+            raise LookupError("the file is another, or corrupt")
+        return index
+
+    def read(number: int) -> bytes:
+        with find().open("rb") as file:
+            file.seek(number * CHUNK)
+            return file.read(CHUNK)
+
+    network.blobs.add_unread(root, load, read)
+
+
+def _index_of(path: Path) -> BlobIndex:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return index_blob(content)

@@ -1,0 +1,1 @@
+"""The chain of certified rounds: storage, verification, views, and the credits that follow from it."""

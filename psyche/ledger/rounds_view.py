@@ -1,0 +1,203 @@
+"""What a ledger tells its reader, as plain values: for a table, or as JSON."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import msgspec
+
+from psyche.ledger.schema import member_rows
+from psyche.ledger.store import Ledger, LedgerError
+from psyche.protocol import envelope as envelopes
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.ledger import Entry, claimed
+from psyche.protocol.messages import Record
+from psyche.protocol.verdicts import Verdict
+from psyche.protocol.wire import decode
+
+
+class Part(msgspec.Struct):
+    """A member's part in a round. ``tokens`` and what goes with it are None where it was left out."""
+
+    node: str
+    votes: int
+    tokens: int | None
+    inner_steps: int | None
+    payload_bytes: int | None
+    private: bool
+    """Trained on data of its own, which nobody can audit."""
+    reason: str | None
+    minority: bool
+
+
+class Word(msgspec.Struct):
+    """What an auditor found, signed by it: the evidence."""
+
+    auditor: str
+    said: int
+    """Round whose record holds it."""
+    outcome: str
+    error: float
+    """Of the replay, relative."""
+    segment: int
+
+
+class Ending(msgspec.Struct):
+    """An audit that ended with a round."""
+
+    accused: str
+    work: int
+    """Round of the contribution."""
+    outcome: str
+    gain: float
+    """Of held-out loss, nats a token."""
+    paid: list[str]
+    lied: list[str]
+    evidence: list[Word]
+
+
+class Round(msgspec.Struct):
+    """One certified round. Hashes are hexadecimal."""
+
+    round: int
+    record: str
+    state_root: str | None
+    """After the round."""
+    reconfiguration: bool
+    members: list[Part]
+    audits: list[Ending]
+
+
+class Total(msgspec.Struct):
+    """What a node has done in all rounds that are there."""
+
+    rounds: int = 0
+    """That it was a member of."""
+    accepted: int = 0
+    """Rounds that took its contribution."""
+    tokens: int = 0
+    unaudited: int = 0
+    """Those among the tokens that were private data."""
+    payload_bytes: int = 0
+
+
+class Story(msgspec.Struct):
+    """All that ``psyche ledger show`` shows."""
+
+    run_id: str
+    rounds: list[Round]
+    held: int
+    """Rounds that are there, shown or not."""
+    missing: list[tuple[int, int]]
+    """First and last round of each gap."""
+    superseded: list[int]
+    """Rounds of which another record was certified before."""
+    totals: dict[str, Total]
+
+
+def story_of(ledger: Ledger, *, last: int | None = None, node: str | None = None) -> Story:
+    """What ``ledger`` says: its ``last`` rounds or all, and totals over all; of the member whose PeerID ends in
+    ``node``, or of all.
+
+    Its certificates are decoded and not checked. Raises :class:`LedgerError` for what cannot be decoded, and where
+    ``node`` is not exactly one member.
+    """
+    totals: dict[str, Total] = {}
+    rounds: deque[Round] = deque(maxlen=None if node is not None else last)
+    words: dict[tuple[str, int], list[Word]] = {}
+    held = 0
+    for entry in ledger.entries():
+        held += 1
+        round = _round(entry, record_of(ledger, entry), words)
+        _add(totals, round)
+        rounds.append(round)
+    shown = list(rounds)
+    if node is not None:
+        me = only(ledger, totals, node)
+        totals = {me: totals[me]}
+        shown = [round for round in (_part_of(one, me) for one in rounds) if round.members or round.audits]
+        shown = shown[-last:] if last is not None else shown
+    return Story(
+        run_id=ledger.run_id.hex(),
+        rounds=shown,
+        held=held,
+        missing=[(gap.start, gap.stop - 1) for gap in ledger.missing()],
+        superseded=[entry.round for entry in ledger.superseded()],
+        totals=dict(sorted(totals.items(), key=lambda item: (-item[1].tokens, item[0]))),
+    )
+
+
+def record_of(ledger: Ledger, entry: Entry) -> Record:
+    """What an entry of ``ledger`` says, no signature checked. Raises :class:`LedgerError`."""
+    try:
+        return claimed(entry.certificate).record
+    except MalformedMessage as error:
+        raise LedgerError(
+            f"{ledger.path} is damaged: the certificate of round {entry.round} is {error}; take another node's copy"
+        ) from None
+
+
+def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Word]]) -> Round:
+    """``words``: of audits that are open, what was said so far."""
+    members = [
+        Part(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(minority))
+        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, minority, _ in member_rows(record)
+    ]
+    root = None if entry.state_root is None else entry.state_root.hex()
+    for said in record.docket.said:
+        _hear(said, entry.round, words)
+    audits = [
+        Ending(
+            accused=one.accused,
+            work=one.round,
+            outcome=one.outcome,
+            gain=one.gain / 1e6,
+            paid=list(one.paid),
+            lied=list(one.lied),
+            evidence=words.pop((one.accused, one.round), []),
+        )
+        for one in record.docket.closed
+    ]
+    return Round(entry.round, record.hash.hex(), root, record.reconfiguration, members, audits)
+
+
+def _hear(said: bytes, round: int, words: dict[tuple[str, int], list[Word]]) -> None:
+    """Add a verdict to what was said; digests of verdicts say nothing, and neither does what cannot be read."""
+    try:
+        envelope = envelopes.decode(said)
+        if envelope.domain != Verdict.DOMAIN:
+            return
+        verdict = decode(Verdict, envelope.body)
+    except MalformedMessage:
+        return
+    found = verdict.finding
+    word = Word(envelope.author, round, found.outcome, found.error / 1e6, found.segment)
+    words.setdefault((verdict.accused, verdict.round), []).append(word)
+
+
+def _add(totals: dict[str, Total], round: Round) -> None:
+    for part in round.members:
+        total = totals.setdefault(part.node, Total())
+        total.rounds += 1
+        if part.tokens is not None:
+            total.accepted += 1
+            total.tokens += part.tokens
+            total.unaudited += part.tokens * part.private
+            total.payload_bytes += part.payload_bytes or 0
+
+
+def only(ledger: Ledger, names: Iterable[str], node: str) -> str:
+    """The one of ``names`` that ends in ``node``. Raises :class:`LedgerError` where it is none or several."""
+    found = [name for name in names if name.endswith(node.removeprefix("…"))]
+    if len(found) == 1:
+        return found[0]
+    what = "no member" if not found else f"{len(found)} members"
+    mend = "look at `psyche ledger show` for who is in it" if not found else "give more of it"
+    raise LedgerError(f"the PeerID of {what} in {ledger.path} ends in {node}: {mend}")
+
+
+def _part_of(round: Round, node: str) -> Round:
+    members = [part for part in round.members if part.node == node]
+    audits = [one for one in round.audits if node in (one.accused, *one.paid, *one.lied)]
+    return msgspec.structs.replace(round, members=members, audits=audits)

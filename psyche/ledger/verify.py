@@ -1,0 +1,250 @@
+"""The check that anyone can make of a ledger file, and the credits that follow from it.
+
+Nearly all of its time goes into signatures, and every stretch of rounds can be checked on its own once the entry before
+it is known. So long ledgers are cut into stretches, and all cores check them; credits are then added up in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+
+from psyche.config import Manifest
+from psyche.launch.chain_rules import chain_rules
+from psyche.ledger.schema import audit_rows, member_rows, round_row
+from psyche.ledger.store import Ledger, LedgerError
+from psyche.network import signatures
+from psyche.network.identity import open_envelope
+from psyche.protocol.certificates import Open
+from psyche.protocol.credits import Books, Change, Deeds, deeds
+from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
+from psyche.protocol.wire import Message
+
+STRETCH = 64
+"""Rounds that are checked in one go. With a hundred nodes they take a core half a second, and 6 MB of memory."""
+ALONE = 4 * STRETCH
+"""A ledger of no more rounds is checked by this process alone: another one takes half a second to start."""
+MAX_WORKERS = 16
+"""Each takes 60 MB."""
+
+Progress = Callable[[int, int], None]
+"""Called with the rounds that are checked, and how many there are."""
+
+
+class Checked(Message, frozen=True):
+    """A stretch that holds up, as far as it is asked about."""
+
+    deeds: tuple[Deeds, ...]
+    missing: tuple[tuple[int, int], ...]
+    """Of each gap the first round, and the one after its last."""
+    reconfigurations: int
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """``count`` rounds that are there, the first of them ``first``; ``before`` them is that one, or none."""
+
+    first: int
+    count: int
+    before: int | None
+
+
+@dataclass
+class Summary:
+    """What a sound ledger holds."""
+
+    books: Books
+    """All credits, as they follow from the chain alone."""
+    settled: list[Change] = field(default_factory=list)
+    """What became of them, in order, if it was asked for: there are as many as contributions."""
+    rounds: int = 0
+    last: int = 0
+    missing: list[range] = field(default_factory=list)
+    """Rounds before the last one that are not there."""
+    tokens: Counter[str] = field(default_factory=Counter)
+    """Of each node, over all its accepted contributions that are there."""
+    reconfigurations: int = 0
+
+
+def verify_ledger(
+    path: Path,
+    manifest: Manifest,
+    *,
+    progress: Progress = lambda done, total: None,
+    wanted: Callable[[Change], bool] = lambda change: False,
+    workers: int | None = None,
+) -> Summary:
+    """Check a ledger file against nothing but the run's manifest.
+
+    Of settled credits those ``wanted`` are kept. ``workers`` processes check it; as many as there are cores by default.
+    Raises :class:`LedgerError` where the file cannot be read, is damaged, or is another run's, and :class:`BadLedger`,
+    which names the first round at fault, where what it says is not what the run's members have certified.
+    """
+    with Ledger.read(path) as ledger:
+        if ledger.run_id != manifest.run_id:
+            raise LedgerError(
+                f"{path} is the ledger of run {ledger.run_id.hex()[:16]}…, and the manifest that of "
+                f"{manifest.run_id.hex()[:16]}…: give the right one with --manifest"
+            )
+        rounds = ledger.rounds()
+        summary = Summary(Books(chain_rules(manifest)))
+        with _checking(ledger, manifest, _stretches(rounds), workers) as found:
+            ledger.check_pages()  # while other processes are at work already
+            for checked in found:
+                _add(summary, checked, wanted)
+                progress(summary.rounds, len(rounds))
+        for stray in ledger.strays():
+            raise BadLedger(stray, "members or audits are listed for it, and it is not there")
+        _verify_superseded(ledger, manifest)
+    return summary
+
+
+def _stretches(rounds: Sequence[int]) -> list[Stretch]:
+    starts = range(0, len(rounds), STRETCH)
+    return [Stretch(rounds[at], len(rounds[at : at + STRETCH]), rounds[at - 1] if at else None) for at in starts]
+
+
+def _add(summary: Summary, checked: Checked, wanted: Callable[[Change], bool]) -> None:
+    for done in checked.deeds:
+        summary.settled += filter(wanted, summary.books.enter(done))
+        summary.tokens.update({one.node: one.tokens for one in done.work})
+        summary.rounds, summary.last = summary.rounds + 1, done.round
+    summary.missing += [range(start, stop) for start, stop in checked.missing]
+    summary.reconfigurations += checked.reconfigurations
+
+
+# --------------------------------------------------------------------------------- a stretch of rounds
+
+
+def check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch) -> Checked:
+    """What a stretch says, once every signature, vote, link and row in it is proven. Raises :class:`BadLedger`.
+
+    Its signatures are checked together, if this build can do that; where something is wrong each on its own, to find
+    out what is wrong first.
+    """
+    if signatures.available():
+        batch = signatures.Batch()
+        with contextlib.suppress(BadLedger):
+            checked = _check_stretch(ledger, manifest, stretch, batch.open_envelope)
+            if batch.holds():
+                return checked
+    return _check_stretch(ledger, manifest, stretch, open_envelope)
+
+
+def _check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch, open_envelope: Open) -> Checked:
+    rules = chain_rules(manifest)
+    before = None if stretch.before is None else ledger.entry(stretch.before)
+    done: list[Deeds] = []
+    missing: list[tuple[int, int]] = []
+    reconfigurations = 0
+    for verified in verify_chain(
+        islice(ledger.entries(stretch.first), stretch.count),
+        rules=rules,
+        coordinators=manifest.resolved.coordinators,
+        open_envelope=open_envelope,
+        after=before,
+    ):
+        _compare(ledger, verified)
+        done.append(deeds(verified.record, rules.probation))
+        missing += [(verified.missing.start, verified.missing.stop)] if verified.missing else []
+        reconfigurations += verified.record.reconfiguration
+    if len(done) < stretch.count or (before is None) != (stretch.before is None):
+        raise LedgerError(f"{ledger.path} was changed while it was checked: the run went back; try again")
+    return Checked(tuple(done), tuple(missing), reconfigurations)
+
+
+def _compare(ledger: Ledger, verified: Verified) -> None:
+    """What the file says for those who ask it in SQL is what the certificate says."""
+    record = verified.record
+    round = record.plan.round
+    if ledger.row(round) != round_row(record):
+        raise BadLedger(round, "its row does not say what its certificate says")
+    if ledger.member_rows(round) != member_rows(record):
+        raise BadLedger(round, "its members are not listed as its certificate says")
+    if ledger.audit_rows(round) != audit_rows(record):
+        raise BadLedger(round, "its audits are not listed as its certificate says")
+
+
+def _verify_superseded(ledger: Ledger, manifest: Manifest) -> None:
+    """A second certified record of a round is a fault of the run, proven by this file."""
+    for entry in ledger.superseded():
+        record = prove(
+            entry,
+            run_id=manifest.run_id,
+            coordinators=manifest.resolved.coordinators,
+            open_envelope=open_envelope,
+        )
+        after = ledger.row(entry.round + 1)
+        there = ledger.hash_of(entry.round) or (None if after is None else after[2])
+        if there is not None and there != record.hash:
+            raise BadLedger(
+                entry.round, f"certified twice, as {there.hex()[:12]} and, superseded, as {record.hash.hex()[:12]}"
+            )
+
+
+# ------------------------------------------------------------------------------------- the processes
+
+
+@contextmanager
+def _checking(
+    ledger: Ledger, manifest: Manifest, stretches: Sequence[Stretch], workers: int | None
+) -> Iterator[Iterator[Checked]]:
+    """Each stretch as it was checked, in order; by other processes where that pays."""
+    if workers is None:
+        workers = 1 if len(stretches) * STRETCH <= ALONE else os.cpu_count() or 1
+    workers = min(workers, len(stretches), MAX_WORKERS)
+    if workers <= 1:
+        yield (check_stretch(ledger, manifest, one) for one in stretches)
+        return
+    # spawn: whoever calls may have threads, and a forked child would inherit their locks
+    context = multiprocessing.get_context("spawn")
+    start = (ledger.path, manifest.encode())
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=start)
+    try:
+        yield _results([executor.submit(_check, one) for one in stretches], ledger.path)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _results(futures: Sequence[Future[bytes]], path: Path) -> Iterator[Checked]:
+    for future in futures:
+        try:
+            yield msgspec.msgpack.decode(future.result(), type=Checked)
+        except BrokenProcessPool:
+            raise LedgerError(f"a process that checked {path} was killed: is there memory left? Try again") from None
+
+
+_work: tuple[Ledger, Manifest]
+"""Of a process that checks."""
+
+
+def _begin(path: Path, manifest: bytes) -> None:
+    """In a new process: open the file, and end when the parent does, which is the one to hear a Ctrl-C."""
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _work = Ledger.read(path), Manifest.decode(manifest)
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _check(stretch: Stretch) -> bytes:
+    return msgspec.msgpack.encode(check_stretch(*_work, stretch))

@@ -1,0 +1,1 @@
+"""Processes of this machine: a node, a coordinator, a standby; locks, hours, goodbyes."""

@@ -1,1 +1,0 @@
-"""Coordinator, worker, auditor: they compose the parts below and own the effects (DESIGN §12)."""

@@ -1,0 +1,1 @@
+"""Commands that take part in no run: doctor, export, generate, evaluate."""

@@ -1,0 +1,176 @@
+"""``psyche doctor``: everything about this machine and its line that a run needs, tried out before it costs a round."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from psyche.config import Manifest, Node
+from psyche.data.provision import Found, basis_of, fetch_manifest, find_store
+from psyche.errors import PsycheError
+from psyche.network.address import split_address
+from psyche.network.daemon import check_free
+from psyche.network.fetch import FetchError, fetch
+from psyche.network.identity import IDENTITY, Identity, in_use
+from psyche.network.invite import Invite
+from psyche.network.node import NetworkNode
+from psyche.network.peer_book import PEERS, PeerBook
+from psyche.network.presence import KINDS, sources
+from psyche.network.traffic import MEASURED_BYTES
+from psyche.rates import bytes_per_second
+from psyche.telemetry.wording import size
+from psyche.tools.checks import Finding, check_disk, check_rate, check_speed, check_versions
+from psyche.tools.preflight import check_connection, check_machine, port_of
+from psyche.training.choice import Choice, choose, describe_device, make_engine
+from psyche.training.devices import pick_device
+
+TRAIN_SECONDS = 2.0
+"""How long the speed is measured for, after a first step that sets everything up."""
+FETCH_BYTES = 32 << 20
+"""Largest file that is fetched to measure the line."""
+FETCH_SECONDS = 20.0
+SMALL_DISK = 2 << 30
+"""Bytes that any run may need: said where there is no invite to know better from."""
+
+Report = Callable[[Finding], None]
+
+
+async def examine(invite: Invite | None, node: Node, directory: Path, report: Report) -> None:
+    """Make every check that can be made and ``report`` each finding; a failure is one, not an exception.
+
+    The run is visited under a new key, so that a node of this machine may take part meanwhile. Nothing is kept.
+    """
+    report(check_versions())
+    report(_device(node))
+    running = in_use(directory / IDENTITY)
+    report(_port(node, running))
+    if invite is None:
+        report(check_disk("a run's files", directory, SMALL_DISK, "--directory"))
+    with tempfile.TemporaryDirectory(prefix="psyche-doctor-") as scratch:
+        listen = ["/ip4/0.0.0.0/tcp/0"] if running else node.listen
+        try:
+            network = await NetworkNode.create(
+                Identity.load_or_create(Path(scratch) / IDENTITY),
+                run_id=bytes(32) if invite is None else invite.run_id,
+                kinds=KINDS,
+                listen=listen,
+                announce=node.announce,
+                bootstrap=() if invite is None else invite.addresses,
+                relay=node.relay == "auto",
+                spool=Path(scratch),
+                max_download=bytes_per_second(node.max_download),
+            )
+        except PsycheError as error:
+            report(Finding("network", "fail", "the network node did not start or found nobody", str(error)))
+            return
+        async with network:
+            port = port_of(await network.addresses())
+            report(Finding("network", "ok", f"the libp2p daemon runs and listens at port {port}"))
+            if invite is not None:
+                await _visit(network, invite, node, directory, Path(scratch), report)
+
+
+async def _visit(
+    network: NetworkNode, invite: Invite, node: Node, directory: Path, scratch: Path, report: Report
+) -> None:
+    """The checks that need the run."""
+    hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
+    met = len(await network.connected())
+    report(Finding("peers", "ok", f"{met} connected, {len(hosts)} known"))
+    own = PeerBook(directory / PEERS).own if in_use(directory / IDENTITY) else ()
+    connection, _ = await check_connection(network, node, port_of(own) or None)
+    for finding in connection:
+        report(finding)
+    try:
+        manifest, _ = await fetch_manifest(network, invite.run_id, hosts)
+        found = await find_store(network, manifest, node, hosts)
+    except PsycheError as error:
+        report(Finding("run", "fail", "its manifest or text cannot be had", str(error)))
+        return
+    parameters = manifest.resolved.parameters
+    report(Finding("run", "ok", f"{manifest.run.name}, {parameters:,} parameters, codec {manifest.run.codec.name}"))
+    try:
+        choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
+    except PsycheError as error:
+        report(Finding("engine", "fail", "this node's settings and devices do not go together", str(error)))
+        return
+    report(Finding("engine", "warn" if choice.mend else "ok", choice.why, choice.mend))
+    machine = check_machine(manifest, node, choice, directory, found)
+    for finding in machine:
+        report(finding)
+    report(await _measure_line(network, manifest, found, hosts))
+    if all(finding.level != "fail" for finding in machine):
+        report(await asyncio.to_thread(_measure_speed, manifest, node, choice, scratch))
+
+
+def _device(node: Node) -> Finding:
+    try:
+        device, text = pick_device(node.device), describe_device(node)
+    except PsycheError as error:
+        return Finding("device", "fail", f"node.device is {node.device}, node.gpus is {node.gpus}", str(error))
+    if device.type == "cuda":
+        return Finding("device", "ok", text)
+    if Path("/proc/driver/nvidia/version").exists() and node.device == "auto":
+        mend = "install the CUDA build of torch that fits the driver: see https://pytorch.org/get-started/locally"
+        return Finding("device", "warn", "there is an NVIDIA driver, but torch sees no GPU", mend)
+    return Finding("device", "ok", text)
+
+
+def _port(node: Node, running: bool) -> Finding:
+    for address in node.listen:
+        try:
+            check_free(address)
+        except PsycheError as error:
+            if running:
+                return Finding("port", "ok", f"{address} is in use by the node that runs here")
+            return Finding("port", "fail", f"{address} cannot be listened at", str(error))
+    if all(re.search(r"/tcp/0$", address) for address in node.listen):
+        return Finding("port", "ok", "a free one is taken at each start; name one (--port) to forward it in a router")
+    return Finding("port", "ok", f"{', '.join(node.listen)} is free")
+
+
+async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, hosts: list[str]) -> Finding:
+    """Fetch one file that every node has from peers, whole and verified, and throw it away."""
+    files = [item for item, _ in basis_of(found.store, manifest) if item.bytes <= FETCH_BYTES]
+    if not files:
+        return Finding("transfer", "ok", f"not measured: every file of the text is above {size(FETCH_BYTES)}")
+    largest = max(files, key=lambda item: item.bytes)
+    root, count = bytes.fromhex(largest.root), largest.bytes
+    began, before = time.monotonic(), network.traffic.bytes_down
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FETCH_SECONDS):
+                await fetch(network, root, sources=hosts, size=count, max_size=count)
+    except FetchError as error:
+        return Finding("transfer", "warn", "no peer could give a file of the text", str(error))
+    received = network.traffic.bytes_down - before
+    return check_rate(manifest, received, received / (time.monotonic() - began), MEASURED_BYTES)
+
+
+def _measure_speed(manifest: Manifest, node: Node, choice: Choice, scratch: Path) -> Finding:
+    """Train this model on random tokens for a moment."""
+    run = manifest.run
+    if node.threads is not None:
+        torch.set_num_threads(node.threads)
+    try:
+        engine = make_engine(run, node, choice, scratch)
+        shape = (run.inner.batch_size, run.data.sequence_length)
+        batch = torch.randint(0, run.model.vocab_size, shape).numpy()
+        engine.step(batch, run.inner.lr)
+        steps, began = 0, time.monotonic()
+        while steps == 0 or time.monotonic() - began < TRAIN_SECONDS:
+            engine.step(batch, run.inner.lr)
+            steps += 1
+    except (torch.OutOfMemoryError, MemoryError):
+        mend = "set node.micro_batch to 1, free memory, or use a bigger machine"
+        return Finding("speed", "fail", "one inner step did not fit into memory", mend)
+    except PsycheError as error:
+        return Finding("speed", "fail", "the model cannot be built here", str(error))
+    return check_speed(manifest, steps * run.tokens_per_step / (time.monotonic() - began))

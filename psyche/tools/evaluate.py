@@ -1,0 +1,148 @@
+"""How good a trained model is: its loss on text, and its scores on the tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from psyche.data.store import BadShard
+from psyche.errors import PsycheError
+from psyche.tools.load import Trained
+from psyche.training.labels import IGNORED, labels, predicted
+
+BATCH = 8
+"""Sequences at once."""
+
+Told = Callable[[int, int], None]
+"""Sequences done, and of how many."""
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Of next-token prediction, each window on its own: its first token is given, not predicted."""
+
+    tokens: int
+    """Predicted."""
+    nats: float
+    """Summed over them."""
+    bytes: int
+    """UTF-8, of the text that the predicted tokens stand for."""
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, as the loss is not."""
+        return self.nats / log(2) / self.bytes
+
+
+def heldout_loss(trained: Trained, sequences: int | None, told: Told = lambda done, total: None) -> TextLoss:
+    """On the held-out split of the run it was trained in, the first ``sequences`` of it.
+
+    Where that is None, those that the run judges itself on: all nodes find the same, and it is the run's own curve that
+    it can be compared with. Raises :class:`PsycheError` where some are not here.
+    """
+    if trained.store is None:
+        raise PsycheError("an exported model does not know its run's held-out text: name some with --text")
+    split = trained.store.heldout
+    count = trained.judged if sequences is None else min(sequences, len(split))
+    batches = (split.batch(range(at, min(at + BATCH, count))) for at in range(0, count, BATCH))
+    try:
+        return _loss(trained, batches, trained.store.index.pad, count, told)
+    except BadShard as error:
+        mend = f"a node has the first {trained.judged}: leave out --sequences, or ask whoever has all of them"
+        raise PsycheError(f"not all of {count} held-out sequences are here ({error}); {mend}") from None
+
+
+def text_loss(trained: Trained, path: Path, told: Told = lambda done, total: None) -> TextLoss:
+    """On a UTF-8 file, cut into windows of as many tokens as the model sees at once; a lone last token is left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PsycheError(f"--text {path} cannot be read as UTF-8: {error}") from None
+    ids = trained.tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    width = trained.window
+    rows = [np.array(ids[at : at + width], dtype=np.int64) for at in range(0, len(ids), width)]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise PsycheError(f"--text {path} has no two tokens: give more text")
+    whole, rest = [row for row in rows if len(row) == width], [row for row in rows if len(row) < width]
+    batches = [np.stack(whole[at : at + BATCH]) for at in range(0, len(whole), BATCH)]
+    return _loss(trained, [*batches, *(row[None] for row in rest)], None, len(rows), told)
+
+
+@torch.no_grad()
+def _loss(trained: Trained, batches: Iterable[NDArray[np.int64]], end: int | None, total: int, told: Told) -> TextLoss:
+    nats, tokens, size, done = 0.0, 0, 0, 0
+    for batch in batches:
+        targets = labels(batch, end)
+        ids, wanted = (torch.from_numpy(one).to(trained.device) for one in (batch, targets))
+        loss = trained.model(input_ids=ids, labels=wanted, use_cache=False).loss
+        count = predicted(targets)
+        nats, tokens, done = nats + float(loss) * count, tokens + count, done + len(batch)
+        texts = [row[row != IGNORED] for row in targets[:, 1:]]
+        size += sum(len(text.encode()) for text in trained.tokenizer.batch_decode(texts))
+        told(done, total)
+    return TextLoss(tokens, nats, size)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one task."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+
+
+def task_scores(
+    trained: Trained, tasks: Sequence[str], *, shots: int | None, limit: int | None, include: Path | None
+) -> list[Score]:
+    """Scores on tasks of lm-evaluation-harness, by its own code. ``include``: a directory of further tasks.
+
+    Raises :class:`PsycheError` where it is not installed, a task is unknown or its data cannot be had.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise PsycheError("tasks are scored by lm-evaluation-harness: pip install 'psyche[eval]'") from None
+    manager = TaskManager(include_path=None if include is None else str(include))
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise PsycheError(f"--tasks {unknown[0]}: lm-evaluation-harness has none of that name (lm-eval ls tasks)")
+    model = HFLM(pretrained=trained.model, tokenizer=trained.tokenizer, batch_size=BATCH, max_length=trained.window)
+    try:
+        found: dict[str, Any] = simple_evaluate(
+            model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=1000
+        )
+    except Exception as error:  # datasets, network, a task's own code: each its own type
+        raise PsycheError(f"{', '.join(tasks)} cannot be scored: {' '.join(str(error).split())[:300]}") from error
+    return list(_scores(found["results"]))
+
+
+def _scores(results: dict[str, dict[str, Any]]) -> Iterator[Score]:
+    """``{"task": {"acc,none": .5, "acc_stderr,none": .1, "alias": …}}`` as scores."""
+    for task, values in sorted(results.items()):
+        for key, value in values.items():
+            metric, _, variant = key.partition(",")
+            if not isinstance(value, float | int) or metric.endswith("_stderr"):
+                continue
+            stderr = values.get(f"{metric}_stderr,{variant}")
+            name = metric if variant in ("", "none") else f"{metric} ({variant})"
+            yield Score(task, name, float(value), float(stderr) if isinstance(stderr, float | int) else None)

@@ -1,0 +1,1 @@
+"""A volunteer node in a run: train, exchange, vote, apply, report."""

@@ -1,0 +1,219 @@
+"""How a node that is behind, or holds other bits, gets to where the run is.
+
+A record says what its outer step takes, by hash, so that a node needs nobody's word: it takes the same steps as those
+who were there. Only where that is more to fetch than the outer state itself, or cannot be had, is the state fetched;
+first the one of now, and, for a line so slow that this changes before it is here, one that members keep on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from psyche.config import Node
+from psyche.diloco.replica import Replica
+from psyche.exchange.base import Exchange, Wire, taken
+from psyche.ledger.history import Past, Proven, following
+from psyche.ledger.writer import LedgerWriter
+from psyche.network.fetch import FetchError
+from psyche.network.presence import sources
+from psyche.protocol.acceptor import Chain, plan_fault
+from psyche.protocol.certificates import BadCertificate
+from psyche.protocol.messages import Board, Plan, Record
+from psyche.state.sync import Arriving
+from psyche.telemetry import events
+from psyche.telemetry.log import EventLog
+from psyche.telemetry.wording import plural, size
+from psyche.worker.apply_round import Advance
+from psyche.worker.coordinator_client import RETRY_SECONDS, BoardClient
+from psyche.worker.voter import Voter
+
+MAX_OWN_HISTORY = 1 << 30
+
+
+class CatchUp:
+    """One node's. ``exchange`` makes its part in the exchange of a plan's round."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        settings: Node,
+        wire: Wire,
+        *,
+        voter: Voter,
+        client: BoardClient,
+        advance: Advance,
+        exchange: Callable[[Plan], Exchange],
+        log: EventLog,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._replica, self._wire, self._voter, self._client = replica, wire, voter, client
+        self._advance, self._exchange, self._log, self._warn = advance, exchange, log, warn
+        self._past = Past(replica.manifest, wire.network.rpc)
+        self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
+        """Rounds. Others keep what their steps took for about as long; of longer ones not even the records are asked
+        for."""
+        self._arriving: tuple[Arriving, Chain] | None = None
+        """A state that has come in part, and where in the chain it stands."""
+
+    async def recover(self, ledger: LedgerWriter) -> None:
+        """Take again the steps that this node took after its last checkpoint, from its own disk."""
+        began = self._replica.chain.rounds
+        encoded = await ledger.certificates(began + 1, MAX_OWN_HISTORY)
+        mine = await asyncio.to_thread(following, self._replica.manifest, encoded, self._replica.chain)
+        try:
+            for record, certificate in mine:
+                if not all(root in self._wire.journal for root in taken(record)):
+                    break
+                if not await self._retake(record, certificate):
+                    break
+        except FetchError as error:  # the disk has spoilt it, and nobody else is there yet
+            self._warn(f"the outer steps after the last checkpoint cannot all be taken from this disk: {error}")
+        if self._replica.chain.rounds > began:
+            self._tell(began)
+
+    async def synchronise(self, board: Board) -> None:
+        """Get to the state that ``board`` shows, or nearer to it."""
+        chain = self._replica.chain
+        if board.rounds == chain.rounds and chain.rounds:
+            expected, found = board.state_root.hex(), chain.state_root.hex()
+            self._log.emit(events.Diverged(peer=self._wire.me, round=chain.rounds, expected=expected, found=found))
+        elif 0 < board.rounds - chain.rounds <= self._replayed_at_most and await self._replay(sparingly=True):
+            return
+        record = None
+        if board.rounds:
+            record = self._shown_by(board)
+            if record is None or record.plan.round != board.rounds:
+                await self._client.until(lambda new: new.version != board.version)
+                return
+        self._log.emit(events.PhaseChanged(round=board.rounds, phase="joining"))
+        try:
+            await self._fetch(record, board.state_root)
+        except FetchError as error:
+            try:  # most likely it has changed
+                async with asyncio.timeout(RETRY_SECONDS):
+                    await self._client.until(lambda new: new.rounds > board.rounds and behind(new, self._replica.chain))
+            except TimeoutError:
+                self._warn(f"{error}; trying again")
+
+    async def _replay(self, *, sparingly: bool) -> bool:
+        """Take the outer steps of the rounds that this node lacks; whether it took any.
+
+        ``sparingly``: unless the state itself would be less to fetch.
+        """
+        began = self._replica.chain.rounds
+        others = await self._others()
+        try:
+            while missing := await self._past.after(self._replica.chain, others):
+                if sparingly and self._bytes_of(missing) > self._replica.outer.tensor.nbytes:
+                    break
+                for record, certificate in missing:
+                    if not await self._retake(record, certificate, others):
+                        return False  # this node's state is not that of the run
+        except FetchError as error:
+            self._warn(f"the outer steps of the rounds missed cannot all be taken: {error}")
+        if self._replica.chain.rounds == began:
+            return False
+        self._tell(began)
+        await self._client.present()
+        return True
+
+    async def _retake(self, record: Record, certificate: bytes, others: Sequence[str] = ()) -> bool:
+        """The outer step of a round that is over, unless it starts from another state than this node's.
+
+        All members of the round may be gone: ``others`` took its outer step, too, and keep what it takes. Raises
+        ``FetchError``.
+        """
+        if plan_fault(record.plan, self._replica.chain) is not None:
+            return False
+        exchange = self._exchange(record.plan)
+        exchange.others = others
+        gradient = await exchange.prepare(record)
+        self._voter.certificate = certificate
+        await self._advance.step(record, gradient)
+        return True
+
+    async def _fetch(self, record: Record | None, root: bytes) -> None:
+        """Fetch and take over the outer state after ``record``, whose certificate was seen last.
+
+        Raises ``FetchError``; what has come is taken along to the next attempt.
+        """
+        members = [] if record is None else [member.node for member in record.plan.members]
+        holders = [*members, *await self._others()]
+        goal = self._replica.place(record, root)
+        arriving = await self._taken_along(goal, holders)
+        try:
+            outer = await arriving.fetch(self._wire.network, root, holders)
+        except FetchError:
+            self._arriving = arriving, goal
+            raise
+        seconds = arriving.seconds
+        await self._advance.take_over(outer, record)
+        self._log.emit(
+            events.Resynchronised(
+                round=goal.rounds,
+                state_root=root.hex(),
+                donor="the members",
+                gave=tuple(arriving.gave.most_common()),
+                seconds=seconds,
+                moved=arriving.moved,
+            )
+        )
+        await self._client.present()
+
+    async def _taken_along(self, goal: Chain, holders: list[str]) -> Arriving:
+        """What an attempt before got, with the outer steps since then taken on it; nothing where they are more to
+        fetch than that."""
+        begun, self._arriving = self._arriving, None
+        if begun is not None:
+            arriving, at = begun
+            try:
+                if at.head == goal.head or await self._move(arriving, at, goal, holders):
+                    return arriving
+            except FetchError as error:
+                self._warn(f"the outer steps since the state that was being fetched cannot be taken: {error}")
+        return Arriving(self._replica.outer.theta.numel())
+
+    async def _move(self, arriving: Arriving, at: Chain, goal: Chain, holders: list[str]) -> bool:
+        """Take ``arriving`` from ``at`` to ``goal``, if that is worth it. Raises ``FetchError``."""
+        told = await self._past.after(at, holders)
+        missing = [(record, certificate) for record, certificate in told if record.plan.round <= goal.rounds]
+        if not missing or missing[-1][0].hash != goal.head or self._bytes_of(missing) >= arriving.received:
+            return False
+        for record, _ in missing:
+            exchange = self._exchange(record.plan)
+            exchange.others = holders
+            gradient = await exchange.prepare(record)
+            await asyncio.to_thread(self._replica.step_on, arriving.outer, record, gradient)
+        arriving.moved += len(missing)
+        steps = plural(len(missing), "outer step")
+        text = f"the state changed while it was fetched: {steps} taken on the {size(arriving.received)} that had come"
+        self._log.emit(events.Notice(level="info", text=text))
+        return True
+
+    def _bytes_of(self, missing: list[Proven]) -> int:
+        """That the outer steps of ``missing`` take, and that are not on this disk, about."""
+        there = self._wire.journal
+        return sum(size for record, _ in missing for root, size in taken(record).items() if root not in there)
+
+    async def _others(self) -> list[str]:
+        """Whom to ask for what is past: those who are connected first."""
+        return await sources(self._wire.network, self._replica.manifest.resolved.coordinators)
+
+    def _shown_by(self, board: Board) -> Record | None:
+        """The last certified record, if the board proves it."""
+        try:
+            return None if board.certificate is None else self._voter.record_of(board.certificate)
+        except BadCertificate as error:
+            self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
+            return None
+
+    def _tell(self, began: int) -> None:
+        now = self._replica.chain.rounds
+        self._log.emit(events.CaughtUp(round=now, rounds=now - began))
+
+
+def behind(board: Board, chain: Chain) -> bool:
+    """Whether the run has certified and settled a state that a node at ``chain`` does not hold."""
+    known = board.state_root != bytes(32)  # a coordinator that starts again does not know it yet
+    return known and board.rounds >= chain.rounds and board.state_root != chain.state_root

@@ -1,0 +1,219 @@
+"""The second half of a round, as one member lives it: open, fetch, hold, vote, until the record is final."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from psyche.diloco.local_update import Work
+from psyche.exchange.base import Exchange
+from psyche.ledger.proofs import proposal_in
+from psyche.network.fetch import FetchError
+from psyche.network.streams import Refused
+from psyche.numerics.aggregate import Gradient
+from psyche.protocol.acceptor import Chain, Refusal
+from psyche.protocol.certificates import BadCertificate
+from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.messages import Board, Contribution, Holding, Plan, Record, Reduced, Reducing, Result, Vote
+from psyche.protocol.state import Phase
+from psyche.worker.coordinator_client import BoardClient
+from psyche.worker.voter import Voter
+
+
+class Moved(Exception):
+    """The run went on without this node; it must look at the board again."""
+
+    def __init__(self, *, accepted: bool = False) -> None:
+        super().__init__()
+        self.accepted = accepted
+        """Whether this node's own work is in the round's record all the same."""
+
+
+class Certification:
+    """One round of one node. ``work`` is None for a node that has nothing to hand in and only follows."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        work: Work | None,
+        chain: Chain,
+        *,
+        voter: Voter,
+        client: BoardClient,
+        exchange: Exchange,
+        knows_base: Callable[[str, Contribution], bool],
+        warn: Callable[[str], None],
+    ) -> None:
+        """``knows_base`` says whether a node's contribution proves that it was made from the state of ``plan``."""
+        self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.wire.me
+        self._voter, self._client, self._exchange, self._warn = voter, client, exchange, warn
+        self._knows_base, self._baseless = knows_base, set[str]()
+        self._openings = voter.follows(plan)
+        self._tasks: dict[object, asyncio.Task[None]] = {}
+        self._failed: set[object] = set()
+        self._gradients: dict[bytes, Gradient] = {}
+        self._member = plan.member(self._me) is not None
+        self._takes_part = self._member or self._me in chain.voters
+        """A voter that was not ready when the round was planned votes all the same."""
+        self._told: frozenset[str] = frozenset()
+        self._voted = 0
+
+    async def run(self) -> tuple[Record, Gradient]:
+        """The certified record, and the outer gradient that follows from it. Raises :class:`Moved`."""
+        board = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or self._over(b))
+        try:
+            await self._open(board)
+            while True:
+                record = self._certified(board)
+                self._openings.update(board)
+                if record is not None and record.hash in self._gradients:
+                    return record, self._gradients[record.hash]
+                if self._over(board) and (record is None or record.hash in self._failed):
+                    # Either the round came to nothing, or what it accepted is not to be had any more.
+                    accepted = record is not None and any(one.node == self._me for one in record.accepted)
+                    raise Moved(accepted=accepted)
+                if record is not None:
+                    self._prepare(record)
+                elif self._takes_part and board.plan == self._plan:
+                    await self._take_part(board)
+                board = await self._next(board)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _open(self, board: Board) -> None:
+        """Show the contribution that was committed to, and serve its payload."""
+        if self._work is None or board.plan != self._plan:
+            return
+        await self._exchange.offer(self._work.payload)
+        with contextlib.suppress(Refused):  # it was not committed to in time; the record will say so
+            await self._client.submit(self._work.contribution, self._plan.round)
+
+    async def _take_part(self, board: Board) -> None:
+        """Fetch what is shown, say what is here, reduce, and vote."""
+        if board.reducing is not None:
+            self._exchange.drawn(board.reducing)
+        for node, given in self._openings.contributions.items():
+            if node not in self._exchange.held and self._based(node, given):
+                self._start(node, partial(self._exchange.collect, node, given))
+        held = self._exchange.held & frozenset(self._openings.contributions)
+        if held != self._told and self._member:
+            self._told = held
+            await self._submit(Holding(tuple(sorted(held))))
+        if board.reducing is not None:
+            self._reduce(board.reducing)
+        await self._vote(board)
+
+    def _based(self, node: str, given: Contribution) -> bool:
+        """Whether it is worth fetching: what was made from another state is held, and so accepted, by nobody."""
+        if node not in self._baseless and not self._knows_base(node, given):
+            self._baseless.add(node)
+            self._warn(f"{node[-6:]} does not have the state that round {self._plan.round} starts from: left out")
+        return node not in self._baseless
+
+    def _reduce(self, reducing: Reducing) -> None:
+        """Start adding up what this node has to, once everything for it is here."""
+
+        async def reduce() -> None:
+            found = await self._exchange.reduce(reducing, self._openings.contributions)
+            await self._submit(Reduced(reducing.term, tuple(Result(group, found[group]) for group in sorted(found))))
+
+        if self._exchange.due(reducing):
+            self._start(("reduce", reducing.term), reduce)
+
+    def _prepare(self, record: Record) -> None:
+        """Start getting what the outer step of ``record`` takes."""
+
+        async def prepare() -> None:
+            self._gradients[record.hash] = await self._exchange.prepare(record)
+
+        if record.hash not in self._gradients:
+            self._start(record.hash, prepare)
+
+    def _start(self, what: object, get: Callable[[], Awaitable[None]]) -> None:
+        """Get something in the background, unless that is under way, or failed on this board."""
+
+        async def run() -> None:
+            try:
+                await get()
+            except FetchError as error:
+                self._failed.add(what)
+                name = f"the payload of {what[-6:]}" if isinstance(what, str) else "something of this round"
+                self._warn(f"{name} is missing: {error}")
+
+        if what not in self._tasks and what not in self._failed:
+            self._tasks[what] = asyncio.create_task(run())
+
+    async def _vote(self, board: Board) -> None:
+        """Vote for the proposal, once, as soon as all that its outer step takes is here."""
+        if board.proposal is None:
+            return
+        try:
+            proposal = proposal_in(self._voter.manifest, board.proposal, self._plan.round)
+        except (MalformedMessage, BadCertificate) as error:
+            self._warn(f"the coordinator shows a proposal that cannot be believed: {error}")
+            return
+        record = proposal.record
+        if proposal.term <= self._voted or record.plan != self._plan or self._me not in record.electorate:
+            return
+        opened = self._openings.contributions
+        if all(opened.get(one.node) == one.contribution for one in record.accepted):
+            self._prepare(record)
+            if record.hash not in self._gradients:
+                return
+        # What was not committed to is not fetched, and gets no vote.
+        self._voted = proposal.term
+        try:
+            await self._voter.vote(
+                proposal,
+                board.proposal,
+                chain=self._chain,
+                openings=self._openings,
+                held=self._exchange.held,
+                reduced=self._exchange.reduced,
+            )
+        except Refusal as refusal:
+            self._warn(f"no vote for the record of round {self._plan.round}: {refusal}")
+            return
+        await self._submit(Vote(proposal.term, proposal.record.hash))
+
+    async def _next(self, board: Board) -> Board:
+        """Wait for another board, or for a task to end; the board then."""
+        changed = asyncio.create_task(self._client.until(lambda b: b.version != board.version))
+        try:
+            await asyncio.wait({changed, *self._tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
+            for what in [what for what, task in self._tasks.items() if task.done()]:
+                self._tasks.pop(what).result()
+            if not changed.done():
+                return board
+            if changed.result().plan == self._plan:
+                self._failed.clear()  # others may have by now what could not be had before
+            return changed.result()
+        finally:
+            changed.cancel()
+
+    async def _submit(self, body: Holding | Reduced | Vote) -> None:
+        try:
+            await self._client.submit(body, self._plan.round)
+        except Refused as refusal:
+            self._warn(f"{body.DOMAIN} not taken: {refusal}")
+
+    def _certified(self, board: Board) -> Record | None:
+        """The record of this round, once the board shows a certificate of it that holds up."""
+        if board.certificate is None or board.rounds > self._plan.round:
+            return None
+        try:
+            record = self._voter.record_of(board.certificate)
+        except BadCertificate as error:
+            self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
+            return None
+        # Without a roster its electorate must be the one this node knows: a certificate alone does not say so.
+        known = record.roster > 0 or record.electorate == self._chain.voters
+        return record if record.plan == self._plan and known else None
+
+    def _over(self, board: Board) -> bool:
+        """Whether the run goes on without this round. Who begins to lead does not know yet what it goes on with."""
+        return board.phase != Phase.ELECTING and board.plan != self._plan

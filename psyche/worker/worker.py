@@ -1,0 +1,390 @@
+"""The worker: a replica, and the network around it.
+
+Training runs on one thread of its own, the network on the event loop; they meet where the round says so. The
+way through a round is ``Worker._take_part``, top to bottom.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from psyche.audit.auditor import Auditor
+from psyche.config import Node
+from psyche.data.shard_prefetch import Supply
+from psyche.data.store import BadShard
+from psyche.diloco.local_update import Interrupted, Work
+from psyche.diloco.replica import Replica
+from psyche.errors import PsycheError
+from psyche.exchange.base import Exchange, Wire
+from psyche.exchange.gather import Gather
+from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.exchange.journal import Journal
+from psyche.exchange.merge import Merge
+from psyche.exchange.shape import Shape
+from psyche.exchange.sharded import Sharded
+from psyche.exchange.shelf import Shelf
+from psyche.launch.rules import rules_of
+from psyche.ledger.history import serve_history
+from psyche.ledger.writer import LedgerWriter
+from psyche.network.identity import Identity
+from psyche.network.node import NetworkNode
+from psyche.network.streams import Refused
+from psyche.numerics.aggregate import Gradient
+from psyche.protocol.acceptor import Chain, plan_fault
+from psyche.protocol.messages import Attestation, Board, Certificate, Commitment, Plan, Present, Promise, Record
+from psyche.protocol.quotas import quota_fault
+from psyche.protocol.state import Phase, Rules
+from psyche.protocol.wire import decode
+from psyche.state.budget import Spent
+from psyche.telemetry import events
+from psyche.telemetry.log import EventLog
+from psyche.training.choice import describe_device
+from psyche.verification.outlier_watch import Lookout
+from psyche.worker.apply_round import Advance
+from psyche.worker.catchup import CatchUp, behind
+from psyche.worker.certification import Certification, Moved
+from psyche.worker.checkpointing import Saver
+from psyche.worker.coordinator_client import BoardClient
+from psyche.worker.departure import Departure, Farewell
+from psyche.worker.meter import Meter
+from psyche.worker.reporting import Reporter
+from psyche.worker.training_thread import Trainer
+from psyche.worker.voter import Voter
+from psyche.worker.warmup import WarmUp
+
+
+def concerns(board: Board, chain: Chain, rules: Rules) -> bool:
+    """Whether there is something to do for a node that holds ``chain``: a state to catch up with, a round to take part
+    in, or the end. A plan that the manifest does not allow is no round: what it asks for would get no vote."""
+    if behind(board, chain) or board.phase == Phase.FINISHED:
+        return True
+    plan = board.plan
+    return plan is not None and (quota_fault(plan, rules) or plan_fault(plan, chain)) is None
+
+
+class Worker:
+    """One volunteer node, from its first word to the coordinator to its goodbye."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        settings: Node,
+        directory: Path,
+        identity: Identity,
+        network: NetworkNode,
+        log: EventLog,
+        ledger: LedgerWriter,
+        certificate: bytes | None = None,
+        farewell: Farewell | None = None,
+        supply: Supply | None = None,
+    ) -> None:
+        """``certificate`` is that of the last round applied, where the replica comes from a checkpoint; ``farewell``
+        will say that this node is to leave; ``supply`` has the text here, unless it all is."""
+        self.replica, self.settings, self.directory = replica, settings, directory
+        self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
+        self.manifest = replica.manifest
+        self._stopping = False
+        self._warned = ""
+        self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificate)
+        self._client = BoardClient(self.manifest, identity, network.rpc, self, self._warn)
+        deadlines = self.manifest.run.deadlines
+        self._departure = Departure(farewell or Farewell(), self._client, deadlines, identity.peer_id, log)
+        journal = Journal(directory / JOURNAL, self._warn)
+        self._wire = Wire(network, Shelf(network), journal, identity.peer_id, self._name_liar)
+        self._meter = Meter()
+        self._trainer = Trainer(
+            replica,
+            settings.threads,
+            meter=self._meter,
+            departure=self._departure,
+            board=lambda: self._client.board,
+            log=log,
+        )
+        self._advance = Advance(replica, network, ledger, self._voter, self._on_trainer)
+        self._catch_up = CatchUp(
+            replica,
+            settings,
+            self._wire,
+            voter=self._voter,
+            client=self._client,
+            advance=self._advance,
+            exchange=self._exchange,
+            log=log,
+            warn=self._warn,
+        )
+        self._supply = supply or Supply()
+        self._warm_up = WarmUp(replica, self._supply, self._trainer.do, log)
+        self._saver = Saver(
+            replica,
+            settings,
+            directory,
+            network=network,
+            wire=self._wire,
+            voter=self._voter,
+            on_trainer=self._trainer.do,
+            log=log,
+        )
+        run = self.manifest.run
+        self._lookout = Lookout(replica.codec, os.urandom(32), run.overlap.fragments) if run.audits.rate else None
+        self._auditor = Auditor(
+            replica,
+            directory,
+            network,
+            self._client,
+            ledger,
+            self._supply,
+            do=self._trainer.do,
+            log=log,
+            warn=self._warn,
+        )
+        self._reporter = Reporter(replica, network, self._client, self._trainer, self._meter, log)
+
+    async def run(self) -> None:
+        """Take part until the run is finished, or this node is asked to leave and has handed in what it can.
+
+        Cancelling it says goodbye at once.
+        """
+        backend = self.replica.backend
+        self.log.emit(events.Notice(level="info", text=f"codecs are computed by {backend.name} ({backend.detail})"))
+        for index in self._wire.journal.blobs:
+            self._wire.serve(index)
+        await self._catch_up.recover(self.ledger)
+        await serve_history(self.network, self.ledger)
+        await self._auditor.serve()
+        await self._trainer.compile(self.settings)
+        watching = asyncio.create_task(self._client.watch())
+        working = asyncio.create_task(self._rounds())
+        leaving = asyncio.create_task(self._departure.run(working))
+        try:
+            await asyncio.wait({watching, working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (working, watching):
+                if task.done():
+                    task.result()
+        except PsycheError:
+            self._departure.failed = True
+            raise
+        finally:
+            self._stopping = True
+            for task in (leaving, watching, working):
+                task.cancel()
+            await asyncio.gather(leaving, watching, working, return_exceptions=True)
+            for halt in (self._trainer.halt_late, self._warm_up.halt):
+                with contextlib.suppress(PsycheError):  # of an engine that is gone, which is known by now
+                    await halt()
+            await self._auditor.close()
+            await self._supply.close()
+            await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
+            self._departure.tell()
+            await self._trainer.end()
+
+    # ------------------------------------------------------------------------------ between rounds
+
+    async def _rounds(self) -> None:
+        replica = self.replica
+        if not behind(await self._client.until(lambda board: True), replica.chain):
+            self._supply.begin(replica.chain.position)
+        while not self._departure.asked:
+            if not self._finished():
+                self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
+            board = await self._client.until(lambda board: concerns(board, replica.chain, self._voter.rules))
+            await self._trainer.halt_late()
+            self._auditor.check()
+            if behind(board, replica.chain):
+                await self._auditor.put_off()
+                await self._catch_up.synchronise(board)
+                self._supply.begin(replica.chain.position)
+                if replica.chain.rounds and not behind(board, replica.chain):
+                    self._warm_up.start()
+            elif board.phase == Phase.FINISHED:
+                break
+            elif board.plan is not None:
+                with contextlib.suppress(Moved):
+                    await self._take_part(board.plan)
+                self._departure.end()
+        await self._auditor.put_off()
+        await self._saver.save(force=not self._departure.quickly)
+        if not self._finished():
+            return
+        self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
+
+    # ----------------------------------------------------------------- what BoardClient asks of its node
+
+    @property
+    def term(self) -> int:
+        """Of the leader this node follows."""
+        return self._voter.term
+
+    def introduce(self) -> Present:
+        """What this node says of itself to a coordinator that does not know it."""
+        chain = self.replica.chain
+        seen = self._voter.certificate
+        certificate = None if seen is None else decode(Certificate, seen)
+        device = describe_device(self.settings, self.manifest.run.inner.optimizer)
+        return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
+
+    async def promise(self, term: int, claim: bytes) -> Promise:
+        """Follow the leader of ``term``."""
+        return await self._voter.promise(term, claim, self.replica.chain.rounds)
+
+    # ------------------------------------------------------------------------------------- a round
+
+    async def _take_part(self, plan: Plan) -> None:
+        """One round, from the plan to the attestation. Raises :class:`Moved` where it ended without us.
+
+        A node that came too late to be a member follows all the same: it takes the outer step with the others,
+        and so is in step when the next round is planned.
+        """
+        self._meter.start()
+        self._wire.shelf.next_round()
+        self._voter.follows(plan)  # from here on: who takes over while members train goes on with the round, too
+        work = None
+        if (quota := plan.member(self.identity.peer_id)) is not None:
+            members = tuple(member.node for member in plan.members)
+            self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
+            self._departure.begin(plan)
+            await self._warm_up.halt()
+            await self._auditor.put_off()
+            work = await self._train(plan)
+            self._meter.exchanging()
+            self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
+        else:
+            self._supply.expect(plan)
+            if not self._auditor.begin():
+                self.log.emit(events.PhaseChanged(round=plan.round, phase="following"))
+        try:
+            if work is not None and self.manifest.run.overlap.late_steps:
+                self._trainer.begin_late(plan)
+            exchange = self._exchange(plan)
+            record, gradient = await self._certify(plan, work, exchange)
+        except Moved as moved:
+            await self._trainer.halt_late()
+            if work is not None and not moved.accepted:
+                await self._trainer.do(self.replica.give_back, work)
+            await self._trainer.do(self.replica.forsake)
+            raise
+        await self._advance.step(record, gradient)
+        self._auditor.follow(record)
+        if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
+            await self._trainer.do(self.replica.give_back, work)
+        self._meter.exchanged()
+        self._reporter.announce(record)
+        if leaves := self._departure.asked:  # said before the last attestation, after which the next round is planned
+            if quota is not None:
+                await self._reporter.report(plan, work, judge=False)
+            await self._departure.goodbye(plan.round, finished=self._finished())
+        suspects = await self._suspects(record, exchange)
+        await self._auditor.decline()
+        try:
+            await self._client.submit(Attestation(self.replica.chain.state_root, suspects), plan.round)
+        except Refused:
+            await self._client.present()  # too late for the round, not for the run
+        self._departure.end(record)
+        if quota is not None and not leaves:
+            await self._reporter.report(plan, work)
+        if not self._auditor.busy:
+            await self._saver.save()
+
+    async def _certify(self, plan: Plan, work: Work | None, exchange: Exchange) -> tuple[Record, Gradient]:
+        """Exchange payloads and vote. Raises :class:`Moved`."""
+        return await Certification(
+            plan,
+            work,
+            self.replica.chain,
+            voter=self._voter,
+            client=self._client,
+            exchange=exchange,
+            knows_base=partial(self.replica.shows_base, plan),
+            warn=self._warn,
+        ).run()
+
+    async def _train(self, plan: Plan) -> Work | None:
+        """The inner steps, and the commitment to them; None where the round closed before we were done."""
+        await self._supply.ready(plan, self.identity.peer_id, lambda: self._closed_to_me(plan))
+        self.log.emit(events.PhaseChanged(round=plan.round, phase="training"))
+        try:
+            work = await self._trainer.train(plan, lambda: self._stopping or self._closed_to_me(plan))
+        except Interrupted:
+            self._warn(f"round {plan.round} closed before this node was done; it follows the others")
+            self._departure.end()
+            return None
+        except BadShard:
+            self._warn(f"this node takes no part in round {plan.round}: it does not have the text of its part")
+            self._departure.end()
+            return None
+        except Spent as spent:
+            self._warn(str(spent))
+            self._departure.decide()
+            self._departure.end()
+            return None
+        self._account_for(plan)
+        self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))
+        digest = work.contribution.commitment(self.identity.peer_id, self.manifest.run_id, plan.round)
+        try:
+            await self._client.submit(Commitment(digest, plan.term), plan.round)
+        except Refused as refusal:
+            self._warn(f"this round's work was not taken: {refusal}; it is kept for the next one")
+            self._departure.end()
+        self._departure.sealed()
+        return work
+
+    async def _suspects(self, record: Record, exchange: Exchange) -> tuple[str, ...]:
+        """Whose contribution stands out, and so is to be audited, if anybody's is."""
+        if self._lookout is None:
+            return ()
+        counts, seen = exchange.shape.counts, exchange.part()
+        held = {node: exchange.payloads[node] for node in exchange.held if node in exchange.payloads}
+        found = await asyncio.to_thread(self._lookout.look, record, counts, held, seen)
+        for node, check in found.items():
+            self._inform(f"the work of {node[-6:]} stands out in round {record.plan.round}: {check}")
+        return tuple(found)
+
+    def _account_for(self, plan: Plan) -> None:
+        """Say what of a privacy budget is spent. A node that has no round left in it leaves after this one."""
+        if self.replica.private is None:
+            return
+        account = self.replica.private.account(plan.round)
+        self.log.emit(account)
+        if not account.rounds_left and plan.round < self.manifest.run.rounds.total:
+            self._warn("the privacy budget has no round left: this node leaves the run after this one")
+            self._departure.decide()
+
+    def _exchange(self, plan: Plan) -> Exchange:
+        """This node's part in exchanging the round's payloads."""
+        counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
+        shape = Shape(self.replica.codec, counts)
+        run = self.manifest.run
+        merge = Merge.of(run)
+        if plan.reducers:
+            return Sharded(self._wire, plan, shape, merge, self.replica.backend.codec(run.result_codec))
+        return Gather(self._wire, plan, shape, merge)
+
+    # -------------------------------------------------------------------------------------- helpers
+
+    async def _on_trainer(self, function: Callable[[], None]) -> None:
+        """Where what trains is somebody else's work, an outer step has nothing to move there, and does not wait."""
+        await (asyncio.to_thread(function) if self._auditor.busy else self._trainer.do(function))
+
+    def _closed_to_me(self, plan: Plan) -> bool:
+        board = self._client.board
+        if board is None or board.phase == Phase.ELECTING:
+            return False
+        return board.plan != plan or board.phase == Phase.CERTIFYING
+
+    def _name_liar(self, peer_id: str, what: str) -> None:
+        self.log.emit(events.Rejected(peer=peer_id, reason=what, what="blob"))
+
+    def _finished(self) -> bool:
+        return self.replica.chain.rounds >= self.manifest.run.rounds.total
+
+    def _inform(self, text: str) -> None:
+        self.log.emit(events.Notice(level="info", text=text))
+
+    def _warn(self, text: str) -> None:
+        if text != self._warned:  # what is tried again every second is said once
+            self._warned = text
+            self.log.emit(events.Notice(level="warning", text=text))
