@@ -16,14 +16,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from psyche.audit.simulated import honest
+from psyche.audit.simulated import Tribunal, honest
 from psyche.config import load_config
 from psyche.diloco.reference import play
 from psyche.launch.launch import launch
+from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
 from psyche.verification.kit import Kits
-from tests.roles.tiny import LARGER, replica, write_config
+from tests.tiny import LARGER, replica, write_config
 
 NODES = 4
 SHARDED = {"exchange": {"kind": "sharded", "reducers": 2}, "model": LARGER}
@@ -52,7 +53,8 @@ def run(name: str, directory: Path, cache: Path) -> list[dict[str, str]]:
     for node, one in replicas.items():
         one.witness.kits = Kits(directory / node / "audits")
     late_steps = manifest.run.overlap.late_steps
-    played = play(manifest, replicas, late=lambda _round, _node: late_steps, judge=honest)
+    audits = Tribunal(replicas, manifest.run_id, rules_of(manifest).audits, honest)
+    played = play(manifest, replicas, late=lambda _round, _node: late_steps, hear=audits.hear)
     return [
         {"state_root": replicas[min(replicas)].chain.state_root.hex(), "record": record.hash.hex()}
         for record, _ in played

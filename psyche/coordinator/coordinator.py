@@ -26,6 +26,7 @@ from psyche.network.streams import Refused
 from psyche.protocol import envelope as envelopes
 from psyche.protocol import state as protocol
 from psyche.protocol.audits import statement
+from psyche.protocol.calls import MAX_SUBMISSION, STANDBY, UNKNOWN, WATCH_SECONDS
 from psyche.protocol.certificates import BadCertificate, seals_needed, signatures_needed
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import (
@@ -54,19 +55,12 @@ from psyche.protocol.verdicts import DeclinedAudit, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
-from psyche.worker.meter import metrics_event
+from psyche.telemetry.monitor import metrics_event
 
-WATCH_SECONDS = 4.0
-"""How long a watcher's question is left open when nothing changes; well under any ``silence`` bound."""
 TICK_SECONDS = 0.2
 BURST_SECONDS = 0.02
 """What is shown of many contributions at once: each board goes to every member, so that one a contribution would cost
 the square of the members."""
-STANDBY = "this coordinator does not lead"
-UNKNOWN = "present yourself first"
-"""What a watcher hears whom the coordinator does not know, or no longer: after a restart, or a long silence."""
-MAX_SUBMISSION = 1 << 20
-MAX_BOARD = 8 << 20
 
 
 class Coordinator:

@@ -6,12 +6,11 @@ messages directly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from types import MappingProxyType
 
-from psyche.audit.simulated import Judge, Tribunal
 from psyche.config import Manifest
 from psyche.diloco.local_update import Work
 from psyche.diloco.replica import Replica
@@ -37,6 +36,7 @@ from psyche.protocol.state import (
     Proposed,
     Reported,
     Round,
+    Said,
     State,
     Voted,
 )
@@ -75,16 +75,16 @@ def play(
     replicas: Mapping[str, Replica],
     late: Callable[[int, str], int] = lambda round, node: 0,
     due: Mapping[str, int] = MappingProxyType({}),
-    judge: Judge | None = None,
+    hear: Callable[[Record], Iterable[Said]] | None = None,
 ) -> Iterator[tuple[Record, dict[str, Work]]]:
     """Run to the end; after each round's outer step yield its record and what each member produced.
 
     ``replicas`` go by node id, as many as ``rounds.start_members`` or more, all at the genesis state. ``late`` says
     how many late steps a node takes while a round is on the wire, and ``due`` which quota a node has, if not H: in a
-    distributed run time decides both. ``judge`` is what auditors do; without one nobody does the audits that are drawn.
+    distributed run time decides both. ``hear`` gives what auditors say after a record (``audit/simulated.py``);
+    without it nobody does the audits that are drawn.
     """
     machine = Machine(manifest, due)
-    tribunal = None if judge is None else Tribunal(replicas, manifest.run_id, machine.rules.audits, judge)
     lookout = Lookout(replicas[min(replicas)].codec, manifest.run_id, manifest.run.overlap.fragments)
     effects: list[Effect] = []
     for node in sorted(replicas):
@@ -102,13 +102,13 @@ def play(
             replica.apply(record, replica.gradient_of(record, payloads))
         yield record, works
         counts = [part.stop - part.start for part in replicas[min(replicas)].slices_of(plan.round)]
-        suspects = frozenset(lookout.look(record, counts, payloads, range(len(counts))) if tribunal else ())
+        suspects = frozenset(lookout.look(record, counts, payloads, range(len(counts))) if hear else ())
         effects = [
             effect
             for node in sorted(set(replicas) - set(record.docket.banned))
             for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root, suspects))
         ]
-        for said in tribunal.hear(record) if tribunal else ():  # while the next round is trained for
+        for said in hear(record) if hear else ():  # while the next round is trained for
             machine.send(said)
 
 

@@ -21,6 +21,7 @@ from statistics import fmean, median
 import msgspec
 
 from psyche.config import Run
+from psyche.protocol.messages import Metrics
 from psyche.telemetry.events import (
     AuditEnded,
     Diverged,
@@ -304,3 +305,12 @@ def _utilisation(reports: Iterable[MemberMetrics]) -> float | None:
         min(r.train_seconds / r.round_seconds, 1.0) for r in reports if r.train_seconds is not None and r.round_seconds
     ]
     return fmean(shares) if shares else None
+
+
+def metrics_event(node: str, round_number: int, body: Metrics) -> MemberMetrics:
+    """What ``node`` measured of a round, from its signed message."""
+    fields = {name: getattr(body, name) for name in body.__struct_fields__}
+    seconds = body.train_seconds
+    return MemberMetrics(
+        round=round_number, peer=node, tokens_per_second=body.tokens / seconds if seconds > 0 else None, **fields
+    )

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from psyche.config import Manifest
-from psyche.coordinator.coordinator import MAX_BOARD, STANDBY, UNKNOWN, WATCH_SECONDS
 from psyche.errors import PsycheError
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Refusal
+from psyche.protocol.calls import MAX_BOARD, STANDBY, UNKNOWN, WATCH_SECONDS
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Board, Commitment, Contribution, Holding, Leave, Present, Promise
 from psyche.protocol.state import Phase

@@ -7,7 +7,6 @@ import time
 from psyche.diloco.local_update import Work
 from psyche.network.traffic import Traffic
 from psyche.protocol.messages import Metrics
-from psyche.telemetry import events
 
 
 class Meter:
@@ -71,12 +70,3 @@ def _told_loss(work: Work | None) -> float | None:
     if work is None:
         return 0.0
     return None if work.contribution.private else work.loss
-
-
-def metrics_event(node: str, round: int, body: Metrics) -> events.MemberMetrics:
-    """What ``node`` measured of ``round``."""
-    fields = {name: getattr(body, name) for name in body.__struct_fields__}
-    seconds = body.train_seconds
-    return events.MemberMetrics(
-        round=round, peer=node, tokens_per_second=body.tokens / seconds if seconds > 0 else None, **fields
-    )

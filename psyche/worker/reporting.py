@@ -12,8 +12,9 @@ from psyche.protocol.messages import Plan, Record
 from psyche.protocol.standing import probation_note
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
+from psyche.telemetry.monitor import metrics_event
 from psyche.worker.coordinator_client import BoardClient
-from psyche.worker.meter import Meter, metrics_event
+from psyche.worker.meter import Meter
 from psyche.worker.training_thread import Trainer
 
 

@@ -26,7 +26,7 @@ from psyche.config import Outer
 from psyche.diloco.reference import play
 from psyche.errors import PsycheError
 from psyche.launch.costs import costs_of
-from tests.roles.swarm import PATIENCE
+from tests.processes.swarm import PATIENCE
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from psyche.bench.exchange.tensors import BLOCK, SCALE, Error, blocks, checked, 
 from psyche.cli.bench import app
 from psyche.cli.bench import rate as rate_option
 from psyche.errors import PsycheError
-from tests.roles.swarm import alive
+from tests.processes.swarm import alive
 
 FIELDS = set(Row.__struct_fields__)
 MBIT = 10**6

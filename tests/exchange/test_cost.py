@@ -28,7 +28,7 @@ from psyche.protocol.reduction import ring
 from psyche.protocol.verdicts import EMPTY
 from tests.exchange.plain import MERGE
 from tests.protocol.players import contribution
-from tests.roles.tiny import write_config
+from tests.tiny import write_config
 
 COUNTS = (1 << 18,) * 9 + (1 << 16,)
 PEERS = 4

@@ -21,8 +21,8 @@ from psyche.telemetry.events import (
     RoundStarted,
     RunFinished,
 )
-from tests.roles.swarm import Swarm, swarm
-from tests.roles.tiny import write_config
+from tests.processes.swarm import Swarm, swarm
+from tests.tiny import write_config
 
 pytestmark = pytest.mark.slow
 

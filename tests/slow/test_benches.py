@@ -19,7 +19,7 @@ from psyche.bench.mixed.plan import Plan as MixedPlan
 from psyche.bench.utilisation.compare import measure
 from psyche.bench.utilisation.plan import Plan, trials
 from tests.bench.test_links import needs_namespaces
-from tests.roles.swarm import PATIENCE, alive, descendants
+from tests.processes.swarm import PATIENCE, alive, descendants
 
 MBIT = 10**6
 

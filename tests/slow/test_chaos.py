@@ -17,14 +17,14 @@ from psyche.ledger.store import Ledger
 from psyche.ledger.verify import verify_ledger
 from psyche.network.identity import IDENTITY, Identity
 from psyche.telemetry.events import RoundCertified
-from tests.roles.swarm import Swarm, standby_key
-from tests.roles.tiny import write_config
+from tests.processes.swarm import Swarm, standby_key
 from tests.slow.chaos import summary
 from tests.slow.chaos.conductor import Conductor
 from tests.slow.chaos.faults import KINDS, PLAIN, schedule
 from tests.slow.chaos.replay import Reference, records_of
 from tests.slow.chaos.watch import Watch
 from tests.slow.chaos.world import COORDINATOR, World, why_not, world
+from tests.tiny import write_config
 
 SECONDS = float(os.environ.get("PSYCHE_CHAOS_SECONDS", "150"))
 SEEDS = [int(seed) for seed in os.environ.get("PSYCHE_CHAOS_SEED", "1,2").split(",")]

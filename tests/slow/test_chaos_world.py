@@ -20,11 +20,11 @@ from psyche.ledger.store import NAME as LEDGER
 from psyche.network.identity import IDENTITY
 from psyche.processes.local import run_locally
 from psyche.telemetry.log import LOG_NAME
-from tests.roles.tiny import LARGER, certified_roots, write_config
 from tests.slow.chaos.clock import Clock, build
 from tests.slow.chaos.faults import KINDS, UNDISTURBED, schedule
 from tests.slow.chaos.replay import Reference, records_of
 from tests.slow.chaos.world import World, why_not, world
+from tests.tiny import LARGER, certified_roots, write_config
 
 NODES = [f"node-{number}" for number in range(1, 7)]
 COORDINATORS = ["coordinator", "standby"]

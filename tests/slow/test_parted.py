@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from psyche.telemetry.events import Notice, PeerLeft, RoundCertified
-from tests.roles.swarm import standby_key
-from tests.roles.test_failover import QUICK
-from tests.roles.tiny import write_config
+from tests.coordinator.test_failover import QUICK
+from tests.processes.swarm import standby_key
 from tests.slow.chaos.world import COORDINATOR, why_not, world
+from tests.tiny import write_config
 
 NODES = ["node-1", "node-2", "node-3"]
 

@@ -21,7 +21,7 @@ from psyche.training.torch_engine import TorchEngine
 from psyche.training.zero.engine import DeepSpeedEngine
 from psyche.training.zero.memory import Stage
 from psyche.training.zero.wire import Done, Fit, Order
-from tests.roles.swarm import PATIENCE, alive
+from tests.processes.swarm import PATIENCE, alive
 from tests.training.tiny_models import SETTINGS, Sequences, parameters
 
 torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY, Audit, Finding
 from psyche.verification.kit import Kit, Kits
-from tests.roles.tiny import replica, write_config
+from tests.tiny import replica, write_config
 
 STEPS = 30
 """H, as where the relative errors of REFERENCES were measured."""

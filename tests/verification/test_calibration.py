@@ -11,7 +11,7 @@ from psyche.audit import calibrate as calibrating
 from psyche.audit.calibrate import calibrate, measure, prepared
 from psyche.config import load_config
 from psyche.verification.calibration import COPY, FRAUDS, HALF, NOISE, ONE_STEP, OTHER, TENTH, Kind
-from tests.roles.tiny import write_config
+from tests.tiny import write_config
 
 PLAIN = Kind("fp32, 1 thread", "cpu", 1, "fp32")
 AGAIN = Kind("fp32, once more", "cpu", 1, "fp32")

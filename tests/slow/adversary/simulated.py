@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from psyche.audit.simulated import Judge, honest
+from psyche.audit.simulated import Judge, Tribunal, honest
 from psyche.config import load_config
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
@@ -20,8 +20,8 @@ from psyche.protocol.credits import Books, fold
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import Closed
 from psyche.verification.kit import Kits
-from tests.roles.tiny import replica, write_config
 from tests.slow.adversary.cheats import Cheat, Honest, Swarm
+from tests.tiny import replica, write_config
 
 STEPS = 10
 AUDITS = {"rate": 0.2, "second": 0.2, "window": 40, "patience": 3}
@@ -108,7 +108,8 @@ def run(
             arm(one)
         replicas[identity.peer_id] = one
     ran = Ran(hostile=liars)
-    for record, _ in play(manifest, replicas, judge=judge(liars)):
+    audits = Tribunal(replicas, manifest.run_id, rules_of(manifest).audits, judge(liars))
+    for record, _ in play(manifest, replicas, hear=audits.hear):
         ran.records.append(record)
     ran.books = fold(rules_of(manifest), ran.records)
     ran.loss = heldout_loss(replicas[identities[0].peer_id])

@@ -14,9 +14,9 @@ from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
 from psyche.telemetry.events import RunFinished
 from psyche.verification.evidence import EVIDENCE, Evidence
-from tests.roles.swarm import swarm
-from tests.roles.test_bad_input import psyche
-from tests.roles.tiny import write_config
+from tests.processes.swarm import swarm
+from tests.processes.test_bad_input import psyche
+from tests.tiny import write_config
 
 pytestmark = pytest.mark.slow
 

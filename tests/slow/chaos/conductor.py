@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from tests.roles.swarm import PATIENCE
+from tests.processes.swarm import PATIENCE
 from tests.slow.chaos.faults import Fault
 from tests.slow.chaos.watch import Seen
 from tests.slow.chaos.world import World

@@ -21,7 +21,7 @@ from psyche.numerics.aggregate import Gradient, decoded
 from psyche.numerics.digest import digest
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Plan, Record
-from tests.roles.tiny import replica
+from tests.tiny import replica
 
 DEALS = (0, 1, 2)
 """Of an undisturbed run: as the run dealt its data, and otherwise."""

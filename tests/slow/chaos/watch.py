@@ -20,7 +20,7 @@ import msgspec
 from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.telemetry.events import AnyEvent, RoundCertified
 from psyche.telemetry.log import LOG_NAME
-from tests.roles.swarm import alive, descendants
+from tests.processes.swarm import alive, descendants
 from tests.slow.chaos.world import World
 
 LOOK_SECONDS = 0.2

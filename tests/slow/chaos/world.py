@@ -15,7 +15,7 @@ import yaml
 from psyche.bench.exchange.links import Link, Place, on_loopback, shaped
 from psyche.errors import PsycheError
 from psyche.network.invites import invite_of
-from tests.roles.swarm import Swarm
+from tests.processes.swarm import Swarm
 from tests.slow.chaos import clock
 from tests.slow.chaos.clock import Clock
 from tests.slow.chaos.disk import Disk

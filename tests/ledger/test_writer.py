@@ -18,8 +18,8 @@ from psyche.telemetry.events import RoundCertified, RoundStarted
 from psyche.worker.voter import BALLOT
 from tests.chains import MANIFEST, RULES, chain
 from tests.ledgers import CHAIN, fill, psyche_ledger
-from tests.roles.swarm import swarm
-from tests.roles.tiny import write_config
+from tests.processes.swarm import swarm
+from tests.tiny import write_config
 
 
 def test_the_writer_writes_what_was_entered_before_it_is_closed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from psyche.network.identity import Identity
 from psyche.numerics.backends.choice import available
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import EmulatedLauncher
-from tests.roles.tiny import replica, write_config
+from tests.tiny import replica, write_config
 
 
 @pytest.mark.parametrize("codec", ["int8", "int2", "topk2e"])

@@ -21,8 +21,8 @@ from psyche.telemetry.events import (
     RoundStarted,
     RunFinished,
 )
-from tests.roles.swarm import PATIENCE, Swarm, alive, descendants, swarm
-from tests.roles.tiny import certified_roots, write_config
+from tests.processes.swarm import PATIENCE, Swarm, alive, descendants, swarm
+from tests.tiny import certified_roots, write_config
 
 ROUNDS = {"inner_steps": 40, "min_members": 1}
 """Rounds of a second or so: a node that comes back must find the run still going."""
@@ -110,7 +110,7 @@ def test_a_node_with_other_bits_is_told_and_resynchronises(tmp_path: Path) -> No
         run.coordinator()
         for number in range(1, 4):
             run.node(f"node-{number}")
-        run.node("node-4", module="tests.roles.bitflip")
+        run.node("node-4", module="tests.processes.bitflip")
         told = run.wait("coordinator", Diverged)
         run.wait("node-4", Resynchronised)
         run.wait("coordinator", RoundCertified, lambda event: event.round > told.round and told.peer in event.accepted)
@@ -128,7 +128,7 @@ def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> No
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
         run.node("node-1")
-        run.node("node-2", module="tests.roles.stranger", config=elsewhere)
+        run.node("node-2", module="tests.processes.stranger", config=elsewhere)
         for name in ("node-1", "node-2", "coordinator"):
             assert run.join(name) == 0, run.output(name)
         assert [event.round for event in run.events("node-2", Resynchronised)] == [0]

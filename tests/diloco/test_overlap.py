@@ -31,7 +31,7 @@ from psyche.protocol.verdicts import EMPTY
 from psyche.training.moments import packed
 from psyche.verification.traces import Trace
 from tests.protocol.players import nodes
-from tests.roles.tiny import replica, write_config
+from tests.tiny import replica, write_config
 
 FP32 = {"codec": {"name": "fp32"}, "aggregation": {"kind": "mean"}}
 

@@ -13,7 +13,7 @@ from psyche.network.identity import Identity
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.messages import Member, Plan
 from psyche.protocol.proposals import round_seed
-from tests.roles.tiny import replica, write_config
+from tests.tiny import replica, write_config
 
 
 def test_a_contribution_says_where_it_is_to_be_paid(tmp_path: Path) -> None:

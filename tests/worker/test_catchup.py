@@ -13,8 +13,8 @@ from psyche.config import MANIFEST, Manifest
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.telemetry.events import CaughtUp, PeerLeft, Resynchronised, RoundCertified
-from tests.roles.swarm import swarm
-from tests.roles.tiny import MODEL, certified_roots, write_config
+from tests.processes.swarm import swarm
+from tests.tiny import MODEL, certified_roots, write_config
 
 PACED = paced.__name__
 ROUNDS = {"inner_steps": 40, "min_members": 1, "total": 500}

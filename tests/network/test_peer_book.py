@@ -21,8 +21,8 @@ from psyche.network.peer_book import ANNOUNCED, DIALLED, MAX_PEERS, PEERS, PeerB
 from psyche.network.presence import MAX_ANNOUNCED, decode_addresses, encode_addresses
 from psyche.network.records import MAX_BODY
 from psyche.telemetry.events import RoundCertified, RunFinished, RunStarted
-from tests.roles.swarm import Swarm, swarm
-from tests.roles.tiny import certified_roots, write_config
+from tests.processes.swarm import Swarm, swarm
+from tests.tiny import certified_roots, write_config
 
 FOREVER = {"total": 500, "inner_steps": 40, "start_members": 1}
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from psyche.telemetry.events import Notice, PeerLeft, RoundCertified, RoundStarted, StepDone
-from tests.roles.swarm import PATIENCE, Swarm, alive, descendants, swarm
-from tests.roles.tiny import certified_roots, write_config
+from tests.processes.swarm import PATIENCE, Swarm, alive, descendants, swarm
+from tests.tiny import certified_roots, write_config
 
 pytestmark = pytest.mark.slow
 DEADLINES = {"round_min": 20.0, "round_max": 90.0, "exchange_min": 5.0, "exchange_max": 20.0, "silence": 10.0}

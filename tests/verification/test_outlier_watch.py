@@ -15,10 +15,10 @@ from psyche.protocol.messages import Accepted, Plan, Record
 from psyche.protocol.verdicts import EMPTY
 from psyche.telemetry.events import Notice, RoundCertified, RunFinished
 from psyche.verification.outlier_watch import Lookout
+from tests.processes.swarm import swarm
 from tests.protocol.players import contribution
 from tests.protocol.test_acceptor import PLAN, changed
-from tests.roles.swarm import swarm
-from tests.roles.tiny import write_config
+from tests.tiny import write_config
 
 CODEC = best().codec("int8")
 COUNTS = (1 << 14, 1 << 14, 1 << 13)
@@ -79,7 +79,7 @@ def test_nobody_takes_the_work_of_who_does_not_have_the_state_it_starts_from(tmp
         run.coordinator()
         for number in (1, 2, 3):
             run.node(f"node-{number}")
-        run.node("baseless", module="tests.roles.baseless")
+        run.node("baseless", module="tests.processes.baseless")
         run.wait("coordinator", RunFinished)
         assert run.join("node-1") == 0
         liar = Identity.load_or_create(tmp_path / "run" / "baseless" / IDENTITY).peer_id

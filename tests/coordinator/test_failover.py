@@ -12,8 +12,8 @@ from psyche.config import MANIFEST, Manifest
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.verify import verify_ledger
 from psyche.telemetry.events import Notice, RoundCertified, RoundStarted
-from tests.roles.swarm import Swarm, standby_key, swarm
-from tests.roles.tiny import certified_roots, write_config
+from tests.processes.swarm import Swarm, standby_key, swarm
+from tests.tiny import certified_roots, write_config
 
 LEASE = 4.0
 QUICK = {

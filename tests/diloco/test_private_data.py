@@ -31,7 +31,7 @@ from psyche.protocol.weights import weights
 from psyche.state.budget import Budget, Spent
 from psyche.training.privacy import shrinkage
 from psyche.worker.meter import Meter, metrics_event
-from tests.roles.tiny import replica, write_config
+from tests.tiny import replica, write_config
 
 CLIP, LOTS = 0.05, 1e15
 FEDERATED: dict[str, Any] = {"clip": CLIP, "max_share": 0.25}

@@ -20,8 +20,8 @@ from psyche.data.store import store_path
 from psyche.network.identity import IDENTITY
 from psyche.telemetry.events import RunStarted
 from tests.bench.test_links import needs_namespaces
-from tests.roles.swarm import PATIENCE, alive, descendants, standby_key, swarm
-from tests.roles.tiny import write_config
+from tests.processes.swarm import PATIENCE, alive, descendants, standby_key, swarm
+from tests.tiny import write_config
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from psyche.tools.export import export_node
 from psyche.tools.generate import Sampling, generate
 from psyche.tools.load import Trained, load_trained
 from tests.protocol.players import peer_id
-from tests.roles.tiny import write_config
+from tests.tiny import write_config
 
 ROUND = 3
 

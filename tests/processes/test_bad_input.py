@@ -35,8 +35,8 @@ from psyche.telemetry.events import (
     RunFinished,
     RunStarted,
 )
-from tests.roles.swarm import PATIENCE, swarm
-from tests.roles.tiny import certified_roots, write_config
+from tests.processes.swarm import PATIENCE, swarm
+from tests.tiny import certified_roots, write_config
 
 FOREVER = {"total": 500, "inner_steps": 40, "start_members": 1}
 

@@ -24,9 +24,9 @@ from psyche.protocol.admission import contribution_fault
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Contribution
 from psyche.telemetry.events import Leaving, Left, PeerLeft, PhaseChanged, RoundCertified, RoundStarted, StepDone
-from tests.roles.swarm import PATIENCE, Swarm, swarm
-from tests.roles.test_overlap import alone, plan_for
-from tests.roles.tiny import write_config
+from tests.diloco.test_overlap import alone, plan_for
+from tests.processes.swarm import PATIENCE, Swarm, swarm
+from tests.tiny import write_config
 
 SLOW = "psyche.bench.utilisation.paced"
 DEADLINES = {"round_min": 60.0, "round_max": 90.0, "exchange_min": 5.0, "exchange_max": 20.0, "silence": 10.0}

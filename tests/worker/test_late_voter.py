@@ -16,8 +16,8 @@ from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Certificate
 from psyche.protocol.wire import decode
 from psyche.telemetry.events import RoundCertified, RoundStarted
-from tests.roles.swarm import swarm
-from tests.roles.tiny import write_config
+from tests.processes.swarm import swarm
+from tests.tiny import write_config
 
 NAMES = ("node-1", "node-2", "node-3", "node-4")
 PATIENT = {"round_min": 12.0, "round_max": 30.0, "exchange_min": 6.0, "exchange_max": 20.0, "silence": 90.0}

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from psyche.config import Manifest, load_config
-from psyche.coordinator.coordinator import STANDBY, UNKNOWN
 from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.network.streams import Refused, Unreachable
 from psyche.protocol import envelope as envelopes
+from psyche.protocol.calls import STANDBY, UNKNOWN
 from psyche.protocol.messages import Board, Present, Promise
 from psyche.protocol.state import Phase
 from psyche.worker import coordinator_client as module
 from psyche.worker.coordinator_client import BoardClient
-from tests.roles.tiny import write_config
+from tests.tiny import write_config
 
 GUARD_SECONDS = 20.0
 Answer = Callable[[str], bytes]

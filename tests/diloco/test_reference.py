@@ -10,7 +10,7 @@ from psyche.config import load_config
 from psyche.processes.local import run_locally
 from psyche.telemetry.log import LOG_NAME
 from tests.ledgers import check_one_chain
-from tests.roles.tiny import LARGER, certified_roots, late_steps, reference_roots, report, write_config
+from tests.tiny import LARGER, certified_roots, late_steps, reference_roots, report, write_config
 
 SLOW = [("fp32", 1), ("int8", 1), ("fp32", 2), ("fp32", 4), ("int8", 4), ("int4", 2)]
 

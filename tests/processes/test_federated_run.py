@@ -25,8 +25,8 @@ from psyche.protocol.messages import WITHHELD
 from psyche.state.budget import Budget
 from psyche.telemetry.events import MemberMetrics, PrivacySpent, RoundCertified, RunFinished
 from psyche.telemetry.log import LOG_NAME, read_events
-from tests.roles.swarm import swarm
-from tests.roles.tiny import write_config
+from tests.processes.swarm import swarm
+from tests.tiny import write_config
 
 NODES, ROUNDS = 4, 4
 DELTA = 1e-6
@@ -58,7 +58,7 @@ def test_nothing_of_the_private_text_is_in_what_was_sent_or_logged(tmp_path: Pat
             options = ["--private-data", str(files[0].parent), "--epsilon", "8"]
             if name == "node-4":  # noise for fewer rounds than the run has
                 options += ["--noise-multiplier", "1.0"]
-            run.node(name, str(tmp_path / "tap" / name), *options, module="tests.roles.tapped")
+            run.node(name, str(tmp_path / "tap" / name), *options, module="tests.processes.tapped")
         run.wait("coordinator", RunFinished)
         for name in [*corpora, "coordinator"]:
             assert run.join(name) == 0, run.output(name)[-2000:]

@@ -16,7 +16,7 @@ from psyche.protocol.assignment import shards
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY
-from tests.roles.tiny import replica, write_config
+from tests.tiny import replica, write_config
 
 
 def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ from psyche.tools.checks import (
 from psyche.tools.preflight import check_connection, check_machine, port_of, tell
 from psyche.training.choice import Choice, choose
 from psyche.training.memory import available_memory
-from tests.roles.swarm import swarm
-from tests.roles.test_bad_input import psyche
-from tests.roles.tiny import write_config
+from tests.processes.swarm import swarm
+from tests.processes.test_bad_input import psyche
+from tests.tiny import write_config
 
 PEER = "12D3KooWFSX9rPxi5p8zYYzETNrXG8a7d7bHTxcQW3SGSkKiB9Qh"
 

@@ -11,8 +11,8 @@ import pytest
 from psyche.network.invite import Invite
 from psyche.network.ports import PORT, keep_port, last_port
 from psyche.telemetry.events import Notice, RoundCertified
-from tests.roles.swarm import swarm
-from tests.roles.tiny import write_config
+from tests.processes.swarm import swarm
+from tests.tiny import write_config
 
 ANY = ("/ip4/127.0.0.1/tcp/0", "/dns/example.org/tcp/0")
 ADDRESSES = [

@@ -20,8 +20,8 @@ from psyche.protocol.assignment import shards
 from psyche.telemetry.events import MemberMetrics, Notice, RunStarted
 from psyche.telemetry.log import LOG_NAME
 from tests.data.test_token_store import flip_bit
-from tests.roles.swarm import Swarm, swarm
-from tests.roles.tiny import certified_roots, load_config, reference_roots, write_config
+from tests.processes.swarm import Swarm, swarm
+from tests.tiny import certified_roots, load_config, reference_roots, write_config
 
 SHARD_BYTES = 2048
 """32 sequences of the tiny run; a round of two members takes 80."""
