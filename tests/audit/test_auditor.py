@@ -111,11 +111,13 @@ def scene(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
     return Scene(case, tmp_path / "auditor", monkeypatch)
 
 
-async def worked(auditor: Auditor, seconds: float | None = None) -> None:
-    """All that it is asked for, or what of it can be done without waiting longer; then it is put off."""
+async def worked(auditor: Auditor, until: Callable[[], bool] = lambda: False) -> None:
+    """All that it is asked for, or what it does until ``until()``; then it is put off."""
     auditor.begin()
-    assert auditor._working is not None
-    await asyncio.wait({auditor._working}, timeout=seconds)
+    working = auditor._working
+    assert working is not None
+    while not working.done() and not until():  # noqa: ASYNC110  # what is waited for sets no event
+        await asyncio.sleep(0.001)
     await auditor.put_off()
 
 
@@ -146,19 +148,19 @@ def test_who_hands_nothing_over_holds_up_nobody_and_is_asked_in_later_rounds(
     """The auditor is put off as soon as it waits: rounds may be shorter than what it waits for."""
     now = [0.0]
     monkeypatch.setattr(auditing, "monotonic", lambda: now[0])
-    monkeypatch.setattr(auditing, "RETRY_SECONDS", 0.1)
     scene.silent = {scene.court.accused.node}
     auditor = scene.auditor()
+    tried = auditor._tried[scene.court.accused.node, 1]
 
     async def rounds() -> list[int]:
         found = []
-        for _ in range(auditing.ATTEMPTS):
-            await worked(auditor, 0.3)
+        for attempt in range(1, auditing.ATTEMPTS + 1):
+            await worked(auditor, lambda attempt=attempt: bool(tried.failed == attempt and scene.said))  # type: ignore[misc]
             found.append(len(scene.said))
-            now[0] += 0.1
+            now[0] += auditing.RETRY_SECONDS
         return found
 
-    assert asyncio.run(rounds()) == [1, 1, 2], "asked no more often than every so many seconds"
+    assert asyncio.run(rounds()) == [1, 1, 2]
     assert scene.finding(auditor, scene.court.peer.node).outcome == "measured"
     assert scene.finding(auditor, scene.court.accused.node).outcome == "unserved"
 
@@ -167,12 +169,13 @@ def test_who_hangs_is_not_begun_with_again(scene: Scene) -> None:
     scene.hang = {scene.court.accused.node}
     auditor = scene.auditor()
 
+    tried = auditor._tried[scene.court.accused.node, 1]
+
     async def rounds() -> list[int]:
-        found = []
-        for _ in range(2):
-            await worked(auditor, 0.3)
-            found.append(len(scene.said))
-        return found
+        await worked(auditor, lambda: tried.begun == 1)
+        found = [len(scene.said)]
+        await worked(auditor, lambda: bool(scene.said))
+        return [*found, len(scene.said)]
 
     assert asyncio.run(rounds()) == [0, 1]
     assert scene.finding(auditor, scene.court.peer.node).outcome == "measured"

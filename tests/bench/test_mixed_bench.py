@@ -16,7 +16,7 @@ from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
-from psyche.worker.meter import metrics_event
+from psyche.telemetry.monitor import metrics_event
 from tests.bench.measured import metrics
 from tests.chains import NAMES, RULES, chain
 

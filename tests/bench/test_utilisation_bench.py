@@ -12,7 +12,7 @@ from psyche.bench.utilisation.plan import LAST, SKIPPED, Plan, exchange_bytes, o
 from psyche.bench.utilisation.table import Row, rows_of, table, to_json
 from psyche.errors import PsycheError
 from psyche.telemetry.log import EventLog
-from psyche.worker.meter import metrics_event
+from psyche.telemetry.monitor import metrics_event
 from tests.bench.measured import metrics
 
 PLAN = Plan(peers=4, ratio=0.3, rounds=2)

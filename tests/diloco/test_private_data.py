@@ -29,8 +29,9 @@ from psyche.protocol.messages import WITHHELD, Member, Plan
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.weights import weights
 from psyche.state.budget import Budget, Spent
+from psyche.telemetry.monitor import metrics_event
 from psyche.training.privacy import shrinkage
-from psyche.worker.meter import Meter, metrics_event
+from psyche.worker.meter import Meter
 from tests.tiny import replica, write_config
 
 CLIP, LOTS = 0.05, 1e15

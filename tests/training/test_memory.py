@@ -41,7 +41,7 @@ class Narrow(TorchEngine):
 
     def _loss(self, forward: object, piece: Piece) -> torch.Tensor:
         self.tried = [*getattr(self, "tried", []), len(piece.tokens)]
-        if len(piece.tokens) > self.room * (1 + self._checkpoints):
+        if len(piece.tokens) > self.room * (1 + self.checkpoints):
             raise torch.OutOfMemoryError("this many do not fit")
         return super()._loss(forward, piece)  # type: ignore[arg-type]
 

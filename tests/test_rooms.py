@@ -1,0 +1,69 @@
+"""The folders of psyche are layers: each imports from those below it only, so that there are no circles."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import psyche
+
+ROOT = Path(psyche.__file__).parent
+LAYERS = [
+    "numerics",
+    "protocol",
+    "config",
+    "network",
+    "telemetry",
+    "training",
+    "exchange",
+    "data",
+    "state",
+    "verification",
+    "launch",
+    "ledger",
+    "diloco",
+    "audit",
+    "coordinator",
+    "worker",
+    "tools",
+    "processes",
+    "cli",
+]
+"""From the bottom up. ``bench`` measures all of them, and no room but the command line knows it."""
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms that a module imports from."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("psyche.")}
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert rooms == {*LAYERS, "bench"}
+
+
+@pytest.mark.parametrize("room", LAYERS)
+def test_a_room_imports_only_from_below(room: str) -> None:
+    allowed = set(LAYERS[: LAYERS.index(room) + 1]) | ({"bench"} if room == "cli" else set())
+    for path in sorted((ROOT / room).rglob("*.py")):
+        rooms = imported(path) & {*LAYERS, "bench"}
+        assert rooms <= allowed, f"{path.relative_to(ROOT.parent)} imports from {sorted(rooms - allowed)}"
+
+
+def test_the_protocol_is_pure() -> None:
+    """No clock, socket, file or tensor: every rule can be tested by replaying events."""
+    for path in sorted((ROOT / "protocol").glob("*.py")):
+        assert imported(path) & {*LAYERS, "bench"} <= {"protocol", "numerics"}, path
+        tree = ast.parse(path.read_text())
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not modules & {"time", "random", "secrets", "socket", "asyncio", "os", "pathlib", "torch"}, path
