@@ -42,7 +42,8 @@ join: .venv/run.stamp
 	@test -n "$(INVITE)" || { echo "make join needs INVITE=psyche1…, the string the operator gave you"; exit 2; }
 	@$(BIN)/psyche join $(INVITE) $(ARGS)
 
-FAST = $(BIN)/pytest -m 'not slow' -n 2 --dist worksteal
+# Three workers on two cores: many tests wait for processes of their own.
+FAST = $(BIN)/pytest -m 'not slow' -n 3 --dist worksteal
 test: .venv/dev.stamp
 	@$(FAST) $(ARGS)
 
@@ -53,7 +54,7 @@ test-slow: .venv/dev.stamp
 # no compiled codecs; a machine that is busy with something else. Half an hour.
 SEED ?= 1
 test-hostile: .venv/dev.stamp
-	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(FAST) --shuffle $(SEED) $(ARGS)
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(FAST) --shuffle $(SEED) --hypothesis-profile thorough $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 PSYCHE_NATIVE=0 $(FAST) $(ARGS)
 	yes >/dev/null & one=$$!; yes >/dev/null & trap "kill $$one $$!" EXIT; $(FAST) $(ARGS)
 

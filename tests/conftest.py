@@ -14,8 +14,11 @@ from psyche.numerics.backends import emulated
 torch.set_num_threads(1)  # tests share the machine, and the bits must not depend on it
 
 # How long an example takes says how busy the machine is, nothing about psyche. A failing example prints the line that
-# repeats it.
-settings.register_profile("psyche", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+# repeats it. Each run draws other examples, so that few a run add up; make test-hostile draws many.
+settings.register_profile(
+    "psyche", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True, max_examples=50
+)
+settings.register_profile("thorough", settings.get_profile("psyche"), max_examples=500)
 settings.load_profile("psyche")
 
 

@@ -182,6 +182,7 @@ def test_every_ratio_is_against_a_rival_of_the_same_run(tiny: tuple[Plan, bench.
     assert table([own, rival]).row_count == 2
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_named_and_none_is_left(tmp_path: Path) -> None:
     spec = Spec(
         system="psyche",

@@ -109,6 +109,7 @@ def test_a_standby_goes_on_with_the_round_of_a_coordinator_that_was_killed(tmp_p
         assert roots[0] == roots[1]
 
 
+@pytest.mark.slow
 def test_a_standby_that_the_launch_did_not_name_is_told_how_it_would_be(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=1)
     with swarm(tmp_path / "run", config) as run:

@@ -22,7 +22,7 @@ def slow(*values: object) -> object:
 
 @pytest.mark.parametrize(
     ("codec", "members", "reducers"),
-    [("int8", 3, 2), slow("int8", 4, 2), slow("topk2", 3, 1), slow("fp32", 2, 3)],
+    [("int8", 2, 2), slow("int8", 4, 2), slow("topk2", 3, 1), slow("fp32", 2, 3)],
 )
 def test_a_sharded_run_matches_the_reference(tmp_path: Path, codec: str, members: int, reducers: int) -> None:
     exchange = {"kind": "sharded", "reducers": reducers}

@@ -15,9 +15,9 @@ from psyche.processes.node import GENESIS, INVITE
 from tests.durability.cases import CASES, Case
 from tests.durability.sweep import DIED
 
-SLOW = {"token store", GENESIS, INVITE}
+SLOW = {"token store", GENESIS, INVITE, "ledger that goes back", "journal of copies"}
 """The first with a second for each death; the fast tests kill it at chosen ones (``tests/data/test_prepare.py``). The
-others are written as the manifest is, which stays with the fast tests."""
+others are written as the manifest, the ledger and the journal are, which stay with the fast tests."""
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,7 @@ class TestJoining:
 
 
 class TestDisks:
+    @pytest.mark.slow  # what the check finds is tested with the doctor's
     def test_too_little_room_for_checkpoints_is_said_before_anything_is_trained(
         self, tmp_path: Path, small_disk: Path
     ) -> None:

@@ -83,7 +83,7 @@ PARENTS = [
     Parent("bench exchange", command("bench", "exchange", "--peers", "2", "--params", "1M", "--repeat", "999"), SWARM),
     Parent("bench utilisation", command("bench", "utilisation", "--peers", "2", "--rounds", "999"), SWARM),
 ]
-FAST = {"node-1", "coordinator"}
+FAST = {"coordinator"}
 
 
 def chosen(parent: Parent) -> object:
