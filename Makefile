@@ -42,8 +42,7 @@ join: .venv/run.stamp
 	@test -n "$(INVITE)" || { echo "make join needs INVITE=psyche1…, the string the operator gave you"; exit 2; }
 	@$(BIN)/psyche join $(INVITE) $(ARGS)
 
-# Three workers on two cores: many tests wait for processes of their own.
-FAST = $(BIN)/pytest -m 'not slow' -n 3 --dist worksteal
+FAST = $(BIN)/pytest -m 'not slow' -n 2 --dist worksteal
 test: .venv/dev.stamp
 	@$(FAST) $(ARGS)
 

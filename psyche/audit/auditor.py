@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,12 @@ from typing import Protocol, TypeVar
 
 from psyche.audit.case import Case, first_needed, open_case
 from psyche.audit.recheck import audit, can_audit, claim_of
-from psyche.config import Manifest
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
 from psyche.launch.chain_rules import chain_rules
-from psyche.ledger.proofs import record_in
+from psyche.ledger.history import Past
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.fetch import BadBlob, FetchError, fetch
 from psyche.network.node import NetworkNode
@@ -35,7 +34,8 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol.audits import asked
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import grade
-from psyche.protocol.messages import Certificate, Record
+from psyche.protocol.ledger import claimed
+from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import JURY, Audit, AuditStatement, DeclinedAudit, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.telemetry import events
@@ -52,6 +52,8 @@ ATTEMPTS = 3
 RETRY_SECONDS = 2.0
 MAX_LOOKED_AT = 64 << 20
 """Bytes of certificates."""
+NO_BASE = "it does not hold what that round was trained from"
+"""Why a node declines: it was not there, started again since, or has several ranks."""
 UNSERVED = Finding("unserved", 0, 0, 0)
 
 Key = tuple[str, int]
@@ -89,8 +91,6 @@ class Tried:
     again: float = 0.0
     """When to ask it once more, by this machine's clock: it may be between two connections."""
     verdict: Verdict | None = None
-    possible: bool = False
-    """This node holds what it takes, as far as it has looked."""
     declined: bool = False
     """This node cannot do it: the next candidate is to be asked."""
 
@@ -117,12 +117,15 @@ class Auditor:
         self._ledger, self._supply, self._do, self._log, self._warn = ledger, supply, do, log, warn
         self._kits, self._evidence = Kits(directory / AUDITS, warn), Evidence(directory / EVIDENCE)
         replica.witness.kits = self._kits
+        self._past = Past(replica.manifest, network.rpc)
         self._me, self._rules = replica.node, chain_rules(replica.manifest).audits
         self._tried: defaultdict[Key, Tried] = defaultdict(Tried)
         self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
         self._working: asyncio.Task[None] | None = None
         self._now: Audit | None = None
-        """What it was last busy with."""
+        """What it is busy with, or was last, and"""
+        self._during = 0
+        """the round under way."""
         self._saying: asyncio.Task[None] | None = None
         self._stop = threading.Event()
         """Of the work that is under way: the thread that trains asks for it between two steps."""
@@ -180,11 +183,13 @@ class Auditor:
                 "`psyche ledger why`. If it is honest its hardware computes wrongly: `psyche doctor`, no overclocking"
             )
 
-    def begin(self) -> bool:
-        """This node is no member of the round: do the audits that it is asked for. Whether there are any."""
+    def begin(self, round_number: int) -> bool:
+        """This node is no member of the round under way: do the audits that it is asked for. Whether there are any."""
+        self._during = round_number
         if self.busy:
             self._tell_what_is_audited()
         elif self._duties():
+            self._now = None
             self._stop = threading.Event()
             self._working = asyncio.create_task(self._work(self._stop))
         return self.busy
@@ -193,11 +198,9 @@ class Auditor:
         """Decline, before the next round is planned, what this node is asked for and cannot do: it can train in that
         round, and the next candidate is asked."""
         for duty in self._duties():
-            tried = self._tried[duty.accused, duty.round]
-            if not tried.possible:
-                tried.possible = await self._case(duty) is not None
-                if not tried.possible:
-                    await self._decline(duty, "it does not hold what that round was trained from")
+            held = can_audit(self._replica, duty.round) and await self._records(range(duty.round, duty.round + 1))
+            if not held:
+                await self._decline(duty, NO_BASE)
 
     async def put_off(self) -> None:
         """Stop working; what was begun is begun anew another time."""
@@ -248,14 +251,13 @@ class Auditor:
 
     async def _work(self, stop: threading.Event) -> None:
         """One contribution after the other; what can be said of each goes on record as soon as it is known."""
-        during = self._replica.chain.rounds + 1
         await self._do(self._replica.forsake)
         duties = self._duties()
         while duties:
             duties = [duty for duty in duties if not await self._done(duty, stop)]
             if duties:
                 await asyncio.sleep(RETRY_SECONDS / 4)
-        self._log.emit(events.PhaseChanged(round=during, phase="following"))
+        self._log.emit(events.PhaseChanged(round=self._during, phase="following"))
 
     async def _done(self, duty: Audit, stop: threading.Event) -> bool:
         """Whether there is nothing more to be done for ``duty`` now; False: its accused is to be asked once more."""
@@ -264,8 +266,8 @@ class Auditor:
             return False
         tried.begun += 1
         case = await self._case(duty)
-        if case is None:
-            await self._decline(duty, "it does not hold what that round was trained from")
+        if isinstance(case, str):
+            await self._decline(duty, case)
             return True
         self._now = duty
         self._tell_what_is_audited()
@@ -292,12 +294,35 @@ class Auditor:
         await self._submit(SealedVerdict(duty.accused, duty.round, tried.verdict.digest))
         return True
 
-    async def _case(self, duty: Audit) -> Case | None:
-        """What this node's ledger says of the contribution; None where this node cannot audit it."""
-        if not can_audit(self._replica, duty.round):
-            return None
-        encoded = await self._ledger.held(range(first_needed(duty.round), duty.round + 1), MAX_LOOKED_AT)
-        return await asyncio.to_thread(_opened, self._replica.manifest, encoded, duty)
+    async def _case(self, duty: Audit) -> Case | str:
+        """What the records say of the contribution, or why this node cannot audit it.
+
+        All auditors look as far back, or one would pass what another fails: where this node's ledger has a gap (it
+        joined late, or was away) others are asked for those rounds.
+        """
+        first = first_needed(duty.round)
+        records = await self._records(range(first, duty.round + 1))
+        if not can_audit(self._replica, duty.round) or duty.round not in records:
+            return NO_BASE
+        known = duty.round
+        while known > first and known - 1 in records:
+            known -= 1
+        if known > first:
+            record = records[duty.round]
+            others = [node for node in record.electorate if node not in (self._me, duty.accused)]
+            older = await self._past.before(records[known], first, others)
+            if not older:
+                return f"nobody gives it the records of rounds {first} to {known - 1}"
+            records |= older
+        manifest = self._replica.manifest
+        fragments, jury = manifest.run.overlap.fragments, duty.looks == JURY
+        case = open_case(duty.accused, duty.round, records, manifest.run_id, fragments, jury=jury)
+        return NO_BASE if case is None else case
+
+    async def _records(self, rounds: range) -> dict[int, Record]:
+        """Those of ``rounds`` that are in this node's ledger, which checked them before it wrote them."""
+        encoded = await self._ledger.held(rounds, MAX_LOOKED_AT)
+        return await asyncio.to_thread(lambda: {one.plan.round: one for one in _readable(encoded)})
 
     async def _decline(self, duty: Audit, why: str) -> None:
         self._tried[duty.accused, duty.round].declined = True
@@ -370,17 +395,16 @@ class Auditor:
 
     def _tell_what_is_audited(self) -> None:
         if (now := self._now) is not None:
-            during = self._replica.chain.rounds + 1
-            self._log.emit(events.AuditStarted(peer=now.accused, round=now.round, during=during))
+            self._log.emit(events.AuditStarted(peer=now.accused, round=now.round, during=self._during))
 
     def _tell(self, text: str) -> None:
         self._log.emit(events.Notice(level="info", text=text))
 
 
-def _opened(manifest: Manifest, encoded: Sequence[bytes], duty: Audit) -> Case | None:
-    records = (record_in(manifest, decode(Certificate, one)) for one in encoded)
-    found, fragments = {one.plan.round: one for one in records}, manifest.run.overlap.fragments
-    return open_case(duty.accused, duty.round, found, manifest.run_id, fragments, jury=duty.looks == JURY)
+def _readable(encoded: Sequence[bytes]) -> Iterator[Record]:
+    for one in encoded:
+        with contextlib.suppress(MalformedMessage):  # a damaged row: the round is missing
+            yield claimed(one).record
 
 
 def _within(blobs: Mapping[bytes, bytearray], root: bytes, limit: int) -> bytearray:

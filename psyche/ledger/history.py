@@ -21,11 +21,14 @@ from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Certificate, Record
 from psyche.protocol.wire import decode
 
 MAX_HISTORY = 4 << 20
 """Bytes of certificates in one reply; a single one may be larger."""
+MAX_OLDER = 64 << 20
+"""Bytes of certificates that are fetched of one source before what it tells is looked at."""
 CALL_SECONDS = 15.0
 MAX_ROUND = 2**62
 
@@ -80,18 +83,51 @@ class Past:
                 return found
         return []
 
+    async def before(self, record: Record, first: int, sources: Sequence[str]) -> dict[int, Record]:
+        """Records of the rounds from ``first`` to the one before ``record``, by round, from the first source that has
+        them all; empty where none has. No signature is checked: each is named by its hash in the one after it."""
+        for peer in sources:
+            told: list[bytes] = []
+            size = 0
+            while first + len(told) < record.plan.round and size < MAX_OLDER:
+                if not (more := await self._ask(peer, first + len(told))):
+                    break
+                told += more
+                size += sum(map(len, more))
+            if found := await asyncio.to_thread(_linked, told, first, record):
+                return found
+        return {}
+
     async def _told(self, first: int, sources: Sequence[str]) -> AsyncIterator[tuple[bytes, ...]]:
         """What each source has of the rounds from ``first`` on."""
         for peer in sources:
-            try:
-                reply = await self._rpc.call(
-                    peer, "history", first.to_bytes(8, "little"), timeout=CALL_SECONDS, max_reply=2 * MAX_HISTORY
-                )
-                found = msgspec.msgpack.decode(reply, type=Certificates).encoded
-            except (Unreachable, Refused, Violation, msgspec.MsgspecError):
-                continue
-            if found:
+            if found := await self._ask(peer, first):
                 yield found
+
+    async def _ask(self, peer: str, first: int) -> tuple[bytes, ...]:
+        """Certificates of the rounds from ``first`` on that ``peer`` tells at once; none where it has or says none."""
+        try:
+            reply = await self._rpc.call(
+                peer, "history", first.to_bytes(8, "little"), timeout=CALL_SECONDS, max_reply=2 * MAX_HISTORY
+            )
+            return msgspec.msgpack.decode(reply, type=Certificates).encoded
+        except (Unreachable, Refused, Violation, msgspec.MsgspecError):
+            return ()
+
+
+def _linked(told: Sequence[bytes], first: int, record: Record) -> dict[int, Record]:
+    """``told``, which are of the rounds from ``first`` on, if they lead up to ``record`` without a gap."""
+    found: dict[int, Record] = {}
+    previous = record.plan.previous
+    for number in range(record.plan.round - 1, first - 1, -1):
+        try:
+            one = claimed(told[number - first]).record
+        except (IndexError, MalformedMessage):
+            return {}
+        if one.hash != previous or one.plan.round != number:
+            return {}
+        found[number], previous = one, one.plan.previous
+    return found
 
 
 def _proven(manifest: Manifest, encoded: bytes) -> Record | None:

@@ -101,7 +101,7 @@ def _hear(rules: Rules, state: State, event: Said) -> Step:
         return state, []
     if next(admissible(docket, [event], round_number, rules.audits), None) is None:
         about = f"the audit of {event.body.accused[-6:]}'s work in round {event.body.round}"
-        return state, [Rejected(event.node, f"{about} does not ask for this node's {event.body.DOMAIN} now")]
+        return state, [Rejected(event.node, f"{about}: this node is not asked, or has answered already")]
     name = event.node, *event.key, event.body.DOMAIN
     return replace(state, said={**state.said, name: event}), []
 

@@ -106,8 +106,7 @@ def by_suspicion(pool: Pool, suspects: Collection[str], rules: Rules) -> Iterato
 
 def auditors(accepted: Sequence[Accepted], electorate: Collection[str], out: Collection[str]) -> list[str]:
     """Who may be asked for an audit that a record opens, ascending: all who vote on it, for they hold what the round
-    was trained from, contributed or not. But nobody of ``out``, and nobody who trains on private data: such nodes have
-    none of the run's text."""
+    was trained from. But nobody of ``out``, and nobody who trains on private data and so lacks the run's text."""
     private = {one.node for one in accepted if one.contribution.private}
     return sorted(set(electorate) - private - set(out))
 
@@ -115,12 +114,18 @@ def auditors(accepted: Sequence[Accepted], electorate: Collection[str], out: Col
 def opened(
     pool: Pool, round: int, since: int, accused: Iterable[str], auditors: Sequence[str], out: Collection[str]
 ) -> Iterator[Audit]:
-    """Audits of contributions to ``round`` by nodes that are not in ``out``, drawn in the record of ``since``."""
+    """Audits of contributions to ``round`` by nodes that are not in ``out``, drawn in the record of ``since``.
+
+    Of the ``auditors`` those who contributed come first: to follow rounds without work gives no seat in a large run.
+    """
     for node in accused:
         given = pool.of(node)
-        others = [one for one in auditors if one != node]
-        if given is not None and others and node not in out:
-            yield Audit(node, round, given.tokens, 1, since, _candidates(others, pool.seed, node), ())
+        contributed = {one.node for one in pool.given}
+        first = [one for one in auditors if one != node and one in contributed]
+        rest = [one for one in auditors if one != node and one not in contributed]
+        if given is not None and (first or rest) and node not in out:
+            seats = (*_candidates(first, pool.seed, node), *_candidates(rest, pool.seed, node))[:JURY]
+            yield Audit(node, round, given.tokens, 1, since, seats, ())
 
 
 def _candidates(nodes: list[str], seed: bytes, accused: str) -> tuple[str, ...]:

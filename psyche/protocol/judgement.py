@@ -111,7 +111,10 @@ def _tried(audit: Audit, passing: frozenset[str], failing: frozenset[str], all_h
     lied = few if len(voices) >= LEAST_JURY else frozenset()
     if many is passing:
         return Ended("passed", passing, lied)
-    return Ended("convicted", failing, lied) if len(failing) >= (MORE if passing else LEAST) else Ended("inconclusive")
+    least = MORE if passing else LEAST
+    if audit.declined:  # those who are left over when many cannot look are not a jury
+        least = max(least, (len(audit.candidates) + 1) // 2)
+    return Ended("convicted", failing, lied) if len(failing) >= least else Ended("inconclusive")
 
 
 def _clear(audit: Audit, grades: dict[str, Grade]) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from time import perf_counter
@@ -35,7 +37,7 @@ WORTH_TRYING = 4 * 3600.0
 """Seconds of training below which no trial is made: it takes a minute or so, and compiling saves a tenth to a third."""
 TRIAL_SECONDS = 300.0
 """A trial is ended after so long: a 1B model compiles in about two minutes on one core."""
-CHILD = (sys.executable, "-m", "psyche.training.compiling")
+CHILD = (sys.executable, "-P", "-m", "psyche.training.compiling")
 MAX_ANSWER = 64 << 10
 """Bytes of what the child prints."""
 
@@ -75,10 +77,13 @@ async def compile_if_it_pays(
     if not isinstance(engine, TorchEngine) or node.compile == "off":
         return
     batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
+    notes = node.cache.expanduser() / "compile"
+    # Inductor's own default is below /tmp: after a reboot a node would compile anew, without the trial's bound.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(notes.absolute() / "inductor"))
     try:
         rows = await do(engine.rows, batch)
         passes = steps * -(-len(batch) // rows)
-        path = node.cache.expanduser() / "compile" / f"{_key(engine, run, node, rows)}.json"
+        path = notes / f"{_key(engine, run, node, rows)}.json"
         speeds = remembered = _remembered(path)
         if speeds is None:
             if node.compile == "auto" and passes * rows * await do(engine.pass_seconds, batch[:1], 1) < WORTH_TRYING:
@@ -88,7 +93,7 @@ async def compile_if_it_pays(
                 "measuring in a process of its own whether torch.compile makes this model faster here: at most "
                 f"{TRIAL_SECONDS / 60:.0f} minutes, once; the node joins afterwards (node.compile: off skips it)"
             )
-            speeds = await _trial(run, node, rows, await do(torch.get_num_threads))
+            speeds = await _trial(run, node, rows, await do(torch.get_num_threads), engine.end)
             _remember(path, speeds)
         gain = f"a pass takes {speeds.compiled:.3g} s compiled, {speeds.eager:.3g} s otherwise"
         if node.compile == "auto" and not speeds.pays(passes):
@@ -104,8 +109,8 @@ async def compile_if_it_pays(
         say(f"training without torch.compile: {_in_short(error)}")
 
 
-async def _trial(run: Run, node: Node, rows: int, threads: int) -> Speeds:
-    """Speeds as a child process measures them. Raises :class:`TrialFailed`."""
+async def _trial(run: Run, node: Node, rows: int, threads: int, end: int | None = None) -> Speeds:
+    """Speeds as a child process measures them; ``end`` is the engine's. Raises :class:`TrialFailed`."""
     child = await asyncio.create_subprocess_exec(
         *CHILD,
         stdin=asyncio.subprocess.PIPE,
@@ -120,6 +125,7 @@ async def _trial(run: Run, node: Node, rows: int, threads: int) -> Speeds:
         "node": node.model_copy(update={"micro_batch": rows}).model_dump_json(),
         "rows": rows,
         "threads": threads,
+        "end": end,
     }
     try:
         async with asyncio.timeout(TRIAL_SECONDS):
@@ -128,6 +134,7 @@ async def _trial(run: Run, node: Node, rows: int, threads: int) -> Speeds:
             answer = await child.stdout.read(MAX_ANSWER)
             while more := await child.stdout.read(MAX_ANSWER):
                 answer = (answer + more)[:MAX_ANSWER]
+            code = await child.wait()
     except TimeoutError:
         raise TrialFailed(f"the trial took more than {TRIAL_SECONDS:.0f} s") from None
     except OSError as error:
@@ -136,7 +143,7 @@ async def _trial(run: Run, node: Node, rows: int, threads: int) -> Speeds:
         _kill(child.pid)
         await child.wait()
     if not answer:
-        raise TrialFailed("the trial was ended from outside; it is made again at the next start")
+        raise TrialFailed(f"the trial ended with exit code {code} and without a result; the next start tries again")
     found = json.loads(answer)
     if "fault" in found:
         raise TrialFailed(found["fault"])
@@ -151,11 +158,13 @@ def _kill(pid: int) -> None:
 
 def _key(engine: TorchEngine, run: Run, node: Node, rows: int) -> str:
     """All that the speeds depend on, hashed."""
-    where = f"{torch.get_num_threads()} threads" if node.threads is None else f"{node.threads} threads"
+    threads = torch.get_num_threads() if node.threads is None else node.threads
+    where = f"{platform.node()}, {threads} threads"  # several machines may share a cache
     if engine.device.type == "cuda":
         where = torch.cuda.get_device_name(engine.device)
     what = (run.model.model_dump_json(), run.data.sequence_length, rows, node.precision, engine.checkpoints)
-    return blake2b(repr((torch.__version__, where, *what)).encode(), digest_size=16).hexdigest()
+    versions = torch.__version__, version("transformers")
+    return blake2b(repr((*versions, where, engine.end is None, *what)).encode(), digest_size=16).hexdigest()
 
 
 def _remembered(path: Path) -> Speeds | None:
@@ -196,19 +205,21 @@ def main() -> None:
     os.dup2(2, 1)  # a library that prints must not spoil the answer
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    run, node = Run.model_validate_json(task["run"]), Node.model_validate_json(task["node"])
-    torch.set_num_threads(task["threads"])
     try:
-        engine = TorchEngine(build(run.model, seed=run.seed), run.inner, node)
+        run, node = Run.model_validate_json(task["run"]), Node.model_validate_json(task["node"])
+        torch.set_num_threads(task["threads"])
+        engine = TorchEngine(build(run.model, seed=run.seed), run.inner, node, task["end"])
         batch = np.zeros((task["rows"], run.data.sequence_length), np.int64)
         answer: dict[str, object] = {"speeds": asdict(measure(engine, batch))}
     except Exception as error:
         answer = {"fault": _in_short(error)}
     os.write(output, json.dumps(answer).encode())
+    os._exit(0)  # the interpreter would wait for the thread that reads stdin
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):
+        pass
     os.killpg(0, signal.SIGKILL)
 
 

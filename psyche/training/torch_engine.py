@@ -61,7 +61,7 @@ class TorchEngine:
         self._adopt_flat()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._clip = inner.clip
-        self._end = end
+        self.end = end
         self._compiled_rows = 0
         """Sequences of a piece that ``_forward`` is compiled for."""
         self._at_once = node.micro_batch
@@ -181,7 +181,7 @@ class TorchEngine:
     def _backward(self, batch: Batch) -> Tensor:
         """Accumulate the gradient of the mean loss. Returns that loss, still on the device."""
         total = torch.zeros((), device=self.device)
-        tokens = predicted(labels(batch, self._end))
+        tokens = predicted(labels(batch, self.end))
         for piece in self._pieces(batch):
             compiled = len(piece.tokens) == self._compiled_rows
             forward = self._forward if compiled else self.model  # another shape would be compiled anew
@@ -211,7 +211,7 @@ class TorchEngine:
         size = piece_size(len(batch), self._at_once or len(batch))
         for at in range(0, len(batch), size):
             rows = batch[at : at + size]
-            targets = labels(rows, self._end)
+            targets = labels(rows, self.end)
             tokens = self._moved(rows)
             yield Piece(tokens, tokens if targets is rows else self._moved(targets), predicted(targets))
 

@@ -156,8 +156,7 @@ class Worker:
         await self._catch_up.recover(self.ledger)
         await serve_history(self.network, self.ledger)
         await self._auditor.serve()
-        await self._trainer.compile(self.settings)
-        watching = asyncio.create_task(self._client.watch())
+        watching = asyncio.create_task(self._present())
         working = asyncio.create_task(self._rounds())
         leaving = asyncio.create_task(self._departure.run(working))
         try:
@@ -181,6 +180,11 @@ class Worker:
             await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._departure.tell()
             await self._trainer.end()
+
+    async def _present(self) -> None:
+        """Present this node and follow the run. No round waits for what is done before that."""
+        await self._trainer.compile(self.settings)
+        await self._client.watch()
 
     # ------------------------------------------------------------------------------ between rounds
 
@@ -254,7 +258,7 @@ class Worker:
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
         else:
             self._supply.expect(plan)
-            if not self._auditor.begin():
+            if not self._auditor.begin(plan.round):
                 self.log.emit(events.PhaseChanged(round=plan.round, phase="following"))
         try:
             if work is not None and self.manifest.run.overlap.late_steps:

@@ -15,9 +15,9 @@ from psyche.audit.auditor import Auditor
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
 from psyche.network.streams import Refused
-from psyche.protocol.messages import Certificate, Record
+from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
-from psyche.protocol.wire import Body, decode
+from psyche.protocol.wire import Body
 from psyche.telemetry.log import EventLog
 from psyche.verification.evidence import EVIDENCE, Evidence
 from tests.verification.audited import Court, court, train_lazily
@@ -85,8 +85,7 @@ class Scene:
             return function(*arguments)
 
         self.monkeypatch.setattr(auditing, "fetch", fetch)
-        self.monkeypatch.setattr(auditing, "decode", _decoded)
-        self.monkeypatch.setattr(auditing, "record_in", lambda manifest, certificate: self.record)
+        self.monkeypatch.setattr(auditing, "claimed", lambda certificate: SimpleNamespace(record=self.record))
         network = SimpleNamespace(rpc=SimpleNamespace(call=call))
         ledger, client = SimpleNamespace(held=held), SimpleNamespace(submit=submit)
         log = EventLog(self.directory / "events.jsonl", "auditor")
@@ -100,10 +99,6 @@ class Scene:
         return verdict.finding
 
 
-def _decoded(kind: type[Body], data: bytes) -> object:
-    return None if kind is Certificate else decode(kind, data)
-
-
 @pytest.fixture
 def scene(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Scene:
     case = court(tmp_path, tmp_path_factory.mktemp("cache"))
@@ -113,7 +108,7 @@ def scene(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
 
 async def worked(auditor: Auditor, until: Callable[[], bool] = lambda: False) -> None:
     """All that it is asked for, or what it does until ``until()``; then it is put off."""
-    auditor.begin()
+    auditor.begin(2)
     working = auditor._working
     assert working is not None
     while not working.done() and not until():  # noqa: ASYNC110  # what is waited for sets no event
@@ -181,15 +176,6 @@ def test_who_hangs_is_not_begun_with_again(scene: Scene) -> None:
     assert scene.finding(auditor, scene.court.peer.node).outcome == "measured"
 
 
-def test_a_node_that_lacks_the_rounds_before_audits_with_those_it_has(scene: Scene) -> None:
-    """One that joined late, or was away: its ledger begins later than the look back, or has a gap."""
-    auditor = scene.auditor()
-    asyncio.run(auditor.decline())
-    assert not scene.declined
-    asyncio.run(worked(auditor))
-    assert set(scene.said) == {scene.court.accused.node, scene.court.peer.node}
-
-
 @pytest.mark.parametrize("lacks", ["the record", "the base state"])
 def test_what_a_node_cannot_audit_it_declines_before_the_next_round_is_planned(lacks: str, scene: Scene) -> None:
     if lacks == "the record":
@@ -201,7 +187,7 @@ def test_what_a_node_cannot_audit_it_declines_before_the_next_round_is_planned(l
     async def declined_twice() -> bool:
         await auditor.decline()
         await auditor.decline()
-        return auditor.begin()
+        return auditor.begin(2)
 
     assert not asyncio.run(declined_twice()), "it is free to train"
     assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])
@@ -215,4 +201,4 @@ def test_work_on_text_that_cannot_be_fetched_is_declined(scene: Scene, monkeypat
     auditor = scene.auditor()
     asyncio.run(worked(auditor))
     assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])
-    assert not auditor.begin()
+    assert not auditor.begin(2)

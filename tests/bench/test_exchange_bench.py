@@ -142,6 +142,7 @@ def tiny() -> tuple[Plan, bench.Result]:
     return plan, bench.measure(plan)
 
 
+@pytest.mark.slow
 def test_a_row_tells_the_whole_exchange(tiny: tuple[Plan, bench.Result]) -> None:
     (row,) = tiny[1].rows
     assert (row.system, row.exchange, row.codec, row.repeats) == ("psyche", "gather", "int8", 2)
@@ -157,6 +158,7 @@ def test_a_row_tells_the_whole_exchange(tiny: tuple[Plan, bench.Result]) -> None
         assert row.bytes_down == pytest.approx(row.payload_bytes, rel=0.1)
 
 
+@pytest.mark.slow
 def test_json_rows_are_flat_and_finite(tiny: tuple[Plan, bench.Result], tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.json"
     bench.require_folder(path)
@@ -167,6 +169,7 @@ def test_json_rows_are_flat_and_finite(tiny: tuple[Plan, bench.Result], tmp_path
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
 
 
+@pytest.mark.slow
 def test_the_table_says_what_was_measured(tiny: tuple[Plan, bench.Result]) -> None:
     screen = io.StringIO()
     bench.show(*tiny, Console(file=screen, width=150))
@@ -174,6 +177,7 @@ def test_the_table_says_what_was_measured(tiny: tuple[Plan, bench.Result]) -> No
     assert "2 of 2" in screen.getvalue()
 
 
+@pytest.mark.slow
 def test_every_ratio_is_against_a_rival_of_the_same_run(tiny: tuple[Plan, bench.Result]) -> None:
     (own,) = tiny[1].rows
     assert against_rivals([own]) == []

@@ -71,3 +71,21 @@ def test_voters_that_nobody_named_are_not_believed() -> None:
 
     third = link(CHAIN[1], mend=usurped)
     assert after(Others(good=[*CHAIN[:2], third]), START, "good") == [1, 2]
+
+
+def before(others: Others, link: Link, first: int, *asked: str) -> list[int]:
+    """Rounds of the records that are believed to lead up to ``link``."""
+    past = Past(MANIFEST, cast(Rpc, others))
+    found = asyncio.run(past.before(link.record, first, asked))
+    assert all(found[round_number] == CHAIN[round_number - 1].record for round_number in found)
+    return sorted(found)
+
+
+def test_older_rounds_are_believed_where_each_is_named_by_the_one_after_it() -> None:
+    others = Others(
+        forged=FORGED, gap=[*CHAIN[:1], *CHAIN[2:]], late=CHAIN[2:], nonsense=b"\xc1", empty=[], honest=CHAIN
+    )
+    liars = ("forged", "gap", "late", "nonsense", "empty", "away")
+    assert before(others, CHAIN[4], 1, *liars) == []
+    assert before(others, CHAIN[4], 1, *liars, "honest") == [1, 2, 3, 4]
+    assert before(others, CHAIN[4], 3, "late") == [3, 4]

@@ -354,6 +354,31 @@ def test_an_audit_that_all_candidates_decline_ends_at_once() -> None:
     assert ended.outcome == "dropped"
 
 
+def test_a_few_that_are_left_when_most_decline_convict_nobody() -> None:
+    """All honest nodes started again, say: what they need to look was in memory."""
+    trial = court()
+    trial.next([])
+    trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100, window=100))
+    audit = trial.docket.audits[0]
+    pair = audit.candidates[:2]
+    for _ in range(8):
+        words = []
+        for one in trial.docket.audits:
+            if (one.accused, one.round) != (audit.accused, audit.round):
+                continue
+            full = {node: verdict(node, one, FAIL) for node in pair}
+            for node in asked(one, trial.round + 1, trial.rules.audits):
+                mine = next((opinion for opinion in one.opinions if opinion.auditor == node), None)
+                if node not in pair:
+                    words.append(said(node, DeclinedAudit(one.accused, one.round)))
+                elif mine is None:
+                    words.append(said(node, SealedVerdict(one.accused, one.round, full[node].digest)))
+                elif mine.finding is None:
+                    words.append(said(node, full[node]))
+        trial.next(words)
+    assert [one.outcome for one in trial.closed if one.accused == audit.accused] == ["inconclusive"]
+
+
 def test_a_jury_is_decided_by_those_who_have_not_declined() -> None:
     """A node that started again since the round cannot repeat it: its seat does not hold up the others."""
     trial = court(rate=1.0)

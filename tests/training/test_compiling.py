@@ -40,6 +40,12 @@ def engine() -> TorchEngine:
     return TorchEngine(tiny(), INNER, Node(device="cpu"))
 
 
+@pytest.fixture(autouse=True)
+def own_inductor_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is restored
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
 class Decision:
     """What came of asking for one engine."""
 
@@ -68,7 +74,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *speeds: Speeds | Exception) -> lis
     """Trials give these, one after the other; compiling does nothing. Rows of each trial."""
     trials: list[int] = []
 
-    async def trial(run: Run, node: Node, rows: int, threads: int) -> Speeds:
+    async def trial(run: Run, node: Node, rows: int, threads: int, end: int | None) -> Speeds:
         trials.append(rows)
         found = speeds[len(trials) - 1]
         if isinstance(found, Exception):
@@ -226,8 +232,8 @@ def test_leaving_ends_a_trial_with_the_compilers_it_started(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("child", "reason"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", "ended from outside"),
-        ("import os; os._exit(1)", "ended from outside"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", "exit code"),
+        ("import os; os._exit(3)", "exit code 3"),
         ("""print('{"fault": "no C++ compiler"}')""", "no C\\+\\+ compiler"),
     ],
 )
@@ -271,8 +277,9 @@ def test_the_real_trial_measures_and_a_compiled_model_takes_the_same_steps(tmp_p
     one, plain = engine(), engine()
     decision = Decision(tmp_path, one=one, compile="on")
     assert decision.compiled, decision.said
-    (note,) = (tmp_path / "compile").iterdir()
+    (note,) = (tmp_path / "compile").glob("*.json")
     assert all(seconds > 0 for seconds in json.loads(note.read_text()).values())
+    assert any((tmp_path / "compile" / "inductor").iterdir()), "what the trial compiled is kept beside its note"
     assert one.evaluate(SPLIT.batch(range(4))) == plain.evaluate(SPLIT.batch(range(4))), "compiling changed something"
     assert steps(one, 6) == pytest.approx(steps(plain, 6), rel=1e-4)
     assert one.evaluate(SPLIT.batch(range(5))) == pytest.approx(plain.evaluate(SPLIT.batch(range(5))), rel=1e-4)
