@@ -109,6 +109,7 @@ def two(tmp_path: Path) -> Iterator[World]:
 
 
 @needs_world
+@pytest.mark.slow
 def test_who_is_cut_off_or_on_the_other_side_is_not_reached(two: World) -> None:
     there = two.spots["other"].place
     command = there.command([sys.executable, "-c", LISTENER, there.address])
@@ -128,6 +129,7 @@ def test_who_is_cut_off_or_on_the_other_side_is_not_reached(two: World) -> None:
 
 
 @needs_world
+@pytest.mark.slow
 def test_a_full_disk_takes_nothing_until_it_is_freed(two: World) -> None:
     path = two.directory / "one" / "file"
     two.fill("one")
