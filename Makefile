@@ -50,7 +50,7 @@ test-slow: .venv/dev.stamp
 	@$(BIN)/pytest -m slow --timeout=3600 $(ARGS)
 
 # The tests of `make test`, three times: on what their outcome must not depend. Kernels of other CPUs and another order;
-# no compiled codecs; a machine that is busy with something else. Half an hour.
+# no compiled codecs; a machine that is busy with something else.
 SEED ?= 1
 test-hostile: .venv/dev.stamp
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(FAST) --shuffle $(SEED) --hypothesis-profile thorough $(ARGS)

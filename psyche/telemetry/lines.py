@@ -38,7 +38,7 @@ PHASES = {
     "compiling": "compiling the model so that it trains faster; this machine joins when that is done",
     "warming": "warming up until the next round begins",
     "waiting": "waiting for enough members to start",
-    "following": "following the round; it ends without work of this machine",
+    "following": "waiting for the next round; the other members train this one",
     "auditing": "auditing: repeating another member's work to check it, for the same credit as training",
     "training": "training on this machine",
     "committing": "sealing this round's work",

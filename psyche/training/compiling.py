@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,18 +34,18 @@ from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
 
 WORTH_TRYING = 4 * 3600.0
-"""Seconds of training below which no trial is made: it takes a minute or so, and compiling saves a tenth to a third."""
+"""Seconds of training below which no trial is made: the node joins later by what the trial takes."""
 TRIAL_SECONDS = 300.0
-"""A trial is ended after so long: a 1B model compiles in about two minutes on one core."""
+"""A trial is ended after so long. One of a model of 0.1M parameters takes half a minute on one core, most of it for
+imports and the C++ compiler."""
 CHILD = (sys.executable, "-P", "-m", "psyche.training.compiling")
 MAX_ANSWER = 64 << 10
 """Bytes of what the child prints."""
 
 
-class Do(Protocol):
-    """Runs a function on the thread that trains: the number of threads that PyTorch uses is a thread's own."""
-
-    def __call__(self, function: Callable[..., Any], *arguments: object) -> Awaitable[Any]: ...
+Do = Callable[..., Awaitable[Any]]
+"""Runs a function, with the arguments after it, on the thread that trains: each thread has its own number of PyTorch
+threads."""
 
 
 class TrialFailed(Exception):

@@ -202,3 +202,36 @@ def test_work_on_text_that_cannot_be_fetched_is_declined(scene: Scene, monkeypat
     asyncio.run(worked(auditor))
     assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])
     assert not auditor.begin(2)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_rounds_that_its_ledger_lacks_are_fetched_or_the_audit_is_declined(
+    given: bool, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All auditors look as far back: one that looks less far would pass what another fails."""
+    asked: list[tuple[int, int]] = []
+
+    async def before(record: Record, first: int, sources: list[str]) -> dict[int, Record]:
+        assert scene.court.auditor.node not in sources
+        asked.append((record.plan.round, first))
+        return {0: scene.record} if given else {}
+
+    monkeypatch.setattr(auditing, "first_needed", lambda round_number: 0)
+    auditor = scene.auditor()
+    auditor._past.before = before  # type: ignore[method-assign, assignment]
+    asyncio.run(worked(auditor))
+    assert set(asked) == {(1, 0)}
+    both = {scene.court.accused.node, scene.court.peer.node}
+    assert (set(scene.said), set(scene.declined)) == ((both, set()) if given else (set(), both))
+
+
+def test_what_was_declined_under_a_leader_that_is_gone_is_said_to_the_next(scene: Scene) -> None:
+    scene.certificates = []
+    auditor = scene.auditor()
+
+    async def twice() -> None:
+        await auditor.decline()
+        await auditor._say(scene.record.docket.audits)
+
+    asyncio.run(twice())
+    assert sorted(scene.declined) == sorted(2 * [scene.court.accused.node, scene.court.peer.node])

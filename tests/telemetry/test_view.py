@@ -172,9 +172,9 @@ class TestPlain:
         ]
         assert plain(ContributorView(ME), events)[1:] == [
             "round 2/16  auditing: repeating …CCCCCC's work in round 1 to check it, for the same credit as training",
-            "round 2/16  following the round; it ends without work of this machine",
+            "round 2/16  waiting for the next round; the other members train this one",
             "round 2/16  this machine audited …CCCCCC instead of training, state 2000…",
-            "round 3/16  following the round; it ends without work of this machine",
+            "round 3/16  waiting for the next round; the other members train this one",
             "round 3/16  certified without work of this machine, state 3000…",
         ]
         assert "auditing: repeating another member's work" in drawn(ContributorView(ME), events[:2])
