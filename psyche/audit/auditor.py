@@ -147,8 +147,10 @@ class Auditor:
         """Whether the engine holds somebody else's work."""
         return self._working is not None and not self._working.done()
 
-    def follow(self, record: Record) -> None:
+    async def follow(self, record: Record) -> None:
         """``record`` is certified, and its outer step taken: say what is to be said, and forget what nobody asks for.
+
+        What this node cannot audit it declines before the next round is planned, so that it can train in that round.
 
         Raises :class:`Convicted`.
         """
@@ -161,6 +163,13 @@ class Auditor:
         self._offer()
         if self._saying is not None:
             self._saying.cancel()
+        for duty in self._duties():
+            held = can_audit(self._replica, duty.round) and await self._records(range(duty.round, duty.round + 1))
+            if not held:
+                self._cannot(duty, NO_BASE)
+        for case in record.docket.audits:
+            if self._tried[case.accused, case.round].declined and self._me not in case.declined:
+                await self._submit(DeclinedAudit(case.accused, case.round))
         self._saying = asyncio.create_task(self._say(record.docket.audits))
 
     async def _say(self, audits: Sequence[Audit]) -> None:
@@ -168,12 +177,10 @@ class Auditor:
         away."""
         for case in audits:
             mine = next((one for one in case.opinions if one.auditor == self._me), None)
-            tried = self._tried[case.accused, case.round]
-            if (verdict := tried.verdict) is not None and (mine is None or mine.finding is None):
+            verdict = self._tried[case.accused, case.round].verdict
+            if verdict is not None and (mine is None or mine.finding is None):
                 sealed = SealedVerdict(case.accused, case.round, verdict.digest)
                 await self._submit(sealed if mine is None else verdict)
-            elif tried.declined and self._me not in case.declined:
-                await self._submit(DeclinedAudit(case.accused, case.round))
 
     def check(self) -> None:
         """Raise :class:`Convicted` where the chain says so."""
@@ -193,14 +200,6 @@ class Auditor:
             self._stop = threading.Event()
             self._working = asyncio.create_task(self._work(self._stop))
         return self.busy
-
-    async def decline(self) -> None:
-        """Decline, before the next round is planned, what this node is asked for and cannot do: it can train in that
-        round, and the next candidate is asked."""
-        for duty in self._duties():
-            held = can_audit(self._replica, duty.round) and await self._records(range(duty.round, duty.round + 1))
-            if not held:
-                await self._decline(duty, NO_BASE)
 
     async def put_off(self) -> None:
         """Stop working; what was begun is begun anew another time."""
@@ -274,8 +273,7 @@ class Auditor:
         try:
             finding = await self._look_into(case, stop)
         except BadShard:
-            if not stop.is_set():  # or the text was still on its way when this node was put off
-                await self._decline(duty, "the text that it was trained on cannot be fetched")
+            await self._decline(duty, "the text that it was trained on cannot be fetched")
             return True
         except Stopped:
             return True
@@ -325,10 +323,13 @@ class Auditor:
         return await asyncio.to_thread(lambda: {one.plan.round: one for one in _readable(encoded)})
 
     async def _decline(self, duty: Audit, why: str) -> None:
+        self._cannot(duty, why)
+        await self._submit(DeclinedAudit(duty.accused, duty.round))
+
+    def _cannot(self, duty: Audit, why: str) -> None:
         self._tried[duty.accused, duty.round].declined = True
         text = f"this node declines to audit {duty.accused[-6:]}'s work in round {duty.round}: {why}"
         self._tell(f"{text}; another member is asked")
-        await self._submit(DeclinedAudit(duty.accused, duty.round))
 
     async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
         """Fetch what the work rests on, and do it again. Raises ``BadShard``, :class:`Stopped` and :class:`Later`."""

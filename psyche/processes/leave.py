@@ -74,7 +74,7 @@ class _Story:
             if isinstance(event, Left | RunFinished):
                 self.orderly = True
             elif isinstance(event, PhaseChanged):
-                self.orderly = event.phase in ("joining", "compiling")
+                self.orderly = event.phase == "joining"
             if not isinstance(event, StepDone | Downloading) and (line := contributor_line(self.state, event)):
                 say(line)
         return found

@@ -214,11 +214,10 @@ def main() -> None:
     except Exception as error:
         answer = {"fault": _in_short(error)}
     os.write(output, json.dumps(answer).encode())
-    os._exit(0)  # the interpreter would wait for the thread that reads stdin
 
 
 def _end_with_parent() -> None:
-    while os.read(0, 4096):
+    while os.read(0, 4096):  # not sys.stdin, whose lock a thread that waits would hold when the interpreter ends
         pass
     os.killpg(0, signal.SIGKILL)
 

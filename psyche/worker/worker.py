@@ -272,7 +272,7 @@ class Worker:
             await self._trainer.do(self.replica.forsake)
             raise
         await self._advance.step(record, gradient)
-        self._auditor.follow(record)
+        await self._auditor.follow(record)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
             await self._trainer.do(self.replica.give_back, work)
         self._meter.exchanged()
@@ -282,7 +282,6 @@ class Worker:
                 await self._reporter.report(plan, work, judge=False)
             await self._departure.goodbye(plan.round, finished=self._finished())
         suspects = await self._suspects(record, exchange)
-        await self._auditor.decline()
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root, suspects), plan.round)
         except Refused:

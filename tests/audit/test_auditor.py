@@ -184,12 +184,12 @@ def test_what_a_node_cannot_audit_it_declines_before_the_next_round_is_planned(l
         scene.court.auditor.witness.bases.clear()
     auditor = scene.auditor()
 
-    async def declined_twice() -> bool:
-        await auditor.decline()
-        await auditor.decline()
+    async def declined() -> bool:
+        await auditor.follow(scene.record)
+        assert len(scene.declined) == 2, "before anything else is done"
         return auditor.begin(2)
 
-    assert not asyncio.run(declined_twice()), "it is free to train"
+    assert not asyncio.run(declined()), "it is free to train"
     assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])
 
 
@@ -230,8 +230,8 @@ def test_what_was_declined_under_a_leader_that_is_gone_is_said_to_the_next(scene
     auditor = scene.auditor()
 
     async def twice() -> None:
-        await auditor.decline()
-        await auditor._say(scene.record.docket.audits)
+        for _ in range(2):
+            await auditor.follow(scene.record)
 
     asyncio.run(twice())
     assert sorted(scene.declined) == sorted(2 * [scene.court.accused.node, scene.court.peer.node])

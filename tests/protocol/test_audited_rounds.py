@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from psyche.protocol.audits import busy
@@ -89,6 +91,17 @@ def test_nothing_is_kept_of_what_no_record_can_hold(table: Table) -> None:
     node, audits = auditor_of(table)
     say(table, node, [DeclinedAudit(audit.accused, audit.round) for audit in audits])
     assert len(table.state.said) == len(audits)
+    until_certified(table)
+    settle(table)
+    assert not table.state.said
+
+
+def test_a_statement_on_an_audit_that_has_ended_is_forgotten(table: Table) -> None:
+    """It came while the record that ends the audit was voted on, say."""
+    node, audits = auditor_of(table)
+    late = said(node, DeclinedAudit(audits[0].accused, 9))
+    name = node, *late.key, late.body.DOMAIN
+    table.state = replace(table.state, said={name: late})
     until_certified(table)
     settle(table)
     assert not table.state.said

@@ -243,6 +243,28 @@ def test_a_child_without_speeds_is_a_failed_trial(child: str, reason: str, monke
         asyncio.run(_trial())
 
 
+def test_the_child_ends_in_order_while_its_parent_lives() -> None:
+    """Its last thread waits for the parent's end, which must not make the interpreter abort."""
+    script = (
+        "import psyche.training.compiling as c\n"
+        "c.build = c.TorchEngine = lambda *a, **k: None\n"
+        "c.measure = lambda engine, batch: c.Speeds(1.0, 2.0, 3.0)\n"
+        "c.main()\n"
+    )
+    task = {"run": RUN.model_dump_json(), "node": Node().model_dump_json(), "rows": 1, "threads": 1, "end": None}
+
+    async def answered() -> tuple[bytes, int]:
+        pipe = asyncio.subprocess.PIPE
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdin=pipe, stdout=pipe)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(json.dumps(task).encode() + b"\n")
+        return await child.stdout.read(), await child.wait()  # its stdin is open all the while
+
+    answer, code = asyncio.run(answered())
+    assert (json.loads(answer), code) == ({"speeds": {"eager": 1.0, "compiled": 2.0, "compiling": 3.0}}, 0)
+
+
 def test_a_child_whose_parent_is_killed_ends_with_its_compilers(tmp_path: Path) -> None:
     """The real child, up to where it would build the model; its session has a compiler in it."""
     stall = (
