@@ -34,7 +34,7 @@ class Arriving:
     """
 
     def __init__(self, size: int) -> None:
-        self.outer = OuterState(torch.empty(2, size))
+        self.outer = OuterState(torch.zeros(2, size))  # not empty(): stale memory could hold a chunk by chance
         self.gave: Counter[str] = Counter()
         """Bytes that came, by PeerID."""
         self.moved = 0
