@@ -71,17 +71,17 @@ def bulk_chain(
     plan: Plan | None = None
     head, root, standing, docket = rules.run_id, rules.genesis, (), EMPTY
     owners = {one.peer_id: one for one in members}
-    for round in range(1, rules.rounds + 1):
+    for round_number in range(1, rules.rounds + 1):
         position = 0 if plan is None else next_position(plan, rules.batch_size, rules.late_steps)
         given = tuple(Member(name, rules.inner_steps, 1) for name in names)
-        plan = Plan(round, 2 * round - 1, head, root, round_seed(head), position, 0, given)
+        plan = Plan(round_number, 2 * round_number - 1, head, root, round_seed(head), position, 0, given)
         accepted = tuple(
             Accepted(name, contribution(name, plan, rules, payload_bytes=1000, payout=named[name])) for name in names
         )
         docket = docket_after(
             docket,
             standing,
-            list(_heard(docket, round, owners, rules)),
+            list(_heard(docket, round_number, owners, rules)),
             plan=plan,
             accepted=accepted,
             electorate=names,
@@ -90,24 +90,24 @@ def bulk_chain(
         )
         standing = standing_after(
             standing,
-            round=round,
+            round_number=round_number,
             electorate=names,
             accepted=names,
-            audited=newly_audited(docket, round),
+            audited=newly_audited(docket, round_number),
             rules=rules,
         )
-        roster = int(round == 1)
+        roster = int(round_number == 1)
         record = Record(plan, accepted, (), roster, names, names, standing, docket, (), (), ())
         yield _certify(record, members[: 2 * nodes // 3 + 1], rules), record, digest("root", record.hash)
         head, root = record.hash, digest("root", record.hash)
 
 
-def _heard(docket: Docket, round: int, owners: Mapping[str, Identity], rules: Rules) -> Iterator[Said]:
+def _heard(docket: Docket, round_number: int, owners: Mapping[str, Identity], rules: Rules) -> Iterator[Said]:
     """What auditors say at once who are asked, and honest: they seal that it passes, and show it a round later."""
     for audit in docket.audits:
         verdict = Verdict(audit.accused, audit.round, Finding("measured", 0, 0, 100 + audit.round), bytes(32))
         spoken = {one.auditor: one.finding is not None for one in audit.opinions}
-        for node in asked(audit, round, rules.audits):
+        for node in asked(audit, round_number, rules.audits):
             if spoken.get(node):
                 continue
             sealed = SealedVerdict(audit.accused, audit.round, verdict.digest)
@@ -117,10 +117,10 @@ def _heard(docket: Docket, round: int, owners: Mapping[str, Identity], rules: Ru
 
 
 def _certify(record: Record, voters: list[Identity], rules: Rules) -> bytes:
-    round, term, own, previous = record.plan.round, record.plan.term + 1, record.hash, record.plan.previous
+    round_number, term, own, previous = record.plan.round, record.plan.term + 1, record.hash, record.plan.previous
 
     def sealed(author: Identity, body: Body) -> bytes:
-        return envelopes.encode(author.seal(body.DOMAIN, rules.run_id, round, body.encode()))
+        return envelopes.encode(author.seal(body.DOMAIN, rules.run_id, round_number, body.encode()))
 
     vote, roster = Vote(term, own), Roster(previous, record.roster, record.electorate)
     signed = (sealed(COORDINATOR, roster),) if record.roster else ()

@@ -64,7 +64,7 @@ class Link:
 def chain(
     rounds: int,
     *,
-    left_out: Callable[[int], int] = lambda round: round % 2,
+    left_out: Callable[[int], int] = lambda round_number: round_number % 2,
     mend: Callable[[Record], Record] = lambda record: record,
     flavour: bytes = b"",
 ) -> list[Link]:
@@ -78,20 +78,20 @@ def chain(
 
 def link(
     before: Link | None,
-    left_out: Callable[[int], int] = lambda round: 0,
+    left_out: Callable[[int], int] = lambda round_number: 0,
     mend: Callable[[Record], Record] = lambda record: record,
     flavour: bytes = b"",
 ) -> Link:
     """The round after ``before``, or the first."""
     if before is None:
-        round, previous, base, position = 1, RULES.run_id, RULES.genesis, 0
+        round_number, previous, base, position = 1, RULES.run_id, RULES.genesis, 0
     else:
         last = before.record.plan
-        round, previous, base = last.round + 1, before.record.hash, before.root
+        round_number, previous, base = last.round + 1, before.record.hash, before.root
         position = next_position(last, RULES.batch_size, RULES.late_steps)
     members = tuple(Member(name, RULES.inner_steps, 1) for name in NAMES)
-    plan = Plan(round, 2 * round - 1, previous, base, round_seed(previous), position, 0, members)
-    out = left_out(round)
+    plan = Plan(round_number, 2 * round_number - 1, previous, base, round_seed(previous), position, 0, members)
+    out = left_out(round_number)
     accepted, excluded = NAMES[: len(NAMES) - out], NAMES[len(NAMES) - out :]
     given = tuple(Accepted(name, contribution(name, plan, RULES)) for name in accepted)
     standing, docket = (before.record.standing, before.record.docket) if before else ((), EMPTY)
@@ -108,10 +108,10 @@ def link(
             voters=NAMES,
             standing=standing_after(
                 standing,
-                round=round,
+                round_number=round_number,
                 electorate=NAMES,
                 accepted=accepted,
-                audited=newly_audited(docket, round),
+                audited=newly_audited(docket, round_number),
                 rules=RULES,
             ),
             docket=docket,
@@ -125,17 +125,17 @@ def link(
 
 def certify(record: Record, voters: int = len(NAMES)) -> bytes:
     """The certificate of ``record`` with the votes of the first ``voters`` members."""
-    round, term = record.plan.round, record.plan.term + 1
-    ballots = tuple(sealed(member, Vote(term, record.hash), round) for member in MEMBERS[:voters])
+    round_number, term = record.plan.round, record.plan.term + 1
+    ballots = tuple(sealed(member, Vote(term, record.hash), round_number) for member in MEMBERS[:voters])
     previous, roster = record.plan.previous, ()
     if record.roster:
-        roster = (sealed(COORDINATOR, Roster(previous, record.roster, record.electorate), round),)
-    seal = sealed(COORDINATOR, Seal(previous, record.roster, record.hash), round)
-    return Certificate(sealed(COORDINATOR, Proposal(term, record, roster), round), ballots, (seal,)).encode()
+        roster = (sealed(COORDINATOR, Roster(previous, record.roster, record.electorate), round_number),)
+    seal = sealed(COORDINATOR, Seal(previous, record.roster, record.hash), round_number)
+    return Certificate(sealed(COORDINATOR, Proposal(term, record, roster), round_number), ballots, (seal,)).encode()
 
 
-def sealed(author: Identity, body: Body, round: int) -> bytes:
-    return envelopes.encode(author.seal(body.DOMAIN, RULES.run_id, round, body.encode()))
+def sealed(author: Identity, body: Body, round_number: int) -> bytes:
+    return envelopes.encode(author.seal(body.DOMAIN, RULES.run_id, round_number, body.encode()))
 
 
 def with_plan(**changes: object) -> Callable[[Record], Record]:

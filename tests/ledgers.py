@@ -13,7 +13,7 @@ from psyche.ledger.store import NAME, Ledger
 from tests.chains import RULES, Link, chain
 
 CHAIN = chain(6)
-OTHER = chain(6, left_out=lambda round: 2)
+OTHER = chain(6, left_out=lambda round_number: 2)
 EACH = RULES.inner_steps * RULES.tokens_per_step
 """Tokens of an accepted contribution."""
 
@@ -45,7 +45,7 @@ def check_one_chain(run: Path, names: Sequence[str], roots: Sequence[str]) -> No
         assert result.exit_code == 0, result.exception
         assert result.stdout.startswith(f"sound: {len(roots)} certified rounds up to round {len(roots)}")
         with Ledger.read(run / name / NAME) as ledger:
-            chains.append([ledger.hash_of(round) for round in ledger.rounds()])
+            chains.append([ledger.hash_of(round_number) for round_number in ledger.rounds()])
             assert [one.state_root.hex() for one in ledger.entries() if one.state_root] == list(roots)
     assert len(chains[0]) == len(roots)
     assert all(one == chains[0] for one in chains)

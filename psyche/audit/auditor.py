@@ -63,7 +63,7 @@ T = TypeVar("T")
 class Client(Protocol):
     """Takes messages to the coordinator. Raises ``Refused``."""
 
-    async def submit(self, body: Body, round: int) -> None: ...
+    async def submit(self, body: Body, round_number: int) -> None: ...
 
 
 class Do(Protocol):
@@ -224,14 +224,14 @@ class Auditor:
         """Serve what is being audited, and of the rest keep the last round: who stood out in it is not known yet."""
         chain = self._replica.chain
         wanted = {audit.round for audit in chain.docket.audits if audit.accused == self._me}
-        for round in [round for round in self._served if round not in wanted]:
-            for root, read in self._served.pop(round):
+        for round_number in [round_number for round_number in self._served if round_number not in wanted]:
+            for root, read in self._served.pop(round_number):
                 self._network.blobs.remove(root, read)
-        for round in wanted - set(self._served):
-            self._served[round] = []
-            for root, load, read in self._kits.blobs(round):
+        for round_number in wanted - set(self._served):
+            self._served[round_number] = []
+            for root, load, read in self._kits.blobs(round_number):
                 self._network.blobs.add_unread(root, load, read)
-                self._served[round].append((root, read))
+                self._served[round_number].append((root, read))
         self._kits.forget(chain.rounds, keep=wanted)
 
     # -------------------------------------------------------------------------------------- auditing

@@ -28,23 +28,23 @@ class Case:
     """Auditors do not agree about it: look closely."""
 
 
-def first_needed(round: int) -> int:
+def first_needed(round_number: int) -> int:
     """Rounds from this one on up to the audited one are what :func:`open_case` wants."""
-    return max(1, round - LOOKBACK)
+    return max(1, round_number - LOOKBACK)
 
 
 def open_case(
-    node: str, round: int, records: Mapping[int, Record], run_id: bytes, fragments: int, *, jury: bool = False
+    node: str, round_number: int, records: Mapping[int, Record], run_id: bytes, fragments: int, *, jury: bool = False
 ) -> Case | None:
     """The case of what ``node`` contributed to ``round``, from the records there are; None where it is in none."""
-    record = records.get(round)
+    record = records.get(round_number)
     if record is None:
         return None
     given = next((one.contribution for one in record.accepted if one.node == node), None)
     if given is None:
         return None
-    before = records.get(round - 1)
-    residuals = _residuals(node, round, records, fragments)
+    before = records.get(round_number - 1)
+    residuals = _residuals(node, round_number, records, fragments)
     seed = seed_of(record.plan, record.accepted, run_id)
     return Case(record.plan, node, given, before.plan if before else None, seed, residuals, jury)
 
@@ -56,8 +56,8 @@ def _residuals(node: str, audited: int, records: Mapping[int, Record], fragments
     there for longer than the records at hand.
     """
     found: set[bytes] = set()
-    for round in range(audited - fragments, first_needed(audited) - 1, -fragments):
-        record = records.get(round)
+    for round_number in range(audited - fragments, first_needed(audited) - 1, -fragments):
+        record = records.get(round_number)
         if record is None or any(one.node == node for one in record.excluded):
             return None
         found |= {one.contribution.residual_out for one in record.accepted if one.node == node}

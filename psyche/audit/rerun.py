@@ -56,24 +56,24 @@ class Rerun:
     segments: tuple[Again, ...]
 
 
-def case_in(ledger: Path, manifest: Manifest, node: str, round: int) -> Case:
+def case_in(ledger: Path, manifest: Manifest, node: str, round_number: int) -> Case:
     """The contribution as the ledger has it, certificates checked. Raises :class:`PsycheError`."""
     with Ledger.read(ledger) as file:
-        entries = list(takewhile(lambda one: one.round <= round, file.entries(first_needed(round))))
+        entries = list(takewhile(lambda one: one.round <= round_number, file.entries(first_needed(round_number))))
     try:
         records = {one.round: record_in(manifest, decode(Certificate, one.certificate)) for one in entries}
     except (BadCertificate, MalformedMessage) as error:
         raise PsycheError(f"{ledger} proves nothing: {error}; `psyche ledger verify` says where") from None
-    case = open_case(node, round, records, manifest.run_id, manifest.run.overlap.fragments)
+    case = open_case(node, round_number, records, manifest.run_id, manifest.run.overlap.fragments)
     if case is None:
-        raise PsycheError(f"{ledger} has no contribution of …{node[-6:]} to round {round}")
+        raise PsycheError(f"{ledger} has no contribution of …{node[-6:]} to round {round_number}")
     return case
 
 
-def chosen(evidence: Evidence, end: str, round: int) -> str:
+def chosen(evidence: Evidence, end: str, round_number: int) -> str:
     """The node whose name ends so and whose round is here. Raises :class:`PsycheError`."""
     cases = evidence.cases()
-    found = [node for node, number in cases if number == round and node.endswith(end.removeprefix("…"))]
+    found = [node for node, number in cases if number == round_number and node.endswith(end.removeprefix("…"))]
     if len(found) != 1:
         here = ", ".join(f"round {number} of …{node[-6:]}" for node, number in cases) or "nothing"
         raise PsycheError(f"the evidence here is of {here}: name one of it")
@@ -93,16 +93,16 @@ def rerun(
 
     Raises :class:`PsycheError` where evidence or text is not here or damaged: whoever handed it on may have made it up.
     """
-    evidence, run, node, round = Evidence(directory), manifest.run, case.node, case.plan.round
+    evidence, run, node, round_number = Evidence(directory), manifest.run, case.node, case.plan.round
     store = local_store(manifest, settings.cache.expanduser(), shard_places(settings, shard_cache(settings)))
     engine = TorchEngine(build(run.model, seed=run.seed), run.inner, settings, store.index.pad)
     lab = replace(lab_for(run, engine, on(engine.device), store, case), thorough=True)
-    blobs = partial(evidence.read, node, round)
+    blobs = partial(evidence.read, node, round_number)
     try:
-        kit = evidence.kit(node, round)
+        kit = evidence.kit(node, round_number)
         if kit.trace_root != case.given.trace_root:  # no signature says whose they are
             raise Unserved("its trace points are not those committed to")
-        claim = claim_of(case, kit, evidence.base(node, round))
+        claim = claim_of(case, kit, evidence.base(node, round_number))
         told("data, payload and error feedback")
         fault = None
         try:
@@ -122,8 +122,8 @@ def rerun(
     except Unserved as error:
         raise PsycheError(f"the evidence in {directory} is not whole: {error}") from None
     except Contradiction as error:
-        return Rerun(node, round, case.given.inner_steps, str(error), ())
-    return Rerun(node, round, case.given.inner_steps, fault, tuple(segments))
+        return Rerun(node, round_number, case.given.inner_steps, str(error), ())
+    return Rerun(node, round_number, case.given.inner_steps, fault, tuple(segments))
 
 
 def in_words(found: Rerun, manifest: Manifest) -> Iterator[str]:

@@ -50,10 +50,10 @@ class Tribunal:
                 if node in self._replicas and node not in record.docket.banned:
                     yield from self._word(node, case, record.plan.round + 1)
 
-    def _word(self, node: str, case: Audit, round: int) -> Iterator[Said]:
+    def _word(self, node: str, case: Audit, round_number: int) -> Iterator[Said]:
         mine = next((one for one in case.opinions if one.auditor == node), None)
         key = node, case.accused, case.round
-        if mine is None and node in asked(case, round, self._rules) and key not in self._verdicts:
+        if mine is None and node in asked(case, round_number, self._rules) and key not in self._verdicts:
             finding = self._judge(node, case, partial(self.look, node, case))
             if finding is not None:
                 salt = digest("salt", node.encode(), case.accused.encode(), case.round.to_bytes(8, "little"))

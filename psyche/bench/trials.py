@@ -256,7 +256,7 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
             replicas[node].private = Unpaid(trial, store, number)
     replica = replicas["node-0"]
     due = dict(zip(sorted(replicas), trial.due, strict=True)) if trial.due else {}
-    for _, works in play(manifest, replicas, lambda round, node: trial.late, due):
+    for _, works in play(manifest, replicas, lambda round_number, node: trial.late, due):
         with replica.judging():
             recorder.saw(works, replica.engine, store)
     replica.engine.write(replica.outer.theta)
@@ -287,8 +287,8 @@ class MixingReplica(Replica):
         super().__init__(*arguments)
         self._alpha = alpha
 
-    def rebase(self, round: int) -> None:
-        local, parts = torch.empty_like(self.outer.theta), self.slices_of(round)
+    def rebase(self, round_number: int) -> None:
+        local, parts = torch.empty_like(self.outer.theta), self.slices_of(round_number)
         self.engine.read(local)
         self.engine.write(local.lerp_(self.outer.theta, 1 - self._alpha), parts)
 

@@ -32,7 +32,7 @@ def rerun(
     node: Annotated[
         str | None, typer.Argument(help="Whose work: its PeerID, or how that ends.", show_default=False)
     ] = None,
-    round: Annotated[int | None, typer.Argument(help="Of which round.", show_default=False)] = None,
+    round_number: Annotated[int | None, typer.Argument(help="Of which round.", show_default=False)] = None,
     segment: Annotated[int | None, typer.Option(help="Only this one, from 0.", show_default=False)] = None,
     cache: Annotated[Path | None, typer.Option(help="Where the run's text is kept.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
@@ -50,7 +50,7 @@ def rerun(
 
     ledger = ledger_file(path)
     manifest, evidence = manifest_of(None, ledger), Evidence(ledger.parent / EVIDENCE)
-    if node is None or round is None:
+    if node is None or round_number is None:
         cases = evidence.cases()
         typer.echo("\n".join(f"{name} {number}" for name, number in cases) or f"{path} has no evidence: nothing failed")
         return
@@ -59,7 +59,7 @@ def rerun(
     from psyche.audit import rerun as again
     from psyche.config import Node
 
-    case = again.case_in(ledger, manifest, again.chosen(evidence, node, round), round)
+    case = again.case_in(ledger, manifest, again.chosen(evidence, node, round_number), round_number)
     settings = Node(device=device) if cache is None else Node(device=device, cache=cache)
     found = again.rerun(
         ledger.parent / EVIDENCE,

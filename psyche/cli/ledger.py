@@ -92,31 +92,33 @@ def _rounds_table(story: Story) -> Table:
     table.add_column("record", no_wrap=True)
     table.add_column("state root", no_wrap=True)
     table.add_column("remarks")
-    for round in story.rounds:
-        accepted = [part.tokens for part in round.members if part.tokens is not None]
+    for round_number in story.rounds:
+        accepted = [part.tokens for part in round_number.members if part.tokens is not None]
         table.add_row(
-            f"{round.round:,}",
-            f"{len(accepted)}/{len(round.members)}",
+            f"{round_number.round:,}",
+            f"{len(accepted)}/{len(round_number.members)}",
             f"{sum(accepted):,}",
-            round.record[:_PREFIX],
-            "unknown" if round.state_root is None else round.state_root[:_PREFIX],
-            _remarks(round),
+            round_number.record[:_PREFIX],
+            "unknown" if round_number.state_root is None else round_number.state_root[:_PREFIX],
+            _remarks(round_number),
         )
     return table
 
 
-def _remarks(round: Round) -> str:
+def _remarks(round_number: Round) -> str:
     """Who was left out and why, who was outvoted, whose data are private, whether survivors alone closed the round."""
     from rich.markup import escape
 
     from psyche.telemetry.wording import clean, peer_name
 
-    lines = ["reconfiguration"] if round.reconfiguration else []
-    lines += [f"{peer_name(p.node)}: {clean(p.reason or 'no reason given')}" for p in round.members if p.tokens is None]
-    lines += [f"{peer_name(part.node)}: outvoted on a result" for part in round.members if part.minority]
-    if private := [peer_name(part.node) for part in round.members if part.private]:
+    lines = ["reconfiguration"] if round_number.reconfiguration else []
+    lines += [
+        f"{peer_name(p.node)}: {clean(p.reason or 'no reason given')}" for p in round_number.members if p.tokens is None
+    ]
+    lines += [f"{peer_name(part.node)}: outvoted on a result" for part in round_number.members if part.minority]
+    if private := [peer_name(part.node) for part in round_number.members if part.private]:
         lines.append(f"private data, unaudited: {', '.join(private)}")
-    lines += [_ending(one) for one in round.audits if one.lied or one.outcome in ("convicted", "unserved")]
+    lines += [_ending(one) for one in round_number.audits if one.lied or one.outcome in ("convicted", "unserved")]
     return escape("\n".join(lines))
 
 
@@ -156,5 +158,5 @@ def _notes(story: Story) -> Iterable[str]:
     if story.missing:
         yield f"missing here: {spans(story.missing)}"
     if story.superseded:
-        again = ", ".join(f"{round:,}" for round in sorted(set(story.superseded)))
+        again = ", ".join(f"{round_number:,}" for round_number in sorted(set(story.superseded)))
         yield f"certified before with another record, and superseded: {again}"

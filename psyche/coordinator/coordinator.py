@@ -197,7 +197,7 @@ class Coordinator:
         return b""
 
     async def _take(self, envelope: Envelope, body: Body, proof: bytes) -> None:
-        node, round = envelope.author, envelope.round
+        node, round_number = envelope.author, envelope.round
         match body:
             case Present():
                 await self._greet(node, body)
@@ -211,21 +211,21 @@ class Coordinator:
             case Leave():
                 await self._dispatch(protocol.Left(node, body.reason))
             case Metrics():
-                self._report_metrics(node, round, body)
+                self._report_metrics(node, round_number, body)
             case Commitment():
-                await self._dispatch(protocol.Committed(node, round, body.term, body.digest, proof))
+                await self._dispatch(protocol.Committed(node, round_number, body.term, body.digest, proof))
             case Contribution():
-                await self._dispatch(protocol.Opened(node, round, body, proof))
+                await self._dispatch(protocol.Opened(node, round_number, body, proof))
             case Holding():
-                await self._dispatch(protocol.Held(node, round, frozenset(body.nodes)))
+                await self._dispatch(protocol.Held(node, round_number, frozenset(body.nodes)))
             case Reduced():
                 results = {result.group: result.root for result in body.results}
-                await self._dispatch(protocol.Reported(node, round, body.term, results))
+                await self._dispatch(protocol.Reported(node, round_number, body.term, results))
             case Vote():
-                await self._dispatch(protocol.Voted(node, round, body.term, body.record, proof))
+                await self._dispatch(protocol.Voted(node, round_number, body.term, body.record, proof))
             case Attestation():
-                await self._dispatch(protocol.Attested(node, round, body.state_root, frozenset(body.suspects)))
-                self.log.emit(events.Attested(round=round, peer=node, state_root=body.state_root.hex()))
+                await self._dispatch(protocol.Attested(node, round_number, body.state_root, frozenset(body.suspects)))
+                self.log.emit(events.Attested(round=round_number, peer=node, state_root=body.state_root.hex()))
 
     async def _greet(self, node: str, body: Present) -> None:
         self._succession.hear(body.claim)
@@ -239,11 +239,11 @@ class Coordinator:
             self.log.emit(events.PeerJoined(peer=node, device=body.device, round=self.state.rounds + 1))
         await self._dispatch(protocol.Arrived(node, body.state_root, body.device, body.rounds))
 
-    def _report_metrics(self, node: str, round: int, body: Metrics) -> None:
+    def _report_metrics(self, node: str, round_number: int, body: Metrics) -> None:
         """Metrics are for people: taken from who is here, of the round that is ending or has just ended."""
-        if node not in self.state.peers or round not in (self.state.rounds, self.state.rounds + 1):
-            self._refuse(node, f"metrics of round {round} are not wanted now")
-        self.log.emit(metrics_event(node, round, body))
+        if node not in self.state.peers or round_number not in (self.state.rounds, self.state.rounds + 1):
+            self._refuse(node, f"metrics of round {round_number} are not wanted now")
+        self.log.emit(metrics_event(node, round_number, body))
 
     # ------------------------------------------------------------------------ the machine's effects
 
@@ -271,8 +271,8 @@ class Coordinator:
                 self.log.emit(
                     events.RoundStarted(round=plan.round, members=members, inner_steps=self.rules.inner_steps)
                 )
-            case protocol.Abandoned(round, reason):
-                self.log.emit(events.Notice(level="warning", text=f"round {round} starts again: {reason}"))
+            case protocol.Abandoned(round_number, reason):
+                self.log.emit(events.Notice(level="warning", text=f"round {round_number} starts again: {reason}"))
             case protocol.Proposed(term, record):
                 self._proposal = None
                 self._sign(self._propose(term, record))
@@ -280,10 +280,12 @@ class Coordinator:
                 assert self._proposal is not None
                 self._certified = effect
                 self._sign(self._certify(record, self._proposal, votes))
-            case protocol.Settled(round, state_root):
-                self._report_round(round, state_root)
-            case protocol.Diverged(node, round, expected, found):
-                self.log.emit(events.Diverged(peer=node, round=round, expected=expected.hex(), found=found.hex()))
+            case protocol.Settled(round_number, state_root):
+                self._report_round(round_number, state_root)
+            case protocol.Diverged(node, round_number, expected, found):
+                self.log.emit(
+                    events.Diverged(peer=node, round=round_number, expected=expected.hex(), found=found.hex())
+                )
             case protocol.Departed(node, reason):
                 self.log.emit(events.PeerLeft(peer=node, reason=reason, round=self.state.rounds + 1))
             case protocol.Finished() | protocol.Rejected():
@@ -339,14 +341,14 @@ class Coordinator:
 
         return hear
 
-    def _report_round(self, round: int, state_root: bytes) -> None:
+    def _report_round(self, round_number: int, state_root: bytes) -> None:
         assert self._certified is not None
         assert self._certificate is not None
         record = self._certified.record
         self.ledger.enter(self._certificate.encode(), record, state_root)
         self.log.emit(
             events.RoundCertified(
-                round=round,
+                round=round_number,
                 accepted=tuple(accepted.node for accepted in record.accepted),
                 excluded=tuple((excluded.node, excluded.reason) for excluded in record.excluded),
                 state_root=state_root.hex(),
@@ -354,7 +356,7 @@ class Coordinator:
             )
         )
         for node in record.minority:
-            self.log.emit(events.outvoted(node, round))
+            self.log.emit(events.outvoted(node, round_number))
         for audit in record.docket.closed:
             self.log.emit(events.AuditEnded(audit.accused, audit.round, audit.outcome, audit.lied))
 
@@ -384,5 +386,5 @@ class Coordinator:
         if opened(self.state) != self._shown:
             await self._publish()
 
-    def _seal(self, body: Body, round: int) -> bytes:
-        return envelopes.encode(self.identity.seal(body.DOMAIN, self.manifest.run_id, round, body.encode()))
+    def _seal(self, body: Body, round_number: int) -> bytes:
+        return envelopes.encode(self.identity.seal(body.DOMAIN, self.manifest.run_id, round_number, body.encode()))

@@ -45,7 +45,7 @@ class Notary:
         return self._oath.term
 
     async def gather(
-        self, body: Roster | Seal, round: int, needed: int, hinder: Callable[[Perjury | None], None]
+        self, body: Roster | Seal, round_number: int, needed: int, hinder: Callable[[Perjury | None], None]
     ) -> tuple[bytes, ...]:
         """Signatures of any ``needed`` coordinators under ``body``; waits for as long as it takes.
 
@@ -59,12 +59,12 @@ class Notary:
             refused: list[Perjury] = []
             if isinstance(body, Roster):
                 # It binds who signs it, whether it gets into force or not: this coordinator is the last to sign.
-                await self._ask_all(others, body, round, needed - 1, found, refused)
+                await self._ask_all(others, body, round_number, needed - 1, found, refused)
                 if len(found) >= needed - 1:
-                    await self._ask_all([me], body, round, needed, found, refused)
+                    await self._ask_all([me], body, round_number, needed, found, refused)
             else:
-                await self._ask_all([me], body, round, needed, found, refused)
-                await self._ask_all(others, body, round, needed, found, refused)
+                await self._ask_all([me], body, round_number, needed, found, refused)
+                await self._ask_all(others, body, round_number, needed, found, refused)
             if len(found) >= needed:
                 return tuple(found.values())
             hinder(max(refused, key=lambda perjury: (perjury.roster, perjury.sealed), default=None))
@@ -74,14 +74,14 @@ class Notary:
         self,
         peers: Sequence[str],
         body: Roster | Seal,
-        round: int,
+        round_number: int,
         enough: int,
         found: dict[str, bytes],
         refused: list[Perjury],
     ) -> None:
         """Ask those of ``peers`` that are not in ``found`` yet, until ``enough`` are: who is not needed, or does not
         answer, holds up nobody."""
-        waiting = {asyncio.create_task(self._ask(peer, body, round)) for peer in peers if peer not in found}
+        waiting = {asyncio.create_task(self._ask(peer, body, round_number)) for peer in peers if peer not in found}
         try:
             while waiting and len(found) < enough:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -94,15 +94,15 @@ class Notary:
             for task in waiting:
                 task.cancel()
 
-    async def _sign(self, body: Roster | Seal, round: int) -> bytes:
+    async def _sign(self, body: Roster | Seal, round_number: int) -> bytes:
         if isinstance(body, Roster):
-            await self._swear(lambda oath: sign_roster(oath, round, body.previous, body.number, body.electorate))
+            await self._swear(lambda oath: sign_roster(oath, round_number, body.previous, body.number, body.electorate))
         else:
-            await self._swear(lambda oath: seal(oath, round, body.previous, body.roster, body.record))
-        return self._sealed(body, round)
+            await self._swear(lambda oath: seal(oath, round_number, body.previous, body.roster, body.record))
+        return self._sealed(body, round_number)
 
-    def _sealed(self, body: Roster | Seal | Objection, round: int) -> bytes:
-        return envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round, body.encode()))
+    def _sealed(self, body: Roster | Seal | Objection, round_number: int) -> bytes:
+        return envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
 
     async def _swear(self, step: Callable[[Oath], Oath]) -> None:
         async with self._lock:
@@ -111,24 +111,24 @@ class Notary:
                 await asyncio.to_thread(keep, self._path, self._manifest.run_id, oath)
                 self._oath = oath
 
-    async def _ask(self, peer: str, body: Roster | Seal, round: int) -> tuple[str, bytes | Perjury | None]:
+    async def _ask(self, peer: str, body: Roster | Seal, round_number: int) -> tuple[str, bytes | Perjury | None]:
         """``peer``, and its signature, or why it does not give it; None where it does not answer now."""
         if peer != self._identity.peer_id:
-            return peer, await self._call(peer, body, round)
+            return peer, await self._call(peer, body, round_number)
         try:
-            return peer, await self._sign(body, round)
+            return peer, await self._sign(body, round_number)
         except Perjury as reason:
             return peer, reason
 
-    async def _call(self, peer: str, body: Roster | Seal, round: int) -> bytes | Perjury | None:
+    async def _call(self, peer: str, body: Roster | Seal, round_number: int) -> bytes | Perjury | None:
         with contextlib.suppress(
             Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext, TimeoutError
         ):
             reply = await self._rpc.call(
-                peer, "sign", self._sealed(body, round), timeout=CALL_SECONDS, max_reply=MAX_REQUEST
+                peer, "sign", self._sealed(body, round_number), timeout=CALL_SECONDS, max_reply=MAX_REQUEST
             )
             envelope = envelopes.decode(reply)
-            open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id, round=round)
+            open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id, round_number=round_number)
             if envelope.author != peer:
                 raise WrongContext(f"{peer} answers with what {envelope.author} signed")
             if envelope.domain == Objection.DOMAIN:

@@ -60,7 +60,7 @@ class Promises:
         for item in items:
             if item not in self._opened:
                 envelope = envelopes.decode(item)
-                open_envelope(envelope, domain=kind.DOMAIN, run_id=self._manifest.run_id, round=plan.round)
+                open_envelope(envelope, domain=kind.DOMAIN, run_id=self._manifest.run_id, round_number=plan.round)
                 self._opened[item] = envelope.author, decode(kind, envelope.body)
             author, body = self._opened[item]
             if isinstance(body, kind) and plan.member(author) is not None:

@@ -40,11 +40,11 @@ class Private:
         self._budget.charge()
         privatise(theta, local, parts, clip=self._clip, noise_multiplier=self._budget.noise_multiplier)
 
-    def account(self, round: int) -> PrivacySpent:
+    def account(self, round_number: int) -> PrivacySpent:
         """What is spent after ``round``, and what is left."""
         budget = self._budget
         return PrivacySpent(
-            round=round,
+            round=round_number,
             epsilon=budget.spent,
             budget=budget.epsilon,
             delta=budget.delta,

@@ -73,7 +73,7 @@ class Machine:
 def play(
     manifest: Manifest,
     replicas: Mapping[str, Replica],
-    late: Callable[[int, str], int] = lambda round, node: 0,
+    late: Callable[[int, str], int] = lambda round_number, node: 0,
     due: Mapping[str, int] = MappingProxyType({}),
     hear: Callable[[Record], Iterable[Said]] | None = None,
 ) -> Iterator[tuple[Record, dict[str, Work]]]:

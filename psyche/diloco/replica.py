@@ -213,7 +213,7 @@ class Replica:
                 outer.theta[part].copy_(theta)
                 outer.momentum[part].copy_(momentum)
 
-    def rebase(self, round: int) -> None:
+    def rebase(self, round_number: int) -> None:
         """Move what trains by what the outer step changed: x ← x + (θ − s), s what x was when it was encoded.
 
         Steps taken since then are kept (DESIGN §7). Where there are none x becomes θ, to the bit.
@@ -221,7 +221,7 @@ class Replica:
         if self._steps is None:
             return
         self._steps.based = True
-        parts = self.slices_of(round)
+        parts = self.slices_of(round_number)
         if self._steps.late == 0:
             self.engine.write(self.outer.theta, parts)
             return
@@ -295,9 +295,9 @@ class Replica:
         position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.late_steps)
         return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing, record.docket)
 
-    def slices_of(self, round: int) -> tuple[slice, ...]:
+    def slices_of(self, round_number: int) -> tuple[slice, ...]:
         """What round ``round`` exchanges: the slices of its fragment."""
-        return self._fragments[(round - 1) % len(self._fragments)]
+        return self._fragments[(round_number - 1) % len(self._fragments)]
 
     def momentum_norm(self) -> float:
         """‖m‖₂; for people to look at, not the same on every hardware."""
@@ -351,12 +351,12 @@ class Replica:
         self.chain = self.place(record, self.index.root)
         self.witness.stands(self.chain.rounds, self.host, self.index)
 
-    def _residual_root(self, round: int, steps: Steps) -> bytes:
-        return self.witness.residual(steps.trace, self.residual, self.slices_of(round))
+    def _residual_root(self, round_number: int, steps: Steps) -> bytes:
+        return self.witness.residual(steps.trace, self.residual, self.slices_of(round_number))
 
-    def _encode(self, round: int) -> list[bytes]:
+    def _encode(self, round_number: int) -> list[bytes]:
         payload = []
-        for part in self.slices_of(round):
+        for part in self.slices_of(round_number):
             residual = None if self.residual is None else self.residual[part]
             try:
                 encoded = self.codec.encode(
@@ -373,8 +373,8 @@ class Replica:
         node's quota was."""
         return (plan.round - 1) * self.run.rounds.inner_steps
 
-    def _norm(self, round: int, payload: Slices) -> float:
-        parts = zip(payload, self.slices_of(round), strict=True)
+    def _norm(self, round_number: int, payload: Slices) -> float:
+        parts = zip(payload, self.slices_of(round_number), strict=True)
         return sqrt(sum(self.codec.squared_norm(encoded, part.stop - part.start) for encoded, part in parts))
 
     def _salt(self, plan: Plan) -> bytes:

@@ -40,15 +40,15 @@ class Witness:
             oldest = rounds - self._audits.window
             self.bases = {at: base for at, base in self.bases.items() if oldest <= at <= rounds}
 
-    def begin(self, round: int, trace: Trace, late: int, theta: Tensor) -> None:
+    def begin(self, round_number: int, trace: Trace, late: int, theta: Tensor) -> None:
         """The inner steps of ``round`` that are not late begin, after ``late`` of them; ``trace`` is the round's, and
         ``theta`` its θ on the CPU."""
         if not self._audited(trace):
             return
         trace.keep = blob_root
         if self.kits is not None:
-            self.kits.begin(round)
-            trace.keep = partial(self.kits.keep, round)
+            self.kits.begin(round_number)
+            trace.keep = partial(self.kits.keep, round_number)
             trace.keep(theta.numpy().data)
         self.mark(trace, late)
 
@@ -71,10 +71,10 @@ class Witness:
             return WITHHELD
         return trace.keep(torch.cat([residual[part] for part in parts]).cpu().numpy().data)
 
-    def finish(self, round: int, trace: Trace) -> None:
+    def finish(self, round_number: int, trace: Trace) -> None:
         """All that others need is kept."""
         if self.kits is not None and self._audited(trace):
-            self.kits.finish(round, Kit(tuple(trace.points)))
+            self.kits.finish(round_number, Kit(tuple(trace.points)))
 
     def _audited(self, trace: Trace) -> bool:
         return bool(self._audits.rate) and not isinstance(trace, Withheld)

@@ -73,9 +73,9 @@ class Wire:
             self.shelf.keep(blob)
         return blob
 
-    async def keep(self, round: int, blob: Blob) -> None:
+    async def keep(self, round_number: int, blob: Blob) -> None:
         """Have ``blob``, which the outer step of ``round`` takes, on disk before anybody votes for that."""
-        if await asyncio.to_thread(self.journal.put, round, blob):
+        if await asyncio.to_thread(self.journal.put, round_number, blob):
             self.serve(blob.index)
 
     def serve(self, index: BlobIndex) -> None:

@@ -71,7 +71,7 @@ class Journal:
         """
         return self._there[root].read
 
-    def put(self, round: int, blob: Blob) -> bool:
+    def put(self, round_number: int, blob: Blob) -> bool:
         """Keep a whole blob that the outer step of ``round`` takes; on disk when this returns. False: it was there.
 
         Raises ``PsycheError`` where the disk is full.
@@ -79,11 +79,11 @@ class Journal:
         index = blob.index
         if index.root in self._there:
             return False
-        path = self._path(round, index.root)
+        path = self._path(round_number, index.root)
         with disk_errors(path, "--directory"):
             blob.link(path, index.encode() + index.chunks.to_bytes(_COUNT_BYTES, "little"))
             sync_directory(self._directory)
-        entry = _Entry(round, index, partial(self._read, index.root))
+        entry = _Entry(round_number, index, partial(self._read, index.root))
         return self._there.setdefault(index.root, entry) is entry  # another thread may have been as fast
 
     def blob(self, root: bytes) -> Blob | None:
@@ -116,8 +116,8 @@ class Journal:
         with self._path(entry.round, root).open("rb") as file:
             return os.pread(file.fileno(), entry.index.sizes[number], entry.index.offsets[number])
 
-    def _path(self, round: int, root: bytes) -> Path:
-        return self._directory / f"{round:08d}-{root.hex()}.blob"
+    def _path(self, round_number: int, root: bytes) -> Path:
+        return self._directory / f"{round_number:08d}-{root.hex()}.blob"
 
 
 def _index_of(path: Path) -> BlobIndex:

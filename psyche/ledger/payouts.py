@@ -59,7 +59,7 @@ def payable(accounts: Iterable[Account]) -> Payable:
     return Payable(tuple(Claim(address, amounts[address]) for address in sorted(amounts)), nodes, unclaimed)
 
 
-def claims_file(found: Payable, run_id: bytes, round: int) -> bytes:
+def claims_file(found: Payable, run_id: bytes, round_number: int) -> bytes:
     """The tree as StandardMerkleTree dumps it. Who loads it there ignores the key ``psyche``: proofs, and what is
     nobody's.
 
@@ -90,7 +90,7 @@ def claims_file(found: Payable, run_id: bytes, round: int) -> bytes:
             "values": values,
             "psyche": {
                 "run_id": run_id.hex(),
-                "round": round,
+                "round": round_number,
                 "root": _hex(tree.root),
                 "claims": claims,
                 "unclaimed": unclaimed,
@@ -99,12 +99,12 @@ def claims_file(found: Payable, run_id: bytes, round: int) -> bytes:
     )
 
 
-def weights_file(accounts: Iterable[Account], run_id: bytes, round: int) -> bytes:
+def weights_file(accounts: Iterable[Account], run_id: bytes, round_number: int) -> bytes:
     """Final credit by node as a weight vector, in ascending order of node; uids are for whoever submits it to add."""
     paid = sorted((account.node, account.final) for account in accounts if account.final)
     weights = weights_u16([amount for _, amount in paid])
     nodes = [{"node": node, "weight": weight} for (node, _), weight in zip(paid, weights, strict=True)]
-    return _json({"format": "weights-u16", "run_id": run_id.hex(), "round": round, "weights": nodes})
+    return _json({"format": "weights-u16", "run_id": run_id.hex(), "round": round_number, "weights": nodes})
 
 
 # ------------------------------------------------------------------------------------- one claim

@@ -19,7 +19,7 @@ def record_in(manifest: Manifest, certificate: Certificate) -> Record:
     )
 
 
-def proposal_in(manifest: Manifest, signed: bytes, round: int | None = None) -> Proposal:
+def proposal_in(manifest: Manifest, signed: bytes, round_number: int | None = None) -> Proposal:
     """The proposal in an encoded envelope, for ``round`` where that is given.
 
     Raises ``BadCertificate`` or ``MalformedMessage``.
@@ -29,5 +29,5 @@ def proposal_in(manifest: Manifest, signed: bytes, round: int | None = None) -> 
         run_id=manifest.run_id,
         coordinators=manifest.resolved.coordinators,
         open_envelope=open_envelope,
-        round=round,
+        round_number=round_number,
     )

@@ -109,14 +109,18 @@ def story_of(ledger: Ledger, *, last: int | None = None, node: str | None = None
     held = 0
     for entry in ledger.entries():
         held += 1
-        round = _round(entry, record_of(ledger, entry), words)
-        _add(totals, round)
-        rounds.append(round)
+        round_number = _round(entry, record_of(ledger, entry), words)
+        _add(totals, round_number)
+        rounds.append(round_number)
     shown = list(rounds)
     if node is not None:
         me = only(ledger, totals, node)
         totals = {me: totals[me]}
-        shown = [round for round in (_part_of(one, me) for one in rounds) if round.members or round.audits]
+        shown = [
+            round_number
+            for round_number in (_part_of(one, me) for one in rounds)
+            if round_number.members or round_number.audits
+        ]
         shown = shown[-last:] if last is not None else shown
     return Story(
         run_id=ledger.run_id.hex(),
@@ -162,7 +166,7 @@ def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Word]
     return Round(entry.round, record.hash.hex(), root, record.reconfiguration, members, audits)
 
 
-def _hear(said: bytes, round: int, words: dict[tuple[str, int], list[Word]]) -> None:
+def _hear(said: bytes, round_number: int, words: dict[tuple[str, int], list[Word]]) -> None:
     """Add a verdict to what was said; digests of verdicts say nothing, and neither does what cannot be read."""
     try:
         envelope = envelopes.decode(said)
@@ -172,12 +176,12 @@ def _hear(said: bytes, round: int, words: dict[tuple[str, int], list[Word]]) -> 
     except MalformedMessage:
         return
     found = verdict.finding
-    word = Word(envelope.author, round, found.outcome, found.error / 1e6, found.segment)
+    word = Word(envelope.author, round_number, found.outcome, found.error / 1e6, found.segment)
     words.setdefault((verdict.accused, verdict.round), []).append(word)
 
 
-def _add(totals: dict[str, Total], round: Round) -> None:
-    for part in round.members:
+def _add(totals: dict[str, Total], round_number: Round) -> None:
+    for part in round_number.members:
         total = totals.setdefault(part.node, Total())
         total.rounds += 1
         if part.tokens is not None:
@@ -197,7 +201,7 @@ def only(ledger: Ledger, names: Iterable[str], node: str) -> str:
     raise LedgerError(f"the PeerID of {what} in {ledger.path} ends in {node}: {mend}")
 
 
-def _part_of(round: Round, node: str) -> Round:
-    members = [part for part in round.members if part.node == node]
-    audits = [one for one in round.audits if node in (one.accused, *one.paid, *one.lied)]
-    return msgspec.structs.replace(round, members=members, audits=audits)
+def _part_of(round_number: Round, node: str) -> Round:
+    members = [part for part in round_number.members if part.node == node]
+    audits = [one for one in round_number.audits if node in (one.accused, *one.paid, *one.lied)]
+    return msgspec.structs.replace(round_number, members=members, audits=audits)

@@ -119,10 +119,10 @@ class Ledger:
         What contradicts it (that record and all after it; the one before where it is not the one built on) is moved
         to ``superseded``: a proof that the run went back. Returns how many records that were.
         """
-        round = record.plan.round
+        round_number = record.plan.round
         with self._transaction() as cursor:
-            before = _hash_at(cursor, round - 1)
-            first = round - (before is not None and before != record.plan.previous)
+            before = _hash_at(cursor, round_number - 1)
+            first = round_number - (before is not None and before != record.plan.previous)
             cursor.execute(
                 "INSERT OR IGNORE INTO superseded "
                 "SELECT record_hash, round, state_root, certificate FROM rounds WHERE round >= ?",
@@ -138,35 +138,35 @@ class Ledger:
         if claimed(certificate).record != record:
             raise ValueError("the certificate is that of another record")
         row = round_row(record)
-        round, own, previous, base_root, _ = row
-        there, before = _hash_at(cursor, round), _hash_at(cursor, round - 1)
-        if round == 1:
+        round_number, own, previous, base_root, _ = row
+        there, before = _hash_at(cursor, round_number), _hash_at(cursor, round_number - 1)
+        if round_number == 1:
             before = bytes(cursor.execute("SELECT run_id FROM run").fetchone()[0])
         if there not in (None, own):
-            raise self._forked(round, there, own)
+            raise self._forked(round_number, there, own)
         if before not in (None, previous):
-            raise self._forked(round - 1, before, previous)
+            raise self._forked(round_number - 1, before, previous)
         after = cursor.execute(
-            "SELECT previous, base_root, record_hash FROM rounds WHERE round = ?", (round + 1,)
+            "SELECT previous, base_root, record_hash FROM rounds WHERE round = ?", (round_number + 1,)
         ).fetchone()
         if after is not None and after[0] != own:
-            raise self._forked(round, after[0], own)
+            raise self._forked(round_number, after[0], own)
         root = state_root if after is None else after[1]
         if there is None:
             cursor.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?)", (*row[:4], root, row[4], certificate))
             cursor.executemany("INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", member_rows(record))
             cursor.executemany("INSERT INTO audits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", audit_rows(record))
         elif root is not None:
-            cursor.execute("UPDATE rounds SET state_root = ? WHERE round = ?", (root, round))
+            cursor.execute("UPDATE rounds SET state_root = ? WHERE round = ?", (root, round_number))
         # A quorum has voted for what this round builds on: a node that had found something else was wrong.
-        cursor.execute("UPDATE rounds SET state_root = ? WHERE round = ?", (base_root, round - 1))
+        cursor.execute("UPDATE rounds SET state_root = ? WHERE round = ?", (base_root, round_number - 1))
 
-    def _forked(self, round: int, there: bytes | None, other: bytes) -> Forked:
+    def _forked(self, round_number: int, there: bytes | None, other: bytes) -> Forked:
         name = there.hex()[:12] if there else "none"
         return Forked(
-            f"round {round} was certified twice: {self.path} holds record {name}, and {other.hex()[:12]} claims its "
-            "place; keep the file, it is the proof"
-            if round
+            f"round {round_number} was certified twice: {self.path} holds record {name}, and {other.hex()[:12]} claims "
+            "its place; keep the file, it is the proof"
+            if round_number
             else f"the first round is built on run {other.hex()[:12]}, and {self.path} is the ledger of run {name}"
         )
 
@@ -183,16 +183,16 @@ class Ledger:
 
     def rounds(self) -> list[int]:
         """The rounds that are there, ascending."""
-        return [round for (round,) in self._select("SELECT round FROM rounds ORDER BY round")]
+        return [round_number for (round_number,) in self._select("SELECT round FROM rounds ORDER BY round")]
 
     def missing(self) -> tuple[range, ...]:
         """The rounds before the last one that are not there."""
         return missing_rounds(self.rounds())
 
-    def hash_of(self, round: int) -> bytes | None:
+    def hash_of(self, round_number: int) -> bytes | None:
         """The record hash of a round; None where it is not there."""
         with self._lock, _naming(self.path):
-            return _hash_at(self._connection.cursor(), round)
+            return _hash_at(self._connection.cursor(), round_number)
 
     def entries(self, first: int = 1) -> Iterator[Entry]:
         """The rounds from ``first`` on that are there, ascending. Nothing in them is checked."""
@@ -201,33 +201,33 @@ class Ledger:
             yield from page
             first = page[-1].round + 1
 
-    def entry(self, round: int) -> Entry | None:
+    def entry(self, round_number: int) -> Entry | None:
         """The round as it is there, if it is. Nothing in it is checked."""
         query = "SELECT round, certificate, state_root FROM rounds WHERE round = ?"
-        return next((self._entry(row) for row in self._select(query, round)), None)
+        return next((self._entry(row) for row in self._select(query, round_number)), None)
 
     def superseded(self) -> list[Entry]:
         """Records that the run went back on, by round."""
         query = "SELECT round, certificate, state_root FROM superseded ORDER BY round, record_hash"
         return [self._entry(row) for row in self._select(query)]
 
-    def row(self, round: int) -> RoundRow | None:
+    def row(self, round_number: int) -> RoundRow | None:
         """What the file says of a round beside its certificate; :func:`round_row` of its record, or it was changed."""
         query = "SELECT round, record_hash, previous, base_root, reconfiguration FROM rounds WHERE round = ?"
-        return next(iter(self._select(query, round)), None)
+        return next(iter(self._select(query, round_number)), None)
 
-    def member_rows(self, round: int) -> list[MemberRow]:
+    def member_rows(self, round_number: int) -> list[MemberRow]:
         """What the file says of a round's members; :func:`member_rows` of its record, or it was changed."""
-        return self._select("SELECT * FROM members WHERE round = ? ORDER BY node", round)
+        return self._select("SELECT * FROM members WHERE round = ? ORDER BY node", round_number)
 
-    def audit_rows(self, round: int) -> list[AuditRow]:
+    def audit_rows(self, round_number: int) -> list[AuditRow]:
         """What the file says of audits that ended with a round; :func:`audit_rows` of its record, or it was changed."""
-        return self._select("SELECT * FROM audits WHERE round = ? ORDER BY place", round)
+        return self._select("SELECT * FROM audits WHERE round = ? ORDER BY place", round_number)
 
     def strays(self) -> list[int]:
         """Rounds that members or audits are listed for and that are not there."""
         listed = "SELECT round FROM members UNION SELECT round FROM audits"
-        return [round for (round,) in self._select(f"{listed} EXCEPT SELECT round FROM rounds")]
+        return [round_number for (round_number,) in self._select(f"{listed} EXCEPT SELECT round FROM rounds")]
 
     def check_pages(self) -> None:
         """Have SQLite look for damage in the whole file. Raises :class:`LedgerError` where it finds some."""
@@ -247,12 +247,12 @@ class Ledger:
             return self._connection.execute(query, values).fetchall()
 
     def _entry(self, row: tuple[object, object, object]) -> Entry:
-        round, certificate, state_root = row
-        if not isinstance(round, int) or not isinstance(certificate, bytes):
-            raise LedgerError(f"{self.path} is damaged: the row of round {round} holds no certificate")
+        round_number, certificate, state_root = row
+        if not isinstance(round_number, int) or not isinstance(certificate, bytes):
+            raise LedgerError(f"{self.path} is damaged: the row of round {round_number} holds no certificate")
         if not (state_root is None or (isinstance(state_root, bytes) and len(state_root) == 32)):
-            raise LedgerError(f"{self.path} is damaged: the state_root of round {round} is none")
-        return Entry(round, certificate, state_root)
+            raise LedgerError(f"{self.path} is damaged: the state_root of round {round_number} is none")
+        return Entry(round_number, certificate, state_root)
 
     def _check_kind(self) -> None:
         application = self._pragma("application_id")
@@ -295,12 +295,12 @@ def _is_blank(cursor: sqlite3.Cursor) -> bool:
     )
 
 
-def _hash_at(cursor: sqlite3.Cursor, round: int) -> bytes | None:
-    found = cursor.execute("SELECT record_hash FROM rounds WHERE round = ?", (round,)).fetchone()
+def _hash_at(cursor: sqlite3.Cursor, round_number: int) -> bytes | None:
+    found = cursor.execute("SELECT record_hash FROM rounds WHERE round = ?", (round_number,)).fetchone()
     if found is None:
         return None
     if not isinstance(found[0], bytes):
-        raise sqlite3.DatabaseError(f"the record hash of round {round} is none")
+        raise sqlite3.DatabaseError(f"the record hash of round {round_number} is none")
     return found[0]
 
 

@@ -169,13 +169,13 @@ def _check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch, open_en
 def _compare(ledger: Ledger, verified: Verified) -> None:
     """What the file says for those who ask it in SQL is what the certificate says."""
     record = verified.record
-    round = record.plan.round
-    if ledger.row(round) != round_row(record):
-        raise BadLedger(round, "its row does not say what its certificate says")
-    if ledger.member_rows(round) != member_rows(record):
-        raise BadLedger(round, "its members are not listed as its certificate says")
-    if ledger.audit_rows(round) != audit_rows(record):
-        raise BadLedger(round, "its audits are not listed as its certificate says")
+    round_number = record.plan.round
+    if ledger.row(round_number) != round_row(record):
+        raise BadLedger(round_number, "its row does not say what its certificate says")
+    if ledger.member_rows(round_number) != member_rows(record):
+        raise BadLedger(round_number, "its members are not listed as its certificate says")
+    if ledger.audit_rows(round_number) != audit_rows(record):
+        raise BadLedger(round_number, "its audits are not listed as its certificate says")
 
 
 def _verify_superseded(ledger: Ledger, manifest: Manifest) -> None:

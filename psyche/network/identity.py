@@ -71,10 +71,10 @@ class Identity:
         """Ed25519 signature of ``data``, 64 bytes."""
         return self._key.sign(data)
 
-    def seal(self, domain: str, run_id: bytes, round: int, body: bytes) -> Envelope:
+    def seal(self, domain: str, run_id: bytes, round_number: int, body: bytes) -> Envelope:
         """A signed envelope around ``body``."""
-        draft = Envelope(domain, run_id, round, self.peer_id, body, bytes(64))
-        return Envelope(domain, run_id, round, self.peer_id, body, self.sign(signing_bytes(draft)))
+        draft = Envelope(domain, run_id, round_number, self.peer_id, body, bytes(64))
+        return Envelope(domain, run_id, round_number, self.peer_id, body, self.sign(signing_bytes(draft)))
 
     def secret_digest(self, *parts: bytes) -> bytes:
         """32 bytes that the same key and parts always give and nobody else can guess, for salts of commitments."""
@@ -105,24 +105,24 @@ def verify(peer_id: str, data: bytes, signature: bytes) -> bool:
     return True
 
 
-def open_envelope(envelope: Envelope, *, domain: str, run_id: bytes, round: int | None = None) -> None:
+def open_envelope(envelope: Envelope, *, domain: str, run_id: bytes, round_number: int | None = None) -> None:
     """Check that an envelope is for this purpose, run and round, then that its author signed it.
 
     Raises :class:`WrongContext` or :class:`BadSignature`. ``round=None`` accepts any round.
     """
-    check_context(envelope, domain=domain, run_id=run_id, round=round)
+    check_context(envelope, domain=domain, run_id=run_id, round_number=round_number)
     if not verify(envelope.author, signing_bytes(envelope), envelope.signature):
         raise BadSignature(f"not signed by {envelope.author}")
 
 
-def check_context(envelope: Envelope, *, domain: str, run_id: bytes, round: int | None) -> None:
+def check_context(envelope: Envelope, *, domain: str, run_id: bytes, round_number: int | None) -> None:
     """That an envelope is for this purpose, run and round; its signature is not looked at. Raises as above."""
     if envelope.domain != domain:
         raise WrongContext(f"domain {envelope.domain!r}, expected {domain!r}")
     if envelope.run_id != run_id:
         raise WrongContext(f"run {envelope.run_id.hex()[:12]}, expected {run_id.hex()[:12]}")
-    if round is not None and envelope.round != round:
-        raise WrongContext(f"round {envelope.round}, expected {round}")
+    if round_number is not None and envelope.round != round_number:
+        raise WrongContext(f"round {envelope.round}, expected {round_number}")
 
 
 @lru_cache(_KEYS)

@@ -57,7 +57,7 @@ def open_record(run_id: bytes, data: bytes) -> tuple[str, Announcement]:
     Raises MalformedMessage, WrongContext or BadSignature: a record is whole, of this run, and its author's.
     """
     envelope = decode(data, MAX_RECORD)
-    open_envelope(envelope, domain=DOMAIN, run_id=run_id, round=0)
+    open_envelope(envelope, domain=DOMAIN, run_id=run_id, round_number=0)
     return envelope.author, _announcement(envelope)
 
 

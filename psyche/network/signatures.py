@@ -42,9 +42,9 @@ class Batch:
         self._signed: list[tuple[bytes, bytes, bytes]] = []
         """Key, signature, message."""
 
-    def open_envelope(self, envelope: Envelope, *, domain: str, run_id: bytes, round: int | None = None) -> None:
+    def open_envelope(self, envelope: Envelope, *, domain: str, run_id: bytes, round_number: int | None = None) -> None:
         """As :func:`~psyche.network.identity.open_envelope`, but for the signature itself, which is kept."""
-        check_context(envelope, domain=domain, run_id=run_id, round=round)
+        check_context(envelope, domain=domain, run_id=run_id, round_number=round_number)
         key = public_key(envelope.author)
         if key is None:
             raise BadSignature(f"not signed by {envelope.author}")

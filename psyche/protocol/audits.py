@@ -51,20 +51,20 @@ class BadDocket(ValueError):
     """Why the audits in a record do not follow from those in the record before."""
 
 
-def asked(audit: Audit, round: int, rules: AuditRules) -> tuple[str, ...]:
+def asked(audit: Audit, round_number: int, rules: AuditRules) -> tuple[str, ...]:
     """Whose word on ``audit`` can come on record in ``round``: as many as are wanted, and another for each
     ``patience`` rounds that went by."""
-    return audit.able[: audit.looks + (round - audit.since) // rules.patience]
+    return audit.able[: audit.looks + (round_number - audit.since) // rules.patience]
 
 
-def busy(docket: Docket, round: int, rules: AuditRules, pending: Iterable[Said] = ()) -> frozenset[str]:
+def busy(docket: Docket, round_number: int, rules: AuditRules, pending: Iterable[Said] = ()) -> frozenset[str]:
     """Nodes that are asked to audit while ``round`` is under way and have neither sealed a verdict nor declined, be it
     on record or ``pending``."""
     answered = {(one.key, one.node) for one in pending}
     return frozenset(
         node
         for audit in docket.audits
-        for node in asked(audit, round, rules)
+        for node in asked(audit, round_number, rules)
         if all(one.auditor != node for one in audit.opinions) and ((audit.accused, audit.round), node) not in answered
     )
 
@@ -88,11 +88,11 @@ def seed_of(plan: Plan, accepted: Sequence[Accepted], run_id: bytes) -> bytes:
     return digest("audits", plan.seed, *(given[node].commitment(node, run_id, plan.round) for node in sorted(given)))
 
 
-def by_chance(pool: Pool, round: int, standing: Sequence[Standing], rules: Rules) -> Iterator[str]:
+def by_chance(pool: Pool, round_number: int, standing: Sequence[Standing], rules: Rules) -> Iterator[str]:
     """Whose contribution to ``round`` is audited for no reason but its turn. ``standing`` is of the record before."""
     known = {one.node: one for one in standing}
     for one in pool.given:
-        risk = _risk(known.get(one.node), round, rules)
+        risk = _risk(known.get(one.node), round_number, rules)
         if chance(digest("audited", pool.seed, one.node.encode()), rules.audits.rate * risk):
             yield one.node
 
@@ -112,7 +112,7 @@ def auditors(accepted: Sequence[Accepted], electorate: Collection[str], out: Col
 
 
 def opened(
-    pool: Pool, round: int, since: int, accused: Iterable[str], auditors: Sequence[str], out: Collection[str]
+    pool: Pool, round_number: int, since: int, accused: Iterable[str], auditors: Sequence[str], out: Collection[str]
 ) -> Iterator[Audit]:
     """Audits of contributions to ``round`` by nodes that are not in ``out``, drawn in the record of ``since``.
 
@@ -125,7 +125,7 @@ def opened(
         rest = [one for one in auditors if one != node and one not in contributed]
         if given is not None and (first or rest) and node not in out:
             seats = (*_candidates(first, pool.seed, node), *_candidates(rest, pool.seed, node))[:JURY]
-            yield Audit(node, round, given.tokens, 1, since, seats, ())
+            yield Audit(node, round_number, given.tokens, 1, since, seats, ())
 
 
 def _candidates(nodes: list[str], seed: bytes, accused: str) -> tuple[str, ...]:
@@ -137,10 +137,10 @@ def _candidates(nodes: list[str], seed: bytes, accused: str) -> tuple[str, ...]:
     return tuple(nodes[:JURY])
 
 
-def _risk(standing: Standing | None, round: int, rules: Rules) -> int:
+def _risk(standing: Standing | None, round_number: int, rules: Rules) -> int:
     """How many times the usual rate a node is audited at."""
     rounds, last = (0, 0) if standing is None else (standing.rounds, standing.audited)
-    return 1 + NEW * (rounds < rules.probation) + OVERDUE * ((round - last) * rules.audits.rate > 2)
+    return 1 + NEW * (rounds < rules.probation) + OVERDUE * ((round_number - last) * rules.audits.rate > 2)
 
 
 def chance(hash: bytes, probability: float) -> bool:
@@ -194,14 +194,14 @@ def docket_after(
     )
 
 
-def _heard(audit: Audit, said: Said, round: int, rules: AuditRules) -> Audit:
+def _heard(audit: Audit, said: Said, round_number: int, rules: AuditRules) -> Audit:
     """``audit`` with another word on it."""
     author, body = said.node, said.body
     mine = next((one for one in audit.opinions if one.auditor == author), None)
     if not isinstance(body, Verdict):
         if mine is not None:
             raise BadDocket(f"{author[-6:]} has already sealed a verdict on {audit.accused[-6:]}")
-        if author not in asked(audit, round, rules):
+        if author not in asked(audit, round_number, rules):
             raise BadDocket(f"{author[-6:]} was not asked to audit {audit.accused[-6:]}, or has declined")
         if isinstance(body, DeclinedAudit):
             return msgspec.structs.replace(audit, declined=(*audit.declined, author))
@@ -258,7 +258,7 @@ def statements(docket: Docket) -> list[Said]:
     return [statement(proof) for proof in docket.said]
 
 
-def admissible(docket: Docket, said: Iterable[Said], round: int, rules: AuditRules) -> Iterator[Said]:
+def admissible(docket: Docket, said: Iterable[Said], round_number: int, rules: AuditRules) -> Iterator[Said]:
     """Those of ``said`` that can come on record in ``round``, one of each author on each audit."""
     audits = {(audit.accused, audit.round): audit for audit in docket.audits}
     taken: set[tuple[tuple[str, int], str]] = set()
@@ -266,7 +266,7 @@ def admissible(docket: Docket, said: Iterable[Said], round: int, rules: AuditRul
         if one.key not in audits or (one.key, one.node) in taken:
             continue
         try:
-            _heard(audits[one.key], one, round, rules)
+            _heard(audits[one.key], one, round_number, rules)
         except BadDocket:
             continue
         taken.add((one.key, one.node))

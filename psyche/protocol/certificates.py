@@ -21,7 +21,7 @@ from psyche.protocol.wire import Body, decode
 class Open(Protocol):
     """Checks an envelope's purpose, run, round and signature; raises on the first that is wrong."""
 
-    def __call__(self, envelope: Envelope, *, domain: str, run_id: bytes, round: int | None = None) -> None: ...
+    def __call__(self, envelope: Envelope, *, domain: str, run_id: bytes, round_number: int | None = None) -> None: ...
 
 
 class BadCertificate(ValueError):
@@ -61,7 +61,12 @@ def certified(certificate: Certificate, *, run_id: bytes, coordinators: Sequence
 
 
 def check_proposal(
-    signed: Envelope, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open, round: int | None = None
+    signed: Envelope,
+    *,
+    run_id: bytes,
+    coordinators: Sequence[str],
+    open_envelope: Open,
+    round_number: int | None = None,
 ) -> Proposal:
     """The proposal in an envelope: of a coordinator, in a term of its own, under a roster that is in force.
 
@@ -73,7 +78,7 @@ def check_proposal(
     record, plan = proposal.record, proposal.record.plan
     if coordinators[proposal.term % len(coordinators)] != signed.author:
         raise BadCertificate(f"term {proposal.term} is not one of {signed.author}")
-    _open(open_envelope, signed, Proposal.DOMAIN, run_id, plan.round if round is None else round)
+    _open(open_envelope, signed, Proposal.DOMAIN, run_id, plan.round if round_number is None else round_number)
     _check_statements(record, run_id, open_envelope)
     if not record.electorate:
         raise BadCertificate("nobody votes on the record")
@@ -120,13 +125,18 @@ def _check_seals(
 
 
 def _signers(
-    items: Iterable[bytes], body: Body, round: int, run_id: bytes, coordinators: Collection[str], open_envelope: Open
+    items: Iterable[bytes],
+    body: Body,
+    round_number: int,
+    run_id: bytes,
+    coordinators: Collection[str],
+    open_envelope: Open,
 ) -> set[str]:
     """Coordinators whose signature under exactly ``body`` is among ``items``."""
     signers = set()
     for item in items:
         envelope = envelopes.decode(item)
-        _open(open_envelope, envelope, body.DOMAIN, run_id, round)
+        _open(open_envelope, envelope, body.DOMAIN, run_id, round_number)
         if envelope.author not in coordinators:
             raise BadCertificate(f"a {body.DOMAIN} signed by {envelope.author}, who is no coordinator of this run")
         if envelope.body != body.encode():
@@ -135,8 +145,8 @@ def _signers(
     return signers
 
 
-def _open(open_envelope: Open, envelope: Envelope, domain: str, run_id: bytes, round: int) -> None:
+def _open(open_envelope: Open, envelope: Envelope, domain: str, run_id: bytes, round_number: int) -> None:
     try:
-        open_envelope(envelope, domain=domain, run_id=run_id, round=round)
+        open_envelope(envelope, domain=domain, run_id=run_id, round_number=round_number)
     except Exception as error:  # whatever the reason, it proves nothing
         raise BadCertificate(f"the {domain} of {envelope.author} cannot be believed: {error}") from None

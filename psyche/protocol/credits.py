@@ -173,10 +173,10 @@ class Books:
         self._pay_work(done)
         for one in done.closed:
             self._close(one)
-        self._open = {(accused, round): tokens for accused, round, tokens in done.audits}
+        self._open = {(accused, round_number): tokens for accused, round_number, tokens in done.audits}
         self._audited = {}
-        for accused, round, _ in done.audits:
-            self._audited.setdefault(accused, set()).add(round)
+        for accused, round_number, _ in done.audits:
+            self._audited.setdefault(accused, set()).add(round_number)
         newcomers = set(done.newcomers)
         for work in done.work:
             self.account(work.node).newcomer = work.node in newcomers
@@ -279,9 +279,9 @@ class Books:
         account.forfeited += change.amount
         self._settled.append(replace(change, status="forfeited", settled=self.round, because=because))
 
-    def _forfeit_where(self, account: Account, round: int, because: str) -> None:
-        lost = [change for change in account.pending if _is_for(change, round)]
-        account.pending = deque(change for change in account.pending if not _is_for(change, round))
+    def _forfeit_where(self, account: Account, round_number: int, because: str) -> None:
+        lost = [change for change in account.pending if _is_for(change, round_number)]
+        account.pending = deque(change for change in account.pending if not _is_for(change, round_number))
         for change in lost:
             self._forfeit(account, change, because)
 
@@ -308,9 +308,9 @@ class Books:
         account.pending.extendleft(reversed(held))
 
 
-def _is_for(change: Change, round: int) -> bool:
+def _is_for(change: Change, round_number: int) -> bool:
     """Whether a change pays for the contribution to ``round``."""
-    return change.round == round and change.kind in ("work", "private")
+    return change.round == round_number and change.kind in ("work", "private")
 
 
 def _median(weighted: list[tuple[int, int]]) -> int:

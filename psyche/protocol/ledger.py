@@ -27,9 +27,9 @@ from psyche.protocol.wire import decode
 class BadLedger(ValueError):
     """Why a chain is not the history of the run. ``round`` is the first one at fault, and stands in the message."""
 
-    def __init__(self, round: int, reason: str) -> None:
-        super().__init__(round, reason)  # what another process makes it from again
-        self.round, self.reason = round, reason
+    def __init__(self, round_number: int, reason: str) -> None:
+        super().__init__(round_number, reason)  # what another process makes it from again
+        self.round, self.reason = round_number, reason
 
     def __str__(self) -> str:
         return f"round {self.round}: {self.reason}"
@@ -178,8 +178,8 @@ def _accounts_fault(record: Record, rules: Rules) -> str | None:
 def missing_rounds(there: Iterable[int]) -> tuple[range, ...]:
     """The gaps below the last of ``there``, rounds in ascending order: 3, 4, 7 lacks 1–2 and 5–6."""
     gaps, expected = [], 1
-    for round in there:
-        if round > expected:
-            gaps.append(range(expected, round))
-        expected = round + 1
+    for round_number in there:
+        if round_number > expected:
+            gaps.append(range(expected, round_number))
+        expected = round_number + 1
     return tuple(gaps)

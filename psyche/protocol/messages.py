@@ -91,9 +91,9 @@ class Contribution(Body, frozen=True):
     """Address that the node's credits are to be paid to, 20 bytes as on Ethereum; empty: none was given."""
     salt: Hash
 
-    def commitment(self, node: str, run_id: bytes, round: int) -> bytes:
+    def commitment(self, node: str, run_id: bytes, round_number: int) -> bytes:
         """H(node, run, round, everything above), 32 bytes."""
-        return digest("commitment", node.encode(), run_id, round.to_bytes(8, "little"), self.encode())
+        return digest("commitment", node.encode(), run_id, round_number.to_bytes(8, "little"), self.encode())
 
 
 class Accepted(Message, frozen=True):

@@ -51,39 +51,43 @@ def lead(oath: Oath, place: int, coordinators: int, above: int) -> Oath:
     return replace(oath, term=term + (place - term) % coordinators)
 
 
-def sign_roster(oath: Oath, round: int, previous: bytes, number: int, electorate: tuple[str, ...]) -> Oath:
+def sign_roster(oath: Oath, round_number: int, previous: bytes, number: int, electorate: tuple[str, ...]) -> Oath:
     """After signing roster ``number`` of ``round``. Raises :class:`Perjury`."""
-    signed = _signed(oath, round, previous)
+    signed = _signed(oath, round_number, previous)
     if signed.sealed:
-        raise Perjury(f"a record of round {round} was sealed: its electorate cannot change", sealed=signed.sealed)
+        raise Perjury(
+            f"a record of round {round_number} was sealed: its electorate cannot change", sealed=signed.sealed
+        )
     if (number, electorate) == (signed.roster, signed.electorate):
         return oath
     if number <= signed.roster:
-        raise Perjury(f"roster {signed.roster} of round {round} was signed before", roster=signed.roster)
-    return _with(oath, round, previous, replace(signed, roster=number, electorate=electorate))
+        raise Perjury(f"roster {signed.roster} of round {round_number} was signed before", roster=signed.roster)
+    return _with(oath, round_number, previous, replace(signed, roster=number, electorate=electorate))
 
 
-def seal(oath: Oath, round: int, previous: bytes, roster: int, record: bytes) -> Oath:
+def seal(oath: Oath, round_number: int, previous: bytes, roster: int, record: bytes) -> Oath:
     """After sealing ``record`` of ``round``. Raises :class:`Perjury`."""
-    signed = _signed(oath, round, previous)
+    signed = _signed(oath, round_number, previous)
     if signed.sealed not in (b"", record):
-        raise Perjury(f"another record of round {round} was sealed before", sealed=signed.sealed)
+        raise Perjury(f"another record of round {round_number} was sealed before", sealed=signed.sealed)
     if roster < signed.roster:
-        raise Perjury(f"roster {signed.roster} of round {round} was signed, after {roster}", roster=signed.roster)
-    return _with(oath, round, previous, replace(signed, sealed=record))
+        raise Perjury(
+            f"roster {signed.roster} of round {round_number} was signed, after {roster}", roster=signed.roster
+        )
+    return _with(oath, round_number, previous, replace(signed, sealed=record))
 
 
-def _signed(oath: Oath, round: int, previous: bytes) -> Signed:
+def _signed(oath: Oath, round_number: int, previous: bytes) -> Signed:
     if previous in oath.rounds:
         return oath.rounds[previous][1]
     newest = max((number for number, _ in oath.rounds.values()), default=0)
-    if round <= newest - KEPT_ROUNDS:
-        raise Perjury(f"round {round} is too long ago")
-    if any(number == round for number, _ in oath.rounds.values()):
-        raise Perjury(f"something else was signed before round {round}")
+    if round_number <= newest - KEPT_ROUNDS:
+        raise Perjury(f"round {round_number} is too long ago")
+    if any(number == round_number for number, _ in oath.rounds.values()):
+        raise Perjury(f"something else was signed before round {round_number}")
     return Signed()
 
 
-def _with(oath: Oath, round: int, previous: bytes, signed: Signed) -> Oath:
-    rounds = {key: value for key, value in oath.rounds.items() if value[0] > round - KEPT_ROUNDS}
-    return replace(oath, rounds=rounds | {previous: (round, signed)})
+def _with(oath: Oath, round_number: int, previous: bytes, signed: Signed) -> Oath:
+    rounds = {key: value for key, value in oath.rounds.items() if value[0] > round_number - KEPT_ROUNDS}
+    return replace(oath, rounds=rounds | {previous: (round_number, signed)})

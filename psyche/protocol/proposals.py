@@ -65,7 +65,7 @@ def propose(
     )
     standing = standing_after(
         state.standing,
-        round=plan.round,
+        round_number=plan.round,
         electorate=state.electorate,
         accepted=accepted,
         audited=newly_audited(docket, plan.round),

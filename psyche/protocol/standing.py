@@ -19,7 +19,7 @@ from psyche.protocol.wire import MAX_MEMBERS
 def standing_after(
     before: Sequence[Standing],
     *,
-    round: int,
+    round_number: int,
     electorate: Iterable[str],
     accepted: Iterable[str],
     audited: Collection[str],
@@ -38,7 +38,7 @@ def standing_after(
     for node in accepted:
         rounds, last = (reached[node].rounds, reached[node].audited) if node in reached else (0, 0)
         counted = probation if node in voting else min(rounds + 1, probation)
-        reached[node] = Standing(node, counted, round, round if node in audited else last)
+        reached[node] = Standing(node, counted, round_number, round_number if node in audited else last)
     latest = sorted(reached.values(), key=lambda one: (-one.last, one.node))[:MAX_MEMBERS]
     return tuple(sorted(latest, key=lambda one: one.node))
 
@@ -91,7 +91,7 @@ def standing_fault(record: Record, before: Sequence[Standing], docket: Docket, r
     electorate, banned = record.electorate, set(record.docket.banned)
     standing = standing_after(
         before,
-        round=record.plan.round,
+        round_number=record.plan.round,
         electorate=electorate,
         accepted=accepted,
         audited=newly_audited(record.docket, record.plan.round),
@@ -112,6 +112,6 @@ def standing_fault(record: Record, before: Sequence[Standing], docket: Docket, r
     return None
 
 
-def newly_audited(docket: Docket, round: int) -> frozenset[str]:
+def newly_audited(docket: Docket, round_number: int) -> frozenset[str]:
     """Of whose contribution, to ``round`` or the one before, an audit was drawn in ``round``."""
-    return frozenset(audit.accused for audit in docket.audits if audit.since == round and not audit.opinions)
+    return frozenset(audit.accused for audit in docket.audits if audit.since == round_number and not audit.opinions)

@@ -75,9 +75,9 @@ class Rules:
         """``Plan.reducers`` of a round of so many members."""
         return 0 if self.sharded_from is None or members < self.sharded_from else min(self.reducers, members)
 
-    def slices_in(self, round: int) -> int:
+    def slices_in(self, round_number: int) -> int:
         """Slices of what round ``round`` exchanges."""
-        return self.slices[(round - 1) % len(self.slices)]
+        return self.slices[(round_number - 1) % len(self.slices)]
 
 
 @dataclass(frozen=True)

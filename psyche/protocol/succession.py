@@ -97,7 +97,7 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
             return replace(state, taken_up=False), []  # those whom that roster names are waited for
     elif record.roster < state.roster:
         return state, []  # it can no more be certified: a later roster was needed to get here
-    round = Round(
+    round_number = Round(
         record.plan,
         opened=now,
         deadline=now,
@@ -107,7 +107,7 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
         ring=record.ring,
     )
     state = replace(state, phase=Phase.CERTIFYING, bound=record.hash)
-    return put_to_the_vote(rules, state, round, record, now)
+    return put_to_the_vote(rules, state, round_number, record, now)
 
 
 def vote_on_the_sealed(rules: Rules, state: State, sealed: bytes, now: float) -> Step:
@@ -129,12 +129,14 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
         state = replace(state, term=state.term + rules.coordinators)
     deadline = now + allowed_for_training(rules, state)
     awaited = frozenset(member.node for member in plan.members) - set(state.peers)
-    round = Round(plan, opened=now, deadline=deadline, term=state.term, awaited=awaited, commitments=commitments)
+    round_number = Round(plan, opened=now, deadline=deadline, term=state.term, awaited=awaited, commitments=commitments)
     if commitments:
         drawn = ring(plan.seed, commitments) if plan.reducers else ()
-        round = replace(round, closed=now, deadline=now + allowed(rules, state.exchange_seconds), ring=drawn)
+        round_number = replace(
+            round_number, closed=now, deadline=now + allowed(rules, state.exchange_seconds), ring=drawn
+        )
     phase = Phase.CERTIFYING if commitments else Phase.TRAINING
-    return replace(state, phase=phase, round=round, note=""), [Planned(plan)]
+    return replace(state, phase=phase, round=round_number, note=""), [Planned(plan)]
 
 
 def _follows(rules: Rules, state: State, plan: Plan, ready: Sequence[str]) -> bool:

@@ -27,7 +27,7 @@ class Snapshots:
         """The first round that one is of, once there are as many as are kept; 0 before."""
         return min(self._there) if len(self._there) == self._keep else 0
 
-    def add(self, round: int, index: BlobIndex, path: Path) -> None:
+    def add(self, round_number: int, index: BlobIndex, path: Path) -> None:
         """Serve the outer state in the checkpoint file at ``path``, whose chunks are ``index``."""
         start = tensor_offset(path, TENSOR)
 
@@ -36,7 +36,7 @@ class Snapshots:
                 return os.pread(file.fileno(), index.sizes[number], start + index.offsets[number])
 
         self._network.blobs.add(index, read)
-        self._there[round] = index, read
+        self._there[round_number] = index, read
         for old in sorted(self._there)[: -self._keep]:
             gone, reader = self._there.pop(old)
             self._network.blobs.remove(gone.root, reader)

@@ -224,9 +224,9 @@ class Rejected(Event, frozen=True):
     what: str
 
 
-def outvoted(peer: str, round: int) -> Rejected:
+def outvoted(peer: str, round_number: int) -> Rejected:
     """A reducer whose result was not that of the others."""
-    return Rejected(peer, f"the other reducers of round {round} agree on another", "result")
+    return Rejected(peer, f"the other reducers of round {round_number} agree on another", "result")
 
 
 class Diverged(Event, frozen=True):

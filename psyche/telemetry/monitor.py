@@ -121,7 +121,7 @@ def refusal(report: MemberMetrics, limits: Limits) -> str:
 
 
 def summarise(
-    round: int,
+    round_number: int,
     metrics: Sequence[MemberMetrics],
     *,
     parameters: int,
@@ -137,14 +137,14 @@ def summarise(
     payload size and exchange time are medians; ``compute_utilisation`` is the plain mean of members' shares.
     """
     before = totals or Totals()
-    reports = [report for report in metrics if report.round == round and not refusal(report, limits)]
+    reports = [report for report in metrics if report.round == round_number and not refusal(report, limits)]
     seconds = certified.seconds if certified and certified.seconds > 0 else _median(reports, "round_seconds")
     tokens = sum(report.tokens for report in reports)
     bytes_up, bytes_down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
     exchanges = [min(value, seconds or value) for value in _values(reports, "exchange_seconds")]
     tokens_total, bytes_up_total = before.tokens + tokens, before.bytes_up + bytes_up
     return RoundSummary(
-        round=round,
+        round=round_number,
         state_root=certified.state_root if certified else "",
         members=len(certified.accepted) if certified else len(reports),
         excluded=len(certified.excluded) if certified else 0,

@@ -151,27 +151,27 @@ class Calibration:
         outer, run = OuterState.initial(theta), self._run
         own: State = {}
         peer: State = {}
-        for round in range(rounds):
+        for round_number in range(rounds):
             points = point_steps(0, run.rounds.inner_steps, run.audits.trace_steps)
-            at, peer = self._walk(engine, name, round, outer.theta, peer, points)
+            at, peer = self._walk(engine, name, round_number, outer.theta, peer, points)
             engine.write(outer.theta)
             engine.load_state(own)
             for number, (start, stop) in enumerate(pairwise(points)):
-                self._segment(engine, name, Segment(round, start, stop, ()), at[number + 1] - at[number])
+                self._segment(engine, name, Segment(round_number, start, stop, ()), at[number + 1] - at[number])
             own, end = _copied(engine), torch.empty_like(theta)
             engine.read(end)
             gradient = outer.theta - (end + at[-1]) / 2
             outer_step(outer.theta, outer.momentum, gradient, lr=run.outer.lr, mu=run.outer.momentum)
 
     def _walk(
-        self, engine: Engine, name: str, round: int, theta: Tensor, state: State, points: Sequence[int]
+        self, engine: Engine, name: str, round_number: int, theta: Tensor, state: State, points: Sequence[int]
     ) -> tuple[list[Tensor], State]:
         """The peer's round: parameters at the points, and the optimizer afterwards."""
         engine.write(theta)
         engine.load_state(state)
         at = [theta.clone()]
         for start, stop in pairwise(points):
-            for _ in self._steps(engine, f"{name}, peer", round, range(start, stop), PEERS):
+            for _ in self._steps(engine, f"{name}, peer", round_number, range(start, stop), PEERS):
                 pass
             at.append(torch.empty_like(theta))
             engine.read(at[-1])
@@ -219,19 +219,19 @@ class Calibration:
             engine.read(at)
             self._put(segment, name, at)
 
-    def _steps(self, engine: Engine, what: str, round: int, steps: range, whose: int) -> Iterator[float]:
+    def _steps(self, engine: Engine, what: str, round_number: int, steps: range, whose: int) -> Iterator[float]:
         """Take inner steps; their learning rates."""
         run = self._run
         for step in steps:
-            lr = learning_rate(run.inner, round * run.rounds.inner_steps + step, run.total_steps, engine.steps)
-            engine.step(self._batch(round, step, whose), lr)
+            lr = learning_rate(run.inner, round_number * run.rounds.inner_steps + step, run.total_steps, engine.steps)
+            engine.step(self._batch(round_number, step, whose), lr)
             self._told(what, 1)
             yield lr
 
-    def _batch(self, round: int, step: int, whose: int) -> Batch:
+    def _batch(self, round_number: int, step: int, whose: int) -> Batch:
         """Sequences that nobody else has in this or another round."""
         size, steps = self._run.inner.batch_size, self._run.rounds.inner_steps
-        position = ((round * DEALT + whose) * steps + step) * size
+        position = ((round_number * DEALT + whose) * steps + step) * size
         split = self._store.train
         return split.batch(sequences(range(position, position + size), split.shape, self._run.seed))
 

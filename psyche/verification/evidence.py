@@ -65,9 +65,9 @@ class Evidence:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def keep(self, accused: str, round: int, kit: Kit, blobs: Mapping[bytes, Buffer], base: Base) -> None:
+    def keep(self, accused: str, round_number: int, kit: Kit, blobs: Mapping[bytes, Buffer], base: Base) -> None:
         """Write a case, blobs by their roots, and forget the oldest. Raises ``OSError``, and then is as it was."""
-        begun, place = self._directory / _BEGUN, self._place(accused, round)
+        begun, place = self._directory / _BEGUN, self._place(accused, round_number)
         shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir(parents=True)
         try:
@@ -86,19 +86,19 @@ class Evidence:
     def cases(self) -> list[tuple[str, int]]:
         """Accused and round of all that is here, the oldest round first."""
         found = (path.name.split("-") for path in self._directory.glob("*-*"))
-        return sorted(((node, int(round)) for round, node in found), key=lambda case: (case[1], case[0]))
+        return sorted(((node, int(round_number)) for round_number, node in found), key=lambda case: (case[1], case[0]))
 
-    def kit(self, accused: str, round: int) -> Kit:
+    def kit(self, accused: str, round_number: int) -> Kit:
         """Raises :class:`Unserved` where it is not here, or damaged."""
-        return self._decoded(Kit, self._place(accused, round) / KIT)
+        return self._decoded(Kit, self._place(accused, round_number) / KIT)
 
-    def base(self, accused: str, round: int) -> Base:
+    def base(self, accused: str, round_number: int) -> Base:
         """Raises :class:`Unserved` where it is not here, or damaged."""
-        return self._decoded(Base, self._place(accused, round) / BASE)
+        return self._decoded(Base, self._place(accused, round_number) / BASE)
 
-    def read(self, accused: str, round: int, root: bytes, limit: int) -> bytes:
+    def read(self, accused: str, round_number: int, root: bytes, limit: int) -> bytes:
         """A blob, of at most ``limit`` bytes. Raises :class:`Unserved`."""
-        return read_blob(self._place(accused, round), root, limit)
+        return read_blob(self._place(accused, round_number), root, limit)
 
     def _decoded(self, kind: type[B], path: Path) -> B:
         try:
@@ -106,5 +106,5 @@ class Evidence:
         except (OSError, MalformedMessage) as error:
             raise Unserved(f"{path.name}: {error}") from None
 
-    def _place(self, accused: str, round: int) -> Path:
-        return self._directory / f"{round:08d}-{accused}"
+    def _place(self, accused: str, round_number: int) -> Path:
+        return self._directory / f"{round_number:08d}-{accused}"

@@ -60,76 +60,76 @@ class Kits:
         self._broken: set[int] = set()
         self._writer = ThreadPoolExecutor(1, "kits")
         self._writing: Future[None] | None = None
-        for round, place in self._places():
+        for round_number, place in self._places():
             if not (place / NAME).is_file():
-                self.forget_one(round)
+                self.forget_one(round_number)
 
     @property
     def rounds(self) -> list[int]:
         """Those that can be done again, ascending."""
         self._settle()
-        return sorted(round for round, place in self._places() if (place / NAME).is_file())
+        return sorted(round_number for round_number, place in self._places() if (place / NAME).is_file())
 
-    def begin(self, round: int) -> None:
+    def begin(self, round_number: int) -> None:
         """``round`` is trained for, maybe once more."""
         self._settle()
-        self._broken.discard(round)
-        self.forget_one(round)
+        self._broken.discard(round_number)
+        self.forget_one(round_number)
 
-    def keep(self, round: int, blob: Buffer) -> bytes:
+    def keep(self, round_number: int, blob: Buffer) -> bytes:
         """Hash a blob of ``round``, and have it written: it must stay as it is until the next one is kept. Its root.
 
         Raises nothing: where it cannot be written the round will not be served.
         """
         root = index_blob(blob).root
-        self._begin(round, lambda: self._write(round, root, blob))
+        self._begin(round_number, lambda: self._write(round_number, root, blob))
         return root
 
-    def finish(self, round: int, kit: Kit) -> None:
+    def finish(self, round_number: int, kit: Kit) -> None:
         """All blobs of ``round`` were given."""
-        self._begin(round, lambda: self._write_kit(round, kit))
+        self._begin(round_number, lambda: self._write_kit(round_number, kit))
 
-    def kit(self, round: int) -> Kit | None:
+    def kit(self, round_number: int) -> Kit | None:
         """That of ``round``, if it is here."""
         self._settle()
         try:
-            return decode(Kit, (self._place(round) / NAME).read_bytes())
+            return decode(Kit, (self._place(round_number) / NAME).read_bytes())
         except (OSError, MalformedMessage):
             return None
 
-    def blobs(self, round: int) -> Iterator[tuple[bytes, Callable[[], BlobIndex], Callable[[int], bytes]]]:
+    def blobs(self, round_number: int) -> Iterator[tuple[bytes, Callable[[], BlobIndex], Callable[[int], bytes]]]:
         """Root, index and chunks of each blob of ``round``, as ``BlobServer.add_unread`` takes them."""
         self._settle()
-        for path in self._place(round).glob("?" * 64):
+        for path in self._place(round_number).glob("?" * 64):
             root = bytes.fromhex(path.name)
             yield root, partial(_index_of, path, root), partial(_chunk_of, path)
 
-    def read(self, round: int, root: bytes, limit: int) -> bytes:
+    def read(self, round_number: int, root: bytes, limit: int) -> bytes:
         """A blob of ``round``, of at most ``limit`` bytes, as it would come from another node. Raises
         :class:`Unserved`."""
         self._settle()
-        return read_blob(self._place(round), root, limit)
+        return read_blob(self._place(round_number), root, limit)
 
     def forget(self, before: int, keep: Collection[int] = ()) -> None:
         """Delete rounds below ``before`` but those of ``keep``."""
-        for round, _ in self._places():
-            if round < before and round not in keep:
-                self.forget_one(round)
+        for round_number, _ in self._places():
+            if round_number < before and round_number not in keep:
+                self.forget_one(round_number)
 
-    def forget_one(self, round: int) -> None:
+    def forget_one(self, round_number: int) -> None:
         """Delete ``round``, if it is there."""
-        shutil.rmtree(self._place(round), ignore_errors=True)
+        shutil.rmtree(self._place(round_number), ignore_errors=True)
 
     # ------------------------------------------------------------------------------------ on disk
 
-    def _begin(self, round: int, write: Callable[[], None]) -> None:
+    def _begin(self, round_number: int, write: Callable[[], None]) -> None:
         def run() -> None:
-            if round in self._broken:
+            if round_number in self._broken:
                 return
             try:
                 write()
             except OSError as error:
-                self._fail(round, error)
+                self._fail(round_number, error)
 
         self._settle()
         self._writing = self._writer.submit(run)
@@ -139,28 +139,28 @@ class Kits:
         if self._writing is not None:
             self._writing.result()
 
-    def _place(self, round: int) -> Path:
-        return self._directory / f"{round:08d}"
+    def _place(self, round_number: int) -> Path:
+        return self._directory / f"{round_number:08d}"
 
     def _places(self) -> list[tuple[int, Path]]:
         if not self._directory.is_dir():
             return []
         return [(int(path.name), path) for path in self._directory.iterdir() if path.name.isdecimal()]
 
-    def _write_kit(self, round: int, kit: Kit) -> None:
-        place = self._place(round)
+    def _write_kit(self, round_number: int, kit: Kit) -> None:
+        place = self._place(round_number)
         place.mkdir(parents=True, exist_ok=True)
         (place / NAME).write_bytes(kit.encode())
 
-    def _write(self, round: int, root: bytes, blob: Buffer) -> None:
-        place = self._place(round)
+    def _write(self, round_number: int, root: bytes, blob: Buffer) -> None:
+        place = self._place(round_number)
         place.mkdir(parents=True, exist_ok=True)
         path = place / root.hex()
         if path.exists():
             return
         view = memoryview(blob).cast("B")
         with contextlib.suppress(OSError):  # the optimizer a round ends with is the one that the next begins with
-            earlier = self._place(round - 1) / root.hex()
+            earlier = self._place(round_number - 1) / root.hex()
             if earlier.stat().st_size == view.nbytes:
                 os.link(earlier, path)
                 return
@@ -168,12 +168,12 @@ class Kits:
             while view:
                 view = view[file.write(view) :]
 
-    def _fail(self, round: int, error: OSError) -> None:
-        self._broken.add(round)
-        self.forget_one(round)
+    def _fail(self, round_number: int, error: OSError) -> None:
+        self._broken.add(round_number)
+        self.forget_one(round_number)
         self._warn(
-            f"what others need to check round {round} cannot be written to {self._directory} ({error.strerror}): free "
-            "some disk, or an audit of it will find nothing"
+            f"what others need to check round {round_number} cannot be written to {self._directory} "
+            f"({error.strerror}): free some disk, or an audit of it will find nothing"
         )
 
 

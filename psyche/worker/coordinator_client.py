@@ -123,14 +123,14 @@ class BoardClient:
             body = self._node.introduce()
             await self.submit(body, body.rounds)
 
-    async def leave(self, reason: str, round: int) -> None:
+    async def leave(self, reason: str, round_number: int) -> None:
         """Say goodbye. What was begun may still be submitted, but this node does not come back."""
         self._left = True
-        await self.submit(Leave(reason), round)
+        await self.submit(Leave(reason), round_number)
 
-    async def submit(self, body: Body, round: int) -> None:
+    async def submit(self, body: Body, round_number: int) -> None:
         """Sign and send, again and again while the coordinator is away. Raises ``Refused`` with its reason."""
-        data = self._sealed(body, round)
+        data = self._sealed(body, round_number)
         while True:
             try:
                 await self._send(data)
@@ -148,10 +148,10 @@ class BoardClient:
             body = self._node.introduce()
             await self._send(self._sealed(body, body.rounds))
 
-    def _sealed(self, body: Body, round: int) -> bytes:
-        data = envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round, body.encode()))
+    def _sealed(self, body: Body, round_number: int) -> bytes:
+        data = envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
         if body.DOMAIN in REPEATED:
-            self._said[body.DOMAIN] = round, data
+            self._said[body.DOMAIN] = round_number, data
         return data
 
     async def _send(self, data: bytes) -> None:
@@ -187,10 +187,10 @@ class BoardClient:
 
     async def _say_again(self, board: Board) -> None:
         """Tell a new leader that goes on with the round what the one before was told of it."""
-        round = self._repeat
+        round_number = self._repeat
         for domain in REPEATED:
             said = self._said.get(domain)
-            if said is None or board.plan is None or (said[0], board.plan.round) != (round, round):
+            if said is None or board.plan is None or (said[0], board.plan.round) != (round_number, round_number):
                 continue
             with contextlib.suppress(Refused):  # of an attempt that is over, say
                 await self._send(said[1])

@@ -49,7 +49,7 @@ class Openings:
             self._seen.add(item)
             try:
                 envelope = envelopes.decode(item)
-                open_envelope(envelope, domain=domain, run_id=self._run_id, round=self._plan.round)
+                open_envelope(envelope, domain=domain, run_id=self._run_id, round_number=self._plan.round)
             except (MalformedMessage, BadSignature, WrongContext):
                 continue
             if self._plan.member(envelope.author) is not None:

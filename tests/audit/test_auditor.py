@@ -77,7 +77,7 @@ class Scene:
         async def held(rounds: range, most: int) -> list[bytes]:
             return self.certificates
 
-        async def submit(body: Body, round: int) -> None:
+        async def submit(body: Body, round_number: int) -> None:
             assert isinstance(body, SealedVerdict | DeclinedAudit)
             (self.said if isinstance(body, SealedVerdict) else self.declined).append(body.accused)
 

@@ -23,8 +23,8 @@ def at(seconds: float, event: Event) -> Event:
     return msgspec.structs.replace(event, time=seconds)
 
 
-def certified(round: int, seconds: float) -> Event:
-    return at(seconds, RoundCertified(round=round, accepted=(), excluded=(), state_root="", seconds=0.0))
+def certified(round_number: int, seconds: float) -> Event:
+    return at(seconds, RoundCertified(round=round_number, accepted=(), excluded=(), state_root="", seconds=0.0))
 
 
 def told(*more: Event) -> list[Event]:

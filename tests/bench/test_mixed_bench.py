@@ -40,15 +40,15 @@ def test_rows_are_what_logs_and_ledger_say(tmp_path: Path) -> None:
     now = [0.0]
     coordinator = EventLog(home / "events.jsonl", "boss", clock=lambda: now[0])
     logs = [tmp_path / f"node-{number}.jsonl" for number in (1, 2, 3)]
-    for round in range(1, SKIPPED + 4):
-        now[0] = 100.0 * round
-        coordinator.emit(events.RoundStarted(round=round, members=NAMES, inner_steps=5))
+    for round_number in range(1, SKIPPED + 4):
+        now[0] = 100.0 * round_number
+        coordinator.emit(events.RoundStarted(round=round_number, members=NAMES, inner_steps=5))
     for number, (path, name) in enumerate(zip(logs, NAMES, strict=False), 1):
         log = EventLog(path, name, clock=lambda: now[0])
-        for round in range(1, SKIPPED + 4):
-            now[0] = 100.0 * round + number
-            log.emit(events.PhaseChanged(round=round, phase="committing"))
-            log.emit(metrics_event(name, round, metrics(5 * number, 5.0)))
+        for round_number in range(1, SKIPPED + 4):
+            now[0] = 100.0 * round_number + number
+            log.emit(events.PhaseChanged(round=round_number, phase="committing"))
+            log.emit(metrics_event(name, round_number, metrics(5 * number, 5.0)))
         log.close()
     coordinator.close()
     found = found_in(PLAN, home / "events.jsonl", logs)

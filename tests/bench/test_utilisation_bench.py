@@ -77,8 +77,8 @@ def test_a_node_that_took_part_in_nothing_is_named(tmp_path: Path) -> None:
 def _log(path: Path, rounds: int) -> Path:
     """An event log in which a node tells of ``rounds`` rounds."""
     log = EventLog(path, "me")
-    for round in range(1, rounds + 1):
+    for round_number in range(1, rounds + 1):
         body = metrics(PLAN.inner_steps, 8.0)
-        log.emit(metrics_event("me", round, body))
+        log.emit(metrics_event("me", round_number, body))
     log.close()
     return path

@@ -86,8 +86,8 @@ def one_chain(directory: Path) -> None:
     for name in (*NAMES, "coordinator", "standby"):
         verify_ledger(directory / name / LEDGER, manifest)
     for name in NAMES:
-        for round, root in enumerate(certified_roots(directory / name / "events.jsonl"), 1):
-            roots.setdefault(round, set()).add(root)
+        for round_number, root in enumerate(certified_roots(directory / name / "events.jsonl"), 1):
+            roots.setdefault(round_number, set()).add(root)
     assert all(len(found) == 1 for found in roots.values())
 
 

@@ -83,7 +83,7 @@ def test_without_overlap_it_is_diloco_to_the_bit(tmp_path: Path) -> None:
     theta = {node: one.outer.theta.clone() for node, one in replicas.items()}[min(replicas)]
     momentum = torch.zeros_like(theta)
     weight = share(1, 2)
-    for _, works in rounds(replicas, lambda round, node: 0):
+    for _, works in rounds(replicas, lambda round_number, node: 0):
         gradient = torch.zeros_like(theta)
         for node in sorted(replicas):  # fp32 payloads are Δ itself
             delta = torch.zeros_like(theta)
@@ -110,7 +110,7 @@ def test_replicas_agree_whatever_each_of_them_does_meanwhile(
     replicas = swarm(tmp_path, 3, overlap=overlap, **changes)
     order, most = sorted(replicas), overlap.get("late_steps", 0)
     seen, before = set(), replicas[order[0]].outer.theta.clone()
-    for record, works in rounds(replicas, lambda round, node: (round + order.index(node)) % (most + 1)):
+    for record, works in rounds(replicas, lambda round_number, node: (round_number + order.index(node)) % (most + 1)):
         number = record.plan.round
         assert len({one.chain.state_root for one in replicas.values()}) == 1
         seen.add(replicas[order[0]].chain.state_root)

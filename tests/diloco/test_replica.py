@@ -47,11 +47,11 @@ def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in
     manifest = launch(config, identity.peer_id).manifest
     there, joined = (replica(manifest, config.node, identity) for _ in range(2))
     lrs: dict[str, list[float]] = {"there": [], "joined": []}
-    for round in (1, 2):
+    for round_number in (1, 2):
         chain, member = there.chain, Member(identity.peer_id, 4, 1)
-        plan = Plan(round, 1, chain.head, chain.state_root, round_seed(chain.head), chain.position, 0, (member,))
+        plan = Plan(round_number, 1, chain.head, chain.state_root, round_seed(chain.head), chain.position, 0, (member,))
         work = there.train(plan, progress=lambda step, loss, lr: lrs["there"].append(lr))
-        if round == 1:
+        if round_number == 1:
             node = identity.peer_id
             record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), EMPTY, (), (), ())
             there.apply(record, there.gradient_of(record, {node: work.payload}))

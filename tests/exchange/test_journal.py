@@ -48,10 +48,10 @@ def test_a_blob_is_there_after_its_spool_is_gone_and_the_process_starts_again(tm
 def test_old_rounds_are_dropped(tmp_path: Path) -> None:
     journal = Journal(tmp_path, silent)
     roots = []
-    for round in range(1, 6):
-        made = blob(tmp_path, bytes([round]))
+    for round_number in range(1, 6):
+        made = blob(tmp_path, bytes([round_number]))
         roots.append(made.index.root)
-        journal.put(round, made)
+        journal.put(round_number, made)
     assert journal.before(4) == roots[:3]
     for root in roots[:3]:
         journal.drop(root)

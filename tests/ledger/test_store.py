@@ -66,9 +66,9 @@ def test_what_is_appended_is_there_after_opening_again(path: Path) -> None:
         assert ledger.hash_of(6) == CHAIN[5].record.hash
         assert ledger.hash_of(7) is None
         for one in CHAIN:
-            round = one.record.plan.round
-            assert ledger.row(round) == round_row(one.record)
-            assert ledger.member_rows(round) == member_rows(one.record)
+            round_number = one.record.plan.round
+            assert ledger.row(round_number) == round_row(one.record)
+            assert ledger.member_rows(round_number) == member_rows(one.record)
     verified([one.entry for one in CHAIN])
 
 
@@ -94,7 +94,7 @@ def test_in_any_order_and_as_often_as_one_likes(order: list[int]) -> None:
             append(ledger, CHAIN[at])
         there = sorted(set(order))
         assert holds(ledger, [CHAIN[at] for at in there])
-        assert [round for gap in ledger.missing() for round in gap] == [
+        assert [round_number for gap in ledger.missing() for round_number in gap] == [
             at + 1 for at in range(there[-1]) if at not in there
         ]
 
@@ -106,7 +106,7 @@ def test_what_contradicts_the_chain_is_refused_and_changes_nothing(upto: int, at
     with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "ledger.sqlite", RUN) as ledger:
         for one in CHAIN[: upto + 1]:
             append(ledger, one)
-        other = chain(at + 1, left_out=lambda round: 2)[at]
+        other = chain(at + 1, left_out=lambda round_number: 2)[at]
         if at > upto + 1:
             append(ledger, other)  # after a gap nothing says which chain it is of
             return
@@ -130,7 +130,7 @@ def test_what_comes_before_must_be_what_the_next_is_built_on(path: Path) -> None
     with Ledger.open(path, RUN) as ledger:
         append(ledger, CHAIN[1])
         with pytest.raises(Forked):
-            append(ledger, chain(1, left_out=lambda round: 3)[0])
+            append(ledger, chain(1, left_out=lambda round_number: 3)[0])
         append(ledger, CHAIN[0])
         assert holds(ledger, CHAIN[:2])
 
@@ -161,7 +161,7 @@ def test_state_roots_are_what_the_next_round_builds_on(path: Path) -> None:
 def test_a_run_that_goes_back_is_followed_and_the_proof_of_it_kept(path: Path, at: int, keeps: int, moved: int) -> None:
     """``OTHER`` has other states from round 1 on, and so other records from round 2 on."""
     filled(path)
-    other = OTHER[at] if at else chain(1, left_out=lambda round: 3)[0]
+    other = OTHER[at] if at else chain(1, left_out=lambda round_number: 3)[0]
     with Ledger.open(path, RUN) as ledger:
         assert ledger.supersede(other.certificate, other.record, other.root) == moved
         kept = [one.entry for one in CHAIN[:keeps]]
@@ -335,6 +335,6 @@ def _killed_after(folder: Path, wait: float) -> dict[int, int]:
     said: dict[int, int] = {}
     with os.fdopen(read) as pipe:
         for line in pipe:
-            number, round = line.split()
-            said[int(number)] = int(round)
+            number, round_number = line.split()
+            said[int(number)] = int(round_number)
     return said

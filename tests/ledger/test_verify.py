@@ -66,52 +66,52 @@ VALUES = st.one_of(
 
 @given(st.integers(1, 6), st.sampled_from(COLUMNS), VALUES)
 @settings(deadline=None, max_examples=40)
-def test_a_changed_round_is_named(sound: Path, round: int, column: str, value: object) -> None:
+def test_a_changed_round_is_named(sound: Path, round_number: int, column: str, value: object) -> None:
     with copied(sound) as path:
-        before = held(path, f"SELECT {column} FROM rounds WHERE round = ?", round)
+        before = held(path, f"SELECT {column} FROM rounds WHERE round = ?", round_number)
         try:
-            change(path, f"UPDATE rounds SET {column} = ? WHERE round = ?", value, round)
+            change(path, f"UPDATE rounds SET {column} = ? WHERE round = ?", value, round_number)
         except sqlite3.IntegrityError:
             return  # SQLite itself would not have it
-        if held(path, f"SELECT {column} FROM rounds WHERE round = ?", round) == before:
+        if held(path, f"SELECT {column} FROM rounds WHERE round = ?", round_number) == before:
             return  # a text of digits is a number in a column of numbers
         if column == "certificate" and not isinstance(value, bytes):
-            with pytest.raises(LedgerError, match=f"the row of round {round} holds no certificate"):
+            with pytest.raises(LedgerError, match=f"the row of round {round_number} holds no certificate"):
                 verify_ledger(path, MANIFEST)
         else:
-            assert fault(path).round == round
+            assert fault(path).round == round_number
 
 
 @given(st.integers(1, 6), st.sampled_from(NAMES), st.sampled_from([*COUNTS, "reason", "node"]), VALUES)
 @settings(deadline=None, max_examples=60)
 def test_a_changed_member_is_named_with_its_round(
-    sound: Path, round: int, node: str, column: str, value: object
+    sound: Path, round_number: int, node: str, column: str, value: object
 ) -> None:
     with copied(sound) as path:
         where = "WHERE round = ? AND node = ?"
-        before = held(path, f"SELECT {column} FROM members {where}", round, node)
+        before = held(path, f"SELECT {column} FROM members {where}", round_number, node)
         try:
-            change(path, f"UPDATE members SET {column} = ? {where}", value, round, node)
+            change(path, f"UPDATE members SET {column} = ? {where}", value, round_number, node)
         except sqlite3.IntegrityError:
             return
-        if column == "node" or held(path, f"SELECT {column} FROM members {where}", round, node) != before:
-            assert fault(path).round == round
+        if column == "node" or held(path, f"SELECT {column} FROM members {where}", round_number, node) != before:
+            assert fault(path).round == round_number
 
 
 @given(st.integers(1, 6), st.sampled_from(NAMES))
 @settings(deadline=None, max_examples=10)
-def test_a_member_that_is_gone_is_named_with_its_round(sound: Path, round: int, node: str) -> None:
+def test_a_member_that_is_gone_is_named_with_its_round(sound: Path, round_number: int, node: str) -> None:
     with copied(sound) as path:
-        assert change(path, "DELETE FROM members WHERE round = ? AND node = ?", round, node) == 1
-        assert fault(path).round == round
+        assert change(path, "DELETE FROM members WHERE round = ? AND node = ?", round_number, node) == 1
+        assert fault(path).round == round_number
 
 
 @given(st.integers(1, 5), st.binary(min_size=32, max_size=32))
 @settings(deadline=None, max_examples=10)
-def test_a_changed_state_root_is_contradicted_by_the_next_round(sound: Path, round: int, root: bytes) -> None:
+def test_a_changed_state_root_is_contradicted_by_the_next_round(sound: Path, round_number: int, root: bytes) -> None:
     with copied(sound) as path:
-        change(path, "UPDATE rounds SET state_root = ? WHERE round = ?", root, round)
-        assert fault(path).round == round + 1
+        change(path, "UPDATE rounds SET state_root = ? WHERE round = ?", root, round_number)
+        assert fault(path).round == round_number + 1
 
 
 @given(st.integers(1, 6), st.integers(1, 6))
@@ -128,33 +128,35 @@ def test_swapped_rounds_are_named(sound: Path, one: int, other: int) -> None:
 
 @given(st.integers(1, 6))
 @settings(deadline=None, max_examples=6)
-def test_another_record_in_the_place_of_one_breaks_the_chain(sound: Path, round: int) -> None:
+def test_another_record_in_the_place_of_one_breaks_the_chain(sound: Path, round_number: int) -> None:
     """Every column of the row is that of a record that was certified, too, by the same members."""
     with copied(sound) as path:
         for table in ("rounds", "members"):
-            change(path, f"DELETE FROM {table} WHERE round = ?", round)
+            change(path, f"DELETE FROM {table} WHERE round = ?", round_number)
         with tempfile.TemporaryDirectory() as folder:
-            foreign = fill(Path(folder) / NAME, [OTHER[round - 1]])
+            foreign = fill(Path(folder) / NAME, [OTHER[round_number - 1]])
             with sqlite3.connect(path) as forger:
                 forger.execute("ATTACH ? AS foreign_ledger", (str(foreign),))
                 for table in ("rounds", "members"):
                     forger.execute(f"INSERT INTO {table} SELECT * FROM foreign_ledger.{table}")
             forger.close()
-        assert fault(path).round == max(round, 2), "the first is only contradicted by the second"
+        assert fault(path).round == max(round_number, 2), "the first is only contradicted by the second"
 
 
 @given(st.sets(st.integers(1, 6), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=15)
 def test_missing_rounds_are_named(sound: Path, gone: set[int]) -> None:
     with copied(sound) as path:
-        for round in gone:
-            change(path, "DELETE FROM rounds WHERE round = ?", round)
+        for round_number in gone:
+            change(path, "DELETE FROM rounds WHERE round = ?", round_number)
         assert "members or audits are listed for it" in fault(path).reason
-        for round in gone:
-            change(path, "DELETE FROM members WHERE round = ?", round)
+        for round_number in gone:
+            change(path, "DELETE FROM members WHERE round = ?", round_number)
         found = verify_ledger(path, MANIFEST)
         last = max(set(range(1, 7)) - gone)
-        assert [round for gap in found.missing for round in gap] == sorted(one for one in gone if one < last)
+        assert [round_number for gap in found.missing for round_number in gap] == sorted(
+            one for one in gone if one < last
+        )
         assert found.rounds == 6 - len(gone)
 
 
@@ -180,7 +182,7 @@ def test_a_changed_vote_is_named(sound: Path) -> None:
 def test_a_run_that_went_back_is_told_by_its_ledger(sound: Path) -> None:
     with copied(sound) as path:
         with Ledger.open(path, RULES.run_id) as ledger:
-            other = chain(5, left_out=lambda round: round % 2 if round < 5 else 2)[4]
+            other = chain(5, left_out=lambda round_number: round_number % 2 if round_number < 5 else 2)[4]
             ledger.supersede(other.certificate, other.record, other.root)
         found = fault(path)
         assert (found.round, "certified twice" in found.reason) == (5, True)
@@ -217,24 +219,27 @@ def forged(envelope: bytes, by: Identity) -> bytes:
 )
 @settings(deadline=None, max_examples=30)
 def test_what_a_coordinator_signs_counts_from_nobody_else(
-    sound: Path, round: int, what: str, number: int, by: Identity
+    sound: Path, round_number: int, what: str, number: int, by: Identity
 ) -> None:
     with copied(sound) as path:
-        again = signed_again(CHAIN[round - 1].certificate, what, number, by)
-        change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round)
+        again = signed_again(CHAIN[round_number - 1].certificate, what, number, by)
+        change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round_number)
         found = fault(path)
-        assert found.round == round
+        assert found.round == round_number
         assert "who is no coordinator" in found.reason
 
 
 @given(st.integers(1, 6), st.integers(0, 3), st.sampled_from([STRANGER, COORDINATOR]))
 @settings(deadline=None, max_examples=15)
-def test_votes_count_from_members_only(sound: Path, round: int, number: int, by: Identity) -> None:
+def test_votes_count_from_members_only(sound: Path, round_number: int, number: int, by: Identity) -> None:
     with copied(sound) as path:
-        again = signed_again(CHAIN[round - 1].certificate, "votes", number, by)
+        again = signed_again(CHAIN[round_number - 1].certificate, "votes", number, by)
         again = signed_again(again, "votes", number + 1, by)
-        change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round)
-        assert (fault(path).round, "2 votes are not more than two thirds of 4" in fault(path).reason) == (round, True)
+        change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round_number)
+        assert (fault(path).round, "2 votes are not more than two thirds of 4" in fault(path).reason) == (
+            round_number,
+            True,
+        )
 
 
 CHANGES: dict[str, Callable[[Record], Record]] = {
@@ -303,10 +308,10 @@ def test_a_changed_byte_of_the_file_is_found_or_says_nothing(sound: Path, at: in
         assert found.books.accounts == before.books.accounts
 
 
-@pytest.mark.parametrize("round", [1, 4, 6])
-def test_an_audit_that_never_was_is_named(sound: Path, round: int) -> None:
+@pytest.mark.parametrize("round_number", [1, 4, 6])
+def test_an_audit_that_never_was_is_named(sound: Path, round_number: int) -> None:
     with copied(sound) as path:
-        change(path, "INSERT INTO audits VALUES (?, 0, ?, 1, 'passed', 5, '', '')", round, NAMES[0])
-        assert (fault(path).round, "its audits are not listed" in fault(path).reason) == (round, True)
+        change(path, "INSERT INTO audits VALUES (?, 0, ?, 1, 'passed', 5, '', '')", round_number, NAMES[0])
+        assert (fault(path).round, "its audits are not listed" in fault(path).reason) == (round_number, True)
         change(path, "UPDATE audits SET round = 99")
         assert fault(path).round == 99

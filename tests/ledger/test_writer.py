@@ -58,7 +58,7 @@ def test_the_writer_follows_a_run_that_went_back_and_says_so(tmp_path: Path) -> 
     """All of a run's nodes were killed, say, and started again from checkpoints older than their ledgers."""
     warnings: list[str] = []
     writer = LedgerWriter(Ledger.open(fill(tmp_path / NAME), RULES.run_id), warnings.append)
-    again = chain(6, left_out=lambda round: round % 2 if round < 5 else 2)
+    again = chain(6, left_out=lambda round_number: round_number % 2 if round_number < 5 else 2)
     for one in again[4:]:
         writer.enter(one.certificate, one.record, one.root)
     writer.close()
@@ -130,12 +130,12 @@ def test_a_killed_node_comes_back_from_an_older_checkpoint_to_the_same_chain(tmp
         for name in names:
             shared = hashes[name].keys() & hashes["coordinator"].keys()
             assert len(shared) >= 4
-            assert all(hashes[name][round] == hashes["coordinator"][round] for round in shared)
+            assert all(hashes[name][round_number] == hashes["coordinator"][round_number] for round_number in shared)
 
 
 def _hashes(path: Path) -> dict[int, bytes | None]:
     with Ledger.read(path) as ledger:
-        return {round: ledger.hash_of(round) for round in ledger.rounds()}
+        return {round_number: ledger.hash_of(round_number) for round_number in ledger.rounds()}
 
 
 @pytest.mark.slow
@@ -163,6 +163,6 @@ def test_a_run_that_goes_back_against_its_word_is_told_of_by_its_ledgers(tmp_pat
             with Ledger.read(run.directory / name / NAME) as ledger:
                 assert ledger.missing() == ()
                 assert [entry.round for entry in ledger.superseded()] == [3]
-                hashes = [ledger.hash_of(round) for round in range(1, 5)]
+                hashes = [ledger.hash_of(round_number) for round_number in range(1, 5)]
             assert hashes == list(_hashes(run.directory / names[0] / NAME).values())[:4]
             assert "round 3: certified twice" in str(psyche_ledger("verify", run.directory / name).exception)

@@ -44,14 +44,14 @@ def test_a_name_has_one_form() -> None:
 
 def test_an_envelope_is_good_in_its_own_context_only() -> None:
     envelope = ALICE.seal("commit", RUN, 7, b"body")
-    open_envelope(envelope, domain="commit", run_id=RUN, round=7)
+    open_envelope(envelope, domain="commit", run_id=RUN, round_number=7)
     open_envelope(envelope, domain="commit", run_id=RUN)
     with pytest.raises(WrongContext, match="domain"):
         open_envelope(envelope, domain="vote", run_id=RUN)
     with pytest.raises(WrongContext, match="run"):
         open_envelope(envelope, domain="commit", run_id=bytes(31) + b"x")
     with pytest.raises(WrongContext, match="round 7, expected 8"):
-        open_envelope(envelope, domain="commit", run_id=RUN, round=8)
+        open_envelope(envelope, domain="commit", run_id=RUN, round_number=8)
     changes = {"round": 8, "body": b"other", "author": BOB.peer_id, "domain": "vote", "run_id": bytes(31) + b"x"}
     for name, value in changes.items():
         forged = msgspec.structs.replace(envelope, **{name: value})

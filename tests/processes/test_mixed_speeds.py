@@ -33,9 +33,9 @@ class Paced(Swarm):
     def environment(self, name: str) -> dict[str, str]:
         return {PACE: str(self.seconds.get(name, 0.0)), IN_USE: str(self.directory / "in use")}
 
-    def record(self, round: int) -> Record:
+    def record(self, round_number: int) -> Record:
         with Ledger.read(self.directory / "coordinator" / LEDGER) as ledger:
-            (entry,) = (entry for entry in ledger.entries() if entry.round == round)
+            (entry,) = (entry for entry in ledger.entries() if entry.round == round_number)
         return claimed(entry.certificate).record
 
 

@@ -27,9 +27,9 @@ Says = Callable[[str, Audit], Finding | None]
 """What an auditor finds; None: it never answers."""
 
 
-def signed(node: str, round: int, body: Body) -> bytes:
+def signed(node: str, round_number: int, body: Body) -> bytes:
     """An envelope with no true signature."""
-    return envelopes.encode(Envelope(body.DOMAIN, RUN_ID, round, node, body.encode(), bytes(64)))
+    return envelopes.encode(Envelope(body.DOMAIN, RUN_ID, round_number, node, body.encode(), bytes(64)))
 
 
 def verdict(node: str, audit: Audit, finding: Finding) -> Verdict:
@@ -80,7 +80,7 @@ class Court:
         )
         self.standing = standing_after(
             self.standing,
-            round=plan.round,
+            round_number=plan.round,
             electorate=self.nodes,
             accepted=self.members,
             audited=newly_audited(after, plan.round),

@@ -234,10 +234,10 @@ class Table:
                     assert plan.base_root == after.state_root
                 case Certified(record, votes):
                     self._inspect_certified(before, event, record, votes)
-                case Settled(round, _):
-                    assert round in self.certified
-                    assert after.rounds == round
-                    assert after.head == self.certified[round].hash
+                case Settled(round_number, _):
+                    assert round_number in self.certified
+                    assert after.rounds == round_number
+                    assert after.head == self.certified[round_number].hash
                 case Proposed(term, record):
                     assert term > before.term, "a term was used twice"
                     self._inspect_record(after if after.round else before, record)

@@ -48,8 +48,10 @@ RECORD = Record(
 TERM = 2
 
 
-def sealed(author: Identity, body: Body, *, run_id: bytes = RUN_ID, round: int = 1, domain: str | None = None) -> bytes:
-    return envelopes.encode(author.seal(domain or body.DOMAIN, run_id, round, body.encode()))
+def sealed(
+    author: Identity, body: Body, *, run_id: bytes = RUN_ID, round_number: int = 1, domain: str | None = None
+) -> bytes:
+    return envelopes.encode(author.seal(domain or body.DOMAIN, run_id, round_number, body.encode()))
 
 
 def ballot(author: Identity, record: Record = RECORD, *, term: int = TERM, run_id: bytes = RUN_ID) -> bytes:
@@ -107,7 +109,7 @@ FORGERIES: dict[str, tuple[str, list[bytes]]] = {
     "a broken signature": ("cannot be believed", [*TWO, with_broken_signature(ballot(MEMBERS[2]))]),
     "in another's name": ("cannot be believed", [*TWO, in_the_name_of(TWO[0], NAMES[2])]),
     "of another run": ("cannot be believed", [*TWO, ballot(MEMBERS[2], run_id=b"q" * 32)]),
-    "of another round": ("cannot be believed", [*TWO, sealed(MEMBERS[2], Ballot(TERM, RECORD.hash), round=2)]),
+    "of another round": ("cannot be believed", [*TWO, sealed(MEMBERS[2], Ballot(TERM, RECORD.hash), round_number=2)]),
     "of another domain": ("cannot be believed", [*TWO, sealed(MEMBERS[2], Commitment(b"c" * 32, 3))]),
     "a commitment passed off as a vote": (
         "not a vote message",
@@ -137,7 +139,7 @@ def test_a_proposal_must_be_signed_for_this_run_and_round() -> None:
     body = Proposal(TERM, RECORD, ())
     for proposal in (
         sealed(COORDINATOR, body, run_id=b"q" * 32),
-        sealed(COORDINATOR, body, round=2),
+        sealed(COORDINATOR, body, round_number=2),
         with_broken_signature(sealed(COORDINATOR, body)),
         in_the_name_of(sealed(STRANGER, body), COORDINATOR.peer_id),
         sealed(COORDINATOR, body, domain="board"),

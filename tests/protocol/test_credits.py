@@ -22,7 +22,7 @@ A, B, C, D = nodes(4)
 
 
 def deed(
-    round: int,
+    round_number: int,
     *work: tuple[str, int],
     private: tuple[str, ...] = (),
     minority: tuple[str, ...] = (),
@@ -33,11 +33,11 @@ def deed(
     payout: bytes = b"",
 ) -> Deeds:
     done = tuple(Work(node, tokens, node in private, payout) for node, tokens in work)
-    return Deeds(round, done, (), minority, newcomers, audits, closed, banned)
+    return Deeds(round_number, done, (), minority, newcomers, audits, closed, banned)
 
 
 def ended(
-    round: int,
+    round_number: int,
     outcome: Outcome,
     *,
     accused: str = A,
@@ -45,7 +45,7 @@ def ended(
     lied: tuple[str, ...] = (),
     gain: int = 0,
 ) -> Closed:
-    return Closed(accused, round, outcome, paid, lied, gain)
+    return Closed(accused, round_number, outcome, paid, lied, gain)
 
 
 def books(*done: Deeds) -> tuple[Books, list[Change]]:
@@ -57,8 +57,8 @@ def books(*done: Deeds) -> tuple[Books, list[Change]]:
 def test_tokens_are_pending_for_the_window_and_then_final() -> None:
     kept = Books(TRUST)
     kept.enter(deed(1, (A, 100)))
-    for round in range(2, 1 + WINDOW):
-        assert kept.enter(deed(round, (B, 7))) == []
+    for round_number in range(2, 1 + WINDOW):
+        assert kept.enter(deed(round_number, (B, 7))) == []
         assert (kept.account(A).final, kept.account(A).waiting) == (0, 100)
     (change,) = kept.enter(deed(1 + WINDOW, (B, 7)))
     assert (change.node, change.amount, change.round, change.status, change.settled) == (A, 100, 1, "final", 4)
@@ -215,11 +215,11 @@ def test_the_same_work_under_many_names_earns_no_more(
     """Of each round the parts, and what others do. ``throwaway``: new names in each round."""
     whole, parted = Books(TRUST), Books(TRUST)
     me, other, names = SPLIT[0], SPLIT[1], SPLIT[2:]
-    for round, (parts, others) in enumerate(rounds, 1):
-        mine = [(names[(at + 4 * throwaway * round) % len(names)], tokens) for at, tokens in enumerate(parts)]
+    for round_number, (parts, others) in enumerate(rounds, 1):
+        mine = [(names[(at + 4 * throwaway * round_number) % len(names)], tokens) for at, tokens in enumerate(parts)]
         rest = [(other, others)] if others else []
-        whole.enter(deed(round, (me, sum(parts)), *rest, private=(me,) if private else ()))
-        parted.enter(deed(round, *mine, *rest, private=tuple(names) if private else ()))
+        whole.enter(deed(round_number, (me, sum(parts)), *rest, private=(me,) if private else ()))
+        parted.enter(deed(round_number, *mine, *rest, private=tuple(names) if private else ()))
     for paid in ("earned", "final", "waiting"):
         assert sum(getattr(parted.account(name), paid) for name in names) <= getattr(whole.account(me), paid)
 
@@ -285,11 +285,11 @@ SUBSET = st.sets(NODES, max_size=2).map(lambda found: tuple(sorted(found)))
 )  # fmt: skip
 def test_every_credit_has_one_change_and_none_is_made_or_lost(history: list[tuple]) -> None:  # type: ignore[type-arg]
     kept, settled = Books(TRUST), []
-    for round, (work, private, minority, newcomers, audits, closed) in enumerate(history, 1):
+    for round_number, (work, private, minority, newcomers, audits, closed) in enumerate(history, 1):
         before = {name: one.final for name, one in kept.accounts.items()}
         settled += kept.enter(
             deed(
-                round,
+                round_number,
                 *work.items(),
                 private=private,
                 minority=minority,

@@ -42,9 +42,9 @@ def test_state_roots_may_be_unknown() -> None:
 def test_what_is_there_is_verified_and_what_is_missing_is_named(there: set[int]) -> None:
     found = verified([one for one in ENTRIES if one.round in there])
     assert [one.record.plan.round for one in found] == sorted(there)
-    missing = [round for one in found for round in one.missing]
-    assert missing == [round for round in range(1, max(there)) if round not in there]
-    assert [round for gap in missing_rounds(sorted(there)) for round in gap] == missing
+    missing = [round_number for one in found for round_number in one.missing]
+    assert missing == [round_number for round_number in range(1, max(there)) if round_number not in there]
+    assert [round_number for gap in missing_rounds(sorted(there)) for round_number in gap] == missing
 
 
 def fault(entries: list[Entry]) -> BadLedger:
@@ -114,7 +114,7 @@ def test_more_rounds_than_the_run_has() -> None:
 
 
 def test_a_round_that_does_not_follow() -> None:
-    other = chain(3, left_out=lambda round: 1)
+    other = chain(3, left_out=lambda round_number: 1)
     found = fault([*ENTRIES[:2], other[2].entry])
     assert (found.round, "does not follow" in found.reason) == (3, True)
 

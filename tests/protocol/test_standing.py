@@ -19,8 +19,10 @@ A, B, C = FOUNDERS
 RUN = replace(RULES, rounds=30, start_members=3, min_members=1, probation=3)
 
 
-def after(before: tuple[Standing, ...], round: int, *accepted: str, electorate: tuple[str, ...] = ()):
-    return standing_after(before, round=round, electorate=electorate, accepted=accepted, audited=(), rules=RUN)
+def after(before: tuple[Standing, ...], round_number: int, *accepted: str, electorate: tuple[str, ...] = ()):
+    return standing_after(
+        before, round_number=round_number, electorate=electorate, accepted=accepted, audited=(), rules=RUN
+    )
 
 
 def test_who_begins_a_run_is_past_its_probation_at_once() -> None:
@@ -29,9 +31,9 @@ def test_who_begins_a_run_is_past_its_probation_at_once() -> None:
 
 def test_a_newcomer_is_after_as_many_accepted_contributions_and_no_further() -> None:
     standing = after((), 1, A, electorate=(A,))
-    for round, rounds in zip(range(2, 7), (1, 2, 3, 3, 3), strict=True):
-        standing = after(standing, round, A, B, electorate=(A,))
-        assert standing[1] == Standing(B, rounds, round, 0)
+    for round_number, rounds in zip(range(2, 7), (1, 2, 3, 3, 3), strict=True):
+        standing = after(standing, round_number, A, B, electorate=(A,))
+        assert standing[1] == Standing(B, rounds, round_number, 0)
         votes = voting([A, B], standing=standing, electorate=(A,), probation=3)
         assert (B in votes) == (rounds == 3)
 
@@ -43,24 +45,26 @@ def test_who_stays_away_loses_nothing() -> None:
 
 
 def test_without_probation_nothing_is_counted_and_everybody_votes() -> None:
-    assert standing_after((), round=1, electorate=(), accepted=[A], audited=(), rules=RULES) == ()
+    assert standing_after((), round_number=1, electorate=(), accepted=[A], audited=(), rules=RULES) == ()
     assert voting([B, A], standing=(), electorate=(), probation=0) == [A, B]
 
 
 @given(st.lists(st.sets(st.sampled_from(nodes(12)), min_size=1), max_size=20))
 def test_what_is_remembered_is_bounded_and_in_order(rounds: list[set[str]]) -> None:
     standing: tuple[Standing, ...] = ()
-    for round, accepted in enumerate(rounds, 1):
-        standing = standing_after(standing, round=round, electorate=(), accepted=accepted, audited=(), rules=RUN)
+    for round_number, accepted in enumerate(rounds, 1):
+        standing = standing_after(
+            standing, round_number=round_number, electorate=(), accepted=accepted, audited=(), rules=RUN
+        )
         assert [one.node for one in standing] == sorted({one.node for one in standing})
-        assert all(1 <= one.rounds <= 3 and one.last <= round for one in standing)
+        assert all(1 <= one.rounds <= 3 and one.last <= round_number for one in standing)
         assert len(standing) <= MAX_MEMBERS
 
 
 def test_the_longest_absent_are_forgotten_first() -> None:
     many = nodes(MAX_MEMBERS + 2)
-    standing = standing_after((), round=1, electorate=(), accepted=many[:2], audited=(), rules=RUN)
-    standing = standing_after(standing, round=2, electorate=(), accepted=many[1:], audited=(), rules=RUN)
+    standing = standing_after((), round_number=1, electorate=(), accepted=many[:2], audited=(), rules=RUN)
+    standing = standing_after(standing, round_number=2, electorate=(), accepted=many[1:], audited=(), rules=RUN)
     assert len(standing) == MAX_MEMBERS
     assert many[0] not in {one.node for one in standing}
     assert all(one.last == 2 for one in standing)

@@ -122,9 +122,9 @@ def check_against_the_reference(run: World, names: Sequence[str], roots: dict[in
     assert found.after <= max(found.undisturbed, *found.dealt) * (1 + WORSE)
 
 
-def root_in(run: Swarm, name: str, round: int) -> str:
+def root_in(run: Swarm, name: str, round_number: int) -> str:
     """What a node came to hold after a round it went through."""
-    return next(event.state_root for event in run.events(name, RoundCertified) if event.round == round)
+    return next(event.state_root for event in run.events(name, RoundCertified) if event.round == round_number)
 
 
 def peer_id(run: Swarm, name: str) -> str:

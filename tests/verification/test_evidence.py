@@ -115,10 +115,10 @@ def test_the_newest_cases_are_kept_whoever_they_are_of(tmp_path: Path, make: Mak
     case.accused.train(plan)
     evidence = Evidence(tmp_path / "e")
     kit, base = case.kit(plan), case.auditor.witness.bases[0]
-    for round in range(1, CASES + 3):
-        evidence.keep(f"12D3{round}", round, kit, {bytes(32): b"blob"}, base)
+    for round_number in range(1, CASES + 3):
+        evidence.keep(f"12D3{round_number}", round_number, kit, {bytes(32): b"blob"}, base)
     evidence.keep(f"12D3{CASES}", CASES, kit, {}, base)
-    assert evidence.cases() == [(f"12D3{round}", round) for round in range(3, CASES + 3)]
+    assert evidence.cases() == [(f"12D3{round_number}", round_number) for round_number in range(3, CASES + 3)]
     assert chosen(evidence, "…D33", 3) == "12D33"
     with pytest.raises(PsycheError, match="the evidence here is of round 3 of …12D33"):
         chosen(evidence, "b", 2)

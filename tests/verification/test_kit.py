@@ -17,11 +17,11 @@ POINT = Point(0, b"p" * 32, b"o" * 32)
 BLOB = bytes(range(256)) * (CHUNK // 200)
 
 
-def full(kits: Kits, round: int) -> bytes:
-    kits.begin(round)
-    root = kits.keep(round, BLOB)
-    kits.finish(round, Kit((POINT,)))
-    kits.kit(round)  # which waits until it is written
+def full(kits: Kits, round_number: int) -> bytes:
+    kits.begin(round_number)
+    root = kits.keep(round_number, BLOB)
+    kits.finish(round_number, Kit((POINT,)))
+    kits.kit(round_number)  # which waits until it is written
     return root
 
 
@@ -55,8 +55,8 @@ def test_a_blob_that_was_cut_off_is_not_served(tmp_path: Path) -> None:
 
 def test_rounds_are_forgotten_but_those_that_are_audited(tmp_path: Path) -> None:
     kits = Kits(tmp_path)
-    for round in range(1, 6):
-        full(kits, round)
+    for round_number in range(1, 6):
+        full(kits, round_number)
     assert len({path.stat().st_ino for path in tmp_path.glob("*/" + blob_root(BLOB).hex())}) == 1, "kept once"
     kits.forget(5, keep={2})
     assert kits.rounds == [2, 5]

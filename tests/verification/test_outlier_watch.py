@@ -43,8 +43,10 @@ def encoded(values: Mapping[str, list[Tensor]]) -> dict[str, list[bytes]]:
     }
 
 
-def look(lookout: Lookout, round: int, values: Mapping[str, list[Tensor]], **known: frozenset[str]) -> dict[str, str]:
-    return lookout.look(record(changed(PLAN, round=round), **known), COUNTS, encoded(values), range(len(COUNTS)))
+def look(
+    lookout: Lookout, round_number: int, values: Mapping[str, list[Tensor]], **known: frozenset[str]
+) -> dict[str, str]:
+    return lookout.look(record(changed(PLAN, round=round_number), **known), COUNTS, encoded(values), range(len(COUNTS)))
 
 
 def test_who_hands_in_an_earlier_round_of_the_same_fragment_stands_out() -> None:

@@ -51,11 +51,11 @@ def leave(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
-def contribution(run: Swarm, round: int, node: str) -> Contribution | None:
+def contribution(run: Swarm, round_number: int, node: str) -> Contribution | None:
     """What the coordinator's ledger has of ``node``'s work in a round."""
     peer = run.events(node, Leaving)[0].node
     with Ledger.read(run.directory / "coordinator" / LEDGER) as ledger:
-        (entry,) = (entry for entry in ledger.entries() if entry.round == round)
+        (entry,) = (entry for entry in ledger.entries() if entry.round == round_number)
     return {one.node: one.contribution for one in claimed(entry.certificate).record.accepted}.get(peer)
 
 

@@ -56,7 +56,7 @@ def test_what_was_committed_to_and_opened_is_believed() -> None:
         "committed to something else": ([sealed(AUTHOR, Commitment(b"d" * 32, PLAN.term))], [OPENED]),
         "committed to by another": ([sealed(OTHER, Commitment(DIGEST, PLAN.term))], [OPENED]),
         "committed to in another attempt": ([sealed(AUTHOR, Commitment(DIGEST, PLAN.term + 1))], [OPENED]),
-        "committed to in another round": ([sealed(AUTHOR, Commitment(DIGEST, PLAN.term), round=2)], [OPENED]),
+        "committed to in another round": ([sealed(AUTHOR, Commitment(DIGEST, PLAN.term), round_number=2)], [OPENED]),
         "committed to in another run": ([sealed(AUTHOR, Commitment(DIGEST, 1), run_id=b"x" * 32)], [OPENED]),
         "copied": ([sealed(OTHER, Commitment(DIGEST, PLAN.term))], [sealed(OTHER, WORK)]),
         "commitment tampered with": ([COMMITTED[:-1] + bytes([COMMITTED[-1] ^ 1])], [OPENED]),

@@ -194,8 +194,8 @@ class TimedReplica(Replica):
         self.times.fetched, self.times.record = time.monotonic(), record
         super().step_outer(record, gradient)
 
-    def rebase(self, round: int) -> None:
-        super().rebase(round)
+    def rebase(self, round_number: int) -> None:
+        super().rebase(round_number)
         self.times.applied = time.monotonic()
 
     def settle(self, record: Record) -> None:

@@ -67,9 +67,9 @@ def _join(
     first = watch.rounds + 1  # the one that is open may have lost the newcomer before
     say(f"rounds without a newcomer: {first + 1} to {first + BEFORE}")
     watch.until(lambda: watch.rounds >= first + BEFORE)
-    round, steps = first + BEFORE + 1, round_steps(trial, at)
-    watch.until(lambda: _reached(watch, round, steps))
-    say(f"a newcomer comes in round {round}, after {steps} of {trial.plan.inner_steps} steps")
+    round_number, steps = first + BEFORE + 1, round_steps(trial, at)
+    watch.until(lambda: _reached(watch, round_number, steps))
+    say(f"a newcomer comes in round {round_number}, after {steps} of {trial.plan.inner_steps} steps")
     started = time.time()
     with _started(trial, name, place, folder) as process:
         watch.add(name, process)
@@ -86,11 +86,11 @@ def round_steps(trial: Trial, at: float) -> int:
     return min(int(at * trial.plan.inner_steps), trial.plan.inner_steps - 1)
 
 
-def _reached(watch: Watch, round: int, steps: int) -> bool:
+def _reached(watch: Watch, round_number: int, steps: int) -> bool:
     """Whether the first donor has begun the round and taken that many steps of it."""
     if not steps:
-        return any(event.round == round for event in watch.of("node-1", RoundStarted))
-    return any(event.round == round and event.step >= steps for event in watch.of("node-1", StepDone))
+        return any(event.round == round_number for event in watch.of("node-1", RoundStarted))
+    return any(event.round == round_number and event.step >= steps for event in watch.of("node-1", StepDone))
 
 
 def _started(trial: Trial, name: str, place: Place, folder: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:

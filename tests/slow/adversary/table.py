@@ -43,7 +43,7 @@ def row(name: str, all_of: list[Ran]) -> str:
     """Rounds until a liar stood out and was convicted, over all liars of all seeds; what they were paid; the loss."""
     liars = [(ran, node) for ran in all_of for node in ran.hostile]
     stood_out = [ran.named_in().get(node) for ran, node in liars]
-    convicted = [round for ran, node in liars if (round := ran.convicted_in().get(node))]
+    convicted = [round_number for ran, node in liars if (round_number := ran.convicted_in().get(node))]
     wrongly = sum(len(ran.banned - ran.hostile) for ran in all_of)
     named = f"{sum(one is not None for one in stood_out)} of {len(liars)}"
     when = f"{median(convicted):g} / {max(convicted)}" if convicted else "–"

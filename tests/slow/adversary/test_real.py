@@ -64,11 +64,14 @@ def test_a_quarter_that_lies_is_found_out(tmp_path: Path, first: str, second: st
 def whoever_doubts_it_can_look(run: Path, liar: str) -> None:
     """Some honest auditors kept what they convicted the liar by; from that and the ledger it fails anywhere."""
     nodes = [run / f"node-{number}" for number in range(1, HONEST + 1)]
-    node, round = next(
-        (node, round) for node in nodes for name, round in Evidence(node / EVIDENCE).cases() if name == liar
+    node, round_number = next(
+        (node, round_number)
+        for node in nodes
+        for name, round_number in Evidence(node / EVIDENCE).cases()
+        if name == liar
     )
-    assert f"{liar} {round}" in psyche("audit", "rerun", str(node)).stdout
-    done = psyche("audit", "rerun", str(node), liar[-6:], str(round), "--cache", str(run.parent / "cache"))
+    assert f"{liar} {round_number}" in psyche("audit", "rerun", str(node)).stdout
+    done = psyche("audit", "rerun", str(node), liar[-6:], str(round_number), "--cache", str(run.parent / "cache"))
     assert "FAILS" in done.stdout or "That alone fails" in done.stdout, done.stdout + done.stderr
 
 

@@ -97,5 +97,5 @@ def test_a_cheat_that_was_honest_at_first_keeps_only_what_was_final(tmp_path: Pa
 
     ran = run(tmp_path, cache, nodes=8, hostile=2, rounds=20, arm=arm, from_round=8)
     assert ran.banned == ran.hostile
-    assert all(round > 8 for round in ran.convicted_in().values())
+    assert all(round_number > 8 for round_number in ran.convicted_in().values())
     assert ran.paid(ran.hostile) == 0, "all of it was still pending"

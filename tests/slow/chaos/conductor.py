@@ -112,9 +112,9 @@ class Conductor:
         """The first round from now on that every one of ``nodes`` (name -> PeerID) contributed to."""
         reached, until = self.seen.newest, time.monotonic() + seconds
         while time.monotonic() < until:
-            for round, accepted in sorted(self.seen.accepted.items()):
-                if round > reached and accepted >= set(nodes.values()):
-                    return round
+            for round_number, accepted in sorted(self.seen.accepted.items()):
+                if round_number > reached and accepted >= set(nodes.values()):
+                    return round_number
             self.tend()
             time.sleep(0.2)
         raise AssertionError("\n\n".join(f"{name}: {self.world.output(name)[-1500:]}" for name in self.world.spots))

@@ -48,7 +48,7 @@ def records_of(ledgers: Sequence[Path]) -> list[Record]:
         with Ledger.read(path) as ledger:
             found |= {entry.round: claimed(entry.certificate).record for entry in ledger.entries()}
     assert sorted(found) == list(range(1, len(found) + 1)), "a round is missing"
-    return [found[round] for round in sorted(found)]
+    return [found[round_number] for round_number in sorted(found)]
 
 
 @dataclass(frozen=True)
