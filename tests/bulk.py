@@ -19,22 +19,22 @@ from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.assignment import next_position
-from psyche.protocol.audits import asked, docket_after
+from psyche.protocol.audits import asked, audits_after
 from psyche.protocol.messages import (
     Accepted,
     Certificate,
     Member,
     Plan,
     Proposal,
+    Reconfiguration,
     Record,
-    Roster,
     Seal,
     Vote,
 )
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.state import Rules, Said
-from psyche.protocol.verdicts import EMPTY, Docket, Finding, SealedVerdict, Verdict
+from psyche.protocol.verdicts import EMPTY, AuditState, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body
 from tests.protocol.players import contribution
 
@@ -69,19 +69,19 @@ def bulk_chain(
     names = tuple(one.peer_id for one in members)
     named = dict(zip(names, payouts or [digest("payout", name.encode())[:20] for name in names], strict=True))
     plan: Plan | None = None
-    head, root, standing, docket = rules.run_id, rules.genesis, (), EMPTY
+    head, root, standing, audit_state = rules.run_id, rules.genesis, (), EMPTY
     owners = {one.peer_id: one for one in members}
     for round_number in range(1, rules.rounds + 1):
-        position = 0 if plan is None else next_position(plan, rules.batch_size, rules.late_steps)
+        position = 0 if plan is None else next_position(plan, rules.batch_size, rules.overlap_steps)
         given = tuple(Member(name, rules.inner_steps, 1) for name in names)
         plan = Plan(round_number, 2 * round_number - 1, head, root, round_seed(head), position, 0, given)
         accepted = tuple(
             Accepted(name, contribution(name, plan, rules, payload_bytes=1000, payout=named[name])) for name in names
         )
-        docket = docket_after(
-            docket,
+        audit_state = audits_after(
+            audit_state,
             standing,
-            list(_heard(docket, round_number, owners, rules)),
+            list(_heard(audit_state, round_number, owners, rules)),
             plan=plan,
             accepted=accepted,
             electorate=names,
@@ -93,18 +93,18 @@ def bulk_chain(
             round_number=round_number,
             electorate=names,
             accepted=names,
-            audited=newly_audited(docket, round_number),
+            audited=newly_audited(audit_state, round_number),
             rules=rules,
         )
-        roster = int(round_number == 1)
-        record = Record(plan, accepted, (), roster, names, names, standing, docket, (), (), ())
+        reconfiguration = int(round_number == 1)
+        record = Record(plan, accepted, (), reconfiguration, names, names, standing, audit_state, (), (), ())
         yield _certify(record, members[: 2 * nodes // 3 + 1], rules), record, digest("root", record.hash)
         head, root = record.hash, digest("root", record.hash)
 
 
-def _heard(docket: Docket, round_number: int, owners: Mapping[str, Identity], rules: Rules) -> Iterator[Said]:
+def _heard(audit_state: AuditState, round_number: int, owners: Mapping[str, Identity], rules: Rules) -> Iterator[Said]:
     """What auditors say at once who are asked, and honest: they seal that it passes, and show it a round later."""
-    for audit in docket.audits:
+    for audit in audit_state.audits:
         verdict = Verdict(audit.accused, audit.round, Finding("measured", 0, 0, 100 + audit.round), bytes(32))
         spoken = {one.auditor: one.finding is not None for one in audit.opinions}
         for node in asked(audit, round_number, rules.audits):
@@ -122,9 +122,9 @@ def _certify(record: Record, voters: list[Identity], rules: Rules) -> bytes:
     def sealed(author: Identity, body: Body) -> bytes:
         return envelopes.encode(author.seal(body.DOMAIN, rules.run_id, round_number, body.encode()))
 
-    vote, roster = Vote(term, own), Roster(previous, record.roster, record.electorate)
-    signed = (sealed(COORDINATOR, roster),) if record.roster else ()
-    seal = sealed(COORDINATOR, Seal(previous, record.roster, own))
+    vote, reconfiguration = Vote(term, own), Reconfiguration(previous, record.reconfiguration, record.electorate)
+    signed = (sealed(COORDINATOR, reconfiguration),) if record.reconfiguration else ()
+    seal = sealed(COORDINATOR, Seal(previous, record.reconfiguration, own))
     proposal = sealed(COORDINATOR, Proposal(term, record, signed))
     return Certificate(proposal, tuple(sealed(one, vote) for one in voters), (seal,)).encode()
 

@@ -14,9 +14,20 @@ from psyche.network.identity import Identity, open_envelope
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.assignment import next_position
-from psyche.protocol.audits import docket_after
+from psyche.protocol.audits import audits_after
 from psyche.protocol.ledger import Entry, Verified, verify_chain
-from psyche.protocol.messages import Accepted, Certificate, Excluded, Member, Plan, Proposal, Record, Roster, Seal, Vote
+from psyche.protocol.messages import (
+    Accepted,
+    Certificate,
+    Excluded,
+    Member,
+    Plan,
+    Proposal,
+    Reconfiguration,
+    Record,
+    Seal,
+    Vote,
+)
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.state import Rules
@@ -88,22 +99,22 @@ def link(
     else:
         last = before.record.plan
         round_number, previous, base = last.round + 1, before.record.hash, before.root
-        position = next_position(last, RULES.batch_size, RULES.late_steps)
+        position = next_position(last, RULES.batch_size, RULES.overlap_steps)
     members = tuple(Member(name, RULES.inner_steps, 1) for name in NAMES)
     plan = Plan(round_number, 2 * round_number - 1, previous, base, round_seed(previous), position, 0, members)
     out = left_out(round_number)
     accepted, excluded = NAMES[: len(NAMES) - out], NAMES[len(NAMES) - out :]
     given = tuple(Accepted(name, contribution(name, plan, RULES)) for name in accepted)
-    standing, docket = (before.record.standing, before.record.docket) if before else ((), EMPTY)
-    docket = docket_after(
-        docket, standing, (), plan=plan, accepted=given, electorate=NAMES, suspects=(), rules=RULES
+    standing, audit_state = (before.record.standing, before.record.audit_state) if before else ((), EMPTY)
+    audit_state = audits_after(
+        audit_state, standing, (), plan=plan, accepted=given, electorate=NAMES, suspects=(), rules=RULES
     )  # fmt: skip
     record = mend(
         Record(
             plan=plan,
             accepted=given,
             excluded=tuple(Excluded(name, REASON) for name in excluded),
-            roster=int(before is None),
+            reconfiguration=int(before is None),
             electorate=NAMES,
             voters=NAMES,
             standing=standing_after(
@@ -111,13 +122,13 @@ def link(
                 round_number=round_number,
                 electorate=NAMES,
                 accepted=accepted,
-                audited=newly_audited(docket, round_number),
+                audited=newly_audited(audit_state, round_number),
                 rules=RULES,
             ),
-            docket=docket,
-            ring=(),
+            audit_state=audit_state,
+            reducer_order=(),
             results=(),
-            minority=(),
+            dissenters=(),
         )
     )
     return Link(certify(record), record, digest("root", record.hash, flavour))
@@ -127,11 +138,15 @@ def certify(record: Record, voters: int = len(NAMES)) -> bytes:
     """The certificate of ``record`` with the votes of the first ``voters`` members."""
     round_number, term = record.plan.round, record.plan.term + 1
     ballots = tuple(sealed(member, Vote(term, record.hash), round_number) for member in MEMBERS[:voters])
-    previous, roster = record.plan.previous, ()
-    if record.roster:
-        roster = (sealed(COORDINATOR, Roster(previous, record.roster, record.electorate), round_number),)
-    seal = sealed(COORDINATOR, Seal(previous, record.roster, record.hash), round_number)
-    return Certificate(sealed(COORDINATOR, Proposal(term, record, roster), round_number), ballots, (seal,)).encode()
+    previous, reconfiguration = record.plan.previous, ()
+    if record.reconfiguration:
+        reconfiguration = (
+            sealed(COORDINATOR, Reconfiguration(previous, record.reconfiguration, record.electorate), round_number),
+        )
+    seal = sealed(COORDINATOR, Seal(previous, record.reconfiguration, record.hash), round_number)
+    return Certificate(
+        sealed(COORDINATOR, Proposal(term, record, reconfiguration), round_number), ballots, (seal,)
+    ).encode()
 
 
 def sealed(author: Identity, body: Body, round_number: int) -> bytes:

@@ -41,14 +41,14 @@ def _fixed(domain: str, *parts: bytes) -> bytes:
 if FIXED_SEEDS:
     digests.digest = _fixed  # before anything imports it by name
 
-from psyche.audit.simulated import Tribunal, honest
+from psyche.audit.simulated import SimulatedAudits, honest
 from psyche.config import load_config
 from psyche.diloco.reference import play
 from psyche.launch.launch import launch
 from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
-from psyche.verification.kit import Kits
+from psyche.verification.bundle import AuditBundles
 from tests.tiny import LARGER, replica, write_config
 
 NODES = 4
@@ -60,10 +60,10 @@ CASES: dict[str, dict[str, object]] = {
     "int8, sharded": {"codec": {"name": "int8"}} | SHARDED,
     "int4, gather, two fragments, late steps": {
         "codec": {"name": "int4"},
-        "overlap": {"fragments": 2, "late_steps": 2},
+        "overlap": {"fragments": 2, "overlap_steps": 2},
     },
     "topk2e, sharded, audits": {"codec": {"name": "topk2e"}} | SHARDED | AUDITED,
-    "topk2e, gather, late steps": {"codec": {"name": "topk2e"}, "overlap": {"late_steps": 1}},
+    "topk2e, gather, late steps": {"codec": {"name": "topk2e"}, "overlap": {"overlap_steps": 1}},
 }
 
 
@@ -77,10 +77,10 @@ def run(name: str, directory: Path, cache: Path) -> list[dict[str, str]]:
     manifest = launch(config, identities[0].peer_id).manifest
     replicas = {one.peer_id: replica(manifest, config.node, one) for one in identities}
     for node, one in replicas.items():
-        one.witness.kits = Kits(directory / node / "audits")
-    late_steps = manifest.run.overlap.late_steps
-    audits = Tribunal(replicas, manifest.run_id, rules_of(manifest).audits, honest)
-    played = play(manifest, replicas, late=lambda _round, _node: late_steps, hear=audits.hear)
+        one.trace_recorder.bundles = AuditBundles(directory / node / "audits")
+    overlap_steps = manifest.run.overlap.overlap_steps
+    audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, honest)
+    played = play(manifest, replicas, late=lambda _round, _node: overlap_steps, hear=audits.hear)
     return [
         {"state_root": replicas[min(replicas)].chain.state_root.hex(), "record": record.hash.hex()}
         for record, _ in played

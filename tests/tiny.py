@@ -12,7 +12,7 @@ import yaml
 
 from psyche.config import MANIFEST, Config, Manifest, Node, load_config
 from psyche.data.provision import local_store
-from psyche.diloco.reference import retrace
+from psyche.diloco.reference import replay_ledger
 from psyche.diloco.replica import Replica
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
@@ -94,13 +94,13 @@ def replica(
     return kind(manifest, engine, store, outer, identity.peer_id, secret, backend)
 
 
-def late_steps(directory: Path) -> dict[tuple[int, str], int]:
+def overlap_steps(directory: Path) -> dict[tuple[int, str], int]:
     """How many late steps each node of a finished run took while a round was on the wire, by round and node."""
     taken = {}
     with Ledger.read(directory / "node-1" / LEDGER) as ledger:
         for entry in ledger.entries():
             for accepted in claimed(entry.certificate).record.accepted:
-                taken[entry.round - 1, accepted.node] = accepted.contribution.late_steps
+                taken[entry.round - 1, accepted.node] = accepted.contribution.overlap_steps
     return taken
 
 
@@ -112,7 +112,7 @@ def reference_roots(directory: Path, config: Config) -> list[str]:
     ]
     replicas = {identity.peer_id: replica(manifest, config.node, identity) for identity in identities}
     with Ledger.read(directory / "node-1" / LEDGER) as ledger:
-        return list(retrace(replicas, [claimed(entry.certificate).record for entry in ledger.entries()]))
+        return list(replay_ledger(replicas, [claimed(entry.certificate).record for entry in ledger.entries()]))
 
 
 def certified_roots(log: Path) -> list[str]:
@@ -128,8 +128,8 @@ def report(directory: Path) -> dict[str, Any]:
 __all__ = [
     "LOG_NAME",
     "certified_roots",
-    "late_steps",
     "load_config",
+    "overlap_steps",
     "reference_roots",
     "replica",
     "report",

@@ -19,7 +19,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol, TypeVar
 
-from psyche.audit.case import Case, first_needed, open_case
+from psyche.audit.case import AuditCase, first_needed, open_case
 from psyche.audit.recheck import audit, can_audit, claim_of
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
@@ -40,8 +40,8 @@ from psyche.protocol.verdicts import JURY, Audit, AuditStatement, DeclinedAudit,
 from psyche.protocol.wire import Body, decode
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
+from psyche.verification.bundle import MAX_KIT, AuditBundle, AuditBundles, Unserved
 from psyche.verification.evidence import EVIDENCE, Evidence
-from psyche.verification.kit import MAX_KIT, Kit, Kits, Unserved
 from psyche.verification.replay import Stopped, needed
 
 AUDITS = "audits"
@@ -81,7 +81,7 @@ class Convicted(PsycheError):
 
 
 @dataclass
-class Tried:
+class AuditAttempt:
     """What this node has done for an audit it is asked for."""
 
     begun: int = 0
@@ -115,11 +115,11 @@ class Auditor:
         a function on the thread that trains."""
         self._replica, self._network, self._client = replica, network, client
         self._ledger, self._supply, self._do, self._log, self._warn = ledger, supply, do, log, warn
-        self._kits, self._evidence = Kits(directory / AUDITS, warn), Evidence(directory / EVIDENCE)
-        replica.witness.kits = self._kits
+        self._kits, self._evidence = AuditBundles(directory / AUDITS, warn), Evidence(directory / EVIDENCE)
+        replica.trace_recorder.bundles = self._kits
         self._past = Past(replica.manifest, network.rpc)
         self._me, self._rules = replica.node, chain_rules(replica.manifest).audits
-        self._tried: defaultdict[Key, Tried] = defaultdict(Tried)
+        self._tried: defaultdict[Key, AuditAttempt] = defaultdict(AuditAttempt)
         self._served: dict[int, list[tuple[bytes, Callable[[int], bytes]]]] = {}
         self._working: asyncio.Task[None] | None = None
         self._now: Audit | None = None
@@ -133,13 +133,13 @@ class Auditor:
     async def serve(self) -> None:
         """Let others ask for the trace points of this node's rounds. Blobs are served of what is audited."""
 
-        async def kit(peer: str, request: bytes) -> bytes:
-            found = await asyncio.to_thread(self._kits.kit, int.from_bytes(request, "little"))
+        async def bundle(peer: str, request: bytes) -> bytes:
+            found = await asyncio.to_thread(self._kits.bundle, int.from_bytes(request, "little"))
             if found is None:
                 raise Refused("this node has nothing of that round (any more)")
             return found.encode()
 
-        await self._network.rpc.serve("kit", kit, max_request=8)
+        await self._network.rpc.serve("kit", bundle, max_request=8)
         self._offer()
 
     @property
@@ -154,10 +154,10 @@ class Auditor:
 
         Raises :class:`Convicted`.
         """
-        for one in record.docket.closed:
+        for one in record.audit_state.closed:
             if one.accused == self._me:
                 self._tell(f"the audit of this node's work in round {one.round} ended: {one.outcome}")
-        for key in self._tried.keys() - {(one.accused, one.round) for one in record.docket.audits}:
+        for key in self._tried.keys() - {(one.accused, one.round) for one in record.audit_state.audits}:
             del self._tried[key]
         self.check()
         self._offer()
@@ -167,10 +167,10 @@ class Auditor:
             held = can_audit(self._replica, duty.round) and await self._records(range(duty.round, duty.round + 1))
             if not held:
                 self._cannot(duty, NO_BASE)
-        for case in record.docket.audits:
+        for case in record.audit_state.audits:
             if self._tried[case.accused, case.round].declined and self._me not in case.declined:
                 await self._submit(DeclinedAudit(case.accused, case.round))
-        self._saying = asyncio.create_task(self._say(record.docket.audits))
+        self._saying = asyncio.create_task(self._say(record.audit_state.audits))
 
     async def _say(self, audits: Sequence[Audit]) -> None:
         """What is not on record yet of this node's verdicts: nobody waits for it, however long the coordinator is
@@ -184,7 +184,7 @@ class Auditor:
 
     def check(self) -> None:
         """Raise :class:`Convicted` where the chain says so."""
-        if self._me in self._replica.chain.docket.banned:
+        if self._me in self._replica.chain.audit_state.banned:
             raise Convicted(
                 "this node was convicted of cheating and takes no part in this run any more; what of is in "
                 "`psyche ledger why`. If it is honest its hardware computes wrongly: `psyche doctor`, no overclocking"
@@ -223,7 +223,7 @@ class Auditor:
     def _offer(self) -> None:
         """Serve what is being audited, and of the rest keep the last round: who stood out in it is not known yet."""
         chain = self._replica.chain
-        wanted = {audit.round for audit in chain.docket.audits if audit.accused == self._me}
+        wanted = {audit.round for audit in chain.audit_state.audits if audit.accused == self._me}
         for round_number in [round_number for round_number in self._served if round_number not in wanted]:
             for root, read in self._served.pop(round_number):
                 self._network.blobs.remove(root, read)
@@ -240,7 +240,7 @@ class Auditor:
         chain = self._replica.chain
         found = [
             case
-            for case in chain.docket.audits
+            for case in chain.audit_state.audits
             if self._me in asked(case, chain.rounds + 1, self._rules)
             and all(one.auditor != self._me for one in case.opinions)
             and self._tried[case.accused, case.round].verdict is None
@@ -250,7 +250,7 @@ class Auditor:
 
     async def _work(self, stop: threading.Event) -> None:
         """One contribution after the other; what can be said of each goes on record as soon as it is known."""
-        await self._do(self._replica.forsake)
+        await self._do(self._replica.discard_local_steps)
         duties = self._duties()
         while duties:
             duties = [duty for duty in duties if not await self._done(duty, stop)]
@@ -292,7 +292,7 @@ class Auditor:
         await self._submit(SealedVerdict(duty.accused, duty.round, tried.verdict.digest))
         return True
 
-    async def _case(self, duty: Audit) -> Case | str:
+    async def _case(self, duty: Audit) -> AuditCase | str:
         """What the records say of the contribution, or why this node cannot audit it.
 
         All auditors look as far back, or one would pass what another fails: where this node's ledger has a gap (it
@@ -331,42 +331,42 @@ class Auditor:
         text = f"this node declines to audit {duty.accused[-6:]}'s work in round {duty.round}: {why}"
         self._tell(f"{text}; another member is asked")
 
-    async def _look_into(self, case: Case, stop: threading.Event) -> Finding:
+    async def _look_into(self, case: AuditCase, stop: threading.Event) -> Finding:
         """Fetch what the work rests on, and do it again. Raises ``BadShard``, :class:`Stopped` and :class:`Later`."""
         await self._supply.ready(case.plan, case.node, stop.is_set)
         try:
-            kit = await self._kit_of(case)
-            blobs = await self._blobs_of(case, kit)
+            bundle = await self._kit_of(case)
+            blobs = await self._blobs_of(case, bundle)
         except Unserved as error:
             self._tell(f"{case.node[-6:]} does not hand over what it committed to in round {case.plan.round}: {error}")
             return UNSERVED
-        found = await self._do(partial(audit, stop=stop.is_set), self._replica, case, kit, partial(_within, blobs))
+        found = await self._do(partial(audit, stop=stop.is_set), self._replica, case, bundle, partial(_within, blobs))
         if grade(found, self._rules) == "fail":
-            await asyncio.to_thread(self._keep, case, kit, blobs)
+            await asyncio.to_thread(self._keep, case, bundle, blobs)
         return found
 
-    def _keep(self, case: Case, kit: Kit, blobs: Mapping[bytes, bytearray]) -> None:
+    def _keep(self, case: AuditCase, bundle: AuditBundle, blobs: Mapping[bytes, bytearray]) -> None:
         """Evidence of what failed: nobody has to believe this node."""
-        base = self._replica.witness.bases.get(case.plan.round - 1)
+        base = self._replica.trace_recorder.bases.get(case.plan.round - 1)
         if base is None:
             return
         try:
-            self._evidence.keep(case.node, case.plan.round, kit, blobs, base)
+            self._evidence.keep(case.node, case.plan.round, bundle, blobs, base)
         except OSError as error:
             self._warn(f"the evidence against {case.node[-6:]} cannot be kept ({error.strerror}): free some disk")
 
-    async def _kit_of(self, case: Case) -> Kit:
-        async def ask() -> Kit:
+    async def _kit_of(self, case: AuditCase) -> AuditBundle:
+        async def ask() -> AuditBundle:
             reply = await self._network.rpc.call(
                 case.node, "kit", case.plan.round.to_bytes(8, "little"), timeout=CALL_SECONDS, max_reply=MAX_KIT
             )
-            return decode(Kit, reply)
+            return decode(AuditBundle, reply)
 
         return await self._had(case, ask)
 
-    async def _blobs_of(self, case: Case, kit: Kit) -> Mapping[bytes, bytearray]:
+    async def _blobs_of(self, case: AuditCase, bundle: AuditBundle) -> Mapping[bytes, bytearray]:
         def roots() -> Mapping[bytes, int]:  # hashes vectors of the model's size
-            claim = claim_of(case, kit, self._replica.witness.bases[case.plan.round - 1])
+            claim = claim_of(case, bundle, self._replica.trace_recorder.bases[case.plan.round - 1])
             return needed(self._replica.engine, claim)
 
         found: dict[bytes, bytearray] = {}
@@ -378,7 +378,7 @@ class Auditor:
             found[root] = await self._had(case, get)
         return found
 
-    async def _had(self, case: Case, get: Callable[[], Awaitable[T]]) -> T:
+    async def _had(self, case: AuditCase, get: Callable[[], Awaitable[T]]) -> T:
         """Raises :class:`Unserved` where it was not to be had however often this node asked, and :class:`Later`."""
         try:
             return await get()

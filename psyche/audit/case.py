@@ -13,7 +13,7 @@ LOOKBACK = 64
 
 
 @dataclass(frozen=True)
-class Case:
+class AuditCase:
     """A contribution, and what records say that it has to follow from."""
 
     plan: Plan
@@ -35,7 +35,7 @@ def first_needed(round_number: int) -> int:
 
 def open_case(
     node: str, round_number: int, records: Mapping[int, Record], run_id: bytes, fragments: int, *, jury: bool = False
-) -> Case | None:
+) -> AuditCase | None:
     """The case of what ``node`` contributed to ``round``, from the records there are; None where it is in none."""
     record = records.get(round_number)
     if record is None:
@@ -46,7 +46,7 @@ def open_case(
     before = records.get(round_number - 1)
     residuals = _residuals(node, round_number, records, fragments)
     seed = seed_of(record.plan, record.accepted, run_id)
-    return Case(record.plan, node, given, before.plan if before else None, seed, residuals, jury)
+    return AuditCase(record.plan, node, given, before.plan if before else None, seed, residuals, jury)
 
 
 def _residuals(node: str, audited: int, records: Mapping[int, Record], fragments: int) -> frozenset[bytes] | None:

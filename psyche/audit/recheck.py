@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from psyche.audit.case import Case
+from psyche.audit.case import AuditCase
 from psyche.config import Run
 from psyche.data.store import TokenStore
-from psyche.diloco.batches import Portion
+from psyche.diloco.batches import DataAssignment
 from psyche.diloco.replica import Replica
 from psyche.numerics.backends.base import Backend
 from psyche.protocol.messages import Plan
@@ -17,9 +17,9 @@ from psyche.protocol.verdicts import Finding
 from psyche.training.engine import Batch
 from psyche.training.moments import muon_parameters
 from psyche.training.torch_engine import TorchEngine
+from psyche.verification.bundle import AuditBundle
 from psyche.verification.evidence import Base
-from psyche.verification.kit import Kit
-from psyche.verification.replay import Blobs, Claim, Lab, replay
+from psyche.verification.replay import Blobs, Claim, ReplayContext, replay
 
 
 def can_audit(replica: Replica, round_number: int) -> bool:
@@ -28,10 +28,12 @@ def can_audit(replica: Replica, round_number: int) -> bool:
     A node of several ranks is audited like others and audits nobody: a gradient that is not finite ends its ranks, and
     there are states from which a step has one.
     """
-    return round_number - 1 in replica.witness.bases and isinstance(replica.engine, TorchEngine)
+    return round_number - 1 in replica.trace_recorder.bases and isinstance(replica.engine, TorchEngine)
 
 
-def audit(replica: Replica, case: Case, kit: Kit, blobs: Blobs, *, stop: Callable[[], bool] = lambda: False) -> Finding:
+def audit(
+    replica: Replica, case: AuditCase, bundle: AuditBundle, blobs: Blobs, *, stop: Callable[[], bool] = lambda: False
+) -> Finding:
     """Do the contribution of ``case`` again; what this replica trains is put aside meanwhile.
 
     To be called where the replica trains, between two inner steps. Raises ``KeyError`` unless :func:`can_audit`,
@@ -39,27 +41,29 @@ def audit(replica: Replica, case: Case, kit: Kit, blobs: Blobs, *, stop: Callabl
     """
     assert not case.given.private, "there is nothing to see of it"
     assert isinstance(replica.engine, TorchEngine), "see can_audit"
-    lab = lab_for(replica.run, replica.engine, replica.backend, replica.store, case)
-    base = replica.witness.bases[case.plan.round - 1]
-    return replay(replace(lab, stop=stop, thorough=case.jury), claim_of(case, kit, base), blobs)
+    replay_context = replay_context_for(replica.run, replica.engine, replica.backend, replica.store, case)
+    base = replica.trace_recorder.bases[case.plan.round - 1]
+    return replay(replace(replay_context, stop=stop, thorough=case.jury), claim_of(case, bundle, base), blobs)
 
 
-def claim_of(case: Case, kit: Kit, base: Base) -> Claim:
+def claim_of(case: AuditCase, bundle: AuditBundle, base: Base) -> Claim:
     """What the node says, and what is known that it has to follow from. Raises :class:`Unserved` where ``base`` is not
     that of the round."""
     root = base.theta_root(case.plan.base_root)
-    return Claim(case.plan, case.node, case.given, kit.points, root, case.seed, case.residuals)
+    return Claim(case.plan, case.node, case.given, bundle.points, root, case.seed, case.residuals)
 
 
-def lab_for(run: Run, engine: TorchEngine, backend: Backend, store: TokenStore, case: Case) -> Lab:
+def replay_context_for(
+    run: Run, engine: TorchEngine, backend: Backend, store: TokenStore, case: AuditCase
+) -> ReplayContext:
     """With what the work of ``case`` can be done again."""
     fragments = engine.layout.fragments(run.overlap.fragments)
-    return Lab(
+    return ReplayContext(
         run=run,
         engine=engine,
         backend=backend,
         parts=fragments[(case.plan.round - 1) % len(fragments)],
-        batch=partial(Portion(run, store.train, case.node).of_round, case.plan),
+        batch=partial(DataAssignment(run, store.train, case.node).of_round, case.plan),
         late_batch=None if case.before is None else _late(run, store, case.before, case.node),
         heldout=store.heldout,
         by_muon=muon_parameters(run),
@@ -68,7 +72,7 @@ def lab_for(run: Run, engine: TorchEngine, backend: Backend, store: TokenStore, 
 
 def _late(run: Run, store: TokenStore, before: Plan, node: str) -> Callable[[int], Batch] | None:
     """What ``node`` was dealt for late steps while the round of ``before`` was on the wire; None: it was no member."""
-    member, portion = before.member(node), Portion(run, store.train, node)
+    member, portion = before.member(node), DataAssignment(run, store.train, node)
     if member is None:
         return None
     owed = member.inner_steps

@@ -9,8 +9,8 @@ from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 
-from psyche.audit.case import Case, first_needed, open_case
-from psyche.audit.recheck import claim_of, lab_for
+from psyche.audit.case import AuditCase, first_needed, open_case
+from psyche.audit.recheck import claim_of, replay_context_for
 from psyche.config import Manifest, Node
 from psyche.data.provision import local_store, shard_cache, shard_places
 from psyche.errors import PsycheError
@@ -26,8 +26,8 @@ from psyche.protocol.verdicts import Finding
 from psyche.protocol.wire import decode
 from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
+from psyche.verification.bundle import Unserved
 from psyche.verification.evidence import Evidence
-from psyche.verification.kit import Unserved
 from psyche.verification.replay import Contradiction, agreement, millionths, segment
 
 
@@ -56,7 +56,7 @@ class Rerun:
     segments: tuple[Again, ...]
 
 
-def case_in(ledger: Path, manifest: Manifest, node: str, round_number: int) -> Case:
+def case_in(ledger: Path, manifest: Manifest, node: str, round_number: int) -> AuditCase:
     """The contribution as the ledger has it, certificates checked. Raises :class:`PsycheError`."""
     with Ledger.read(ledger) as file:
         entries = list(takewhile(lambda one: one.round <= round_number, file.entries(first_needed(round_number))))
@@ -82,7 +82,7 @@ def chosen(evidence: Evidence, end: str, round_number: int) -> str:
 
 def rerun(
     directory: Path,
-    case: Case,
+    case: AuditCase,
     manifest: Manifest,
     settings: Node,
     *,
@@ -96,17 +96,17 @@ def rerun(
     evidence, run, node, round_number = Evidence(directory), manifest.run, case.node, case.plan.round
     store = local_store(manifest, settings.cache.expanduser(), shard_places(settings, shard_cache(settings)))
     engine = TorchEngine(build(run.model, seed=run.seed), run.inner, settings, store.index.pad)
-    lab = replace(lab_for(run, engine, on(engine.device), store, case), thorough=True)
+    replay_context = replace(replay_context_for(run, engine, on(engine.device), store, case), thorough=True)
     blobs = partial(evidence.read, node, round_number)
     try:
-        kit = evidence.kit(node, round_number)
-        if kit.trace_root != case.given.trace_root:  # no signature says whose they are
+        bundle = evidence.bundle(node, round_number)
+        if bundle.trace_root != case.given.trace_root:  # no signature says whose they are
             raise Unserved("its trace points are not those committed to")
-        claim = claim_of(case, kit, evidence.base(node, round_number))
+        claim = claim_of(case, bundle, evidence.base(node, round_number))
         told("data, payload and error feedback")
         fault = None
         try:
-            agreement(lab, claim, blobs)
+            agreement(replay_context, claim, blobs)
         except Contradiction as error:
             fault = str(error)
         spans = list(enumerate(pairwise(point.step for point in claim.points)))
@@ -115,7 +115,7 @@ def rerun(
         segments = []
         for number, (start, stop) in spans if only is None else spans[only : only + 1]:
             told(f"inner steps {start + 1} to {stop}")
-            found = segment(lab, claim, number, blobs)
+            found = segment(replay_context, claim, number, blobs)
             finding = Finding("measured", millionths(found.error), number, 0)
             word = grade(finding, chain_rules(manifest).audits)
             segments.append(Again(start, stop, found.error, found.noise, word))

@@ -29,7 +29,7 @@ def honest(node: str, case: Audit, look: Callable[[], Finding]) -> Finding | Non
     return look()
 
 
-class Tribunal:
+class SimulatedAudits:
     """Of the replicas of a run, each with kits of its own."""
 
     def __init__(self, replicas: Mapping[str, Replica], run_id: bytes, rules: AuditRules, judge: Judge) -> None:
@@ -42,12 +42,12 @@ class Tribunal:
         more are dropped."""
         self._records[record.plan.round] = record
         for node, replica in self._replicas.items():
-            if replica.witness.kits is not None:
-                mine = {one.round for one in record.docket.audits if one.accused == node}
-                replica.witness.kits.forget(record.plan.round, keep=mine)
-        for case in record.docket.audits:
+            if replica.trace_recorder.bundles is not None:
+                mine = {one.round for one in record.audit_state.audits if one.accused == node}
+                replica.trace_recorder.bundles.forget(record.plan.round, keep=mine)
+        for case in record.audit_state.audits:
             for node in case.candidates:
-                if node in self._replicas and node not in record.docket.banned:
+                if node in self._replicas and node not in record.audit_state.banned:
                     yield from self._word(node, case, record.plan.round + 1)
 
     def _word(self, node: str, case: Audit, round_number: int) -> Iterator[Said]:
@@ -69,8 +69,8 @@ class Tribunal:
         replica, accused = self._replicas[node], self._replicas[case.accused]
         fragments, jury = replica.run.overlap.fragments, case.looks == JURY
         opened = open_case(case.accused, case.round, self._records, self._run_id, fragments, jury=jury)
-        kits = accused.witness.kits
-        kit = None if kits is None else kits.kit(case.round)
-        if opened is None or kits is None or kit is None:
+        bundles = accused.trace_recorder.bundles
+        bundle = None if bundles is None else bundles.bundle(case.round)
+        if opened is None or bundles is None or bundle is None:
             return UNSERVED
-        return audit(replica, opened, kit, partial(kits.read, case.round))
+        return audit(replica, opened, bundle, partial(bundles.read, case.round))

@@ -226,7 +226,7 @@ def run_of(setting: Setting, trial: Trial) -> Run:
         inner=inner,
         outer=trial.outer or Outer(),
         federated=None if trial.own is None else Federated(clip=trial.own.clip or UNCLIPPED, max_share=1.0),
-        overlap=Overlap(fragments=trial.fragments, late_steps=trial.late),
+        overlap=Overlap(fragments=trial.fragments, overlap_steps=trial.late),
         exchange=ExchangeSpec(kind="gather"),
         audits=Audits(rate=0.0),  # nobody is there who might check, so nothing is hashed for it
         rounds=Rounds(total=trial.steps // inner_steps, inner_steps=inner_steps, start_members=trial.nodes),
@@ -257,7 +257,7 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
     replica = replicas["node-0"]
     due = dict(zip(sorted(replicas), trial.due, strict=True)) if trial.due else {}
     for _, works in play(manifest, replicas, lambda round_number, node: trial.late, due):
-        with replica.judging():
+        with replica.outer_params():
             recorder.saw(works, replica.engine, store)
     replica.engine.write(replica.outer.theta)
     return heldout_loss(replica.engine, store, range(setting.heldout_sequences))
@@ -287,7 +287,7 @@ class MixingReplica(Replica):
         super().__init__(*arguments)
         self._alpha = alpha
 
-    def rebase(self, round_number: int) -> None:
+    def apply_outer_update(self, round_number: int) -> None:
         local, parts = torch.empty_like(self.outer.theta), self.slices_of(round_number)
         self.engine.read(local)
         self.engine.write(local.lerp_(self.outer.theta, 1 - self._alpha), parts)

@@ -13,7 +13,7 @@ from psyche.cli.places import ManifestFile, Place, checked, ledger_file, manifes
 if TYPE_CHECKING:  # `psyche --help` imports this module: what is heavy is imported by the command that needs it
     from rich.table import Table
 
-    from psyche.ledger.rounds_view import Ending, Round, Story
+    from psyche.ledger.rounds_view import Ending, LedgerRound, Story
 
 app = typer.Typer(help="The certified chain of a run, and the credits that follow from it.", no_args_is_help=True)
 
@@ -92,33 +92,33 @@ def _rounds_table(story: Story) -> Table:
     table.add_column("record", no_wrap=True)
     table.add_column("state root", no_wrap=True)
     table.add_column("remarks")
-    for round_number in story.rounds:
-        accepted = [part.tokens for part in round_number.members if part.tokens is not None]
+    for ledger_round in story.rounds:
+        accepted = [part.tokens for part in ledger_round.members if part.tokens is not None]
         table.add_row(
-            f"{round_number.round:,}",
-            f"{len(accepted)}/{len(round_number.members)}",
+            f"{ledger_round.round:,}",
+            f"{len(accepted)}/{len(ledger_round.members)}",
             f"{sum(accepted):,}",
-            round_number.record[:_PREFIX],
-            "unknown" if round_number.state_root is None else round_number.state_root[:_PREFIX],
-            _remarks(round_number),
+            ledger_round.record[:_PREFIX],
+            "unknown" if ledger_round.state_root is None else ledger_round.state_root[:_PREFIX],
+            _remarks(ledger_round),
         )
     return table
 
 
-def _remarks(round_number: Round) -> str:
+def _remarks(ledger_round: LedgerRound) -> str:
     """Who was left out and why, who was outvoted, whose data are private, whether survivors alone closed the round."""
     from rich.markup import escape
 
     from psyche.telemetry.wording import clean, peer_name
 
-    lines = ["reconfiguration"] if round_number.reconfiguration else []
+    lines = ["reconfiguration"] if ledger_round.is_reconfiguration else []
     lines += [
-        f"{peer_name(p.node)}: {clean(p.reason or 'no reason given')}" for p in round_number.members if p.tokens is None
+        f"{peer_name(p.node)}: {clean(p.reason or 'no reason given')}" for p in ledger_round.members if p.tokens is None
     ]
-    lines += [f"{peer_name(part.node)}: outvoted on a result" for part in round_number.members if part.minority]
-    if private := [peer_name(part.node) for part in round_number.members if part.private]:
+    lines += [f"{peer_name(part.node)}: outvoted on a result" for part in ledger_round.members if part.dissenters]
+    if private := [peer_name(part.node) for part in ledger_round.members if part.private]:
         lines.append(f"private data, unaudited: {', '.join(private)}")
-    lines += [_ending(one) for one in round_number.audits if one.lied or one.outcome in ("convicted", "unserved")]
+    lines += [_ending(one) for one in ledger_round.audits if one.lied or one.outcome in ("convicted", "unserved")]
     return escape("\n".join(lines))
 
 
@@ -158,5 +158,5 @@ def _notes(story: Story) -> Iterable[str]:
     if story.missing:
         yield f"missing here: {spans(story.missing)}"
     if story.superseded:
-        again = ", ".join(f"{round_number:,}" for round_number in sorted(set(story.superseded)))
+        again = ", ".join(f"{number:,}" for number in sorted(set(story.superseded)))
         yield f"certified before with another record, and superseded: {again}"

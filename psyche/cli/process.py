@@ -19,7 +19,7 @@ from psyche.errors import PsycheError
 if TYPE_CHECKING:
     from psyche.config import Config, Node
     from psyche.network.invite import Invite
-    from psyche.worker.departure import Farewell
+    from psyche.worker.leaving import LeaveRequest
 
 PARENT = "PSYCHE_PARENT"
 """Environment: the pid of a launcher that this process must not outlive."""
@@ -54,9 +54,9 @@ def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
     from psyche.processes.node import join
     from psyche.telemetry.log import Listener
     from psyche.telemetry.view import ContributorView, live
-    from psyche.worker.departure import Farewell
+    from psyche.worker.leaving import LeaveRequest
 
-    where, farewell = directory or home_of(invite), Farewell()
+    where, leave_request = directory or home_of(invite), LeaveRequest()
 
     async def stay() -> None:
         with contextlib.ExitStack() as stack:
@@ -64,12 +64,12 @@ def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
             def listener(me: str) -> Listener:
                 return stack.enter_context(live(ContributorView(me)))
 
-            await join(invite, node, where, listener, farewell)
+            await join(invite, node, where, listener, leave_request)
 
     def say(text: str) -> None:
         print(f"psyche: {text}", flush=True)
 
-    _run(attend(stay, node, where, farewell, say), farewell)
+    _run(attend(stay, node, where, leave_request, say), leave_request)
 
 
 def home_of(invite: Invite) -> Path:
@@ -98,7 +98,7 @@ def run_standby(invite: Invite, node: Node, directory: Path) -> None:
         _run(stand_by(invite, node, directory, listener))
 
 
-def _run(work: Coroutine[Any, Any, None], farewell: Farewell | None = None) -> None:
+def _run(work: Coroutine[Any, Any, None], leave_request: LeaveRequest | None = None) -> None:
     """Run to the end, or until a signal ends it.
 
     Ctrl-C asks a node to hand in what it can within seconds and to leave, SIGUSR1 (``psyche leave``) to finish the
@@ -113,7 +113,7 @@ def _run(work: Coroutine[Any, Any, None], farewell: Farewell | None = None) -> N
         loop = asyncio.get_running_loop()
 
         def ask(*, quickly: bool) -> None:
-            if farewell is None or not farewell.ask(quickly=quickly):
+            if leave_request is None or not leave_request.ask(quickly=quickly):
                 task.cancel()
 
         def stop(number: int) -> None:
@@ -130,7 +130,7 @@ def _run(work: Coroutine[Any, Any, None], farewell: Farewell | None = None) -> N
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
-        if farewell is not None:
+        if leave_request is not None:
             loop.add_signal_handler(signal.SIGUSR1, lambda: ask(quickly=False))
         try:
             await task

@@ -106,12 +106,12 @@ class Overlap(Strict):
 
     The model is exchanged in ``fragments`` (strided groups of layers), one each round, so that a parameter is
     synchronised every ``fragments × rounds.inner_steps`` steps, which is the H of Streaming DiLoCo (arXiv 2501.18512).
-    A node takes up to ``late_steps`` of a round's inner steps before the outer step of the round before is known.
+    A node takes up to ``overlap_steps`` of a round's inner steps before the outer step of the round before is known.
     Without either, training waits for the exchange.
     """
 
     fragments: Count = 1
-    late_steps: Annotated[int, Field(ge=0)] = 0
+    overlap_steps: Annotated[int, Field(ge=0)] = 0
 
 
 class Federated(Strict):
@@ -171,9 +171,9 @@ class Run(Strict):
 
     @model_validator(mode="after")
     def _late(self) -> Self:
-        if self.overlap.late_steps > self.rounds.inner_steps:
+        if self.overlap.overlap_steps > self.rounds.inner_steps:
             raise ValueError(
-                f"overlap.late_steps ({self.overlap.late_steps}) is above rounds.inner_steps "
+                f"overlap.overlap_steps ({self.overlap.overlap_steps}) is above rounds.inner_steps "
                 f"({self.rounds.inner_steps}): a round has no more steps to take early"
             )
         return self

@@ -13,10 +13,10 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from psyche.config import Manifest
-from psyche.coordinator.board import board_of, opened, visible
-from psyche.coordinator.cosigning import Notary
+from psyche.coordinator.cosigner import Cosigner
 from psyche.coordinator.leadership import Succession
 from psyche.coordinator.promises import Promises
+from psyche.coordinator.status import opened, status_of, visible
 from psyche.launch.rules import rules_of
 from psyche.ledger.proofs import record_in
 from psyche.ledger.writer import LedgerWriter
@@ -42,14 +42,14 @@ from psyche.protocol.messages import (
     Present,
     Promise,
     Proposal,
+    Reconfiguration,
     Record,
     Reduced,
-    Roster,
     Seal,
     Vote,
 )
-from psyche.protocol.oath import Perjury
 from psyche.protocol.rounds import tick
+from psyche.protocol.signed_state import ConflictingSignature
 from psyche.protocol.state import Phase, State
 from psyche.protocol.verdicts import DeclinedAudit, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
@@ -86,7 +86,7 @@ class Coordinator:
         self.rules = rules_of(manifest)
         self.state = State.initial(self.rules)
         self._promises = Promises(manifest)
-        self._notary = Notary(manifest, identity, network.rpc, directory)
+        self._cosigner = Cosigner(manifest, identity, network.rpc, directory)
         self._succession = Succession(manifest, identity, network.rpc)
         self._first, self._leads = leads, False
         self._signing: asyncio.Task[None] | None = None
@@ -109,7 +109,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Serve until the run is finished and its members have said goodbye (or gone silent)."""
-        await self._notary.serve()
+        await self._cosigner.serve()
         await self._succession.serve(self._heartbeat)
         await self.network.rpc.serve("watch", self._watch, max_request=16)
         await self.network.rpc.serve("submit", self._submit, max_request=MAX_SUBMISSION)
@@ -139,7 +139,7 @@ class Coordinator:
             used = self.state.term
         else:
             self._first()
-        self.state = State.initial(self.rules, await self._notary.term(max(self._succession.later, used)))
+        self.state = State.initial(self.rules, await self._cosigner.term(max(self._succession.later, used)))
         self._leads, self._proposal, self._certificate, self._hindrance = True, None, None, None
         self._claim = self._succession.claim(self.state.leading)
         await self._publish()
@@ -203,8 +203,10 @@ class Coordinator:
                 await self._greet(node, body)
             case Promise():
                 promise = self._promises.check(node, body)
-                if promise.accepted is not None and promise.roster:
-                    self._signed[promise.accepted.plan.round, promise.accepted.roster] = promise.roster
+                if promise.accepted is not None and promise.reconfiguration:
+                    self._signed[promise.accepted.plan.round, promise.accepted.reconfiguration] = (
+                        promise.reconfiguration
+                    )
                 await self._dispatch(promise)
             case SealedVerdict() | Verdict() | DeclinedAudit():
                 await self._dispatch(statement(proof))
@@ -306,31 +308,33 @@ class Coordinator:
     async def _propose(self, term: int, record: Record) -> None:
         """Show a proposal, once the roster that it names is in force."""
         plan, count = record.plan, len(self.manifest.resolved.coordinators)
-        signed = self._signed.get((plan.round, record.roster), ()) if record.roster else ()
-        if record.roster and not signed:
-            roster = Roster(plan.previous, record.roster, record.electorate)
-            signed = await self._notary.gather(roster, plan.round, signatures_needed(count), self._hinder(record))
+        signed = self._signed.get((plan.round, record.reconfiguration), ()) if record.reconfiguration else ()
+        if record.reconfiguration and not signed:
+            reconfiguration = Reconfiguration(plan.previous, record.reconfiguration, record.electorate)
+            signed = await self._cosigner.gather(
+                reconfiguration, plan.round, signatures_needed(count), self._hinder(record)
+            )
             self._signed = {key: value for key, value in self._signed.items() if key[0] >= plan.round}
-            self._signed[plan.round, record.roster] = signed
+            self._signed[plan.round, record.reconfiguration] = signed
         self._proposal = self._seal(Proposal(term, record, signed), plan.round)
         await self._publish()
 
     async def _certify(self, record: Record, proposal: bytes, votes: tuple[bytes, ...]) -> None:
         """Show a certificate, once it is sealed."""
-        seal = Seal(record.plan.previous, record.roster, record.hash)
+        seal = Seal(record.plan.previous, record.reconfiguration, record.hash)
         needed = seals_needed(len(self.manifest.resolved.coordinators))
-        seals = await self._notary.gather(seal, record.plan.round, needed, self._hinder(record))
+        seals = await self._cosigner.gather(seal, record.plan.round, needed, self._hinder(record))
         self._certificate = Certificate(proposal, votes, seals)
         await self._publish()
 
-    def _hinder(self, record: Record) -> Callable[[Perjury | None], None]:
+    def _hinder(self, record: Record) -> Callable[[ConflictingSignature | None], None]:
         """Hears why ``record`` is not signed, says so once, and has the machine hear it."""
         told: set[str] = set()
 
-        def hear(perjury: Perjury | None) -> None:
+        def hear(perjury: ConflictingSignature | None) -> None:
             if perjury is not None:
-                sealed = b"" if perjury.roster else perjury.sealed
-                self._hindrance = protocol.Overruled(record.hash, perjury.roster, sealed)
+                sealed = b"" if perjury.reconfiguration else perjury.sealed
+                self._hindrance = protocol.Overruled(record.hash, perjury.reconfiguration, sealed)
             else:
                 self._hindrance = protocol.Unsigned(record.hash)
             reason = str(perjury or "too few of the coordinators that would have to sign can be reached")
@@ -355,9 +359,9 @@ class Coordinator:
                 seconds=self._certified.seconds,
             )
         )
-        for node in record.minority:
+        for node in record.dissenters:
             self.log.emit(events.outvoted(node, round_number))
-        for audit in record.docket.closed:
+        for audit in record.audit_state.closed:
             self.log.emit(events.AuditEnded(audit.accused, audit.round, audit.outcome, audit.lied))
 
     def _refuse(self, peer: str, reason: str) -> None:
@@ -370,14 +374,14 @@ class Coordinator:
         async with self._changed:
             self._version += 1
             self._shown = opened(self.state)
-            board = board_of(
+            status = status_of(
                 self.state,
                 version=self._version,
                 claim=self._claim,
                 proposal=self._proposal,
                 certificate=self._certificate,
             )
-            self._board = self._seal(board, self.state.rounds)
+            self._board = self._seal(status, self.state.rounds)
             self._changed.notify_all()
 
     async def _publish_later(self) -> None:

@@ -39,7 +39,7 @@ class Promises:
             rounds=body.rounds,
             accepted=proposal.record if proposal else None,
             accepted_in=proposal.term if proposal else 0,
-            roster=proposal.roster if proposal else (),
+            reconfiguration=proposal.reconfiguration if proposal else (),
             plan=body.plan,
             commitments={
                 author: (made.digest, item)

@@ -16,7 +16,7 @@ from filelock import AsyncFileLock
 from psyche.config import Manifest, Node
 from psyche.data.cache import ShardCache
 from psyche.data.index import MAX_INDEX_BYTES, Shard, TokenizerFile, decode_index
-from psyche.data.shard_sources import Suppliers
+from psyche.data.shard_sources import ShardSources
 from psyche.data.store import INDEX, TOKENIZER, Place, Split, TokenStore, is_of_size, store_path
 from psyche.durable import disk_errors, durable_file, write_durably
 from psyche.errors import PsycheError
@@ -163,7 +163,7 @@ def basis_of(store: TokenStore, manifest: Manifest) -> list[tuple[Shard | Tokeni
 async def obtain_basis(
     found: Found,
     manifest: Manifest,
-    suppliers: Suppliers,
+    suppliers: ShardSources,
     progress: Callable[[int, int], None] = lambda received, total: None,
 ) -> None:
     """Complete what every node holds of the store; ``progress`` gets bytes received and bytes in all.

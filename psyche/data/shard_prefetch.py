@@ -15,7 +15,7 @@ from psyche.config import Run
 from psyche.data.cache import CacheFull, Incoming, ShardCache
 from psyche.data.index import Shard
 from psyche.data.provision import ShardOffers
-from psyche.data.shard_sources import Suppliers
+from psyche.data.shard_sources import ShardSources
 from psyche.data.store import BadShard, Split
 from psyche.durable import disk_errors
 from psyche.errors import PsycheError
@@ -59,7 +59,7 @@ class ShardSupply(Supply):
     """Keeps open what is needed now and next, and fetches what of it is not here."""
 
     def __init__(
-        self, run: Run, split: Split, cache: ShardCache, suppliers: Suppliers, offers: ShardOffers, log: EventLog
+        self, run: Run, split: Split, cache: ShardCache, suppliers: ShardSources, offers: ShardOffers, log: EventLog
     ) -> None:
         self._run, self._split, self._cache = run, split, cache
         self._suppliers, self._offers, self._log = suppliers, offers, log
@@ -71,12 +71,12 @@ class ShardSupply(Supply):
 
     def begin(self, position: int) -> None:
         rounds, batch = self._run.rounds, self._run.inner.batch_size
-        steps = rounds.start_members * (rounds.inner_steps + self._run.overlap.late_steps)
+        steps = rounds.start_members * (rounds.inner_steps + self._run.overlap.overlap_steps)
         self._prefetch(range(position, position + steps * batch), least=1)  # to warm up on
 
     async def ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
         self._suppliers.meet([member.node for member in plan.members])
-        self._now = self._shards(positions(plan, node, self._run.inner.batch_size, self._run.overlap.late_steps))
+        self._now = self._shards(positions(plan, node, self._run.inner.batch_size, self._run.overlap.overlap_steps))
         absent = [number for number in self._now if not self._split.is_open(number)]
         if any(not self._split.copies(number) for number in absent):
             names = ", ".join(self._split.shards[number].file for number in absent)
@@ -90,7 +90,7 @@ class ShardSupply(Supply):
         self.expect(plan)
 
     def expect(self, plan: Plan) -> None:
-        begin = next_position(plan, self._run.inner.batch_size, self._run.overlap.late_steps)
+        begin = next_position(plan, self._run.inner.batch_size, self._run.overlap.overlap_steps)
         self._prefetch(range(begin, 2 * begin - plan.position))
 
     async def begun(self) -> None:

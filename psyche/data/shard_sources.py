@@ -29,7 +29,7 @@ class NotToBeHad(PsycheError):
     """Nobody could give a file."""
 
 
-class Suppliers:
+class ShardSources:
     """Where this node fetches files from, and what it knows of those who failed it."""
 
     def __init__(

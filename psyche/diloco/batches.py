@@ -10,7 +10,7 @@ from psyche.protocol.messages import Plan
 from psyche.training.engine import Batch
 
 
-class Portion:
+class DataAssignment:
     """One node's."""
 
     def __init__(self, run: Run, split: Split, node: str) -> None:
@@ -22,7 +22,7 @@ class Portion:
         """Of inner step ``step`` in round ``plan``. Raises :class:`~psyche.data.store.BadShard`."""
         size = self._run.inner.batch_size
         if self._dealt is None or self._dealt[0] is not plan:
-            self._dealt = plan, positions(plan, self._node, size, self._run.overlap.late_steps)
+            self._dealt = plan, positions(plan, self._node, size, self._run.overlap.overlap_steps)
         return self._at(self._dealt[1][step * size : (step + 1) * size])
 
     def to_warm_up(self, position: int, step: int) -> Batch:

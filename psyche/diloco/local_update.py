@@ -17,7 +17,7 @@ class Interrupted(Exception):
     """Training was stopped before the round's last inner step; nothing of it was encoded."""
 
 
-class Exploded(PsycheError):
+class NonFiniteParameter(PsycheError):
     """A parameter became NaN or infinite. The message names the tensor."""
 
 

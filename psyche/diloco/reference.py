@@ -19,8 +19,8 @@ from psyche.launch.rules import rules_of
 from psyche.numerics.aggregate import reduce_slice
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.reducing import draw_of
-from psyche.protocol.reduction import Draw
+from psyche.protocol.reducing import assignment_of
+from psyche.protocol.reduction import ReducerAssignment
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import (
     Arrived,
@@ -40,7 +40,7 @@ from psyche.protocol.state import (
     State,
     Voted,
 )
-from psyche.verification.outlier_watch import Lookout
+from psyche.verification.outlier_detector import OutlierDetector
 
 
 class Machine:
@@ -57,9 +57,9 @@ class Machine:
         return self._state.round
 
     @property
-    def draw(self) -> Draw:
+    def assignment(self) -> ReducerAssignment:
         """Who reduces what of it."""
-        return draw_of(self.rules, self.round)
+        return assignment_of(self.rules, self.round)
 
     def promise(self, node: str) -> Promised:
         """``node`` follows the one leader there is."""
@@ -85,7 +85,7 @@ def play(
     without it nobody does the audits that are drawn.
     """
     machine = Machine(manifest, due)
-    lookout = Lookout(replicas[min(replicas)].codec, manifest.run_id, manifest.run.overlap.fragments)
+    outlier_detector = OutlierDetector(replicas[min(replicas)].codec, manifest.run_id, manifest.run.overlap.fragments)
     effects: list[Effect] = []
     for node in sorted(replicas):
         effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
@@ -98,14 +98,14 @@ def play(
         payloads = {node: work.payload for node, work in works.items()}
         for node, replica in replicas.items():
             for _ in range(late(plan.round, node)):
-                replica.step_late(plan)
+                replica.overlapped_step(plan)
             replica.apply(record, replica.gradient_of(record, payloads))
         yield record, works
         counts = [part.stop - part.start for part in replicas[min(replicas)].slices_of(plan.round)]
-        suspects = frozenset(lookout.look(record, counts, payloads, range(len(counts))) if hear else ())
+        suspects = frozenset(outlier_detector.look(record, counts, payloads, range(len(counts))) if hear else ())
         effects = [
             effect
-            for node in sorted(set(replicas) - set(record.docket.banned))
+            for node in sorted(set(replicas) - set(record.audit_state.banned))
             for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root, suspects))
         ]
         for said in hear(record) if hear else ():  # while the next round is trained for
@@ -137,7 +137,7 @@ def _certified(machine: Machine, plan: Plan, replicas: Mapping[str, Replica], wo
     return record
 
 
-def retrace(replicas: Mapping[str, Replica], records: Sequence[Record]) -> Iterator[str]:
+def replay_ledger(replicas: Mapping[str, Replica], records: Sequence[Record]) -> Iterator[str]:
     """Do again what ``records`` say was done, from the first round on; the state root after each, in hex.
 
     What time decided is in them: quotas, steps that were given back, late steps. All the rest must follow. Raises
@@ -153,10 +153,10 @@ def retrace(replicas: Mapping[str, Replica], records: Sequence[Record]) -> Itera
             if work.contribution != one.contribution:
                 raise ValueError(f"round {plan.round}: {one.node} contributed something else")
             payloads[one.node] = work.payload
-        late = {one.node: one.contribution.late_steps for one in (following.accepted if following else ())}
+        late = {one.node: one.contribution.overlap_steps for one in (following.accepted if following else ())}
         for node, replica in replicas.items():
             for _ in range(late.get(node, 0)):
-                replica.step_late(plan)
+                replica.overlapped_step(plan)
             replica.apply(record, replica.gradient_of(record, payloads))
         roots = {replica.chain.state_root.hex() for replica in replicas.values()}
         if len(roots) > 1:
@@ -170,7 +170,7 @@ def _done_again(replica: Replica, plan: Plan, done: Contribution) -> Work:
     return replica.train(
         plan,
         progress=lambda step, loss, lr: taken.append(step),
-        enough=lambda: len(taken) >= done.inner_steps - done.late_steps,
+        enough=lambda: len(taken) >= done.inner_steps - done.overlap_steps,
     )
 
 
@@ -180,7 +180,7 @@ def _reduced(
     """What each member finds for the groups it reduces, by group; nobody anything where everybody aggregates."""
     if not plan.reducers:
         return {}
-    replica, draw = replicas[min(replicas)], machine.draw
+    replica, assignment = replicas[min(replicas)], machine.assignment
     given = {node: work.contribution for node, work in works.items()}
     payloads = {node: work.payload for node, work in works.items()}
     merged = Merge.of(replica.run).gradient(replica.codec, plan, given, payloads)
@@ -190,5 +190,7 @@ def _reduced(
     def chunk(number: int) -> bytes:
         return reduce_slice(merged, result_codec, number, counts[number])
 
-    roots = [payload_root([chunk(number) for number in draw.slices_of(group)]) for group in range(draw.groups)]
-    return {node: {group: roots[group] for group in draw.duties(node)} for node in works}
+    roots = [
+        payload_root([chunk(number) for number in assignment.slices_of(group)]) for group in range(assignment.groups)
+    ]
+    return {node: {group: roots[group] for group in assignment.duties(node)} for node in works}

@@ -14,10 +14,10 @@ import torch
 
 from psyche.config import Manifest
 from psyche.data.store import BadShard, TokenStore
-from psyche.diloco.batches import Portion
-from psyche.diloco.local_update import Exploded, Interrupted, Slices, Steps, Work
+from psyche.diloco.batches import DataAssignment
+from psyche.diloco.local_update import Interrupted, NonFiniteParameter, Slices, Steps, Work
 from psyche.diloco.private_data import Private
-from psyche.diloco.trace_recorder import Witness
+from psyche.diloco.trace_recorder import TraceRecorder
 from psyche.exchange.merge import Merge
 from psyche.numerics.aggregate import Gradient, decoded, reduce_slice
 from psyche.numerics.backends.base import Backend
@@ -65,15 +65,15 @@ class Replica:
         self.backend = best() if backend is None else backend
         self.codec = self.backend.codec(self.run.codec.name)
         overlap = self.run.overlap
-        self._overlaps = overlap.fragments > 1 or overlap.late_steps > 0
+        self._overlaps = overlap.fragments > 1 or overlap.overlap_steps > 0
         self._fragments = engine.layout.fragments(overlap.fragments)
-        self.witness = Witness(self.run, engine)
+        self.trace_recorder = TraceRecorder(self.run, engine)
         self.adopt(outer, None)
         self._snapshot = torch.empty_like(self.outer.theta)
         """What trained when it was last encoded: x at the end of a round's inner steps."""
         self._sum = torch.empty(max(p.stop - p.start for f in self._fragments for p in f), device=self.backend.device)
         self.residual = torch.zeros_like(self.outer.theta) if self.codec.error_feedback else None
-        self._portion = Portion(self.run, store.train, node)
+        self._portion = DataAssignment(self.run, store.train, node)
         self.private: Private | None = None
         """The node's own text, if it trains on that (federated mode). Then every round starts from θ, and is seen of
         outside only as what was clipped, noised and paid for."""
@@ -95,8 +95,8 @@ class Replica:
 
         Calls ``progress(step, loss, lr)`` after each inner step. Once ``enough()`` is true the steps taken so far, if
         there are any, are all that this contribution has; so it is where the text of a step cannot be had. Raises
-        :class:`Interrupted` once ``stop()`` is true, :class:`Exploded`, :class:`BadShard` where no step could be taken,
-        and :class:`~psyche.state.budget.Spent` where private data may not be trained on any more.
+        :class:`Interrupted` once ``stop()`` is true, :class:`NonFiniteParameter`, :class:`BadShard` where no step could
+        be taken, and :class:`~psyche.state.budget.Spent` where private data may not be trained on any more.
         """
         member = plan.member(self.node)
         assert member is not None, "only members train"
@@ -106,13 +106,13 @@ class Replica:
             self.engine.write(self.outer.theta)
             self._steps = Steps() if self.private is None else Steps(Withheld())
         steps, self._steps = self._steps, None
-        self.witness.begin(plan.round, steps.trace, steps.late, self.host.theta)
+        self.trace_recorder.begin(plan.round, steps.trace, steps.late, self.host.theta)
         for step in range(steps.late, member.inner_steps):
             if stop():
                 raise Interrupted
             if steps.losses and enough():
                 break
-            self.witness.pass_by(steps.trace, step)
+            self.trace_recorder.pass_by(steps.trace, step)
             try:
                 self._step(steps, plan, step, self.global_step(plan) + step)
             except BadShard:
@@ -122,14 +122,14 @@ class Replica:
             progress(step, steps.losses[-1], steps.lr)
         done = len(steps.losses)
         self.engine.read(self._snapshot)
-        self.witness.mark(steps.trace, done)
+        self.trace_recorder.mark(steps.trace, done)
         if self.private is not None:
             parts = [used for part in self.slices_of(plan.round) for used in self.engine.layout.within(part)]
             self.private.conceal(self.outer.theta, self._snapshot, parts)
         residual_in = self._residual_root(plan.round, steps)
         payload = self._encode(plan.round)
         residual_out = self._residual_root(plan.round, steps)
-        self.witness.finish(plan.round, steps.trace)
+        self.trace_recorder.finish(plan.round, steps.trace)
         if self.private is None:
             self._steps = Steps()
         contribution = Contribution(
@@ -142,7 +142,7 @@ class Replica:
             payload_root=payload_root(payload),
             payload_bytes=sum(len(part) for part in payload),
             inner_steps=done,
-            late_steps=steps.late,
+            overlap_steps=steps.late,
             tokens=done * self.run.tokens_per_step,
             private=self.private is not None,
             payout=self.payout,
@@ -166,13 +166,13 @@ class Replica:
         taken = 0 if self._steps is None else self._steps.late
         return 0 if member is None else max(0, member.inner_steps - taken)
 
-    def step_late(self, plan: Plan) -> bool:
+    def overlapped_step(self, plan: Plan) -> bool:
         """One inner step of the next round while ``plan``'s, for which this node has trained, is on the wire.
 
         False, and nothing done, where the run allows no more of them, has no next round, or their text is not here.
         """
         steps, member = self._steps, plan.member(self.node)
-        if steps is None or steps.based or member is None or steps.late >= self.run.overlap.late_steps:
+        if steps is None or steps.based or member is None or steps.late >= self.run.overlap.overlap_steps:
             return False
         if plan.round == self.run.rounds.total:
             return False
@@ -187,10 +187,11 @@ class Replica:
     def apply(self, record: Record, gradient: Gradient) -> None:
         """The outer step of a certified record. Afterwards ``chain`` stands at the record, with the new state_root.
 
-        Its three parts may run on different threads, one after the other; only :meth:`rebase` touches what trains.
+        Its three parts may run on different threads, one after the other; only :meth:`apply_outer_update` touches what
+        trains.
         """
         self.step_outer(record, gradient)
-        self.rebase(record.plan.round)
+        self.apply_outer_update(record.plan.round)
         self.settle(record)
 
     def step_outer(self, record: Record, gradient: Gradient) -> None:
@@ -213,7 +214,7 @@ class Replica:
                 outer.theta[part].copy_(theta)
                 outer.momentum[part].copy_(momentum)
 
-    def rebase(self, round_number: int) -> None:
+    def apply_outer_update(self, round_number: int) -> None:
         """Move what trains by what the outer step changed: x ← x + (θ − s), s what x was when it was encoded.
 
         Steps taken since then are kept (DESIGN §7). Where there are none x becomes θ, to the bit.
@@ -278,11 +279,11 @@ class Replica:
             return 0
         return min(round(1 / (1 - self.run.inner.betas[1])), self.run.rounds.inner_steps)
 
-    def forsake(self) -> None:
+    def discard_local_steps(self) -> None:
         """Steps were taken for a round that went on without this node: the next round is trained from θ."""
         self._steps = None
 
-    def give_back(self, work: Work) -> None:
+    def restore_residual(self, work: Work) -> None:
         """e ← e + D(payload): a contribution that was not accepted loses nothing it has learned."""
         if self.residual is not None:
             for part, encoded in zip(self.slices_of(work.round), work.payload, strict=True):
@@ -292,8 +293,8 @@ class Replica:
         """Where a node stands that holds the outer state ``root`` after ``record``, or before the first round."""
         if record is None:
             return Chain(0, self.manifest.run_id, root, 0)
-        position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.late_steps)
-        return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing, record.docket)
+        position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.overlap_steps)
+        return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing, record.audit_state)
 
     def slices_of(self, round_number: int) -> tuple[slice, ...]:
         """What round ``round`` exchanges: the slices of its fragment."""
@@ -311,7 +312,7 @@ class Replica:
         count = min(self.run.heldout_sequences, len(self.store.heldout))
         indices = range(member, count, members)
         total, tokens = 0.0, 0
-        with self.judging():
+        with self.outer_params():
             for at in range(0, len(indices), self.run.inner.batch_size):
                 loss, predicted = self.engine.evaluate(
                     self.store.heldout.batch(indices[at : at + self.run.inner.batch_size])
@@ -320,7 +321,7 @@ class Replica:
         return total, tokens
 
     @contextmanager
-    def judging(self) -> Iterator[None]:
+    def outer_params(self) -> Iterator[None]:
         """Within, the engine holds θ; what trains is put aside."""
         training = torch.empty_like(self.outer.theta) if self._overlaps else None
         if training is not None:
@@ -349,10 +350,10 @@ class Replica:
         self.host = self.outer.to(torch.device("cpu"))
         self.index = self.host.index() if changed is None else self.host.reindex(self.index, changed)
         self.chain = self.place(record, self.index.root)
-        self.witness.stands(self.chain.rounds, self.host, self.index)
+        self.trace_recorder.stands(self.chain.rounds, self.host, self.index)
 
     def _residual_root(self, round_number: int, steps: Steps) -> bytes:
-        return self.witness.residual(steps.trace, self.residual, self.slices_of(round_number))
+        return self.trace_recorder.residual(steps.trace, self.residual, self.slices_of(round_number))
 
     def _encode(self, round_number: int) -> list[bytes]:
         payload = []
@@ -364,7 +365,9 @@ class Replica:
                 )
             except NonFinite as error:
                 name = self.engine.layout.name_at(part.start + error.position)
-                raise Exploded(f"{name} became NaN or infinite: lower run.inner.lr or clip gradients") from None
+                raise NonFiniteParameter(
+                    f"{name} became NaN or infinite: lower run.inner.lr or clip gradients"
+                ) from None
             payload.append(encoded)
         return payload
 

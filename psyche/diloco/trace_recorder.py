@@ -17,17 +17,17 @@ from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import WITHHELD
 from psyche.training.engine import Engine
 from psyche.training.moments import packed
+from psyche.verification.bundle import AuditBundle, AuditBundles
 from psyche.verification.evidence import Base
-from psyche.verification.kit import Kit, Kits
 from psyche.verification.traces import Trace, Withheld
 
 
-class Witness:
+class TraceRecorder:
     """Of one replica."""
 
     def __init__(self, run: Run, engine: Engine) -> None:
         self._audits, self._engine = run.audits, engine
-        self.kits: Kits | None = None
+        self.bundles: AuditBundles | None = None
         """Where what others need to check this node is kept; None: the roots are all that is left of it."""
         self.bases: dict[int, Base] = {}
         """After so many rounds, of the last ``audits.window`` and of now: what an audited round of this node's peers
@@ -46,9 +46,9 @@ class Witness:
         if not self._audited(trace):
             return
         trace.keep = blob_root
-        if self.kits is not None:
-            self.kits.begin(round_number)
-            trace.keep = partial(self.kits.keep, round_number)
+        if self.bundles is not None:
+            self.bundles.begin(round_number)
+            trace.keep = partial(self.bundles.keep, round_number)
             trace.keep(theta.numpy().data)
         self.mark(trace, late)
 
@@ -73,8 +73,8 @@ class Witness:
 
     def finish(self, round_number: int, trace: Trace) -> None:
         """All that others need is kept."""
-        if self.kits is not None and self._audited(trace):
-            self.kits.finish(round_number, Kit(tuple(trace.points)))
+        if self.bundles is not None and self._audited(trace):
+            self.bundles.finish(round_number, AuditBundle(tuple(trace.points)))
 
     def _audited(self, trace: Trace) -> bool:
         return bool(self._audits.rate) and not isinstance(trace, Withheld)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from psyche.exchange.journal import Journal
 from psyche.exchange.merge import Merge
 from psyche.exchange.shape import Shape
-from psyche.exchange.shelf import Shelf
+from psyche.exchange.shelf import BlobRetention
 from psyche.network.fetch import FetchError, fetch_blob
 from psyche.network.node import NetworkNode
 from psyche.network.spool import Blob
@@ -20,11 +20,11 @@ from psyche.protocol.messages import Contribution, Plan, Record, Reducing
 
 
 @dataclass(frozen=True)
-class Wire:
+class BlobTransport:
     """What all rounds of a node have in common: the network, what is served, and whom liars are reported to."""
 
     network: NetworkNode
-    shelf: Shelf
+    shelf: BlobRetention
     journal: Journal
     me: str
     on_liar: Callable[[str, str], None]
@@ -100,7 +100,7 @@ def taken(record: Record) -> Mapping[bytes, int]:
 class Exchange(ABC):
     """One round's exchange at one member. Payloads are those of the round's fragment, a chunk for each slice."""
 
-    def __init__(self, wire: Wire, plan: Plan, shape: Shape, merge: Merge) -> None:
+    def __init__(self, wire: BlobTransport, plan: Plan, shape: Shape, merge: Merge) -> None:
         self.wire, self.plan, self.shape, self.merge = wire, plan, shape, merge
         self.members = [member.node for member in plan.members]
         self.others: Sequence[str] = ()

@@ -11,7 +11,7 @@ from psyche.network.node import NetworkNode
 from psyche.network.spool import Blob
 
 
-class Shelf:
+class BlobRetention:
     """Blobs by the round they came with; those of two rounds ago are neither served nor kept."""
 
     def __init__(self, network: NetworkNode) -> None:

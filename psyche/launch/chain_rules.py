@@ -20,7 +20,7 @@ def chain_rules(manifest: Manifest) -> Rules:
         genesis=bytes.fromhex(manifest.resolved.genesis),
         rounds=run.rounds.total,
         inner_steps=run.rounds.inner_steps,
-        late_steps=run.overlap.late_steps,
+        overlap_steps=run.overlap.overlap_steps,
         batch_size=run.inner.batch_size,
         tokens_per_step=run.tokens_per_step,
         payload_bytes=2**62,

@@ -144,7 +144,7 @@ def costs_of(run: Run) -> Costs:
         tokens_per_round=per_round,
         tokens=per_round * run.rounds.total,
         round_flops=flops_per_token(run, flat.parameters) * run.rounds.inner_steps * run.tokens_per_step,
-        late_share=run.overlap.late_steps / run.rounds.inner_steps,
+        late_share=run.overlap.overlap_steps / run.rounds.inner_steps,
     )
 
 

@@ -63,10 +63,10 @@ def following(manifest: Manifest, encoded: Sequence[bytes], chain: Chain) -> lis
         record = _proven(manifest, item)
         if record is None or (record.plan.round, record.plan.previous) != (chain.rounds + 1, chain.head):
             break
-        if not record.roster and record.electorate != chain.voters:
+        if not record.reconfiguration and record.electorate != chain.voters:
             break
         found.append((record, item))
-        chain = Chain(record.plan.round, record.hash, b"", 0, record.voters, record.standing, record.docket)
+        chain = Chain(record.plan.round, record.hash, b"", 0, record.voters, record.standing, record.audit_state)
     return found
 
 

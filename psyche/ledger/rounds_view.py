@@ -28,7 +28,7 @@ class Part(msgspec.Struct):
     private: bool
     """Trained on data of its own, which nobody can audit."""
     reason: str | None
-    minority: bool
+    dissenters: bool
 
 
 class Word(msgspec.Struct):
@@ -57,14 +57,14 @@ class Ending(msgspec.Struct):
     evidence: list[Word]
 
 
-class Round(msgspec.Struct):
+class LedgerRound(msgspec.Struct):
     """One certified round. Hashes are hexadecimal."""
 
     round: int
     record: str
     state_root: str | None
     """After the round."""
-    reconfiguration: bool
+    is_reconfiguration: bool
     members: list[Part]
     audits: list[Ending]
 
@@ -86,7 +86,7 @@ class Story(msgspec.Struct):
     """All that ``psyche ledger show`` shows."""
 
     run_id: str
-    rounds: list[Round]
+    rounds: list[LedgerRound]
     held: int
     """Rounds that are there, shown or not."""
     missing: list[tuple[int, int]]
@@ -104,22 +104,22 @@ def story_of(ledger: Ledger, *, last: int | None = None, node: str | None = None
     ``node`` is not exactly one member.
     """
     totals: dict[str, Total] = {}
-    rounds: deque[Round] = deque(maxlen=None if node is not None else last)
+    rounds: deque[LedgerRound] = deque(maxlen=None if node is not None else last)
     words: dict[tuple[str, int], list[Word]] = {}
     held = 0
     for entry in ledger.entries():
         held += 1
-        round_number = _round(entry, record_of(ledger, entry), words)
-        _add(totals, round_number)
-        rounds.append(round_number)
+        ledger_round = _round(entry, record_of(ledger, entry), words)
+        _add(totals, ledger_round)
+        rounds.append(ledger_round)
     shown = list(rounds)
     if node is not None:
         me = only(ledger, totals, node)
         totals = {me: totals[me]}
         shown = [
-            round_number
-            for round_number in (_part_of(one, me) for one in rounds)
-            if round_number.members or round_number.audits
+            ledger_round
+            for ledger_round in (_part_of(one, me) for one in rounds)
+            if ledger_round.members or ledger_round.audits
         ]
         shown = shown[-last:] if last is not None else shown
     return Story(
@@ -142,14 +142,14 @@ def record_of(ledger: Ledger, entry: Entry) -> Record:
         ) from None
 
 
-def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Word]]) -> Round:
+def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Word]]) -> LedgerRound:
     """``words``: of audits that are open, what was said so far."""
     members = [
-        Part(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(minority))
-        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, minority, _ in member_rows(record)
+        Part(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(dissenters))
+        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, dissenters, _ in member_rows(record)
     ]
     root = None if entry.state_root is None else entry.state_root.hex()
-    for said in record.docket.said:
+    for said in record.audit_state.said:
         _hear(said, entry.round, words)
     audits = [
         Ending(
@@ -161,9 +161,9 @@ def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Word]
             lied=list(one.lied),
             evidence=words.pop((one.accused, one.round), []),
         )
-        for one in record.docket.closed
+        for one in record.audit_state.closed
     ]
-    return Round(entry.round, record.hash.hex(), root, record.reconfiguration, members, audits)
+    return LedgerRound(entry.round, record.hash.hex(), root, record.is_reconfiguration, members, audits)
 
 
 def _hear(said: bytes, round_number: int, words: dict[tuple[str, int], list[Word]]) -> None:
@@ -180,8 +180,8 @@ def _hear(said: bytes, round_number: int, words: dict[tuple[str, int], list[Word
     words.setdefault((verdict.accused, verdict.round), []).append(word)
 
 
-def _add(totals: dict[str, Total], round_number: Round) -> None:
-    for part in round_number.members:
+def _add(totals: dict[str, Total], ledger_round: LedgerRound) -> None:
+    for part in ledger_round.members:
         total = totals.setdefault(part.node, Total())
         total.rounds += 1
         if part.tokens is not None:
@@ -201,7 +201,7 @@ def only(ledger: Ledger, names: Iterable[str], node: str) -> str:
     raise LedgerError(f"the PeerID of {what} in {ledger.path} ends in {node}: {mend}")
 
 
-def _part_of(round_number: Round, node: str) -> Round:
-    members = [part for part in round_number.members if part.node == node]
-    audits = [one for one in round_number.audits if node in (one.accused, *one.paid, *one.lied)]
-    return msgspec.structs.replace(round_number, members=members, audits=audits)
+def _part_of(ledger_round: LedgerRound, node: str) -> LedgerRound:
+    members = [part for part in ledger_round.members if part.node == node]
+    audits = [one for one in ledger_round.audits if node in (one.accused, *one.paid, *one.lied)]
+    return msgspec.structs.replace(ledger_round, members=members, audits=audits)

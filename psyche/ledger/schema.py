@@ -70,7 +70,7 @@ RoundRow = tuple[int, bytes, bytes, bytes, int]
 def round_row(record: Record) -> RoundRow:
     """What ``rounds`` says of a record."""
     plan = record.plan
-    return plan.round, record.hash, plan.previous, plan.base_root, int(record.reconfiguration)
+    return plan.round, record.hash, plan.previous, plan.base_root, int(record.is_reconfiguration)
 
 
 def member_rows(record: Record) -> list[MemberRow]:
@@ -84,7 +84,7 @@ def member_rows(record: Record) -> list[MemberRow]:
         counts: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
         if done is not None:
             counts = done.tokens, done.inner_steps, done.payload_bytes, int(done.private)
-        rest = reasons.get(node), int(node in record.minority), None if done is None else done.payout
+        rest = reasons.get(node), int(node in record.dissenters), None if done is None else done.payout
         rows.append((record.plan.round, node, member.votes, member.inner_steps, *counts, *rest))
     return rows
 
@@ -102,5 +102,5 @@ def audit_rows(record: Record) -> list[AuditRow]:
             " ".join(one.paid),
             " ".join(one.lied),
         )
-        for place, one in enumerate(record.docket.closed)
+        for place, one in enumerate(record.audit_state.closed)
     ]

@@ -160,7 +160,7 @@ def _check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch, open_en
         _compare(ledger, verified)
         done.append(deeds(verified.record, rules.probation))
         missing += [(verified.missing.start, verified.missing.stop)] if verified.missing else []
-        reconfigurations += verified.record.reconfiguration
+        reconfigurations += verified.record.is_reconfiguration
     if len(done) < stretch.count or (before is None) != (stretch.before is None):
         raise LedgerError(f"{ledger.path} was changed while it was checked: the run went back; try again")
     return Checked(tuple(done), tuple(missing), reconfigurations)

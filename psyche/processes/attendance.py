@@ -23,15 +23,19 @@ from psyche.processes.background import beside
 from psyche.processes.idleness import Idleness, Sampler, cores
 from psyche.processes.process_lock import registered
 from psyche.training.devices import pick_device
-from psyche.worker.departure import Farewell
+from psyche.worker.leaving import LeaveRequest
 
 LOOK_SECONDS = 5.0
 
 
 async def attend(
-    session: Callable[[], Awaitable[None]], node: Node, directory: Path, farewell: Farewell, say: Callable[[str], None]
+    session: Callable[[], Awaitable[None]],
+    node: Node,
+    directory: Path,
+    leave_request: LeaveRequest,
+    say: Callable[[str], None],
 ) -> None:
-    """Run ``session``, which ``farewell`` can end, whenever ``node`` is to take part; return when one ends by itself.
+    """Run ``session``, which ``leave_request`` can end, whenever ``node`` is to take part, until one ends by itself.
 
     Each is one stay in the run. ``say`` tells this machine's owner what is waited for. Raises what ``session`` raises.
     """
@@ -39,15 +43,15 @@ async def attend(
     if not calendar.limited:
         await session()
         return
-    async with beside(say, calendar.watch(farewell)):
+    async with beside(say, calendar.watch(leave_request)):
         while True:
             if calendar.closed:
                 await _wait(calendar, directory, say)
-                farewell.renew()  # it was told to rest all the while
+                leave_request.renew()  # it was told to rest all the while
             await session()
-            if not farewell.resting:
+            if not leave_request.resting:
                 return
-            farewell.renew()
+            leave_request.renew()
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -82,14 +86,14 @@ class Calendar:
         """Return once the node is to take part."""
         await self._opened.wait()
 
-    async def watch(self, farewell: Farewell) -> None:
+    async def watch(self, leave_request: LeaveRequest) -> None:
         """Look every few seconds, and have the node rest while it is not to take part. Runs until cancelled."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             await asyncio.to_thread(self._look, datetime.now())
             if self.closed:
                 self._opened.clear()
-                farewell.rest(self.closed)
+                leave_request.rest(self.closed)
             else:
                 self._opened.set()
 

@@ -22,7 +22,7 @@ from psyche.data.provision import (
     sign_manifest,
 )
 from psyche.data.shard_prefetch import ShardSupply, Supply
-from psyche.data.shard_sources import Suppliers, mirrors_of
+from psyche.data.shard_sources import ShardSources, mirrors_of
 from psyche.data.store import TokenStore
 from psyche.diloco.private_data import check_private, open_private
 from psyche.diloco.replica import Replica
@@ -55,7 +55,7 @@ from psyche.tools.preflight import check_machine, tell, warn_of_connection
 from psyche.training.choice import Choice, choose, make_engine
 from psyche.training.models import preload
 from psyche.worker.coordinator_client import PATIENCE_SECONDS
-from psyche.worker.departure import Farewell
+from psyche.worker.leaving import LeaveRequest
 from psyche.worker.worker import Worker
 
 GENESIS = "genesis.bin"
@@ -135,9 +135,9 @@ async def join(
     node: Node,
     directory: Path,
     listener: Callable[[str], Listener],
-    farewell: Farewell | None = None,
+    leave_request: LeaveRequest | None = None,
 ) -> None:
-    """Join a run and take part until it ends, or ``farewell`` says to leave.
+    """Join a run and take part until it ends, or ``leave_request`` says to leave.
 
     ``listener`` makes the event listener from this node's PeerID.
 
@@ -154,7 +154,7 @@ async def join(
         # Registered once the key is ours: of two that are started in one directory only the first is to be found.
         async with network, registered(directory), beside(warn, *background, warn_of_connection(network, node, warn)):
             try:
-                await _take_part(invite, node, directory, identity, network, log, farewell)
+                await _take_part(invite, node, directory, identity, network, log, leave_request)
             except PsycheError as error:
                 log.emit(events.Notice(level="error", text=str(error)))
                 raise
@@ -212,7 +212,7 @@ async def _take_part(
     identity: Identity,
     network: NetworkNode,
     log: EventLog,
-    farewell: Farewell | None,
+    leave_request: LeaveRequest | None,
 ) -> None:
     """Get what the run needs from those who are there, and work until it ends."""
     warn = warning(log)
@@ -230,7 +230,7 @@ async def _take_part(
         log.emit(events.Downloading(what="the text to train on", received=received, total=total))
 
     async def provide() -> ShardSupply:
-        suppliers = Suppliers(network, mirrors_of(manifest, node), hosts, warn)
+        suppliers = ShardSources(network, mirrors_of(manifest, node), hosts, warn)
         await obtain_basis(found, manifest, suppliers, downloading)
         await serve_probes(network)
         offers = await serve_provisions(network, signed, found.store)
@@ -253,7 +253,7 @@ async def _take_part(
         async with writing(ledger, warn) as writer:
             await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
             last = certificates[-1] if certificates else None
-            await Worker(replica, node, directory, identity, network, log, writer, last, farewell, supply).run()
+            await Worker(replica, node, directory, identity, network, log, writer, last, leave_request, supply).run()
     finally:
         if wandb is not None:
             await asyncio.to_thread(wandb.close)

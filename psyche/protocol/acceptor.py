@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from psyche.protocol.admission import contribution_fault
-from psyche.protocol.audits import docket_fault
+from psyche.protocol.audits import audits_fault
 from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.quotas import quota_fault
-from psyche.protocol.reduction import Draw, ring_fault
+from psyche.protocol.reduction import ReducerAssignment, reducer_order_fault
 from psyche.protocol.standing import standing_fault, votes_fault
 from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import EMPTY, Docket
+from psyche.protocol.verdicts import EMPTY, AuditState
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Chain:
     """The electorate of the next round, if no roster names another; nobody before the first."""
     standing: tuple[Standing, ...] = ()
     """Of the last record."""
-    docket: Docket = EMPTY
+    audit_state: AuditState = EMPTY
     """Of the last record."""
 
 
@@ -64,7 +64,7 @@ def plan_fault(plan: Plan, chain: Chain) -> str | None:
     if plan.seed != round_seed(chain.head) or plan.position != chain.position:
         return "the plan's data is not what follows from the last record"
     nodes = [member.node for member in plan.members]
-    if banned := set(nodes) & set(chain.docket.banned):
+    if banned := set(nodes) & set(chain.audit_state.banned):
         return f"{min(banned)[-6:]}, who was convicted, is a member of the plan"
     return None if nodes == sorted(set(nodes)) else "the plan's members are not in ascending order"
 
@@ -97,7 +97,7 @@ def consider(
         raise Refusal(f"two different records in term {proposal.term}")
     if fault := plan_fault(plan, chain) or quota_fault(plan, rules):
         raise Refusal(fault)
-    if not record.roster and record.electorate != chain.voters:
+    if not record.reconfiguration and record.electorate != chain.voters:
         raise Refusal("the electorate is not that of the record before, and no roster names another")
     if fault := _results_fault(record, rules, reduced):
         raise Refusal(fault)
@@ -117,9 +117,9 @@ def consider(
     standing, voters = chain.standing, chain.voters
     if fault := votes_fault(record, standing=standing, voters=voters, probation=rules.probation):
         raise Refusal(fault)
-    if fault := standing_fault(record, standing, chain.docket, rules):
+    if fault := standing_fault(record, standing, chain.audit_state, rules):
         raise Refusal(fault)
-    if fault := docket_fault(record, chain.docket, standing, rules):
+    if fault := audits_fault(record, chain.audit_state, standing, rules):
         raise Refusal(fault)
     return replace(acceptor, term=proposal.term, record=record.hash)
 
@@ -128,18 +128,18 @@ def _results_fault(record: Record, rules: Rules, reduced: Mapping[int, bytes]) -
     """What is wrong with who reduced what, and with what they found, or None."""
     plan = record.plan
     if not plan.reducers:  # allowed in any round: where everybody aggregates nobody has to be believed
-        found = record.results or record.ring or record.minority
+        found = record.results or record.reducer_order or record.dissenters
         return "there are results where everybody aggregates" if found else None
     if plan.reducers != rules.reducers_for(len(plan.members)):
         return "the plan does not choose the exchange as the manifest does"
-    if fault := ring_fault(plan.seed, record.ring, [member.node for member in plan.members]):
+    if fault := reducer_order_fault(plan.seed, record.reducer_order, [member.node for member in plan.members]):
         return fault
-    if not {accepted.node for accepted in record.accepted} <= set(record.ring):
+    if not {accepted.node for accepted in record.accepted} <= set(record.reducer_order):
         return "who contributed is left out of those who reduce"
-    if list(record.minority) != sorted(set(record.minority) & set(record.ring)):
+    if list(record.dissenters) != sorted(set(record.dissenters) & set(record.reducer_order)):
         return "who found something else is not named in ascending order, or did not reduce"
-    draw = Draw(record.ring, frozenset(), (), plan.reducers, rules.slices_in(plan.round))
-    if len(record.results) != draw.groups or not draw.groups:
+    assignment = ReducerAssignment(record.reducer_order, frozenset(), (), plan.reducers, rules.slices_in(plan.round))
+    if len(record.results) != assignment.groups or not assignment.groups:
         return "there is not one result for each group"
     if any(record.results[group] != root for group, root in reduced.items()):
         return "a result is not what this node found"

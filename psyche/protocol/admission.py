@@ -15,7 +15,7 @@ from psyche.protocol.audits import admissible
 from psyche.protocol.deadlines import WINDOW
 from psyche.protocol.messages import WITHHELD, Contribution, Member, Plan, Record
 from psyche.protocol.quotas import done_in, measured
-from psyche.protocol.reduction import Draw
+from psyche.protocol.reduction import ReducerAssignment
 from psyche.protocol.state import (
     Abandoned,
     Arrived,
@@ -44,7 +44,7 @@ from psyche.protocol.state import (
     Unsigned,
     Voted,
 )
-from psyche.protocol.verdicts import Docket
+from psyche.protocol.verdicts import AuditState
 
 Step = tuple[State, list[Effect]]
 BANNED = "this node was convicted of cheating and takes no part in this run any more: psyche ledger why says what of"
@@ -59,7 +59,7 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Seen(node):
             peer = state.peers.get(node)
             return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
-        case Arrived(node) | Said(node) if node in state.docket.banned:
+        case Arrived(node) | Said(node) if node in state.audit_state.banned:
             return state, [Rejected(node, BANNED)]
         case Said():
             return _hear(rules, state, event)
@@ -94,12 +94,12 @@ def _hear(rules: Rules, state: State, event: Said) -> Step:
     A member that has taken the outer step of a certified round speaks from that round's record, which may be a moment
     before this coordinator has settled it.
     """
-    docket, round_number = state.docket, state.rounds + 1
+    audit_state, round_number = state.audit_state, state.rounds + 1
     if (current := state.round) is not None and current.certified and current.proposal is not None:
-        docket, round_number = current.proposal.docket, round_number + 1
-    if all((audit.accused, audit.round) != event.key for audit in docket.audits):
+        audit_state, round_number = current.proposal.audit_state, round_number + 1
+    if all((audit.accused, audit.round) != event.key for audit in audit_state.audits):
         return state, []
-    if next(admissible(docket, [event], round_number, rules.audits), None) is None:
+    if next(admissible(audit_state, [event], round_number, rules.audits), None) is None:
         about = f"the audit of {event.body.accused[-6:]}'s work in round {event.body.round}"
         return state, [Rejected(event.node, f"{about}: this node is not asked, or has answered already")]
     name = event.node, *event.key, event.body.DOMAIN
@@ -146,8 +146,10 @@ def _refusal(rules: Rules, state: State, event: Submission) -> str | None:
 def _bad_report(rules: Rules, current: Round, event: Reported) -> str | None:
     if not current.selected or event.term != current.selected_in or current.proposal is not None:
         return f"nothing is being reduced in term {event.term}"
-    draw = Draw(current.ring, current.out, current.again, current.plan.reducers, rules.slices_in(current.plan.round))
-    if not set(event.results) <= set(draw.duties(event.node)):
+    assignment = ReducerAssignment(
+        current.reducer_order, current.out, current.again, current.plan.reducers, rules.slices_in(current.plan.round)
+    )
+    if not set(event.results) <= set(assignment.duties(event.node)):
         return "it reports on groups that it does not reduce"
     if any(current.reports.get(g, {}).get(event.node, root) != root for g, root in event.results.items()):
         return "it reported something else before"
@@ -170,10 +172,10 @@ def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribu
     """What is wrong with a contribution by the plan alone, or None. Nobody sets their own weight."""
     if given.base_root != plan.base_root:
         return "trained from another base state"
-    if given.late_steps > min(rules.late_steps, given.inner_steps):
-        return f"{given.late_steps} late steps claimed where {rules.late_steps} are allowed"
+    if given.overlap_steps > min(rules.overlap_steps, given.inner_steps):
+        return f"{given.overlap_steps} late steps claimed where {rules.overlap_steps} are allowed"
     # Late steps were taken before anybody knew how few would be due.
-    if given.inner_steps > max(member.inner_steps, given.late_steps):
+    if given.inner_steps > max(member.inner_steps, given.overlap_steps):
         return f"{given.inner_steps} inner steps claimed where {member.inner_steps} were due"
     if given.tokens != given.inner_steps * rules.tokens_per_step:
         return "the tokens claimed are not those of the inner steps claimed"
@@ -225,7 +227,7 @@ def _accept(state: State, event: Submission, now: float) -> State:
                 reports[group] = _put(reports.get(group, {}), node, root)
             current = replace(current, reports=reports)
         case Voted():
-            if current.ring and node not in current.votes:
+            if current.reducer_order and node not in current.votes:
                 state = replace(state, result_seconds=observed(state.result_seconds, now - current.since))
             current = replace(current, votes=_put(current.votes, node, event.proof), fetched=current.fetched | {node})
         case Attested():
@@ -272,21 +274,21 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
     current = state.round
     if current is not None and current.plan == record.plan:
         state = replace(state, speeds=measured(state.speeds, current, record, state.peers))
-    for node in set(record.docket.banned) & set(state.peers):
+    for node in set(record.audit_state.banned) & set(state.peers):
         state = without_peer(state, node)
     return replace(
         state,
         rounds=record.plan.round,
         head=record.hash,
         state_root=state_root,
-        position=next_position(record.plan, rules.batch_size, rules.late_steps),
+        position=next_position(record.plan, rules.batch_size, rules.overlap_steps),
         electorate=record.voters,
         standing=record.standing,
-        docket=record.docket,
-        said={name: one for name, one in state.said.items() if _still_wanted(one, record.docket)},
+        audit_state=record.audit_state,
+        said={name: one for name, one in state.said.items() if _still_wanted(one, record.audit_state)},
         suspects=suspects_of(current, record),
         goodbyes=state.goodbyes & set(record.voters),
-        roster=0,
+        reconfiguration=0,
         used=0,
         replaced=None,
         bound=b"",
@@ -296,10 +298,10 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
     )
 
 
-def _still_wanted(statement: Said, docket: Docket) -> bool:
+def _still_wanted(statement: Said, audit_state: AuditState) -> bool:
     """Whether a later record can hold it: it is not on record, and its audit is open."""
-    open_audits = {(audit.accused, audit.round) for audit in docket.audits}
-    return statement.key in open_audits and statement.proof not in docket.said
+    open_audits = {(audit.accused, audit.round) for audit in audit_state.audits}
+    return statement.key in open_audits and statement.proof not in audit_state.said
 
 
 def suspects_of(current: Round | None, record: Record) -> frozenset[str]:

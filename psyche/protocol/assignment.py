@@ -24,25 +24,25 @@ _FEISTEL_ROUNDS = 4
 """As many as Luby and Rackoff (1988) need for a strong pseudo-random permutation."""
 
 
-def positions(plan: Plan, node: str, batch_size: int, late_steps: int) -> range:
+def positions(plan: Plan, node: str, batch_size: int, overlap_steps: int) -> range:
     """The positions of one member's sequences in round ``plan``: ``batch_size`` for each step it may take.
 
     Step ``s`` of the member takes ``positions[s * batch_size : (s + 1) * batch_size]``. After its inner steps come
-    ``late_steps`` that it may take while the round is on the wire; what it does not use is used by nobody. Raises
+    ``overlap_steps`` that it may take while the round is on the wire; what it does not use is used by nobody. Raises
     ``KeyError`` for a node that is no member.
     """
     start = plan.position
     for member in sorted(plan.members, key=lambda m: digest("order", plan.seed, m.node.encode())):
-        stop = start + (member.inner_steps + late_steps) * batch_size
+        stop = start + (member.inner_steps + overlap_steps) * batch_size
         if member.node == node:
             return range(start, stop)
         start = stop
     raise KeyError(node)
 
 
-def next_position(plan: Plan, batch_size: int, late_steps: int) -> int:
+def next_position(plan: Plan, batch_size: int, overlap_steps: int) -> int:
     """Where the round after ``plan`` starts, whoever of its members delivered."""
-    return plan.position + sum(member.inner_steps + late_steps for member in plan.members) * batch_size
+    return plan.position + sum(member.inner_steps + overlap_steps for member in plan.members) * batch_size
 
 
 @dataclass(frozen=True)

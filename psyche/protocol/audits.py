@@ -28,10 +28,10 @@ from psyche.protocol.verdicts import (
     JURY,
     Audit,
     Auditable,
+    AuditState,
     AuditStatement,
     Closed,
     DeclinedAudit,
-    Docket,
     Opinion,
     Pool,
     Verdict,
@@ -47,7 +47,7 @@ SUSPECT = 20
 """Times the rate at which contributions that stood out are audited: at the usual one of 1 in 20 all of them are."""
 
 
-class BadDocket(ValueError):
+class InvalidAudits(ValueError):
     """Why the audits in a record do not follow from those in the record before."""
 
 
@@ -57,13 +57,13 @@ def asked(audit: Audit, round_number: int, rules: AuditRules) -> tuple[str, ...]
     return audit.able[: audit.looks + (round_number - audit.since) // rules.patience]
 
 
-def busy(docket: Docket, round_number: int, rules: AuditRules, pending: Iterable[Said] = ()) -> frozenset[str]:
+def busy(audit_state: AuditState, round_number: int, rules: AuditRules, pending: Iterable[Said] = ()) -> frozenset[str]:
     """Nodes that are asked to audit while ``round`` is under way and have neither sealed a verdict nor declined, be it
     on record or ``pending``."""
     answered = {(one.key, one.node) for one in pending}
     return frozenset(
         node
-        for audit in docket.audits
+        for audit in audit_state.audits
         for node in asked(audit, round_number, rules)
         if all(one.auditor != node for one in audit.opinions) and ((audit.accused, audit.round), node) not in answered
     )
@@ -151,8 +151,8 @@ def chance(hash: bytes, probability: float) -> bool:
 # ----------------------------------------------------------------------------- what follows from it
 
 
-def docket_after(
-    before: Docket,
+def audits_after(
+    before: AuditState,
     standing: Sequence[Standing],
     said: Sequence[Said],
     *,
@@ -161,15 +161,15 @@ def docket_after(
     electorate: Collection[str],
     suspects: Collection[str],
     rules: Rules,
-) -> Docket:
+) -> AuditState:
     """The docket of the record of ``plan``. ``before`` and ``standing`` are of the record before.
 
-    Raises :class:`BadDocket` where one of ``said`` is out of place.
+    Raises :class:`InvalidAudits` where one of ``said`` is out of place.
     """
     audits = {(audit.accused, audit.round): audit for audit in before.audits}
     for one in said:
         if one.key not in audits:
-            raise BadDocket(f"{one.node[-6:]} speaks of an audit that is not open")
+            raise InvalidAudits(f"{one.node[-6:]} speaks of an audit that is not open")
         audits[one.key] = _heard(audits[one.key], one, plan.round, rules.audits)
     fresh = {one.key for one in said if isinstance(one.body, Verdict)}
     judged = {key: _judged(one, plan, before, rules.audits, fresh=key in fresh) for key, one in audits.items()}
@@ -184,7 +184,7 @@ def docket_after(
         *opened(before.pool, last, now, suspected, asked_from, banned),
         *opened(pool, now, now, by_chance(pool, now, standing, rules), asked_from, banned),
     ]
-    return Docket(
+    return AuditState(
         said=tuple(one.proof for one in said),
         audits=tuple(sorted((*still, *new), key=lambda one: (one.round, one.accused))),
         closed=tuple(sorted(closed, key=lambda one: (one.round, one.accused))),
@@ -200,21 +200,21 @@ def _heard(audit: Audit, said: Said, round_number: int, rules: AuditRules) -> Au
     mine = next((one for one in audit.opinions if one.auditor == author), None)
     if not isinstance(body, Verdict):
         if mine is not None:
-            raise BadDocket(f"{author[-6:]} has already sealed a verdict on {audit.accused[-6:]}")
+            raise InvalidAudits(f"{author[-6:]} has already sealed a verdict on {audit.accused[-6:]}")
         if author not in asked(audit, round_number, rules):
-            raise BadDocket(f"{author[-6:]} was not asked to audit {audit.accused[-6:]}, or has declined")
+            raise InvalidAudits(f"{author[-6:]} was not asked to audit {audit.accused[-6:]}, or has declined")
         if isinstance(body, DeclinedAudit):
             return msgspec.structs.replace(audit, declined=(*audit.declined, author))
         return msgspec.structs.replace(audit, opinions=(*audit.opinions, Opinion(author, body.digest, None)))
     if mine is None or mine.finding is not None or mine.digest != body.digest:
-        raise BadDocket(f"the verdict of {author[-6:]} on {audit.accused[-6:]} is not the one it sealed")
+        raise InvalidAudits(f"the verdict of {author[-6:]} on {audit.accused[-6:]} is not the one it sealed")
     shown = tuple(
         msgspec.structs.replace(one, finding=body.finding) if one.auditor == author else one for one in audit.opinions
     )
     return msgspec.structs.replace(audit, opinions=shown)
 
 
-def _judged(audit: Audit, plan: Plan, before: Docket, rules: AuditRules, *, fresh: bool) -> Audit | Closed:
+def _judged(audit: Audit, plan: Plan, before: AuditState, rules: AuditRules, *, fresh: bool) -> Audit | Closed:
     """The audit with as many auditors wanted as it now takes, or how it ended."""
     second = digest("second look", plan.previous, audit.accused.encode(), audit.round.to_bytes(8, "little"))
     found: Judgement = decide(
@@ -253,43 +253,43 @@ def statement(proof: bytes) -> Said:
     return Said(envelope.author, body, proof)
 
 
-def statements(docket: Docket) -> list[Said]:
-    """What came on record in ``docket``, no signature checked. Raises ``MalformedMessage``."""
-    return [statement(proof) for proof in docket.said]
+def statements(audit_state: AuditState) -> list[Said]:
+    """What came on record in ``audit_state``, no signature checked. Raises ``MalformedMessage``."""
+    return [statement(proof) for proof in audit_state.said]
 
 
-def admissible(docket: Docket, said: Iterable[Said], round_number: int, rules: AuditRules) -> Iterator[Said]:
+def admissible(audit_state: AuditState, said: Iterable[Said], round_number: int, rules: AuditRules) -> Iterator[Said]:
     """Those of ``said`` that can come on record in ``round``, one of each author on each audit."""
-    audits = {(audit.accused, audit.round): audit for audit in docket.audits}
+    audits = {(audit.accused, audit.round): audit for audit in audit_state.audits}
     taken: set[tuple[tuple[str, int], str]] = set()
     for one in sorted(said, key=lambda one: (one.body.round, one.body.accused, one.node, one.body.DOMAIN)):
         if one.key not in audits or (one.key, one.node) in taken:
             continue
         try:
             _heard(audits[one.key], one, round_number, rules)
-        except BadDocket:
+        except InvalidAudits:
             continue
         taken.add((one.key, one.node))
         yield one
 
 
-def docket_fault(record: Record, before: Docket, standing: Sequence[Standing], rules: Rules) -> str | None:
+def audits_fault(record: Record, before: AuditState, standing: Sequence[Standing], rules: Rules) -> str | None:
     """What is wrong with the audits in ``record``, or None. ``before`` and ``standing`` are of the record before."""
     if {member.node for member in record.plan.members} & set(before.banned):
         return "who was convicted is a member of the round"
-    if not set(record.docket.suspects) <= {one.node for one in before.pool.given}:
+    if not set(record.audit_state.suspects) <= {one.node for one in before.pool.given}:
         return "who stood out did not contribute to the round before"
     try:
-        due = docket_after(
+        due = audits_after(
             before,
             standing,
-            statements(record.docket),
+            statements(record.audit_state),
             plan=record.plan,
             accepted=record.accepted,
             electorate=record.electorate,
-            suspects=record.docket.suspects,
+            suspects=record.audit_state.suspects,
             rules=rules,
         )
-    except (BadDocket, MalformedMessage) as error:
+    except (InvalidAudits, MalformedMessage) as error:
         return str(error)
-    return None if record.docket == due else "the audits do not follow from those of the record before"
+    return None if record.audit_state == due else "the audits do not follow from those of the record before"

@@ -6,4 +6,4 @@ STANDBY = "this coordinator does not lead"
 UNKNOWN = "present yourself first"
 """What a watcher hears whom the coordinator does not know, or no longer: after a restart, or a long silence."""
 MAX_SUBMISSION = 1 << 20
-MAX_BOARD = 8 << 20
+MAX_STATUS = 8 << 20

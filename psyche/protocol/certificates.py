@@ -13,7 +13,7 @@ from typing import Protocol
 
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import Envelope, MalformedMessage
-from psyche.protocol.messages import Certificate, Proposal, Record, Roster, Seal, Vote
+from psyche.protocol.messages import Certificate, Proposal, Reconfiguration, Record, Seal, Vote
 from psyche.protocol.proposals import carries_quorum
 from psyche.protocol.wire import Body, decode
 
@@ -82,9 +82,11 @@ def check_proposal(
     _check_statements(record, run_id, open_envelope)
     if not record.electorate:
         raise BadCertificate("nobody votes on the record")
-    if record.roster:
-        roster = Roster(plan.previous, record.roster, record.electorate)
-        count = len(_signers(proposal.roster, roster, plan.round, run_id, coordinators, open_envelope))
+    if record.reconfiguration:
+        reconfiguration = Reconfiguration(plan.previous, record.reconfiguration, record.electorate)
+        count = len(
+            _signers(proposal.reconfiguration, reconfiguration, plan.round, run_id, coordinators, open_envelope)
+        )
         if count < signatures_needed(len(coordinators)):
             raise BadCertificate(
                 f"{count} of {len(coordinators)} coordinators signed the reconfiguration; more than half must"
@@ -94,7 +96,7 @@ def check_proposal(
 
 def _check_statements(record: Record, run_id: bytes, open_envelope: Open) -> None:
     """What auditors are said to have said."""
-    for item in record.docket.said:
+    for item in record.audit_state.said:
         envelope = envelopes.decode(item)
         _open(open_envelope, envelope, envelope.domain, run_id, envelope.round)
 
@@ -117,7 +119,7 @@ def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open
 def _check_seals(
     seals: Iterable[bytes], record: Record, run_id: bytes, coordinators: Sequence[str], open_envelope: Open
 ) -> None:
-    seal = Seal(record.plan.previous, record.roster, record.hash)
+    seal = Seal(record.plan.previous, record.reconfiguration, record.hash)
     count = len(_signers(seals, seal, record.plan.round, run_id, coordinators, open_envelope))
     needed = seals_needed(len(coordinators))
     if count < needed:

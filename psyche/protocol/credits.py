@@ -76,7 +76,7 @@ class Deeds(Message, frozen=True):
     work: tuple[Work, ...]
     left_out: tuple[tuple[str, str], ...]
     """Members without credit for the round, and why."""
-    minority: tuple[str, ...]
+    dissenters: tuple[str, ...]
     newcomers: tuple[str, ...]
     """Those who contributed and are still on probation."""
     audits: tuple[tuple[str, int, int], ...]
@@ -87,7 +87,7 @@ class Deeds(Message, frozen=True):
 
 def deeds(record: Record, probation: int) -> Deeds:
     """What is paid, or not, because of ``record``."""
-    docket = record.docket
+    audit_state = record.audit_state
     return Deeds(
         record.plan.round,
         tuple(
@@ -95,11 +95,11 @@ def deeds(record: Record, probation: int) -> Deeds:
             for one in record.accepted
         ),
         tuple((one.node, one.reason) for one in record.excluded),
-        record.minority,
+        record.dissenters,
         tuple(one.node for one in record.standing if one.rounds < probation and one.last == record.plan.round),
-        tuple((one.accused, one.round, one.tokens) for one in docket.audits),
-        docket.closed,
-        docket.banned,
+        tuple((one.accused, one.round, one.tokens) for one in audit_state.audits),
+        audit_state.closed,
+        audit_state.banned,
     )
 
 
@@ -196,7 +196,7 @@ class Books:
         total = sum(one.tokens for one in done.work)
         private = sum(one.tokens for one in done.work if one.private)
         share = Fraction(self._rules.private_share)
-        minority = set(done.minority)
+        dissenters = set(done.dissenters)
         for one in done.work:
             account = self.account(one.node)
             account.payout = one.payout or account.payout
@@ -207,7 +207,7 @@ class Books:
                 reason = "its contribution from private data was accepted; nobody can audit it"
                 if amount < one.tokens:
                     reason += f", and {amount:,} of its {one.tokens:,} tokens count"
-            outvoted = "it reported another result than the one believed" if one.node in minority else ""
+            outvoted = "it reported another result than the one believed" if one.node in dissenters else ""
             self._earn(account, amount, "private" if one.private else "work", reason, outvoted)
         for node, reason in done.left_out:
             self._settled.append(Change(done.round, node, 0, "left out", reason, "final", done.round, ""))

@@ -13,14 +13,14 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position
-from psyche.protocol.audits import docket_fault
+from psyche.protocol.audits import audits_fault
 from psyche.protocol.certificates import BadCertificate, Open, certified
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Certificate, Plan, Proposal, Record, Standing
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import EMPTY, Docket
+from psyche.protocol.verdicts import EMPTY, AuditState
 from psyche.protocol.wire import decode
 
 
@@ -104,7 +104,7 @@ def _believed(entry: Entry) -> Record:
 
 
 def _chain_after(entry: Entry, record: Record, rules: Rules) -> Chain:
-    position = next_position(record.plan, rules.batch_size, rules.late_steps)
+    position = next_position(record.plan, rules.batch_size, rules.overlap_steps)
     return Chain(entry.round, record.hash, entry.state_root or bytes(32), position)
 
 
@@ -143,17 +143,17 @@ def _succession_fault(record: Record, last: Record | None, rules: Rules) -> str 
     if last is None:
         if record.plan.round > 1:
             return None
-        return _standing_fault(record, (), EMPTY, rules) if record.roster else "no roster names its voters"
+        return _standing_fault(record, (), EMPTY, rules) if record.reconfiguration else "no roster names its voters"
     if record.plan.term <= last.plan.term:
         return f"its term {record.plan.term} is not above that of round {last.plan.round}, {last.plan.term}"
     follows = record.plan.round == last.plan.round + 1
-    if follows and not record.roster and record.electorate != last.voters:
+    if follows and not record.reconfiguration and record.electorate != last.voters:
         return f"its voters are not those that round {last.plan.round} named"
-    return _standing_fault(record, last.standing, last.docket, rules) if follows else None
+    return _standing_fault(record, last.standing, last.audit_state, rules) if follows else None
 
 
-def _standing_fault(record: Record, standing: Sequence[Standing], docket: Docket, rules: Rules) -> str | None:
-    return standing_fault(record, standing, docket, rules) or docket_fault(record, docket, standing, rules)
+def _standing_fault(record: Record, standing: Sequence[Standing], audit_state: AuditState, rules: Rules) -> str | None:
+    return standing_fault(record, standing, audit_state, rules) or audits_fault(record, audit_state, standing, rules)
 
 
 def _accounts_fault(record: Record, rules: Rules) -> str | None:

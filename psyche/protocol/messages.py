@@ -13,7 +13,7 @@ from typing import Annotated, get_args
 from msgspec import Meta
 
 from psyche.numerics.digest import digest
-from psyche.protocol.verdicts import AuditStatement, Docket
+from psyche.protocol.verdicts import AuditState, AuditStatement
 from psyche.protocol.wire import (
     MAX_COORDINATORS,
     MAX_MEMBERS,
@@ -82,7 +82,7 @@ class Contribution(Body, frozen=True):
     payload_bytes: Positive
     """All slices together."""
     inner_steps: Positive
-    late_steps: Natural
+    overlap_steps: Natural
     """How many of the inner steps were taken before the outer step of the round before was known."""
     tokens: Positive
     private: bool
@@ -130,7 +130,7 @@ class Record(Body, frozen=True, dict=True):
     plan: Plan
     accepted: Annotated[tuple[Accepted, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
     excluded: Annotated[tuple[Excluded, ...], Meta(max_length=MAX_MEMBERS)]
-    roster: Natural
+    reconfiguration: Natural
     """0: the electorate is the ``voters`` of the record before. Otherwise a reconfiguration: the number of the roster
     that named the electorate, the first of the run's first round being one, too."""
     electorate: Nodes
@@ -139,12 +139,12 @@ class Record(Body, frozen=True, dict=True):
     """The electorate of the next round."""
     standing: Annotated[tuple[Standing, ...], Meta(max_length=MAX_MEMBERS)]
     """Of who has contributed to this round or an earlier one; nobody's where there is neither probation nor audits."""
-    docket: Docket
-    ring: Nodes
+    audit_state: AuditState
+    reducer_order: Nodes
     """Who reduced, in the order of ``protocol/reduction.py``; nobody where everybody aggregates."""
     results: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]
     """Of each group on the ring the address of its encoded aggregate: a blob with a chunk for each of its slices."""
-    minority: Nodes
+    dissenters: Nodes
     """Reducers that reported another result than the one believed."""
 
     @cached_property
@@ -152,15 +152,15 @@ class Record(Body, frozen=True, dict=True):
         return digest("record", self.encode())
 
     @property
-    def reconfiguration(self) -> bool:
+    def is_reconfiguration(self) -> bool:
         """Whether others voted than those whom the record before named. The first round's voters replace nobody."""
-        return self.roster > 0 and self.plan.round > 1
+        return self.reconfiguration > 0 and self.plan.round > 1
 
 
 # ---------------------------------------------------------------------- member to coordinator
 
 
-class Roster(Body, frozen=True):
+class Reconfiguration(Body, frozen=True):
     """A reconfiguration: who votes in a round from now on, whatever was said of its electorate before.
 
     In force once more than half of the coordinators have signed it; each signs one of a number, and none any more
@@ -182,7 +182,7 @@ class Seal(Body, frozen=True):
     DOMAIN = "seal"
 
     previous: Hash
-    roster: Natural
+    reconfiguration: Natural
     record: Hash
 
 
@@ -192,7 +192,7 @@ class Objection(Body, frozen=True):
     DOMAIN = "objection"
 
     reason: Reason
-    roster: Natural
+    reconfiguration: Natural
     """Number of a roster that stands in the way; a later one would not. 0: there is none."""
     sealed: Hash | None
     """Of a record that does."""
@@ -344,7 +344,7 @@ class Proposal(Body, frozen=True):
 
     term: Positive
     record: Record
-    roster: Annotated[tuple[Signed, ...], Meta(max_length=MAX_COORDINATORS)]
+    reconfiguration: Annotated[tuple[Signed, ...], Meta(max_length=MAX_COORDINATORS)]
     """Signatures under the roster that the record names."""
 
 
@@ -352,14 +352,14 @@ class Reducing(Message, frozen=True):
     """Who reduces what of a sharded round, and, once that is known, which contributions."""
 
     term: Natural
-    ring: Nodes
+    reducer_order: Nodes
     out: Nodes
     again: Annotated[tuple[Natural, ...], Meta(max_length=MAX_MEMBERS)]
     selected: Nodes
     """None until it is known whose payloads are there; then ``term`` is above 0."""
 
 
-class Board(Body, frozen=True):
+class RunStatus(Body, frozen=True):
     """All that a member needs to know of the run now. Members ask for it; nothing is pushed to them."""
 
     DOMAIN = "board"

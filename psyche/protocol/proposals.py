@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
-from psyche.protocol.audits import admissible, busy, docket_after
+from psyche.protocol.audits import admissible, audits_after, busy
 from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import Accepted, Excluded, Plan, Record
 from psyche.protocol.standing import newly_audited, standing_after, voting
@@ -42,7 +42,7 @@ def propose(
     electorate: tuple[str, ...] | None,
     now: float,
     results: tuple[bytes, ...] = (),
-    minority: Collection[str] = (),
+    dissenters: Collection[str] = (),
 ) -> Step:
     """Put a record to the vote, in a term of its own. Another ``electorate`` than the one in force takes a roster.
 
@@ -53,14 +53,14 @@ def propose(
     if (electorate is not None and set(electorate) != set(state.electorate)) or state.bound:
         state = reconfigured(state, state.electorate if electorate is None else electorate)
     given = tuple(Accepted(node, current.contributions[node][0]) for node in sorted(accepted))
-    docket = docket_after(
-        state.docket,
+    audit_state = audits_after(
+        state.audit_state,
         state.standing,
-        list(admissible(state.docket, state.said.values(), plan.round, rules.audits)),
+        list(admissible(state.audit_state, state.said.values(), plan.round, rules.audits)),
         plan=plan,
         accepted=given,
         electorate=state.electorate,
-        suspects=state.suspects & {one.node for one in state.docket.pool.given},
+        suspects=state.suspects & {one.node for one in state.audit_state.pool.given},
         rules=rules,
     )
     standing = standing_after(
@@ -68,7 +68,7 @@ def propose(
         round_number=plan.round,
         electorate=state.electorate,
         accepted=accepted,
-        audited=newly_audited(docket, plan.round),
+        audited=newly_audited(audit_state, plan.round),
         rules=rules,
     )
     excluded = tuple(
@@ -80,21 +80,21 @@ def propose(
         plan=plan,
         accepted=given,
         excluded=excluded,
-        roster=state.roster,
+        reconfiguration=state.reconfiguration,
         electorate=state.electorate,
         voters=tuple(
             voting(
-                (accepted | set(living(state, current)) | excused(rules, state, plan)) - set(docket.banned),
+                (accepted | set(living(state, current)) | excused(rules, state, plan)) - set(audit_state.banned),
                 standing=standing,
                 electorate=state.electorate,
                 probation=rules.probation,
             )
         ),
         standing=standing,
-        docket=docket,
-        ring=current.ring,
+        audit_state=audit_state,
+        reducer_order=current.reducer_order,
         results=results,
-        minority=tuple(sorted(minority)),
+        dissenters=tuple(sorted(dissenters)),
     )
     return put_to_the_vote(rules, state, current, record, now)
 
@@ -116,10 +116,10 @@ def put_to_the_vote(rules: Rules, state: State, current: Round, record: Record, 
 
 def reconfigured(state: State, electorate: Sequence[str]) -> State:
     """``electorate`` votes in the round from now on; nothing that another one voted for can be certified any more."""
-    before = None if state.bound or not state.electorate else (state.electorate, state.roster)
-    number = max(state.roster, state.used) + 1
+    before = None if state.bound or not state.electorate else (state.electorate, state.reconfiguration)
+    number = max(state.reconfiguration, state.used) + 1
     voters = tuple(sorted(electorate))
-    return replace(state, electorate=voters, roster=number, used=number, replaced=before, bound=b"")
+    return replace(state, electorate=voters, reconfiguration=number, used=number, replaced=before, bound=b"")
 
 
 def with_vote(rules: Rules, state: State, nodes: Iterable[str]) -> list[str]:
@@ -173,14 +173,14 @@ def training(rules: Rules, state: State, seats: Sequence[str]) -> list[str]:
     that fewer train than a round needs.
     """
     seed, least = round_seed(state.head), max(rules.min_members, (len(seats) + 1) // 2)
-    auditing = busy(state.docket, state.rounds + 1, rules.audits, state.said.values()) & set(seats)
+    auditing = busy(state.audit_state, state.rounds + 1, rules.audits, state.said.values()) & set(seats)
     away = sorted(auditing, key=lambda node: digest("seat", seed, node.encode()))[: max(0, len(seats) - least)]
     return [node for node in seats if node not in away]
 
 
 def excused(rules: Rules, state: State, plan: Plan) -> frozenset[str]:
     """Voters that are here and audit while ``plan``'s members train: they keep their vote."""
-    auditing = busy(state.docket, plan.round, rules.audits) & set(state.electorate)
+    auditing = busy(state.audit_state, plan.round, rules.audits) & set(state.electorate)
     return frozenset(
         node for node in auditing if node in state.peers and state.peers[node].state_root == plan.base_root
     )
@@ -205,7 +205,7 @@ def abandon(state: State, current: Round, reason: str) -> Step:
     if state.bound:
         state = reconfigured(state, state.electorate)
     waiting = replace(
-        state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), gathering=bool(current.ring)
+        state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), gathering=bool(current.reducer_order)
     )
     if current.closed is not None:
         waiting = replace(waiting, exchange_seconds=(), reduce_seconds=(), result_seconds=())

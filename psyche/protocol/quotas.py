@@ -73,7 +73,7 @@ def measured(speeds: Speeds, current: Round, record: Record, here: Collection[st
     kept = {node: found for node, found in speeds.items() if node in due or node in here}
     for one in record.accepted:
         done = one.contribution
-        steps = done.inner_steps - done.late_steps
+        steps = done.inner_steps - done.overlap_steps
         seconds = current.committed_at.get(one.node, current.opened) - current.opened
         if steps > 0 and seconds > 0:
             before = () if done.inner_steps < due[one.node] else kept.get(one.node, ())

@@ -19,14 +19,14 @@ from dataclasses import replace
 
 from psyche.protocol.admission import Step, observed
 from psyche.protocol.proposals import abandon, allowed, electors, half, living, propose
-from psyche.protocol.reduction import Draw, minority, verdict
+from psyche.protocol.reduction import ReducerAssignment, dissenters, verdict
 from psyche.protocol.state import Round, Rules, State
 
 
-def draw_of(rules: Rules, current: Round) -> Draw:
+def assignment_of(rules: Rules, current: Round) -> ReducerAssignment:
     """Who reduces what in ``current`` now."""
     slices = rules.slices_in(current.plan.round)
-    return Draw(current.ring, current.out, current.again, current.plan.reducers, slices)
+    return ReducerAssignment(current.reducer_order, current.out, current.again, current.plan.reducers, slices)
 
 
 def select(
@@ -37,9 +37,9 @@ def select(
         return abandon(state, current, "no payload can be reduced")
     here = set(living(state, current))
     out = frozenset(out)
-    if out >= set(current.ring):  # nobody was ready; all are asked once more
-        out = frozenset(current.ring) - here
-    if out >= set(current.ring):
+    if out >= set(current.reducer_order):  # nobody was ready; all are asked once more
+        out = frozenset(current.reducer_order) - here
+    if out >= set(current.reducer_order):
         return abandon(state, current, "no reducer is left")
     chosen = replace(
         current,
@@ -51,7 +51,7 @@ def select(
         lacking={},
         term=state.term + rules.coordinators,
     )
-    lacking = _lacking(chosen, draw_of(rules, chosen), out & here)
+    lacking = _lacking(chosen, assignment_of(rules, chosen), out & here)
     reducing = replace(chosen, out=out, lacking=lacking, selected_in=chosen.term)
     return replace(state, term=chosen.term, round=_begun(rules, state, reducing, now)), []
 
@@ -59,8 +59,8 @@ def select(
 def collect_results(rules: Rules, state: State, current: Round, now: float) -> Step:
     """Wait for the reports; propose the record once every group has a result to believe."""
     here = set(living(state, current))
-    draw = draw_of(rules, current)
-    waiting = {group: nodes for group in range(draw.groups) if (nodes := _unreported(draw, current, group))}
+    assignment = assignment_of(rules, current)
+    waiting = {group: nodes for group in range(assignment.groups) if (nodes := _unreported(assignment, current, group))}
     silent = frozenset(node for nodes in waiting.values() for node in nodes)
     if gone := silent - here:
         return _put_out(rules, state, current, gone, now)
@@ -68,7 +68,7 @@ def collect_results(rules: Rules, state: State, current: Round, now: float) -> S
         return state, []
     if silent:
         return _after_deadline(rules, state, current, silent, now)
-    return _judge(rules, state, current, draw, now)
+    return _judge(rules, state, current, assignment, now)
 
 
 def vote_anew(rules: Rules, state: State, current: Round, now: float) -> Step:
@@ -88,7 +88,7 @@ def vote_anew(rules: Rules, state: State, current: Round, now: float) -> Step:
         return abandon(state, current, "the results did not reach half of the members")
     electorate = electors(rules, state, voted if enough else here)
     accepted = frozenset(one.node for one in record.accepted)
-    return propose(rules, state, current, accepted, electorate, now, record.results, record.minority)
+    return propose(rules, state, current, accepted, electorate, now, record.results, record.dissenters)
 
 
 def reduce_anew(rules: Rules, state: State, current: Round, results: Sequence[bytes], now: float) -> Step | None:
@@ -100,7 +100,7 @@ def reduce_anew(rules: Rules, state: State, current: Round, results: Sequence[by
     }
     lost = {group: nodes for group, nodes in believed.items() if not (nodes | current.fetched) & here}
     gone = frozenset(node for nodes in lost.values() for node in nodes)
-    if not lost or gone | current.out >= set(current.ring):
+    if not lost or gone | current.out >= set(current.reducer_order):
         return None
     reports = {group: found for group, found in current.reports.items() if group not in lost}
     reducing = replace(current, proposal=None, votes={}, fetched=frozenset(), reports=reports)
@@ -110,23 +110,23 @@ def reduce_anew(rules: Rules, state: State, current: Round, results: Sequence[by
 # -------------------------------------------------------------------------------------- helpers
 
 
-def _judge(rules: Rules, state: State, current: Round, draw: Draw, now: float) -> Step:
+def _judge(rules: Rules, state: State, current: Round, assignment: ReducerAssignment, now: float) -> Step:
     """Every group has all the reports it will get: believe those that agree, ask one more where they do not."""
-    reports = [current.reports.get(group, {}) for group in range(draw.groups)]
-    least = min(draw.reducers, len(set(draw.ring) & set(living(state, current))))
+    reports = [current.reports.get(group, {}) for group in range(assignment.groups)]
+    least = min(assignment.reducers, len(set(assignment.reducer_order) & set(living(state, current))))
     if any(len(found) < least for found in reports):
         return abandon(state, current, "too few reducers reported to be believed")
     roots = [verdict(found) for found in reports]
     disputed = tuple(group for group, root in enumerate(roots) if root is None)
     if disputed:
         wider = replace(current, again=tuple(sorted((*current.again, *disputed))))
-        if any(draw_of(rules, wider).reducers_of(group) == draw.reducers_of(group) for group in disputed):
+        if any(assignment_of(rules, wider).reducers_of(group) == assignment.reducers_of(group) for group in disputed):
             return abandon(state, current, "the reducers contradict each other, and nobody is left to ask")
         return replace(state, round=_begun(rules, state, wider, now)), []
     results = tuple(root for root in roots if root is not None)
     if step := reduce_anew(rules, state, current, results, now):
         return step
-    losers = {node for found, root in zip(reports, results, strict=True) for node in minority(found, root)}
+    losers = {node for found, root in zip(reports, results, strict=True) for node in dissenters(found, root)}
     return propose(rules, state, current, current.selected, None, now, results, losers)
 
 
@@ -134,9 +134,11 @@ def _after_deadline(rules: Rules, state: State, current: Round, silent: frozense
     """Who has not reported either cannot, for want of a payload that is given up then, or is too slow."""
     late = (now - current.since for _ in silent)
     state = replace(state, reduce_seconds=observed(state.reduce_seconds, *late))
-    draw = draw_of(rules, current)
-    current = replace(current, lacking=_lacking(current, draw, silent))
-    lost = frozenset(one for group in range(draw.groups) for one in current.selected if _withheld(current, group, one))
+    assignment = assignment_of(rules, current)
+    current = replace(current, lacking=_lacking(current, assignment, silent))
+    lost = frozenset(
+        one for group in range(assignment.groups) for one in current.selected if _withheld(current, group, one)
+    )
     if not lost:
         return _put_out(rules, state, current, silent, now)
     # Who was put out for want of just these may help again.
@@ -155,13 +157,15 @@ def _withheld(current: Round, group: int, one: str) -> bool:
     return lack > max(1, have)
 
 
-def _lacking(current: Round, draw: Draw, nodes: Collection[str]) -> Mapping[int, Mapping[str, frozenset[str]]]:
+def _lacking(
+    current: Round, assignment: ReducerAssignment, nodes: Collection[str]
+) -> Mapping[int, Mapping[str, frozenset[str]]]:
     """``current.lacking`` with what ``nodes`` lack of the groups they reduce; without who lacks more than a third."""
     lacking = {group: dict(found) for group, found in current.lacking.items()}
     for node in nodes:
         lacked = current.selected - current.holdings.get(node, frozenset())
         if lacked and 3 * len(lacked) <= len(current.selected):
-            for group in draw.duties(node):
+            for group in assignment.duties(node):
                 lacking.setdefault(group, {})[node] = lacked
     return lacking
 
@@ -174,10 +178,10 @@ def _wants(current: Round, node: str) -> frozenset[str]:
 def _put_out(rules: Rules, state: State, current: Round, nodes: frozenset[str], now: float) -> Step:
     """Go on without ``nodes``; what they would have reduced goes to the next on the ring."""
     out = current.out | nodes
-    if out >= set(current.ring):
-        draw = draw_of(rules, current)
-        if all(current.reports.get(group) for group in range(draw.groups)):
-            return _judge(rules, state, current, draw, now)  # fewer than k, but nobody else is left to ask
+    if out >= set(current.reducer_order):
+        assignment = assignment_of(rules, current)
+        if all(current.reports.get(group) for group in range(assignment.groups)):
+            return _judge(rules, state, current, assignment, now)  # fewer than k, but nobody else is left to ask
         return abandon(state, current, "no reducer is left")
     return replace(state, round=_begun(rules, state, replace(current, out=out), now)), []
 
@@ -186,6 +190,6 @@ def _begun(rules: Rules, state: State, current: Round, now: float) -> Round:
     return replace(current, since=now, deadline=now + allowed(rules, state.reduce_seconds))
 
 
-def _unreported(draw: Draw, current: Round, group: int) -> list[str]:
+def _unreported(assignment: ReducerAssignment, current: Round, group: int) -> list[str]:
     reports = current.reports.get(group, {})
-    return [node for node in draw.reducers_of(group) if node not in reports]
+    return [node for node in assignment.reducers_of(group) if node not in reports]

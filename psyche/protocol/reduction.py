@@ -15,7 +15,7 @@ from itertools import chain, islice
 from psyche.numerics.digest import digest
 
 
-def ring(seed: bytes, nodes: Iterable[str]) -> tuple[str, ...]:
+def reducer_order(seed: bytes, nodes: Iterable[str]) -> tuple[str, ...]:
     """``nodes`` in the order that the round's seed draws: nobody chooses what they reduce by choosing a name."""
     return tuple(sorted(nodes, key=lambda node: digest("ring", seed, node.encode())))
 
@@ -26,10 +26,10 @@ def slices_in(group: int, groups: int, slices: int) -> range:
 
 
 @dataclass(frozen=True)
-class Draw:
+class ReducerAssignment:
     """Who reduces what."""
 
-    ring: tuple[str, ...]
+    reducer_order: tuple[str, ...]
     out: frozenset[str]
     again: tuple[int, ...]
     """Groups whose reducers contradict each other; each time one stands here, one more node reduces it."""
@@ -39,11 +39,11 @@ class Draw:
 
     @property
     def groups(self) -> int:
-        return min(len(self.ring), self.slices)
+        return min(len(self.reducer_order), self.slices)
 
     def reducers_of(self, group: int) -> tuple[str, ...]:
         """The nodes that reduce a group; fewer than k where no more are left."""
-        around = (self.ring[place] for place in chain(range(group, len(self.ring)), range(group)))
+        around = (self.reducer_order[place] for place in chain(range(group, len(self.reducer_order)), range(group)))
         wanted = self.reducers + self.again.count(group)
         return tuple(islice((node for node in around if node not in self.out), wanted))
 
@@ -64,13 +64,13 @@ def verdict(reports: Mapping[str, bytes]) -> bytes | None:
     return root if 2 * count > len(reports) else None
 
 
-def minority(reports: Mapping[str, bytes], root: bytes) -> frozenset[str]:
+def dissenters(reports: Mapping[str, bytes], root: bytes) -> frozenset[str]:
     """Who reported another result than the one that is believed."""
     return frozenset(node for node, found in reports.items() if found != root)
 
 
-def ring_fault(seed: bytes, order: tuple[str, ...], members: Collection[str]) -> str | None:
+def reducer_order_fault(seed: bytes, order: tuple[str, ...], members: Collection[str]) -> str | None:
     """What is wrong with a ring that a coordinator shows, or None."""
-    if not set(order) <= set(members) or order != ring(seed, set(order)):
+    if not set(order) <= set(members) or order != reducer_order(seed, set(order)):
         return "the ring is not members of the round in the order of its seed"
     return None

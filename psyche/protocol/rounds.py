@@ -33,7 +33,7 @@ from psyche.protocol.proposals import (
 )
 from psyche.protocol.quotas import planned
 from psyche.protocol.reducing import collect_results, reduce_anew, select, vote_anew
-from psyche.protocol.reduction import ring
+from psyche.protocol.reduction import reducer_order
 from psyche.protocol.state import (
     Certified,
     Departed,
@@ -158,7 +158,7 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
         current,
         closed=now,
         deadline=now + allowed(rules, state.exchange_seconds),
-        ring=ring(current.plan.seed, current.commitments) if current.plan.reducers else (),
+        reducer_order=reducer_order(current.plan.seed, current.commitments) if current.plan.reducers else (),
     )
     return replace(state, phase=Phase.CERTIFYING, round=closed), []
 
@@ -180,8 +180,8 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
     done = (current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now for node in here)
     seconds = observed(state.exchange_seconds, *(at - current.closed for at in done))
     state = replace(state, exchange_seconds=seconds)
-    if current.ring:
-        return select(rules, state, current, accepted, set(current.ring) - set(holders), now)
+    if current.reducer_order:
+        return select(rules, state, current, accepted, set(current.reducer_order) - set(holders), now)
     return propose(rules, state, current, accepted, None, now)
 
 
@@ -223,10 +223,10 @@ def _overrule(rules: Rules, state: State, event: Overruled, now: float) -> Step:
     if event.sealed:
         return vote_on_the_sealed(rules, state, event.sealed, now)
     record = current.proposal
-    state = replace(state, roster=max(state.roster, event.roster), bound=record.hash)
+    state = replace(state, reconfiguration=max(state.reconfiguration, event.reconfiguration), bound=record.hash)
     again = replace(current, certified=False, attestations={})
     accepted = frozenset(one.node for one in record.accepted)
-    return propose(rules, state, again, accepted, None, now, record.results, record.minority)
+    return propose(rules, state, again, accepted, None, now, record.results, record.dissenters)
 
 
 def _fall_back(rules: Rules, state: State, event: Unsigned, now: float) -> Step:
@@ -239,10 +239,10 @@ def _fall_back(rules: Rules, state: State, event: Unsigned, now: float) -> Step:
         return state, []
     if current.certified or state.replaced is None:
         return state, []
-    record, (electorate, roster) = current.proposal, state.replaced
+    record, (electorate, reconfiguration) = current.proposal, state.replaced
     accepted = frozenset(one.node for one in record.accepted)
-    state = replace(state, electorate=electorate, roster=roster, replaced=None)
-    return propose(rules, state, current, accepted, None, now, record.results, record.minority)
+    state = replace(state, electorate=electorate, reconfiguration=reconfiguration, replaced=None)
+    return propose(rules, state, current, accepted, None, now, record.results, record.dissenters)
 
 
 def _left_behind(current: Round, record: Record) -> set[str]:
@@ -259,7 +259,7 @@ def _left_behind(current: Round, record: Record) -> set[str]:
 def _collect_attestations(rules: Rules, state: State, current: Round, now: float) -> Step:
     record = current.proposal
     assert record is not None
-    base, late, gone = current.plan.base_root, _left_behind(current, record), set(record.docket.banned)
+    base, late, gone = current.plan.base_root, _left_behind(current, record), set(record.audit_state.banned)
     waiting = [n for n, p in state.peers.items() if p.state_root == base and n not in {*current.attestations, *gone}]
     until = current.deadline
     assert current.closed is not None

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from psyche.protocol.audits import busy
 from psyche.protocol.messages import Record, Standing
 from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import Docket
+from psyche.protocol.verdicts import AuditState
 from psyche.protocol.wire import MAX_MEMBERS
 
 
@@ -77,24 +77,24 @@ def votes_fault(record: Record, *, standing: Sequence[Standing], voters: Collect
 
     if given == may_vote(voters):
         return None
-    if record.roster and may_vote(()) <= given <= may_vote({*voters, *record.electorate}):
+    if record.reconfiguration and may_vote(()) <= given <= may_vote({*voters, *record.electorate}):
         return None
     return "the plan gives votes to others than those who are past their probation"
 
 
-def standing_fault(record: Record, before: Sequence[Standing], docket: Docket, rules: Rules) -> str | None:
+def standing_fault(record: Record, before: Sequence[Standing], audit_state: AuditState, rules: Rules) -> str | None:
     """What is wrong with how far ``record`` says that nodes have got, and whom it lets vote next, or None.
 
-    ``before`` and ``docket``: what the record before says.
+    ``before`` and ``audit_state``: what the record before says.
     """
     accepted = [one.node for one in record.accepted]
-    electorate, banned = record.electorate, set(record.docket.banned)
+    electorate, banned = record.electorate, set(record.audit_state.banned)
     standing = standing_after(
         before,
         round_number=record.plan.round,
         electorate=electorate,
         accepted=accepted,
-        audited=newly_audited(record.docket, record.plan.round),
+        audited=newly_audited(record.audit_state, record.plan.round),
         rules=rules,
     )
     if record.standing != standing:
@@ -104,7 +104,7 @@ def standing_fault(record: Record, before: Sequence[Standing], docket: Docket, r
         return voting(set(nodes) - banned, standing=standing, electorate=electorate, probation=rules.probation)
 
     members = {member.node for member in record.plan.members}
-    members |= busy(docket, record.plan.round, rules.audits) & set(electorate)
+    members |= busy(audit_state, record.plan.round, rules.audits) & set(electorate)
     if list(record.voters) != may_vote(set(record.voters) & members):
         return "the voters of the next round are not members of this one, past their probation, in ascending order"
     if not set(may_vote(accepted)) <= set(record.voters):
@@ -112,6 +112,8 @@ def standing_fault(record: Record, before: Sequence[Standing], docket: Docket, r
     return None
 
 
-def newly_audited(docket: Docket, round_number: int) -> frozenset[str]:
+def newly_audited(audit_state: AuditState, round_number: int) -> frozenset[str]:
     """Of whose contribution, to ``round`` or the one before, an audit was drawn in ``round``."""
-    return frozenset(audit.accused for audit in docket.audits if audit.since == round_number and not audit.opinions)
+    return frozenset(
+        audit.accused for audit in audit_state.audits if audit.since == round_number and not audit.opinions
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from psyche.protocol.messages import Contribution, Plan, Record, Standing
-from psyche.protocol.verdicts import EMPTY, AuditStatement, Docket
+from psyche.protocol.verdicts import EMPTY, AuditState, AuditStatement
 
 
 class Phase(StrEnum):
@@ -45,7 +45,7 @@ class Rules:
     genesis: bytes
     rounds: int
     inner_steps: int
-    late_steps: int
+    overlap_steps: int
     """The most inner steps that may be taken while the round before is on the wire."""
     batch_size: int
     tokens_per_step: int
@@ -112,7 +112,7 @@ class Round:
     """When each member last said something new of what it holds."""
     since: float = 0.0
     """When the reduction, or the vote on its results, began; or began anew with other nodes."""
-    ring: tuple[str, ...] = ()
+    reducer_order: tuple[str, ...] = ()
     out: frozenset[str] = frozenset()
     again: tuple[int, ...] = ()
     lacking: Mapping[int, Mapping[str, frozenset[str]]] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Promised:
     accepted: Record | None = None
     """What it voted for last, and in which term."""
     accepted_in: int = 0
-    roster: tuple[bytes, ...] = ()
+    reconfiguration: tuple[bytes, ...] = ()
     """Signatures under the roster that ``accepted`` names."""
     plan: Plan | None = None
     """Of the round it is in."""
@@ -187,13 +187,13 @@ class State:
     """Who votes in the round that comes: the last record's ``voters``, or who the last roster names."""
     standing: tuple[Standing, ...] = ()
     """Of the last record."""
-    docket: Docket = EMPTY
+    audit_state: AuditState = EMPTY
     """Of the last record."""
     said: Mapping[tuple[str, str, int, str], Said] = field(default_factory=dict)
     """Of audits, what is not on record yet: by author, accused, round and kind."""
     suspects: frozenset[str] = frozenset()
     """Whose contribution to the last round stood out."""
-    roster: int = 0
+    reconfiguration: int = 0
     """Number of that roster; 0: none."""
     used: int = 0
     """Highest number of a roster of this round; each is used once."""
@@ -334,7 +334,7 @@ class Overruled:
 
     record: bytes
     """Its hash."""
-    roster: int = 0
+    reconfiguration: int = 0
     sealed: bytes = b""
     """Hash of the other record. Nothing else can be certified."""
 

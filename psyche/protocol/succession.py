@@ -27,7 +27,7 @@ from psyche.protocol.proposals import (
     round_seed,
 )
 from psyche.protocol.quotas import quota_fault
-from psyche.protocol.reduction import ring
+from psyche.protocol.reduction import reducer_order
 from psyche.protocol.state import Phase, Planned, Promised, Round, Rules, State
 
 PLANNED_SINCE = 16
@@ -91,11 +91,11 @@ def take_up(rules: Rules, state: State, ready: Sequence[str], now: float) -> Ste
 
 def _vote_again(rules: Rules, state: State, last: Promised, record: Record, ready: Sequence[str], now: float) -> Step:
     """Put ``record`` to the vote: more than two thirds may have voted for it already, and it cannot be known."""
-    if record.roster > state.roster:
-        state = replace(state, roster=record.roster, electorate=record.electorate)
+    if record.reconfiguration > state.reconfiguration:
+        state = replace(state, reconfiguration=record.reconfiguration, electorate=record.electorate)
         if not carries_quorum(ready, record.electorate):
             return replace(state, taken_up=False), []  # those whom that roster names are waited for
-    elif record.roster < state.roster:
+    elif record.reconfiguration < state.reconfiguration:
         return state, []  # it can no more be certified: a later roster was needed to get here
     round_number = Round(
         record.plan,
@@ -104,7 +104,7 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
         closed=now,
         commitments=last.commitments,
         contributions=last.contributions,
-        ring=record.ring,
+        reducer_order=record.reducer_order,
     )
     state = replace(state, phase=Phase.CERTIFYING, bound=record.hash)
     return put_to_the_vote(rules, state, round_number, record, now)
@@ -114,7 +114,9 @@ def vote_on_the_sealed(rules: Rules, state: State, sealed: bytes, now: float) ->
     """Put a record to the vote that a coordinator has sealed under another leader, if a member told of it."""
     for promise in state.promises.values():
         if promise.accepted is not None and promise.accepted.hash == sealed:
-            under = replace(state, roster=promise.accepted.roster, electorate=promise.accepted.electorate)
+            under = replace(
+                state, reconfiguration=promise.accepted.reconfiguration, electorate=promise.accepted.electorate
+            )
             return _vote_again(rules, under, promise, promise.accepted, promise.accepted.electorate, now)
     return state, []
 
@@ -131,9 +133,9 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
     awaited = frozenset(member.node for member in plan.members) - set(state.peers)
     round_number = Round(plan, opened=now, deadline=deadline, term=state.term, awaited=awaited, commitments=commitments)
     if commitments:
-        drawn = ring(plan.seed, commitments) if plan.reducers else ()
+        drawn = reducer_order(plan.seed, commitments) if plan.reducers else ()
         round_number = replace(
-            round_number, closed=now, deadline=now + allowed(rules, state.exchange_seconds), ring=drawn
+            round_number, closed=now, deadline=now + allowed(rules, state.exchange_seconds), reducer_order=drawn
         )
     phase = Phase.CERTIFYING if commitments else Phase.TRAINING
     return replace(state, phase=phase, round=round_number, note=""), [Planned(plan)]

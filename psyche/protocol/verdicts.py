@@ -148,7 +148,7 @@ class Pool(Message, frozen=True):
         return next((one for one in self.given if one.node == node), None)
 
 
-class Docket(Message, frozen=True):
+class AuditState(Message, frozen=True):
     """The audits of a run, as a record leaves them. What is said is the coordinator's choice; what follows is not."""
 
     said: Annotated[tuple[Signed, ...], Meta(max_length=MAX_AUDITS)]
@@ -166,4 +166,4 @@ class Docket(Message, frozen=True):
     """Of this round: who stood out in it is known when the next record is made."""
 
 
-EMPTY = Docket((), (), (), (), (), Pool(bytes(32), ()))
+EMPTY = AuditState((), (), (), (), (), Pool(bytes(32), ()))

@@ -25,7 +25,7 @@ from psyche.durable import sync_directory
 from psyche.errors import PsycheError
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.messages import Standing
-from psyche.protocol.verdicts import EMPTY, Docket
+from psyche.protocol.verdicts import EMPTY, AuditState
 
 FORMAT = 2
 _NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
@@ -40,7 +40,7 @@ class _Meta(msgspec.Struct, frozen=True):
     position: int
     voters: tuple[str, ...]
     standing: tuple[Standing, ...] = ()
-    docket: Docket = EMPTY
+    audit_state: AuditState = EMPTY
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
         chain.position,
         chain.voters,
         chain.standing,
-        chain.docket,
+        chain.audit_state,
     )
     staging = directory / ".writing"  # always the same, so that what a killed process left there goes with it
     try:
@@ -133,7 +133,7 @@ def _load(path: Path) -> Checkpoint:
             meta.position,
             meta.voters,
             meta.standing,
-            meta.docket,
+            meta.audit_state,
         ),
         outer=tensors["outer"],
         residual=tensors.get("residual"),

@@ -16,11 +16,11 @@ from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 from psyche.numerics.digest import digest
 from psyche.protocol.acceptor import Acceptor
-from psyche.protocol.oath import Oath
+from psyche.protocol.signed_state import SignedState
 
 HASH_BYTES = 32
 
-T = TypeVar("T", "Ballot", Oath)
+T = TypeVar("T", "Ballot", SignedState)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ballot:
     contributions: tuple[bytes, ...] = ()
 
 
-def keep(path: Path, run_id: bytes, pledge: Ballot | Oath) -> None:
+def keep(path: Path, run_id: bytes, pledge: Ballot | SignedState) -> None:
     """Write ``pledge`` durably. Raises :class:`PsycheError` where the disk is full: then nothing may be said."""
     content = msgspec.msgpack.encode(pledge)
     with disk_errors(path, "--directory"):

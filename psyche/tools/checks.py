@@ -66,12 +66,12 @@ def needs_of(manifest: Manifest, node: Node, choice: Choice) -> Needs:
     payloads = encoder.payload_bytes(elements) * (run.rounds.start_members + 1)
     checkpoint = (2 + 2) * 4 * elements + residual
     both = node.outer_state == "gpu" and on_gpu
-    point, kits = _audited(run, elements)
+    point, bundles = _audited(run, elements)
     return Needs(
         host=(8 * elements if both else outer)
         + (judged + beside + point + (0 if on_gpu else trains * len(choice.devices))),
         device=(trains + (outer if both else 0)) if on_gpu else 0,
-        directory=checkpoint * (node.checkpoints_kept + 1) + payloads + kits,
+        directory=checkpoint * (node.checkpoints_kept + 1) + payloads + bundles,
     )
 
 

@@ -81,8 +81,8 @@ class TorchEngine:
             self._optimizers.zero_grad()
             with suppress(torch.OutOfMemoryError):  # nothing has been stepped yet, so it can be tried again
                 loss = self._backward(batch)
-            if loss is None and not self._take_fewer(len(batch)):
-                self._compute_twice()
+            if loss is None and not self.halve_micro_batch(len(batch)):
+                self.enable_activation_checkpointing()
         if self._clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizers.step(lr)
@@ -98,7 +98,7 @@ class TorchEngine:
             while found is None:
                 with suppress(torch.OutOfMemoryError):
                     found = self._judge(batch)
-                if found is None and not self._take_fewer(len(batch)):
+                if found is None and not self.halve_micro_batch(len(batch)):
                     raise PsycheError(OUT_OF_MEMORY)
         finally:
             self.model.train()
@@ -242,7 +242,7 @@ class TorchEngine:
         free = free_memory(self.device) - gradients - self._optimizers.bytes_to_come
         self._at_once = most_at_once(two - one, free, once=2 * one - two)
 
-    def _take_fewer(self, rows: int) -> bool:
+    def halve_micro_batch(self, rows: int) -> bool:
         """After a pass over a batch of so many sequences that did not fit: smaller pieces. False where they are of one
         sequence."""
         self._optimizers.zero_grad()
@@ -255,7 +255,7 @@ class TorchEngine:
         self._forward, self._compiled_rows = self.model, 0
         return True
 
-    def _compute_twice(self) -> None:
+    def enable_activation_checkpointing(self) -> None:
         """Activations, instead of keeping them, where one sequence does not fit. Raises :class:`PsycheError` where they
         are not kept already."""
         if self.checkpoints:

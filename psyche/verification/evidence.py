@@ -1,7 +1,8 @@
 """What an auditor keeps of work that it did not pass, so that anybody can do it again from files and the ledger alone.
 
-``<directory>/<round>-<accused>/`` holds what the audit was handed: the kit, and its blobs by their roots, as ``kit.py``
-has them. With them lies what proves θ, which no record names: the chunk hashes of the outer state before the round,
+``<directory>/<round>-<accused>/`` holds what the audit was handed: the audit bundle, and its blobs by their roots, as
+``bundle.py`` has them. With them lies what proves θ, which no record names: the chunk hashes of the outer state before
+the round,
 whose root is in the round's plan.
 """
 
@@ -18,8 +19,8 @@ from typing_extensions import Buffer
 from psyche.numerics.digest import CHUNK, BlobIndex
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.wire import B, Body, decode
-from psyche.verification.kit import NAME as KIT
-from psyche.verification.kit import Kit, Unserved, read_blob
+from psyche.verification.bundle import NAME as KIT
+from psyche.verification.bundle import AuditBundle, Unserved, read_blob
 
 EVIDENCE = "evidence"
 """Its place in a node's directory."""
@@ -65,7 +66,9 @@ class Evidence:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def keep(self, accused: str, round_number: int, kit: Kit, blobs: Mapping[bytes, Buffer], base: Base) -> None:
+    def keep(
+        self, accused: str, round_number: int, bundle: AuditBundle, blobs: Mapping[bytes, Buffer], base: Base
+    ) -> None:
         """Write a case, blobs by their roots, and forget the oldest. Raises ``OSError``, and then is as it was."""
         begun, place = self._directory / _BEGUN, self._place(accused, round_number)
         shutil.rmtree(begun, ignore_errors=True)
@@ -74,7 +77,7 @@ class Evidence:
             for root, blob in blobs.items():
                 (begun / root.hex()).write_bytes(blob)
             (begun / BASE).write_bytes(base.encode())
-            (begun / KIT).write_bytes(kit.encode())
+            (begun / KIT).write_bytes(bundle.encode())
             shutil.rmtree(place, ignore_errors=True)
             begun.rename(place)
         except OSError:
@@ -88,9 +91,9 @@ class Evidence:
         found = (path.name.split("-") for path in self._directory.glob("*-*"))
         return sorted(((node, int(round_number)) for round_number, node in found), key=lambda case: (case[1], case[0]))
 
-    def kit(self, accused: str, round_number: int) -> Kit:
+    def bundle(self, accused: str, round_number: int) -> AuditBundle:
         """Raises :class:`Unserved` where it is not here, or damaged."""
-        return self._decoded(Kit, self._place(accused, round_number) / KIT)
+        return self._decoded(AuditBundle, self._place(accused, round_number) / KIT)
 
     def base(self, accused: str, round_number: int) -> Base:
         """Raises :class:`Unserved` where it is not here, or damaged."""

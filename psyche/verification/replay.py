@@ -35,8 +35,8 @@ from psyche.training.engine import Batch, Engine
 from psyche.training.moments import Moments, packed_bytes
 from psyche.training.schedules import learning_rate
 from psyche.training.torch_engine import TorchEngine
+from psyche.verification.bundle import Unserved
 from psyche.verification.coasting import coasted
-from psyche.verification.kit import Unserved
 from psyche.verification.sketch import Glimpse, glimpses
 from psyche.verification.traces import Point, Trace, point_steps, trace_root
 
@@ -82,7 +82,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Lab:
+class ReplayContext:
     """What an audit is done with."""
 
     run: Run
@@ -103,17 +103,22 @@ class Lab:
     """Measure noise where nothing is wrong, too."""
 
 
-def replay(lab: Lab, claim: Claim, blobs: Blobs) -> Finding:
+def replay(replay_context: ReplayContext, claim: Claim, blobs: Blobs) -> Finding:
     """What an auditor has to say. The engine is used, and afterwards is what it was.
 
     Raises ``BadShard`` where the text is not here, and :class:`Stopped`.
     """
     try:
-        theta, payload = agreement(lab, claim, blobs)
-        shown = glimpses(digest("looked at", claim.seed, claim.node.encode()), claim.points, lab.engine.layout)
-        with undisturbed(lab.engine):
-            found = [segment(lab, claim, number, blobs, shown.get(number)) for number in range(len(claim.points) - 1)]
-            gain = _gain(lab, claim, theta, payload)
+        theta, payload = agreement(replay_context, claim, blobs)
+        shown = glimpses(
+            digest("looked at", claim.seed, claim.node.encode()), claim.points, replay_context.engine.layout
+        )
+        with undisturbed(replay_context.engine):
+            found = [
+                segment(replay_context, claim, number, blobs, shown.get(number))
+                for number in range(len(claim.points) - 1)
+            ]
+            gain = _gain(replay_context, claim, theta, payload)
     except Unserved:
         return Finding("unserved", 0, 0, 0)
     except Contradiction:
@@ -156,53 +161,65 @@ def millionths(error: float) -> int:
 # ----------------------------------------------------------------------------- to the bit
 
 
-def agreement(lab: Lab, claim: Claim, blobs: Blobs) -> tuple[Tensor, list[bytes]]:
+def agreement(replay_context: ReplayContext, claim: Claim, blobs: Blobs) -> tuple[Tensor, list[bytes]]:
     """θ and the payload, where all that has to agree to the bit does. Raises :class:`Contradiction`, ``Unserved`` and
     ``BadShard``."""
-    _check_trace(lab, claim)
-    theta, end = (_vector(blobs, root, lab.engine.layout.size) for root in (claim.theta_root, _end(claim)))
-    return theta, _encoded_again(lab, claim, theta, end, blobs)
+    _check_trace(replay_context, claim)
+    theta, end = (_vector(blobs, root, replay_context.engine.layout.size) for root in (claim.theta_root, _end(claim)))
+    return theta, _encoded_again(replay_context, claim, theta, end, blobs)
 
 
-def _check_trace(lab: Lab, claim: Claim) -> None:
+def _check_trace(replay_context: ReplayContext, claim: Claim) -> None:
     given, points = claim.given, claim.points
     if trace_root(points) != given.trace_root:
         raise Contradiction("the trace points are not those committed to")
     member = claim.plan.member(claim.node)
-    if member is None or not given.late_steps <= given.inner_steps <= max(member.inner_steps, given.late_steps):
+    if member is None or not given.overlap_steps <= given.inner_steps <= max(member.inner_steps, given.overlap_steps):
         raise Contradiction("more steps than were due")
-    expected = point_steps(given.late_steps, given.inner_steps, lab.run.audits.trace_steps)
+    expected = point_steps(given.overlap_steps, given.inner_steps, replay_context.run.audits.trace_steps)
     if [point.step for point in points] != expected:
         raise Contradiction("trace points at other steps than the run asks for")
-    if lab.run.overlap.fragments == 1 and not given.late_steps and points[0].parameters != claim.theta_root:
+    if (
+        replay_context.run.overlap.fragments == 1
+        and not given.overlap_steps
+        and points[0].parameters != claim.theta_root
+    ):
         raise Contradiction("trained from other parameters than the run's")
-    if given.late_steps and lab.late_batch is None:
+    if given.overlap_steps and replay_context.late_batch is None:
         return
     trace = Trace()
     for step in range(given.inner_steps):
-        trace.saw(batch_of(lab, claim, step))
+        trace.saw(batch_of(replay_context, claim, step))
     if trace.data_digest != given.data_digest:
         raise Contradiction("trained on other data than assigned")
 
 
-def batch_of(lab: Lab, claim: Claim, step: int) -> Batch:
+def batch_of(replay_context: ReplayContext, claim: Claim, step: int) -> Batch:
     """What the node was to train on in inner step ``step`` of the round."""
-    if step >= claim.given.late_steps:
-        return lab.batch(step)
-    assert lab.late_batch is not None
-    return lab.late_batch(step)
+    if step >= claim.given.overlap_steps:
+        return replay_context.batch(step)
+    assert replay_context.late_batch is not None
+    return replay_context.late_batch(step)
 
 
-def _encoded_again(lab: Lab, claim: Claim, theta: Tensor, end: Tensor, blobs: Blobs) -> list[bytes]:
+def _encoded_again(
+    replay_context: ReplayContext, claim: Claim, theta: Tensor, end: Tensor, blobs: Blobs
+) -> list[bytes]:
     """The payload, which the parameters at the end of the round and the error feedback before it determine."""
-    codec, device, given = lab.backend.codec(lab.run.codec.name), lab.backend.device, claim.given
-    kept = _residual(lab, claim, codec, blobs)
+    codec, device, given = (
+        replay_context.backend.codec(replay_context.run.codec.name),
+        replay_context.backend.device,
+        claim.given,
+    )
+    kept = _residual(replay_context, claim, codec, blobs)
     payload, at = [], 0
-    for part in lab.parts:
+    for part in replay_context.parts:
         size = part.stop - part.start
         residual = None if kept is None else kept[at : at + size].to(device)
         try:
-            encoded = codec.encode(theta[part].to(device), end[part].to(device), residual, lab.run.codec.error_feedback)
+            encoded = codec.encode(
+                theta[part].to(device), end[part].to(device), residual, replay_context.run.codec.error_feedback
+            )
         except NonFinite:
             raise Contradiction("parameters or error feedback are not finite") from None
         payload.append(encoded)
@@ -216,11 +233,11 @@ def _encoded_again(lab: Lab, claim: Claim, theta: Tensor, end: Tensor, blobs: Bl
     return payload
 
 
-def _residual(lab: Lab, claim: Claim, codec: Codec, blobs: Blobs) -> Tensor | None:
+def _residual(replay_context: ReplayContext, claim: Claim, codec: Codec, blobs: Blobs) -> Tensor | None:
     """The node's error feedback before it encoded, of what the round exchanges; a copy."""
     if not codec.error_feedback:
         return None
-    size = sum(part.stop - part.start for part in lab.parts)
+    size = sum(part.stop - part.start for part in replay_context.parts)
     nothing, root = torch.zeros(size), claim.given.residual_in
     if root == blob_root(nothing.numpy().data):
         return nothing
@@ -256,25 +273,29 @@ class Segment:
     sketch: tuple[int, ...] = ()
 
 
-def segment(lab: Lab, claim: Claim, number: int, blobs: Blobs, glimpse: Glimpse | None = None) -> Segment:
+def segment(
+    replay_context: ReplayContext, claim: Claim, number: int, blobs: Blobs, glimpse: Glimpse | None = None
+) -> Segment:
     """Train segment ``number`` again, between the points of that number and the next.
 
     Where the error is not clear, it is done once more in the other precision: see :func:`tolerant_error`. The engine is
     left at the end. Raises as :func:`agreement`, and :class:`Stopped`.
     """
     start, stop = claim.points[number], claim.points[number + 1]
-    before, after = (_vector(blobs, point.parameters, lab.engine.layout.size) for point in (start, stop))
-    moments = _moments(lab, blobs, start.optimizer)
+    before, after = (_vector(blobs, point.parameters, replay_context.engine.layout.size) for point in (start, stop))
+    moments = _moments(replay_context, blobs, start.optimizer)
     if not all(bool(torch.isfinite(one).all()) for one in (before, after, moments.flat)):
         return Segment(float("inf"), float("inf"))
     steps = range(start.step, stop.step)
-    found, lrs, sketch = _trained(lab, claim, steps, before, moments, glimpse)
-    drift = coasted(lab.engine.layout, lab.run.inner, lab.by_muon, before, moments, lrs)
+    found, lrs, sketch = _trained(replay_context, claim, steps, before, moments, glimpse)
+    drift = coasted(
+        replay_context.engine.layout, replay_context.run.inner, replay_context.by_muon, before, moments, lrs
+    )
     error = relative_error(before, after, found, drift)
-    if error <= CLEAR and not lab.thorough:
+    if error <= CLEAR and not replay_context.thorough:
         return Segment(error, float("inf"), sketch)
-    with lab.engine.other_precision():
-        other, _, _ = _trained(lab, claim, steps, before, moments)
+    with replay_context.engine.other_precision():
+        other, _, _ = _trained(replay_context, claim, steps, before, moments)
     noise = relative_error(before, other, found, drift)
     if error > CLEAR:
         error = tolerant_error(before, after, found, other, drift)
@@ -282,19 +303,24 @@ def segment(lab: Lab, claim: Claim, number: int, blobs: Blobs, glimpse: Glimpse 
 
 
 def _trained(
-    lab: Lab, claim: Claim, steps: range, before: Tensor, moments: Moments, glimpse: Glimpse | None = None
+    replay_context: ReplayContext,
+    claim: Claim,
+    steps: range,
+    before: Tensor,
+    moments: Moments,
+    glimpse: Glimpse | None = None,
 ) -> tuple[Tensor, list[float], tuple[int, ...]]:
     """Parameters after ``steps`` of the round from ``before``, the learning rates, and what ``glimpse`` shows."""
-    engine, run = lab.engine, lab.run
+    engine, run = replay_context.engine, replay_context.run
     engine.write(before)
-    engine.load_state(moments.state(engine.layout, lab.by_muon))
+    engine.load_state(moments.state(engine.layout, replay_context.by_muon))
     first, lrs, found = (claim.plan.round - 1) * run.rounds.inner_steps, [], torch.empty_like(before)
     sketch: tuple[int, ...] = ()
     for step in steps:
-        if lab.stop():
+        if replay_context.stop():
             raise Stopped
         lrs.append(learning_rate(run.inner, first + step, run.total_steps, engine.steps))
-        engine.step(batch_of(lab, claim, step), lrs[-1])
+        engine.step(batch_of(replay_context, claim, step), lrs[-1])
         if glimpse is not None and step == glimpse.step:
             engine.read(found)
             sketch = glimpse.show(before, found)
@@ -335,8 +361,8 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float(torch.linalg.vector_norm(one - other, dtype=torch.float64))
 
 
-def _moments(lab: Lab, blobs: Blobs, root: bytes) -> Moments:
-    run, layout = lab.run, lab.engine.layout
+def _moments(replay_context: ReplayContext, blobs: Blobs, root: bytes) -> Moments:
+    run, layout = replay_context.run, replay_context.engine.layout
     most = run.total_steps + run.rounds.inner_steps  # the second are those of a newcomer's warming up
     try:
         return Moments.unpack(blobs(root, packed_bytes(layout)), layout, most)
@@ -344,25 +370,27 @@ def _moments(lab: Lab, blobs: Blobs, root: bytes) -> Moments:
         raise Contradiction(str(error)) from None
 
 
-def _gain(lab: Lab, claim: Claim, theta: Tensor, payload: Sequence[bytes]) -> int:
+def _gain(replay_context: ReplayContext, claim: Claim, theta: Tensor, payload: Sequence[bytes]) -> int:
     """By how much an outer step of this contribution alone lowers the held-out loss, millionths of a nat a token."""
-    codec, change = lab.backend.codec(lab.run.codec.name), torch.zeros_like(theta)
-    for part, encoded in zip(lab.parts, payload, strict=True):
-        out = torch.zeros(part.stop - part.start, device=lab.backend.device)
+    codec, change = replay_context.backend.codec(replay_context.run.codec.name), torch.zeros_like(theta)
+    for part, encoded in zip(replay_context.parts, payload, strict=True):
+        out = torch.zeros(part.stop - part.start, device=replay_context.backend.device)
         codec.decode_add(encoded, 1.0, out)
         change[part] = out.cpu()
-    key, count = digest("gain", claim.seed), len(lab.heldout)
+    key, count = digest("gain", claim.seed), len(replay_context.heldout)
     drawn = permute(np.arange(min(GAIN_SEQUENCES, count), dtype=np.uint64), count, key)
-    without, with_it = (_loss(lab, flat, drawn) for flat in (theta, theta - lab.run.outer.lr * change))
+    without, with_it = (
+        _loss(replay_context, flat, drawn) for flat in (theta, theta - replay_context.run.outer.lr * change)
+    )
     gain = (without - with_it) * 1e6
     return round(max(-MOST, min(MOST, gain))) if isfinite(gain) else -MOST
 
 
-def _loss(lab: Lab, flat: Tensor, sequences: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
+def _loss(replay_context: ReplayContext, flat: Tensor, sequences: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
     """Nats a token."""
-    lab.engine.write(flat)
-    size, total, tokens = lab.run.inner.batch_size, 0.0, 0
+    replay_context.engine.write(flat)
+    size, total, tokens = replay_context.run.inner.batch_size, 0.0, 0
     for at in range(0, len(sequences), size):
-        loss, predicted = lab.engine.evaluate(lab.heldout.batch(sequences[at : at + size]))
+        loss, predicted = replay_context.engine.evaluate(replay_context.heldout.batch(sequences[at : at + size]))
         total, tokens = total + loss, tokens + predicted
     return total / tokens

@@ -33,7 +33,7 @@ class Advance:
         """The outer step of ``record``."""
         replica, before = self._replica, self._replica.chain.state_root
         await asyncio.to_thread(replica.step_outer, record, gradient)
-        await self._on_trainer(lambda: replica.rebase(record.plan.round))
+        await self._on_trainer(lambda: replica.apply_outer_update(record.plan.round))
         await asyncio.to_thread(replica.settle, record)
         self._enter(record)
         self._serve(before)

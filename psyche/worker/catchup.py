@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 
 from psyche.config import Node
 from psyche.diloco.replica import Replica
-from psyche.exchange.base import Exchange, Wire, taken
+from psyche.exchange.base import BlobTransport, Exchange, taken
 from psyche.ledger.history import Past, Proven, following
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.fetch import FetchError
 from psyche.network.presence import sources
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.certificates import BadCertificate
-from psyche.protocol.messages import Board, Plan, Record
+from psyche.protocol.messages import Plan, Record, RunStatus
 from psyche.state.sync import Arriving
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.telemetry.wording import plural, size
 from psyche.worker.apply_round import Advance
-from psyche.worker.coordinator_client import RETRY_SECONDS, BoardClient
+from psyche.worker.coordinator_client import RETRY_SECONDS, CoordinatorClient
 from psyche.worker.voter import Voter
 
 MAX_OWN_HISTORY = 1 << 30
@@ -38,16 +38,16 @@ class CatchUp:
         self,
         replica: Replica,
         settings: Node,
-        wire: Wire,
+        wire: BlobTransport,
         *,
         voter: Voter,
-        client: BoardClient,
+        client: CoordinatorClient,
         advance: Advance,
         exchange: Callable[[Plan], Exchange],
         log: EventLog,
         warn: Callable[[str], None],
     ) -> None:
-        self._replica, self._wire, self._voter, self._client = replica, wire, voter, client
+        self._replica, self._transport, self._voter, self._client = replica, wire, voter, client
         self._advance, self._exchange, self._log, self._warn = advance, exchange, log, warn
         self._past = Past(replica.manifest, wire.network.rpc)
         self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
@@ -63,7 +63,7 @@ class CatchUp:
         mine = await asyncio.to_thread(following, self._replica.manifest, encoded, self._replica.chain)
         try:
             for record, certificate in mine:
-                if not all(root in self._wire.journal for root in taken(record)):
+                if not all(root in self._transport.journal for root in taken(record)):
                     break
                 if not await self._retake(record, certificate):
                     break
@@ -72,27 +72,29 @@ class CatchUp:
         if self._replica.chain.rounds > began:
             self._tell(began)
 
-    async def synchronise(self, board: Board) -> None:
-        """Get to the state that ``board`` shows, or nearer to it."""
+    async def synchronise(self, status: RunStatus) -> None:
+        """Get to the state that ``status`` shows, or nearer to it."""
         chain = self._replica.chain
-        if board.rounds == chain.rounds and chain.rounds:
-            expected, found = board.state_root.hex(), chain.state_root.hex()
-            self._log.emit(events.Diverged(peer=self._wire.me, round=chain.rounds, expected=expected, found=found))
-        elif 0 < board.rounds - chain.rounds <= self._replayed_at_most and await self._replay(sparingly=True):
+        if status.rounds == chain.rounds and chain.rounds:
+            expected, found = status.state_root.hex(), chain.state_root.hex()
+            self._log.emit(events.Diverged(peer=self._transport.me, round=chain.rounds, expected=expected, found=found))
+        elif 0 < status.rounds - chain.rounds <= self._replayed_at_most and await self._replay(sparingly=True):
             return
         record = None
-        if board.rounds:
-            record = self._shown_by(board)
-            if record is None or record.plan.round != board.rounds:
-                await self._client.until(lambda new: new.version != board.version)
+        if status.rounds:
+            record = self._shown_by(status)
+            if record is None or record.plan.round != status.rounds:
+                await self._client.until(lambda new: new.version != status.version)
                 return
-        self._log.emit(events.PhaseChanged(round=board.rounds, phase="joining"))
+        self._log.emit(events.PhaseChanged(round=status.rounds, phase="joining"))
         try:
-            await self._fetch(record, board.state_root)
+            await self._fetch(record, status.state_root)
         except FetchError as error:
             try:  # most likely it has changed
                 async with asyncio.timeout(RETRY_SECONDS):
-                    await self._client.until(lambda new: new.rounds > board.rounds and behind(new, self._replica.chain))
+                    await self._client.until(
+                        lambda new: new.rounds > status.rounds and behind(new, self._replica.chain)
+                    )
             except TimeoutError:
                 self._warn(f"{error}; trying again")
 
@@ -143,7 +145,7 @@ class CatchUp:
         goal = self._replica.place(record, root)
         arriving = await self._taken_along(goal, holders)
         try:
-            outer = await arriving.fetch(self._wire.network, root, holders)
+            outer = await arriving.fetch(self._transport.network, root, holders)
         except FetchError:
             self._arriving = arriving, goal
             raise
@@ -193,17 +195,17 @@ class CatchUp:
 
     def _bytes_of(self, missing: list[Proven]) -> int:
         """That the outer steps of ``missing`` take, and that are not on this disk, about."""
-        there = self._wire.journal
+        there = self._transport.journal
         return sum(size for record, _ in missing for root, size in taken(record).items() if root not in there)
 
     async def _others(self) -> list[str]:
         """Whom to ask for what is past: those who are connected first."""
-        return await sources(self._wire.network, self._replica.manifest.resolved.coordinators)
+        return await sources(self._transport.network, self._replica.manifest.resolved.coordinators)
 
-    def _shown_by(self, board: Board) -> Record | None:
+    def _shown_by(self, status: RunStatus) -> Record | None:
         """The last certified record, if the board proves it."""
         try:
-            return None if board.certificate is None else self._voter.record_of(board.certificate)
+            return None if status.certificate is None else self._voter.record_of(status.certificate)
         except BadCertificate as error:
             self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
             return None
@@ -213,7 +215,7 @@ class CatchUp:
         self._log.emit(events.CaughtUp(round=now, rounds=now - began))
 
 
-def behind(board: Board, chain: Chain) -> bool:
+def behind(status: RunStatus, chain: Chain) -> bool:
     """Whether the run has certified and settled a state that a node at ``chain`` does not hold."""
-    known = board.state_root != bytes(32)  # a coordinator that starts again does not know it yet
-    return known and board.rounds >= chain.rounds and board.state_root != chain.state_root
+    known = status.state_root != bytes(32)  # a coordinator that starts again does not know it yet
+    return known and status.rounds >= chain.rounds and status.state_root != chain.state_root

@@ -16,9 +16,9 @@ from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Board, Contribution, Holding, Plan, Record, Reduced, Reducing, Result, Vote
+from psyche.protocol.messages import Contribution, Holding, Plan, Record, Reduced, Reducing, Result, RunStatus, Vote
 from psyche.protocol.state import Phase
-from psyche.worker.coordinator_client import BoardClient
+from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.voter import Voter
 
 
@@ -41,7 +41,7 @@ class Certification:
         chain: Chain,
         *,
         voter: Voter,
-        client: BoardClient,
+        client: CoordinatorClient,
         exchange: Exchange,
         knows_base: Callable[[str, Contribution], bool],
         warn: Callable[[str], None],
@@ -62,40 +62,40 @@ class Certification:
 
     async def run(self) -> tuple[Record, Gradient]:
         """The certified record, and the outer gradient that follows from it. Raises :class:`Moved`."""
-        board = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or self._over(b))
+        status = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or self._over(b))
         try:
-            await self._open(board)
+            await self._open(status)
             while True:
-                record = self._certified(board)
-                self._openings.update(board)
+                record = self._certified(status)
+                self._openings.update(status)
                 if record is not None and record.hash in self._gradients:
                     return record, self._gradients[record.hash]
-                if self._over(board) and (record is None or record.hash in self._failed):
+                if self._over(status) and (record is None or record.hash in self._failed):
                     # Either the round came to nothing, or what it accepted is not to be had any more.
                     accepted = record is not None and any(one.node == self._me for one in record.accepted)
                     raise Moved(accepted=accepted)
                 if record is not None:
                     self._prepare(record)
-                elif self._takes_part and board.plan == self._plan:
-                    await self._take_part(board)
-                board = await self._next(board)
+                elif self._takes_part and status.plan == self._plan:
+                    await self._take_part(status)
+                status = await self._next(status)
         finally:
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    async def _open(self, board: Board) -> None:
+    async def _open(self, status: RunStatus) -> None:
         """Show the contribution that was committed to, and serve its payload."""
-        if self._work is None or board.plan != self._plan:
+        if self._work is None or status.plan != self._plan:
             return
         await self._exchange.offer(self._work.payload)
         with contextlib.suppress(Refused):  # it was not committed to in time; the record will say so
             await self._client.submit(self._work.contribution, self._plan.round)
 
-    async def _take_part(self, board: Board) -> None:
+    async def _take_part(self, status: RunStatus) -> None:
         """Fetch what is shown, say what is here, reduce, and vote."""
-        if board.reducing is not None:
-            self._exchange.drawn(board.reducing)
+        if status.reducing is not None:
+            self._exchange.drawn(status.reducing)
         for node, given in self._openings.contributions.items():
             if node not in self._exchange.held and self._based(node, given):
                 self._start(node, partial(self._exchange.collect, node, given))
@@ -103,9 +103,9 @@ class Certification:
         if held != self._told and self._member:
             self._told = held
             await self._submit(Holding(tuple(sorted(held))))
-        if board.reducing is not None:
-            self._reduce(board.reducing)
-        await self._vote(board)
+        if status.reducing is not None:
+            self._reduce(status.reducing)
+        await self._vote(status)
 
     def _based(self, node: str, given: Contribution) -> bool:
         """Whether it is worth fetching: what was made from another state is held, and so accepted, by nobody."""
@@ -147,12 +147,12 @@ class Certification:
         if what not in self._tasks and what not in self._failed:
             self._tasks[what] = asyncio.create_task(run())
 
-    async def _vote(self, board: Board) -> None:
+    async def _vote(self, status: RunStatus) -> None:
         """Vote for the proposal, once, as soon as all that its outer step takes is here."""
-        if board.proposal is None:
+        if status.proposal is None:
             return
         try:
-            proposal = proposal_in(self._voter.manifest, board.proposal, self._plan.round)
+            proposal = proposal_in(self._voter.manifest, status.proposal, self._plan.round)
         except (MalformedMessage, BadCertificate) as error:
             self._warn(f"the coordinator shows a proposal that cannot be believed: {error}")
             return
@@ -169,7 +169,7 @@ class Certification:
         try:
             await self._voter.vote(
                 proposal,
-                board.proposal,
+                status.proposal,
                 chain=self._chain,
                 openings=self._openings,
                 held=self._exchange.held,
@@ -180,15 +180,15 @@ class Certification:
             return
         await self._submit(Vote(proposal.term, proposal.record.hash))
 
-    async def _next(self, board: Board) -> Board:
+    async def _next(self, status: RunStatus) -> RunStatus:
         """Wait for another board, or for a task to end; the board then."""
-        changed = asyncio.create_task(self._client.until(lambda b: b.version != board.version))
+        changed = asyncio.create_task(self._client.until(lambda b: b.version != status.version))
         try:
             await asyncio.wait({changed, *self._tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
             for what in [what for what, task in self._tasks.items() if task.done()]:
                 self._tasks.pop(what).result()
             if not changed.done():
-                return board
+                return status
             if changed.result().plan == self._plan:
                 self._failed.clear()  # others may have by now what could not be had before
             return changed.result()
@@ -201,19 +201,19 @@ class Certification:
         except Refused as refusal:
             self._warn(f"{body.DOMAIN} not taken: {refusal}")
 
-    def _certified(self, board: Board) -> Record | None:
+    def _certified(self, status: RunStatus) -> Record | None:
         """The record of this round, once the board shows a certificate of it that holds up."""
-        if board.certificate is None or board.rounds > self._plan.round:
+        if status.certificate is None or status.rounds > self._plan.round:
             return None
         try:
-            record = self._voter.record_of(board.certificate)
+            record = self._voter.record_of(status.certificate)
         except BadCertificate as error:
             self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
             return None
         # Without a roster its electorate must be the one this node knows: a certificate alone does not say so.
-        known = record.roster > 0 or record.electorate == self._chain.voters
+        known = record.reconfiguration > 0 or record.electorate == self._chain.voters
         return record if record.plan == self._plan and known else None
 
-    def _over(self, board: Board) -> bool:
+    def _over(self, status: RunStatus) -> bool:
         """Whether the run goes on without this round. Who begins to lead does not know yet what it goes on with."""
-        return board.phase != Phase.ELECTING and board.plan != self._plan
+        return status.phase != Phase.ELECTING and status.plan != self._plan

@@ -20,9 +20,9 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Refusal
-from psyche.protocol.calls import MAX_BOARD, STANDBY, UNKNOWN, WATCH_SECONDS
+from psyche.protocol.calls import MAX_STATUS, STANDBY, UNKNOWN, WATCH_SECONDS
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Board, Commitment, Contribution, Holding, Leave, Present, Promise
+from psyche.protocol.messages import Commitment, Contribution, Holding, Leave, Present, Promise, RunStatus
 from psyche.protocol.state import Phase
 from psyche.protocol.wire import Body, decode
 
@@ -51,8 +51,8 @@ class Follower(Protocol):
         ...
 
 
-class BoardClient:
-    """Keeps ``board`` up to date and lets a coroutine wait for it to say something."""
+class CoordinatorClient:
+    """Keeps ``status`` up to date and lets a coroutine wait for it to say something."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class BoardClient:
         """What was submitted last of each kind, and in which round."""
         self._left = False
         self._changed = asyncio.Condition()
-        self.board: Board | None = None
+        self.status: RunStatus | None = None
 
     async def watch(self) -> None:
         """Follow the board until cancelled, presenting this node whenever the coordinator does not know it.
@@ -110,12 +110,12 @@ class BoardClient:
                     ) from None
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def until(self, wanted: Callable[[Board], bool]) -> Board:
+    async def until(self, wanted: Callable[[RunStatus], bool]) -> RunStatus:
         """The first board for which ``wanted`` is true, now or later."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self.board is not None and wanted(self.board))
-            assert self.board is not None
-            return self.board
+            await self._changed.wait_for(lambda: self.status is not None and wanted(self.status))
+            assert self.status is not None
+            return self.status
 
     async def present(self) -> None:
         """Tell the coordinator that this node is here, and with which state; not once it has left."""
@@ -159,52 +159,52 @@ class BoardClient:
         await self._rpc.call(self._coordinator, "submit", data, timeout=CALL_SECONDS, max_reply=64)
 
     async def _refresh(self) -> None:
-        seen = self.board.version if self.board and self.board.term == self._promised else 0
+        seen = self.status.version if self.status and self.status.term == self._promised else 0
         data = await self._rpc.call(
             self._coordinator,
             "watch",
             seen.to_bytes(8, "little"),
             timeout=WATCH_SECONDS + CALL_SECONDS,
-            max_reply=MAX_BOARD,
+            max_reply=MAX_STATUS,
         )
-        envelope = envelopes.decode(data, MAX_BOARD)
-        open_envelope(envelope, domain=Board.DOMAIN, run_id=self._manifest.run_id)
-        board = decode(Board, envelope.body)
-        if self._coordinators[board.term % len(self._coordinators)] != envelope.author:
-            raise BadSignature(f"the board is signed by {envelope.author}, who does not lead in term {board.term}")
-        if board.term < self._node.term:
+        envelope = envelopes.decode(data, MAX_STATUS)
+        open_envelope(envelope, domain=RunStatus.DOMAIN, run_id=self._manifest.run_id)
+        status = decode(RunStatus, envelope.body)
+        if self._coordinators[status.term % len(self._coordinators)] != envelope.author:
+            raise BadSignature(f"the board is signed by {envelope.author}, who does not lead in term {status.term}")
+        if status.term < self._node.term:
             await self._introduce()  # so that it hears of the later one
-            raise Refused(f"it leads in term {board.term}, and this node follows the leader of term {self._node.term}")
-        if board.term > self._promised:
-            await self._follow(board)
-        if board.note and board.phase != Phase.FINISHED and board.note != (self.board.note if self.board else ""):
-            self._warn(f"the coordinator says: {board.note}")
-        if self._repeat and board.phase != Phase.ELECTING:
-            await self._say_again(board)
+            raise Refused(f"it leads in term {status.term}, and this node follows the leader of term {self._node.term}")
+        if status.term > self._promised:
+            await self._follow(status)
+        if status.note and status.phase != Phase.FINISHED and status.note != (self.status.note if self.status else ""):
+            self._warn(f"the coordinator says: {status.note}")
+        if self._repeat and status.phase != Phase.ELECTING:
+            await self._say_again(status)
         async with self._changed:
-            self.board = board
+            self.status = status
             self._changed.notify_all()
 
-    async def _say_again(self, board: Board) -> None:
+    async def _say_again(self, status: RunStatus) -> None:
         """Tell a new leader that goes on with the round what the one before was told of it."""
         round_number = self._repeat
         for domain in REPEATED:
             said = self._said.get(domain)
-            if said is None or board.plan is None or (said[0], board.plan.round) != (round_number, round_number):
+            if said is None or status.plan is None or (said[0], status.plan.round) != (round_number, round_number):
                 continue
             with contextlib.suppress(Refused):  # of an attempt that is over, say
                 await self._send(said[1])
         self._repeat = 0
 
-    async def _follow(self, board: Board) -> None:
+    async def _follow(self, status: RunStatus) -> None:
         """Promise the board's author to take part in nothing earlier; what was said in this round is repeated."""
         try:
-            promise = await self._node.promise(board.term, board.claim)
+            promise = await self._node.promise(status.term, status.claim)
         except Refusal as refusal:
             await self._introduce()  # so that it hears of a later term
             raise Refused(str(refusal)) from None
         await self._send(self._sealed(promise, promise.rounds))
-        self._promised = board.term
+        self._promised = status.term
         self._repeat = promise.rounds + 1
 
     def _ask_another(self) -> None:

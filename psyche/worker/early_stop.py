@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 
-from psyche.protocol.messages import Board, Plan
+from psyche.protocol.messages import Plan, RunStatus
 from psyche.protocol.state import Phase
 
 PATIENCE = 1.1
@@ -20,11 +20,11 @@ EARLIER = 5
 """Rounds that tell how long this node's steps usually take."""
 
 
-class Remainder:
+class EarlyStop:
     """One node's, for one round after the other. Asked on the thread that trains, after each step."""
 
-    def __init__(self, board: Callable[[], Board | None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._board, self._clock = board, clock
+    def __init__(self, status: Callable[[], RunStatus | None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._board, self._clock = status, clock
         self._usual: deque[float] = deque(maxlen=EARLIER)
         """Seconds a step, in earlier rounds."""
         self._encoding = 0.0
@@ -47,13 +47,13 @@ class Remainder:
 
     def enough(self) -> bool:
         """Whether the steps taken so far are to be handed in as they are."""
-        board, now = self._board(), self._clock()
-        if board is None or board.plan != self._plan or board.phase != Phase.COMMITTING:
+        status, now = self._board(), self._clock()
+        if status is None or status.plan != self._plan or status.phase != Phase.COMMITTING:
             return False  # as long as nobody is done the deadline is put off
         took = now - self._began
-        if took + self._longest + self._encoding > board.allowed:
+        if took + self._longest + self._encoding > status.allowed:
             return True
-        if not board.mostly_done:
+        if not status.mostly_done:
             return False
         if self._others is None:
             self._others = took

@@ -13,7 +13,7 @@ from psyche.protocol.standing import probation_note
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.telemetry.monitor import metrics_event
-from psyche.worker.coordinator_client import BoardClient
+from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.meter import Meter
 from psyche.worker.training_thread import Trainer
 
@@ -22,7 +22,13 @@ class Reporter:
     """One node's."""
 
     def __init__(
-        self, replica: Replica, network: NetworkNode, client: BoardClient, trainer: Trainer, meter: Meter, log: EventLog
+        self,
+        replica: Replica,
+        network: NetworkNode,
+        client: CoordinatorClient,
+        trainer: Trainer,
+        meter: Meter,
+        log: EventLog,
     ) -> None:
         self._replica, self._network, self._client = replica, network, client
         self._trainer, self._meter, self._log = trainer, meter, log
@@ -39,7 +45,7 @@ class Reporter:
                 seconds=self._meter.total(),
             )
         )
-        if node in record.minority:
+        if node in record.dissenters:
             self._log.emit(events.outvoted(node, record.plan.round))
         if text := probation_note(record, node, self._replica.run.rounds.probation):
             self._log.emit(events.Notice(level="info", text=text))

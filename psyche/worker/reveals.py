@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from psyche.network.identity import BadSignature, WrongContext, open_envelope
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import Envelope, MalformedMessage
-from psyche.protocol.messages import Board, Commitment, Contribution, Plan
+from psyche.protocol.messages import Commitment, Contribution, Plan, RunStatus
 from psyche.protocol.wire import decode
 
 
-class Openings:
+class Reveals:
     """The contributions of one round whose commitment and opening were both checked here."""
 
     def __init__(self, run_id: bytes, plan: Plan) -> None:
@@ -23,22 +23,22 @@ class Openings:
         """Signed, as is each of the next: what a later leader needs to go on with the round."""
         self.contributions_shown: tuple[bytes, ...] = ()
 
-    def update(self, board: Board) -> list[str]:
+    def update(self, status: RunStatus) -> list[str]:
         """Take in what a board shows; the nodes whose contribution is new. Ignores whatever does not hold up."""
         if not self._commitments:  # shown all at once; what is added when openings can be seen proves nothing
-            for envelope in self._fresh(board.commitments, Commitment.DOMAIN):
+            for envelope in self._fresh(status.commitments, Commitment.DOMAIN):
                 made = decode(Commitment, envelope.body)
                 if made.term == self._plan.term:
                     self._commitments.setdefault(envelope.author, made.digest)
-            self.commitments_shown = board.commitments
+            self.commitments_shown = status.commitments
         new = []
-        for envelope in self._fresh(board.contributions, Contribution.DOMAIN):
+        for envelope in self._fresh(status.contributions, Contribution.DOMAIN):
             given, node = decode(Contribution, envelope.body), envelope.author
             if self._commitments.get(node) == given.commitment(node, self._run_id, self._plan.round):
                 self.contributions[node] = given
                 new.append(node)
         if new:
-            self.contributions_shown = board.contributions
+            self.contributions_shown = status.contributions
         return new
 
     def _fresh(self, items: Iterable[bytes], domain: str) -> list[Envelope]:

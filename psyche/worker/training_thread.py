@@ -14,12 +14,12 @@ import torch
 from psyche.config import Node
 from psyche.diloco.local_update import Work
 from psyche.diloco.replica import Replica
-from psyche.protocol.messages import Board, Plan
+from psyche.protocol.messages import Plan, RunStatus
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.training.compiling import compile_if_it_pays
-from psyche.worker.departure import Departure
-from psyche.worker.early_stop import Remainder
+from psyche.worker.early_stop import EarlyStop
+from psyche.worker.leaving import GracefulLeave
 from psyche.worker.meter import Meter
 
 T = TypeVar("T")
@@ -37,14 +37,14 @@ class Trainer:
         threads: int | None,
         *,
         meter: Meter,
-        departure: Departure,
-        board: Callable[[], Board | None],
+        departure: GracefulLeave,
+        status: Callable[[], RunStatus | None],
         log: EventLog,
     ) -> None:
-        """``threads`` are PyTorch's; ``board`` is what the coordinator says now."""
-        self._replica, self._meter, self._departure, self._log = replica, meter, departure, log
+        """``threads`` are PyTorch's; ``status`` is what the coordinator says now."""
+        self._replica, self._meter, self._graceful_leave, self._log = replica, meter, departure, log
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(threads,))
-        self._remainder = Remainder(board)
+        self._remainder = EarlyStop(status)
         self._late: asyncio.Task[None] | None = None
         """Inner steps of the next round, while this one is on the wire."""
 
@@ -111,7 +111,7 @@ class Trainer:
                 )
 
         def enough() -> bool:
-            return self._departure.enough() or self._remainder.enough()
+            return self._graceful_leave.enough() or self._remainder.enough()
 
         self._remainder.begin(plan, self._replica.due(plan))
         work = self._replica.train(plan, progress=progress, stop=stop, enough=enough)
@@ -123,10 +123,10 @@ class Trainer:
             pass
 
     def _step_late(self, plan: Plan) -> bool:
-        if self._departure.asked:
+        if self._graceful_leave.asked:
             return False
         began = time.monotonic()
-        taken = self._replica.step_late(plan)
+        taken = self._replica.overlapped_step(plan)
         self._meter.trained(time.monotonic() - began)
         return taken
 

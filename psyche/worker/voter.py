@@ -13,7 +13,7 @@ from psyche.protocol.acceptor import Chain, consider, promise
 from psyche.protocol.messages import Certificate, Plan, Promise, Proposal, Record
 from psyche.protocol.state import Rules
 from psyche.state.pledges import Ballot, keep, recall
-from psyche.worker.reveals import Openings
+from psyche.worker.reveals import Reveals
 
 BALLOT = "ballot.msgpack"
 
@@ -28,18 +28,18 @@ class Voter:
         self._ballot = recall(self._path, manifest.run_id, Ballot())
         self._lock = asyncio.Lock()
         self._checked: tuple[bytes, Record] | None = None
-        self._round: tuple[Plan, Openings] | None = None
+        self._round: tuple[Plan, Reveals] | None = None
 
     @property
     def term(self) -> int:
         """Of the leader that this node follows."""
         return self._ballot.acceptor.promised
 
-    def follows(self, plan: Plan) -> Openings:
+    def follows(self, plan: Plan) -> Reveals:
         """This node is in the round of ``plan``: a new leader is told so. What will be known of the round's openings,
         the same each time."""
         if self._round is None or self._round[0] != plan:
-            self._round = plan, Openings(self.manifest.run_id, plan)
+            self._round = plan, Reveals(self.manifest.run_id, plan)
         return self._round[1]
 
     @property
@@ -66,7 +66,7 @@ class Voter:
         signed: bytes,
         *,
         chain: Chain,
-        openings: Openings,
+        openings: Reveals,
         held: frozenset[str],
         reduced: Mapping[int, bytes],
     ) -> None:

@@ -20,14 +20,14 @@ from psyche.data.store import BadShard
 from psyche.diloco.local_update import Interrupted, Work
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
-from psyche.exchange.base import Exchange, Wire
+from psyche.exchange.base import BlobTransport, Exchange
 from psyche.exchange.gather import Gather
 from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.exchange.journal import Journal
 from psyche.exchange.merge import Merge
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
-from psyche.exchange.shelf import Shelf
+from psyche.exchange.shelf import BlobRetention
 from psyche.launch.rules import rules_of
 from psyche.ledger.history import serve_history
 from psyche.ledger.writer import LedgerWriter
@@ -36,7 +36,7 @@ from psyche.network.node import NetworkNode
 from psyche.network.streams import Refused
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, plan_fault
-from psyche.protocol.messages import Attestation, Board, Certificate, Commitment, Plan, Present, Promise, Record
+from psyche.protocol.messages import Attestation, Certificate, Commitment, Plan, Present, Promise, Record, RunStatus
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.state import Phase, Rules
 from psyche.protocol.wire import decode
@@ -44,13 +44,13 @@ from psyche.state.budget import Spent
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
 from psyche.training.choice import describe_device
-from psyche.verification.outlier_watch import Lookout
+from psyche.verification.outlier_detector import OutlierDetector
 from psyche.worker.apply_round import Advance
 from psyche.worker.catchup import CatchUp, behind
 from psyche.worker.certification import Certification, Moved
 from psyche.worker.checkpointing import Saver
-from psyche.worker.coordinator_client import BoardClient
-from psyche.worker.departure import Departure, Farewell
+from psyche.worker.coordinator_client import CoordinatorClient
+from psyche.worker.leaving import GracefulLeave, LeaveRequest
 from psyche.worker.meter import Meter
 from psyche.worker.reporting import Reporter
 from psyche.worker.training_thread import Trainer
@@ -58,12 +58,12 @@ from psyche.worker.voter import Voter
 from psyche.worker.warmup import WarmUp
 
 
-def concerns(board: Board, chain: Chain, rules: Rules) -> bool:
+def concerns(status: RunStatus, chain: Chain, rules: Rules) -> bool:
     """Whether there is something to do for a node that holds ``chain``: a state to catch up with, a round to take part
     in, or the end. A plan that the manifest does not allow is no round: what it asks for would get no vote."""
-    if behind(board, chain) or board.phase == Phase.FINISHED:
+    if behind(status, chain) or status.phase == Phase.FINISHED:
         return True
-    plan = board.plan
+    plan = status.plan
     return plan is not None and (quota_fault(plan, rules) or plan_fault(plan, chain)) is None
 
 
@@ -80,36 +80,38 @@ class Worker:
         log: EventLog,
         ledger: LedgerWriter,
         certificate: bytes | None = None,
-        farewell: Farewell | None = None,
+        leave_request: LeaveRequest | None = None,
         supply: Supply | None = None,
     ) -> None:
-        """``certificate`` is that of the last round applied, where the replica comes from a checkpoint; ``farewell``
-        will say that this node is to leave; ``supply`` has the text here, unless it all is."""
+        """``certificate`` is that of the last round applied, where the replica comes from a checkpoint;
+        ``leave_request`` will say that this node is to leave; ``supply`` has the text here, unless it all is."""
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
         self._stopping = False
         self._warned = ""
         self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificate)
-        self._client = BoardClient(self.manifest, identity, network.rpc, self, self._warn)
+        self._client = CoordinatorClient(self.manifest, identity, network.rpc, self, self._warn)
         deadlines = self.manifest.run.deadlines
-        self._departure = Departure(farewell or Farewell(), self._client, deadlines, identity.peer_id, log)
+        self._graceful_leave = GracefulLeave(
+            leave_request or LeaveRequest(), self._client, deadlines, identity.peer_id, log
+        )
         journal = Journal(directory / JOURNAL, self._warn)
-        self._wire = Wire(network, Shelf(network), journal, identity.peer_id, self._name_liar)
+        self._transport = BlobTransport(network, BlobRetention(network), journal, identity.peer_id, self._name_liar)
         self._meter = Meter()
         self._trainer = Trainer(
             replica,
             settings.threads,
             meter=self._meter,
-            departure=self._departure,
-            board=lambda: self._client.board,
+            departure=self._graceful_leave,
+            status=lambda: self._client.status,
             log=log,
         )
         self._advance = Advance(replica, network, ledger, self._voter, self._on_trainer)
         self._catch_up = CatchUp(
             replica,
             settings,
-            self._wire,
+            self._transport,
             voter=self._voter,
             client=self._client,
             advance=self._advance,
@@ -124,13 +126,15 @@ class Worker:
             settings,
             directory,
             network=network,
-            wire=self._wire,
+            wire=self._transport,
             voter=self._voter,
             on_trainer=self._trainer.do,
             log=log,
         )
         run = self.manifest.run
-        self._lookout = Lookout(replica.codec, os.urandom(32), run.overlap.fragments) if run.audits.rate else None
+        self._outlier_detector = (
+            OutlierDetector(replica.codec, os.urandom(32), run.overlap.fragments) if run.audits.rate else None
+        )
         self._auditor = Auditor(
             replica,
             directory,
@@ -151,21 +155,21 @@ class Worker:
         """
         backend = self.replica.backend
         self.log.emit(events.Notice(level="info", text=f"codecs are computed by {backend.name} ({backend.detail})"))
-        for index in self._wire.journal.blobs:
-            self._wire.serve(index)
+        for index in self._transport.journal.blobs:
+            self._transport.serve(index)
         await self._catch_up.recover(self.ledger)
         await serve_history(self.network, self.ledger)
         await self._auditor.serve()
         watching = asyncio.create_task(self._present())
         working = asyncio.create_task(self._rounds())
-        leaving = asyncio.create_task(self._departure.run(working))
+        leaving = asyncio.create_task(self._graceful_leave.run(working))
         try:
             await asyncio.wait({watching, working, leaving}, return_when=asyncio.FIRST_COMPLETED)
             for task in (working, watching):
                 if task.done():
                     task.result()
         except PsycheError:
-            self._departure.failed = True
+            self._graceful_leave.failed = True
             raise
         finally:
             self._stopping = True
@@ -177,8 +181,8 @@ class Worker:
                     await halt()
             await self._auditor.close()
             await self._supply.close()
-            await self._departure.goodbye(self.replica.chain.rounds, finished=self._finished())
-            self._departure.tell()
+            await self._graceful_leave.goodbye(self.replica.chain.rounds, finished=self._finished())
+            self._graceful_leave.tell()
             await self._trainer.end()
 
     async def _present(self) -> None:
@@ -190,28 +194,28 @@ class Worker:
 
     async def _rounds(self) -> None:
         replica = self.replica
-        if not behind(await self._client.until(lambda board: True), replica.chain):
+        if not behind(await self._client.until(lambda status: True), replica.chain):
             self._supply.begin(replica.chain.position)
-        while not self._departure.asked:
+        while not self._graceful_leave.asked:
             if not self._finished():
                 self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
-            board = await self._client.until(lambda board: concerns(board, replica.chain, self._voter.rules))
+            status = await self._client.until(lambda status: concerns(status, replica.chain, self._voter.rules))
             await self._trainer.halt_late()
             self._auditor.check()
-            if behind(board, replica.chain):
+            if behind(status, replica.chain):
                 await self._auditor.put_off()
-                await self._catch_up.synchronise(board)
+                await self._catch_up.synchronise(status)
                 self._supply.begin(replica.chain.position)
-                if replica.chain.rounds and not behind(board, replica.chain):
+                if replica.chain.rounds and not behind(status, replica.chain):
                     self._warm_up.start()
-            elif board.phase == Phase.FINISHED:
+            elif status.phase == Phase.FINISHED:
                 break
-            elif board.plan is not None:
+            elif status.plan is not None:
                 with contextlib.suppress(Moved):
-                    await self._take_part(board.plan)
-                self._departure.end()
+                    await self._take_part(status.plan)
+                self._graceful_leave.end()
         await self._auditor.put_off()
-        await self._saver.save(force=not self._departure.quickly)
+        await self._saver.save(force=not self._graceful_leave.quickly)
         if not self._finished():
             return
         self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
@@ -244,13 +248,13 @@ class Worker:
         and so is in step when the next round is planned.
         """
         self._meter.start()
-        self._wire.shelf.next_round()
+        self._transport.shelf.next_round()
         self._voter.follows(plan)  # from here on: who takes over while members train goes on with the round, too
         work = None
         if (quota := plan.member(self.identity.peer_id)) is not None:
             members = tuple(member.node for member in plan.members)
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
-            self._departure.begin(plan)
+            self._graceful_leave.begin(plan)
             await self._warm_up.halt()
             await self._auditor.put_off()
             work = await self._train(plan)
@@ -261,32 +265,34 @@ class Worker:
             if not self._auditor.begin(plan.round):
                 self.log.emit(events.PhaseChanged(round=plan.round, phase="following"))
         try:
-            if work is not None and self.manifest.run.overlap.late_steps:
+            if work is not None and self.manifest.run.overlap.overlap_steps:
                 self._trainer.begin_late(plan)
             exchange = self._exchange(plan)
             record, gradient = await self._certify(plan, work, exchange)
         except Moved as moved:
             await self._trainer.halt_late()
             if work is not None and not moved.accepted:
-                await self._trainer.do(self.replica.give_back, work)
-            await self._trainer.do(self.replica.forsake)
+                await self._trainer.do(self.replica.restore_residual, work)
+            await self._trainer.do(self.replica.discard_local_steps)
             raise
         await self._advance.step(record, gradient)
         await self._auditor.follow(record)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
-            await self._trainer.do(self.replica.give_back, work)
+            await self._trainer.do(self.replica.restore_residual, work)
         self._meter.exchanged()
         self._reporter.announce(record)
-        if leaves := self._departure.asked:  # said before the last attestation, after which the next round is planned
+        if (
+            leaves := self._graceful_leave.asked
+        ):  # said before the last attestation, after which the next round is planned
             if quota is not None:
                 await self._reporter.report(plan, work, judge=False)
-            await self._departure.goodbye(plan.round, finished=self._finished())
+            await self._graceful_leave.goodbye(plan.round, finished=self._finished())
         suspects = await self._suspects(record, exchange)
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root, suspects), plan.round)
         except Refused:
             await self._client.present()  # too late for the round, not for the run
-        self._departure.end(record)
+        self._graceful_leave.end(record)
         if quota is not None and not leaves:
             await self._reporter.report(plan, work)
         if not self._auditor.busy:
@@ -313,16 +319,16 @@ class Worker:
             work = await self._trainer.train(plan, lambda: self._stopping or self._closed_to_me(plan))
         except Interrupted:
             self._warn(f"round {plan.round} closed before this node was done; it follows the others")
-            self._departure.end()
+            self._graceful_leave.end()
             return None
         except BadShard:
             self._warn(f"this node takes no part in round {plan.round}: it does not have the text of its part")
-            self._departure.end()
+            self._graceful_leave.end()
             return None
         except Spent as spent:
             self._warn(str(spent))
-            self._departure.decide()
-            self._departure.end()
+            self._graceful_leave.decide()
+            self._graceful_leave.end()
             return None
         self._account_for(plan)
         self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))
@@ -331,17 +337,17 @@ class Worker:
             await self._client.submit(Commitment(digest, plan.term), plan.round)
         except Refused as refusal:
             self._warn(f"this round's work was not taken: {refusal}; it is kept for the next one")
-            self._departure.end()
-        self._departure.sealed()
+            self._graceful_leave.end()
+        self._graceful_leave.sealed()
         return work
 
     async def _suspects(self, record: Record, exchange: Exchange) -> tuple[str, ...]:
         """Whose contribution stands out, and so is to be audited, if anybody's is."""
-        if self._lookout is None:
+        if self._outlier_detector is None:
             return ()
         counts, seen = exchange.shape.counts, exchange.part()
         held = {node: exchange.payloads[node] for node in exchange.held if node in exchange.payloads}
-        found = await asyncio.to_thread(self._lookout.look, record, counts, held, seen)
+        found = await asyncio.to_thread(self._outlier_detector.look, record, counts, held, seen)
         for node, check in found.items():
             self._inform(f"the work of {node[-6:]} stands out in round {record.plan.round}: {check}")
         return tuple(found)
@@ -354,7 +360,7 @@ class Worker:
         self.log.emit(account)
         if not account.rounds_left and plan.round < self.manifest.run.rounds.total:
             self._warn("the privacy budget has no round left: this node leaves the run after this one")
-            self._departure.decide()
+            self._graceful_leave.decide()
 
     def _exchange(self, plan: Plan) -> Exchange:
         """This node's part in exchanging the round's payloads."""
@@ -363,8 +369,8 @@ class Worker:
         run = self.manifest.run
         merge = Merge.of(run)
         if plan.reducers:
-            return Sharded(self._wire, plan, shape, merge, self.replica.backend.codec(run.result_codec))
-        return Gather(self._wire, plan, shape, merge)
+            return Sharded(self._transport, plan, shape, merge, self.replica.backend.codec(run.result_codec))
+        return Gather(self._transport, plan, shape, merge)
 
     # -------------------------------------------------------------------------------------- helpers
 
@@ -373,10 +379,10 @@ class Worker:
         await (asyncio.to_thread(function) if self._auditor.busy else self._trainer.do(function))
 
     def _closed_to_me(self, plan: Plan) -> bool:
-        board = self._client.board
-        if board is None or board.phase == Phase.ELECTING:
+        status = self._client.status
+        if status is None or status.phase == Phase.ELECTING:
             return False
-        return board.plan != plan or board.phase == Phase.CERTIFYING
+        return status.plan != plan or status.phase == Phase.CERTIFYING
 
     def _name_liar(self, peer_id: str, what: str) -> None:
         self.log.emit(events.Rejected(peer=peer_id, reason=what, what="blob"))

@@ -63,16 +63,16 @@ class Scene:
                 raise Refused("no")
             if node in self.hang:
                 await asyncio.Event().wait()
-            kits = by_node[node].witness.kits
-            assert kits is not None
-            kit = kits.kit(1)
-            assert kit is not None
-            return kit.encode()
+            bundles = by_node[node].trace_recorder.bundles
+            assert bundles is not None
+            bundle = bundles.bundle(1)
+            assert bundle is not None
+            return bundle.encode()
 
         async def fetch(network: object, root: bytes, *, sources: list[str], max_size: int) -> bytearray:
-            kits = by_node[sources[0]].witness.kits
-            assert kits is not None
-            return bytearray(kits.read(1, root, max_size))
+            bundles = by_node[sources[0]].trace_recorder.bundles
+            assert bundles is not None
+            return bytearray(bundles.read(1, root, max_size))
 
         async def held(rounds: range, most: int) -> list[bytes]:
             return self.certificates
@@ -102,7 +102,7 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Scene:
     case = court(tmp_path, tmp_path_factory.mktemp("cache"))
-    case.peer.witness.kits = auditing.Kits(tmp_path / "peer")
+    case.peer.trace_recorder.bundles = auditing.AuditBundles(tmp_path / "peer")
     return Scene(case, tmp_path / "auditor", monkeypatch)
 
 
@@ -181,7 +181,7 @@ def test_what_a_node_cannot_audit_it_declines_before_the_next_round_is_planned(l
     if lacks == "the record":
         scene.certificates = []
     else:  # it started again meanwhile
-        scene.court.auditor.witness.bases.clear()
+        scene.court.auditor.trace_recorder.bases.clear()
     auditor = scene.auditor()
 
     async def declined() -> bool:

@@ -91,7 +91,7 @@ def test_the_real_section_can_be_run(full: bool, tmp_path: Path) -> None:
     planned = list(items(scale))
     for item in planned:
         run = run_of(scale.setting, item.trial)  # raises where steps, H and fragments do not fit
-        assert run.overlap.late_steps == item.way.late
+        assert run.overlap.overlap_steps == item.way.late
     assert len({item.name for item in planned}) == len(planned)
     assert {item.reference for item in planned} <= {item.trial for item in planned}
 

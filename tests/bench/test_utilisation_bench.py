@@ -41,11 +41,11 @@ def test_a_parameter_is_synchronised_equally_often_whatever_the_way() -> None:
 
 
 def test_late_steps_are_more_than_the_wire_takes_and_no_more_than_a_round() -> None:
-    assert overlap("none", 40, 0.3)[0].late_steps == 0
+    assert overlap("none", 40, 0.3)[0].overlap_steps == 0
     for way in ("tail", "fragments"):
         setting, steps = overlap(way, 40, 0.3)
-        assert 0.3 * steps < setting.late_steps <= steps
-    assert overlap("tail", 40, 5.0)[0].late_steps == 40
+        assert 0.3 * steps < setting.overlap_steps <= steps
+    assert overlap("tail", 40, 5.0)[0].overlap_steps == 40
 
 
 def test_ways_are_chosen_by_name() -> None:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from psyche.config import load_config
-from psyche.diloco.local_update import Exploded, Work
+from psyche.diloco.local_update import NonFiniteParameter, Work
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
 from psyche.errors import ConfigError
@@ -98,17 +98,17 @@ def test_without_overlap_it_is_diloco_to_the_bit(tmp_path: Path) -> None:
             assert torch.equal(one.outer.momentum, momentum)
             assert torch.equal(trained(one), theta), "the next round starts from θ"
             assert one.index == one.outer.index(), "what was not hashed again had changed"
-    assert all(work.contribution.late_steps == 0 for work in works.values())
+    assert all(work.contribution.overlap_steps == 0 for work in works.values())
 
 
 @pytest.mark.parametrize("codec", ["int8", "topk2"])
-@pytest.mark.parametrize("overlap", [{"late_steps": 2}, {"fragments": 2, "late_steps": 3}, {"fragments": 4}])
+@pytest.mark.parametrize("overlap", [{"overlap_steps": 2}, {"fragments": 2, "overlap_steps": 3}, {"fragments": 4}])
 def test_replicas_agree_whatever_each_of_them_does_meanwhile(
     tmp_path: Path, codec: str, overlap: dict[str, int]
 ) -> None:
     changes = {"codec": {"name": codec}, "rounds": {"total": 6, "inner_steps": 4, "start_members": 3}}
     replicas = swarm(tmp_path, 3, overlap=overlap, **changes)
-    order, most = sorted(replicas), overlap.get("late_steps", 0)
+    order, most = sorted(replicas), overlap.get("overlap_steps", 0)
     seen, before = set(), replicas[order[0]].outer.theta.clone()
     for record, works in rounds(replicas, lambda round_number, node: (round_number + order.index(node)) % (most + 1)):
         number = record.plan.round
@@ -117,7 +117,7 @@ def test_replicas_agree_whatever_each_of_them_does_meanwhile(
         for rank, node in enumerate(order):
             one = replicas[node]
             taken = (number - 1 + rank) % (most + 1) if number > 1 else 0
-            assert works[node].contribution.late_steps == taken
+            assert works[node].contribution.overlap_steps == taken
             assert works[node].contribution.inner_steps == 4
             assert one.index == one.outer.index(), "what was not hashed again had changed"
         changed = replicas[order[0]].outer.theta != before
@@ -127,26 +127,26 @@ def test_replicas_agree_whatever_each_of_them_does_meanwhile(
             changed[part] = False
         assert not changed.any(), "a round changes the parameters of its own fragment only"
     assert len(seen) == 6
-    assert sum(work.contribution.late_steps for work in works.values()) > 0 or not most
+    assert sum(work.contribution.overlap_steps for work in works.values()) > 0 or not most
 
 
 def test_late_steps_are_kept_on_top_of_what_the_others_found(tmp_path: Path) -> None:
-    one = alone(tmp_path, **FP32, overlap={"late_steps": 3})
+    one = alone(tmp_path, **FP32, overlap={"overlap_steps": 3})
     plan = plan_for(one)
     work = one.train(plan)
     snapshot = trained(one)
-    assert [one.step_late(plan) for _ in range(5)] == [True, True, True, False, False]
+    assert [one.overlapped_step(plan) for _ in range(5)] == [True, True, True, False, False]
     ahead = trained(one)
     assert not torch.equal(ahead, snapshot)
     one.apply(record_of(plan, work), one.gradient_of(record_of(plan, work), {one.node: work.payload}))
     assert torch.equal(trained(one), ahead + (one.outer.theta - snapshot))
     assert plan_fault(plan_for(one), one.chain) is None
-    assert one.train(plan_for(one)).contribution.late_steps == 3
+    assert one.train(plan_for(one)).contribution.overlap_steps == 3
 
 
 def test_what_trains_becomes_the_outer_parameters_where_no_step_was_taken(tmp_path: Path) -> None:
     """x + (θ' − x) is not θ' in floating point; nothing may be left of x all the same."""
-    one = alone(tmp_path, overlap={"fragments": 2, "late_steps": 3})
+    one = alone(tmp_path, overlap={"fragments": 2, "overlap_steps": 3})
     plan = plan_for(one)
     work = one.train(plan)
     snapshot, before = trained(one), one.outer.theta.clone()
@@ -163,46 +163,46 @@ def test_what_trains_becomes_the_outer_parameters_where_no_step_was_taken(tmp_pa
 
 def test_no_late_steps_are_taken_for_a_round_that_will_not_be(tmp_path: Path) -> None:
     rounds = {"total": 1, "inner_steps": 4, "start_members": 1}
-    one = alone(tmp_path, rounds=rounds, overlap={"late_steps": 3})
+    one = alone(tmp_path, rounds=rounds, overlap={"overlap_steps": 3})
     plan = plan_for(one)
-    assert not one.step_late(plan), "before the round's own steps there is nothing to go on from"
+    assert not one.overlapped_step(plan), "before the round's own steps there is nothing to go on from"
     one.train(plan)
-    assert not one.step_late(plan)
+    assert not one.overlapped_step(plan)
 
 
 def test_a_round_may_be_all_late_steps(tmp_path: Path) -> None:
-    one = alone(tmp_path, **FP32, overlap={"late_steps": 3})
+    one = alone(tmp_path, **FP32, overlap={"overlap_steps": 3})
     plan = plan_for(one)
     record = record_of(plan, work := one.train(plan))
-    while one.step_late(plan):
+    while one.overlapped_step(plan):
         pass
     one.apply(record, one.gradient_of(record, {one.node: work.payload}))
     work = one.train(plan_for(one))
-    assert work.contribution.late_steps == work.contribution.inner_steps == 3
+    assert work.contribution.overlap_steps == work.contribution.inner_steps == 3
     assert work.lr > 0
 
 
 def test_whoever_takes_over_a_state_starts_from_it(tmp_path: Path) -> None:
-    one = alone(tmp_path, overlap={"fragments": 2, "late_steps": 3})
+    one = alone(tmp_path, overlap={"fragments": 2, "overlap_steps": 3})
     genesis, plan = one.outer.clone(), plan_for(one)
     first = one.train(plan)
-    one.step_late(plan)
+    one.overlapped_step(plan)
     one.adopt(genesis, None)
     again = one.train(plan)
-    assert again.contribution.late_steps == 0
+    assert again.contribution.overlap_steps == 0
     assert again.contribution.data_digest == first.contribution.data_digest
 
 
 def test_judging_the_outer_parameters_leaves_what_trains_alone(tmp_path: Path) -> None:
-    one = alone(tmp_path, overlap={"fragments": 2, "late_steps": 3})
+    one = alone(tmp_path, overlap={"fragments": 2, "overlap_steps": 3})
     fresh = one.heldout_loss(0, 1)
     plan = plan_for(one)
     one.train(plan)
-    one.step_late(plan)
+    one.overlapped_step(plan)
     before = trained(one)
     assert one.heldout_loss(0, 1) == fresh, "θ has not moved"
     assert torch.equal(trained(one), before)
-    with pytest.raises(RuntimeError, match="mid-air"), one.judging():
+    with pytest.raises(RuntimeError, match="mid-air"), one.outer_params():
         raise RuntimeError("mid-air")
     assert torch.equal(trained(one), before)
 
@@ -214,7 +214,7 @@ def test_work_that_was_not_accepted_is_given_back_to_its_own_fragment(tmp_path: 
     assert one.residual is not None
     second = one.train(plan_for(one))
     kept = one.residual.clone()
-    one.give_back(second)
+    one.restore_residual(second)
     given, theta, local = one.residual - kept, one.outer.theta, trained(one)
     for part in one.slices_of(2):
         torch.testing.assert_close(one.residual[part], (theta - local)[part], rtol=1e-5, atol=1e-9)
@@ -225,7 +225,7 @@ def test_work_that_was_not_accepted_is_given_back_to_its_own_fragment(tmp_path: 
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_trace_says_where_the_steps_that_are_not_late_begin(tmp_path: Path, late: int) -> None:
-    one = alone(tmp_path, overlap={"late_steps": late}, audits={"rate": 0.05}, **FP32)
+    one = alone(tmp_path, overlap={"overlap_steps": late}, audits={"rate": 0.05}, **FP32)
     for number in range(2):
         plan, expected = plan_for(one), Trace()
         taken = late if number else 0
@@ -235,7 +235,7 @@ def test_a_trace_says_where_the_steps_that_are_not_late_begin(tmp_path: Path, la
         if work.contribution.inner_steps > taken:
             expected.mark(work.contribution.inner_steps, trained(one).numpy().data, packed(one.engine))
         assert work.contribution.trace_root == expected.root
-        while one.step_late(plan):
+        while one.overlapped_step(plan):
             pass
         one.apply(record, one.gradient_of(record, {one.node: work.payload}))
 
@@ -247,7 +247,7 @@ def test_a_parameter_that_explodes_in_a_fragment_is_named(tmp_path: Path) -> Non
     broken[span.start + 5] = float("nan")
     step = one.engine.step
     one.engine.step = lambda batch, lr: (step(batch, lr), one.engine.write(broken))[0]  # type: ignore[method-assign]
-    with pytest.raises(Exploded, match=r"^model\.layers\.1\.mlp\.up_proj\.weight became NaN"):
+    with pytest.raises(NonFiniteParameter, match=r"^model\.layers\.1\.mlp\.up_proj\.weight became NaN"):
         one.train(plan_for(one))
 
 
@@ -282,13 +282,13 @@ def test_no_sequence_is_used_twice_whoever_was_late_with_what(
 
 
 def test_more_late_steps_than_the_run_allows_are_refused(tmp_path: Path) -> None:
-    one = alone(tmp_path, overlap={"late_steps": 2})
+    one = alone(tmp_path, overlap={"overlap_steps": 2})
     rules, plan = rules_of(one.manifest), plan_for(one)
     given = one.train(plan).contribution
     member = plan.members[0]
     assert contribution_fault(rules, plan, member, given) is None
-    assert contribution_fault(rules, plan, member, replace(given, late_steps=2)) is None
-    fault = contribution_fault(rules, plan, member, replace(given, late_steps=3))
+    assert contribution_fault(rules, plan, member, replace(given, overlap_steps=2)) is None
+    fault = contribution_fault(rules, plan, member, replace(given, overlap_steps=3))
     assert fault == "3 late steps claimed where 2 are allowed"
 
 
@@ -317,10 +317,10 @@ def test_more_fragments_than_the_model_has_parts_are_refused_in_words(tmp_path: 
 @pytest.mark.parametrize(
     ("overlap", "message"),
     [
-        ({"late_steps": 4}, r"overlap.late_steps \(4\) is above rounds.inner_steps \(3\)"),
-        ({"late_steps": -1}, "run.overlap.late_steps: Input should be greater than or equal to 0"),
+        ({"overlap_steps": 4}, r"overlap.overlap_steps \(4\) is above rounds.inner_steps \(3\)"),
+        ({"overlap_steps": -1}, "run.overlap.overlap_steps: Input should be greater than or equal to 0"),
         ({"fragments": 0}, "run.overlap.fragments: Input should be greater than or equal to 1"),
-        ({"late_steps": "2"}, "run.overlap.late_steps: Input should be a valid integer"),
+        ({"overlap_steps": "2"}, "run.overlap.overlap_steps: Input should be a valid integer"),
         ({"merge": 0.5}, "run.overlap.merge: unknown key"),
     ],
 )

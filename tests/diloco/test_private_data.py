@@ -104,13 +104,13 @@ def test_noise_covers_all_parameters_and_no_padding(tmp_path: Path) -> None:
     assert not found[~used].any()
 
 
-@pytest.mark.parametrize("overlap", [{"late_steps": 2}, {"fragments": 2, "late_steps": 1}])
+@pytest.mark.parametrize("overlap", [{"overlap_steps": 2}, {"fragments": 2, "overlap_steps": 1}])
 def test_nothing_trained_is_carried_into_the_next_round_unpaid(tmp_path: Path, overlap: dict[str, int]) -> None:
     """With late steps, or parameters whose turn has not come, x would keep what was not clipped and noised."""
     one = world(tmp_path, overlap=overlap).private("private")
     plan = plan_for(one)
     one.train(plan)
-    assert not one.step_late(plan)
+    assert not one.overlapped_step(plan)
     started: list[torch.Tensor] = []
     step = one.engine.step
 

@@ -10,7 +10,7 @@ from psyche.config import load_config
 from psyche.processes.local import run_locally
 from psyche.telemetry.log import LOG_NAME
 from tests.ledgers import check_one_chain
-from tests.tiny import LARGER, certified_roots, late_steps, reference_roots, report, write_config
+from tests.tiny import LARGER, certified_roots, overlap_steps, reference_roots, report, write_config
 
 SLOW = [("fp32", 1), ("int8", 1), ("fp32", 2), ("fp32", 4), ("int8", 4), ("int4", 2)]
 
@@ -39,8 +39,8 @@ def test_a_sharded_run_matches_the_reference(tmp_path: Path, codec: str, members
 @pytest.mark.parametrize(
     ("codec", "overlap"),
     [
-        slow("int8", {"late_steps": 2}),
-        slow("topk2", {"fragments": 2, "late_steps": 3}),
+        slow("int8", {"overlap_steps": 2}),
+        slow("topk2", {"fragments": 2, "overlap_steps": 3}),
         slow("fp32", {"fragments": 4}),
     ],
 )
@@ -55,8 +55,8 @@ def test_an_overlapped_run_matches_the_reference_of_the_steps_it_took(
     roots = certified_roots(directory / "coordinator" / LOG_NAME)
     assert len(roots) == 8
     assert roots == reference_roots(directory, load_config(config))
-    if overlap.get("late_steps"):
-        assert sum(late_steps(directory).values()) > 0, "nobody trained while the round was on the wire"
+    if overlap.get("overlap_steps"):
+        assert sum(overlap_steps(directory).values()) > 0, "nobody trained while the round was on the wire"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_pat
     work = one.train(plan)
     assert one.residual is not None
     lost = one.residual.clone()
-    one.give_back(work)
+    one.restore_residual(work)
     local = torch.empty_like(one.outer.theta)
     one.engine.read(local)
     learned = one.outer.theta - local
@@ -97,7 +97,7 @@ def test_where_the_text_of_a_step_is_not_here_the_steps_before_it_are_handed_in(
     assert work.contribution.inner_steps == 16, "32 sequences are in the first shard, 2 in each step"
     assert work.contribution.data_digest == whole_work.contribution.data_digest
     assert work.payload == whole_work.payload
-    assert not some.step_late(plan)
+    assert not some.overlapped_step(plan)
     store.place(store.train.shards[first]).unlink()
     with pytest.raises(BadShard, match=store.train.shards[first].file):
         replica(manifest, config.node, identity).train(plan)

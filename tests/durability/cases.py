@@ -12,7 +12,7 @@ import opacus.accountants  # noqa: F401  # now, and not in each child that is ab
 import pytest
 
 from psyche.config import MANIFEST, BpeTokenizer, Data, TextSource
-from psyche.coordinator.cosigning import OATH
+from psyche.coordinator.cosigner import SIGNED_STATE
 from psyche.data.cache import PART, ShardCache
 from psyche.data.index import Shard
 from psyche.data.journal import Journal as Preparation
@@ -28,7 +28,7 @@ from psyche.network.spool import Spool
 from psyche.numerics.digest import blob_root, index_chunks
 from psyche.processes.node import GENESIS, INVITE
 from psyche.protocol.acceptor import Acceptor
-from psyche.protocol.oath import Oath, Signed
+from psyche.protocol.signed_state import Signed, SignedState
 from psyche.state.budget import NAME as PRIVACY
 from psyche.state.budget import Budget
 from psyche.state.checkpoint import load_latest, save
@@ -43,7 +43,7 @@ CHAIN, OTHER = chain(2), chain(2, flavour=b"other")
 
 
 @dataclass(frozen=True)
-class Case:
+class AuditCase:
     """Something on disk with a value that is replaced or added to."""
 
     name: str
@@ -66,25 +66,25 @@ def which(found: object, *values: object) -> int:
 # ------------------------------------------------------------------------------------- whole files
 
 
-def whole_file(name: str) -> Case:
+def whole_file(name: str) -> AuditCase:
     values = {1: b"one" * 50, 2: b"and another" * 7000}
 
     def read(folder: Path) -> int:
         path = folder / name
         return which(path.read_bytes() if path.exists() else b"", b"", *values.values())
 
-    return Case(name, lambda folder, number: write_durably(folder / name, values[number]), read)
+    return AuditCase(name, lambda folder, number: write_durably(folder / name, values[number]), read)
 
 
-def pledge(name: str, first: Ballot | Oath, second: Ballot | Oath) -> Case:
+def pledge(name: str, first: Ballot | SignedState, second: Ballot | SignedState) -> AuditCase:
     def read(folder: Path) -> int:
         return which(recall(folder / name, RUN, type(first)()), type(first)(), first, second)
 
-    return Case(name, lambda folder, number: keep(folder / name, RUN, (first, second)[number - 1]), read)
+    return AuditCase(name, lambda folder, number: keep(folder / name, RUN, (first, second)[number - 1]), read)
 
 
 BALLOT_OF_ONE = Ballot(Acceptor(1, 2, bytes(32)), b"claim", 3, b"proposal" * 100, (b"a" * 500,), (b"b" * 900,))
-OATH_OF_ONE = Oath(4, {bytes(32): (3, Signed(1, ("me", "you"), b""))})
+OATH_OF_ONE = SignedState(4, {bytes(32): (3, Signed(1, ("me", "you"), b""))})
 
 
 def know(folder: Path, number: int) -> None:
@@ -257,17 +257,17 @@ def shelved(folder: Path) -> int:
 CASES = [
     *(whole_file(name) for name in (MANIFEST, GENESIS, INVITE)),
     pledge(BALLOT, BALLOT_OF_ONE, replace(BALLOT_OF_ONE, round=4)),
-    pledge(OATH, OATH_OF_ONE, replace(OATH_OF_ONE, term=9)),
-    Case(PEERS, know, known),
-    Case(IDENTITY, identify, identified, last=1),
-    Case("checkpoint", hold, held),
-    Case("privacy budget", pay, paid),
-    Case("ledger", certify, certified),
-    Case("ledger that goes back", go_back, gone_back),
-    Case("journal", take, taken),
-    Case("journal of copies", copy, taken),
-    Case("shard cache", shelve, shelved),
-    Case("events", tell, told, durable=False),
-    Case("preparation", note, noted),
-    Case("token store", encode, encoded, durable=False, last=1),  # its folder may go, and is made again
+    pledge(SIGNED_STATE, OATH_OF_ONE, replace(OATH_OF_ONE, term=9)),
+    AuditCase(PEERS, know, known),
+    AuditCase(IDENTITY, identify, identified, last=1),
+    AuditCase("checkpoint", hold, held),
+    AuditCase("privacy budget", pay, paid),
+    AuditCase("ledger", certify, certified),
+    AuditCase("ledger that goes back", go_back, gone_back),
+    AuditCase("journal", take, taken),
+    AuditCase("journal of copies", copy, taken),
+    AuditCase("shard cache", shelve, shelved),
+    AuditCase("events", tell, told, durable=False),
+    AuditCase("preparation", note, noted),
+    AuditCase("token store", encode, encoded, durable=False, last=1),  # its folder may go, and is made again
 ]

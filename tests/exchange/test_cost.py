@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from psyche.config import Overlap, load_config
-from psyche.exchange.base import Wire
+from psyche.exchange.base import BlobTransport
 from psyche.exchange.cost import Shapes
 from psyche.exchange.gather import Gather
 from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
-from psyche.exchange.shelf import Shelf
+from psyche.exchange.shelf import BlobRetention
 from psyche.launch.costs import costs_of
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
@@ -24,7 +24,7 @@ from psyche.numerics.codecs.names import CODECS, usual_result_codec
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Member, Plan, Record, Reducing
-from psyche.protocol.reduction import ring
+from psyche.protocol.reduction import reducer_order
 from psyche.protocol.verdicts import EMPTY
 from tests.exchange.plain import MERGE
 from tests.protocol.players import contribution
@@ -56,7 +56,8 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
     used, result = best().codec(name), best().codec("int8")
     plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, tuple(Member(n.peer_id, 1, 1) for n in nodes))
     wires = [
-        Wire(node, Shelf(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_liar) for node in nodes
+        BlobTransport(node, BlobRetention(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_liar)
+        for node in nodes
     ]
     shape = Shape(used, COUNTS)
     sides = [
@@ -76,7 +77,7 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         )
         for node, payload in zip(nodes, payloads, strict=True)
     }
-    order = ring(plan.seed, given) if reducers else ()
+    order = reducer_order(plan.seed, given) if reducers else ()
     reducing = Reducing(1, order, (), (), tuple(sorted(given)))
     for side, payload in zip(sides, payloads, strict=True):
         await side.offer(payload)
@@ -188,7 +189,7 @@ def test_utilisation_is_what_the_line_leaves_of_a_round(tmp_path: Path) -> None:
     training, wire = costs.round_flops / 1e9, costs.gather.seconds(1e6, 1e6)
     assert costs.utilisation(1e6, 1e9) == pytest.approx(training / (training + wire))
     assert costs.utilisation(1e15, 1e9) == pytest.approx(1.0)
-    hidden = costs_of(run.model_copy(update={"overlap": Overlap(late_steps=run.rounds.inner_steps)}))
+    hidden = costs_of(run.model_copy(update={"overlap": Overlap(overlap_steps=run.rounds.inner_steps)}))
     assert hidden.late_share == 1.0
     assert hidden.utilisation(1e6, costs.round_flops / wire) == pytest.approx(1.0), (
         "it all fits behind the next round's steps"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from psyche.exchange.base import Exchange, Wire
+from psyche.exchange.base import BlobTransport, Exchange
 from psyche.exchange.gather import Gather
 from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
-from psyche.exchange.shelf import Shelf
+from psyche.exchange.shelf import BlobRetention
 from psyche.network.fetch import FetchError
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
@@ -26,7 +26,7 @@ from tests.exchange.plain import MERGE
 INT8, COUNT = codec("int8"), 4096
 
 
-async def joined(directory: Path, name: str, *known: NetworkNode) -> tuple[NetworkNode, Wire]:
+async def joined(directory: Path, name: str, *known: NetworkNode) -> tuple[NetworkNode, BlobTransport]:
     node = await NetworkNode.create(
         Identity.load_or_create(directory / f"{name}.key"),
         run_id=bytes(32),
@@ -34,7 +34,9 @@ async def joined(directory: Path, name: str, *known: NetworkNode) -> tuple[Netwo
         listen=["/ip4/127.0.0.1/tcp/0"],
         bootstrap=[address for other in known for address in await other.addresses()],
     )
-    return node, Wire(node, Shelf(node), Journal(directory / name, pytest.fail), node.peer_id, _no_liar)
+    return node, BlobTransport(
+        node, BlobRetention(node), Journal(directory / name, pytest.fail), node.peer_id, _no_liar
+    )
 
 
 def _no_liar(peer: str, what: str) -> None:
@@ -53,10 +55,12 @@ def test_what_a_round_took_is_had_from_who_followed_it_when_its_only_member_is_g
         root = payload_root(payload)
         given = Contribution(*[bytes(32)] * 6, root, len(payload[0]), 1, 0, 1, False, b"", bytes(32))
         alone = (author.peer_id,)
-        ring, results = (alone, (root,)) if reducers else ((), ())
-        record = Record(plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, (), EMPTY, ring, results, ())
+        reducer_order, results = (alone, (root,)) if reducers else ((), ())
+        record = Record(
+            plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, (), EMPTY, reducer_order, results, ()
+        )
 
-        def side(wire: Wire) -> Exchange:
+        def side(wire: BlobTransport) -> Exchange:
             shape = Shape(INT8, (COUNT,))
             return Sharded(wire, plan, shape, MERGE, INT8) if reducers else Gather(wire, plan, shape, MERGE)
 

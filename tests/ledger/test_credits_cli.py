@@ -33,7 +33,7 @@ def judged(record: Record) -> Record:
     plan = record.plan
     if plan.round in (2, 3):
         audit = Audit(**fields(Audit, accused=A, round=2, tokens=EACH, candidates=(B, C), opinions=(), declined=()))
-        return msgspec.structs.replace(record, docket=msgspec.structs.replace(EMPTY, audits=(audit,)))
+        return msgspec.structs.replace(record, audit_state=msgspec.structs.replace(EMPTY, audits=(audit,)))
     if plan.round == 4:
         found = Finding("measured", 310_000, 1, -5), Finding("false", 0, 0, 0)
         said = tuple(
@@ -41,11 +41,11 @@ def judged(record: Record) -> Record:
             for auditor, one in zip(MEMBERS[1:3], found, strict=True)
         )
         ended = Closed(A, 2, "convicted", (B, C), (), 0)
-        docket = msgspec.structs.replace(EMPTY, said=said, closed=(ended,), banned=(A,))
-        return msgspec.structs.replace(record, docket=docket)
+        audit_state = msgspec.structs.replace(EMPTY, said=said, closed=(ended,), banned=(A,))
+        return msgspec.structs.replace(record, audit_state=audit_state)
     if plan.round > 4:
-        return msgspec.structs.replace(record, docket=msgspec.structs.replace(EMPTY, banned=(A,)))
-    return msgspec.structs.replace(record, docket=EMPTY)
+        return msgspec.structs.replace(record, audit_state=msgspec.structs.replace(EMPTY, banned=(A,)))
+    return msgspec.structs.replace(record, audit_state=EMPTY)
 
 
 def fields(kind: type[Audit], **known: object) -> dict[str, object]:

@@ -85,7 +85,7 @@ def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyP
 
 def test_show_marks_reconfigurations_and_what_was_superseded(tmp_path: Path) -> None:
     def survivors(record: Record) -> Record:
-        return msgspec.structs.replace(record, electorate=NAMES[:3], roster=1)
+        return msgspec.structs.replace(record, electorate=NAMES[:3], reconfiguration=1)
 
     path = fill(tmp_path / NAME, CHAIN[:2])
     with Ledger.open(path, RULES.run_id) as ledger:
@@ -108,7 +108,7 @@ def test_show_as_json_and_of_one_node(directory: Path) -> None:
         "payload_bytes": None,
         "private": False,
         "reason": REASON,
-        "minority": False,
+        "dissenters": False,
     }
     assert story["rounds"][1]["members"][0]["tokens"] == EACH
     assert list(story["totals"]) == [NAMES[-1]]

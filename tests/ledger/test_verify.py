@@ -249,7 +249,7 @@ CHANGES: dict[str, Callable[[Record], Record]] = {
     "an audit": lambda record: with_docket(record, closed=(Closed(NAMES[0], 1, "passed", (NAMES[1],), (), 9),)),
     "a conviction": lambda record: with_docket(record, closed=(Closed(NAMES[0], 1, "convicted", (), (), 0),)),
     "a ban": lambda record: with_docket(record, banned=(NAMES[1],)),
-    "a grudge": lambda record: msgspec.structs.replace(record, minority=(NAMES[1],)),
+    "a grudge": lambda record: msgspec.structs.replace(record, dissenters=(NAMES[1],)),
     "an excuse": lambda record: msgspec.structs.replace(record, excluded=(Excluded(NAMES[-1], "it was ill"),)),
 }
 
@@ -261,7 +261,7 @@ def with_contribution(record: Record, **changes: object) -> Record:
 
 
 def with_docket(record: Record, **changes: object) -> Record:
-    return msgspec.structs.replace(record, docket=msgspec.structs.replace(record.docket, **changes))
+    return msgspec.structs.replace(record, audit_state=msgspec.structs.replace(record.audit_state, **changes))
 
 
 @pytest.mark.parametrize("name", CHANGES)

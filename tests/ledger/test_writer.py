@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.coordinator.cosigning import OATH
+from psyche.coordinator.cosigner import SIGNED_STATE
 from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.ledger.store import NAME, Ledger, LedgerError
 from psyche.ledger.writer import LedgerWriter, backfill, writing
@@ -151,7 +151,7 @@ def test_a_run_that_goes_back_against_its_word_is_told_of_by_its_ledgers(tmp_pat
         run.cut_power()
         for name in names:
             shutil.rmtree(run.directory / name / JOURNAL, ignore_errors=True)
-            for pledge in (BALLOT, OATH):
+            for pledge in (BALLOT, SIGNED_STATE):
                 (run.directory / name / pledge).unlink(missing_ok=True)
         run.coordinator()
         for name in names[:2]:

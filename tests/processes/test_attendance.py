@@ -18,7 +18,7 @@ from psyche.processes import attendance
 from psyche.processes.attendance import Calendar, attend
 from psyche.processes.idleness import CALM_SECONDS, Idleness, Load, Sampler, Spent, spent
 from psyche.training.devices import limit_memory, memory_limit
-from psyche.worker.departure import Farewell
+from psyche.worker.leaving import LeaveRequest
 
 # ------------------------------------------------------------------------------------- the machine
 
@@ -106,7 +106,7 @@ def test_within_its_hours_a_node_joins_and_ends_with_the_run(tmp_path: Path) -> 
     async def session() -> None:
         stays.append(1)
 
-    asyncio.run(attend(session, node, tmp_path, Farewell(), print))
+    asyncio.run(attend(session, node, tmp_path, LeaveRequest(), print))
     assert stays == [1]
 
 
@@ -115,7 +115,7 @@ def test_it_leaves_when_its_hours_end_and_comes_back(tmp_path: Path, monkeypatch
     said, stays = [], []
     now = datetime.now()
     shut, opened = hours_around(now, open_=False), hours_around(now, open_=True)
-    farewell = Farewell()
+    leave_request = LeaveRequest()
 
     class Changing(Calendar):
         """Open at first, then shut for some looks, then open again."""
@@ -130,29 +130,29 @@ def test_it_leaves_when_its_hours_end_and_comes_back(tmp_path: Path, monkeypatch
     monkeypatch.setattr(attendance, "Calendar", Changing)
 
     async def session() -> None:
-        assert not farewell.asked
+        assert not leave_request.asked
         stays.append(1)
         if len(stays) < 2:
-            await farewell.wait()
-            assert farewell.resting.startswith("outside of its hours")
+            await leave_request.wait()
+            assert leave_request.resting.startswith("outside of its hours")
 
-    asyncio.run(attend(session, Node(schedule=opened), tmp_path, farewell, said.append))
+    asyncio.run(attend(session, Node(schedule=opened), tmp_path, leave_request, said.append))
     assert len(stays) == 2
     assert [text.partition(",")[0] for text in said] == ["waiting: outside of its hours"]
 
 
 def test_who_is_asked_to_leave_for_good_does_not_come_back(tmp_path: Path) -> None:
-    farewell, stays = Farewell(), []
+    leave_request, stays = LeaveRequest(), []
 
     async def session() -> None:
         stays.append(1)
-        farewell.rest("this machine is in use")
-        assert farewell.asked
-        farewell.ask(quickly=True)
-        farewell.rest("this machine is in use")
+        leave_request.rest("this machine is in use")
+        assert leave_request.asked
+        leave_request.ask(quickly=True)
+        leave_request.rest("this machine is in use")
 
     node = Node(schedule=hours_around(datetime.now(), open_=True))
-    asyncio.run(attend(session, node, tmp_path, farewell, print))
+    asyncio.run(attend(session, node, tmp_path, leave_request, print))
     assert stays == [1]
 
 

@@ -41,7 +41,7 @@ def ranks_below(pid: int) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("overlap", [{}, {"fragments": 2, "late_steps": 2}], ids=["plain", "overlapping"])
+@pytest.mark.parametrize("overlap", [{}, {"fragments": 2, "overlap_steps": 2}], ids=["plain", "overlapping"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_node_of_two_ranks_and_one_of_none_hold_the_same_bits(
     tmp_path: Path, stage: int, overlap: dict[str, int]

@@ -15,13 +15,13 @@ from typing_extensions import Buffer
 
 from psyche.cli import main
 from psyche.exchange.sharded import Sharded
-from psyche.exchange.shelf import Shelf
+from psyche.exchange.shelf import BlobRetention
 from psyche.network.spool import Blob
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.messages import Contribution, Reducing
 
 FIRST = 3
-add_up, put = Sharded._add_up, Shelf.put
+add_up, put = Sharded._add_up, BlobRetention.put
 
 
 def turn(fault: str) -> None:
@@ -39,7 +39,7 @@ def turn(fault: str) -> None:
             parts[0] = parts[0][:-1] + bytes([parts[0][-1] ^ 1])
         return parts
 
-    async def unserved(self: Shelf, parts: Sequence[Buffer]) -> Blob:
+    async def unserved(self: BlobRetention, parts: Sequence[Buffer]) -> Blob:
         blob = await put(self, parts)
         if adding:
             self._network.blobs.remove(blob.index.root)
@@ -56,7 +56,7 @@ def turn(fault: str) -> None:
     honest = Sharded.reduce
     Sharded._add_up = wayward  # type: ignore[method-assign]
     if fault == "withhold":
-        Sharded.reduce, Shelf.put = reduce, unserved  # type: ignore[method-assign]
+        Sharded.reduce, BlobRetention.put = reduce, unserved  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

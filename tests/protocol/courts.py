@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
-from psyche.protocol.audits import admissible, asked, docket_after
+from psyche.protocol.audits import admissible, asked, audits_after
 from psyche.protocol.envelope import Envelope
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.state import Rules, Said
-from psyche.protocol.verdicts import EMPTY, Audit, AuditStatement, Closed, Docket, Finding, SealedVerdict, Verdict
+from psyche.protocol.verdicts import EMPTY, Audit, AuditState, AuditStatement, Closed, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body
 from tests.protocol.players import GENESIS, RUN_ID, contribution
 
@@ -48,7 +48,7 @@ class Court:
     rules: Rules
     round: int = 0
     head: bytes = RUN_ID
-    docket: Docket = EMPTY
+    audit_state: AuditState = EMPTY
     standing: tuple[Standing, ...] = ()
     closed: list[Closed] = field(default_factory=list)
     opened: list[Audit] = field(default_factory=list)
@@ -58,24 +58,24 @@ class Court:
 
     @property
     def members(self) -> list[str]:
-        return [node for node in self.nodes if node not in self.docket.banned and node not in self.silent]
+        return [node for node in self.nodes if node not in self.audit_state.banned and node not in self.silent]
 
     def plan(self) -> Plan:
         members = tuple(Member(node, self.rules.inner_steps, 1) for node in self.members)
         return Plan(self.round + 1, self.round + 1, self.head, GENESIS, round_seed(self.head), 0, 0, members)
 
-    def next(self, statements: Sequence[Said], private: Sequence[str] = ()) -> Docket:
-        """One round. Raises ``BadDocket``."""
+    def next(self, statements: Sequence[Said], private: Sequence[str] = ()) -> AuditState:
+        """One round. Raises ``InvalidAudits``."""
         plan = self.plan()
         given = tuple(Accepted(node, self._work(node, plan, node in private)) for node in self.members)
-        after = docket_after(
-            self.docket,
+        after = audits_after(
+            self.audit_state,
             self.standing,
             statements,
             plan=plan,
             accepted=given,
             electorate=self.nodes,
-            suspects=self.suspects & {one.node for one in self.docket.pool.given},
+            suspects=self.suspects & {one.node for one in self.audit_state.pool.given},
             rules=self.rules,
         )
         self.standing = standing_after(
@@ -87,7 +87,7 @@ class Court:
             rules=self.rules,
         )
         self.round, self.head = plan.round, digest("court", self.head, *after.said)
-        self.docket = after
+        self.audit_state = after
         self.closed += after.closed
         self.opened += [audit for audit in after.audits if audit.since == plan.round and not audit.opinions]
         return after
@@ -97,11 +97,11 @@ class Court:
         for _ in range(rounds):
             statements = [
                 said(node, body)
-                for audit in self.docket.audits
+                for audit in self.audit_state.audits
                 for node in audit.candidates
-                if node not in self.docket.banned and (body := self._word(node, audit, says)) is not None
+                if node not in self.audit_state.banned and (body := self._word(node, audit, says)) is not None
             ]
-            self.next(list(admissible(self.docket, statements, self.round + 1, self.rules.audits)))
+            self.next(list(admissible(self.audit_state, statements, self.round + 1, self.rules.audits)))
 
     def _word(self, node: str, audit: Audit, says: Says) -> SealedVerdict | Verdict | None:
         mine = next((one for one in audit.opinions if one.auditor == node), None)

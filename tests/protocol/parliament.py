@@ -13,8 +13,8 @@ from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, promise
 from psyche.protocol.assignment import next_position
 from psyche.protocol.certificates import seals_needed, signatures_needed
 from psyche.protocol.messages import Contribution, Plan, Proposal, Record
-from psyche.protocol.oath import Oath, Perjury, lead, seal, sign_roster
 from psyche.protocol.rounds import tick
+from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_roster
 from psyche.protocol.state import (
     Abandoned,
     Arrived,
@@ -64,7 +64,7 @@ class Seat:
 
     def __init__(self, parliament: Parliament, place: int) -> None:
         self.parliament, self.place = parliament, place
-        self.oath = Oath()
+        self.signed_state = SignedState()
         self.crash()
 
     def crash(self) -> None:
@@ -81,8 +81,10 @@ class Seat:
 
     def begin(self) -> None:
         self.up = self.leads = True
-        self.oath = lead(self.oath, self.place, self.parliament.rules.coordinators, max(self.later, self.state.term))
-        self.state = State.initial(self.parliament.rules, self.oath.term)
+        self.signed_state = lead(
+            self.signed_state, self.place, self.parliament.rules.coordinators, max(self.later, self.state.term)
+        )
+        self.state = State.initial(self.parliament.rules, self.signed_state.term)
         self.proposal = self.unsigned = self.unsealed = self.certificate = None
 
     def send(self, event: Event) -> None:
@@ -101,7 +103,7 @@ class Seat:
         """Ask the others that can be reached for what is missing."""
         if self.unsigned is not None:
             term, record = self.unsigned
-            if not record.roster or self.parliament.roster(self, record):
+            if not record.reconfiguration or self.parliament.reconfiguration(self, record):
                 self.proposal, self.unsigned = Proposal(term, record, ()), None
         if self.unsealed is not None and self.parliament.sealed(self, self.unsealed):
             self.certificate, self.unsealed = self.unsealed, None
@@ -131,9 +133,9 @@ class Parliament:
             if one is not seat and one.up and frozenset((one.place, seat.place)) not in self.cut
         ]
 
-    def roster(self, seat: Seat, record: Record) -> bool:
+    def reconfiguration(self, seat: Seat, record: Record) -> bool:
         """Whether the roster that ``record`` is under is in force, now that ``seat`` has asked for signatures."""
-        key = (record.plan.previous, record.roster, record.electorate)
+        key = (record.plan.previous, record.reconfiguration, record.electorate)
         if key in self.rosters:
             return True
         number, previous = record.plan.round, record.plan.previous
@@ -143,7 +145,9 @@ class Parliament:
             seat.unsigned_by_enough = Unsigned(record.hash)
             return False
         signed = self.gather(
-            seat, record, lambda oath: sign_roster(oath, number, previous, record.roster, record.electorate)
+            seat,
+            record,
+            lambda signed_state: sign_roster(signed_state, number, previous, record.reconfiguration, record.electorate),
         )
         if signed >= needed:
             self.rosters.add(key)
@@ -152,7 +156,9 @@ class Parliament:
 
     def sealed(self, seat: Seat, record: Record) -> bool:
         number, previous = record.plan.round, record.plan.previous
-        given = self.gather(seat, record, lambda oath: seal(oath, number, previous, record.roster, record.hash))
+        given = self.gather(
+            seat, record, lambda signed_state: seal(signed_state, number, previous, record.reconfiguration, record.hash)
+        )
         if given < seals_needed(self.rules.coordinators):
             return False
         seat.overruled = None
@@ -160,17 +166,19 @@ class Parliament:
         assert known.hash == record.hash, f"round {number} was certified twice"
         return True
 
-    def gather(self, seat: Seat, record: Record, swear: Callable[[Oath], Oath]) -> int:
+    def gather(self, seat: Seat, record: Record, swear: Callable[[SignedState], SignedState]) -> int:
         """How many sign; why others do not is told to ``seat``'s machine with the next tick."""
         signed = 0
         for one in self.reached(seat):
             try:
-                one.oath = swear(one.oath)
+                one.signed_state = swear(one.signed_state)
                 signed += 1
-            except Perjury as reason:
-                known = seat.overruled.roster if seat.overruled else 0
-                if seat.overruled is None or reason.roster > known:
-                    seat.overruled = Overruled(record.hash, reason.roster, b"" if reason.roster else reason.sealed)
+            except ConflictingSignature as reason:
+                known = seat.overruled.reconfiguration if seat.overruled else 0
+                if seat.overruled is None or reason.reconfiguration > known:
+                    seat.overruled = Overruled(
+                        record.hash, reason.reconfiguration, b"" if reason.reconfiguration else reason.sealed
+                    )
         return signed
 
     # ----------------------------------------------------------------------------------- members
@@ -218,7 +226,7 @@ class Parliament:
 
     def apply(self, voter: Voter, seat: Seat, record: Record) -> None:
         """Take the outer step, or the state of those who did."""
-        position = next_position(record.plan, self.rules.batch_size, self.rules.late_steps)
+        position = next_position(record.plan, self.rules.batch_size, self.rules.overlap_steps)
         root = root_after(record)
         voter.chain = Chain(record.plan.round, record.hash, root, position, record.voters, record.standing)
         voter.last, voter.plan, voter.shown, voter.opened = record, None, {}, {}

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from psyche.numerics.digest import digest
-from psyche.protocol.audits import busy, docket_fault
+from psyche.protocol.audits import audits_fault, busy
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.proposals import carries_quorum
-from psyche.protocol.reduction import ring_fault
+from psyche.protocol.reduction import reducer_order_fault
 from psyche.protocol.rounds import tick
 from psyche.protocol.standing import standing_fault
 from psyche.protocol.state import (
@@ -47,7 +47,7 @@ RULES = Rules(
     genesis=GENESIS,
     rounds=3,
     inner_steps=5,
-    late_steps=0,
+    overlap_steps=0,
     batch_size=4,
     tokens_per_step=TOKENS_PER_STEP,
     payload_bytes=1500,
@@ -92,7 +92,7 @@ def contribution(node: str, plan: Plan, rules: Rules = RULES, **changes: object)
         payload_root=digest("payload", tag),
         payload_bytes=rules.payload_bytes,
         inner_steps=steps,
-        late_steps=0,
+        overlap_steps=0,
         tokens=steps * rules.tokens_per_step,
         private=False,
         payout=b"",
@@ -267,11 +267,11 @@ class Table:
         assert sorted(accepted + excluded) == members, "everybody is accepted, or left out with a reason"
         assert all(e.reason for e in record.excluded)
         assert record.electorate == state.electorate
-        auditing = busy(state.docket, plan.round, self.rules.audits)
+        auditing = busy(state.audit_state, plan.round, self.rules.audits)
         assert set(record.voters) <= {*members, *auditing}
         assert self.rules.probation or set(accepted) <= set(record.voters)
-        assert standing_fault(record, state.standing, state.docket, self.rules) is None
-        assert docket_fault(record, state.docket, state.standing, self.rules) is None
+        assert standing_fault(record, state.standing, state.audit_state, self.rules) is None
+        assert audits_fault(record, state.audit_state, state.standing, self.rules) is None
         committed = self.commitments_before_closing.get((plan.round, plan.term), {})
         assert state.round is not None
         for one in record.accepted:
@@ -285,18 +285,18 @@ class Table:
         current, plan = state.round, record.plan
         assert current is not None
         if not plan.reducers:
-            assert (record.ring, record.results, record.minority) == ((), (), ())
+            assert (record.reducer_order, record.results, record.dissenters) == ((), (), ())
             return
         assert plan.reducers == self.rules.reducers_for(len(plan.members))
-        assert ring_fault(plan.seed, record.ring, {member.node for member in plan.members}) is None
-        assert {one.node for one in record.accepted} == current.selected <= set(record.ring)
-        assert len(record.results) == min(len(record.ring), self.rules.slices_in(plan.round)) > 0
+        assert reducer_order_fault(plan.seed, record.reducer_order, {member.node for member in plan.members}) is None
+        assert {one.node for one in record.accepted} == current.selected <= set(record.reducer_order)
+        assert len(record.results) == min(len(record.reducer_order), self.rules.slices_in(plan.round)) > 0
         losers = set()
         for group, root in enumerate(record.results):
             reports = current.reports[group]
             assert 2 * sum(found == root for found in reports.values()) > len(reports)
             losers |= {node for node, found in reports.items() if found != root}
-        assert record.minority == tuple(sorted(losers))
+        assert record.dissenters == tuple(sorted(losers))
 
     def _inspect_certified(self, before: State, event: Event, record: Record, votes: tuple[bytes, ...]) -> None:
         number = record.plan.round

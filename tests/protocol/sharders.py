@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable
 
 from psyche.numerics.digest import digest
 from psyche.protocol.messages import Record
-from psyche.protocol.reducing import draw_of
-from psyche.protocol.reduction import Draw
+from psyche.protocol.reducing import assignment_of
+from psyche.protocol.reduction import ReducerAssignment
 from psyche.protocol.state import Phase, Reported, Round
 from tests.protocol.players import Table, root_after
 
@@ -23,8 +23,8 @@ def round_of(table: Table) -> Round:
     return table.state.round
 
 
-def draw(table: Table) -> Draw:
-    return draw_of(table.rules, round_of(table))
+def assignment(table: Table) -> ReducerAssignment:
+    return assignment_of(table.rules, round_of(table))
 
 
 def right(seed: bytes, group: int, accepted: Iterable[str]) -> bytes:
@@ -42,7 +42,7 @@ def report(table: Table, node: str, root: bytes | None = None) -> None:
     current = round_of(table)
     found = {
         group: root or right(current.plan.seed, group, current.selected)
-        for group in draw(table).duties(node)
+        for group in assignment(table).duties(node)
         if node not in current.reports.get(group, {})
     }
     table.send(Reported(node, current.plan.round, current.selected_in, found))
@@ -81,7 +81,7 @@ class Honest:
 
     def held(self, node: str) -> frozenset[str]:
         current = round_of(self.table)
-        groups = draw(self.table).duties(node) if current.plan.reducers else range(len(current.plan.members))
+        groups = assignment(self.table).duties(node) if current.plan.reducers else range(len(current.plan.members))
         return frozenset(
             author
             for author in current.contributions
@@ -103,7 +103,7 @@ class Honest:
         if current.selected and current.proposal is None and current.selected <= self.held(node):
             report(self.table, node)
             self.results[node] |= {
-                right(current.plan.seed, group, current.selected) for group in draw(self.table).duties(node)
+                right(current.plan.seed, group, current.selected) for group in assignment(self.table).duties(node)
             }
 
     def _has_results(self, node: str, record: Record) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault, promise
 from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.reduction import ring
+from psyche.protocol.reduction import reducer_order
 from psyche.protocol.verdicts import EMPTY
 from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
 
@@ -24,14 +24,14 @@ RECORD = Record(
     plan=PLAN,
     accepted=tuple(Accepted(node, OPENED[node]) for node in (A, B, C)),
     excluded=(Excluded(D, "no commitment before the deadline"),),
-    roster=0,
+    reconfiguration=0,
     electorate=(A, B, C, D),
     voters=(A, B, C),
     standing=(),
-    docket=EMPTY,
-    ring=(),
+    audit_state=EMPTY,
+    reducer_order=(),
     results=(),
-    minority=(),
+    dissenters=(),
 )
 
 
@@ -114,7 +114,7 @@ def test_a_bad_record_gets_no_vote(reason: str) -> None:
 
 
 def test_a_reconfiguration_names_survivors_of_the_round() -> None:
-    record = changed(RECORD, electorate=(A, C), roster=1)
+    record = changed(RECORD, electorate=(A, C), reconfiguration=1)
     assert vote(record).record == record.hash
 
 
@@ -144,15 +144,15 @@ def test_who_promised_takes_part_in_nothing_earlier() -> None:
 
 SHARDING = replace(RULES, sharded_from=2)
 SHARDED_PLAN = changed(PLAN, reducers=2)
-RING = ring(PLAN.seed, (A, B, C))
+RING = reducer_order(PLAN.seed, (A, B, C))
 ROOTS = tuple(bytes([group]) * 32 for group in range(3))
-SHARDED = changed(RECORD, plan=SHARDED_PLAN, ring=RING, results=ROOTS)
+SHARDED = changed(RECORD, plan=SHARDED_PLAN, reducer_order=RING, results=ROOTS)
 OTHER_ROOTS = (b"o" * 32, *ROOTS[1:])
 
 
 def test_a_good_sharded_record_gets_the_vote() -> None:
-    for minority in ((), (B,)):
-        record = changed(SHARDED, minority=minority)
+    for dissenters in ((), (B,)):
+        record = changed(SHARDED, dissenters=dissenters)
         assert vote(record, rules=SHARDING, reduced={1: ROOTS[1]}).record == record.hash
 
 
@@ -168,16 +168,16 @@ def test_any_round_may_be_gathered() -> None:
         ("not one result for each group", changed(SHARDED, results=ROOTS[:2])),
         ("not one result for each group", changed(SHARDED, results=(*ROOTS, ROOTS[0]))),
         ("not one result for each group", changed(SHARDED, results=())),
-        ("order of its seed", changed(SHARDED, ring=(*RING[1:], RING[0]))),
-        ("the ring is not members", changed(SHARDED, ring=(*RING[:2], STRANGER))),
-        ("left out of those who reduce", changed(SHARDED, ring=RING[:2], results=ROOTS[:2])),
-        ("not named in ascending order", changed(SHARDED, minority=(C, B))),
-        ("not named in ascending order", changed(SHARDED, minority=(B, B))),
-        ("did not reduce", changed(SHARDED, minority=(D,))),
+        ("order of its seed", changed(SHARDED, reducer_order=(*RING[1:], RING[0]))),
+        ("the ring is not members", changed(SHARDED, reducer_order=(*RING[:2], STRANGER))),
+        ("left out of those who reduce", changed(SHARDED, reducer_order=RING[:2], results=ROOTS[:2])),
+        ("not named in ascending order", changed(SHARDED, dissenters=(C, B))),
+        ("not named in ascending order", changed(SHARDED, dissenters=(B, B))),
+        ("did not reduce", changed(SHARDED, dissenters=(D,))),
         ("as the manifest does", changed(SHARDED, plan=changed(PLAN, reducers=1))),
         ("where everybody aggregates", changed(RECORD, results=ROOTS)),
-        ("where everybody aggregates", changed(RECORD, ring=RING)),
-        ("where everybody aggregates", changed(RECORD, minority=(A,))),
+        ("where everybody aggregates", changed(RECORD, reducer_order=RING)),
+        ("where everybody aggregates", changed(RECORD, dissenters=(A,))),
     ],
 )
 def test_a_bad_sharded_record_gets_no_vote(reason: str, record: Record) -> None:
@@ -221,7 +221,7 @@ def test_accepted_contributions_are_counted_by_every_voter() -> None:
         ({"voters": (A, B, D)}, "past their probation"),
         ({"voters": (A,)}, "left without a vote"),
         ({"plan": PLAN}, "gives votes to others"),
-        ({"plan": PLAN, "roster": 1}, "gives votes to others"),
+        ({"plan": PLAN, "reconfiguration": 1}, "gives votes to others"),
         ({"plan": changed(PLAN, members=tuple(Member(node, 5, 0) for node in (A, B, C, D)))}, "gives votes to others"),
     ],
 )

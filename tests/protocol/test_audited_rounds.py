@@ -27,10 +27,10 @@ def table() -> Table:
 
 def auditor_of(table: Table) -> tuple[str, list[Audit]]:
     """One that sits round 2 out, and what it is asked for."""
-    rounds, docket = table.state.rounds + 1, table.state.docket
+    rounds, audit_state = table.state.rounds + 1, table.state.audit_state
     members = {member.node for member in table.plan.members}
-    node = min(busy(docket, rounds, table.rules.audits) - members)
-    return node, [audit for audit in docket.audits if audit.candidates[0] == node]
+    node = min(busy(audit_state, rounds, table.rules.audits) - members)
+    return node, [audit for audit in audit_state.audits if audit.candidates[0] == node]
 
 
 def say(table: Table, node: str, bodies: list[Body]) -> None:
@@ -65,8 +65,8 @@ def test_a_verdict_may_be_shown_as_soon_as_the_record_that_seals_it_is_certified
     say(table, node, list(full))
     settle(table)
     until_certified(table)
-    found = [one for audit in table.proposal.docket.audits for one in audit.opinions if one.auditor == node]
-    closed = [one for one in table.proposal.docket.closed if one.paid == (node,)]
+    found = [one for audit in table.proposal.audit_state.audits for one in audit.opinions if one.auditor == node]
+    closed = [one for one in table.proposal.audit_state.closed if one.paid == (node,)]
     assert len(closed) + sum(one.finding is not None for one in found) == len(audits)
 
 
@@ -78,7 +78,7 @@ def test_who_declines_before_the_round_is_planned_is_a_member_of_it(table: Table
         node,
         [
             DeclinedAudit(audit.accused, audit.round)
-            for audit in table.proposal.docket.audits
+            for audit in table.proposal.audit_state.audits
             if node in audit.candidates[:1]
         ],
     )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.numerics.digest import digest
-from psyche.protocol.audits import BadDocket, asked, busy, statement
+from psyche.protocol.audits import InvalidAudits, asked, busy, statement
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import unlike
 from psyche.protocol.messages import Leave
@@ -31,8 +31,8 @@ def court(count: int = 8, **changes: object) -> Court:
 def test_what_is_honest_passes_and_its_auditor_is_paid() -> None:
     trial = court()
     trial.play(1, lambda node, audit: PASS)
-    assert [audit.accused for audit in trial.docket.audits] == EIGHT
-    first = trial.docket.audits[0]
+    assert [audit.accused for audit in trial.audit_state.audits] == EIGHT
+    first = trial.audit_state.audits[0]
     trial.play(3, lambda node, audit: PASS)
     ended = [one for one in trial.closed if one.round == 1]
     assert {one.outcome for one in ended} == {"passed"}
@@ -43,17 +43,17 @@ def test_what_is_honest_passes_and_its_auditor_is_paid() -> None:
 def test_a_cheat_is_convicted_by_a_jury_and_takes_no_part_any_more() -> None:
     trial = court()
     trial.play(8, lambda node, audit: FAIL if audit.accused == EIGHT[2] else PASS)
-    assert trial.docket.banned == (EIGHT[2],)
+    assert trial.audit_state.banned == (EIGHT[2],)
     convicted = [one for one in trial.closed if one.outcome == "convicted"]
     assert [(one.accused, one.round, len(one.paid)) for one in convicted] == [(EIGHT[2], 1, 7)]
-    assert EIGHT[2] not in {audit.accused for audit in trial.docket.audits}
+    assert EIGHT[2] not in {audit.accused for audit in trial.audit_state.audits}
     assert {one.outcome for one in trial.closed if one.accused != EIGHT[2]} == {"passed"}
 
 
 def test_one_verdict_never_convicts() -> None:
     trial = court(2)
     trial.play(30, lambda node, audit: FAIL)
-    assert trial.docket.banned == ()
+    assert trial.audit_state.banned == ()
     assert {one.outcome for one in trial.closed} == {"inconclusive"}
 
 
@@ -61,7 +61,7 @@ def test_a_lying_auditor_is_found_out_by_a_jury() -> None:
     liar = EIGHT[0]
     trial = court()
     trial.play(40, lambda node, audit: FAIL if node == liar else PASS)
-    assert trial.docket.banned == (liar,)
+    assert trial.audit_state.banned == (liar,)
     assert {one.outcome for one in trial.closed if one.accused != liar} == {"passed"}
 
 
@@ -69,8 +69,8 @@ def test_who_passes_a_cheat_is_found_out_by_a_second_look() -> None:
     cheat, friend = EIGHT[0], EIGHT[1]
     trial = court(second=1.0)
     trial.play(60, lambda node, audit: FAIL if audit.accused == cheat and node != friend else PASS)
-    assert cheat in trial.docket.banned
-    assert set(trial.docket.banned) <= {cheat, friend}
+    assert cheat in trial.audit_state.banned
+    assert set(trial.audit_state.banned) <= {cheat, friend}
 
 
 def shown(finding: Finding, audit: Audit, *, off: float = 0.0, noise: int = 5_000) -> Finding:
@@ -94,7 +94,7 @@ def test_who_passes_unseen_is_found_out_where_all_are_honest(says: str) -> None:
     lazy = EIGHT[3]
     trial = court(second=0.2)
     trial.play(40, lambda node, audit: LAZY[says] if node == lazy else shown(PASS, audit))
-    assert trial.docket.banned == (lazy,)
+    assert trial.audit_state.banned == (lazy,)
     assert {one.outcome for one in trial.closed if one.accused != lazy} <= {"passed", "inconclusive"}
     assert all(lazy not in one.paid for one in trial.closed if lazy in one.lied)
 
@@ -105,8 +105,8 @@ def test_nobody_knows_when_it_shows_its_verdict_whether_a_second_is_asked() -> N
     trial.next([])
     looks = set()
     for _ in range(30):
-        shows = [one for one in trial.docket.audits if one.looks == 1 and any(o.finding for o in one.opinions)]
-        asked_twice = {(one.accused, one.round) for one in trial.docket.audits if one.looks == 2}
+        shows = [one for one in trial.audit_state.audits if one.looks == 1 and any(o.finding for o in one.opinions)]
+        asked_twice = {(one.accused, one.round) for one in trial.audit_state.audits if one.looks == 2}
         looks |= {(one.accused, one.round) in asked_twice for one in shows}
         trial.play(1, lambda node, audit: shown(PASS, audit))
     assert looks == {False}, "what was just shown is still open, and nothing is drawn yet"
@@ -115,22 +115,22 @@ def test_nobody_knows_when_it_shows_its_verdict_whether_a_second_is_asked() -> N
 def test_other_hardware_is_not_laziness() -> None:
     trial = court(second=1.0)
     trial.play(30, lambda node, audit: shown(PASS, audit, off=0.24 if node in EIGHT[:3] else 0.0))
-    assert trial.docket.banned == ()
-    assert {one.looks for one in trial.docket.audits} <= {1, 2}, "no jury is troubled"
+    assert trial.audit_state.banned == ()
+    assert {one.looks for one in trial.audit_state.audits} <= {1, 2}, "no jury is troubled"
 
 
 def test_where_rounding_is_enlarged_nobody_is_taken_for_lazy() -> None:
     """Whoever did that: an audited node hands over the optimizer that it is audited with."""
     trial = court(second=1.0)
     trial.play(30, lambda node, audit: shown(PASS, audit, off=1.5 if node in EIGHT[:2] else 0.0, noise=300_000))
-    assert trial.docket.banned == ()
+    assert trial.audit_state.banned == ()
     assert {one.outcome for one in trial.closed} == {"passed"}
 
 
 def test_three_that_agree_are_too_few_to_call_others_lazy() -> None:
     trial = court(4, second=1.0)
     trial.play(30, lambda node, audit: LAZY["zeros"] if node == EIGHT[0] else shown(PASS, audit))
-    assert trial.docket.banned == ()
+    assert trial.audit_state.banned == ()
 
 
 @given(st.lists(st.integers(-(10**9), 10**9), min_size=64, max_size=64), st.floats(0, 0.49))
@@ -147,7 +147,7 @@ def test_ways_are_unlike_from_half_of_the_way_on(way: list[int], off: float) -> 
 def test_between_the_thresholds_nobody_is_punished() -> None:
     trial = court()
     trial.play(30, lambda node, audit: UNSURE)
-    assert trial.docket.banned == ()
+    assert trial.audit_state.banned == ()
     assert {one.outcome for one in trial.closed} == {"inconclusive"}
 
 
@@ -155,20 +155,20 @@ def test_who_finds_nothing_clear_may_be_looked_at_as_well() -> None:
     trial, looks = court(second=1.0), set()
     for _ in range(10):
         trial.play(1, lambda node, audit: UNSURE)
-        looks |= {audit.looks for audit in trial.docket.audits}
+        looks |= {audit.looks for audit in trial.audit_state.audits}
     assert looks == {1, 2}
 
 
 def test_what_is_false_to_the_bit_fails() -> None:
     trial = court()
     trial.play(9, lambda node, audit: FALSE if audit.accused == EIGHT[3] else PASS)
-    assert trial.docket.banned == (EIGHT[3],)
+    assert trial.audit_state.banned == (EIGHT[3],)
 
 
 def test_who_hands_nothing_over_is_not_paid_for_it_and_not_banned() -> None:
     trial = court()
     trial.play(10, lambda node, audit: UNSERVED if audit.accused == EIGHT[3] else PASS)
-    assert trial.docket.banned == ()
+    assert trial.audit_state.banned == ()
     assert {one.outcome for one in trial.closed if one.accused == EIGHT[3]} == {"unserved"}
 
 
@@ -176,14 +176,14 @@ def test_an_auditor_who_is_silent_is_replaced() -> None:
     trial = court()
     trial.play(12, lambda node, audit: None if node in EIGHT[:2] else PASS)
     assert {one.outcome for one in trial.closed if one.round == 1} == {"passed"}
-    assert not [audit for audit in trial.docket.audits if audit.round == 1]
+    assert not [audit for audit in trial.audit_state.audits if audit.round == 1]
 
 
 def test_a_jury_does_not_wait_for_those_who_are_gone() -> None:
     cheat, gone = EIGHT[2], EIGHT[:2]
     trial = court(window=40)
     trial.play(10, lambda node, audit: None if node in gone else FAIL if audit.accused == cheat else PASS)
-    assert cheat in trial.docket.banned
+    assert cheat in trial.audit_state.banned
     first = next(one for one in trial.closed if one.accused == cheat)
     assert len(first.paid) == 5, "who was in time"
 
@@ -192,30 +192,30 @@ def test_audits_that_nobody_does_end_with_the_window() -> None:
     trial = court(window=5)
     trial.play(8, lambda node, audit: None)
     assert {one.outcome for one in trial.closed} == {"dropped"}
-    assert min(audit.round for audit in trial.docket.audits) == 8 - 5 + 1
+    assert min(audit.round for audit in trial.audit_state.audits) == 8 - 5 + 1
 
 
 def test_a_verdict_is_shown_only_after_its_digest_is_on_record_and_only_once() -> None:
     trial = court()
     trial.next([])
-    audit = trial.docket.audits[0]
+    audit = trial.audit_state.audits[0]
     node, stranger = audit.candidates[0], audit.candidates[1]
     full, other = verdict(node, audit, PASS), verdict(node, audit, FAIL)
     sealed = SealedVerdict(audit.accused, audit.round, full.digest)
-    with pytest.raises(BadDocket, match="not the one it sealed"):
+    with pytest.raises(InvalidAudits, match="not the one it sealed"):
         trial.next([said(node, full)])
-    with pytest.raises(BadDocket, match="was not asked"):
+    with pytest.raises(InvalidAudits, match="was not asked"):
         trial.next([said(stranger, sealed)])
-    with pytest.raises(BadDocket, match="already sealed"):
+    with pytest.raises(InvalidAudits, match="already sealed"):
         trial.next([said(node, sealed), said(node, sealed)])
     trial.next([said(node, sealed)])
-    with pytest.raises(BadDocket, match="not the one it sealed"):
+    with pytest.raises(InvalidAudits, match="not the one it sealed"):
         trial.next([said(node, other)])
     trial.next([said(node, full)])
-    with pytest.raises(BadDocket, match="not the one it sealed"):
+    with pytest.raises(InvalidAudits, match="not the one it sealed"):
         trial.next([said(node, full)])
     trial.next([])
-    with pytest.raises(BadDocket, match="not open"):
+    with pytest.raises(InvalidAudits, match="not open"):
         trial.next([said(node, full)])
 
 
@@ -231,20 +231,20 @@ def test_a_statement_is_signed_for_the_round_it_speaks_of() -> None:
 def test_who_audits_is_busy_until_its_digest_is_on_record() -> None:
     trial = court(3, rate=1.0)
     trial.next([])
-    audits = trial.docket.audits
-    assert busy(trial.docket, 2, trial.rules.audits) == {audit.candidates[0] for audit in audits}
+    audits = trial.audit_state.audits
+    assert busy(trial.audit_state, 2, trial.rules.audits) == {audit.candidates[0] for audit in audits}
     node = audits[0].candidates[0]
     mine = [audit for audit in audits if audit.candidates[0] == node]
     trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0))
     trial.next([said(node, SealedVerdict(one.accused, one.round, bytes(32))) for one in mine])
-    assert node not in busy(trial.docket, 3, trial.rules.audits)
+    assert node not in busy(trial.audit_state, 3, trial.rules.audits)
 
 
 def test_private_contributions_are_not_audited_and_their_authors_audit_nobody() -> None:
     trial = court()
     trial.next([], private=EIGHT[:2])
-    assert not {audit.accused for audit in trial.docket.audits} & set(EIGHT[:2])
-    assert not {node for audit in trial.docket.audits for node in audit.candidates} & set(EIGHT[:2])
+    assert not {audit.accused for audit in trial.audit_state.audits} & set(EIGHT[:2])
+    assert not {node for audit in trial.audit_state.audits for node in audit.candidates} & set(EIGHT[:2])
 
 
 def test_rates() -> None:
@@ -252,7 +252,7 @@ def test_rates() -> None:
     trial = court(rate=0.05, window=10**6, patience=10**6)
     trial.rules = replace(trial.rules, probation=0)
     for _ in range(400):
-        trial.docket = replace_audits(trial)
+        trial.audit_state = replace_audits(trial)
         trial.next([])
     found = Counter(audit.accused for audit in trial.opened)
     assert 3200 * 0.05 - 5 * (3200 * 0.05) ** 0.5 < sum(found.values()) < 2 * 3200 * 0.05 + 5 * (3200 * 0.05) ** 0.5
@@ -264,7 +264,7 @@ def test_a_contribution_that_stood_out_is_audited_itself_and_once() -> None:
     trial.next([])
     for _ in range(20):
         trial.silent = frozenset(EIGHT[:1]) if trial.round % 2 else frozenset()
-        contributed = EIGHT[0] in {one.node for one in trial.docket.pool.given}
+        contributed = EIGHT[0] in {one.node for one in trial.audit_state.pool.given}
         trial.next([])
         earlier = [one for one in trial.opened if (one.accused, one.round) == (EIGHT[0], trial.round - 1)]
         assert len(earlier) == contributed, "whether it takes part in the next round or not"
@@ -279,7 +279,7 @@ def test_who_stood_out_and_contributed_nothing_is_not_believed() -> None:
 
 def replace_audits(trial: Court) -> object:
     """The docket with nothing open."""
-    return msgspec.structs.replace(trial.docket, audits=())
+    return msgspec.structs.replace(trial.audit_state, audits=())
 
 
 FINDINGS = st.sampled_from([PASS, FAIL, FALSE, UNSURE, UNSERVED, None])
@@ -298,7 +298,7 @@ def test_a_quarter_that_conspires_convicts_nobody_who_is_honest(count: int, seed
         return seed.choice([FAIL, FAIL, FALSE, UNSERVED])  # type: ignore[attr-defined,no-any-return]
 
     trial.play(40, says)
-    assert set(trial.docket.banned) <= hostile
+    assert set(trial.audit_state.banned) <= hostile
 
 
 @settings(deadline=None, max_examples=60)
@@ -306,8 +306,8 @@ def test_a_quarter_that_conspires_convicts_nobody_who_is_honest(count: int, seed
 def test_whatever_auditors_say_a_docket_stays_in_bounds(data: st.DataObject) -> None:
     trial = court(data.draw(st.integers(1, 6)), rate=data.draw(st.sampled_from([0.3, 1.0])), window=6, patience=2)
     trial.play(15, lambda node, audit: data.draw(FINDINGS))
-    assert all(trial.round - audit.round < 6 for audit in trial.docket.audits)
-    assert all(set(asked(a, trial.round, trial.rules.audits)) <= set(a.candidates) for a in trial.docket.audits)
+    assert all(trial.round - audit.round < 6 for audit in trial.audit_state.audits)
+    assert all(set(asked(a, trial.round, trial.rules.audits)) <= set(a.candidates) for a in trial.audit_state.audits)
     assert all(one.accused not in one.paid for one in trial.closed)
     assert all(one.outcome != "convicted" or len(one.paid) >= 2 for one in trial.closed)
 
@@ -316,37 +316,39 @@ def test_the_next_candidate_is_asked_as_soon_as_one_declines() -> None:
     trial = court(rate=1.0)
     trial.next([])
     trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100))
-    audit = trial.docket.audits[0]
+    audit = trial.audit_state.audits[0]
     first, second = audit.candidates[:2]
     decline = said(first, DeclinedAudit(audit.accused, audit.round))
-    mine = [one for one in trial.docket.audits if one.candidates[0] == first and one != audit]
+    mine = [one for one in trial.audit_state.audits if one.candidates[0] == first and one != audit]
     others = [said(first, DeclinedAudit(one.accused, one.round)) for one in mine]
-    assert first not in busy(trial.docket, 2, trial.rules.audits, [decline, *others]), "pending counts"
-    assert first in busy(trial.docket, 2, trial.rules.audits, others) | busy(trial.docket, 2, trial.rules.audits, [])
+    assert first not in busy(trial.audit_state, 2, trial.rules.audits, [decline, *others]), "pending counts"
+    assert first in busy(trial.audit_state, 2, trial.rules.audits, others) | busy(
+        trial.audit_state, 2, trial.rules.audits, []
+    )
     trial.next([decline, *others])
-    after = next(one for one in trial.docket.audits if (one.accused, one.round) == (audit.accused, audit.round))
+    after = next(one for one in trial.audit_state.audits if (one.accused, one.round) == (audit.accused, audit.round))
     assert asked(after, 3, trial.rules.audits) == (second,)
-    assert first not in busy(trial.docket, 3, trial.rules.audits)
-    with pytest.raises(BadDocket, match="has declined"):
+    assert first not in busy(trial.audit_state, 3, trial.rules.audits)
+    with pytest.raises(InvalidAudits, match="has declined"):
         trial.next([said(first, SealedVerdict(audit.accused, audit.round, bytes(32)))])
-    with pytest.raises(BadDocket, match="has declined"):
+    with pytest.raises(InvalidAudits, match="has declined"):
         trial.next([decline])
 
 
 def test_who_has_sealed_a_verdict_cannot_decline() -> None:
     trial = court()
     trial.next([])
-    audit = trial.docket.audits[0]
+    audit = trial.audit_state.audits[0]
     node = audit.candidates[0]
     trial.next([said(node, SealedVerdict(audit.accused, audit.round, bytes(32)))])
-    with pytest.raises(BadDocket, match="already sealed"):
+    with pytest.raises(InvalidAudits, match="already sealed"):
         trial.next([said(node, DeclinedAudit(audit.accused, audit.round))])
 
 
 def test_an_audit_that_all_candidates_decline_ends_at_once() -> None:
     trial = court(3)
     trial.next([])
-    audit = trial.docket.audits[0]
+    audit = trial.audit_state.audits[0]
     trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100))
     for node in audit.candidates:
         trial.next([said(node, DeclinedAudit(audit.accused, audit.round))])
@@ -359,11 +361,11 @@ def test_a_few_that_are_left_when_most_decline_convict_nobody() -> None:
     trial = court()
     trial.next([])
     trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100, window=100))
-    audit = trial.docket.audits[0]
+    audit = trial.audit_state.audits[0]
     pair = audit.candidates[:2]
     for _ in range(8):
         words = []
-        for one in trial.docket.audits:
+        for one in trial.audit_state.audits:
             if (one.accused, one.round) != (audit.accused, audit.round):
                 continue
             full = {node: verdict(node, one, FAIL) for node in pair}
@@ -384,11 +386,11 @@ def test_a_jury_is_decided_by_those_who_have_not_declined() -> None:
     trial = court(rate=1.0)
     trial.next([])
     trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100, window=100))
-    accused, unable = trial.docket.audits[0].accused, trial.docket.audits[0].candidates[-2:]
+    accused, unable = trial.audit_state.audits[0].accused, trial.audit_state.audits[0].candidates[-2:]
 
     def words() -> list[Said]:
         found = []
-        for audit in trial.docket.audits:
+        for audit in trial.audit_state.audits:
             for node in asked(audit, trial.round + 1, trial.rules.audits):
                 mine = next((one for one in audit.opinions if one.auditor == node), None)
                 full = verdict(node, audit, FAIL if audit.accused == accused else PASS)

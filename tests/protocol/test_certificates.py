@@ -19,8 +19,8 @@ from psyche.protocol.messages import (
     Member,
     Plan,
     Proposal,
+    Reconfiguration,
     Record,
-    Roster,
     Seal,
 )
 from psyche.protocol.messages import Vote as Ballot
@@ -36,14 +36,14 @@ RECORD = Record(
     plan=PLAN,
     accepted=tuple(Accepted(name, contribution(name, PLAN)) for name in NAMES[:3]),
     excluded=(Excluded(NAMES[3], "no commitment before the deadline"),),
-    roster=0,
+    reconfiguration=0,
     electorate=NAMES,
     voters=NAMES,
     standing=(),
-    docket=EMPTY,
-    ring=(),
+    audit_state=EMPTY,
+    reducer_order=(),
     results=(),
-    minority=(),
+    dissenters=(),
 )
 TERM = 2
 
@@ -59,18 +59,18 @@ def ballot(author: Identity, record: Record = RECORD, *, term: int = TERM, run_i
 
 
 def seal_by(author: Identity, record: Record = RECORD) -> bytes:
-    return sealed(author, Seal(record.plan.previous, record.roster, record.hash))
+    return sealed(author, Seal(record.plan.previous, record.reconfiguration, record.hash))
 
 
 def roster_by(author: Identity, record: Record) -> bytes:
-    return sealed(author, Roster(record.plan.previous, record.roster, record.electorate))
+    return sealed(author, Reconfiguration(record.plan.previous, record.reconfiguration, record.electorate))
 
 
 def certificate(
     votes: Sequence[bytes] | None = None, record: Record = RECORD, proposer: Identity = COORDINATOR
 ) -> Certificate:
-    roster = (roster_by(COORDINATOR, record),) if record.roster else ()
-    proposal = sealed(proposer, Proposal(TERM, record, roster))
+    reconfiguration = (roster_by(COORDINATOR, record),) if record.reconfiguration else ()
+    proposal = sealed(proposer, Proposal(TERM, record, reconfiguration))
     cast = [ballot(m, record) for m in MEMBERS[:3]] if votes is None else votes
     return Certificate(proposal, tuple(cast), (seal_by(COORDINATOR, record),))
 
@@ -156,7 +156,7 @@ def test_another_runs_certificate_proves_nothing() -> None:
 
 
 def test_survivors_of_a_reconfiguration_are_enough() -> None:
-    record = msgspec.structs.replace(RECORD, electorate=NAMES[:2], roster=1)
+    record = msgspec.structs.replace(RECORD, electorate=NAMES[:2], reconfiguration=1)
     assert check(certificate([ballot(m, record) for m in MEMBERS[:2]], record)) == record
     with pytest.raises(BadCertificate, match="1 votes are not more than two thirds of 2"):
         check(certificate([ballot(m, record) for m in MEMBERS[1:]], record))
@@ -173,9 +173,9 @@ def check_three(given: Certificate) -> Record:
 
 
 def of_three(
-    signers: Sequence[Identity], sealers: Sequence[Identity], *, roster: int = 0, term: int = 3
+    signers: Sequence[Identity], sealers: Sequence[Identity], *, reconfiguration: int = 0, term: int = 3
 ) -> Certificate:
-    record = msgspec.structs.replace(RECORD, roster=roster)
+    record = msgspec.structs.replace(RECORD, reconfiguration=reconfiguration)
     signed = tuple(roster_by(one, record) for one in signers)
     proposal = sealed(THREE[term % 3], Proposal(term, record, signed))
     votes = tuple(ballot(member, record, term=term) for member in MEMBERS[:3])
@@ -191,8 +191,8 @@ def test_every_roster_and_every_certificate_have_a_coordinator_in_common() -> No
 
 def test_two_of_three_seal_and_sign_a_roster() -> None:
     for seals in (THREE[:2], THREE[1:], THREE):
-        assert check_three(of_three((), seals)).roster == 0
-        assert check_three(of_three(seals, seals, roster=1)).roster == 1
+        assert check_three(of_three((), seals)).reconfiguration == 0
+        assert check_three(of_three(seals, seals, reconfiguration=1)).reconfiguration == 1
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_two_of_three_seal_and_sign_a_roster() -> None:
         ("1 of 3 coordinators sealed it; 2 must", of_three((), THREE[:1])),
         ("1 of 3 coordinators sealed it", of_three((), [THREE[0], THREE[0]])),
         ("who is no coordinator", of_three((), [*THREE[:2], MEMBERS[0]])),
-        ("1 of 3 coordinators signed the reconfiguration", of_three(THREE[:1], THREE, roster=1)),
-        ("0 of 3 coordinators signed the reconfiguration", of_three((), THREE, roster=1)),
+        ("1 of 3 coordinators signed the reconfiguration", of_three(THREE[:1], THREE, reconfiguration=1)),
+        ("0 of 3 coordinators signed the reconfiguration", of_three((), THREE, reconfiguration=1)),
         ("term 3 is not one of", msgspec.structs.replace(
             of_three((), THREE), proposal=sealed(THREE[1], Proposal(3, RECORD, ()))
         )),

@@ -318,7 +318,12 @@ BUGS: dict[str, tuple[Callable[[], None], Callable[[], ExitStack]]] = {
     ),
     "signing a roster after a seal": (
         CASES[2],
-        patched(**{PARLIAMENT + "sign_roster": lambda oath, *_: oath, PARLIAMENT + "seal": lambda oath, *_: oath}),
+        patched(
+            **{
+                PARLIAMENT + "sign_roster": lambda signed_state, *_: signed_state,
+                PARLIAMENT + "seal": lambda signed_state, *_: signed_state,
+            }
+        ),
     ),
 }
 

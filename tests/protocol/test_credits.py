@@ -25,7 +25,7 @@ def deed(
     round_number: int,
     *work: tuple[str, int],
     private: tuple[str, ...] = (),
-    minority: tuple[str, ...] = (),
+    dissenters: tuple[str, ...] = (),
     newcomers: tuple[str, ...] = (),
     audits: tuple[tuple[str, int, int], ...] = (),
     closed: tuple[Closed, ...] = (),
@@ -33,7 +33,7 @@ def deed(
     payout: bytes = b"",
 ) -> Deeds:
     done = tuple(Work(node, tokens, node in private, payout) for node, tokens in work)
-    return Deeds(round_number, done, (), minority, newcomers, audits, closed, banned)
+    return Deeds(round_number, done, (), dissenters, newcomers, audits, closed, banned)
 
 
 def ended(
@@ -121,7 +121,7 @@ def test_work_that_is_not_handed_over_forfeits_its_round_only() -> None:
 
 
 def test_an_outvoted_reducer_earns_nothing_for_the_round() -> None:
-    kept, settled = books(deed(1, (A, 5), (B, 5), minority=(B,)), deed(2, (B, 5)))
+    kept, settled = books(deed(1, (A, 5), (B, 5), dissenters=(B,)), deed(2, (B, 5)))
     assert (kept.account(B).forfeited, kept.account(B).waiting) == (5, 5)
     assert "another result" in settled[0].because
 
@@ -270,8 +270,8 @@ SUBSET = st.sets(NODES, max_size=2).map(lambda found: tuple(sorted(found)))
 @given(
     st.lists(
         st.builds(
-            lambda work, private, minority, newcomers, audits, closed: (
-                work, private, minority, newcomers, audits, closed,
+            lambda work, private, dissenters, newcomers, audits, closed: (
+                work, private, dissenters, newcomers, audits, closed,
             ),
             st.dictionaries(NODES, st.integers(1, 1000)),
             SUBSET,
@@ -285,14 +285,14 @@ SUBSET = st.sets(NODES, max_size=2).map(lambda found: tuple(sorted(found)))
 )  # fmt: skip
 def test_every_credit_has_one_change_and_none_is_made_or_lost(history: list[tuple]) -> None:  # type: ignore[type-arg]
     kept, settled = Books(TRUST), []
-    for round_number, (work, private, minority, newcomers, audits, closed) in enumerate(history, 1):
+    for round_number, (work, private, dissenters, newcomers, audits, closed) in enumerate(history, 1):
         before = {name: one.final for name, one in kept.accounts.items()}
         settled += kept.enter(
             deed(
                 round_number,
                 *work.items(),
                 private=private,
-                minority=minority,
+                dissenters=dissenters,
                 newcomers=newcomers,
                 audits=audits,
                 closed=closed,
@@ -318,7 +318,7 @@ def test_records_are_read_as_they_are_paid() -> None:
     each = RULES.inner_steps * RULES.tokens_per_step
     earned = {name: account.earned for name, account in kept.accounts.items()}
     assert earned == dict.fromkeys(NAMES[:-1], 6 * each) | {NAMES[-1]: 3 * each}
-    audited = Counter(one.accused for one in records[-1].docket.audits)
+    audited = Counter(one.accused for one in records[-1].audit_state.audits)
     assert {name: account.waiting for name, account in kept.accounts.items()} == {
         name: each * audited[name] for name in NAMES
     }

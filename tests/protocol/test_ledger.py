@@ -199,5 +199,5 @@ def test_voters_that_nobody_named() -> None:
     first = chain(1)[0]
     second = link(first, mend=usurped)
     assert "its voters are not those" in fault([first.entry, second.entry]).reason
-    unfounded = link(None, mend=lambda record: msgspec.structs.replace(record, roster=0))
+    unfounded = link(None, mend=lambda record: msgspec.structs.replace(record, reconfiguration=0))
     assert "no roster names its voters" in fault([unfounded.entry]).reason

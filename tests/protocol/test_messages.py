@@ -15,7 +15,6 @@ from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import (
     Accepted,
     Attestation,
-    Board,
     Certificate,
     Commitment,
     Excluded,
@@ -29,11 +28,12 @@ from psyche.protocol.messages import (
     Present,
     Promise,
     Proposal,
+    Reconfiguration,
     Record,
     Reduced,
     Reducing,
     Result,
-    Roster,
+    RunStatus,
     Seal,
     Standing,
     Vote,
@@ -48,14 +48,14 @@ RECORD = Record(
     plan=PLAN,
     accepted=(Accepted(A, contribution(A, PLAN)), Accepted(C, contribution(C, PLAN))),
     excluded=(Excluded(B, "no commitment before the deadline"),),
-    roster=0,
+    reconfiguration=0,
     electorate=(A, B, C),
     voters=(A, C),
     standing=(Standing(A, 3, 3, 2), Standing(B, 1, 2, 0)),
-    docket=EMPTY,
-    ring=(),
+    audit_state=EMPTY,
+    reducer_order=(),
     results=(),
-    minority=(),
+    dissenters=(),
 )
 CERTIFICATE = Certificate(b"proposal", (b"vote", b"other vote"), (b"seal",))
 EXAMPLES: list[Body] = [
@@ -76,14 +76,14 @@ EXAMPLES: list[Body] = [
     Leave("it was stopped"),
     Metrics(1.5, 2.5, 100, 1000, 10, 1.0, 2.0, 3.0, 1e-3, 0.5, math.inf, 1, 2, 3),
     Proposal(8, RECORD, (b"r",)),
-    Roster(b"p" * 32, 2, (A, C)),
+    Reconfiguration(b"p" * 32, 2, (A, C)),
     Seal(b"p" * 32, 2, b"r" * 32),
     Heartbeat(0, 7),
     Heartbeat(7, 7, True),
     Objection("a record was sealed", 0, b"r" * 32),
     Promise(8, 2, b"proposal", PLAN, (b"c",), (b"d",)),
     Promise(8, 2, None, None, (), ()),
-    Board(
+    RunStatus(
         4,
         7,
         b"claim",
@@ -100,7 +100,7 @@ EXAMPLES: list[Body] = [
         CERTIFICATE,
         "waiting",
     ),
-    Board(0, 1, b"claim", "waiting", 0, b"s" * 32, None, 0.0, False, (), (), None, None, None, ""),
+    RunStatus(0, 1, b"claim", "waiting", 0, b"s" * 32, None, 0.0, False, (), (), None, None, None, ""),
 ]
 ENVELOPE = Envelope("vote", b"r" * 32, 3, A, b"body", b"s" * 64)
 KINDS = sorted({type(example) for example in EXAMPLES}, key=lambda kind: kind.__name__)
@@ -283,7 +283,7 @@ def test_commitments_bind_node_run_round_and_every_field() -> None:
     changes |= {
         "payload_bytes": 1,
         "inner_steps": 4,
-        "late_steps": 1,
+        "overlap_steps": 1,
         "tokens": 1,
         "private": True,
         "payout": b"p" * 20,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche.coordinator.board import board_of
+from psyche.coordinator.status import status_of
 from psyche.protocol.acceptor import Refusal
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position, positions
@@ -202,7 +202,7 @@ def test_who_is_not_done_holds_up_the_others_once_more_than_half_of_them_are(cou
         current = table.state.round
         assert current is not None
         assert mostly_done(table.state, current) is (done >= needed)
-        assert board_of(table.state, version=1, claim=b"", proposal=None, certificate=None).mostly_done is (
+        assert status_of(table.state, version=1, claim=b"", proposal=None, certificate=None).mostly_done is (
             done >= needed
         )
         table.commit(node)
@@ -246,14 +246,14 @@ def test_claiming_late_steps_never_earns_a_larger_quota(late: int, more: int) ->
     """Late steps took none of the time: who claims more of them has done less in it."""
 
     def after(claimed: int) -> int:
-        rules = replace(MANY, start_members=2, late_steps=H)
+        rules = replace(MANY, start_members=2, overlap_steps=H)
         table, (one, other) = Table(rules), EVERYBODY[:2]
         table.arrive([one, other], GENESIS)
         for node, seconds, steps in ((other, 25.0, 0), (one, 40.0, claimed)):
             table.now = 1000.0 + seconds
-            table.commit(node, late_steps=steps)
+            table.commit(node, overlap_steps=steps)
         for node, steps in ((one, claimed), (other, 0)):
-            table.open(node, late_steps=steps)
+            table.open(node, overlap_steps=steps)
         for node in (one, other):
             table.hold(node, [one, other])
         table.certify([one, other])
@@ -323,7 +323,10 @@ def test_more_than_h_is_refused_by_every_voter() -> None:
 
 
 def test_more_steps_than_are_due_are_refused_unless_they_were_taken_late() -> None:
-    rules, plan = replace(RULES, late_steps=3), changed(PLAN, members=tuple(Member(m.node, 2, 1) for m in PLAN.members))
+    rules, plan = (
+        replace(RULES, overlap_steps=3),
+        changed(PLAN, members=tuple(Member(m.node, 2, 1) for m in PLAN.members)),
+    )
     table = Table(rules)
     for steps, late, allowed in (
         (2, 0, True),
@@ -333,7 +336,7 @@ def test_more_steps_than_are_due_are_refused_unless_they_were_taken_late() -> No
         (4, 3, False),
         (4, 4, False),
     ):
-        work = contribution(plan.members[0].node, plan, rules, inner_steps=steps, tokens=40 * steps, late_steps=late)
+        work = contribution(plan.members[0].node, plan, rules, inner_steps=steps, tokens=40 * steps, overlap_steps=late)
         assert (contribution_fault(table.rules, plan, plan.members[0], work) is None) is allowed, (steps, late)
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.numerics.digest import digest
-from psyche.protocol.reducing import draw_of
-from psyche.protocol.reduction import Draw, minority, ring, ring_fault, verdict
+from psyche.protocol.reducing import assignment_of
+from psyche.protocol.reduction import ReducerAssignment, dissenters, reducer_order, reducer_order_fault, verdict
 from psyche.protocol.state import Abandoned, Certified, Effect, Left, Phase, Reported, Settled
 from tests.protocol.players import Table, nodes, rejected, started
 
@@ -25,15 +25,15 @@ def right(table: Table, group: int) -> bytes:
     return digest("result", table.plan.seed, bytes([group]), "".join(sorted(table.state.round.selected)).encode())
 
 
-def draw(table: Table) -> Draw:
+def assignment(table: Table) -> ReducerAssignment:
     assert table.state.round is not None
-    return draw_of(table.rules, table.state.round)
+    return assignment_of(table.rules, table.state.round)
 
 
 def report(table: Table, node: str, results: Mapping[int, bytes] | None = None) -> list[Effect]:
     """``node`` reports on all groups it reduces, honestly unless ``results`` say otherwise."""
     assert table.state.round is not None
-    found = {group: right(table, group) for group in draw(table).duties(node)} if results is None else results
+    found = {group: right(table, group) for group in assignment(table).duties(node)} if results is None else results
     return table.send(Reported(node, table.plan.round, table.state.round.selected_in, found))
 
 
@@ -62,9 +62,9 @@ def test_a_sharded_round_from_plan_to_record() -> None:
     for node in members:
         report(table, node)
     record = table.proposal
-    assert record.ring == ring(table.plan.seed, members)
+    assert record.reducer_order == reducer_order(table.plan.seed, members)
     assert record.results == tuple(right(table, group) for group in range(4))
-    assert record.minority == ()
+    assert record.dissenters == ()
     finish(table, members)
 
 
@@ -82,7 +82,7 @@ def test_a_reducer_that_dies_is_replaced_within_the_round() -> None:
     table.send(Left(lost, "it was stopped"))
     assert table.state.round is not None
     assert table.state.round.out == {lost}
-    assert lost not in {node for group in range(4) for node in draw(table).reducers_of(group)}
+    assert lost not in {node for group in range(4) for node in assignment(table).reducers_of(group)}
     for node in members[1:]:
         report(table, node)
     assert table.proposal.plan.round == 1
@@ -107,7 +107,7 @@ def test_a_reducer_that_lives_and_says_nothing_is_replaced_at_the_deadline() -> 
 def test_a_reducer_that_lies_is_outvoted_and_named(liar: int) -> None:
     table, members = reducing()
     lying = members[liar]
-    wrong = dict.fromkeys(draw(table).duties(lying), b"w" * 32)
+    wrong = dict.fromkeys(assignment(table).duties(lying), b"w" * 32)
     for node in members:
         report(table, node, wrong if node == lying else None)
     assert table.state.round is not None
@@ -116,7 +116,7 @@ def test_a_reducer_that_lies_is_outvoted_and_named(liar: int) -> None:
     for node in members:
         report(table, node, wrong if node == lying else None)
     assert table.proposal.results == tuple(right(table, group) for group in range(4))
-    assert table.proposal.minority == (lying,)
+    assert table.proposal.dissenters == (lying,)
     finish(table, members)
 
 
@@ -144,10 +144,10 @@ def test_a_contribution_that_reducers_cannot_get_is_given_up() -> None:
 def test_reports_that_are_refused() -> None:
     table, members = reducing()
     node = members[0]
-    other = next(group for group in range(4) if group not in draw(table).duties(node))
+    other = next(group for group in range(4) if group not in assignment(table).duties(node))
     assert "does not reduce" in rejected(report(table, node, {other: b"x" * 32}))
     report(table, node)
-    mine = draw(table).duties(node)[0]
+    mine = assignment(table).duties(node)[0]
     assert "something else before" in rejected(report(table, node, {mine: b"x" * 32}))
     assert "not a member" in rejected(report(table, nodes(9)[8], {}))
     assert table.state.round is not None
@@ -168,14 +168,14 @@ def test_whatever_reducers_do_a_record_holds_what_most_of_them_found(data: st.Da
         if current is None or current.proposal is not None:
             break
         for node in data.draw(st.permutations(alive)):
-            lies = dict.fromkeys(draw(table).duties(node), b"w" * 32) if node in liars else None
+            lies = dict.fromkeys(assignment(table).duties(node), b"w" * 32) if node in liars else None
             if table.state.round is not None and table.state.round.selected and table.state.round.proposal is None:
                 report(table, node, lies)
         table.wait(data.draw(st.sampled_from([1, 4])), alive=alive)
     assert table.state.round is not None
     record = table.proposal
     assert record.results == tuple(right(table, group) for group in range(7))
-    assert set(record.minority) <= liars
+    assert set(record.dissenters) <= liars
     for node in alive:
         if table.state.round is not None and not table.state.round.certified:
             table.vote(node)
@@ -188,11 +188,11 @@ def test_whatever_reducers_do_a_record_holds_what_most_of_them_found(data: st.Da
 )
 def test_work_is_dealt_evenly_and_completely(size: int, slices: int, k: int, seed: bytes) -> None:
     members = nodes(size)
-    order = ring(seed, members)
+    order = reducer_order(seed, members)
     assert sorted(order) == members
-    assert ring_fault(seed, order, members) is None
-    assert size == 1 or ring_fault(seed, (*order[1:], order[0]), members) is not None
-    drawn = Draw(order, frozenset(), (), k, slices)
+    assert reducer_order_fault(seed, order, members) is None
+    assert size == 1 or reducer_order_fault(seed, (*order[1:], order[0]), members) is not None
+    drawn = ReducerAssignment(order, frozenset(), (), k, slices)
     assert sorted(number for group in range(drawn.groups) for number in drawn.slices_of(group)) == list(range(slices))
     sizes = [len(drawn.slices_of(group)) for group in range(drawn.groups)]
     assert max(sizes) - min(sizes) <= 1
@@ -212,4 +212,4 @@ def test_a_verdict_is_what_more_than_half_say(reports: dict[str, bytes]) -> None
     assert (root is not None) == any(2 * count > len(reports) for count in counts.values())
     if root is not None:
         assert 2 * counts[root] > len(reports)
-        assert len(minority(reports, root)) == len(reports) - counts[root]
+        assert len(dissenters(reports, root)) == len(reports) - counts[root]

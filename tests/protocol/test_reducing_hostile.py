@@ -8,7 +8,7 @@ import pytest
 
 from psyche.protocol.state import Arrived, Attested, Certified, Held, Left, Phase, Planned, Reported, Restored
 from tests.protocol.players import GENESIS, RULES, Table, root_after, started
-from tests.protocol.sharders import WRONG, Honest, draw, report, right, right_results, round_of
+from tests.protocol.sharders import WRONG, Honest, assignment, report, right, right_results, round_of
 
 LONG = 8 * (RULES.round_bounds[1] + 4 * RULES.exchange_bounds[1])
 """Seconds in which every stage of a round can run into its longest deadline, many times over."""
@@ -95,7 +95,7 @@ class LyingOnHalf(Hostile):
 
     def reduce(self) -> None:
         current = round_of(self.table)
-        groups = draw(self.table).duties(self.me)[::2]
+        groups = assignment(self.table).duties(self.me)[::2]
         self.table.send(Reported(self.me, current.plan.round, current.selected_in, dict.fromkeys(groups, WRONG)))
 
 
@@ -104,7 +104,7 @@ class Contradicting(Hostile):
         report(self.table, self.me)
         if reducing(self.table):
             current = round_of(self.table)
-            groups = draw(self.table).duties(self.me)
+            groups = assignment(self.table).duties(self.me)
             self.table.send(Reported(self.me, current.plan.round, current.selected_in, dict.fromkeys(groups, WRONG)))
 
 
@@ -113,9 +113,9 @@ class Withholding(Lying):
 
     def gets(self, node: str, author: str, group: int) -> bool:
         current = round_of(self.table)
-        if author != self.me or not current.ring:
+        if author != self.me or not current.reducer_order:
             return author != self.me or not current.selected
-        around = current.ring[group:] + current.ring[:group]
+        around = current.reducer_order[group:] + current.reducer_order[:group]
         return self.me not in around[: current.plan.reducers]
 
 
@@ -133,7 +133,7 @@ class WithholdingLate(Lying):
         current = round_of(self.table)
         if author != self.me or not current.selected:
             return True
-        around = current.ring[group:] + current.ring[:group]
+        around = current.reducer_order[group:] + current.reducer_order[:group]
         return node in around[: current.plan.reducers]
 
     def reduce(self) -> None: ...
@@ -209,7 +209,7 @@ def test_one_hostile_member_stops_no_run_and_changes_no_result(count: int, behav
         for record in one.certified.values():
             if record.results:
                 assert record.results == right_results(record)
-            assert set(record.minority) <= {hostile.me}
+            assert set(record.dissenters) <= {hostile.me}
             if (behaviour, count) != (Slandering, 3):  # two of three are no quorum, with gather neither
                 assert not {excluded.node for excluded in record.excluded} & set(honest.nodes)
 
@@ -228,7 +228,7 @@ def test_most_rounds_are_sharded_although_one_member_lies() -> None:
     hostile = Lying(table, members[0])
     Honest(table, members[1:]).live(LONG, hostile.act)
     assert len(table.certified) == 4
-    assert all(record.results and record.minority == (hostile.me,) for record in table.certified.values())
+    assert all(record.results and record.dissenters == (hostile.me,) for record in table.certified.values())
 
 
 def test_a_result_that_only_its_reducers_have_is_not_certified_among_them() -> None:
@@ -236,7 +236,7 @@ def test_a_result_that_only_its_reducers_have_is_not_certified_among_them() -> N
     table, members = sharded(7, rounds=1)
     honest = Honest(table, members)
     honest.hand_in()
-    pair = [Lying(table, node) for node in draw(table).reducers_of(0)]
+    pair = [Lying(table, node) for node in assignment(table).reducers_of(0)]
     honest.nodes = [node for node in members if node not in {one.me for one in pair}]
 
     def conspire() -> None:

@@ -59,7 +59,7 @@ def test_a_run_from_the_first_member_to_the_last_round() -> None:
         assert [one.node for one in record.accepted] == members
         assert record.excluded == ()
         assert record.electorate == tuple(members)
-        assert record.roster == (record.plan.round == 1), "somebody has to name the first electorate"
+        assert record.reconfiguration == (record.plan.round == 1), "somebody has to name the first electorate"
         if number < 3:
             assert table.plan.previous == record.hash
             assert table.plan.base_root == root_after(record)
@@ -337,7 +337,7 @@ def test_survivors_of_a_round_can_close_it() -> None:
     table.vote(members[0])
     table.wait(200, alive=members[:3])
     record = table.proposal
-    assert record.roster > first.roster
+    assert record.reconfiguration > first.reconfiguration
     assert set(record.electorate) <= set(members[:3])
     assert record.plan == first.plan
     for node in record.electorate:
@@ -359,7 +359,7 @@ def test_a_roster_that_cannot_be_signed_gives_way_to_those_it_was_to_replace() -
     table.send(Unsigned(first.hash))
     assert table.proposal == unsigned, "that is not the one in question"
     table.send(Unsigned(unsigned.hash))
-    assert (table.proposal.electorate, table.proposal.roster) == before
+    assert (table.proposal.electorate, table.proposal.reconfiguration) == before
     assert table.proposal.accepted == unsigned.accepted
 
 

@@ -139,7 +139,7 @@ def test_newcomers_are_no_electorate_while_a_founder_is_there() -> None:
     table.exchange([A, *NEW])
     table.certify([A, *NEW])
     wait_for_another_proposal(table, [A, *NEW])
-    assert table.proposal.roster
+    assert table.proposal.reconfiguration
     assert table.proposal.electorate == (A,)
     table.vote(A)
     assert table.certified[3].voters == (A,)
@@ -149,7 +149,7 @@ def test_where_no_founder_is_left_the_run_goes_on_with_who_is_there() -> None:
     table = begun()
     table.wait(RUN.round_bounds[1] + RUN.silence, alive=NEW)
     record = table.play_round(NEW)
-    assert record.roster
+    assert record.reconfiguration
     assert set(record.electorate) == set(NEW) == set(record.voters)
 
 

@@ -55,9 +55,12 @@ def test_late_joiners_audit_or_train_in_every_round(tmp_path: Path) -> None:
         planned = {event.round: event.time for event in run.events("coordinator", RoundStarted)}
     records = _records(tmp_path / "run" / FOUNDERS[1])
     assert [record.plan.round for record in records] == list(range(1, ROUNDS + 1))
-    outcomes = Counter(one.outcome for record in records for one in record.docket.closed)
+    outcomes = Counter(one.outcome for record in records for one in record.audit_state.closed)
     declined = {
-        (one.accused, one.round, node) for record in records for one in record.docket.audits for node in one.declined
+        (one.accused, one.round, node)
+        for record in records
+        for one in record.audit_state.audits
+        for node in one.declined
     }
     print(f"audits: {dict(outcomes)}; declined: {len(declined)}")
     for name, logged in events.items():
@@ -68,7 +71,7 @@ def test_late_joiners_audit_or_train_in_every_round(tmp_path: Path) -> None:
         assert not set(idle) - set(away), f"{name} did nothing in rounds {idle}"
     assert outcomes["passed"] > ROUNDS * RATE / 2
     assert not outcomes["dropped"], "somebody could have done it"
-    assert not records[-1].docket.banned
+    assert not records[-1].audit_state.banned
 
 
 def _certified(run: Swarm, number: int) -> None:

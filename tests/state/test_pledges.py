@@ -10,16 +10,16 @@ from typing import cast
 import msgspec
 import pytest
 
-from psyche.coordinator.cosigning import OATH, Notary
+from psyche.coordinator.cosigner import SIGNED_STATE, Cosigner
 from psyche.errors import PsycheError
 from psyche.network.identity import Identity
 from psyche.network.rpc import Rpc
 from psyche.network.streams import Unreachable
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Chain, Refusal
-from psyche.protocol.messages import Proposal, Record, Roster, Seal
-from psyche.protocol.oath import Perjury
-from psyche.worker.reveals import Openings
+from psyche.protocol.messages import Proposal, Reconfiguration, Record, Seal
+from psyche.protocol.signed_state import ConflictingSignature
+from psyche.worker.reveals import Reveals
 from psyche.worker.voter import BALLOT, Voter
 from tests.chains import COORDINATOR, MANIFEST, NAMES, RULES, STRANGER, chain
 
@@ -35,7 +35,7 @@ def voter(directory: Path) -> Voter:
 
 
 async def vote(one: Voter, record: Record, term: int) -> None:
-    openings = Openings(RULES.run_id, record.plan)
+    openings = Reveals(RULES.run_id, record.plan)
     openings.contributions = {accepted.node: accepted.contribution for accepted in record.accepted}
     held = frozenset(openings.contributions)
     await one.vote(Proposal(term, record, ()), b"proposal", chain=START, openings=openings, held=held, reduced={})
@@ -74,7 +74,7 @@ class Line:
     """Calls between coordinators in one process; who is not on it does not answer."""
 
     def __init__(self) -> None:
-        self.there: dict[str, Notary] = {}
+        self.there: dict[str, Cosigner] = {}
 
     async def call(self, peer: str, name: str, request: bytes, *, timeout: float, max_reply: int) -> bytes:  # noqa: ASYNC109
         if peer not in self.there:
@@ -82,27 +82,27 @@ class Line:
         return await self.there[peer]._sign_for(envelopes.decode(request).author, request)
 
 
-def notary(identity: Identity, directory: Path, line: Line | None = None) -> Notary:
+def notary(identity: Identity, directory: Path, line: Line | None = None) -> Cosigner:
     directory.mkdir(exist_ok=True)
     resolved = MANIFEST.resolved.model_copy(update={"coordinators": (COORDINATOR.peer_id, STRANGER.peer_id)})
     two = MANIFEST.model_copy(update={"resolved": resolved})
-    return Notary(two, identity, cast(Rpc, line or Line()), directory)
+    return Cosigner(two, identity, cast(Rpc, line or Line()), directory)
 
 
-ROSTER = Roster(RULES.run_id, 1, NAMES)
+ROSTER = Reconfiguration(RULES.run_id, 1, NAMES)
 SEAL = Seal(RULES.run_id, 0, b"r" * 32)
 
 
-Hear = Callable[[Perjury | None], None]
+Hear = Callable[[ConflictingSignature | None], None]
 
 
-def unhindered(perjury: Perjury | None) -> None:
+def unhindered(perjury: ConflictingSignature | None) -> None:
     raise AssertionError(perjury)
 
 
-async def hindered(asking: Callable[[Hear], Coroutine[None, None, tuple[bytes, ...]]]) -> Perjury | None:
+async def hindered(asking: Callable[[Hear], Coroutine[None, None, tuple[bytes, ...]]]) -> ConflictingSignature | None:
     """What the first attempt is hindered by."""
-    heard: asyncio.Queue[Perjury | None] = asyncio.Queue()
+    heard: asyncio.Queue[ConflictingSignature | None] = asyncio.Queue()
     asked = asyncio.create_task(asking(heard.put_nowait))
     hearing = asyncio.create_task(heard.get())
     await asyncio.wait({asked, hearing}, return_when=asyncio.FIRST_COMPLETED)
@@ -124,7 +124,7 @@ def test_a_coordinator_signs_a_roster_only_where_enough_others_do(tmp_path: Path
     """Else it could not seal what the electorate before decides, and nobody could."""
     alone = notary(COORDINATOR, tmp_path)
     assert asyncio.run(hindered(lambda hear: alone.gather(ROSTER, 1, 2, hear))) is None
-    assert not (tmp_path / OATH).exists()
+    assert not (tmp_path / SIGNED_STATE).exists()
     asyncio.run(alone.gather(SEAL, 1, 1, unhindered))
 
 
@@ -136,10 +136,10 @@ def test_two_coordinators_sign_for_each_other_and_say_why_not(tmp_path: Path) ->
     assert sorted(authors) == sorted((COORDINATOR.peer_id, STRANGER.peer_id))
     perjury = asyncio.run(hindered(lambda hear: one.gather(SEAL, 1, 2, hear)))
     assert perjury is not None
-    assert perjury.roster == 1, "the seal is of the electorate before"
+    assert perjury.reconfiguration == 1, "the seal is of the electorate before"
 
 
-@pytest.mark.parametrize("name", [BALLOT, OATH])
+@pytest.mark.parametrize("name", [BALLOT, SIGNED_STATE])
 def test_a_file_that_was_changed_is_no_reason_to_begin_anew(tmp_path: Path, name: str) -> None:
     asyncio.run(vote(voter(tmp_path), RECORD, 5))
     asyncio.run(notary(COORDINATOR, tmp_path).gather(SEAL, 1, 1, unhindered))

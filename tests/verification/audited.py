@@ -11,7 +11,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from psyche.audit.case import Case
+from psyche.audit.case import AuditCase
 from psyche.audit.recheck import audit
 from psyche.config import Manifest, Node, load_config
 from psyche.diloco.local_update import Work
@@ -21,7 +21,7 @@ from psyche.network.identity import Identity
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY, Audit, Finding
-from psyche.verification.kit import Kit, Kits
+from psyche.verification.bundle import AuditBundle, AuditBundles
 from tests.tiny import replica, write_config
 
 STEPS = 30
@@ -74,31 +74,31 @@ class Court:
         residuals: frozenset[bytes] | None = None,
     ) -> Finding:
         """What the auditor finds of the accused's work."""
-        return self.judge_kit(plan, work, self.kit(plan), before, residuals)
+        return self.judge_kit(plan, work, self.bundle(plan), before, residuals)
 
-    def kit(self, plan: Plan) -> Kit:
+    def bundle(self, plan: Plan) -> AuditBundle:
         """The accused's of that round."""
-        kits = self.accused.witness.kits
-        assert kits is not None
-        kit = kits.kit(plan.round)
-        assert kit is not None
-        return kit
+        bundles = self.accused.trace_recorder.bundles
+        assert bundles is not None
+        bundle = bundles.bundle(plan.round)
+        assert bundle is not None
+        return bundle
 
     def judge_kit(
         self,
         plan: Plan,
         work: Work,
-        kit: Kit,
+        bundle: AuditBundle,
         before: Plan | None = None,
         residuals: frozenset[bytes] | None = None,
         *,
         jury: bool = False,
     ) -> Finding:
-        kits = self.accused.witness.kits
-        assert kits is not None
-        blobs = partial(kits.read, plan.round)
-        case = Case(plan, self.accused.node, work.contribution, before, SEED, residuals, jury)
-        return audit(self.auditor, case, kit, blobs)
+        bundles = self.accused.trace_recorder.bundles
+        assert bundles is not None
+        blobs = partial(bundles.read, plan.round)
+        case = AuditCase(plan, self.accused.node, work.contribution, before, SEED, residuals, jury)
+        return audit(self.auditor, case, bundle, blobs)
 
 
 Make = Callable[..., Court]
@@ -113,7 +113,7 @@ def court(directory: Path, cache: Path, **changes: object) -> Court:
     identities = [Identity(bytes([number]) * 32, directory / f"{number}.key") for number in (1, 2, 3)]
     manifest = launch(config, identities[0].peer_id).manifest
     accused, auditor, peer = (replica(manifest, config.node, one) for one in identities)
-    accused.witness.kits = Kits(directory / "audits")
+    accused.trace_recorder.bundles = AuditBundles(directory / "audits")
     return Court(manifest, config.node, directory, accused, auditor, peer)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from psyche.audit.case import Case
+from psyche.audit.case import AuditCase
 from psyche.audit.recheck import claim_of
 from psyche.audit.rerun import Rerun, chosen, in_words, rerun
 from psyche.diloco.local_update import Work
@@ -18,8 +18,8 @@ from psyche.errors import PsycheError
 from psyche.numerics.digest import CHUNK, blob_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Plan
+from psyche.verification.bundle import Unserved
 from psyche.verification.evidence import BASE, CASES, Base, Evidence
-from psyche.verification.kit import Unserved
 from psyche.verification.replay import needed
 from tests.verification.audited import SEED, Court, Make, at_the_end, cheat, train_lazily
 
@@ -40,22 +40,22 @@ def test_theta_is_proven_by_the_chunk_hashes_of_the_state(size: int, seed: int) 
         Base(base.index[:-1], base.seam).theta_root(index.root)
 
 
-def kept(case: Court, plan: Plan, work: Work) -> Case:
+def kept(case: Court, plan: Plan, work: Work) -> AuditCase:
     """The case, and in ``evidence`` what an auditor has of it."""
-    opened, kit, kits = (
-        Case(plan, case.accused.node, work.contribution, None, SEED, None),
-        case.kit(plan),
-        case.accused.witness.kits,
+    opened, bundle, bundles = (
+        AuditCase(plan, case.accused.node, work.contribution, None, SEED, None),
+        case.bundle(plan),
+        case.accused.trace_recorder.bundles,
     )
-    base = case.auditor.witness.bases[plan.round - 1]
-    assert kits is not None
-    roots = needed(case.auditor.engine, claim_of(opened, kit, base))
-    blobs = {root: kits.read(plan.round, root, limit) for root, limit in roots.items()}
-    Evidence(case.directory / "evidence").keep(case.accused.node, plan.round, kit, blobs, base)
+    base = case.auditor.trace_recorder.bases[plan.round - 1]
+    assert bundles is not None
+    roots = needed(case.auditor.engine, claim_of(opened, bundle, base))
+    blobs = {root: bundles.read(plan.round, root, limit) for root, limit in roots.items()}
+    Evidence(case.directory / "evidence").keep(case.accused.node, plan.round, bundle, blobs, base)
     return opened
 
 
-def again(case: Court, opened: Case, only: int | None = None) -> Rerun:
+def again(case: Court, opened: AuditCase, only: int | None = None) -> Rerun:
     return rerun(case.directory / "evidence", opened, case.manifest, case.settings, only=only)
 
 
@@ -90,7 +90,7 @@ def test_what_does_not_agree_to_the_bit_is_named(make: Make) -> None:
     work = cheat(case.accused, plan := case.plan(), at_the_end(lambda one, moved: -moved))
     opened = kept(case, plan, work)
     lie = replace(work.contribution, payload_root=bytes(32))
-    found = again(case, Case(plan, opened.node, lie, None, SEED, None))
+    found = again(case, AuditCase(plan, opened.node, lie, None, SEED, None))
     assert found.fault == "the payload is not what follows from the parameters"
     assert "That alone fails" in "\n".join(in_words(found, case.manifest))
 
@@ -114,10 +114,10 @@ def test_the_newest_cases_are_kept_whoever_they_are_of(tmp_path: Path, make: Mak
     plan = case.plan()
     case.accused.train(plan)
     evidence = Evidence(tmp_path / "e")
-    kit, base = case.kit(plan), case.auditor.witness.bases[0]
+    bundle, base = case.bundle(plan), case.auditor.trace_recorder.bases[0]
     for round_number in range(1, CASES + 3):
-        evidence.keep(f"12D3{round_number}", round_number, kit, {bytes(32): b"blob"}, base)
-    evidence.keep(f"12D3{CASES}", CASES, kit, {}, base)
+        evidence.keep(f"12D3{round_number}", round_number, bundle, {bytes(32): b"blob"}, base)
+    evidence.keep(f"12D3{CASES}", CASES, bundle, {}, base)
     assert evidence.cases() == [(f"12D3{round_number}", round_number) for round_number in range(3, CASES + 3)]
     assert chosen(evidence, "…D33", 3) == "12D33"
     with pytest.raises(PsycheError, match="the evidence here is of round 3 of …12D33"):
@@ -132,8 +132,8 @@ def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, make: Make, m
     plan = case.plan()
     case.accused.train(plan)
     folder = tmp_path / "e"
-    evidence, kit, base = Evidence(folder), case.kit(plan), case.auditor.witness.bases[0]
-    evidence.keep("12D3a", 1, kit, {}, base)
+    evidence, bundle, base = Evidence(folder), case.bundle(plan), case.auditor.trace_recorder.bases[0]
+    evidence.keep("12D3a", 1, bundle, {}, base)
     written = Path.write_bytes
 
     def full(self: Path, content: bytes) -> int:
@@ -145,8 +145,8 @@ def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, make: Make, m
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
-        evidence.keep("12D3a", 2, kit, {bytes(32): b"blob"}, base)
+        evidence.keep("12D3a", 2, bundle, {bytes(32): b"blob"}, base)
     monkeypatch.undo()
     assert [path.name for path in folder.iterdir()] == ["00000001-12D3a"]
-    evidence.keep("12D3a", 2, kit, {}, base)
+    evidence.keep("12D3a", 2, bundle, {}, base)
     assert evidence.cases() == [("12D3a", 1), ("12D3a", 2)]

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from psyche.audit.recheck import can_audit
 from psyche.numerics.digest import blob_root
 from psyche.protocol.messages import WITHHELD
-from psyche.verification.kit import Kit, Unserved
+from psyche.verification.bundle import AuditBundle, Unserved
 from psyche.verification.replay import CLEAR, MOST, MOST_NOISE, USUAL, tolerant_error
 from tests.verification.audited import STEPS, Court, Make, at_the_end, cheat, matched_noise, train_lazily, trained
 
@@ -30,17 +30,17 @@ def case(make: Make) -> Court:
 def test_honest_work_passes_to_the_bit(make: Make, codec: str, every: int | None) -> None:
     """On one kind of machine there is no noise at all."""
     case = make(codec={"name": codec}, audits={"trace_steps": every})
-    kits = case.accused.witness.kits
-    assert kits is not None
+    bundles = case.accused.trace_recorder.bundles
+    assert bundles is not None
     before: frozenset[bytes] = frozenset()
     for _ in range(2):
         plan = case.plan()
         works = {one.node: one.train(plan) for one in (case.accused, case.peer)}
         work = works[case.accused.node]
-        kit = kits.kit(plan.round)
-        assert kit is not None
-        assert [point.step for point in kit.points] == ([0, 7, 14, 21, 28, 30] if every else [0, 30])
-        assert kit.trace_root == work.contribution.trace_root
+        bundle = bundles.bundle(plan.round)
+        assert bundle is not None
+        assert [point.step for point in bundle.points] == ([0, 7, 14, 21, 28, 30] if every else [0, 30])
+        assert bundle.trace_root == work.contribution.trace_root
         found = case.judge(plan, work, residuals=before)
         assert (found.outcome, found.error) == ("measured", 0)
         assert found.gain > 0 or plan.round > 1, "the first round learns something"
@@ -175,9 +175,9 @@ def test_a_copied_payload_does_not_follow_from_anything(case: Court) -> None:
     plan = case.plan()
     other, work = case.peer.train(plan), case.accused.train(plan)
     copied = replace(work.contribution, payload_root=other.contribution.payload_root)
-    kit = case.accused.witness.kits.kit(1)  # type: ignore[union-attr]
-    assert kit is not None
-    found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": copied}), kit)
+    bundle = case.accused.trace_recorder.bundles.bundle(1)  # type: ignore[union-attr]
+    assert bundle is not None
+    found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": copied}), bundle)
     assert found.outcome == "false"
 
 
@@ -188,14 +188,14 @@ def test_garbage_in_the_error_feedback_is_seen(case: Court) -> None:
     work = case.accused.train(plan)
     assert case.judge(plan, work, residuals=frozenset()).outcome == "false", "it had none before"
     assert case.judge(plan, work, residuals=frozenset({work.contribution.residual_in})).outcome == "measured"
-    kits, zeros = case.accused.witness.kits, torch.zeros_like(case.accused.residual)
-    assert kits is not None
-    kits.keep(1, zeros.numpy().data)
+    bundles, zeros = case.accused.trace_recorder.bundles, torch.zeros_like(case.accused.residual)
+    assert bundles is not None
+    bundles.keep(1, zeros.numpy().data)
     for field in ("residual_in", "residual_out"):
         lying = replace(work.contribution, **{field: blob_root(zeros.numpy().data)})
-        kit = kits.kit(1)
-        assert kit is not None
-        found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": lying}), kit)
+        bundle = bundles.bundle(1)
+        assert bundle is not None
+        found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": lying}), bundle)
         assert found.outcome == "false", field
 
 
@@ -247,21 +247,21 @@ def test_an_optimizer_that_is_made_up_to_enlarge_rounding_does_not_help(case: Co
 def test_points_and_states_that_cannot_be_are_false(case: Court) -> None:
     plan = case.plan()
     work = case.accused.train(plan)
-    kits = case.accused.witness.kits
-    assert kits is not None
-    kit = kits.kit(1)
-    assert kit is not None
-    start, end = kit.points
+    bundles = case.accused.trace_recorder.bundles
+    assert bundles is not None
+    bundle = bundles.bundle(1)
+    assert bundle is not None
+    start, end = bundle.points
     for points in ((start,), (end, start), (start, replace(end, step=29)), (replace(start, optimizer=b"x" * 32), end)):
-        assert case.judge_kit(plan, work, Kit(points)).outcome == "false"
+        assert case.judge_kit(plan, work, AuditBundle(points)).outcome == "false"
     for blob, outcome in ((b"abc", "false"), ((1 << 40).to_bytes(8, "little"), "false"), (None, "unserved")):
-        root = b"y" * 32 if blob is None else kits.keep(1, blob)
-        lying = Kit((replace(start, optimizer=root), end))
+        root = b"y" * 32 if blob is None else bundles.keep(1, blob)
+        lying = AuditBundle((replace(start, optimizer=root), end))
         named = replace(work.contribution, trace_root=lying.trace_root)
         found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": named}), lying)
         assert found.outcome == outcome
     broken = torch.full((case.accused.engine.layout.size,), float("nan"))
-    broken_kit = Kit((start, replace(end, parameters=kits.keep(1, broken.numpy().data))))
+    broken_kit = AuditBundle((start, replace(end, parameters=bundles.keep(1, broken.numpy().data))))
     named = replace(work.contribution, trace_root=broken_kit.trace_root)
     assert case.judge_kit(plan, type(work)(**{**vars(work), "contribution": named}), broken_kit).outcome == "false"
 
@@ -270,20 +270,20 @@ def test_an_optimizer_that_is_not_finite_is_as_far_off_as_can_be(case: Court) ->
     plan = case.plan()
     case.advance(plan, {case.accused.node: case.accused.train(plan)})
     work = case.accused.train(plan := case.plan())
-    kits = case.accused.witness.kits
-    assert kits is not None
-    kit = kits.kit(2)
-    assert kit is not None
-    start, end = kit.points
-    moments = bytearray(kits.read(2, start.optimizer, 1 << 30))
+    bundles = case.accused.trace_recorder.bundles
+    assert bundles is not None
+    bundle = bundles.bundle(2)
+    assert bundle is not None
+    start, end = bundle.points
+    moments = bytearray(bundles.read(2, start.optimizer, 1 << 30))
     moments[:4] = np.float32("inf").tobytes()
-    lying = Kit((replace(start, optimizer=kits.keep(2, moments)), end))
+    lying = AuditBundle((replace(start, optimizer=bundles.keep(2, moments)), end))
     named = replace(work.contribution, trace_root=lying.trace_root)
     found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": named}), lying)
     assert (found.outcome, found.error) == ("measured", MOST)
 
 
-@pytest.mark.parametrize("overlap", [{}, {"late_steps": 3}, {"fragments": 2}, {"fragments": 2, "late_steps": 3}])
+@pytest.mark.parametrize("overlap", [{}, {"overlap_steps": 3}, {"fragments": 2}, {"fragments": 2, "overlap_steps": 3}])
 def test_an_audit_leaves_the_auditors_training_as_it_was(make: Make, overlap: dict[str, int]) -> None:
     """Bit-equal training with an audit in between, and without; late steps of the audited count as what they are."""
     case = make(overlap=overlap, rounds={"total": 6, "inner_steps": 6, "start_members": 2})
@@ -297,10 +297,10 @@ def test_an_audit_leaves_the_auditors_training_as_it_was(make: Make, overlap: di
         twin = case.peer.train(plan)
         assert twin.payload == works[case.auditor.node].payload
         for one in everyone:
-            while one.step_late(plan):
+            while one.overlapped_step(plan):
                 pass
         work = works[case.accused.node]
-        assert work.contribution.late_steps == (overlap.get("late_steps", 0) if plan.round > 1 else 0)
+        assert work.contribution.overlap_steps == (overlap.get("overlap_steps", 0) if plan.round > 1 else 0)
         found = case.judge(plan, work, before=before)
         assert (found.outcome, found.error) == ("measured", 0)
         kept, expected = case.auditor.engine.state(), case.peer.engine.state()
@@ -331,10 +331,10 @@ def test_an_audit_that_fails_leaves_the_engine_as_it_was(case: Court) -> None:
 def test_a_run_without_audits_pays_for_none(make: Make) -> None:
     case = make(audits={"rate": 0.0})
     work = case.accused.train(case.plan())
-    kits = case.accused.witness.kits
-    assert kits is not None
-    assert kits.rounds == []
+    bundles = case.accused.trace_recorder.bundles
+    assert bundles is not None
+    assert bundles.rounds == []
     assert work.contribution.residual_in == WITHHELD
-    assert case.accused.witness.bases == {}
+    assert case.accused.trace_recorder.bases == {}
     with pytest.raises(Unserved):
-        kits.read(1, b"x" * 32, 10)
+        bundles.read(1, b"x" * 32, 10)

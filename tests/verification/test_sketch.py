@@ -64,7 +64,7 @@ def judged(case: Court, *, other_precision: bool = False, jury: bool = False) ->
         plan = case.plan()
         work = case.accused.train(plan)
         with case.auditor.engine.other_precision() if other_precision else nullcontext():  # type: ignore[attr-defined]
-            found.append(case.judge_kit(plan, work, case.kit(plan), jury=jury))
+            found.append(case.judge_kit(plan, work, case.bundle(plan), jury=jury))
         case.advance(plan, {case.accused.node: work})
     return found
 
@@ -107,13 +107,15 @@ def test_a_straight_line_between_trace_points_is_seldom_the_way(make: Make) -> N
 
 def guessed(case: Court, plan: Plan) -> tuple[int, ...]:
     """By the straight line."""
-    kits, points, layout = case.accused.witness.kits, case.kit(plan).points, case.accused.engine.layout
-    assert kits is not None
+    bundles, points, layout = case.accused.trace_recorder.bundles, case.bundle(plan).points, case.accused.engine.layout
+    assert bundles is not None
     found: tuple[int, ...] = ()
     for number, one in glimpses(digest("looked at", SEED, case.accused.node.encode()), points, layout).items():
         start, stop = points[number : number + 2]
         before, after = (
-            torch.frombuffer(bytearray(kits.read(plan.round, point.parameters, 4 * layout.size)), dtype=torch.float32)
+            torch.frombuffer(
+                bytearray(bundles.read(plan.round, point.parameters, 4 * layout.size)), dtype=torch.float32
+            )
             for point in (start, stop)
         )
         share = (one.step + 1 - start.step) / (stop.step - start.step)

@@ -14,10 +14,10 @@ from psyche.network.identity import Identity
 from psyche.network.streams import Refused, Unreachable
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.calls import STANDBY, UNKNOWN
-from psyche.protocol.messages import Board, Present, Promise
+from psyche.protocol.messages import Present, Promise, RunStatus
 from psyche.protocol.state import Phase
 from psyche.worker import coordinator_client as module
-from psyche.worker.coordinator_client import BoardClient
+from psyche.worker.coordinator_client import CoordinatorClient
 from tests.tiny import write_config
 
 GUARD_SECONDS = 20.0
@@ -62,12 +62,12 @@ def manifest(coordinators: tuple[Identity, Identity], tmp_path_factory: pytest.T
 
 def leading(identity: Identity, manifest: Manifest, term: int) -> Answer:
     """A coordinator that leads, and takes what it is told."""
-    board = Board(1, term, b"", Phase.WAITING, 0, bytes(32), None, 0.0, False, (), (), None, None, None, "")
+    status = RunStatus(1, term, b"", Phase.WAITING, 0, bytes(32), None, 0.0, False, (), (), None, None, None, "")
 
     def answer(name: str) -> bytes:
         if name == "submit":
             return b""
-        return envelopes.encode(identity.seal(Board.DOMAIN, manifest.run_id, 0, board.encode()))
+        return envelopes.encode(identity.seal(RunStatus.DOMAIN, manifest.run_id, 0, status.encode()))
 
     return answer
 
@@ -83,12 +83,12 @@ def silent(name: str) -> bytes:
     raise Unreachable("12D3Koo", "did not answer")
 
 
-async def followed(client: BoardClient) -> Board:
+async def followed(client: CoordinatorClient) -> RunStatus:
     """The first board that it shows of a leader it has promised to follow."""
     watching = asyncio.create_task(client.watch())
     try:
         async with asyncio.timeout(GUARD_SECONDS):
-            return await client.until(lambda board: True)
+            return await client.until(lambda status: True)
     finally:
         watching.cancel()
 
@@ -113,7 +113,7 @@ def test_it_goes_on_to_who_leads(
     one, other = coordinators
     line = Line({one.peer_id: first, other.peer_id: leading(other, manifest, 3)})
     own = Identity.load_or_create(tmp_path / "own")
-    client = BoardClient(manifest, own, line, Newcomer(), lambda text: None)  # type: ignore[arg-type]
+    client = CoordinatorClient(manifest, own, line, Newcomer(), lambda text: None)  # type: ignore[arg-type]
 
     assert asyncio.run(followed(client)).term == 3
     assert (other.peer_id, "submit") in line.asked, "its promise"
@@ -125,13 +125,13 @@ def test_what_a_leader_does_not_hear_for_its_end_is_told_the_next(
     """A promise that the leader cannot take any more holds up nobody."""
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
     one, other = coordinators
-    board = leading(one, manifest, 2)
+    status = leading(one, manifest, 2)
 
     def dying(name: str) -> bytes:
-        return board(name) if name == "watch" else silent(name)
+        return status(name) if name == "watch" else silent(name)
 
     line = Line({one.peer_id: dying, other.peer_id: leading(other, manifest, 3)})
     own = Identity.load_or_create(tmp_path / "own")
-    client = BoardClient(manifest, own, line, Newcomer(), lambda text: None)  # type: ignore[arg-type]
+    client = CoordinatorClient(manifest, own, line, Newcomer(), lambda text: None)  # type: ignore[arg-type]
 
     assert asyncio.run(followed(client)).term == 3

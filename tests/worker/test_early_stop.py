@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from psyche.protocol.messages import Board
-from psyche.worker.early_stop import PATIENCE, Remainder
+from psyche.protocol.messages import RunStatus
+from psyche.worker.early_stop import PATIENCE, EarlyStop
 from tests.protocol.test_acceptor import PLAN
 
-TRAINING = Board(1, 1, b"", "training", 0, PLAN.base_root, PLAN, 1e6, False, (), (), None, None, None, "")
+TRAINING = RunStatus(1, 1, b"", "training", 0, PLAN.base_root, PLAN, 1e6, False, (), (), None, None, None, "")
 BEGUN = msgspec.structs.replace(TRAINING, phase="committing")
 MOST = msgspec.structs.replace(BEGUN, mostly_done=True)
 
@@ -20,21 +20,23 @@ class Node:
     """A node whose steps take as long as the test says."""
 
     now: float = 0.0
-    board: Board = TRAINING
-    remainder: Remainder = field(init=False)
+    status: RunStatus = TRAINING
+    remainder: EarlyStop = field(init=False)
 
     def __post_init__(self) -> None:
-        self.remainder = Remainder(lambda: self.board, lambda: self.now)
+        self.remainder = EarlyStop(lambda: self.status, lambda: self.now)
 
-    def round(self, steps: int, seconds: float, board: Board = TRAINING, done: float = 0.0, encode: float = 0.0) -> int:
-        """Steps taken until it hands in, where ``board`` is shown from ``done`` seconds on."""
-        self.board, began = TRAINING, self.now
+    def round(
+        self, steps: int, seconds: float, status: RunStatus = TRAINING, done: float = 0.0, encode: float = 0.0
+    ) -> int:
+        """Steps taken until it hands in, where ``status`` is shown from ``done`` seconds on."""
+        self.status, began = TRAINING, self.now
         self.remainder.begin(PLAN, steps)
         taken = 0
         while taken < steps and not (taken and self.remainder.enough()):
             self.now += seconds
             if self.now - began >= done:
-                self.board = board
+                self.status = status
             self.remainder.stepped()
             taken += 1
         self.now += encode

@@ -45,7 +45,7 @@ def test_a_voter_outside_the_plan_votes(tmp_path: Path) -> None:
     record = claimed(entry.certificate).record
     voted = {envelopes.decode(vote).author for vote in decode(Certificate, entry.certificate).votes}
     assert record.plan.member(late) is None
-    assert not record.roster
+    assert not record.reconfiguration
     assert late in voted
     assert away not in voted
 

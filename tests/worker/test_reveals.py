@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from psyche.protocol.messages import Board, Commitment
-from psyche.worker.reveals import Openings
+from psyche.protocol.messages import Commitment, RunStatus
+from psyche.worker.reveals import Reveals
 from tests.protocol.players import RUN_ID, contribution
 from tests.protocol.test_certificates import MEMBERS, NAMES, PLAN, STRANGER, sealed
 
@@ -17,8 +17,8 @@ DIGEST = WORK.commitment(AUTHOR.peer_id, RUN_ID, PLAN.round)
 COMMITTED, OPENED = sealed(AUTHOR, Commitment(DIGEST, PLAN.term)), sealed(AUTHOR, WORK)
 
 
-def board(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> Board:
-    return Board(
+def status(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> RunStatus:
+    return RunStatus(
         version=1,
         term=1,
         claim=b"",
@@ -39,9 +39,9 @@ def board(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> Board
 
 def shown(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> dict[str, object]:
     """What a member believes after a board with these commitments, and one with these openings, too."""
-    openings = Openings(RUN_ID, PLAN)
-    openings.update(board(commitments, ()))
-    openings.update(board(commitments, contributions))
+    openings = Reveals(RUN_ID, PLAN)
+    openings.update(status(commitments, ()))
+    openings.update(status(commitments, contributions))
     return dict(openings.contributions)
 
 
@@ -78,9 +78,9 @@ def test_a_board_full_of_others_does_not_hide_an_honest_one() -> None:
 
 
 def test_a_commitment_stands_and_none_is_added_once_others_can_be_seen() -> None:
-    openings = Openings(RUN_ID, PLAN)
-    openings.update(board([COMMITTED], []))
+    openings = Reveals(RUN_ID, PLAN)
+    openings.update(status([COMMITTED], []))
     later = contribution(OTHER.peer_id, PLAN)
     digest = later.commitment(OTHER.peer_id, RUN_ID, PLAN.round)
     changed = [sealed(AUTHOR, Commitment(b"d" * 32, PLAN.term)), sealed(OTHER, Commitment(digest, PLAN.term))]
-    assert openings.update(board([*changed, COMMITTED], [OPENED, sealed(OTHER, later)])) == [AUTHOR.peer_id]
+    assert openings.update(status([*changed, COMMITTED], [OPENED, sealed(OTHER, later)])) == [AUTHOR.peer_id]

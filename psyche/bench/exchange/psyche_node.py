@@ -194,8 +194,8 @@ class TimedReplica(Replica):
         self.times.fetched, self.times.record = time.monotonic(), record
         super().step_outer(record, gradient)
 
-    def rebase(self, round_number: int) -> None:
-        super().rebase(round_number)
+    def apply_outer_update(self, round_number: int) -> None:
+        super().apply_outer_update(round_number)
         self.times.applied = time.monotonic()
 
     def settle(self, record: Record) -> None:

@@ -26,7 +26,7 @@ class Row:
     inner_steps: int
     """H: of each parameter; a round has ``inner_steps / fragments`` of them."""
     fragments: int
-    late_steps: int
+    overlap_steps: int
     """τ, in each round."""
     share: float
     """τ over a round's steps: the length of an exchange for which training need not wait."""
@@ -54,7 +54,7 @@ class Row:
     @property
     def merge(self) -> str:
         """What becomes of late steps, in words."""
-        if not self.late_steps:
+        if not self.overlap_steps:
             return "–"
         return "re-based" if self.alpha is None else f"mixed, α {self.alpha:g}"
 
@@ -72,7 +72,7 @@ def _row(item: Item, outcome: Outcome, reference: Outcome | None) -> Row:
         comparison=item.comparison,
         inner_steps=way.inner_steps,
         fragments=way.fragments,
-        late_steps=way.late,
+        overlap_steps=way.late,
         share=float(way.share),
         alpha=way.mix,
         outer_lr=trial.outer.lr,
@@ -108,7 +108,7 @@ def overlap_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
 
 
 def _setting(row: Row) -> tuple[Any, ...]:
-    way = (row.inner_steps, row.fragments, row.late_steps, row.alpha, row.outer_lr, row.momentum)
+    way = (row.inner_steps, row.fragments, row.overlap_steps, row.alpha, row.outer_lr, row.momentum)
     return (*way, row.steps_per_node, row.nudge)
 
 
@@ -118,8 +118,8 @@ def _cells(seeds: Sequence[Row]) -> list[str]:
     return [
         str(row.inner_steps),
         str(row.fragments),
-        str(row.late_steps),
-        f"{row.share:.0%}" if row.late_steps else "waits",
+        str(row.overlap_steps),
+        f"{row.share:.0%}" if row.overlap_steps else "waits",
         "(nudged)" if row.nudge else row.merge,
         f"{row.outer_lr:g}",
         f"{row.momentum:g}",

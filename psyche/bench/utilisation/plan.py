@@ -98,7 +98,7 @@ def overlap(way: Way, steps: int, ratio: float) -> tuple[Overlap, int]:
     fragments = FRAGMENTS if way == "fragments" else 1
     each = max(1, steps // fragments)
     late = 0 if way == "none" else min(each, ceil(SLACK * ratio * each) + 1)
-    return Overlap(fragments=fragments, late_steps=late), each
+    return Overlap(fragments=fragments, overlap_steps=late), each
 
 
 def small_config() -> Config:

@@ -24,7 +24,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     overlap: str
     """``none``, ``tail`` or ``fragments``."""
     fragments: int
-    late_steps: int
+    overlap_steps: int
     """Allowed in a round."""
     inner_steps: int
     """A round."""
@@ -79,7 +79,7 @@ def table(rows: Sequence[Row]) -> Table:
             row.overlap,
             row.node,
             str(row.fragments),
-            str(row.late_steps),
+            str(row.overlap_steps),
             str(row.inner_steps),
             number(1e3 * row.step_seconds, ".0f"),
             str(row.rounds),
@@ -103,7 +103,7 @@ def _row(trial: Trial, node: str, log: Path, losses: Sequence[float | None]) -> 
     return Row(
         overlap=trial.way,
         fragments=run.overlap.fragments,
-        late_steps=run.overlap.late_steps,
+        overlap_steps=run.overlap.overlap_steps,
         inner_steps=run.rounds.inner_steps,
         peers=run.rounds.start_members,
         params=trial.parameters,

@@ -151,7 +151,7 @@ def other_data(batch: Batch) -> Batch:
 
 def hands_nothing_over(cheat: Cheat) -> None:
     """Honest work that nobody can check."""
-    cheat.witness.kits = None
+    cheat.trace_recorder.bundles = None
 
 
 def armed(**how: object) -> Callable[[Cheat], None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from psyche.audit.simulated import Judge, Tribunal, honest
+from psyche.audit.simulated import Judge, SimulatedAudits, honest
 from psyche.config import load_config
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
@@ -19,7 +19,7 @@ from psyche.numerics.digest import digest
 from psyche.protocol.credits import Books, fold
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import Closed
-from psyche.verification.kit import Kits
+from psyche.verification.bundle import AuditBundles
 from tests.slow.adversary.cheats import Cheat, Honest, Swarm
 from tests.tiny import replica, write_config
 
@@ -41,11 +41,11 @@ class Ran:
 
     @property
     def closed(self) -> list[Closed]:
-        return [one for record in self.records for one in record.docket.closed]
+        return [one for record in self.records for one in record.audit_state.closed]
 
     @property
     def banned(self) -> frozenset[str]:
-        return frozenset(self.records[-1].docket.banned)
+        return frozenset(self.records[-1].audit_state.banned)
 
     def paid(self, nodes: Iterable[str]) -> int:
         """Credits of ``nodes`` that are final."""
@@ -56,7 +56,7 @@ class Ran:
         """Round whose payload of each stood out first."""
         found: dict[str, int] = {}
         for record in self.records:
-            for node in record.docket.suspects:
+            for node in record.audit_state.suspects:
                 found.setdefault(node, record.plan.round - 1)
         return found
 
@@ -64,7 +64,7 @@ class Ran:
         """Round in whose record each was convicted."""
         found: dict[str, int] = {}
         for record in self.records:
-            for node in record.docket.banned:
+            for node in record.audit_state.banned:
                 found.setdefault(node, record.plan.round)
         return found
 
@@ -103,12 +103,12 @@ def run(
         kind = Cheat if identity.peer_id in liars else Honest
         one = replica(manifest, config.node, identity, kind=kind)
         one.swarm = swarm  # type: ignore[attr-defined]
-        one.witness.kits = Kits(directory / identity.peer_id / "audits")
+        one.trace_recorder.bundles = AuditBundles(directory / identity.peer_id / "audits")
         if arm is not None and isinstance(one, Cheat):
             arm(one)
         replicas[identity.peer_id] = one
     ran = Ran(hostile=liars)
-    audits = Tribunal(replicas, manifest.run_id, rules_of(manifest).audits, judge(liars))
+    audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, judge(liars))
     for record, _ in play(manifest, replicas, hear=audits.hear):
         ran.records.append(record)
     ran.books = fold(rules_of(manifest), ran.records)

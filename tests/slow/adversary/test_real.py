@@ -49,10 +49,10 @@ def test_a_quarter_that_lies_is_found_out(tmp_path: Path, first: str, second: st
             assert run.join(f"node-{number}") == 0, run.output(f"node-{number}")[-2000:]
         assert run.events("coordinator", RunFinished)
     records = records_of(tmp_path / "run" / "node-1")
-    banned = set(records[-1].docket.banned)
+    banned = set(records[-1].audit_state.banned)
     liars = {name: Identity.load_or_create(tmp_path / "run" / name / IDENTITY).peer_id for name in ("first", "second")}
     assert banned <= set(liars.values()), "nobody honest is convicted"
-    unserved = {one.accused for record in records for one in record.docket.closed if one.outcome == "unserved"}
+    unserved = {one.accused for record in records for one in record.audit_state.closed if one.outcome == "unserved"}
     for name, way in (("first", first), ("second", second)):
         assert liars[name] in (unserved if way == "silent" else banned), f"{way} was not found out"
     manifest = Manifest.decode((tmp_path / "run" / "coordinator" / MANIFEST).read_bytes())

@@ -84,7 +84,7 @@ def test_no_honest_node_is_ever_convicted(tmp_path: Path, cache: Path) -> None:
     rounds = NODE_ROUNDS // 8
     ran = run(tmp_path, cache, nodes=8, hostile=0, rounds=rounds)
     outcomes = [one.outcome for one in ran.closed]
-    stood_out = sum(len(record.docket.suspects) for record in ran.records)
+    stood_out = sum(len(record.audit_state.suspects) for record in ran.records)
     print(f"{8 * rounds} honest node-rounds: {len(outcomes)} audits, {stood_out} stood out")
     assert set(outcomes) <= {"passed"}
     assert len(outcomes) > 0.05 * 8 * rounds

@@ -15,7 +15,7 @@ from psyche.protocol.messages import Plan, Record
 from psyche.protocol.state import Phase
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
-from psyche.worker.coordinator_client import BoardClient
+from psyche.worker.coordinator_client import CoordinatorClient
 
 QUICK_SECONDS = 5.0
 """What Ctrl-C allows for handing in: somebody sits there and waits."""
@@ -24,7 +24,7 @@ MAX_REASON = 200
 """As long as a message's reason may be."""
 
 
-class Farewell:
+class LeaveRequest:
     """Whether a node was asked to leave, and how. Asked on the event loop, read on any thread."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Farewell:
         """Within seconds, whatever is lost; else the round is finished first."""
         self.resting = ""
         """Why this node goes only for a while, if it does: it trains no more, and hands in what it has done."""
-        self.heeded = False
+        self.acknowledged = False
         """Somebody is there who acts on it."""
         self._again = asyncio.Event()
 
@@ -41,7 +41,7 @@ class Farewell:
         """Ask to leave; once more is only ever quicker. False where nobody is there to hear it: end the process."""
         self.asked, self.quickly, self.resting = True, self.quickly or quickly, ""
         self._again.set()
-        return self.heeded
+        return self.acknowledged
 
     def rest(self, reason: str) -> None:
         """Ask to leave and to come back later. Whoever was asked to leave for good does that."""
@@ -51,7 +51,7 @@ class Farewell:
 
     def renew(self) -> None:
         """It has left, and comes back."""
-        self.asked, self.quickly, self.resting, self.heeded = False, False, "", False
+        self.asked, self.quickly, self.resting, self.acknowledged = False, False, "", False
         self._again.clear()
 
     async def wait(self) -> None:
@@ -60,11 +60,13 @@ class Farewell:
         self._again.clear()
 
 
-class Departure:
+class GracefulLeave:
     """A worker's way out of the run: what can still be handed in, and how long that may take."""
 
-    def __init__(self, farewell: Farewell, client: BoardClient, deadlines: Deadlines, me: str, log: EventLog) -> None:
-        self._farewell, self._client, self._deadlines = farewell, client, deadlines
+    def __init__(
+        self, leave_request: LeaveRequest, client: CoordinatorClient, deadlines: Deadlines, me: str, log: EventLog
+    ) -> None:
+        self._farewell, self._client, self._deadlines = leave_request, client, deadlines
         self._me, self._log = me, log
         self._plan: Plan | None = None
         """Of the round that this node has a part in."""
@@ -110,16 +112,16 @@ class Departure:
 
     def enough(self) -> bool:
         """Whether the inner steps done so far are to be handed in as they are: nobody would wait for more of them."""
-        plan, board = self._plan, self._client.board
+        plan, status = self._plan, self._client.status
         if self._farewell.resting:
             return True
-        if not self.asked or plan is None or board is None or board.plan != plan:
+        if not self.asked or plan is None or status is None or status.plan != plan:
             return False
-        return len(plan.members) == 1 or board.phase == Phase.COMMITTING
+        return len(plan.members) == 1 or status.phase == Phase.COMMITTING
 
     async def run(self, working: asyncio.Task[None]) -> None:
         """Wait to be asked to leave, then for ``working`` to end by itself while that can still hand something in."""
-        self._farewell.heeded = True
+        self._farewell.acknowledged = True
         await self._farewell.wait()
         while not working.done():
             what, seconds = self._waits_for()
@@ -155,7 +157,7 @@ class Departure:
 
     def _waits_for(self) -> tuple[str, float]:
         """In words, and for how many seconds at most; 0: for nothing."""
-        plan, board = self._plan, self._client.board
+        plan, status = self._plan, self._client.status
         if plan is None:
             return "nothing is to be handed in", 0.0
         if self.quickly:
@@ -163,7 +165,7 @@ class Departure:
                 return f"for round {plan.round} to be certified with this node's work", QUICK_SECONDS
             return f"the other members still train round {plan.round}, and this node does not wait for them", 0.0
         exchange = self._deadlines.exchange_max
-        if board is not None and board.plan == plan and board.phase == Phase.CERTIFYING:
+        if status is not None and status.plan == plan and status.phase == Phase.CERTIFYING:
             return f"for round {plan.round} to be certified with this node's work", exchange
         training = max(0.0, self._began + self._deadlines.round_max - time.monotonic())
         done = "has handed in its work" if self._sealed else "trains until the others are done"

@@ -1,7 +1,7 @@
 """What a node keeps on disk of its last rounds, so that others can do them again: parameters and optimizer at the trace
 points, θ, and the error feedback before it was encoded. All of it are blobs by their roots.
 
-``<directory>/<round>/<root in hex>``, and ``<directory>/<round>/kit`` once the round is whole. Nothing is flushed:
+``<directory>/<round>/<root in hex>``, and ``<directory>/<round>/bundle`` once the round is whole. Nothing is flushed:
 who fetches a blob checks it, and one that a power loss cut short is no blob any more.
 """
 
@@ -31,7 +31,7 @@ MAX_KIT = MAX_POINTS * 80 + 16
 NAME = "kit"
 
 
-class Kit(Body, frozen=True):
+class AuditBundle(Body, frozen=True):
     """The trace points of a round. Whether they are those committed to, their root says."""
 
     DOMAIN = "kit"
@@ -47,7 +47,7 @@ class Unserved(Exception):
     """A blob that a node committed to is not to be had of it."""
 
 
-class Kits:
+class AuditBundles:
     """A node's, one directory a round. A disk that cannot be written costs the node the proof, not the round.
 
     Who trains waits for hashes and not for the disk: a thread writes, one blob at a time, so that no more than one is
@@ -85,15 +85,15 @@ class Kits:
         self._begin(round_number, lambda: self._write(round_number, root, blob))
         return root
 
-    def finish(self, round_number: int, kit: Kit) -> None:
+    def finish(self, round_number: int, bundle: AuditBundle) -> None:
         """All blobs of ``round`` were given."""
-        self._begin(round_number, lambda: self._write_kit(round_number, kit))
+        self._begin(round_number, lambda: self._write_kit(round_number, bundle))
 
-    def kit(self, round_number: int) -> Kit | None:
+    def bundle(self, round_number: int) -> AuditBundle | None:
         """That of ``round``, if it is here."""
         self._settle()
         try:
-            return decode(Kit, (self._place(round_number) / NAME).read_bytes())
+            return decode(AuditBundle, (self._place(round_number) / NAME).read_bytes())
         except (OSError, MalformedMessage):
             return None
 
@@ -147,10 +147,10 @@ class Kits:
             return []
         return [(int(path.name), path) for path in self._directory.iterdir() if path.name.isdecimal()]
 
-    def _write_kit(self, round_number: int, kit: Kit) -> None:
+    def _write_kit(self, round_number: int, bundle: AuditBundle) -> None:
         place = self._place(round_number)
         place.mkdir(parents=True, exist_ok=True)
-        (place / NAME).write_bytes(kit.encode())
+        (place / NAME).write_bytes(bundle.encode())
 
     def _write(self, round_number: int, root: bytes, blob: Buffer) -> None:
         place = self._place(round_number)

@@ -14,7 +14,7 @@ from psyche.numerics.backends.choice import best
 from psyche.protocol.messages import Accepted, Plan, Record
 from psyche.protocol.verdicts import EMPTY
 from psyche.telemetry.events import Notice, RoundCertified, RunFinished
-from psyche.verification.outlier_watch import Lookout
+from psyche.verification.outlier_detector import OutlierDetector
 from tests.processes.swarm import swarm
 from tests.protocol.players import contribution
 from tests.protocol.test_acceptor import PLAN, changed
@@ -44,33 +44,35 @@ def encoded(values: Mapping[str, list[Tensor]]) -> dict[str, list[bytes]]:
 
 
 def look(
-    lookout: Lookout, round_number: int, values: Mapping[str, list[Tensor]], **known: frozenset[str]
+    outlier_detector: OutlierDetector, round_number: int, values: Mapping[str, list[Tensor]], **known: frozenset[str]
 ) -> dict[str, str]:
-    return lookout.look(record(changed(PLAN, round=round_number), **known), COUNTS, encoded(values), range(len(COUNTS)))
+    return outlier_detector.look(
+        record(changed(PLAN, round=round_number), **known), COUNTS, encoded(values), range(len(COUNTS))
+    )
 
 
 def test_who_hands_in_an_earlier_round_of_the_same_fragment_stands_out() -> None:
-    lookout = Lookout(CODEC, b"secret", fragments=2)
+    outlier_detector = OutlierDetector(CODEC, b"secret", fragments=2)
     last, first = NODES[-1], honest(1)
-    assert look(lookout, 1, first) == {}
-    assert look(lookout, 2, honest(2) | {last: first[last]}) == {last: "direction"}, "another fragment's"
-    assert look(lookout, 3, honest(3) | {last: first[last]}) == {last: "stale"}
+    assert look(outlier_detector, 1, first) == {}
+    assert look(outlier_detector, 2, honest(2) | {last: first[last]}) == {last: "direction"}, "another fragment's"
+    assert look(outlier_detector, 3, honest(3) | {last: first[last]}) == {last: "stale"}
 
 
 def test_what_is_private_is_not_looked_at() -> None:
     last = NODES[-1]
     values = honest(1)
     values[last] = [-9 * part for part in values[last]]
-    assert look(Lookout(CODEC, b"secret", 1), 1, values) == {last: "direction"}
-    assert look(Lookout(CODEC, b"secret", 1), 1, values, private=frozenset({last})) == {}
+    assert look(OutlierDetector(CODEC, b"secret", 1), 1, values) == {last: "direction"}
+    assert look(OutlierDetector(CODEC, b"secret", 1), 1, values, private=frozenset({last})) == {}
 
 
 def test_only_what_is_here_is_looked_at() -> None:
     values = encoded(honest(1))
     only = {node: {1: parts[1]} for node, parts in values.items()}
-    assert Lookout(CODEC, b"secret", 1).look(record(PLAN), COUNTS, only, [1]) == {}  # type: ignore[arg-type]
-    assert Lookout(CODEC, b"secret", 1).look(record(PLAN), COUNTS, {}, [1]) == {}
-    assert Lookout(CODEC, b"secret", 1).look(record(PLAN), COUNTS, values, []) == {}
+    assert OutlierDetector(CODEC, b"secret", 1).look(record(PLAN), COUNTS, only, [1]) == {}  # type: ignore[arg-type]
+    assert OutlierDetector(CODEC, b"secret", 1).look(record(PLAN), COUNTS, {}, [1]) == {}
+    assert OutlierDetector(CODEC, b"secret", 1).look(record(PLAN), COUNTS, values, []) == {}
 
 
 @pytest.mark.slow

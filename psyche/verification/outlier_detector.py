@@ -13,7 +13,7 @@ from psyche.numerics.outliers import REMEMBERED, Sample, outliers, sketch
 from psyche.protocol.messages import Record
 
 
-class Lookout:
+class OutlierDetector:
     """One node's. Rounds of the same fragment are compared with each other, where the same slice was seen of them."""
 
     def __init__(self, codec: Codec, secret: bytes, fragments: int) -> None:

@@ -13,24 +13,24 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Objection, Roster, Seal
-from psyche.protocol.oath import Oath, Perjury, lead, seal, sign_roster
+from psyche.protocol.messages import Objection, Reconfiguration, Seal
+from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_roster
 from psyche.protocol.wire import decode
 from psyche.state.pledges import keep, recall
 
-OATH = "oath.msgpack"
+SIGNED_STATE = "signed.msgpack"
 MAX_REQUEST = 1 << 20
 CALL_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 
 
-class Notary:
+class Cosigner:
     """Signs rosters and seals for this coordinator, and gathers those of others."""
 
     def __init__(self, manifest: Manifest, identity: Identity, rpc: Rpc, directory: Path) -> None:
         self._manifest, self._identity, self._rpc = manifest, identity, rpc
-        self._path = directory / OATH
-        self._oath = recall(self._path, manifest.run_id, Oath())
+        self._path = directory / SIGNED_STATE
+        self._signed_state = recall(self._path, manifest.run_id, SignedState())
         self._coordinators = manifest.resolved.coordinators
         self._lock = asyncio.Lock()
 
@@ -41,11 +41,15 @@ class Notary:
     async def term(self, above: int) -> int:
         """A term to begin to lead in, above any that this coordinator had, and ``above``."""
         place = self._coordinators.index(self._identity.peer_id)
-        await self._swear(lambda oath: lead(oath, place, len(self._coordinators), above))
-        return self._oath.term
+        await self._persist(lambda signed_state: lead(signed_state, place, len(self._coordinators), above))
+        return self._signed_state.term
 
     async def gather(
-        self, body: Roster | Seal, round_number: int, needed: int, hinder: Callable[[Perjury | None], None]
+        self,
+        body: Reconfiguration | Seal,
+        round_number: int,
+        needed: int,
+        hinder: Callable[[ConflictingSignature | None], None],
     ) -> tuple[bytes, ...]:
         """Signatures of any ``needed`` coordinators under ``body``; waits for as long as it takes.
 
@@ -56,8 +60,8 @@ class Notary:
         me = self._identity.peer_id
         others = [peer for peer in self._coordinators if peer != me]
         while True:
-            refused: list[Perjury] = []
-            if isinstance(body, Roster):
+            refused: list[ConflictingSignature] = []
+            if isinstance(body, Reconfiguration):
                 # It binds who signs it, whether it gets into force or not: this coordinator is the last to sign.
                 await self._ask_all(others, body, round_number, needed - 1, found, refused)
                 if len(found) >= needed - 1:
@@ -67,17 +71,17 @@ class Notary:
                 await self._ask_all(others, body, round_number, needed, found, refused)
             if len(found) >= needed:
                 return tuple(found.values())
-            hinder(max(refused, key=lambda perjury: (perjury.roster, perjury.sealed), default=None))
+            hinder(max(refused, key=lambda perjury: (perjury.reconfiguration, perjury.sealed), default=None))
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask_all(
         self,
         peers: Sequence[str],
-        body: Roster | Seal,
+        body: Reconfiguration | Seal,
         round_number: int,
         enough: int,
         found: dict[str, bytes],
-        refused: list[Perjury],
+        refused: list[ConflictingSignature],
     ) -> None:
         """Ask those of ``peers`` that are not in ``found`` yet, until ``enough`` are: who is not needed, or does not
         answer, holds up nobody."""
@@ -86,7 +90,7 @@ class Notary:
             while waiting and len(found) < enough:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for peer, answer in (task.result() for task in done):
-                    if isinstance(answer, Perjury):
+                    if isinstance(answer, ConflictingSignature):
                         refused.append(answer)
                     elif answer is not None:
                         found[peer] = answer
@@ -94,33 +98,43 @@ class Notary:
             for task in waiting:
                 task.cancel()
 
-    async def _sign(self, body: Roster | Seal, round_number: int) -> bytes:
-        if isinstance(body, Roster):
-            await self._swear(lambda oath: sign_roster(oath, round_number, body.previous, body.number, body.electorate))
+    async def _sign(self, body: Reconfiguration | Seal, round_number: int) -> bytes:
+        if isinstance(body, Reconfiguration):
+            await self._persist(
+                lambda signed_state: sign_roster(
+                    signed_state, round_number, body.previous, body.number, body.electorate
+                )
+            )
         else:
-            await self._swear(lambda oath: seal(oath, round_number, body.previous, body.roster, body.record))
+            await self._persist(
+                lambda signed_state: seal(signed_state, round_number, body.previous, body.reconfiguration, body.record)
+            )
         return self._sealed(body, round_number)
 
-    def _sealed(self, body: Roster | Seal | Objection, round_number: int) -> bytes:
+    def _sealed(self, body: Reconfiguration | Seal | Objection, round_number: int) -> bytes:
         return envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
 
-    async def _swear(self, step: Callable[[Oath], Oath]) -> None:
+    async def _persist(self, step: Callable[[SignedState], SignedState]) -> None:
         async with self._lock:
-            oath = step(self._oath)
-            if oath != self._oath:
-                await asyncio.to_thread(keep, self._path, self._manifest.run_id, oath)
-                self._oath = oath
+            signed_state = step(self._signed_state)
+            if signed_state != self._signed_state:
+                await asyncio.to_thread(keep, self._path, self._manifest.run_id, signed_state)
+                self._signed_state = signed_state
 
-    async def _ask(self, peer: str, body: Roster | Seal, round_number: int) -> tuple[str, bytes | Perjury | None]:
+    async def _ask(
+        self, peer: str, body: Reconfiguration | Seal, round_number: int
+    ) -> tuple[str, bytes | ConflictingSignature | None]:
         """``peer``, and its signature, or why it does not give it; None where it does not answer now."""
         if peer != self._identity.peer_id:
             return peer, await self._call(peer, body, round_number)
         try:
             return peer, await self._sign(body, round_number)
-        except Perjury as reason:
+        except ConflictingSignature as reason:
             return peer, reason
 
-    async def _call(self, peer: str, body: Roster | Seal, round_number: int) -> bytes | Perjury | None:
+    async def _call(
+        self, peer: str, body: Reconfiguration | Seal, round_number: int
+    ) -> bytes | ConflictingSignature | None:
         with contextlib.suppress(
             Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext, TimeoutError
         ):
@@ -133,7 +147,9 @@ class Notary:
                 raise WrongContext(f"{peer} answers with what {envelope.author} signed")
             if envelope.domain == Objection.DOMAIN:
                 against = decode(Objection, envelope.body)
-                return Perjury(against.reason, roster=against.roster, sealed=against.sealed or b"")
+                return ConflictingSignature(
+                    against.reason, reconfiguration=against.reconfiguration, sealed=against.sealed or b""
+                )
             if (envelope.domain, envelope.body) == (body.DOMAIN, body.encode()):
                 return reply
         return None
@@ -144,14 +160,14 @@ class Notary:
         try:
             envelope = envelopes.decode(request, MAX_REQUEST)
             open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
-            if envelope.author != peer or envelope.domain not in (Roster.DOMAIN, Seal.DOMAIN):
+            if envelope.author != peer or envelope.domain not in (Reconfiguration.DOMAIN, Seal.DOMAIN):
                 raise WrongContext("that is not the caller's roster or seal")
-            roster = envelope.domain == Roster.DOMAIN
-            body = decode(Roster, envelope.body) if roster else decode(Seal, envelope.body)
+            reconfiguration = envelope.domain == Reconfiguration.DOMAIN
+            body = decode(Reconfiguration, envelope.body) if reconfiguration else decode(Seal, envelope.body)
         except (MalformedMessage, BadSignature, WrongContext) as error:
             raise Refused(str(error)) from None
         try:
             return await self._sign(body, envelope.round)
-        except Perjury as reason:
-            against = Objection(str(reason)[:200], reason.roster, reason.sealed or None)
+        except ConflictingSignature as reason:
+            against = Objection(str(reason)[:200], reason.reconfiguration, reason.sealed or None)
             return self._sealed(against, envelope.round)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from psyche.protocol.messages import Board, Certificate, Reducing
+from psyche.protocol.messages import Certificate, Reducing, RunStatus
 from psyche.protocol.proposals import mostly_done
 from psyche.protocol.state import Phase, Round, State
 
 
-def board_of(
+def status_of(
     state: State, *, version: int, claim: bytes, proposal: bytes | None, certificate: Certificate | None
-) -> Board:
+) -> RunStatus:
     """The board. ``proposal`` and ``certificate`` are those that have all their signatures."""
     current = state.round
     closed = current is not None and current.closed is not None
-    return Board(
+    return RunStatus(
         version=version,
         term=state.leading,
         claim=claim,
@@ -25,7 +25,7 @@ def board_of(
         mostly_done=current is not None and not closed and mostly_done(state, current),
         commitments=tuple(proof for _, proof in current.commitments.values()) if current and closed else (),
         contributions=tuple(proof for _, proof in current.contributions.values()) if current else (),
-        reducing=_reducing(current) if current and current.ring else None,
+        reducing=_reducing(current) if current and current.reducer_order else None,
         proposal=proposal if current and current.proposal else None,
         certificate=certificate,
         note=state.note[:500],
@@ -52,7 +52,7 @@ def opened(state: State) -> int:
 def _reducing(current: Round) -> Reducing:
     return Reducing(
         term=current.selected_in,
-        ring=current.ring,
+        reducer_order=current.reducer_order,
         out=tuple(sorted(current.out)),
         again=current.again,
         selected=tuple(sorted(current.selected)),
