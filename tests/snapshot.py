@@ -44,6 +44,7 @@ if FIXED_SEEDS:
 from psyche.audit.simulated import SimulatedAudits, honest
 from psyche.config import load_config
 from psyche.diloco.reference import play
+from psyche.launch import chain_rules
 from psyche.launch.launch import launch
 from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
@@ -53,7 +54,8 @@ from tests.tiny import LARGER, replica, write_config
 
 NODES = 4
 SHARDED = {"exchange": {"kind": "sharded", "reducers": 2}, "model": LARGER}
-AUDITED = {"audits": {"rate": 0.5, "second": 0.2, "window": 20, "patience": 2}}
+AUDITED = {"audits": {"rate": 0.5, "window": 20}}
+chain_rules.SECOND_AUDITS, chain_rules.AUDITOR_PATIENCE = 0.2, 2  # second audits and overdue ones within six rounds
 CASES: dict[str, dict[str, object]] = {
     "fp32, gather": {"codec": {"name": "fp32"}},
     "int8, gather, audits": {"codec": {"name": "int8"}} | AUDITED,

@@ -63,7 +63,7 @@ class Outer(Strict):
 
 
 class Deadlines(Strict):
-    """Bounds in seconds. Within them a deadline is median + ``spread`` × MAD of what was observed."""
+    """Bounds in seconds. Within them a deadline is the median plus 5 MADs of the times observed recently."""
 
     round_min: Seconds = 20.0
     round_max: Seconds = 1800.0
@@ -73,7 +73,6 @@ class Deadlines(Strict):
     """A member not heard from for this long is counted as gone."""
     lease: Seconds = 15.0
     """A standby coordinator takes over when it has heard of no leader for this long."""
-    spread: Positive = 5.0
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -91,14 +90,6 @@ class ExchangeSpec(Strict):
     """``auto`` is sharded where that takes half the bytes for as many members as there are: ``exchange/cost.py``."""
     reducers: Count = 2
     """Sharded: nodes that add up each slice. One has nobody to contradict it: its results are believed unproven."""
-    result_codec: str | None = None
-    """Sharded: the codec of the aggregates; None is what ``codecs/names.py`` says goes with the payloads' codec."""
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        if self.result_codec is not None and self.result_codec not in CODECS:
-            raise ValueError(f"result_codec {self.result_codec!r} is unknown; this version has {', '.join(CODECS)}")
-        return self
 
 
 class Overlap(Strict):
@@ -218,7 +209,7 @@ class Run(Strict):
     @property
     def result_codec(self) -> str:
         """The codec of a sharded round's aggregates."""
-        return self.exchange.result_codec or usual_result_codec(self.codec.name)
+        return usual_result_codec(self.codec.name)
 
     @property
     def total_steps(self) -> int:

@@ -23,8 +23,6 @@ class Aggregation(Strict):
     """``trimmed_mean``: the share of contributions that is left out at either end, for every parameter."""
     max_share: Share = 0.25
     """Of an outer step's weight, the most that one node has; or twice an equal share, where few contribute."""
-    newcomers_share: Share = 0.25
-    """The most that all nodes on probation have together."""
 
 
 class Audits(Strict):
@@ -32,13 +30,9 @@ class Audits(Strict):
 
     rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
     """Probability that a contribution is audited, for a node of no particular risk. 0: none ever is."""
-    second: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Share of the audits that two nodes do, neither of which knows what the other found: who audits the auditors."""
     trace_steps: Count | None = None
     """Inner steps between the points of a round that a node commits to; None: its start and its end. Each segment is
     replayed on its own, which finds smaller frauds, and takes 12 bytes a parameter of disk a point."""
-    patience: Count = 3
-    """Rounds after which another auditor is asked as well."""
     window: Count = 20
     """Rounds within which a contribution can be challenged, and its credit is pending."""
     pass_error: Positive = 0.02

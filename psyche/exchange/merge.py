@@ -13,6 +13,10 @@ from psyche.numerics.robust import Aggregator
 from psyche.protocol.messages import Contribution, Plan
 from psyche.protocol.weights import Caps, weights
 
+NEWCOMERS_SHARE = Fraction(1, 4)
+"""Largest share of an outer step's weight that all nodes on probation have together. Keys are free, so any number of
+new ones counts at most as much as one established node may (the default of ``aggregation.max_share``)."""
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -25,7 +29,7 @@ class Merge:
     def of(cls, run: Run) -> Merge:
         """What ``run.aggregation`` says. Its shares are taken as the fp64 values that they are."""
         spec = run.aggregation
-        caps = Caps(Fraction(spec.max_share), Fraction(spec.newcomers_share), Fraction(run.private_share))
+        caps = Caps(Fraction(spec.max_share), NEWCOMERS_SHARE, Fraction(run.private_share))
         return cls(caps, Aggregator(spec.kind, spec.trim))
 
     def gradient(

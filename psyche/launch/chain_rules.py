@@ -6,6 +6,12 @@ from psyche.config import Manifest
 from psyche.protocol.state import AuditRules, Rules
 
 MILLION = 1_000_000
+SECOND_AUDITS = 0.1
+"""Share of audits that two nodes do, neither of which knows the other's finding. An auditor that reports results it did
+not compute is caught at this rate; the price is a tenth more audits."""
+AUDITOR_PATIENCE = 3
+"""Rounds after which an audit without a result is given to one more auditor. A replay takes as long as training a
+round, and the auditor also trains; one round would hand on the audits of every slow node."""
 
 
 def chain_rules(manifest: Manifest) -> Rules:
@@ -32,13 +38,12 @@ def chain_rules(manifest: Manifest) -> Rules:
         round_bounds=(run.deadlines.round_min, run.deadlines.round_max),
         exchange_bounds=(run.deadlines.exchange_min, run.deadlines.exchange_max),
         silence=run.deadlines.silence,
-        spread=run.deadlines.spread,
         probation=run.rounds.probation,
         private_share=run.private_share,
         audits=AuditRules(
             rate=audits.rate,
-            second=audits.second,
-            patience=audits.patience,
+            second=SECOND_AUDITS,
+            patience=AUDITOR_PATIENCE,
             window=audits.window,
             pass_error=round(audits.pass_error * MILLION),
             fail_error=round(audits.fail_error * MILLION),

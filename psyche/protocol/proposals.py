@@ -215,7 +215,7 @@ def abandon(state: State, current: Round, reason: str) -> Step:
 def allowed(rules: Rules, seconds: Sequence[float]) -> float:
     """How long a stage of the exchange may take that has taken ``seconds`` before."""
     least, most = rules.exchange_bounds
-    return adaptive(seconds, spread=rules.spread, least=least, most=most, deviation=LEAST_DEVIATION)
+    return adaptive(seconds, least=least, most=most, deviation=LEAST_DEVIATION)
 
 
 def living(state: State, current: Round) -> list[str]:
@@ -238,7 +238,7 @@ def allowed_for_training(rules: Rules, state: State) -> float:
     """How long the members have until their commitments are in, after what they took before."""
     least, most = rules.round_bounds
     deviation = LEAST_DEVIATION_OF_TRAINING
-    return adaptive(state.commit_seconds, spread=rules.spread, least=least, most=most, deviation=deviation)
+    return adaptive(state.commit_seconds, least=least, most=most, deviation=deviation)
 
 
 def carries_quorum(voters: Iterable[str], electorate: Sequence[str]) -> bool:

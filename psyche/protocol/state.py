@@ -62,7 +62,6 @@ class Rules:
     round_bounds: tuple[float, float]
     exchange_bounds: tuple[float, float]
     silence: float
-    spread: float
     probation: int
     """Accepted contributions before a node has a vote."""
     private_share: float

@@ -59,7 +59,6 @@ RULES = Rules(
     round_bounds=(10.0, 100.0),
     exchange_bounds=(5.0, 50.0),
     silence=15.0,
-    spread=5.0,
     probation=0,
     private_share=0.25,
     audits=AuditRules(),

@@ -32,15 +32,15 @@ from tests.protocol.players import (
     ],
 )
 def test_a_deadline_is_median_plus_spread_times_mad(observed: tuple[float, ...], expected: float) -> None:
-    assert adaptive(observed, spread=5.0, least=10.0, most=100.0) == expected
+    assert adaptive(observed, least=10.0, most=100.0) == expected
 
 
 def test_exchanges_that_took_the_same_are_no_reason_to_cut_the_next_one_short() -> None:
-    assert allowed(replace(RULES, spread=5.0, exchange_bounds=(1.0, 600.0)), (12.0,) * 8) == pytest.approx(18.0)
+    assert allowed(replace(RULES, exchange_bounds=(1.0, 600.0)), (12.0,) * 8) == pytest.approx(18.0)
 
 
 def test_only_recent_observations_count() -> None:
-    assert adaptive((90.0,) * 500 + (20.0,) * WINDOW, spread=5.0, least=10.0, most=100.0) == 20.0
+    assert adaptive((90.0,) * 500 + (20.0,) * WINDOW, least=10.0, most=100.0) == 20.0
 
 
 def test_the_commit_deadline_follows_the_members() -> None:

@@ -24,7 +24,7 @@ from tests.slow.adversary.cheats import Cheat, Honest, Swarm
 from tests.tiny import replica, write_config
 
 STEPS = 10
-AUDITS = {"rate": 0.2, "second": 0.2, "window": 40, "patience": 3}
+AUDITS = {"rate": 0.2, "window": 40}
 """Four times the usual rate, so that a run of a minute has as many audits as one of an hour."""
 
 

@@ -21,7 +21,7 @@ from tests.tiny import write_config
 pytestmark = pytest.mark.slow
 
 HONEST = 6
-AUDITS = {"rate": 0.25, "second": 0.2, "window": 40, "patience": 3}
+AUDITS = {"rate": 0.25, "window": 40}
 
 
 @pytest.mark.parametrize(
