@@ -25,15 +25,15 @@ def dashboard(
 
     started = _started(run_dir)
     wandb = load_node(config).wandb
-    from psyche.telemetry import dashboard as dashboards
+    from psyche.telemetry import wandb_workspace
     from psyche.telemetry.wandb_run import resolve_mode
 
     online = output is None and resolve_mode(wandb) == "online"
     entity = wandb.entity or (_default_entity() if online else "entity")
     fallback = output or (run_dir if run_dir.is_dir() else run_dir.parent) / "wandb-workspace.json"
-    workspace = dashboards.build(entity, wandb.project, started.run_id)
+    workspace = wandb_workspace.build(entity, wandb.project, started.run_id)
     try:
-        place = dashboards.save(workspace, fallback, online=online)
+        place = wandb_workspace.save(workspace, fallback, online=online)
     except OSError as error:
         raise PsycheError(f"cannot write {fallback}: {error.strerror}") from None
     except Exception as error:  # wandb raises many types; none of them is a bug of ours

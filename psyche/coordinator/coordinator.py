@@ -55,7 +55,7 @@ from psyche.protocol.verdicts import DeclinedAudit, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
-from psyche.telemetry.monitor import metrics_event
+from psyche.telemetry.metrics import metrics_event
 
 TICK_SECONDS = 0.2
 BURST_SECONDS = 0.02

@@ -312,26 +312,19 @@ class Leave(Body, frozen=True):
     reason: Reason
 
 
+MAX_METRICS = 64
+
+
 class Metrics(Body, frozen=True):
-    """What a member measured of its round; for people to read, and for nothing else."""
+    """What a member measured in a round, by name. People read it; no rule of the protocol does.
+
+    The names and their bounds are in ``psyche/telemetry/metrics.py``: a node ignores names that it does not know, so
+    nodes of different versions can report different metrics.
+    """
 
     DOMAIN = "metrics"
 
-    train_loss: float | None
-    """None where it is of private data."""
-    heldout_loss_sum: float
-    heldout_tokens: Natural
-    tokens: Natural
-    inner_steps: Natural
-    train_seconds: float
-    exchange_seconds: float
-    round_seconds: float
-    lr: float
-    pseudo_gradient_norm: float
-    momentum_norm: float
-    bytes_up: Natural
-    bytes_down: Natural
-    payload_bytes: Natural
+    values: Annotated[dict[Annotated[str, Meta(max_length=48)], Natural | float], Meta(max_length=MAX_METRICS)]
 
 
 # ---------------------------------------------------------------------- coordinator to members

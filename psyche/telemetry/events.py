@@ -144,33 +144,41 @@ class Attested(Event, frozen=True):
 
 
 class MemberMetrics(Event, frozen=True):
-    """What one member measured in one round. Self-reported: signed, so attributable, but not true by that."""
+    """What one member measured in one round. Self-reported: the signature proves the author, not the numbers.
+
+    Each field but ``round`` and ``peer`` has a row in :data:`psyche.telemetry.metrics.MEASUREMENTS`.
+    """
 
     round: int
     peer: str
-    train_loss: Measured
-    """Mean over the tokens of its inner steps."""
-    heldout_loss_sum: Measured
-    """Summed over ``heldout_tokens`` predicted tokens: its part of the held-out set, judged on the outer parameters."""
-    heldout_tokens: int
-    tokens: int
-    """Tokens it trained on in this round."""
-    inner_steps: int
-    train_seconds: Measured
-    """In inner steps."""
-    exchange_seconds: Measured
-    """From its payload being ready to the outer step being taken."""
-    round_seconds: Measured
-    tokens_per_second: Measured
-    lr: Measured
-    """Of its last inner step."""
-    pseudo_gradient_norm: Measured
-    momentum_norm: Measured
-    """Of the outer momentum, L2; equal on all honest nodes."""
-    bytes_up: int
-    bytes_down: int
-    payload_bytes: int
-    """Size of its own encoded pseudo-gradient."""
+    train_loss: Measured = None
+    """Mean over the tokens of the member's inner steps; ``None`` if its data is private."""
+    heldout_loss_sum: Measured = None
+    """Loss of the outer parameters on the member's share of the held-out set, summed over ``heldout_tokens``."""
+    heldout_tokens: int = 0
+    tokens: int = 0
+    """Tokens that the member trained on in this round."""
+    inner_steps: int = 0
+    train_seconds: Measured = None
+    """Time spent in inner steps."""
+    exchange_seconds: Measured = None
+    """Time from the member's payload being ready to its outer step."""
+    round_seconds: Measured = None
+    lr: Measured = None
+    """Learning rate of the member's last inner step."""
+    pseudo_gradient_norm: Measured = None
+    """L2 norm of the member's own pseudo-gradient."""
+    momentum_norm: Measured = None
+    """L2 norm of the outer momentum; equal on all honest nodes."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    payload_bytes: int = 0
+    """Size of the member's encoded pseudo-gradient."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Training speed, without the time that the exchange takes."""
+        return self.tokens / self.train_seconds if self.train_seconds else None
 
 
 class RoundSummary(Event, frozen=True):

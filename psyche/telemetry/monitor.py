@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median
+from typing import Any
 
 import msgspec
 
 from psyche.config import Run
-from psyche.protocol.messages import Metrics
 from psyche.telemetry.events import (
     AuditEnded,
     Diverged,
@@ -34,14 +34,9 @@ from psyche.telemetry.events import (
     RoundStarted,
     RoundSummary,
 )
+from psyche.telemetry.metrics import MEASUREMENTS, Limits, fault
 
 LOSS_SPREAD = 4.0
-LOSS_MAX = 1e4
-"""Nats a token; an untrained model is near ln(vocabulary), about 10."""
-SECONDS_MAX = 30 * 24 * 3600.0
-NORM_MAX = 1e15
-CONTROL_BYTES = 64 * 2**20
-"""What a member may spend in a round on messages that are neither payloads nor state."""
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -69,57 +64,6 @@ class Totals(msgspec.Struct, frozen=True):
         )
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """The largest values one member can have in one round of this run."""
-
-    inner_steps: int
-    tokens: int
-    heldout_tokens: int
-    payload_bytes: int
-    bytes_each_way: int
-
-    @classmethod
-    def of(cls, run: Run, parameters: int, members: int) -> Limits:
-        """Limits that follow from the run itself, for a model of ``parameters`` and ``members`` in the round."""
-        steps = 2 * run.rounds.inner_steps  # overlap: a node goes on training while a round is on the wire
-        return cls(
-            inner_steps=steps,
-            tokens=steps * run.tokens_per_step,
-            heldout_tokens=run.heldout_sequences * run.data.sequence_length,
-            payload_bytes=4 * parameters + CONTROL_BYTES,
-            # At worst: everybody's fp32 payload, and the whole outer state (θ and m) to or from everybody.
-            bytes_each_way=12 * parameters * (members + 1) + CONTROL_BYTES,
-        )
-
-
-def refusal(report: MemberMetrics, limits: Limits) -> str:
-    """Why ``report`` cannot be true, or ``""``. ``None`` (not measured) is always possible."""
-    counts = {
-        "heldout_tokens": limits.heldout_tokens,
-        "tokens": limits.tokens,
-        "inner_steps": limits.inner_steps,
-        "bytes_up": limits.bytes_each_way,
-        "bytes_down": limits.bytes_each_way,
-        "payload_bytes": limits.payload_bytes,
-    }
-    measures = {
-        "train_loss": LOSS_MAX,
-        "heldout_loss_sum": LOSS_MAX * max(report.heldout_tokens, 1),
-        "train_seconds": SECONDS_MAX,
-        "exchange_seconds": SECONDS_MAX,
-        "round_seconds": SECONDS_MAX,
-        "tokens_per_second": 1e9,
-        "lr": 1e3,
-        "pseudo_gradient_norm": NORM_MAX,
-        "momentum_norm": NORM_MAX,
-    }
-    for field, most in (counts | measures).items():
-        value = getattr(report, field)
-        if value is not None and not 0 <= value <= most:  # NaN is between nothing
-            return f"{field} is not between 0 and {most:g}"
-    return ""
-
-
 def summarise(
     round_number: int,
     metrics: Sequence[MemberMetrics],
@@ -137,10 +81,11 @@ def summarise(
     payload size and exchange time are medians; ``compute_utilisation`` is the plain mean of members' shares.
     """
     before = totals or Totals()
-    reports = [report for report in metrics if report.round == round_number and not refusal(report, limits)]
+    reports = [report for report in metrics if report.round == round_number and not fault(report, limits)]
     seconds = certified.seconds if certified and certified.seconds > 0 else _median(reports, "round_seconds")
-    tokens = sum(report.tokens for report in reports)
-    bytes_up, bytes_down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
+    sums = {m.field: sum(getattr(r, m.field) for r in reports) for m in MEASUREMENTS if m.combine == "sum"}
+    medians: dict[str, Any] = {m.field: _median(reports, m.field) for m in MEASUREMENTS if m.combine == "median"}
+    tokens, bytes_up = sums["tokens"], sums["bytes_up"]
     exchanges = [min(value, seconds or value) for value in _values(reports, "exchange_seconds")]
     tokens_total, bytes_up_total = before.tokens + tokens, before.bytes_up + bytes_up
     return RoundSummary(
@@ -153,16 +98,10 @@ def summarise(
         seconds=seconds,
         train_loss=_train_loss(reports),
         heldout_loss=_heldout_loss(reports),
-        tokens=tokens,
         tokens_total=tokens_total,
         tokens_per_second=tokens / seconds if seconds else None,
-        lr=_median(reports, "lr"),
-        pseudo_gradient_norm=_median(reports, "pseudo_gradient_norm"),
-        momentum_norm=_median(reports, "momentum_norm"),
-        bytes_up=bytes_up,
-        bytes_down=bytes_down,
         bytes_up_total=bytes_up_total,
-        bytes_down_total=before.bytes_down + bytes_down,
+        bytes_down_total=before.bytes_down + sums["bytes_down"],
         payload_ratio=_payload_ratio(reports, parameters),
         bytes_per_token=bytes_up_total / tokens_total if tokens_total else None,
         exchange_seconds=median(exchanges) if exchanges else None,
@@ -172,6 +111,8 @@ def summarise(
         divergences_total=before.divergences,
         audits_total=before.audits,
         convictions_total=before.convictions,
+        **sums,
+        **medians,
     )
 
 
@@ -256,7 +197,7 @@ class Monitor:
         self._reports = {later: reports for later, reports in self._reports.items() if later > number}
         self._emit(summary)
         for report in reports:
-            if reason := refusal(report, limits):
+            if reason := fault(report, limits):
                 self._emit(Rejected(report.peer, reason, "metrics"))
 
 
@@ -305,12 +246,3 @@ def _utilisation(reports: Iterable[MemberMetrics]) -> float | None:
         min(r.train_seconds / r.round_seconds, 1.0) for r in reports if r.train_seconds is not None and r.round_seconds
     ]
     return fmean(shares) if shares else None
-
-
-def metrics_event(node: str, round_number: int, body: Metrics) -> MemberMetrics:
-    """What ``node`` measured of a round, from its signed message."""
-    fields = {name: getattr(body, name) for name in body.__struct_fields__}
-    seconds = body.train_seconds
-    return MemberMetrics(
-        round=round_number, peer=node, tokens_per_second=body.tokens / seconds if seconds > 0 else None, **fields
-    )

@@ -39,7 +39,7 @@ def swarm_run(wandb: Wandb, directory: Path, manifest: Manifest, notify: Callabl
         notify,
         id=run_id[:16],
         row=metrics.swarm_row,
-        table=metrics.SWARM,
+        plots=metrics.SWARM_PLOTS,
         init={"name": manifest.run.name, "group": run_id, "job_type": "swarm", "config": _config(manifest)},
     )
 
@@ -57,7 +57,7 @@ def own_run(
         notify,
         id=f"{run_id[:16]}-{peer[-8:]}",
         row=metrics.node_row,
-        table=metrics.NODE_STEP + metrics.NODE_ROUND,
+        plots=metrics.STEP_PLOTS + metrics.MEMBER_PLOTS,
         init={
             "name": f"{manifest.run.name} {peer[-6:]}",
             "group": run_id,
@@ -118,14 +118,14 @@ class WandbRun:
         *,
         id: str,
         row: Callable[[Event], Row],
-        table: tuple[metrics.Metric, ...],
+        plots: tuple[metrics.Plot, ...],
         init: dict[str, Any],
     ) -> None:
         self._wandb = wandb
         self._directory = directory
         self._notify = notify
         self._row = row
-        self._table = table
+        self._plots = plots
         self._init = init | {"id": id, "project": wandb.project, "entity": wandb.entity}
         self._queue: queue.Queue[Row | None] = queue.Queue(QUEUE_ROWS)
         self._failed = threading.Event()
@@ -197,10 +197,10 @@ class WandbRun:
         run = wandb.init(
             **self._init, mode=mode, dir=str(self._directory), resume=resume, reinit="create_new", settings=settings
         )
-        for axis in sorted({metric.axis for metric in self._table}):
+        for axis in sorted({plot.axis for plot in self._plots}):
             run.define_metric(axis, hidden=True)
-        for metric in self._table:
-            run.define_metric(metric.key, step_metric=metric.axis, summary=metric.summary)
+        for plot in self._plots:
+            run.define_metric(plot.key, step_metric=plot.axis, summary=plot.summary)
         return run
 
     def _fail(self, reason: str) -> None:

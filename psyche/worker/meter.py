@@ -6,7 +6,7 @@ import time
 
 from psyche.diloco.local_update import Work
 from psyche.network.traffic import Traffic
-from psyche.protocol.messages import Metrics
+from psyche.telemetry.events import MemberMetrics
 
 
 class Meter:
@@ -39,7 +39,15 @@ class Meter:
         """Seconds since the round began."""
         return time.monotonic() - self._began
 
-    def metrics(self, work: Work | None, heldout: tuple[float, int], momentum_norm: float, traffic: Traffic) -> Metrics:
+    def metrics(
+        self,
+        round_number: int,
+        node: str,
+        work: Work | None,
+        heldout: tuple[float, int],
+        momentum_norm: float,
+        traffic: Traffic,
+    ) -> MemberMetrics:
         """All of it. Bytes, training and round are those since the last call, so that late steps count where they were
         taken. ``work`` is None where the node only followed."""
         now = time.monotonic()
@@ -48,7 +56,9 @@ class Meter:
         up, down = traffic.bytes_up - self._up, traffic.bytes_down - self._down
         self._up, self._down = traffic.bytes_up, traffic.bytes_down
         done = work.contribution if work else None
-        return Metrics(
+        return MemberMetrics(
+            round=round_number,
+            peer=node,
             train_loss=_told_loss(work),
             heldout_loss_sum=heldout[0],
             heldout_tokens=heldout[1],

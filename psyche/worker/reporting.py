@@ -12,7 +12,7 @@ from psyche.protocol.messages import Plan, Record
 from psyche.protocol.standing import probation_note
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
-from psyche.telemetry.monitor import metrics_event
+from psyche.telemetry.metrics import signed_metrics
 from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.meter import Meter
 from psyche.worker.training_thread import Trainer
@@ -58,7 +58,7 @@ class Reporter:
             rank = [member.node for member in plan.members].index(replica.node)
             heldout = await self._trainer.do(replica.heldout_loss, rank, len(plan.members))
         momentum_norm = await self._trainer.do(replica.momentum_norm)
-        metrics = self._meter.metrics(work, heldout, momentum_norm, self._network.traffic)
-        self._log.emit(metrics_event(replica.node, plan.round, metrics))
+        metrics = self._meter.metrics(plan.round, replica.node, work, heldout, momentum_norm, self._network.traffic)
+        self._log.emit(metrics)
         with contextlib.suppress(Refused):
-            await self._client.submit(metrics, plan.round)
+            await self._client.submit(signed_metrics(metrics), plan.round)

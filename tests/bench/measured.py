@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from psyche.protocol.messages import Metrics
+from psyche.telemetry.events import MemberMetrics
 
 
-def metrics(steps: int, train_seconds: float) -> Metrics:
-    """Of ``steps`` inner steps in a round of 10 s."""
-    return Metrics(
-        train_loss=1.0,
-        heldout_loss_sum=1.0,
-        heldout_tokens=1,
-        tokens=1,
+def metrics(round_number: int, peer: str, steps: int, train_seconds: float) -> MemberMetrics:
+    """Metrics of ``peer`` for ``steps`` inner steps in a round of 10 s."""
+    return MemberMetrics(
+        round=round_number,
+        peer=peer,
         inner_steps=steps,
         train_seconds=train_seconds,
         exchange_seconds=1.5,
         round_seconds=10.0,
-        lr=1.0,
-        pseudo_gradient_norm=1.0,
-        momentum_norm=1.0,
-        bytes_up=1,
-        bytes_down=1,
-        payload_bytes=1,
     )

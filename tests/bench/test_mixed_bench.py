@@ -16,7 +16,6 @@ from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.telemetry import events
 from psyche.telemetry.log import EventLog
-from psyche.telemetry.monitor import metrics_event
 from tests.bench.measured import metrics
 from tests.chains import NAMES, RULES, chain
 
@@ -48,7 +47,7 @@ def test_rows_are_what_logs_and_ledger_say(tmp_path: Path) -> None:
         for round_number in range(1, SKIPPED + 4):
             now[0] = 100.0 * round_number + number
             log.emit(events.PhaseChanged(round=round_number, phase="committing"))
-            log.emit(metrics_event(name, round_number, metrics(5 * number, 5.0)))
+            log.emit(metrics(round_number, name, 5 * number, 5.0))
         log.close()
     coordinator.close()
     found = found_in(PLAN, home / "events.jsonl", logs)

@@ -12,7 +12,6 @@ from psyche.bench.utilisation.plan import LAST, SKIPPED, Plan, exchange_bytes, o
 from psyche.bench.utilisation.table import Row, rows_of, table, to_json
 from psyche.errors import PsycheError
 from psyche.telemetry.log import EventLog
-from psyche.telemetry.monitor import metrics_event
 from tests.bench.measured import metrics
 
 PLAN = Plan(peers=4, ratio=0.3, rounds=2)
@@ -78,7 +77,6 @@ def _log(path: Path, rounds: int) -> Path:
     """An event log in which a node tells of ``rounds`` rounds."""
     log = EventLog(path, "me")
     for round_number in range(1, rounds + 1):
-        body = metrics(PLAN.inner_steps, 8.0)
-        log.emit(metrics_event("me", round_number, body))
+        log.emit(metrics(round_number, "me", PLAN.inner_steps, 8.0))
     log.close()
     return path

@@ -29,7 +29,7 @@ from psyche.protocol.messages import WITHHELD, Member, Plan
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.weights import weights
 from psyche.state.budget import Budget, Spent
-from psyche.telemetry.monitor import metrics_event
+from psyche.telemetry.metrics import signed_metrics
 from psyche.training.privacy import shrinkage
 from psyche.worker.meter import Meter
 from tests.tiny import replica, write_config
@@ -89,9 +89,8 @@ def test_a_private_contribution_is_clipped_labelled_and_says_nothing_else(tmp_pa
     assert public.train(plan_for(public)).norm > 2 * CLIP, "there was something to clip"
     rules = rules_of(here.manifest)
     assert contribution_fault(rules, plan, plan.members[0], given) is None
-    told = Meter().metrics(work, (1.0, 1), 0.0, Traffic())
-    assert told.train_loss is None
-    assert metrics_event(one.node, 1, told).train_loss is None
+    reported = Meter().metrics(1, one.node, work, (1.0, 1), 0.0, Traffic())
+    assert "train_loss" not in signed_metrics(reported).values
 
 
 def test_noise_covers_all_parameters_and_no_padding(tmp_path: Path) -> None:

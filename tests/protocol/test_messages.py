@@ -74,7 +74,7 @@ EXAMPLES: list[Body] = [
     Verdict(A, 3, Finding("unserved", 0, 0, 0), b"n" * 32),
     Verdict(A, 3, Finding("measured", 4000, 1, -250, 900, (-(10**9), 0, 7)), b"n" * 32),
     Leave("it was stopped"),
-    Metrics(1.5, 2.5, 100, 1000, 10, 1.0, 2.0, 3.0, 1e-3, 0.5, math.inf, 1, 2, 3),
+    Metrics({"train_loss": 1.5, "tokens": 1000, "momentum_norm": math.inf}),
     Proposal(8, RECORD, (b"r",)),
     Reconfiguration(b"p" * 32, 2, (A, C)),
     Seal(b"p" * 32, 2, b"r" * 32),

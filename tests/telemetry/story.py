@@ -17,7 +17,8 @@ from psyche.telemetry.events import (
     RunFinished,
     RunStarted,
 )
-from psyche.telemetry.monitor import Limits, Totals, summarise
+from psyche.telemetry.metrics import Limits
+from psyche.telemetry.monitor import Totals, summarise
 
 PEERS = tuple("12D3KooW" + letter * 44 for letter in "ABCD")
 PARAMETERS = 1_900_000
@@ -59,7 +60,6 @@ def metrics(number: int = 1, peer: str = PEERS[0], **changes: object) -> MemberM
         "train_seconds": 18.0,
         "exchange_seconds": 1.5,
         "round_seconds": 20.0,
-        "tokens_per_second": 500.0,
         "lr": 4e-4,
         "pseudo_gradient_norm": 1.25,
         "momentum_norm": 2.5,

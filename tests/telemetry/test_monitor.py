@@ -19,7 +19,8 @@ from psyche.telemetry.events import (
     RoundSummary,
     RunFinished,
 )
-from psyche.telemetry.monitor import LOSS_SPREAD, Monitor, Totals, refusal, summarise
+from psyche.telemetry.metrics import fault
+from psyche.telemetry.monitor import LOSS_SPREAD, Monitor, Totals, summarise
 
 from .story import LIMITS, PARAMETERS, PAYLOAD, PEERS, RUN, STEPS, certified, metrics, root, story
 
@@ -83,7 +84,7 @@ class TestSummarise:
     def test_an_impossible_report_is_refused_and_changes_nothing_else(self, field: str, value: float) -> None:
         honest = [metrics(peer=peer) for peer in PEERS[:3]]
         liar = metrics(1, PEERS[3], **{field: value})
-        assert field in refusal(liar, LIMITS)
+        assert field in fault(liar, LIMITS)
         got, without = summary(*honest, liar), summary(*honest)
         assert got.refused == 1
         assert got.heldout_loss == without.heldout_loss

@@ -13,7 +13,7 @@ import pytest
 
 from psyche.config import Wandb
 from psyche.telemetry import metrics as names
-from psyche.telemetry.events import Event, Notice, RoundSummary, StepDone
+from psyche.telemetry.events import Event, MemberMetrics, Notice, RoundSummary, StepDone
 from psyche.telemetry.wandb_run import WandbRun, _silenced, key_configured, own_run, resolve_mode, swarm_run
 
 from .story import MANIFEST, PARAMETERS, PEERS, metrics, story
@@ -84,9 +84,9 @@ class TestSwarmRun:
         assert rows[0][names.OUTER_STEP] == 0
         assert rows[0]["heldout/loss"] == pytest.approx(8.317)
         assert [row[names.OUTER_STEP] for row in rows] == [0, 1, 2, 3]
-        assert {metric.key for metric in names.SWARM} <= set(rows[-1])
+        assert {metric.key for metric in names.SWARM_PLOTS} <= set(rows[-1])
         defined = {r.metric.name: r.metric.step_metric for r in found if r.WhichOneof("record_type") == "metric"}
-        assert {metric.key: metric.axis for metric in names.SWARM}.items() <= defined.items()
+        assert {metric.key: metric.axis for metric in names.SWARM_PLOTS}.items() <= defined.items()
         (run,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
         assert run.run_id == MANIFEST.run_id.hex()[:16]
         assert run.run_group == MANIFEST.run_id.hex()
@@ -144,7 +144,7 @@ class TestOwnRun:
         feed(run, [StepDone(1, 5, 5, 4.5, 4e-4, 512.0), StepDone(1, 6, 6, None, 4e-4, 512.0), mine, other])
         rows, found = logged(tmp_path)
         assert [row.get("node/loss") for row in rows] == [4.5, None, None]
-        assert {metric.key for metric in names.NODE_ROUND} <= set(rows[2])
+        assert {metric.key for metric in names.MEMBER_PLOTS} <= set(rows[2])
         (run_record,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
         assert run_record.run_group == MANIFEST.run_id.hex()
         assert run_record.run_id != MANIFEST.run_id.hex()[:16]
@@ -169,7 +169,8 @@ class TestMode:
         assert resolve_mode(Wandb(mode="offline")) == "offline"
 
 
-def test_every_metric_is_a_field_that_exists() -> None:
-    fields = set(RoundSummary.__struct_fields__)
-    assert {metric.field for metric in names.SWARM} <= fields
-    assert len({metric.key for metric in names.ALL}) == len(names.ALL)
+def test_every_plot_shows_a_field_that_exists() -> None:
+    assert {plot.field for plot in names.SWARM_PLOTS} <= set(RoundSummary.__struct_fields__)
+    assert {plot.field for plot in names.STEP_PLOTS} <= set(StepDone.__struct_fields__)
+    assert {plot.field for plot in names.MEMBER_PLOTS} <= set(MemberMetrics.__struct_fields__)
+    assert len({plot.key for plot in names.PLOTS}) == len(names.PLOTS)

@@ -15,16 +15,6 @@ import wandb_workspaces.workspaces as workspaces
 
 from psyche.telemetry import metrics
 
-COMBINED = {
-    # Lines that are read together share a panel, under the first one's key.
-    "heldout/loss": ("train/loss", "Loss (nats/token)"),
-    "heldout_by_tokens/loss": ("train_by_tokens/loss", "Loss over tokens"),
-    "throughput/exchange_seconds": ("throughput/exchange_seconds_max", "Exchange: median and slowest member (s)"),
-    "wire/bytes_up": ("wire/bytes_down", "Bytes sent and received in the round"),
-    "wire/bytes_up_total": ("wire/bytes_down_total", "Bytes sent and received so far"),
-    "members/accepted": ("members/excluded", "Members: accepted and left out"),
-}
-
 
 def build(entity: str, project: str, group: str) -> workspaces.Workspace:
     """The workspace of one training run. ``group`` is the run id in hex, under which all its W&B runs are grouped."""
@@ -57,11 +47,9 @@ def save(workspace: workspaces.Workspace, fallback: Path, *, online: bool) -> st
 
 
 def _section(name: metrics.Section) -> workspaces.Section:
-    followers = {follower for follower, _ in COMBINED.values()}
-    panels = [_panel(m) for m in metrics.ALL if m.section == name and m.key not in followers]
-    return workspaces.Section(name=name, panels=panels, is_open=True)
-
-
-def _panel(metric: metrics.Metric) -> reports.LinePlot:
-    follower, title = COMBINED.get(metric.key, ("", metric.title))
-    return reports.LinePlot(title=title, x=metric.axis, y=[metric.key, follower] if follower else [metric.key])
+    panels: dict[str, list[metrics.Plot]] = {}
+    for plot in metrics.PLOTS:
+        if plot.section == name:
+            panels.setdefault(plot.panel, []).append(plot)
+    lines = [reports.LinePlot(title=title, x=p[0].axis, y=[one.key for one in p]) for title, p in panels.items()]
+    return workspaces.Section(name=name, panels=lines, is_open=True)

@@ -9,8 +9,8 @@ import typer
 from typer.testing import CliRunner
 
 from psyche.cli.dashboard import dashboard
-from psyche.telemetry import dashboard as dashboards
 from psyche.telemetry import metrics as names
+from psyche.telemetry import wandb_workspace
 from psyche.telemetry.events import StepDone
 from psyche.telemetry.log import EventLog
 
@@ -34,7 +34,7 @@ def logged_keys() -> set[str]:
 
 
 def test_every_panel_shows_what_is_logged_and_everything_logged_has_a_panel() -> None:
-    shown = panels(dashboards.layout(dashboards.build("me", "psyche", GROUP)))
+    shown = panels(wandb_workspace.layout(wandb_workspace.build("me", "psyche", GROUP)))
     drawn = {key for panel in shown for key in panel["metrics"]}
     axes = {panel["xAxis"] for panel in shown}
     assert drawn | axes == logged_keys()
@@ -42,7 +42,7 @@ def test_every_panel_shows_what_is_logged_and_everything_logged_has_a_panel() ->
 
 
 def test_sections_and_filter() -> None:
-    section = json.loads(dashboards.layout(dashboards.build("me", "psyche", GROUP)))["spec"]["section"]
+    section = json.loads(wandb_workspace.layout(wandb_workspace.build("me", "psyche", GROUP)))["spec"]["section"]
     assert [part["name"] for part in section["panelBankConfig"]["sections"]] == list(get_args(names.Section))
     (condition,) = section["runSets"][0]["filters"]["filters"]
     assert (condition["key"]["name"], condition["value"]) == ("group", GROUP)
