@@ -150,7 +150,7 @@ int main(int argc, char** argv) {
   for (const char* name : {"fp32", "int8", "int4", "int4-32", "int2"}) {
     subjects.push_back(subject(name, false, random));
   }
-  for (const char* name : {"topk2-32", "topk2", "topk2-128", "topk2-256", "topk2-512"}) {
+  for (const char* name : {"topk2", "topk2-256", "topk2-512"}) {
     subjects.push_back(subject(name, false, random));
     subjects.push_back(subject(name, true, random));
   }

@@ -129,7 +129,7 @@ void step(const MutableValues& theta, const MutableValues& momentum, const Value
 }
 
 void require_kept(int kept) {
-  require(kept == 32 || kept == 64 || kept == 128 || kept == 256 || kept == 512, "no such density");
+  require(kept == 64 || kept == 256 || kept == 512, "no such density");
 }
 
 std::optional<nb::bytes> compressed(nb::handle body, int kept) {

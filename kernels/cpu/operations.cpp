@@ -54,7 +54,7 @@ RangeCodec::RangeCodec(const std::string& name, const Level& level) {
   if (name == "int4") chunks_ = &level.int4;
   if (name == "int4-32") chunks_ = &level.int4_32;
   if (name == "int2") chunks_ = &level.int2;
-  for (const int kept : {32, 64, 128, 256, 512}) {
+  for (const int kept : {64, 256, 512}) {
     if (name == (kept == 64 ? "topk2" : "topk2-" + std::to_string(kept))) {
       chunks_ = &level.topk2;
       kept_ = kept;

@@ -290,8 +290,6 @@ PSYCHE_FN void topk2_check_chunk(const u8* __restrict__ body, u64 count, u32* ma
     psyche::topk2_check_chunk<KEPT>(body, count, malformed);                                                        \
   }
 
-PSYCHE_TOPK2(32)
 PSYCHE_TOPK2(64)
-PSYCHE_TOPK2(128)
 PSYCHE_TOPK2(256)
 PSYCHE_TOPK2(512)

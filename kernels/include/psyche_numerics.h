@@ -173,7 +173,7 @@ PSYCHE_FN bool levels_valid(u32 low, u32 high) { return low <= high && high < BF
 
 constexpr int CHUNK = 4096;
 
-// Where the parts of a chunk of the body lie, in bytes; `kept` is 32, 64, 128, 256 or 512.
+// Where the parts of a chunk of the body lie, in bytes; `kept` is 64, 256 or 512.
 struct TopK2Layout {
   int kept, low_bits, upper, lower, signs, magnitudes, bytes;
 

@@ -17,7 +17,7 @@ from psyche.errors import PsycheError
 from psyche.launch.chain_rules import chain_rules
 from psyche.ledger.proofs import record_in
 from psyche.ledger.store import Ledger
-from psyche.numerics.backends.choice import on
+from psyche.numerics.backends.selection import backend_on
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import Grade, grade
@@ -96,7 +96,7 @@ def rerun(
     evidence, run, node, round_number = Evidence(directory), manifest.run, case.node, case.plan.round
     store = local_store(manifest, settings.cache.expanduser(), shard_places(settings, shard_cache(settings)))
     engine = TorchEngine(build(run.model, seed=run.seed), run.inner, settings, store.index.pad)
-    replay_context = replace(replay_context_for(run, engine, on(engine.device), store, case), thorough=True)
+    replay_context = replace(replay_context_for(run, engine, backend_on(engine.device), store, case), thorough=True)
     blobs = partial(evidence.read, node, round_number)
     try:
         bundle = evidence.bundle(node, round_number)

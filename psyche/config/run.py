@@ -10,7 +10,11 @@ from psyche.config.base import Count, Fraction, NonNegative, PeerId, Positive, S
 from psyche.config.data import BpeTokenizer, Data
 from psyche.config.model import Model
 from psyche.config.trust import MAX_POINTS, Aggregation, Audits
-from psyche.numerics.codecs.names import CODECS, is_sparse, usual_error_feedback, usual_result_codec
+from psyche.numerics.codecs.registry import CODECS
+
+
+def _default_error_feedback(codec: str) -> float:
+    return CODECS[codec].error_feedback if codec in CODECS else 1.0  # an unknown name is rejected afterwards
 
 
 class CodecSpec(Strict):
@@ -20,7 +24,7 @@ class CodecSpec(Strict):
     """
 
     name: str = "int8"
-    error_feedback: float = Field(default_factory=lambda data: usual_error_feedback(data["name"]), ge=0.0, le=1.0)
+    error_feedback: float = Field(default_factory=lambda data: _default_error_feedback(data["name"]), ge=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -182,7 +186,7 @@ class Run(Strict):
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         kind = self.aggregation.kind
-        if is_sparse(self.codec.name) and kind not in ("mean", "norm_clip"):
+        if CODECS[self.codec.name].sparse and kind not in ("mean", "norm_clip"):
             raise ValueError(
                 f"aggregation.kind {kind} compares the values of all nodes at every parameter, and codec "
                 f"{self.codec.name} sends few of them; choose norm_clip or mean, or a codec that sends all: int8, int4"
@@ -209,7 +213,7 @@ class Run(Strict):
     @property
     def result_codec(self) -> str:
         """The codec of a sharded round's aggregates."""
-        return usual_result_codec(self.codec.name)
+        return CODECS[self.codec.name].result_codec
 
     @property
     def total_steps(self) -> int:

@@ -21,7 +21,7 @@ from psyche.diloco.trace_recorder import TraceRecorder
 from psyche.exchange.merge import Merge
 from psyche.numerics.aggregate import Gradient, decoded, reduce_slice
 from psyche.numerics.backends.base import Backend
-from psyche.numerics.backends.choice import best
+from psyche.numerics.backends.selection import fastest_backend
 from psyche.numerics.codecs.base import NonFinite
 from psyche.numerics.digest import CHUNK, BlobIndex, digest, payload_root
 from psyche.numerics.outer import OuterState
@@ -62,7 +62,7 @@ class Replica:
         self.manifest, self.run = manifest, manifest.run
         self.engine, self.store, self.node = engine, store, node
         self._secret = secret
-        self.backend = best() if backend is None else backend
+        self.backend = fastest_backend() if backend is None else backend
         self.codec = self.backend.codec(self.run.codec.name)
         overlap = self.run.overlap
         self._overlaps = overlap.fragments > 1 or overlap.overlap_steps > 0

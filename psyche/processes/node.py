@@ -41,7 +41,7 @@ from psyche.network.peer_book import PEERS, PeerBook, remember
 from psyche.network.ports import keep_port, last_port
 from psyche.network.presence import KINDS, announce, sources
 from psyche.network.probes import serve_probes
-from psyche.numerics.backends.choice import on
+from psyche.numerics.backends.selection import backend_on
 from psyche.numerics.outer import OuterState
 from psyche.processes.background import beside, warning
 from psyche.processes.process_lock import registered
@@ -277,7 +277,7 @@ def _replica(
             "this machine's transformers lays the model out differently from the run's: "
             "install the versions in psyche's constraints.txt"
         )
-    backend = on(_outer_device(node, choice.device))
+    backend = backend_on(_outer_device(node, choice.device))
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
     secret = identity.secret_digest(b"salt")

@@ -28,7 +28,7 @@ from psyche.bench.trials import Setting
 from psyche.cli.bench import parameters
 from psyche.errors import PsycheError
 from psyche.numerics.backends.base import TorchBackend
-from psyche.numerics.backends.choice import available
+from psyche.numerics.backends.selection import available_backends
 from psyche.numerics.outer import outer_step
 
 FIELDS = {
@@ -74,7 +74,7 @@ def everything(setting: Setting) -> Result:
 
 def test_every_codec_has_both_passes_and_every_backend_an_outer_step(everything: Result) -> None:
     ours = [(row.codec, row.backend, row.pass_) for row in everything.rows if row.system == "psyche"]
-    names = [backend.name for backend in available()]
+    names = [backend.name for backend in available_backends()]
     passes = [
         (codec, backend, which) for codec in USUAL_CODECS for backend in names for which in ("encode", "decode_add")
     ]

@@ -22,7 +22,7 @@ from psyche.cli.bench import app
 from psyche.diloco.reference import play
 from psyche.errors import PsycheError
 from psyche.launch.costs import costs_of
-from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.registry import CODECS
 
 CHOSEN = (
     Choice("fp32", 2, lr=0.7, momentum=0.5),

@@ -26,7 +26,7 @@ from psyche.bench.gpu.timing import TIMED, Timing, timings
 from psyche.numerics.backends import emulated
 from psyche.numerics.backends.emulated import EmulatedLauncher
 from psyche.numerics.backends.sources import kernels_directory
-from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.registry import CODECS
 from tests.bench.clocks import Clock
 from tests.bench.test_gpu_training import speed
 
@@ -118,7 +118,7 @@ def test_each_part_ends_when_its_share_of_the_time_is_used(tmp_path: Path, monke
     monkeypatch.setattr(check, "speeds", lambda *_: iter([speed()]))
     assert command.main(["--emulate", "--minutes", "8", "--out", str(tmp_path)], clock) == 2
     found = content(tmp_path)
-    assert list(found["compared"]) == list(CODECS[:3]), "half of 480 s were used after three of 100 s"
+    assert list(found["compared"]) == list(CODECS)[:3], "half of 480 s were used after three of 100 s"
     left_out = {line.split(":")[0]: line for line in found["left_out"]}
     assert "the time was up before int4-32, 4,096 elements; int2" in left_out["kernels against the definition"]
     assert f"{OUTER}, 36,864 elements" in left_out["kernels against the definition"]

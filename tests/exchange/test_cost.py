@@ -19,9 +19,8 @@ from psyche.exchange.shelf import BlobRetention
 from psyche.launch.costs import costs_of
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
-from psyche.numerics.backends.choice import best
-from psyche.numerics.codecs.names import CODECS, usual_result_codec
-from psyche.numerics.codecs.registry import codec
+from psyche.numerics.backends.selection import fastest_backend
+from psyche.numerics.codecs.registry import CODECS, codec
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Member, Plan, Record, Reducing
 from psyche.protocol.reduction import reducer_order
@@ -53,7 +52,7 @@ def on_liar(peer: str, what: str) -> None:
 
 async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reducers: int) -> list[torch.Tensor]:
     """One exchange by real nodes; everybody's outer gradient."""
-    used, result = best().codec(name), best().codec("int8")
+    used, result = fastest_backend().codec(name), fastest_backend().codec("int8")
     plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, tuple(Member(n.peer_id, 1, 1) for n in nodes))
     wires = [
         BlobTransport(node, BlobRetention(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_liar)
@@ -143,10 +142,10 @@ def test_gather_grows_with_the_peers_and_sharded_hardly_does() -> None:
 
 def test_every_codec_has_a_result_codec_that_is_no_coarser() -> None:
     for name in CODECS:
-        result = usual_result_codec(name)
+        result = CODECS[name].result_codec
         assert codec(result).expected_bytes(1 << 18) >= 0.9 * codec(name).expected_bytes(1 << 18), (name, result)
-    assert usual_result_codec("topk2e") == "topk2e-512", "the same values as topk2-512 in fewer bytes"
-    assert usual_result_codec("topk2-256") == "int2"
+    assert CODECS["topk2e"].result_codec == "topk2e-512", "the same values as topk2-512 in fewer bytes"
+    assert CODECS["topk2-256"].result_codec == "int2"
 
 
 def test_more_reducers_than_peers_are_as_many_as_there_are() -> None:

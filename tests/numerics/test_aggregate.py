@@ -13,7 +13,7 @@ from torch import Tensor
 
 from psyche.numerics.aggregate import aggregate, gathered, reduce_slice
 from psyche.numerics.backends.base import TorchBackend
-from psyche.numerics.backends.choice import best
+from psyche.numerics.backends.selection import fastest_backend
 from psyche.numerics.codecs.base import MalformedPayload
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.outer import OuterState, outer_step
@@ -116,7 +116,7 @@ def test_a_reduced_slice_is_the_aggregate_encoded_once_by_every_backend(name: st
     total = torch.empty(count)
     aggregate(codec(name), zip(weights, payloads, strict=True), total)
     expected = codec(result).encode(total, torch.zeros(count), None, 0.0)
-    for backend in (TorchBackend(), best()):
+    for backend in (TorchBackend(), fastest_backend()):
         used = backend.codec(name)
         slices = {node: [payload] for node, payload in zip(tokens, payloads, strict=True)}
         mean = gathered(used, shares(tokens), slices, Aggregator("mean"))

@@ -9,14 +9,13 @@ import sys
 import pytest
 
 import psyche
-from psyche.errors import PsycheError
-from psyche.numerics.backends.choice import available, best, named
+from psyche.numerics.backends.selection import available_backends, fastest_backend
 from psyche.numerics.backends.sources import kernels_directory
-from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.registry import CODECS
 
 
 def test_every_backend_speaks_every_codec_and_says_what_it_runs_on() -> None:
-    for backend in available():
+    for backend in available_backends():
         assert backend.detail
         for name in CODECS:
             used = backend.codec(name)
@@ -26,26 +25,20 @@ def test_every_backend_speaks_every_codec_and_says_what_it_runs_on() -> None:
 
 
 def test_the_definition_is_always_there_and_the_fastest_comes_first() -> None:
-    assert available()[-1].name == "torch"
-    assert best().name == available()[0].name
-    assert named("torch").name == "torch"
-
-
-def test_an_unknown_backend_is_refused_with_those_that_are_there() -> None:
-    with pytest.raises(PsycheError, match=r"abacus.*torch"):
-        named("abacus")
+    assert available_backends()[-1].name == "torch"
+    assert fastest_backend().name == available_backends()[0].name
 
 
 def test_without_the_extension_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psyche._native", None)  # as where it was not compiled: importing it fails
     monkeypatch.delattr(psyche, "_native", raising=False)
     monkeypatch.delitem(sys.modules, "psyche.numerics.backends.native", raising=False)
-    assert [backend.name for backend in available()] == ["torch"]
-    assert best().name == "torch"
+    assert [backend.name for backend in available_backends()] == ["torch"]
+    assert fastest_backend().name == "torch"
 
 
 def test_the_extension_can_be_left_out() -> None:
-    code = "from psyche.numerics.backends.choice import available; print([one.name for one in available()])"
+    code = "from psyche.numerics.backends import selection as s; print([one.name for one in s.available_backends()])"
     environment = os.environ | {"PSYCHE_NATIVE": "0"}
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip() == "['torch']"
 

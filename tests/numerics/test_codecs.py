@@ -15,8 +15,7 @@ from torch import Tensor
 
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.int4 import Int4
-from psyche.numerics.codecs.names import CODECS
-from psyche.numerics.codecs.registry import codec
+from psyche.numerics.codecs.registry import CODECS, codec
 from tests.numerics.samples import BLOCK, CHUNK, LARGEST, TINIEST, bits, ranges
 
 LIMITS = settings(max_examples=25, deadline=None)
@@ -219,14 +218,10 @@ def test_golden_bytes() -> None:
         "int4": "5f362d8643f3dc667e3f2fd2125cd3f2",
         "int4-32": "d71ee97d095d1a19e1634de9a322cf7c",
         "int2": "2b46d0a72d16ca71c2648123d95875dc",
-        "topk2-32": "5b06ba7f97c1c4d45a3e93283b1b137b",
         "topk2": "20b0d2fb89c13cfec840974b7ba9849f",
-        "topk2-128": "7d9d656db0d083ff8f2066afa2bcc008",
         "topk2-256": "333961efa7b9fa717524e246bfcfad94",
         "topk2-512": "ec101f77934c31eb024fd8f1aa9e9677",
-        "topk2e-32": "ada529c504948cd8455f04907783304e",
         "topk2e": "d9f0a583750ab9794c580f10f3eaa507",
-        "topk2e-128": "3cd33147cf33626d75ade374eaa9cee5",
         "topk2e-256": "ecdde4c514a4436e33333c590faf1156",
         "topk2e-512": "e190058648adcb8e837c203a4e10d6ea",
     }

@@ -17,8 +17,7 @@ from torch import Tensor
 from psyche.numerics.aggregate import aggregate
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.codecs.base import Codec, MalformedPayload, NonFinite
-from psyche.numerics.codecs.names import CODECS
-from psyche.numerics.codecs.registry import codec
+from psyche.numerics.codecs.registry import CODECS, codec
 from psyche.numerics.codecs.topk2e import TopK2e
 from psyche.numerics.outer import OuterState, outer_step
 from psyche.numerics.shares import share
@@ -149,7 +148,7 @@ def test_outer_step(
     ("name", "level"),
     [
         *((name, level) for name in ("fp32", "int8", "int4-32", "int2", "topk2") for level in LEVELS),
-        ("topk2e-128", LEVELS[0]),
+        ("topk2e-256", LEVELS[0]),
     ],
 )
 def test_state_root_after_a_hundred_rounds(name: str, level: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.backends.choice import best
+from psyche.numerics.backends.selection import fastest_backend
 from psyche.numerics.outliers import CHUNKS, Sample, Sketch, outliers, sketch
 
 SIZE = 1 << 17
@@ -27,7 +27,7 @@ def honest(seed: int = 0, share: float = 0.6) -> dict[str, Tensor]:
 
 
 def sketched(values: Mapping[str, Tensor], codec: str = "int8") -> dict[str, Sketch]:
-    used = best().codec(codec)
+    used = fastest_backend().codec(codec)
     found = {}
     for node, value in values.items():
         encoded = used.encode(value.clone(), torch.zeros_like(value), None, 0.0)

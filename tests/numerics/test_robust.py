@@ -18,9 +18,9 @@ from torch import Tensor
 
 from psyche.numerics.aggregate import gathered, reduce_slice
 from psyche.numerics.backends.base import Backend, TorchBackend
-from psyche.numerics.backends.choice import available
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import BACKWARDS, EmulatedLauncher
+from psyche.numerics.backends.selection import available_backends
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.robust import (
     ITERATIONS,
@@ -187,7 +187,7 @@ def test_all_backends_find_the_same_bits(emulator_library: Path, kind: Kind, nam
         pytest.skip("sparse codecs are not compared value by value")
     rows = [row * scale for row, scale in zip(normal(5, seed=9, size=2 * CHUNK), (1, 3, 0.1, 1e30, 1e-38), strict=True)]
     expected = result(kind, rows, [1, 2, 3, 4, 5], codec=name)
-    for backend in (*available(), CudaBackend(EmulatedLauncher(emulator_library, BACKWARDS))):
+    for backend in (*available_backends(), CudaBackend(EmulatedLauncher(emulator_library, BACKWARDS))):
         found = result(kind, rows, [1, 2, 3, 4, 5], backend, codec=name)
         assert (bits(found) == bits(expected)).all(), backend.name
 

@@ -12,7 +12,7 @@ import torch
 
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import EmulatedLauncher
-from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.registry import CODECS
 
 
 def main() -> None:

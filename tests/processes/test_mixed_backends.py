@@ -10,15 +10,15 @@ from psyche.config import load_config
 from psyche.diloco.reference import play
 from psyche.launch.launch import launch
 from psyche.network.identity import Identity
-from psyche.numerics.backends.choice import available
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import EmulatedLauncher
+from psyche.numerics.backends.selection import available_backends
 from tests.tiny import replica, write_config
 
 
 @pytest.mark.parametrize("codec", ["int8", "int2", "topk2e"])
 def test_backends_agree_in_one_run(tmp_path: Path, codec: str, emulator_library: Path) -> None:
-    backends = [*available(), CudaBackend(EmulatedLauncher(emulator_library), host=available()[0])]
+    backends = [*available_backends(), CudaBackend(EmulatedLauncher(emulator_library), host=available_backends()[0])]
     config = load_config(write_config(tmp_path, members=len(backends), codec={"name": codec}))
     identities = [Identity.load_or_create(tmp_path / f"{backend.name}.key") for backend in backends]
     manifest = launch(config, identities[0].peer_id).manifest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psyche.network.identity import IDENTITY, Identity
-from psyche.numerics.backends.choice import best
+from psyche.numerics.backends.selection import fastest_backend
 from psyche.protocol.messages import Accepted, Plan, Record
 from psyche.protocol.verdicts import EMPTY
 from psyche.telemetry.events import Notice, RoundCertified, RunFinished
@@ -20,7 +20,7 @@ from tests.protocol.players import contribution
 from tests.protocol.test_acceptor import PLAN, changed
 from tests.tiny import write_config
 
-CODEC = best().codec("int8")
+CODEC = fastest_backend().codec("int8")
 COUNTS = (1 << 14, 1 << 14, 1 << 13)
 NODES = tuple(member.node for member in PLAN.members)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from psyche.errors import PsycheError
 from psyche.numerics.backends import cuda_device
 from psyche.numerics.backends.base import Backend
-from psyche.numerics.backends.choice import available, on
-from psyche.numerics.codecs.names import CODECS, usual_error_feedback
+from psyche.numerics.backends.selection import available_backends, backend_on
+from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.flat import SLICE
 
 LR, MOMENTUM = 0.7, 0.9
@@ -60,7 +60,7 @@ class PsycheCoder(Coder):
     def __init__(self, backend: Backend, name: str) -> None:
         self.codec, self.backend, self.device = name, backend.name, backend.device.type
         self._codec = backend.codec(name)
-        self._beta = usual_error_feedback(name)
+        self._beta = CODECS[name].error_feedback
         self.error_feedback = self._codec.error_feedback
         self.sparse = name.startswith("topk")
 
@@ -112,16 +112,16 @@ def parts(count: int) -> list[slice]:
 
 def backends(wanted: Sequence[str]) -> list[Backend]:
     """The backends that work here, or those of them named. Raises :class:`PsycheError` for another name."""
-    found = {backend.name: backend for backend in available()}
-    if torch.cuda.is_available() and cuda_device.missing() is None:
-        found["cuda"] = on(torch.device("cuda", torch.cuda.current_device()))
+    found = {backend.name: backend for backend in available_backends()}
+    if torch.cuda.is_available() and cuda_device.unavailable_reason() is None:
+        found["cuda"] = backend_on(torch.device("cuda", torch.cuda.current_device()))
     _require_known("backend", wanted, tuple(found), "work here")
     return [backend for name, backend in found.items() if not wanted or name in wanted]
 
 
 def codec_names(wanted: Sequence[str]) -> list[str]:
     """The codecs named, in their own order, or the usual ones. Raises :class:`PsycheError` for an unknown name."""
-    _require_known("codec", wanted, CODECS, "exist")
+    _require_known("codec", wanted, tuple(CODECS), "exist")
     return [name for name in CODECS if name in (wanted or USUAL_CODECS)]
 
 

@@ -9,8 +9,7 @@ from typing import Literal
 from psyche.bench.exchange import ideal
 from psyche.bench.exchange.links import Link
 from psyche.errors import PsycheError
-from psyche.numerics.codecs.names import CODECS, usual_result_codec
-from psyche.numerics.codecs.registry import codec
+from psyche.numerics.codecs.registry import CODECS, codec
 
 PROCESS_BYTES = {"psyche": 350_000_000, "hivemind": 450_000_000, "gloo": 250_000_000}
 """Of a peer without its vectors: Python, torch and the rest; measured here."""
@@ -50,7 +49,7 @@ class System:
         if all(link == Link() for link in links):
             return None
         if self.exchange == "sharded":
-            result = codec(usual_result_codec(self.codec)).expected_bytes(parameters)
+            result = codec(CODECS[self.codec].result_codec).expected_bytes(parameters)
             return ideal.sharded(payload, result, min(self.reducers, len(links)), links)
         if self.name == "psyche":
             return ideal.gather(payload, links, served)

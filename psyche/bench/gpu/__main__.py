@@ -70,14 +70,14 @@ def _describe(report: Report, emulate: bool) -> bool:
     import torch
 
     from psyche.bench.gpu.system import describe
-    from psyche.numerics.backends.cuda_device import missing
+    from psyche.numerics.backends.cuda_device import unavailable_reason
 
     if emulate or (torch.version.cuda is not None and torch.cuda.is_available()):
         report.system |= describe(None if emulate else torch.device("cuda:0"))
         return True
     report.system |= describe(None) | {"device": "no GPU"}
-    print(f"gpu_check: {missing()}", file=sys.stderr)
-    report.left_out.append(f"everything: {missing()}")
+    print(f"gpu_check: {unavailable_reason()}", file=sys.stderr)
+    report.left_out.append(f"everything: {unavailable_reason()}")
     return False
 
 

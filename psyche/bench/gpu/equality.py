@@ -12,7 +12,7 @@ from psyche.bench.gpu.machine import Machine
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
-from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.flat import ALIGNMENT
 from psyche.numerics.shares import share
 

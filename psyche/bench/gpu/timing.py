@@ -11,7 +11,7 @@ import torch
 from psyche.bench.gpu.equality import BETA, LR, MU, OUTER, WEIGHT
 from psyche.bench.gpu.machine import Machine
 from psyche.numerics.backends.cuda import CudaBackend, CudaCodec
-from psyche.numerics.codecs.names import CODECS
+from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.codecs.registry import codec as definition
 from psyche.numerics.codecs.topk2 import TopK2
 from psyche.numerics.flat import ALIGNMENT

@@ -15,7 +15,7 @@ from psyche.bench.curves import Point
 from psyche.bench.quality.plan import BASELINE, REFERENCE
 from psyche.bench.table import percent, spread
 from psyche.bench.trials import Outcome, Setting, Trial
-from psyche.numerics.codecs.names import usual_error_feedback
+from psyche.numerics.codecs.registry import CODECS
 from psyche.telemetry.wording import number, size
 
 
@@ -77,7 +77,7 @@ def curve_rows(setting: Setting, trials: Iterable[Trial], outcomes: Mapping[Tria
 def _row(setting: Setting, trial: Trial, outcome: Outcome, point: Point, final: bool) -> CurveRow:
     assert trial.outer is not None, "curves are DiLoCo's"
     assert trial.inner_steps is not None, "curves are DiLoCo's"
-    beta = usual_error_feedback(trial.codec) if trial.error_feedback is None else trial.error_feedback
+    beta = CODECS[trial.codec].error_feedback if trial.error_feedback is None else trial.error_feedback
     return CurveRow(
         name=trial.label,
         codec=trial.codec,

@@ -1,4 +1,4 @@
-"""What a backend offers, and the one that defines the others."""
+"""The backend interface, and the PyTorch backend that defines what the others must compute."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from psyche.numerics.codecs.registry import codec
 
 
 class Backend(ABC):
-    """Implementations of all codecs and of the outer step that agree with PyTorch's to the bit (DESIGN §5)."""
+    """An implementation of all codecs and of the outer step that agrees with PyTorch's bit for bit."""
 
     name: str
     """``torch``, ``native`` or ``cuda``."""
     detail: str
-    """What it runs on, for people: ``AVX-512, 2 threads``."""
+    """The hardware it runs on, for log lines: ``AVX-512, 2 threads``."""
     device: torch.device = torch.device("cpu")
-    """Where its tensors lie."""
+    """The device of the tensors that it takes."""
 
     @abstractmethod
     def codec(self, name: str) -> Codec:
-        """The codec of that name, computed here. Raises ``KeyError`` for a name that configuration would refuse."""
+        """The codec ``name`` on this backend's device, in PyTorch where this backend has no implementation of its own.
+
+        Raises ``KeyError`` for a name that configuration refuses.
+        """
 
     @abstractmethod
     def outer_step(
         self, theta: Tensor, momentum: Tensor, gradient: Tensor, *, lr: float, mu: float, local: Tensor | None = None
     ) -> None:
-        """:func:`psyche.numerics.outer.outer_step`; the new θ is also copied to ``local`` where that is given."""
+        """Apply :func:`psyche.numerics.outer.outer_step`, and copy the new θ to ``local`` if it is given."""
 
 
 class TorchBackend(Backend):
-    """PyTorch: works everywhere, and is what the others are tested against."""
+    """PyTorch: works everywhere, and defines the bits that other backends are tested against."""
 
     name = "torch"
     detail = "PyTorch"

@@ -13,7 +13,7 @@ from psyche.numerics.backends.cuda_compile import cubin
 from psyche.numerics.backends.launcher import THREADS, Argument, packed
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why kernels cannot run on a GPU here, with what to do about it, in a sentence; ``None`` where they can.
 
     Cheap: loads neither cuda.core nor a kernel.

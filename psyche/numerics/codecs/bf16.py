@@ -1,6 +1,6 @@
-"""bfloat16 as bit patterns: scales of the low-bit codecs, at half the size and all the range of fp32.
+"""bfloat16 as bit patterns, for the scales of low-bit codecs: half the size and the full range of fp32.
 
-A product of a bf16 scale (8 significant bits) and a small code is exact in fp32.
+The product of a bf16 scale (8 significant bits) and a small code is exact in fp32.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ SIGN = 0x8000
 
 
 def rounded(values: Tensor, largest: int = LARGEST) -> Tensor:
-    """Bits (int32, 0…65535) of the nearest bf16, ties to even; magnitudes beyond ``largest`` become it.
+    """Round fp32 to the nearest bf16, ties to even, magnitudes clamped to ``largest``; returns bits (int32, 0…65535).
 
-    Zero loses its sign. Integer arithmetic only, because hardware conversions may flush subnormals.
+    Zero loses its sign. Uses integer arithmetic only, because hardware conversions may flush subnormals.
     """
     pattern = values.view(torch.int32)
     magnitude = pattern & 0x7FFFFFFF
@@ -27,5 +27,5 @@ def rounded(values: Tensor, largest: int = LARGEST) -> Tensor:
 
 
 def widened(pattern: Tensor) -> Tensor:
-    """The fp32 values of bf16 bits (int32)."""
+    """Convert bf16 bits (int32) to fp32."""
     return (pattern << 16).view(torch.float32)

@@ -1,4 +1,4 @@
-"""``int4`` and ``int4-32``: blockwise absmax quantization to 4 bits."""
+"""``int4`` and ``int4-32``: blockwise absmax quantization to 4 bits, blocks of 128 and 32."""
 
 from __future__ import annotations
 
@@ -8,34 +8,31 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs import bf16
-from psyche.numerics.codecs.base import HEADER_BYTES, DefinedCodec, MalformedPayload
+from psyche.numerics.codecs.base import MalformedPayload, TorchCodec
+from psyche.numerics.flat import ALIGNMENT
 
 LOWEST, HIGHEST = -8, 7
 
 MAX_SCALE = bf16.LARGEST - (3 << 7)
-"""Bits of the largest bf16 of which 8 times is finite."""
+"""Bits of the largest bf16 scale with a finite 8 × scale."""
 
 
-class Int4(DefinedCodec):
+class Int4(TorchCodec):
     """scale = peak / −8; code = round-half-even(x / scale) in −8…7; D = code × scale, exactly.
 
-    The peak is the element of largest magnitude with its sign, the positive one where two tie. Mapping it to
-    −8 uses all 16 codes: a step of peak/8 where the symmetric −7…7 has peak/7, an eighth less error. (ggml's
-    Q4_0 does the same.) Hence a scale may be negative. It is a bf16, rounded to nearest before codes are taken,
-    so that D(Q(D(y))) = D(y); a scale that underflows to zero makes all codes zero.
+    The peak is the element of largest magnitude with its sign, the positive one of two that tie. Mapping it to −8, as
+    ggml's Q4_0 does, uses all 16 codes: a step is peak/8 instead of the peak/7 of symmetric codes −7…7, which reduces
+    the error by an eighth. A scale can therefore be negative. It is rounded to bf16 before codes are computed, so
+    D(Q(D(y))) = D(y). A scale that underflows to zero makes all codes zero.
 
-    The body is all codes, two a byte, element 2j in the low half of byte j (two's complement), then all
-    scales (little-endian bf16). 4 + 16/block bits a parameter.
+    The body holds all codes, two per byte, element 2j in the low half of byte j (two's complement), then all scales
+    (little-endian bf16): 4 + 16/block bits per parameter.
     """
-
-    error_feedback = True
 
     def __init__(self, block: int) -> None:
         self.block = block
         self.name = "int4" if block == 128 else f"int4-{block}"
-
-    def payload_bytes(self, count: int) -> int:
-        return HEADER_BYTES + count // 2 + 2 * (count // self.block)
+        self.chunk_bytes = ALIGNMENT // 2 + 2 * (ALIGNMENT // block)
 
     def squared_norm(self, payload: Buffer, count: int) -> float:
         codes, scales = self._split(self.check(payload, count), count)
@@ -54,7 +51,7 @@ class Int4(DefinedCodec):
         packed = (nibbles[:, 0] | nibbles[:, 1] << 4).to(torch.uint8)
         return packed.numpy().tobytes() + scales.numpy().astype("<u2").tobytes()
 
-    def _values(self, body: memoryview, count: int) -> Tensor:
+    def _dequantize(self, body: memoryview, count: int) -> Tensor:
         codes, scales = self._split(body, count)
         return codes.to(torch.float32).mul_(bf16.widened(scales).unsqueeze(1)).view(-1)
 
@@ -66,7 +63,7 @@ class Int4(DefinedCodec):
             raise MalformedPayload("a scale is −0")
 
     def _split(self, body: memoryview, count: int) -> tuple[Tensor, Tensor]:
-        """Codes ``[blocks, block]`` int32, and scales ``[blocks]`` as bf16 bits in int32."""
+        """Codes (int32 ``[blocks, block]``) and scales (bf16 bits in int32 ``[blocks]``)."""
         packed = torch.from_numpy(np.frombuffer(body, np.uint8, count // 2).astype(np.int32))
         codes = torch.stack([packed & 15, packed >> 4], dim=1).view(-1, self.block)
         scales = np.frombuffer(body, "<u2", count // self.block, offset=count // 2)

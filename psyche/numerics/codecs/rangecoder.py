@@ -1,59 +1,59 @@
-"""An adaptive binary range coder: symbols with the probabilities they turn out to have, at their entropy.
+"""An adaptive binary range coder, for the entropy-coded sparse codecs.
 
 Range coding with carry propagation and shift-adapted bit probabilities, as in LZMA (Martin, "Range encoding", 1979;
-Pavlov's LZMA specification), with 12-bit probabilities. All state is integers, so every machine reads the same.
+Pavlov's LZMA specification), with 12-bit probabilities. All state is integer, so every machine decodes the same.
 """
 
 from __future__ import annotations
 
 PROBABILITY_BITS = 12
 EVEN = 1 << (PROBABILITY_BITS - 1)
-"""What a bit's model starts from: a zero as probable as a one."""
+"""The initial probability of a 0: one half."""
 ADAPTATION = 5
-"""A model moves by 2^-5 of what it was surprised by: of 4 and 5, the one with fewer bytes on real data."""
+"""A model moves by 2^-5 of its prediction error. On real data 5 produces fewer bytes than 4."""
 _TOP = 1 << 24
 _MASK = 0xFFFFFFFF
 
 
-class Corrupt(Exception):
-    """No encoder writes this stream, or it ends before its symbols do."""
+class CorruptStream(Exception):
+    """No encoder produces this stream, or it is truncated."""
 
 
-class Model:
-    """Adaptive probabilities of the bits of one kind of symbol, addressed by a context of the caller's."""
+class BitModel:
+    """Adaptive bit probabilities for one kind of symbol, indexed by a context that the caller chooses."""
 
     def __init__(self, contexts: int) -> None:
         self.zero = [EVEN] * contexts
-        """Probability of a 0 in each context, in units of 2^-12; from 31 to 4065, so that both bits can be coded."""
+        """Probability of a 0 in each context, in units of 2^-12; stays within 31…4065, so both bits can be coded."""
 
-    def saw(self, context: int, bit: int) -> None:
-        """Make ``bit`` a little more probable."""
+    def update(self, context: int, bit: int) -> None:
+        """Increase the probability of ``bit``."""
         if bit:
             self.zero[context] -= self.zero[context] >> ADAPTATION
         else:
             self.zero[context] += ((1 << PROBABILITY_BITS) - self.zero[context]) >> ADAPTATION
 
 
-class Encoder:
-    """Symbols to bytes."""
+class RangeEncoder:
+    """Encodes symbols to bytes."""
 
     def __init__(self) -> None:
         self._low, self._range = 0, _MASK
         self._cache, self._pending = 0, 1
         self._out = bytearray()
 
-    def bit(self, model: Model, context: int, bit: int) -> None:
+    def bit(self, model: BitModel, context: int, bit: int) -> None:
         bound = (self._range >> PROBABILITY_BITS) * model.zero[context]
         if bit:
             self._low += bound
             self._range -= bound
         else:
             self._range = bound
-        model.saw(context, bit)
+        model.update(context, bit)
         self._normalise()
 
-    def tree(self, model: Model, offset: int, value: int, bits: int) -> None:
-        """A ``bits``-bit value, highest bit first; contexts ``offset + 1 … offset + 2^bits − 1``."""
+    def tree(self, model: BitModel, offset: int, value: int, bits: int) -> None:
+        """Encode a ``bits``-bit value, highest bit first; uses contexts ``offset + 1 … offset + 2^bits − 1``."""
         node = 1
         for at in range(bits - 1, -1, -1):
             bit = value >> at & 1
@@ -61,7 +61,7 @@ class Encoder:
             node = 2 * node + bit
 
     def raw(self, value: int, bits: int) -> None:
-        """A value all of whose ``bits`` (at most 16) are as good as random."""
+        """Encode a value of ``bits`` bits (at most 16) without a model."""
         self._range >>= bits
         self._low += value * self._range
         self._normalise()
@@ -77,7 +77,7 @@ class Encoder:
             self._shift()
 
     def _shift(self) -> None:
-        """Move the top byte of ``low`` out. A byte of 255 waits, since a carry may still pass through it."""
+        """Output the top byte of ``low``. A byte of 255 is held back: a carry can still propagate through it."""
         if self._low < 0xFF000000 or self._low > _MASK:
             carry = self._low >> 32
             self._out.append(self._cache + carry & 0xFF)
@@ -88,26 +88,26 @@ class Encoder:
         self._low = self._low << 8 & _MASK
 
 
-class Decoder:
-    """Bytes to symbols. Raises :class:`Corrupt`; what the symbols mean is for the caller to check."""
+class RangeDecoder:
+    """Decodes bytes to symbols. Methods raise :class:`CorruptStream`; the caller checks what the symbols mean."""
 
     def __init__(self, data: memoryview) -> None:
         self._data, self._at = data, 0
         self._range, self._code = _MASK, 0
         self._pull()
-        if self._code:  # an encoder's first byte is its empty cache
-            raise Corrupt
+        if self._code:  # the first byte of an encoder is its empty cache
+            raise CorruptStream
         for _ in range(4):
             self._pull()
-        if self._code == _MASK:  # from here on the code is below the range
-            raise Corrupt
+        if self._code == _MASK:  # from here on the code stays below the range
+            raise CorruptStream
 
     def finish(self) -> None:
-        """Raise :class:`Corrupt` unless the last symbol was read with the last byte."""
+        """Raise :class:`CorruptStream` unless all bytes were consumed."""
         if self._at != len(self._data):
-            raise Corrupt
+            raise CorruptStream
 
-    def bit(self, model: Model, context: int) -> int:
+    def bit(self, model: BitModel, context: int) -> int:
         bound = (self._range >> PROBABILITY_BITS) * model.zero[context]
         bit = int(self._code >= bound)
         if bit:
@@ -115,11 +115,11 @@ class Decoder:
             self._range -= bound
         else:
             self._range = bound
-        model.saw(context, bit)
+        model.update(context, bit)
         self._normalise()
         return bit
 
-    def tree(self, model: Model, offset: int, bits: int) -> int:
+    def tree(self, model: BitModel, offset: int, bits: int) -> int:
         node = 1
         for _ in range(bits):
             node = 2 * node + self.bit(model, offset + node)
@@ -129,7 +129,7 @@ class Decoder:
         self._range >>= bits
         value = self._code // self._range
         if value >> bits:
-            raise Corrupt
+            raise CorruptStream
         self._code -= value * self._range
         self._normalise()
         return value
@@ -141,6 +141,6 @@ class Decoder:
 
     def _pull(self) -> None:
         if self._at >= len(self._data):
-            raise Corrupt
+            raise CorruptStream
         self._code = (self._code << 8 | self._data[self._at]) & _MASK
         self._at += 1

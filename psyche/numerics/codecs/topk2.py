@@ -1,7 +1,7 @@
-"""``topk2``: the largest few of every 4096 values, in 2 bits each; the rest waits in the error feedback.
+"""``topk2``: the largest values of every 4096, in 2 bits each; the others stay in the error feedback.
 
-The scheme is SparseLoCo's (arXiv 2508.15706: top-64 of 4096, 2-bit values, e ← .95e + Δ), the format ours: SparseLoCo
-spends 12 bits on an index, Elias and Fano 8.
+The scheme is SparseLoCo's (arXiv 2508.15706: top-64 of 4096, 2-bit values, e ← 0.95e + Δ); the format is our own.
+SparseLoCo spends 12 bits on an index, Elias–Fano coding 8.
 """
 
 from __future__ import annotations
@@ -15,61 +15,58 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs import bf16
-from psyche.numerics.codecs.base import HEADER_BYTES, DefinedCodec, MalformedPayload
+from psyche.numerics.codecs.base import MalformedPayload, TorchCodec
 from psyche.numerics.codecs.int2 import check_levels
-from psyche.numerics.codecs.levels import two_levels
+from psyche.numerics.codecs.two_levels import two_levels
+from psyche.numerics.flat import ALIGNMENT
 
-CHUNK = 4096
+CHUNK = ALIGNMENT
 
 
-class Kept(NamedTuple):
-    """What a payload says, chunk by chunk."""
+class SparseChunks(NamedTuple):
+    """The decoded contents of a payload, chunk by chunk."""
 
     levels: NDArray[np.uint16]
-    """Low and high, bf16 bits ``[chunks, 2]``."""
+    """Low and high level as bf16 bits, ``[chunks, 2]``."""
     indices: NDArray[np.int64]
-    """Within the chunk, strictly ascending, ``[chunks, kept]``."""
+    """Indices within the chunk, strictly ascending, ``[chunks, kept]``."""
     negative: NDArray[np.bool_]
-    """``[chunks, kept]``."""
+    """Which values are negative, ``[chunks, kept]``."""
     high: NDArray[np.bool_]
-    """Which take the high level, ``[chunks, kept]``."""
+    """Which values take the high level, ``[chunks, kept]``."""
 
     def positions(self) -> Tensor:
-        """Of all kept values within the range, ``[chunks · kept]`` int64, strictly ascending."""
+        """Positions of all values within the range, int64 ``[chunks · kept]``, strictly ascending."""
         return torch.from_numpy((self.indices + CHUNK * np.arange(len(self.indices))[:, None]).reshape(-1))
 
     def values(self) -> Tensor:
-        """fp32 ``[chunks · kept]``."""
+        """The values, fp32 ``[chunks · kept]``."""
         levels = bf16.widened(torch.from_numpy(self.levels.astype(np.int32)))
         values = torch.where(torch.from_numpy(self.high), levels[:, 1:], levels[:, :1])
         return torch.where(torch.from_numpy(self.negative), -values, values).view(-1)
 
 
-class TopK2(DefinedCodec):
-    """``kept`` (a power of two) values of each chunk of 4096, those of largest magnitude; of equal ones the first.
+class TopK2(TorchCodec):
+    """Keep the ``kept`` (a power of two) values of largest magnitude in each chunk of 4096; of equal ones, the first.
 
-    Their values become ±level, two levels a chunk (:mod:`~psyche.numerics.codecs.levels`). With l = log2(4096/kept),
-    a chunk of the body is, in this order and little-endian throughout:
+    A kept value becomes ±level, with two levels per chunk (:mod:`~psyche.numerics.codecs.two_levels`). With
+    l = log2(4096/kept), a chunk of the body holds, in this order and little-endian throughout:
 
-    - low and high level, bf16;
-    - the high parts of the indices, ``2·kept`` bits: bit (index_i >> l) + i is set for the i-th kept index;
+    - the low and the high level (bf16);
+    - the high parts of the indices, ``2·kept`` bits: bit (index_i >> l) + i is set for the i-th index;
     - the low l bits of the indices, packed;
-    - a plane of signs, ``kept`` bits (1 is negative), and a plane of magnitudes (1 is the high level).
+    - a bit plane of signs (``kept`` bits, 1: negative) and a bit plane of magnitudes (1: high level).
 
-    (Elias, JACM 21(2), 1974; Fano, 1971.) Every set of indices has one encoding, and every chunk the same size:
-    84 bytes for 64, hence .164 bit a parameter. A repeated index or one out of range cannot pass the check.
+    This is Elias–Fano coding (Elias, JACM 21(2), 1974; Fano, 1971). Every set of indices has exactly one encoding, and
+    every chunk has the same size: 84 bytes for 64 values, 0.164 bit per parameter. The check rejects indices that
+    repeat or are out of range.
     """
-
-    error_feedback = True
 
     def __init__(self, kept: int) -> None:
         self.kept = kept
         self.low_bits = (CHUNK // kept).bit_length() - 1
         self.name = "topk2" if kept == 64 else f"topk2-{kept}"
         self.chunk_bytes = 4 + kept * (2 + self.low_bits + 2) // 8
-
-    def payload_bytes(self, count: int) -> int:
-        return HEADER_BYTES + self.chunk_bytes * (count // CHUNK)
 
     def decode_add(self, payload: Buffer, weight: float, out: Tensor) -> None:
         kept = self.unpack(self.check(payload, out.numel()))
@@ -83,8 +80,8 @@ class TopK2(DefinedCodec):
         sums = (self.kept - n_high) * squares[:, 0] + n_high * squares[:, 1]
         return float(np.add.accumulate(sums)[-1]) if count else 0.0
 
-    def pack(self, kept: Kept) -> bytes:
-        """The body that says ``kept``."""
+    def pack(self, kept: SparseChunks) -> bytes:
+        """Encode ``kept`` as a body."""
         rows = len(kept.indices)
         upper = np.zeros((rows, 2 * self.kept), bool)
         np.put_along_axis(upper, (kept.indices >> self.low_bits) + np.arange(self.kept), True, axis=1)
@@ -97,8 +94,8 @@ class TopK2(DefinedCodec):
         heads = kept.levels.astype("<u2").view(np.uint8).reshape(rows, 4)
         return np.concatenate([heads, np.packbits(bits, axis=1, bitorder="little")], axis=1).tobytes()
 
-    def unpack(self, body: memoryview | bytes) -> Kept:
-        """Inverse of :meth:`pack`. Raises :class:`MalformedPayload` where the number of indices is wrong."""
+    def unpack(self, body: memoryview | bytes) -> SparseChunks:
+        """Invert :meth:`pack`. Raises :class:`MalformedPayload` where the number of indices is wrong."""
         chunks = np.frombuffer(body, np.uint8).reshape(-1, self.chunk_bytes)
         bits = np.unpackbits(chunks[:, 4:], axis=1, bitorder="little").view(bool)
         upper, lower, negative, high = np.split(bits, [2 * self.kept, -2 * self.kept, -self.kept], axis=1)
@@ -107,16 +104,18 @@ class TopK2(DefinedCodec):
         buckets = np.nonzero(upper)[1].reshape(-1, self.kept) - np.arange(self.kept)
         low = lower.reshape(-1, self.kept, self.low_bits) @ (1 << np.arange(self.low_bits))
         levels = np.ascontiguousarray(chunks[:, :4]).view("<u2").astype(np.uint16)
-        return Kept(levels, (buckets << self.low_bits) | low, negative, high)
+        return SparseChunks(levels, (buckets << self.low_bits) | low, negative, high)
 
     def _quantize(self, values: Tensor) -> bytes:
         chunks = values.view(-1, CHUNK)
         indices = largest(chunks, self.kept)
         kept = chunks.gather(1, indices)
         levels, high = two_levels(kept)
-        return self.pack(Kept(levels.numpy().astype(np.uint16), indices.numpy(), (kept < 0).numpy(), high.numpy()))
+        return self.pack(
+            SparseChunks(levels.numpy().astype(np.uint16), indices.numpy(), (kept < 0).numpy(), high.numpy())
+        )
 
-    def _values(self, body: memoryview, count: int) -> Tensor:
+    def _dequantize(self, body: memoryview, count: int) -> Tensor:
         kept = self.unpack(body)
         values = torch.zeros(count)
         values[kept.positions()] = kept.values()

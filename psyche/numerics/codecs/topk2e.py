@@ -1,7 +1,7 @@
-"""``topk2e``: a ``topk2`` payload, entropy-coded. The same values in about 9 % fewer bytes.
+"""``topk2e``: an entropy-coded ``topk2`` payload, with the same values in about 9 % fewer bytes.
 
-The indices of 64 values among 4096 carry log2 C(4096, 64) / 64 = 7.36 bits each; ``topk2`` spends 8. This is a
-lossless transport of the fixed format: selection, levels, error feedback and decoding are ``topk2``'s.
+The indices of 64 values among 4096 carry log2 C(4096, 64) / 64 = 7.36 bits each; ``topk2`` spends 8. The coding is
+lossless: selection, levels, error feedback and decoding are those of ``topk2``.
 """
 
 from __future__ import annotations
@@ -13,38 +13,34 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload
-from psyche.numerics.codecs.rangecoder import Corrupt, Decoder, Encoder, Model
-from psyche.numerics.codecs.topk2 import CHUNK, Kept, TopK2
+from psyche.numerics.codecs.rangecoder import BitModel, CorruptStream, RangeDecoder, RangeEncoder
+from psyche.numerics.codecs.topk2 import CHUNK, SparseChunks, TopK2
 
 STORED, CODED = 0, 1
-"""The body's first byte. Stored: the fixed format follows as it is, because coding would not make it smaller."""
+"""First byte of the body. ``STORED``: an uncoded ``topk2`` body follows, because coding does not make it smaller."""
 
 CLASSES = 13
-"""A gap g between indices, 0…4095, is its class floor(log2(g + 1)) and the class many bits below the leading one."""
+"""A gap g between indices (0…4095) is sent as its class c = floor(log2(g + 1)) and the c bits below the leading one."""
 MODELLED = 2
-"""Of those bits the highest two have models; the others are as good as random."""
+"""How many of those bits, from the top, are modelled; the others are close to uniformly random."""
 
 
-class Models:
-    """What adapts along one slice."""
+class _Models:
+    """The adaptive models of one slice."""
 
     def __init__(self) -> None:
-        self.gap_class = Model(16)
-        self.gap_top = Model(CLASSES << MODELLED)
-        self.high = Model(1)
-        self.level = tuple((Model(256), Model(128)) for _ in range(2))
-        """Exponent and fraction of the low level, then of the high one."""
+        self.gap_class = BitModel(16)
+        self.gap_top = BitModel(CLASSES << MODELLED)
+        self.high = BitModel(1)
+        self.level = tuple((BitModel(256), BitModel(128)) for _ in range(2))
+        """Models of exponent and fraction, first of the low level, then of the high one."""
 
 
 class TopK2e(Codec):
-    """Chunk by chunk: both levels, then for each kept value its gap to the one before, magnitude and sign.
-
-    ``fixed`` computes the ``topk2`` payloads that are coded here, by default their definition.
-    """
-
-    error_feedback = True
+    """Codes per chunk both levels, then for each kept value the gap to the previous index, magnitude and sign."""
 
     def __init__(self, kept: int, fixed: Codec | None = None) -> None:
+        """``fixed`` computes the ``topk2`` payloads that are coded here; by default :class:`TopK2` does."""
         self.format = TopK2(kept)
         self.fixed = self.format if fixed is None else fixed
         self.name = self.format.name.replace("topk2", "topk2e")
@@ -54,13 +50,13 @@ class TopK2e(Codec):
 
     def expected_bytes(self, count: int) -> int:
         kept = self.format.kept
-        bits = log2(comb(CHUNK, kept)) + 2 * kept + 16  # levels take about 12; models are never quite right
+        bits = log2(comb(CHUNK, kept)) + 2 * kept + 16  # about 12 for the levels, the rest for imperfect models
         return HEADER_BYTES + 1 + round(bits / 8 * (count // CHUNK))
 
     def unwrap(self, payload: Buffer, count: int) -> memoryview:
         view = memoryview(payload).cast("B")
         if not HEADER_BYTES < view.nbytes <= self.payload_bytes(count):
-            raise MalformedPayload(f"{view.nbytes} bytes where at most {self.payload_bytes(count)} were due")
+            raise MalformedPayload(f"payload of {view.nbytes} bytes, expected at most {self.payload_bytes(count)}")
         if view[:HEADER_BYTES] != self.header(count):
             raise MalformedPayload(f"the header is not that of {self.name} for {count} elements")
         return view[HEADER_BYTES:]
@@ -80,25 +76,25 @@ class TopK2e(Codec):
         return self.fixed.squared_norm(self.expand(payload, count), count)
 
     def expand(self, payload: Buffer, count: int) -> bytes:
-        """The ``topk2`` payload that ``payload`` stands for. Raises :class:`MalformedPayload`."""
+        """Decode ``payload`` to the equivalent ``topk2`` payload. Raises :class:`MalformedPayload`."""
         body, chunks = self.unwrap(payload, count), count // CHUNK
         if body[0] == STORED and body.nbytes == 1 + chunks * self.format.chunk_bytes:
             return self.format.header(count) + bytes(body[1:])
         if body[0] != CODED:
-            raise MalformedPayload("the body is neither coded nor stored whole")
+            raise MalformedPayload("the body is neither entropy-coded nor a complete topk2 body")
         try:
             return self.format.header(count) + self.format.pack(_decode(body[1:], chunks, self.format.kept))
-        except Corrupt:
+        except CorruptStream:
             raise MalformedPayload("the coded stream is corrupt") from None
 
     def compress(self, body: memoryview) -> bytes:
-        """The body of this codec for a ``topk2`` body."""
+        """Encode a ``topk2`` body as a body of this codec."""
         coded = _encode(self.format.unpack(body))
         return bytes([CODED]) + coded if len(coded) < body.nbytes else bytes([STORED]) + bytes(body)
 
 
-def _encode(kept: Kept) -> bytes:
-    coder, models = Encoder(), Models()
+def _encode(kept: SparseChunks) -> bytes:
+    coder, models = RangeEncoder(), _Models()
     gaps = np.diff(kept.indices, axis=1, prepend=-1) - 1
     for chunk in range(len(gaps)):
         for level, (exponent, fraction) in zip(kept.levels[chunk].tolist(), models.level, strict=True):
@@ -117,10 +113,10 @@ def _encode(kept: Kept) -> bytes:
     return coder.finish()
 
 
-def _decode(data: memoryview, chunks: int, count: int) -> Kept:
-    """Raises :class:`Corrupt` where the stream is not what :func:`_encode` makes of some ``Kept``."""
-    coder, models = Decoder(data), Models()
-    kept = Kept(
+def _decode(data: memoryview, chunks: int, count: int) -> SparseChunks:
+    """Invert :func:`_encode`. Raises :class:`CorruptStream` for a stream that it never produces."""
+    coder, models = RangeDecoder(data), _Models()
+    kept = SparseChunks(
         np.empty((chunks, 2), np.uint16),
         np.empty((chunks, count), np.int64),
         np.empty((chunks, count), bool),
@@ -133,7 +129,7 @@ def _decode(data: memoryview, chunks: int, count: int) -> Kept:
         for i in range(count):
             size = coder.tree(models.gap_class, 0, 4)
             if size >= CLASSES:
-                raise Corrupt
+                raise CorruptStream
             modelled = min(size, MODELLED)
             rest = size - modelled
             below = coder.tree(models.gap_top, size << MODELLED, modelled) << rest
@@ -141,7 +137,7 @@ def _decode(data: memoryview, chunks: int, count: int) -> Kept:
             raw = coder.raw(rest + 1)
             index += 1 << size | below | raw >> 1
             if index >= CHUNK:
-                raise Corrupt
+                raise CorruptStream
             kept.indices[chunk, i] = index
             kept.negative[chunk, i] = raw & 1
     coder.finish()
