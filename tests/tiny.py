@@ -20,8 +20,8 @@ from psyche.network.identity import IDENTITY, Identity
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.outer import OuterState
 from psyche.protocol.ledger import claimed
+from psyche.telemetry.event_log import LOG_NAME, read_events
 from psyche.telemetry.events import RoundCertified
-from psyche.telemetry.log import LOG_NAME, read_events
 from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
 

@@ -39,7 +39,7 @@ from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import JURY, Audit, AuditStatement, DeclinedAudit, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from psyche.verification.bundle import MAX_KIT, AuditBundle, AuditBundles, Unserved
 from psyche.verification.evidence import EVIDENCE, Evidence
 from psyche.verification.replay import Stopped, needed

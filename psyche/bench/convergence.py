@@ -22,7 +22,7 @@ from psyche.bench.output import require_folder, write_rows
 from psyche.bench.plan import Scale, default_scale, full_scale, items
 from psyche.bench.section import Preparing, chosen, outcomes_of, prepare_corpus, wide_console
 from psyche.bench.table import Row, differences_table, differences_to_fp32, results_table, rows_of, to_json, verdict
-from psyche.telemetry.wording import amount
+from psyche.telemetry.formatting import amount
 
 
 def main(

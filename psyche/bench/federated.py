@@ -28,7 +28,7 @@ from psyche.bench.section import Preparing, chosen, outcomes_of, prepare_corpus,
 from psyche.bench.trials import Outcome, Own, Setting, Trial
 from psyche.config import Outer
 from psyche.state.budget import Charge, epsilon_of
-from psyche.telemetry.wording import amount
+from psyche.telemetry.formatting import amount
 
 DELTA = 1e-6
 

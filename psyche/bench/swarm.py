@@ -17,9 +17,8 @@ from psyche.bench.exchange.reap import reap
 from psyche.config import Config
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
+from psyche.telemetry.event_log import LOG_NAME, EventFollower
 from psyche.telemetry.events import Notice, RunFinished
-from psyche.telemetry.follow import EventFollower
-from psyche.telemetry.log import LOG_NAME
 
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.2

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from psyche.bench.plan import NUDGE, Comparison, Item
 from psyche.bench.trials import Outcome, Trial
-from psyche.telemetry.wording import amount, number
+from psyche.telemetry.formatting import amount, number
 
 
 @dataclass(frozen=True)

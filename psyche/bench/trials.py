@@ -40,7 +40,7 @@ from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
 from psyche.launch.launch import Launch, launch
 from psyche.protocol.assignment import sequences
-from psyche.telemetry.report import ddp_bytes
+from psyche.telemetry.run_report import ddp_bytes
 from psyche.training.models import build
 from psyche.training.privacy import privatise
 from psyche.training.schedules import learning_rate

@@ -68,7 +68,7 @@ def why_command(
 
         typer.echo(msgspec.json.encode(history))
         return
-    from psyche.telemetry.wording import clean
+    from psyche.telemetry.formatting import clean
 
     for change in history.changes:
         typer.echo(f"round {change.round:,}: {clean(in_words(change, terms.run), 500)}")
@@ -132,7 +132,7 @@ def _table(story: CreditStory) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from psyche.telemetry.wording import peer_name
+    from psyche.telemetry.formatting import peer_name
 
     table = Table(box=SIMPLE_HEAD, title=f"credits after round {story.round:,}", title_justify="left")
     table.add_column("node", no_wrap=True)

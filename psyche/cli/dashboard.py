@@ -45,8 +45,8 @@ def dashboard(
 
 
 def _started(run_dir: Path) -> RunStarted:
+    from psyche.telemetry.event_log import LOG_NAME, read_events
     from psyche.telemetry.events import RunStarted
-    from psyche.telemetry.log import LOG_NAME, read_events
 
     logs = sorted(run_dir.rglob(LOG_NAME)) if run_dir.is_dir() else [run_dir]
     for log in logs:

@@ -135,7 +135,7 @@ def _count(at: Progress) -> str:
 
 def _amounts(at: Progress, seconds: float) -> str:
     """Tokens, speed and text of a stage that has run for so long, where there are any yet."""
-    from psyche.telemetry.wording import amount
+    from psyche.telemetry.formatting import amount
 
     if not at.tokens:
         return ""

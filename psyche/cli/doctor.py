@@ -58,7 +58,7 @@ def _show(findings: list[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from psyche.telemetry.wording import clean
+    from psyche.telemetry.formatting import clean
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for finding in findings:

@@ -109,7 +109,7 @@ def _remarks(ledger_round: LedgerRound) -> str:
     """Who was left out and why, who was outvoted, whose data are private, whether survivors alone closed the round."""
     from rich.markup import escape
 
-    from psyche.telemetry.wording import clean, peer_name
+    from psyche.telemetry.formatting import clean, peer_name
 
     lines = ["reconfiguration"] if ledger_round.is_reconfiguration else []
     lines += [
@@ -124,7 +124,7 @@ def _remarks(ledger_round: LedgerRound) -> str:
 
 def _ending(one: Ending) -> str:
     """An audit that ended badly for somebody, and on what evidence."""
-    from psyche.telemetry.wording import peer_name
+    from psyche.telemetry.formatting import peer_name
 
     what = {"convicted": "convicted", "unserved": "not handed over"}.get(one.outcome, one.outcome)
     heard = [
@@ -140,7 +140,7 @@ def _totals_table(story: Story) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from psyche.telemetry.wording import peer_name, size
+    from psyche.telemetry.formatting import peer_name, size
 
     title = f"in all of {story.held:,} rounds"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")

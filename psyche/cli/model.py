@@ -46,7 +46,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from psyche.telemetry.wording import number
+    from psyche.telemetry.formatting import number
     from psyche.tools.evaluate import heldout_loss, task_scores, text_loss
     from psyche.tools.load import load_trained
 

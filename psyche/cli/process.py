@@ -52,7 +52,7 @@ def run_node(invite: Invite, node: Node, directory: Path | None) -> None:
     _stay_with_parent()
     from psyche.processes.attendance import attend
     from psyche.processes.node import join
-    from psyche.telemetry.log import Listener
+    from psyche.telemetry.event_log import Listener
     from psyche.telemetry.view import ContributorView, live
     from psyche.worker.leaving import LeaveRequest
 

@@ -54,7 +54,7 @@ from psyche.protocol.state import Phase, State
 from psyche.protocol.verdicts import DeclinedAudit, SealedVerdict, Verdict
 from psyche.protocol.wire import Body, decode
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.metrics import metrics_event
 
 TICK_SECONDS = 0.2

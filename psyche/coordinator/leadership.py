@@ -20,7 +20,7 @@ from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Heartbeat, Proposal
 from psyche.protocol.wire import decode
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 
 ASKS_A_LEASE = 4
 MAX_HEARTBEAT = 64

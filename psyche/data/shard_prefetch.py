@@ -22,8 +22,8 @@ from psyche.errors import PsycheError
 from psyche.protocol.assignment import next_position, positions, shards
 from psyche.protocol.messages import Plan
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
-from psyche.telemetry.wording import size
+from psyche.telemetry.event_log import EventLog
+from psyche.telemetry.formatting import size
 
 AHEAD = 4
 """Shards fetched before it is known who needs them. Of a longer stretch, most would be fetched for others."""

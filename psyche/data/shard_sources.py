@@ -17,7 +17,7 @@ from psyche.network.node import NetworkNode
 from psyche.network.presence import sources
 from psyche.network.spool import Blob
 from psyche.numerics.digest import CHUNK, BlobIndex, chunk_count
-from psyche.telemetry.wording import peer_name
+from psyche.telemetry.formatting import peer_name
 
 REST_SECONDS = 120.0
 """A mirror that could not be read is left alone for so long."""

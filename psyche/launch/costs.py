@@ -10,7 +10,7 @@ from psyche.config import Run
 from psyche.exchange.cost import Cost, Shapes, sharded_from
 from psyche.launch.rules import fragments_of
 from psyche.numerics.codecs.registry import codec
-from psyche.telemetry.wording import number, size
+from psyche.telemetry.formatting import number, size
 from psyche.training.footprint import activation_bytes
 from psyche.training.models import layout
 from psyche.training.zero.memory import STAGES, rank_bytes

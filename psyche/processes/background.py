@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 
 
 def warning(log: EventLog) -> Callable[[str], None]:

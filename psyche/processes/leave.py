@@ -10,10 +10,9 @@ from pathlib import Path
 
 from psyche.errors import PsycheError
 from psyche.processes.process_lock import Running, process_of
+from psyche.telemetry.event_log import LOG_NAME, EventFollower
 from psyche.telemetry.events import Downloading, Event, Leaving, Left, PhaseChanged, RunFinished, StepDone
-from psyche.telemetry.follow import EventFollower
 from psyche.telemetry.lines import contributor_line
-from psyche.telemetry.log import LOG_NAME
 from psyche.telemetry.view_state import ViewState
 
 POLL_SECONDS = 0.1

@@ -21,9 +21,8 @@ from pathlib import Path
 from psyche.config import Config, load_config
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
+from psyche.telemetry.event_log import LOG_NAME, EventFollower, read_events
 from psyche.telemetry.events import Event, Notice, RoundStarted, RunFinished
-from psyche.telemetry.follow import EventFollower
-from psyche.telemetry.log import LOG_NAME, read_events
 from psyche.telemetry.view import SwarmView, live
 
 COORDINATOR = "coordinator"
@@ -185,7 +184,7 @@ def _report(config: Config, directory: Path, seconds: float) -> None:
     from rich.console import Console
 
     from psyche.state.export import sample
-    from psyche.telemetry.report import build_report, plot_loss, render_summary
+    from psyche.telemetry.run_report import build_report, plot_loss, render_summary
     from psyche.tools.export import export_node
 
     log = list(read_events(directory / COORDINATOR / LOG_NAME))

@@ -48,7 +48,7 @@ from psyche.processes.process_lock import registered
 from psyche.rates import bytes_per_second
 from psyche.state.checkpoint import load_latest
 from psyche.telemetry import events
-from psyche.telemetry.log import LOG_NAME, EventLog, Listener, read_events
+from psyche.telemetry.event_log import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
 from psyche.telemetry.wandb_run import own_run, swarm_run
 from psyche.tools.preflight import check_machine, tell, warn_of_connection

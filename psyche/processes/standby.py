@@ -22,7 +22,7 @@ from psyche.network.presence import announce, sources
 from psyche.network.probes import serve_probes
 from psyche.processes.background import beside, warning
 from psyche.processes.node import connect, run_started
-from psyche.telemetry.log import LOG_NAME, EventLog, Listener
+from psyche.telemetry.event_log import LOG_NAME, EventLog, Listener
 from psyche.telemetry.monitor import Monitor
 from psyche.telemetry.wandb_run import swarm_run
 

@@ -30,8 +30,8 @@ from psyche.telemetry.events import (
     RunStarted,
     StepDone,
 )
+from psyche.telemetry.formatting import amount, clean, donor_name, number, peer_name, plural, rate, root_name, size
 from psyche.telemetry.view_state import ViewState
-from psyche.telemetry.wording import amount, clean, donor_name, number, peer_name, plural, rate, root_name, size
 
 PHASES = {
     "joining": "fetching what the run needs, then waiting for the next round",

@@ -23,11 +23,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from psyche.telemetry.event_log import Listener
 from psyche.telemetry.events import Downloading, Event, StepDone
+from psyche.telemetry.formatting import amount, clean, number, peer_name, plural, rate, root_name, size, sparkline
 from psyche.telemetry.lines import PHASES, contributor_line, message, message_for, own_reason, round_of, swarm_line
-from psyche.telemetry.log import Listener
 from psyche.telemetry.view_state import Member, ViewState
-from psyche.telemetry.wording import amount, clean, number, peer_name, plural, rate, root_name, size, sparkline
 
 REFRESH = 4
 """Frames a second on a terminal."""

@@ -18,7 +18,7 @@ from typing import Literal
 from psyche.config import Manifest, Node, Run
 from psyche.network.probes import Offset
 from psyche.numerics.codecs.registry import codec
-from psyche.telemetry.wording import size
+from psyche.telemetry.formatting import size
 from psyche.training.choice import Choice
 from psyche.training.zero.memory import ROOM, rank_bytes
 

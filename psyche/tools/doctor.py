@@ -25,7 +25,7 @@ from psyche.network.peer_book import PEERS, PeerBook
 from psyche.network.presence import KINDS, sources
 from psyche.network.traffic import MEASURED_BYTES
 from psyche.rates import bytes_per_second
-from psyche.telemetry.wording import size
+from psyche.telemetry.formatting import size
 from psyche.tools.checks import Finding, check_disk, check_rate, check_speed, check_versions
 from psyche.tools.preflight import check_connection, check_machine, port_of
 from psyche.training.choice import Choice, choose, describe_device, make_engine

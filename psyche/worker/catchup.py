@@ -22,8 +22,8 @@ from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.messages import Plan, Record, RunStatus
 from psyche.state.sync import Arriving
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
-from psyche.telemetry.wording import plural, size
+from psyche.telemetry.event_log import EventLog
+from psyche.telemetry.formatting import plural, size
 from psyche.worker.apply_round import Advance
 from psyche.worker.coordinator_client import RETRY_SECONDS, CoordinatorClient
 from psyche.worker.voter import Voter

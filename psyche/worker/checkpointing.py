@@ -13,7 +13,7 @@ from psyche.network.node import NetworkNode
 from psyche.state.checkpoint import Checkpoint, save
 from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from psyche.worker.voter import Voter
 
 

@@ -14,7 +14,7 @@ from psyche.config import Deadlines
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.state import Phase
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from psyche.worker.coordinator_client import CoordinatorClient
 
 QUICK_SECONDS = 5.0

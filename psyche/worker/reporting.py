@@ -11,7 +11,7 @@ from psyche.network.streams import Refused
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.standing import probation_note
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.metrics import signed_metrics
 from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.meter import Meter

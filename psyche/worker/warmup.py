@@ -14,7 +14,7 @@ from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
 from psyche.diloco.replica import Replica
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 
 
 class WarmUp:

@@ -42,7 +42,7 @@ from psyche.protocol.state import Phase, Rules
 from psyche.protocol.wire import decode
 from psyche.state.budget import Spent
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from psyche.training.choice import describe_device
 from psyche.verification.outlier_detector import OutlierDetector
 from psyche.worker.apply_round import Advance

@@ -18,7 +18,7 @@ from psyche.network.streams import Refused
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
 from psyche.protocol.wire import Body
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from psyche.verification.evidence import EVIDENCE, Evidence
 from tests.verification.audited import Court, court, train_lazily
 

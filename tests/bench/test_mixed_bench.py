@@ -15,7 +15,7 @@ from psyche.bench.trials import Outcome, run_of
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.telemetry import events
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from tests.bench.measured import metrics
 from tests.chains import NAMES, RULES, chain
 

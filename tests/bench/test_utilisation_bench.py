@@ -11,7 +11,7 @@ from rich.console import Console
 from psyche.bench.utilisation.plan import LAST, SKIPPED, Plan, exchange_bytes, only, overlap, small_config, trials
 from psyche.bench.utilisation.table import Row, rows_of, table, to_json
 from psyche.errors import PsycheError
-from psyche.telemetry.log import EventLog
+from psyche.telemetry.event_log import EventLog
 from tests.bench.measured import metrics
 
 PLAN = Plan(peers=4, ratio=0.3, rounds=2)

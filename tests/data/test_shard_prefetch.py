@@ -17,8 +17,8 @@ import yaml
 from psyche.data.prepare import prepare
 from psyche.data.store import TokenStore
 from psyche.protocol.assignment import shards
+from psyche.telemetry.event_log import LOG_NAME
 from psyche.telemetry.events import MemberMetrics, Notice, RunStarted
-from psyche.telemetry.log import LOG_NAME
 from tests.data.test_token_store import flip_bit
 from tests.processes.swarm import Swarm, swarm
 from tests.tiny import certified_roots, load_config, reference_roots, write_config

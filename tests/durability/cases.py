@@ -33,8 +33,8 @@ from psyche.state.budget import NAME as PRIVACY
 from psyche.state.budget import Budget
 from psyche.state.checkpoint import load_latest, save
 from psyche.state.pledges import Ballot, keep, recall
+from psyche.telemetry.event_log import LOG_NAME, EventLog, read_events
 from psyche.telemetry.events import Notice
-from psyche.telemetry.log import LOG_NAME, EventLog, read_events
 from psyche.worker.voter import BALLOT
 from tests.chains import RULES, chain
 from tests.state.test_checkpoint import RUN, checkpoint, same

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from psyche.network.identity import IDENTITY, Identity
+from psyche.telemetry.event_log import LOG_NAME, read_events
 from psyche.telemetry.events import Event
-from psyche.telemetry.log import LOG_NAME, read_events
 
 E = TypeVar("E", bound=Event)
 

@@ -23,8 +23,8 @@ from psyche.numerics.digest import blob_root
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import WITHHELD
 from psyche.state.budget import Budget
+from psyche.telemetry.event_log import LOG_NAME, read_events
 from psyche.telemetry.events import MemberMetrics, PrivacySpent, RoundCertified, RunFinished
-from psyche.telemetry.log import LOG_NAME, read_events
 from tests.processes.swarm import swarm
 from tests.tiny import write_config
 

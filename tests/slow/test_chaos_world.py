@@ -19,7 +19,7 @@ from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.ledger.store import NAME as LEDGER
 from psyche.network.identity import IDENTITY
 from psyche.processes.local import run_locally
-from psyche.telemetry.log import LOG_NAME
+from psyche.telemetry.event_log import LOG_NAME
 from tests.slow.chaos.clock import Clock, build
 from tests.slow.chaos.faults import KINDS, UNDISTURBED, schedule
 from tests.slow.chaos.replay import Reference, records_of

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.errors import PsycheError
+from psyche.telemetry.event_log import EventLog, read_events
 from psyche.telemetry.events import AnyEvent, Event, Notice, PeerJoined, PeerLeft, RunFinished, StepDone
-from psyche.telemetry.log import EventLog, read_events
 
 
 def finite(event: Event) -> Event:

@@ -25,10 +25,10 @@ from psyche.telemetry.events import (
     RunFinished,
     StepDone,
 )
+from psyche.telemetry.formatting import amount, sparkline
 from psyche.telemetry.lines import OWN_WORK
 from psyche.telemetry.view import ContributorView, SwarmView, View, live
 from psyche.telemetry.view_state import ViewState
-from psyche.telemetry.wording import amount, sparkline
 
 from .story import PEERS, STEPS, certified, metrics, root, started, story
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from psyche.cli.dashboard import dashboard
 from psyche.telemetry import metrics as names
 from psyche.telemetry import wandb_workspace
+from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.events import StepDone
-from psyche.telemetry.log import EventLog
 
 from .story import MANIFEST, PEERS, metrics, story
 

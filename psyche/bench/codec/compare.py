@@ -31,7 +31,7 @@ from psyche.bench.section import Preparing, prepare_corpus, wide_console
 from psyche.bench.trials import Setting
 from psyche.errors import PsycheError
 from psyche.numerics.flat import ALIGNMENT, SLICE
-from psyche.telemetry.wording import amount, plural
+from psyche.telemetry.formatting import amount, plural
 
 MENDED = "hivemind    its 8-bit decoders raise TypeError with NumPy 2.4 or newer; that one call is mended here"
 DEFAULT_SIZE = 1 << 24

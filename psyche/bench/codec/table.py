@@ -10,7 +10,7 @@ import msgspec
 from rich.table import Table
 
 from psyche.bench.codec.timing import Pass
-from psyche.telemetry.wording import amount, number
+from psyche.telemetry.formatting import amount, number
 
 RIVAL = ("hivemind", "Uniform8Bit")
 """What others are compared with: the 8-bit codec of the library that volunteer training runs on."""

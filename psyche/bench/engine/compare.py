@@ -23,7 +23,7 @@ from psyche.bench.output import require_folder, write_rows
 from psyche.bench.section import Preparing, wide_console
 from psyche.config import Run
 from psyche.data.prepare import prepare
-from psyche.telemetry.wording import amount
+from psyche.telemetry.formatting import amount
 from psyche.training.models import layout
 
 

@@ -18,8 +18,8 @@ from psyche.bench.exchange.reap import reap
 from psyche.bench.swarm import STOP_SECONDS, last_words, own_config, running, until_finished
 from psyche.config import Config, Rounds, Wandb
 from psyche.errors import PsycheError
+from psyche.telemetry.event_log import LOG_NAME, read_events
 from psyche.telemetry.events import MemberMetrics
-from psyche.telemetry.log import LOG_NAME, read_events
 
 SKIPPED = 1
 """Rounds of the run that are not counted: the first one warms up, as others do."""

@@ -30,7 +30,7 @@ from psyche.bench.exchange.talk import Spec
 from psyche.bench.output import require_folder, write_rows
 from psyche.bench.section import wide_console
 from psyche.errors import PsycheError
-from psyche.telemetry.wording import amount, plural, size
+from psyche.telemetry.formatting import amount, plural, size
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from psyche.numerics.flat import ALIGNMENT, FlatLayout
 from psyche.numerics.outer import OuterState
 from psyche.protocol.assignment import Shape
 from psyche.protocol.messages import Record
-from psyche.telemetry.log import LOG_NAME, EventLog
+from psyche.telemetry.event_log import LOG_NAME, EventLog
 from psyche.training.engine import Batch
 from psyche.worker.worker import Worker
 

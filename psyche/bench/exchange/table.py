@@ -9,7 +9,7 @@ import msgspec
 from rich.table import Table
 
 from psyche.bench.codec.table import percent, times
-from psyche.telemetry.wording import number
+from psyche.telemetry.formatting import number
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from psyche.bench.join.run import run
 from psyche.bench.join.table import Row, row_of, table, to_json
 from psyche.bench.output import require_folder, write_rows
 from psyche.bench.section import wide_console
-from psyche.telemetry.wording import amount, size
+from psyche.telemetry.formatting import amount, size
 
 
 def main(json: Path | None, plan: Plan) -> None:

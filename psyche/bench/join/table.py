@@ -15,7 +15,7 @@ from psyche.bench.join.plan import BEFORE, Trial
 from psyche.bench.join.run import Joined
 from psyche.errors import PsycheError
 from psyche.telemetry.events import Downloading, Event, PhaseChanged, Resynchronised, RoundCertified, RunStarted
-from psyche.telemetry.wording import number, size
+from psyche.telemetry.formatting import number, size
 
 E = TypeVar("E", bound=Event)
 

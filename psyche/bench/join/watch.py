@@ -11,9 +11,8 @@ from typing import TypeVar
 
 from psyche.bench.swarm import last_words
 from psyche.errors import PsycheError
+from psyche.telemetry.event_log import LOG_NAME, EventFollower
 from psyche.telemetry.events import Event, Notice, RoundCertified
-from psyche.telemetry.follow import EventFollower
-from psyche.telemetry.log import LOG_NAME
 
 POLL_SECONDS = 0.1
 PATIENCE = 300.0

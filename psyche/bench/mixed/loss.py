@@ -23,7 +23,7 @@ from psyche.bench.section import Preparing, outcomes_of, prepare_corpus, wide_co
 from psyche.bench.table import percent, spread
 from psyche.bench.trials import Outcome, Setting, Trial
 from psyche.config import Outer
-from psyche.telemetry.wording import amount
+from psyche.telemetry.formatting import amount
 
 
 @dataclass(frozen=True)

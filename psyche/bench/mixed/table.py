@@ -16,8 +16,8 @@ from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
+from psyche.telemetry.event_log import read_events
 from psyche.telemetry.events import MemberMetrics, PhaseChanged, RoundStarted
-from psyche.telemetry.log import read_events
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

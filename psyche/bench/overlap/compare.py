@@ -19,7 +19,7 @@ from psyche.bench.output import require_folder, write_rows
 from psyche.bench.overlap.plan import OverlapScale, items, overlap_scale
 from psyche.bench.overlap.table import Row, overlap_table, rows_of, to_json
 from psyche.bench.section import Preparing, chosen, outcomes_of, prepare_corpus, wide_console
-from psyche.telemetry.wording import amount
+from psyche.telemetry.formatting import amount
 
 
 def main(

@@ -14,7 +14,7 @@ from rich.table import Table
 from psyche.bench.overlap.plan import Comparison, Item
 from psyche.bench.table import percent, spread
 from psyche.bench.trials import Outcome, Trial
-from psyche.telemetry.wording import amount
+from psyche.telemetry.formatting import amount
 
 
 @dataclass(frozen=True)

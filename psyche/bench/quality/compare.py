@@ -18,7 +18,7 @@ from psyche.bench.quality.plan import CodecScale, codec_scale
 from psyche.bench.quality.table import CurveRow, codecs_table, curve_rows, summaries, to_json
 from psyche.bench.section import Preparing, chosen, outcomes_of, prepare_corpus, wide_console
 from psyche.durable import disk_errors
-from psyche.telemetry.wording import amount
+from psyche.telemetry.formatting import amount
 
 
 def main(

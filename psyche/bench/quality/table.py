@@ -16,7 +16,7 @@ from psyche.bench.quality.plan import BASELINE, REFERENCE
 from psyche.bench.table import percent, spread
 from psyche.bench.trials import Outcome, Setting, Trial
 from psyche.numerics.codecs.registry import CODECS
-from psyche.telemetry.wording import number, size
+from psyche.telemetry.formatting import number, size
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from psyche.bench.section import wide_console
 from psyche.bench.utilisation.plan import SKIPPED, Plan, Trial, trials
 from psyche.bench.utilisation.run import run
 from psyche.bench.utilisation.table import Row, rows_of, table, to_json
-from psyche.telemetry.wording import amount
+from psyche.telemetry.formatting import amount
 
 
 def main(json: Path | None, plan: Plan) -> None:

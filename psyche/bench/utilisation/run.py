@@ -11,7 +11,7 @@ from psyche.bench.swarm import own_config, running, until_finished
 from psyche.bench.utilisation.paced import PACE
 from psyche.bench.utilisation.plan import Trial
 from psyche.config import Config
-from psyche.telemetry.log import LOG_NAME
+from psyche.telemetry.event_log import LOG_NAME
 
 
 def run(trial: Trial, folder: Path) -> tuple[Path, list[Path]]:

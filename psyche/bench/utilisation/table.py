@@ -13,9 +13,9 @@ from rich.table import Table
 from psyche.bench.codec.table import percent
 from psyche.bench.utilisation.plan import LAST, SKIPPED, Trial
 from psyche.errors import PsycheError
+from psyche.telemetry.event_log import read_events
 from psyche.telemetry.events import MemberMetrics, RoundSummary
-from psyche.telemetry.log import read_events
-from psyche.telemetry.wording import number
+from psyche.telemetry.formatting import number
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,8 +18,8 @@ from typing import BinaryIO, Self
 import msgspec
 
 from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.telemetry.event_log import LOG_NAME
 from psyche.telemetry.events import AnyEvent, RoundCertified
-from psyche.telemetry.log import LOG_NAME
 from tests.processes.swarm import alive, descendants
 from tests.slow.chaos.world import World
 

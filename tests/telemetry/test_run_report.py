@@ -11,7 +11,7 @@ from rich.console import Console
 from psyche.errors import PsycheError
 from psyche.telemetry.events import Attested, Event, GenesisJudged, RoundStarted
 from psyche.telemetry.monitor import summarise
-from psyche.telemetry.report import attestations, build_report, ddp_bytes, plot_loss, render_summary
+from psyche.telemetry.run_report import attestations, build_report, ddp_bytes, plot_loss, render_summary
 
 from .story import LIMITS, PARAMETERS, PAYLOAD, PEERS, RUN, STEPS, certified, metrics, root, started, story
 

@@ -21,7 +21,7 @@ from psyche.telemetry.events import (
     RunFinished,
     RunStarted,
 )
-from psyche.telemetry.wording import amount, clean, number, plural, root_name, size
+from psyche.telemetry.formatting import amount, clean, number, plural, root_name, size
 
 Attestations = Mapping[int, Mapping[str, str]]
 """round -> PeerID -> the state_root (hex) which that member attested after that round."""
