@@ -20,7 +20,7 @@ namespace {
 
 constexpr emulator::Kernel KERNELS[] = {
     CODEC(fp32),      CODEC(int8),      CODEC(int4),         CODEC(int4_32),       CODEC(int2),
-    CODEC(topk2_32),  CODEC(topk2_64),  CODEC(topk2_128),    CODEC(topk2_256),     CODEC(topk2_512),
+    CODEC(topk2_64),  CODEC(topk2_256), CODEC(topk2_512),
     KERNEL(outer_step), KERNEL(header_write), KERNEL(header_check),
 };
 
