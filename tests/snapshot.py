@@ -41,15 +41,15 @@ def _fixed(domain: str, *parts: bytes) -> bytes:
 if FIXED_SEEDS:
     digests.digest = _fixed  # before anything imports it by name
 
-from psyche.audit.simulated import SimulatedAudits, honest
+from psyche.audit.simulated_audits import SimulatedAudits, honest
 from psyche.config import load_config
+from psyche.diloco.audit_bundle import AuditBundles
 from psyche.diloco.reference import play
 from psyche.launch import chain_rules
 from psyche.launch.launch import launch
 from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
-from psyche.verification.bundle import AuditBundles
 from tests.tiny import LARGER, replica, write_config
 
 NODES = 4

@@ -19,8 +19,6 @@ LAYERS = [
     "training",
     "exchange",
     "data",
-    "state",
-    "verification",
     "launch",
     "ledger",
     "diloco",
@@ -28,6 +26,8 @@ LAYERS = [
     "coordinator",
     "worker",
     "tools",
+    "federated",
+    "payouts",
     "processes",
     "cli",
 ]
@@ -49,6 +49,16 @@ def imported(path: Path) -> set[str]:
 def test_every_room_has_its_place() -> None:
     rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert rooms == {*LAYERS, "bench"}
+
+
+OPTIONAL = {"federated": {"processes", "bench"}, "payouts": {"cli"}}
+"""Rooms that the core does not know, each with those that may import it."""
+
+
+@pytest.mark.parametrize("room", OPTIONAL)
+def test_the_core_does_not_import_an_optional_room(room: str) -> None:
+    importers = {path.relative_to(ROOT).parts[0] for path in ROOT.rglob("*.py") if room in imported(path)}
+    assert importers - {room} == OPTIONAL[room]
 
 
 @pytest.mark.parametrize("room", LAYERS)

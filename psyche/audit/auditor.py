@@ -19,14 +19,17 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol, TypeVar
 
-from psyche.audit.case import AuditCase, first_needed, open_case
+from psyche.audit.audit_case import AuditCase, first_needed, open_case
+from psyche.audit.evidence_store import EVIDENCE, Evidence
 from psyche.audit.recheck import audit, can_audit, claim_of
+from psyche.audit.replay import Stopped, needed
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
+from psyche.diloco.audit_bundle import MAX_KIT, AuditBundle, AuditBundles, Unserved
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
 from psyche.launch.chain_rules import chain_rules
-from psyche.ledger.history import Past
+from psyche.ledger.chain_sync import Past
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.fetch import BadBlob, FetchError, fetch
 from psyche.network.node import NetworkNode
@@ -40,9 +43,6 @@ from psyche.protocol.verdicts import JURY, Audit, AuditStatement, DeclinedAudit,
 from psyche.protocol.wire import Body, decode
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
-from psyche.verification.bundle import MAX_KIT, AuditBundle, AuditBundles, Unserved
-from psyche.verification.evidence import EVIDENCE, Evidence
-from psyche.verification.replay import Stopped, needed
 
 AUDITS = "audits"
 """What others need to check this node's last rounds, in its directory."""

@@ -1,4 +1,4 @@
-"""An audit on a replica: what ``verification/replay.py`` needs, from what a node has."""
+"""An audit on a replica: what ``audit/replay.py`` needs, from what a node has."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from psyche.audit.case import AuditCase
+from psyche.audit.audit_case import AuditCase
+from psyche.audit.replay import Blobs, Claim, ReplayContext, replay
 from psyche.config import Run
 from psyche.data.store import TokenStore
+from psyche.diloco.audit_bundle import AuditBundle, Base
 from psyche.diloco.batches import DataAssignment
 from psyche.diloco.replica import Replica
 from psyche.numerics.backends.base import Backend
@@ -17,9 +19,6 @@ from psyche.protocol.verdicts import Finding
 from psyche.training.engine import Batch
 from psyche.training.moments import muon_parameters
 from psyche.training.torch_engine import TorchEngine
-from psyche.verification.bundle import AuditBundle
-from psyche.verification.evidence import Base
-from psyche.verification.replay import Blobs, Claim, ReplayContext, replay
 
 
 def can_audit(replica: Replica, round_number: int) -> bool:

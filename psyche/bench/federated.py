@@ -2,7 +2,7 @@
 
 The corpora are consecutive quarters of the pooled one, which is sorted by path: other modules, so other vocabularies
 and idioms (not iid). All rows see as many tokens, and are judged on the held-out set of all four. Then pseudo-gradients
-are clipped, and then noised and shrunk, each node for itself (``training/privacy.py``).
+are clipped, and then noised and shrunk, each node for itself (``federated/gaussian_mechanism.py``).
 
 Own corpora cost nothing, clipping a percent; noise in proportion. It has as many dimensions as the model, and among a
 handful of nodes little of it averages out. So a budget that means something to a single node (ε below 10) leaves
@@ -27,7 +27,7 @@ from psyche.bench.plan import CENTRE, default_scale
 from psyche.bench.section import Preparing, chosen, outcomes_of, prepare_corpus, wide_console
 from psyche.bench.trials import Outcome, Own, Setting, Trial
 from psyche.config import Outer
-from psyche.state.budget import Charge, epsilon_of
+from psyche.federated.privacy_budget import Charge, epsilon_of
 from psyche.telemetry.formatting import amount
 
 DELTA = 1e-6

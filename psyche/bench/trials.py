@@ -33,16 +33,16 @@ from psyche.config import (
     Run,
 )
 from psyche.config.trust import Audits
-from psyche.data.private import PrivateText
 from psyche.data.store import TokenStore
-from psyche.diloco.private_data import Private
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
+from psyche.federated.gaussian_mechanism import privatise
+from psyche.federated.private_text import PrivateText
+from psyche.federated.private_training import Private
 from psyche.launch.launch import Launch, launch
 from psyche.protocol.assignment import sequences
 from psyche.telemetry.run_report import ddp_bytes
 from psyche.training.models import build
-from psyche.training.privacy import privatise
 from psyche.training.schedules import learning_rate
 from psyche.training.torch_engine import TorchEngine
 
@@ -273,10 +273,10 @@ class Unpaid(Private):
         sequences = store.train.batch(range(number * length, (number + 1) * length)).astype("<u4")
         self._text = PrivateText(sequences, np.random.default_rng([trial.seed, number]))
 
-    def require(self) -> None:
+    def require_budget(self) -> None:
         return
 
-    def conceal(self, theta: Tensor, local: Tensor, parts: Sequence[slice]) -> None:
+    def privatise(self, theta: Tensor, local: Tensor, parts: Sequence[slice]) -> None:
         privatise(theta, local, parts, clip=self._clip, noise_multiplier=self._noise)
 
 

@@ -18,7 +18,7 @@ def calibrate(
     plot: Annotated[Path | None, typer.Option(help="Draw the errors to this PNG file.", show_default=False)] = None,
 ) -> None:
     """Measure by how much honest nodes of this model differ, and frauds; and say which thresholds tell them apart."""
-    from psyche.audit import calibrate as calibrating
+    from psyche.audit import calibrate_command as calibrating
     from psyche.cli.data import progress_display
 
     with progress_display() as report:
@@ -45,8 +45,8 @@ def rerun(
     """
     import sys
 
+    from psyche.audit.evidence_store import EVIDENCE, Evidence
     from psyche.cli.places import ledger_file, manifest_of
-    from psyche.verification.evidence import EVIDENCE, Evidence
 
     ledger = ledger_file(path)
     manifest, evidence = manifest_of(None, ledger), Evidence(ledger.parent / EVIDENCE)
@@ -56,7 +56,7 @@ def rerun(
         return
     import msgspec
 
-    from psyche.audit import rerun as again
+    from psyche.audit import offline_audit as again
     from psyche.config import Node
 
     case = again.case_in(ledger, manifest, again.chosen(evidence, node, round_number), round_number)

@@ -12,7 +12,7 @@ from psyche.cli.places import ManifestFile, Place, checked, ledger_file, manifes
 if TYPE_CHECKING:  # see cli/ledger.py
     from rich.table import Table
 
-    from psyche.ledger.credits_view import Credit, CreditStory
+    from psyche.ledger.credit_report import Credit, CreditStory
 
 NodeEnd = Annotated[str, typer.Argument(help="The node's PeerID, or how that ends.", show_default=False)]
 
@@ -30,7 +30,7 @@ def credits_command(
     Pending credit becomes final once the rounds have passed in which the work can be challenged, and is forfeited where
     it was cheated. Checks no signature; ``verify`` does.
     """
-    from psyche.ledger.credits_view import credits_of
+    from psyche.ledger.credit_report import credits_of
     from psyche.ledger.store import Ledger
 
     file = ledger_file(path)
@@ -56,7 +56,7 @@ def why_command(
     json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Say why a node's credit is what it is: each change, with its round and reason."""
-    from psyche.ledger.credits_view import history_of, in_words
+    from psyche.ledger.credit_report import history_of, in_words
     from psyche.ledger.store import Ledger
 
     file = ledger_file(path)
@@ -89,7 +89,7 @@ def claims_command(
     The ledger is verified first, and has to be whole, so that everybody who does this gets the same file.
     """
     from psyche.durable import disk_errors, write_durably
-    from psyche.ledger.payouts import claims_file, payable, require_whole, weights_file
+    from psyche.payouts.claims_file import claims_file, payable, require_whole, weights_file
 
     file = ledger_file(path)
     terms = manifest_of(manifest, file)
@@ -115,7 +115,7 @@ def proof_command(
     who: Annotated[str, typer.Argument(help="An address, or how a PeerID ends.", show_default=False)],
 ) -> None:
     """Print one claim with its proof, for a distributor, once it is checked against the file's root."""
-    from psyche.ledger.payouts import proof_of
+    from psyche.payouts.claims_file import proof_of
 
     root, entry = proof_of(file, who)
     typer.echo(f"root:    {root}\naddress: {entry.address}\namount:  {entry.amount}")

@@ -13,7 +13,7 @@ from psyche.cli.places import ManifestFile, Place, checked, ledger_file, manifes
 if TYPE_CHECKING:  # `psyche --help` imports this module: what is heavy is imported by the command that needs it
     from rich.table import Table
 
-    from psyche.ledger.rounds_view import Ending, LedgerRound, Story
+    from psyche.ledger.round_report import Ending, LedgerRound, Story
 
 app = typer.Typer(help="The certified chain of a run, and the credits that follow from it.", no_args_is_help=True)
 
@@ -33,7 +33,7 @@ def show_command(
     json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Say what was certified: members, tokens, who was left out and why. Checks no signature; ``verify`` does."""
-    from psyche.ledger.rounds_view import story_of
+    from psyche.ledger.round_report import story_of
     from psyche.ledger.store import Ledger
 
     with Ledger.read(ledger_file(path)) as ledger:
@@ -58,7 +58,7 @@ def verify_command(path: Place, manifest: ManifestFile = None) -> None:
 
     Credits are then added up anew, from the chain alone.
     """
-    from psyche.ledger.credits_view import sums
+    from psyche.ledger.credit_report import sums
 
     file = ledger_file(path)
     found = checked(file, manifest_of(manifest, file))

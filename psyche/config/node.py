@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from psyche.config.base import Count, Positive, Strict, validated
+from psyche.config.ethereum_address import address_bytes
 from psyche.errors import ConfigError
-from psyche.ethereum import address_bytes
 from psyche.hours import Hours
 from psyche.rates import bits_per_second
 from psyche.sizes import byte_count
@@ -41,7 +41,7 @@ class PrivateData(Strict):
     """Text that this machine trains on instead of the run's, and that stays here; and what may be learned of it.
 
     Whatever the others see of all rounds of the run together is (``epsilon``, ``delta``)-differentially private
-    (``training/privacy.py`` says what that protects).
+    (``federated/gaussian_mechanism.py`` says what that protects).
     """
 
     path: Annotated[Path, Field(strict=False)]

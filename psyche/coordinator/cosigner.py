@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from psyche.config import Manifest
+from psyche.ledger.signing_record import keep, recall
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
@@ -16,7 +17,6 @@ from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Objection, Reconfiguration, Seal
 from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_roster
 from psyche.protocol.wire import decode
-from psyche.state.pledges import keep, recall
 
 SIGNED_STATE = "signed.msgpack"
 MAX_REQUEST = 1 << 20

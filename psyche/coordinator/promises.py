@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from psyche.config import Manifest
-from psyche.ledger.proofs import proposal_in
+from psyche.ledger.certificate_check import proposal_in
 from psyche.network.identity import open_envelope
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Commitment, Contribution, Plan, Promise

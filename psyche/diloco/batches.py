@@ -3,10 +3,17 @@ some of those that come next."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
 from psyche.config import Run
 from psyche.data.store import Split
+from psyche.errors import PsycheError
 from psyche.protocol.assignment import positions, sequences
 from psyche.protocol.messages import Plan
+from psyche.telemetry.events import PrivacySpent
 from psyche.training.engine import Batch
 
 
@@ -33,3 +40,26 @@ class DataAssignment:
 
     def _at(self, span: range) -> Batch:
         return self._split.batch(sequences(span, self._split.shape, self._run.seed))
+
+
+class PrivacyBudgetSpent(PsycheError):
+    """The node's privacy budget allows no further round."""
+
+
+class PrivateData(Protocol):
+    """A node's own text in federated mode, and the rules for publishing what was trained on it.
+
+    ``psyche/federated/`` implements this; a replica without one trains on the run's text.
+    """
+
+    def batch(self, size: int) -> Batch:
+        """Return the next ``size`` sequences to train on."""
+
+    def require_budget(self) -> None:
+        """Raise :class:`PrivacyBudgetSpent` if the budget allows no further round."""
+
+    def privatise(self, theta: Tensor, local: Tensor, parts: Sequence[slice]) -> None:
+        """Charge the budget for one release, then clip and noise θ − ``local`` in ``parts``, in place in ``local``."""
+
+    def account(self, round_number: int) -> PrivacySpent:
+        """Report the budget spent after ``round_number``, and what is left."""

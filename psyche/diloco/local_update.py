@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from psyche.diloco.trace import Trace
 from psyche.errors import PsycheError
 from psyche.protocol.messages import Contribution
-from psyche.verification.traces import Trace
 
 Slices = Sequence[bytes]
 """The encoded slices of one contribution, in the order of ``FlatLayout.fragments()``."""

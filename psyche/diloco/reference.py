@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from psyche.config import Manifest
 from psyche.diloco.local_update import Work
+from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.diloco.replica import Replica
 from psyche.exchange.merge import Merge
 from psyche.launch.rules import rules_of
@@ -40,7 +41,6 @@ from psyche.protocol.state import (
     State,
     Voted,
 )
-from psyche.verification.outlier_detector import OutlierDetector
 
 
 class Machine:
@@ -81,7 +81,7 @@ def play(
 
     ``replicas`` go by node id, as many as ``rounds.start_members`` or more, all at the genesis state. ``late`` says
     how many late steps a node takes while a round is on the wire, and ``due`` which quota a node has, if not H: in a
-    distributed run time decides both. ``hear`` gives what auditors say after a record (``audit/simulated.py``);
+    distributed run time decides both. ``hear`` gives what auditors say after a record (``audit/simulated_audits.py``);
     without it nobody does the audits that are drawn.
     """
     machine = Machine(manifest, due)

@@ -14,9 +14,9 @@ import torch
 
 from psyche.config import Manifest
 from psyche.data.store import BadShard, TokenStore
-from psyche.diloco.batches import DataAssignment
+from psyche.diloco.batches import DataAssignment, PrivateData
 from psyche.diloco.local_update import Interrupted, NonFiniteParameter, Slices, Steps, Work
-from psyche.diloco.private_data import Private
+from psyche.diloco.trace import Withheld
 from psyche.diloco.trace_recorder import TraceRecorder
 from psyche.exchange.merge import Merge
 from psyche.numerics.aggregate import Gradient, decoded, reduce_slice
@@ -31,7 +31,6 @@ from psyche.protocol.challenge import base_proof
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.training.engine import Engine
 from psyche.training.schedules import learning_rate
-from psyche.verification.traces import Withheld
 
 
 class Replica:
@@ -74,7 +73,7 @@ class Replica:
         self._sum = torch.empty(max(p.stop - p.start for f in self._fragments for p in f), device=self.backend.device)
         self.residual = torch.zeros_like(self.outer.theta) if self.codec.error_feedback else None
         self._portion = DataAssignment(self.run, store.train, node)
-        self.private: Private | None = None
+        self.private: PrivateData | None = None
         """The node's own text, if it trains on that (federated mode). Then every round starts from θ, and is seen of
         outside only as what was clipped, noised and paid for."""
         self.payout = b""
@@ -96,12 +95,12 @@ class Replica:
         Calls ``progress(step, loss, lr)`` after each inner step. Once ``enough()`` is true the steps taken so far, if
         there are any, are all that this contribution has; so it is where the text of a step cannot be had. Raises
         :class:`Interrupted` once ``stop()`` is true, :class:`NonFiniteParameter`, :class:`BadShard` where no step could
-        be taken, and :class:`~psyche.state.budget.Spent` where private data may not be trained on any more.
+        be taken, and :class:`PrivacyBudgetSpent` if private data may not be trained on any more.
         """
         member = plan.member(self.node)
         assert member is not None, "only members train"
         if self.private is not None:
-            self.private.require()
+            self.private.require_budget()
         if self._steps is None:
             self.engine.write(self.outer.theta)
             self._steps = Steps() if self.private is None else Steps(Withheld())
@@ -125,7 +124,7 @@ class Replica:
         self.trace_recorder.mark(steps.trace, done)
         if self.private is not None:
             parts = [used for part in self.slices_of(plan.round) for used in self.engine.layout.within(part)]
-            self.private.conceal(self.outer.theta, self._snapshot, parts)
+            self.private.privatise(self.outer.theta, self._snapshot, parts)
         residual_in = self._residual_root(plan.round, steps)
         payload = self._encode(plan.round)
         residual_out = self._residual_root(plan.round, steps)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from psyche.config import Run
+from psyche.diloco.audit_bundle import AuditBundle, AuditBundles, Base
+from psyche.diloco.trace import Trace, Withheld
 from psyche.numerics.digest import BlobIndex, blob_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import WITHHELD
 from psyche.training.engine import Engine
 from psyche.training.moments import packed
-from psyche.verification.bundle import AuditBundle, AuditBundles
-from psyche.verification.evidence import Base
-from psyche.verification.traces import Trace, Withheld
 
 
 class TraceRecorder:

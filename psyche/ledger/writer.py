@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from psyche.config import Manifest
-from psyche.ledger.proofs import record_in
+from psyche.ledger.certificate_check import record_in
 from psyche.ledger.store import Forked, Ledger
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate

@@ -183,9 +183,9 @@ def _report(config: Config, directory: Path, seconds: float) -> None:
     """report.json, the loss plot, the exported model and a sample of it; then a summary for people."""
     from rich.console import Console
 
-    from psyche.state.export import sample
     from psyche.telemetry.run_report import build_report, plot_loss, render_summary
     from psyche.tools.export import export_node
+    from psyche.tools.exported_model import sample
 
     log = list(read_events(directory / COORDINATOR / LOG_NAME))
     nodes = sorted(path for path in directory.glob("node-*") if path.is_dir())

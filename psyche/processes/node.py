@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from psyche.config import MANIFEST, Config, Manifest, Node
+from psyche.config.ethereum_address import address_bytes
 from psyche.coordinator.coordinator import Coordinator
 from psyche.data.prepare import Progress, prepare
 from psyche.data.provision import (
@@ -24,11 +25,11 @@ from psyche.data.provision import (
 from psyche.data.shard_prefetch import ShardSupply, Supply
 from psyche.data.shard_sources import ShardSources, mirrors_of
 from psyche.data.store import TokenStore
-from psyche.diloco.private_data import check_private, open_private
+from psyche.diloco.checkpoint import load_latest
 from psyche.diloco.replica import Replica
 from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
-from psyche.ethereum import address_bytes
+from psyche.federated.private_training import check_private, open_private
 from psyche.launch.launch import Launch, launch
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
@@ -46,7 +47,6 @@ from psyche.numerics.outer import OuterState
 from psyche.processes.background import beside, warning
 from psyche.processes.process_lock import registered
 from psyche.rates import bytes_per_second
-from psyche.state.checkpoint import load_latest
 from psyche.telemetry import events
 from psyche.telemetry.event_log import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor

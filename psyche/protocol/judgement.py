@@ -7,7 +7,7 @@ and an honest node would be gone. A jury is dear, and comes once for each cheat 
 Replays differ by noise, so that a finding passes, or fails, or says nothing (between the thresholds). The gap between
 those is calibrated to be wider than the noise: of two honest auditors never one passes what the other fails.
 
-That an auditor looked at all its sketch says (``verification/sketch.py``): where a second one is asked and the two show
+That an auditor looked at all its sketch says (``audit/probes.py``): where a second one is asked and the two show
 different ways, a jury shows which of them is made up. Noise is what keeps honest auditors of other hardware from being
 taken for liars then, whatever the audited node did to enlarge it.
 """

@@ -35,7 +35,7 @@ class Finding(Message, frozen=True):
     """How far apart two precisions are in the segment where they are farthest, as ``error``; the most where nobody
     looked: a jury does."""
     sketch: Annotated[tuple[Annotated[int, Meta(ge=-MOST, le=MOST)], ...], Meta(max_length=SKETCH)] = ()
-    """How far some parameters had come on the way, in 10⁻⁹ (``verification/sketch.py``): who knows has trained. Of an
+    """How far some parameters had come on the way, in 10⁻⁹ (``audit/probes.py``): who knows has trained. Of an
     auditor, never of the contribution."""
 
 

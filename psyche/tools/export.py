@@ -7,7 +7,7 @@ from pathlib import Path
 from psyche.config import Node
 from psyche.data.provision import local_store
 from psyche.numerics.outer import OuterState
-from psyche.state.export import export
+from psyche.tools.exported_model import export
 from psyche.tools.load import newest
 
 

@@ -11,10 +11,10 @@ import torch
 from psyche.config import MANIFEST, Manifest, Node
 from psyche.data.provision import local_store
 from psyche.data.store import TokenStore
+from psyche.diloco.checkpoint import Checkpoint, load_latest
 from psyche.errors import PsycheError
 from psyche.numerics.outer import OuterState
-from psyche.state.checkpoint import Checkpoint, load_latest
-from psyche.state.export import model_of
+from psyche.tools.exported_model import model_of
 from psyche.training.devices import pick_device
 
 

@@ -12,7 +12,7 @@ from psyche.network.node import NetworkNode
 from psyche.numerics.aggregate import Gradient
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Record
-from psyche.state.sync import serve_state
+from psyche.worker.state_transfer import serve_state
 from psyche.worker.voter import Voter
 
 OnTrainer = Callable[[Callable[[], None]], Awaitable[None]]

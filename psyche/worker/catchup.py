@@ -13,19 +13,19 @@ from collections.abc import Callable, Sequence
 from psyche.config import Node
 from psyche.diloco.replica import Replica
 from psyche.exchange.base import BlobTransport, Exchange, taken
-from psyche.ledger.history import Past, Proven, following
+from psyche.ledger.chain_sync import Past, Proven, following
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.fetch import FetchError
 from psyche.network.presence import sources
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.messages import Plan, Record, RunStatus
-from psyche.state.sync import Arriving
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.formatting import plural, size
 from psyche.worker.apply_round import Advance
 from psyche.worker.coordinator_client import RETRY_SECONDS, CoordinatorClient
+from psyche.worker.state_transfer import Arriving
 from psyche.worker.voter import Voter
 
 MAX_OWN_HISTORY = 1 << 30

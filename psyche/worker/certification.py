@@ -9,7 +9,7 @@ from functools import partial
 
 from psyche.diloco.local_update import Work
 from psyche.exchange.base import Exchange
-from psyche.ledger.proofs import proposal_in
+from psyche.ledger.certificate_check import proposal_in
 from psyche.network.fetch import FetchError
 from psyche.network.streams import Refused
 from psyche.numerics.aggregate import Gradient

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from psyche.config import Node
+from psyche.diloco.checkpoint import Checkpoint, save
 from psyche.diloco.replica import Replica
 from psyche.exchange.base import BlobTransport
 from psyche.network.node import NetworkNode
-from psyche.state.checkpoint import Checkpoint, save
-from psyche.state.snapshots import Snapshots
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
+from psyche.worker.snapshots import Snapshots
 from psyche.worker.voter import Voter
 
 

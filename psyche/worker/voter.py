@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from psyche.config import Manifest
-from psyche.ledger.proofs import record_in
+from psyche.ledger.certificate_check import record_in
+from psyche.ledger.signing_record import Ballot, keep, recall
 from psyche.protocol.acceptor import Chain, consider, promise
 from psyche.protocol.messages import Certificate, Plan, Promise, Proposal, Record
 from psyche.protocol.state import Rules
-from psyche.state.pledges import Ballot, keep, recall
 from psyche.worker.reveals import Reveals
 
 BALLOT = "ballot.msgpack"

@@ -17,7 +17,9 @@ from psyche.audit.auditor import Auditor
 from psyche.config import Node
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
+from psyche.diloco.batches import PrivacyBudgetSpent
 from psyche.diloco.local_update import Interrupted, Work
+from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
 from psyche.exchange.base import BlobTransport, Exchange
@@ -29,7 +31,7 @@ from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import BlobRetention
 from psyche.launch.rules import rules_of
-from psyche.ledger.history import serve_history
+from psyche.ledger.chain_sync import serve_history
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
@@ -40,11 +42,9 @@ from psyche.protocol.messages import Attestation, Certificate, Commitment, Plan,
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.state import Phase, Rules
 from psyche.protocol.wire import decode
-from psyche.state.budget import Spent
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.training.choice import describe_device
-from psyche.verification.outlier_detector import OutlierDetector
 from psyche.worker.apply_round import Advance
 from psyche.worker.catchup import CatchUp, behind
 from psyche.worker.certification import Certification, Moved
@@ -325,7 +325,7 @@ class Worker:
             self._warn(f"this node takes no part in round {plan.round}: it does not have the text of its part")
             self._graceful_leave.end()
             return None
-        except Spent as spent:
+        except PrivacyBudgetSpent as spent:
             self._warn(str(spent))
             self._graceful_leave.decide()
             self._graceful_leave.end()

@@ -12,6 +12,7 @@ import pytest
 
 import psyche.audit.auditor as auditing
 from psyche.audit.auditor import Auditor
+from psyche.audit.evidence_store import EVIDENCE, Evidence
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
 from psyche.network.streams import Refused
@@ -19,8 +20,7 @@ from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
 from psyche.protocol.wire import Body
 from psyche.telemetry.event_log import EventLog
-from psyche.verification.evidence import EVIDENCE, Evidence
-from tests.verification.audited import Court, court, train_lazily
+from tests.audit.audited import Court, court, train_lazily
 
 
 @dataclass

@@ -15,7 +15,7 @@ from psyche.bench.plan import CENTRE
 from psyche.bench.trials import Own, Setting, Unpaid
 from psyche.config import Outer
 from psyche.data.prepare import prepare
-from psyche.state.budget import noise_for
+from psyche.federated.privacy_budget import noise_for
 
 
 @pytest.fixture(scope="module")

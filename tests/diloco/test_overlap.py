@@ -16,6 +16,7 @@ from psyche.config import load_config
 from psyche.diloco.local_update import NonFiniteParameter, Work
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
+from psyche.diloco.trace import Trace
 from psyche.errors import ConfigError
 from psyche.launch.costs import costs_of
 from psyche.launch.launch import launch
@@ -29,7 +30,6 @@ from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY
 from psyche.training.moments import packed
-from psyche.verification.traces import Trace
 from tests.protocol.players import nodes
 from tests.tiny import replica, write_config
 

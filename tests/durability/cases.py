@@ -18,8 +18,12 @@ from psyche.data.index import Shard
 from psyche.data.journal import Journal as Preparation
 from psyche.data.journal import load_journal
 from psyche.data.prepare import prepare
+from psyche.diloco.checkpoint import load_latest, save
 from psyche.durable import write_durably
 from psyche.exchange.journal import Journal
+from psyche.federated.privacy_budget import NAME as PRIVACY
+from psyche.federated.privacy_budget import Budget
+from psyche.ledger.signing_record import Ballot, keep, recall
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.network.identity import IDENTITY, Identity
@@ -29,15 +33,11 @@ from psyche.numerics.digest import blob_root, index_chunks
 from psyche.processes.node import GENESIS, INVITE
 from psyche.protocol.acceptor import Acceptor
 from psyche.protocol.signed_state import Signed, SignedState
-from psyche.state.budget import NAME as PRIVACY
-from psyche.state.budget import Budget
-from psyche.state.checkpoint import load_latest, save
-from psyche.state.pledges import Ballot, keep, recall
 from psyche.telemetry.event_log import LOG_NAME, EventLog, read_events
 from psyche.telemetry.events import Notice
 from psyche.worker.voter import BALLOT
 from tests.chains import RULES, chain
-from tests.state.test_checkpoint import RUN, checkpoint, same
+from tests.diloco.test_checkpoint import RUN, checkpoint, same
 
 CHAIN, OTHER = chain(2), chain(2, flavour=b"other")
 

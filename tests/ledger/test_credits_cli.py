@@ -9,13 +9,13 @@ import msgspec
 import pytest
 
 from psyche.config import MANIFEST
+from psyche.config.ethereum_address import checksummed
 from psyche.errors import PsycheError
-from psyche.ethereum import checksummed
 from psyche.launch.chain_rules import chain_rules
-from psyche.ledger.claims import Claim, proves
 from psyche.ledger.store import NAME
 from psyche.ledger.verify import STRETCH, verify_ledger
 from psyche.numerics.digest import digest
+from psyche.payouts.merkle_tree import Claim, proves
 from psyche.protocol.credits import fold
 from psyche.protocol.ledger import BadLedger
 from psyche.protocol.messages import Record

@@ -13,16 +13,16 @@ from blake3 import blake3
 
 from psyche.config import MANIFEST, Manifest, load_config
 from psyche.data.journal import document_hash
-from psyche.data.private import TOKENS
 from psyche.data.provision import local_store
 from psyche.data.tokenizer import Encoder
-from psyche.diloco.private_data import DIRECTORY
+from psyche.federated.privacy_budget import Budget
+from psyche.federated.private_text import TOKENS
+from psyche.federated.private_training import DIRECTORY
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.numerics.digest import blob_root
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import WITHHELD
-from psyche.state.budget import Budget
 from psyche.telemetry.event_log import LOG_NAME, read_events
 from psyche.telemetry.events import MemberMetrics, PrivacySpent, RoundCertified, RunFinished
 from tests.processes.swarm import swarm

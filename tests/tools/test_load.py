@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from psyche.cli import app
 from psyche.config import MANIFEST, load_config
 from psyche.data.prepare import prepare
+from psyche.diloco.checkpoint import Checkpoint, save
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
 from psyche.launch.launch import Launch, launch
 from psyche.protocol.acceptor import Chain
-from psyche.state.checkpoint import Checkpoint, save
 from psyche.tools.evaluate import heldout_loss, task_scores, text_loss
 from psyche.tools.export import export_node
 from psyche.tools.generate import Sampling, generate

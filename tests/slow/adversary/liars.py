@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from psyche.audit.simulated import Judge
+from psyche.audit.simulated_audits import Judge
 from psyche.protocol.verdicts import Audit, Finding
 
 FAILED, PASSED, UNSURE = (Finding("measured", error, 0, 0) for error in (900_000, 0, 30_000))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from psyche.audit.simulated import Judge, SimulatedAudits, honest
+from psyche.audit.simulated_audits import Judge, SimulatedAudits, honest
 from psyche.config import load_config
+from psyche.diloco.audit_bundle import AuditBundles
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
 from psyche.launch.launch import launch
@@ -19,7 +20,6 @@ from psyche.numerics.digest import digest
 from psyche.protocol.credits import Books, fold
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import Closed
-from psyche.verification.bundle import AuditBundles
 from tests.slow.adversary.cheats import Cheat, Honest, Swarm
 from tests.tiny import replica, write_config
 

@@ -11,7 +11,7 @@ from statistics import mean, median
 
 import torch
 
-from psyche.audit.simulated import Judge, honest
+from psyche.audit.simulated_audits import Judge, honest
 from tests.slow.adversary.cheats import WAYS, Cheat, armed
 from tests.slow.adversary.liars import shrug, slander, vouch, wave_through
 from tests.slow.adversary.simulated import Ran, run

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from psyche.audit.evidence_store import EVIDENCE, Evidence
 from psyche.config import MANIFEST, Manifest
 from psyche.ledger.store import NAME, Ledger
 from psyche.ledger.verify import verify_ledger
@@ -13,7 +14,6 @@ from psyche.network.identity import IDENTITY, Identity
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
 from psyche.telemetry.events import RunFinished
-from psyche.verification.evidence import EVIDENCE, Evidence
 from tests.processes.swarm import swarm
 from tests.processes.test_bad_input import psyche
 from tests.tiny import write_config

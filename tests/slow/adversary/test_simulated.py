@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.audit.simulated import Judge
+from psyche.audit.simulated_audits import Judge
 from tests.slow.adversary.cheats import WAYS, Cheat, armed, hands_nothing_over, noise, scaled, zero
 from tests.slow.adversary.liars import shrug, slander, vouch, wave_through
 from tests.slow.adversary.simulated import Ran, run

@@ -1,0 +1,271 @@
+"""How far apart honest nodes are when they do the same work, and how far off those are that do not do it.
+
+A reference node and a peer train some rounds together. Each segment between two trace points of the reference is then
+done again, from the same state on the same batches, by every kind of node there is here; and claimed by every kind of
+cheat. An error is that of an audit: ``audit/replay.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from psyche.audit.replay import CLEAR, relative_error, tolerant_error
+from psyche.audit.replay_error import coasted
+from psyche.config import Run
+from psyche.data.store import TokenStore
+from psyche.diloco.trace import point_steps
+from psyche.numerics.outer import OuterState, outer_step
+from psyche.protocol.assignment import sequences
+from psyche.training.engine import Batch, Engine
+from psyche.training.moments import Moments, muon_parameters, packed
+from psyche.training.schedules import learning_rate
+
+ONE_STEP, TENTH, HALF = "one step left out", "a tenth left out", "half the steps"
+OTHER, COPY, NOISE = "other data", "a copied peer", "noise"
+FRAUDS = (ONE_STEP, TENTH, HALF, OTHER, COPY, NOISE)
+"""What is claimed instead of the work, in the order of how much of it was done. Steps left out are made up for by
+scaling; noise has the norm of honest work."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of node: what of a machine and its settings changes what a step computes."""
+
+    name: str
+    device: str
+    threads: int
+    precision: str
+    compiled: bool = False
+
+
+def kinds_here(threads: int | None) -> list[Kind]:
+    """Those that can be tried on this machine; the first is the reference, and what it has not said otherwise the
+    others have of it. ``threads`` are a node's usual ones, all cores where None."""
+    cores = len(os.sched_getaffinity(0))
+    usual = threads or cores
+    other = cores if usual != cores else max(1, cores // 2)
+    found = [Kind(f"fp32, {_counted(usual)}", "cpu", usual, "fp32")]
+    if other != usual:
+        found.append(Kind(f"fp32, {_counted(other)}", "cpu", other, "fp32"))
+    found += [Kind("bf16", "cpu", usual, "bf16"), Kind("fp32, compiled", "cpu", usual, "fp32", compiled=True)]
+    if torch.cuda.is_available():
+        found += [Kind("fp32, GPU", "cuda", usual, "fp32"), Kind("bf16, GPU", "cuda", usual, "bf16")]
+        found.append(Kind("bf16, GPU, compiled", "cuda", usual, "bf16", compiled=True))
+    return found
+
+
+def _counted(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Inner steps ``start`` to ``stop`` of round ``round``, 0-based, of the reference node."""
+
+    round: int
+    start: int
+    stop: int
+    lrs: tuple[float, ...]
+
+
+@dataclass
+class Measured:
+    """Relative errors, one for each segment, in their order."""
+
+    kinds: list[str]
+    segments: list[Segment]
+    errors: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    """By what is claimed (a kind of node's honest work, or a fraud on the reference kind) and the kind that audits."""
+
+    @property
+    def honest(self) -> dict[str, list[float]]:
+        """Of each pair of kinds."""
+        return {f"{one} | {other}": found for (one, other), found in self.errors.items() if one in self.kinds}
+
+    @property
+    def hostile(self) -> dict[str, list[list[float]]]:
+        """Of each fraud, by auditor."""
+        return {fraud: [self.errors[fraud, kind] for kind in self.kinds] for fraud in FRAUDS}
+
+
+Make = Callable[[Kind], Engine | None]
+"""An engine with the run's initial parameters; None where this kind cannot be had here."""
+Told = Callable[[str, int], None]
+"""What is being done, and how many inner steps of it were just done."""
+
+
+class Calibration:
+    """Of one run's model, optimizer and data."""
+
+    def __init__(self, run: Run, store: TokenStore, folder: Path, told: Told = lambda what, steps: None) -> None:
+        """``folder`` has room for a dozen vectors of the model's size for each segment."""
+        self._run, self._store, self._folder, self._told = run, store, folder, told
+        self._by_muon = muon_parameters(run)
+        self._segments: list[Segment] = []
+
+    def measure(self, kinds: Sequence[Kind], rounds: int, make: Make) -> Measured:
+        """Errors over the first ``rounds`` of the run, of those kinds that can be had."""
+        done: list[Kind] = []
+        for kind in kinds:
+            engine = make(kind)
+            if engine is None:
+                continue
+            torch.set_num_threads(kind.threads)
+            if done:
+                self._train_again(engine, kind.name)
+            else:
+                self._train(engine, kind.name, rounds)
+            done.append(kind)
+            layout = engine.layout
+            del engine  # before the next one takes as much memory
+        found = Measured([kind.name for kind in done], self._segments)
+        for segment in self._segments:
+            before = self._get(segment, START)
+            moments = Moments.unpack(self._path(segment, OPTIMIZER).read_bytes(), layout)
+            drift = coasted(layout, self._run.inner, self._by_muon, before, moments, segment.lrs)
+            for auditor in found.kinds:
+                replayed = self._get(segment, auditor)
+                other = _of_other_precision(auditor, done)
+                for claim in (*found.kinds, *FRAUDS):
+                    if claim != auditor:
+                        after = self._get(segment, claim)
+                        error = relative_error(before, after, replayed, drift)
+                        if error > CLEAR and other is not None:
+                            error = tolerant_error(before, after, replayed, self._get(segment, other), drift)
+                        found.errors.setdefault((claim, auditor), []).append(error)
+        return found
+
+    # ------------------------------------------------------------------------------- training
+
+    def _train(self, engine: Engine, name: str, rounds: int) -> None:
+        """The reference and its peer, and what cheats would claim of each segment."""
+        theta = torch.empty(engine.layout.size)
+        engine.read(theta)
+        outer, run = OuterState.initial(theta), self._run
+        own: State = {}
+        peer: State = {}
+        for round_number in range(rounds):
+            points = point_steps(0, run.rounds.inner_steps, run.audits.trace_steps)
+            at, peer = self._walk(engine, name, round_number, outer.theta, peer, points)
+            engine.write(outer.theta)
+            engine.load_state(own)
+            for number, (start, stop) in enumerate(pairwise(points)):
+                self._segment(engine, name, Segment(round_number, start, stop, ()), at[number + 1] - at[number])
+            own, end = _copied(engine), torch.empty_like(theta)
+            engine.read(end)
+            gradient = outer.theta - (end + at[-1]) / 2
+            outer_step(outer.theta, outer.momentum, gradient, lr=run.outer.lr, mu=run.outer.momentum)
+
+    def _walk(
+        self, engine: Engine, name: str, round_number: int, theta: Tensor, state: State, points: Sequence[int]
+    ) -> tuple[list[Tensor], State]:
+        """The peer's round: parameters at the points, and the optimizer afterwards."""
+        engine.write(theta)
+        engine.load_state(state)
+        at = [theta.clone()]
+        for start, stop in pairwise(points):
+            for _ in self._steps(engine, f"{name}, peer", round_number, range(start, stop), PEERS):
+                pass
+            at.append(torch.empty_like(theta))
+            engine.read(at[-1])
+        return at, _copied(engine)
+
+    def _segment(self, engine: Engine, name: str, segment: Segment, copied: Tensor) -> None:
+        """Train the reference through ``segment``, and note everybody's end; ``copied`` is how far the peer moved."""
+        before, state, at = torch.empty(engine.layout.size), _copied(engine), torch.empty(engine.layout.size)
+        engine.read(before)
+        steps, length = range(segment.start, segment.stop), segment.stop - segment.start
+        tenth = max(1, round(length / 10))
+        lazy = {ONE_STEP: length - 1, TENTH: length - tenth, HALF: length // 2}
+        lrs: list[float] = []
+        self._put(segment, START, before)
+        self._path(segment, OPTIMIZER).write_bytes(packed(engine))
+        at.copy_(before)
+        for done in range(length + 1):
+            for fraud in (fraud for fraud, taken in lazy.items() if taken == done):
+                self._put(segment, fraud, before + (at - before) * (length / max(1, done)))
+            if done < length:
+                lrs += self._steps(engine, name, segment.round, steps[done : done + 1], OWN)
+                engine.read(at)
+        self._put(segment, name, at)
+        self._segments.append(Segment(segment.round, segment.start, segment.stop, tuple(lrs)))
+        self._put(segment, COPY, before + copied)
+        noise = torch.randn(at.shape, generator=torch.Generator().manual_seed(len(self._segments)))
+        self._put(segment, NOISE, before + noise * (torch.dist(at, before) / noise.norm()))
+        after, ended = _copied(engine), at.clone()
+        engine.write(before)
+        engine.load_state(state)
+        list(self._steps(engine, f"{name}, {OTHER}", segment.round, steps, OTHERS))
+        engine.read(at)
+        self._put(segment, OTHER, at)
+        engine.write(ended)
+        engine.load_state(after)
+
+    def _train_again(self, engine: Engine, name: str) -> None:
+        """Every segment, from where the reference was."""
+        at = torch.empty(engine.layout.size)
+        for segment in self._segments:
+            engine.write(self._get(segment, START))
+            moments = Moments.unpack(self._path(segment, OPTIMIZER).read_bytes(), engine.layout)
+            engine.load_state(moments.state(engine.layout, self._by_muon))
+            list(self._steps(engine, name, segment.round, range(segment.start, segment.stop), OWN))
+            engine.read(at)
+            self._put(segment, name, at)
+
+    def _steps(self, engine: Engine, what: str, round_number: int, steps: range, whose: int) -> Iterator[float]:
+        """Take inner steps; their learning rates."""
+        run = self._run
+        for step in steps:
+            lr = learning_rate(run.inner, round_number * run.rounds.inner_steps + step, run.total_steps, engine.steps)
+            engine.step(self._batch(round_number, step, whose), lr)
+            self._told(what, 1)
+            yield lr
+
+    def _batch(self, round_number: int, step: int, whose: int) -> Batch:
+        """Sequences that nobody else has in this or another round."""
+        size, steps = self._run.inner.batch_size, self._run.rounds.inner_steps
+        position = ((round_number * DEALT + whose) * steps + step) * size
+        split = self._store.train
+        return split.batch(sequences(range(position, position + size), split.shape, self._run.seed))
+
+    # --------------------------------------------------------------------------------- on disk
+
+    def _path(self, segment: Segment, name: str) -> Path:
+        return self._folder / f"{segment.round}-{segment.start}-{name.replace(' ', '-')}"
+
+    def _put(self, segment: Segment, name: str, flat: Tensor) -> None:
+        self._path(segment, name).write_bytes(flat.numpy().data)
+
+    def _get(self, segment: Segment, name: str) -> Tensor:
+        return torch.frombuffer(bytearray(self._path(segment, name).read_bytes()), dtype=torch.float32)
+
+
+State = dict[str, Tensor]
+OWN, PEERS, OTHERS = range(3)
+"""Whose part of a round's data."""
+DEALT = 3
+START, OPTIMIZER = "start", "optimizer"
+
+
+def steps_of(run: Run, rounds: int, kinds: int) -> int:
+    """Inner steps that :meth:`Calibration.measure` takes."""
+    return rounds * run.rounds.inner_steps * (DEALT + kinds - 1)
+
+
+def _of_other_precision(name: str, kinds: Sequence[Kind]) -> str | None:
+    """What the kind of that name is on its device in the other precision, uncompiled."""
+    own = next(kind for kind in kinds if kind.name == name)
+    wanted = (own.device, own.precision == "fp32", False)
+    same = (kind.name for kind in kinds if (kind.device, kind.precision != "fp32", kind.compiled) == wanted)
+    return next(same, None)
+
+
+def _copied(engine: Engine) -> State:
+    return {name: value.clone() for name, value in engine.state().items()}

@@ -1,0 +1,148 @@
+"""What a node has spent of its privacy budget, on disk before anything is said that costs some.
+
+How much that is, Opacus' accountant says (Rényi DP of the Gaussian mechanism, arXiv 1702.07476, turned into (ε, δ) by
+Balle et al., arXiv 1905.09982, Theorem 21): an upper bound in closed form for any noise and any number of rounds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from psyche.diloco.batches import PrivacyBudgetSpent
+from psyche.durable import close_to_others, disk_errors, write_durably
+from psyche.errors import PsycheError
+
+NAME = "privacy.json"
+"""In a node's directory. Where it is, the node has trained on private text."""
+
+
+class Charge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """So many releases with that noise."""
+
+    noise_multiplier: Annotated[float, Meta(gt=0)]
+    releases: Annotated[int, Meta(ge=1)]
+
+
+class Budget:
+    """The budget (ε, δ) of one node in one run, of which every release of a round takes some."""
+
+    def __init__(self, directory: Path, epsilon: float, delta: float, noise_multiplier: float) -> None:
+        """Take up what was spent in ``directory`` before, whatever the budget and the noise were then.
+
+        From here on ``directory`` is that of a private node, and closed to other users of the machine: its checkpoints
+        keep the inner optimizer's moments, which remember the text. Raises :class:`PsycheError` where it cannot be
+        closed, what was spent cannot be read, or Opacus is not installed.
+        """
+        self.epsilon, self.delta, self.noise_multiplier = epsilon, delta, noise_multiplier
+        self._path = directory / NAME
+        with disk_errors(directory, "--directory"):
+            close_to_others(directory)
+        there = _read(self._path)
+        self._charges = [] if there is None else there
+        if there is None:
+            self._write()
+
+    @property
+    def spent(self) -> float:
+        """ε so far."""
+        return epsilon_of(self._charges, self.delta)
+
+    def rounds_left(self, most: int) -> int:
+        """How many more releases the budget allows, up to ``most``."""
+
+        def after(releases: int) -> float:
+            return epsilon_of(_with(self._charges, self.noise_multiplier, releases), self.delta)
+
+        return max(0, bisect_right(range(most + 1), self.epsilon, key=after) - 1)
+
+    def require(self) -> None:
+        """Raise :class:`PrivacyBudgetSpent` where the budget has no release left."""
+        if not self.rounds_left(1):
+            raise PrivacyBudgetSpent(
+                f"the privacy budget is spent: ε is {self.spent:.3g} of {self.epsilon:g} at δ = {self.delta:g}, and "
+                "one more round would take it above; this node trains no more on its private data in this run"
+            )
+
+    def charge(self) -> None:
+        """Take one release from the budget. On disk when this returns: a crash afterwards gives nothing back.
+
+        Raises :class:`PrivacyBudgetSpent` where there is none left.
+        """
+        self.require()
+        self._charges = _with(self._charges, self.noise_multiplier, 1)
+        self._write()
+
+    def _write(self) -> None:
+        with disk_errors(self._path, "--directory"):
+            write_durably(self._path, msgspec.json.encode(self._charges))
+
+
+def epsilon_of(charges: list[Charge], delta: float) -> float:
+    """ε of all ``charges`` together, at ``delta``: what Opacus' RDP accountant says of them."""
+    if not charges:
+        return 0.0
+    accountant = _accountant()
+    accountant.history = [(charge.noise_multiplier, 1.0, charge.releases) for charge in charges]
+    with warnings.catch_warnings():
+        # At the ends of its range of orders the bound is less tight than it could be, and a bound all the same.
+        warnings.filterwarnings("ignore", "Optimal order")
+        return float(accountant.get_epsilon(delta))
+
+
+def noise_for(epsilon: float, delta: float, releases: int) -> float:
+    """The noise multiplier with which so many releases spend ``epsilon``, to 0.01 or a thousandth and not above."""
+    _accountant()
+    from opacus.accountants.utils import get_noise_multiplier
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Optimal order")
+        tolerance = min(0.01, epsilon / 1000)
+        try:
+            return float(
+                get_noise_multiplier(
+                    target_epsilon=epsilon,
+                    target_delta=delta,
+                    sample_rate=1.0,
+                    steps=releases,
+                    accountant="rdp",
+                    epsilon_tolerance=tolerance,
+                )
+            )
+        except ValueError as error:  # what it says of a budget that no noise can keep
+            raise PsycheError(f"a privacy budget of ε = {epsilon:g} at δ = {delta:g} is too low: {error}") from None
+
+
+def _accountant() -> Any:
+    try:  # here, where it is used: it takes a second or two to import
+        from opacus.accountants import RDPAccountant
+    except ImportError as error:
+        raise PsycheError(
+            f"training on private data needs the privacy accountant of Opacus ({error}): pip install 'psyche[private]'"
+        ) from None
+    return RDPAccountant()
+
+
+def _with(charges: list[Charge], noise_multiplier: float, releases: int) -> list[Charge]:
+    if not releases:
+        return charges
+    if charges and charges[-1].noise_multiplier == noise_multiplier:
+        return [*charges[:-1], Charge(noise_multiplier, charges[-1].releases + releases)]
+    return [*charges, Charge(noise_multiplier, releases)]
+
+
+def _read(path: Path) -> list[Charge] | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Charge])
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PsycheError(
+            f"what this node has spent of its privacy budget cannot be read from {path} ({error}): restore that file "
+            "from a backup, or keep away from this run with this text"
+        ) from None

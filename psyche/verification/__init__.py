@@ -1,1 +1,0 @@
-"""What lets anyone check a contribution: traces now; audits and calibration follow (DESIGN §8)."""
