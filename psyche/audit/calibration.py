@@ -161,7 +161,7 @@ class Calibration:
             own, end = _copied(engine), torch.empty_like(theta)
             engine.read(end)
             gradient = outer.theta - (end + at[-1]) / 2
-            outer_step(outer.theta, outer.momentum, gradient, lr=run.outer.lr, mu=run.outer.momentum)
+            outer_step(outer.theta, outer.momentum, gradient, run.outer.settings)
 
     def _walk(
         self, engine: Engine, name: str, round_number: int, theta: Tensor, state: State, points: Sequence[int]

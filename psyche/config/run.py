@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -11,6 +11,9 @@ from psyche.config.data import BpeTokenizer, Data
 from psyche.config.model import Model
 from psyche.config.trust import MAX_POINTS, Aggregation, Audits
 from psyche.numerics.codecs.registry import CODECS
+
+if TYPE_CHECKING:
+    from psyche.numerics.outer import OuterSettings
 
 
 def _default_error_feedback(codec: str) -> float:
@@ -64,6 +67,13 @@ class Outer(Strict):
 
     lr: Positive = 0.7
     momentum: Fraction = 0.9
+
+    @property
+    def settings(self) -> OuterSettings:
+        """The settings as the outer step takes them."""
+        from psyche.numerics.outer import OuterSettings  # here: it imports torch, which reading a file does not need
+
+        return OuterSettings(**self.model_dump())
 
 
 class Deadlines(Strict):

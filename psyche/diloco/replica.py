@@ -203,12 +203,12 @@ class Replica:
 
     def step_on(self, outer: OuterState, record: Record, gradient: Gradient) -> None:
         """The same for another outer state than this node's, wherever it lies, which may be there in part only."""
-        lr, mu, device = self.run.outer.lr, self.run.outer.momentum, self.backend.device
+        settings, device = self.run.outer.settings, self.backend.device
         for number, part in enumerate(self.slices_of(record.plan.round)):
             total = self._sum[: part.stop - part.start]
             gradient(number, total)
             theta, momentum = outer.theta[part].to(device), outer.momentum[part].to(device)
-            self.backend.outer_step(theta, momentum, total, lr=lr, mu=mu)
+            self.backend.outer_step(theta, momentum, total, settings)
             if outer.tensor.device != device:
                 outer.theta[part].copy_(theta)
                 outer.momentum[part].copy_(momentum)

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from psyche.numerics.digest import CHUNK, BlobIndex, index_blob, rehash
+
+
+@dataclass(frozen=True)
+class OuterSettings:
+    """Hyperparameters of the outer optimizer. Every caller of the outer step passes this one object.
+
+    To add one: a field with a default here, the same field in ``psyche.config.Outer``, and its arithmetic in
+    :func:`outer_step`. Backends with compiled kernels use PyTorch as soon as it is not at its default.
+    """
+
+    lr: float = 0.7
+    """Outer learning rate η."""
+    momentum: float = 0.9
+    """Nesterov momentum μ."""
+
+    @property
+    def kernel_arguments(self) -> tuple[float, float] | None:
+        """(η, μ) for the compiled kernels, or None where a setting that they do not implement is in use."""
+        defaults = type(self)()
+        others = replace(self, lr=defaults.lr, momentum=defaults.momentum)
+        return (self.lr, self.momentum) if others == defaults else None
 
 
 class OuterState:
@@ -64,11 +86,11 @@ class OuterState:
         return OuterState(self.tensor.clone())
 
 
-def outer_step(theta: Tensor, momentum: Tensor, gradient: Tensor, *, lr: float, mu: float) -> None:
+def outer_step(theta: Tensor, momentum: Tensor, gradient: Tensor, settings: OuterSettings) -> None:
     """SGD with Nesterov momentum, in place: m ← μm + g; θ ← θ − η(g + μm) (DiLoCo, arXiv 2311.08105, §3).
 
     All ``[n]`` fp32. Each operation is a separate tensor operation, hence rounded on its own: no
     ``alpha=``, no ``addcmul``, which may contract to a fused multiply-add on some hardware.
     """
-    momentum.mul_(mu).add_(gradient)
-    theta.sub_(momentum.mul(mu).add_(gradient).mul_(lr))
+    momentum.mul_(settings.momentum).add_(gradient)
+    theta.sub_(momentum.mul(settings.momentum).add_(gradient).mul_(settings.lr))

@@ -29,7 +29,7 @@ from psyche.cli.bench import parameters
 from psyche.errors import PsycheError
 from psyche.numerics.backends.base import TorchBackend
 from psyche.numerics.backends.selection import available_backends
-from psyche.numerics.outer import outer_step
+from psyche.numerics.outer import OuterSettings, outer_step
 
 FIELDS = {
     "system",
@@ -211,7 +211,7 @@ def test_plain_rivals_are_written_fairly(gradient: torch.Tensor) -> None:
 def test_the_outer_step_of_pytorch_is_the_same_step(fused: bool) -> None:
     theta, momentum, gradient = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0)).unbind()
     expected_theta, expected_momentum, local = theta.clone(), momentum.clone(), torch.zeros(4096)
-    outer_step(expected_theta, expected_momentum, gradient, lr=LR, mu=MOMENTUM)
+    outer_step(expected_theta, expected_momentum, gradient, OuterSettings(LR, MOMENTUM))
     theta, momentum = theta.clone(), momentum.clone()
     PlainSgd(fused=fused).bind(theta, momentum, gradient, local)()
     torch.testing.assert_close(momentum, expected_momentum)

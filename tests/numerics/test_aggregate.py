@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -16,7 +17,7 @@ from psyche.numerics.backends.base import TorchBackend
 from psyche.numerics.backends.selection import fastest_backend
 from psyche.numerics.codecs.base import MalformedPayload
 from psyche.numerics.codecs.registry import codec
-from psyche.numerics.outer import OuterState, outer_step
+from psyche.numerics.outer import OuterSettings, OuterState, outer_step
 from psyche.numerics.robust import Aggregator
 from psyche.numerics.shares import share, shares
 from tests.numerics.samples import CHUNK, bits, nearest_fp32, ranges
@@ -161,7 +162,7 @@ def stepped(theta: np.ndarray, m: np.ndarray, g: np.ndarray, lr: float, mu: floa
 def test_outer_step_to_the_bit(values: tuple[Tensor, Tensor, Tensor], lr: float, mu: float) -> None:
     theta, momentum, gradient = (v.clone() for v in values)
     wanted_theta, wanted_momentum = stepped(*(v.numpy().copy() for v in values), lr, mu)
-    outer_step(theta, momentum, gradient, lr=lr, mu=mu)
+    outer_step(theta, momentum, gradient, OuterSettings(lr, mu))
     assert (bits(theta) == wanted_theta.view(np.uint32)).all()
     assert (bits(momentum) == wanted_momentum.view(np.uint32)).all()
     assert torch.equal(gradient, values[2])
@@ -174,7 +175,7 @@ def test_outer_step_over_many_rounds_to_the_bit() -> None:
     for _ in range(50):
         gradient = torch.randn(CHUNK, generator=generator) * 1e-2
         t, m = stepped(t, m, gradient.numpy(), 0.7, 0.9)
-        outer_step(theta, momentum, gradient, lr=0.7, mu=0.9)
+        outer_step(theta, momentum, gradient, OuterSettings(0.7, 0.9))
     assert (bits(theta) == t.view(np.uint32)).all()
     assert (bits(momentum) == m.view(np.uint32)).all()
 
@@ -197,14 +198,14 @@ def test_outer_step_is_not_contracted_to_fused_multiply_adds() -> None:
     telling = (fused_m != plain_m) & (theta - lr * fused_look != plain_theta) & (fused_theta != plain_theta)
     assert telling.sum() > 10
     tensors = [torch.from_numpy(v.copy()) for v in (theta, m, g)]
-    outer_step(*tensors, lr=0.7, mu=0.9)
+    outer_step(*tensors, OuterSettings(0.7, 0.9))
     assert (tensors[0].numpy()[telling] == plain_theta[telling]).all()
     assert (tensors[1].numpy()[telling] == plain_m[telling]).all()
 
 
 def test_subnormals_are_not_flushed() -> None:
     theta, momentum = torch.zeros(CHUNK), torch.full((CHUNK,), 2.0**-140)
-    outer_step(theta, momentum, torch.full((CHUNK,), 2.0**-141), lr=1.0, mu=0.5)
+    outer_step(theta, momentum, torch.full((CHUNK,), 2.0**-141), OuterSettings(1.0, 0.5))
     assert (momentum == 2.0**-140).all()
     assert (theta == -(2.0**-141 + 2.0**-141)).all()
 
@@ -240,3 +241,12 @@ def test_the_initial_state_is_a_copy_without_momentum() -> None:
 def test_what_is_no_outer_state(wrong: Tensor) -> None:
     with pytest.raises(ValueError, match="outer state"):
         OuterState(wrong)
+
+
+def test_a_setting_that_compiled_kernels_do_not_implement_is_left_to_pytorch() -> None:
+    @dataclass(frozen=True)
+    class Extended(OuterSettings):
+        dampening: float = 0.0
+
+    assert Extended(0.5, 0.8).kernel_arguments == (0.5, 0.8)
+    assert Extended(0.5, 0.8, dampening=0.1).kernel_arguments is None

@@ -18,7 +18,7 @@ from psyche.numerics.backends.emulated import BACKWARDS, FORWARDS, EmulatedLaunc
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.codecs.registry import codec as definition
-from psyche.numerics.outer import OuterState
+from psyche.numerics.outer import OuterSettings, OuterState
 from psyche.numerics.shares import share
 from tests.numerics.samples import CHUNK, LARGEST, TINIEST, bits, ranges
 
@@ -212,8 +212,8 @@ def test_outer_step_is_as_defined(emulator_library: Path, data: st.DataObject) -
     local = torch.full_like(theta, 9.0) if data.draw(st.booleans()) else None
     backend = CudaBackend(EmulatedLauncher(emulator_library, data.draw(ORDERS)))
     ours, theirs = (theta.clone(), momentum.clone()), (theta.clone(), momentum.clone())
-    backend.outer_step(*ours, gradient, lr=lr, mu=mu, local=local)
-    TorchBackend().outer_step(*theirs, gradient, lr=lr, mu=mu)
+    backend.outer_step(*ours, gradient, OuterSettings(lr, mu), local=local)
+    TorchBackend().outer_step(*theirs, gradient, OuterSettings(lr, mu))
     for found, expected in zip(ours, theirs, strict=True):
         assert (bits(found) == bits(expected)).all()
     assert local is None or (bits(local) == bits(theirs[0])).all()
@@ -232,7 +232,7 @@ def rounds(backend: Backend, name: str, many: int) -> bytes:
             local = state.theta - torch.randn(n, generator=generator) * 10.0 ** (node - 3)
             payloads.append((share(node + 1, 6), used.encode(state.theta, local, residual, 0.95)))
         aggregate(used, payloads, outer)
-        backend.outer_step(state.theta, state.momentum, outer, lr=0.7, mu=0.9 if number % 2 else 0.6)
+        backend.outer_step(state.theta, state.momentum, outer, OuterSettings(0.7, 0.9 if number % 2 else 0.6))
     return state.index().root
 
 

@@ -19,6 +19,7 @@ from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import BACKWARDS, FORWARDS, EmulatedLauncher, EmulationError
 from psyche.numerics.backends.sources import kernels_directory
 from psyche.numerics.codecs.registry import codec as definition
+from psyche.numerics.outer import OuterSettings
 from tests.numerics.samples import CHUNK, bits
 
 FAULTS = {
@@ -131,10 +132,10 @@ def test_a_fused_multiply_and_add_in_decoding_is_noticed(emulator_library: Path,
 
 def test_a_fused_multiply_and_add_in_the_outer_step_is_noticed(emulator_library: Path, faulty: Path) -> None:
     expected, momentum = noise(1), noise(2)
-    TorchBackend().outer_step(expected, momentum.clone(), noise(3), lr=0.7, mu=0.9)
+    TorchBackend().outer_step(expected, momentum.clone(), noise(3), OuterSettings(0.7, 0.9))
     for library, same in ((emulator_library, True), (faulty, False)):
         theta = noise(1)
-        CudaBackend(EmulatedLauncher(library)).outer_step(theta, momentum.clone(), noise(3), lr=0.7, mu=0.9)
+        CudaBackend(EmulatedLauncher(library)).outer_step(theta, momentum.clone(), noise(3), OuterSettings(0.7, 0.9))
         assert bool((bits(theta) == bits(expected)).all()) is same
 
 

@@ -19,7 +19,7 @@ from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.codecs.base import Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.registry import CODECS, codec
 from psyche.numerics.codecs.topk2e import TopK2e
-from psyche.numerics.outer import OuterState, outer_step
+from psyche.numerics.outer import OuterSettings, OuterState, outer_step
 from psyche.numerics.shares import share
 from tests.numerics.native_samples import LEVELS, damaged, hard_ranges, like, misaligned, native
 from tests.numerics.samples import CHUNK, LARGEST, TINIEST, bits, ranges
@@ -134,10 +134,10 @@ def test_outer_step(
     count = CHUNK * repeats - length % CHUNK  # the outer step also takes a ragged end
     theta, momentum, gradient = (v.repeat(repeats)[:count] for v in values)
     wanted_theta, wanted_momentum = theta.clone(), momentum.clone()
-    outer_step(wanted_theta, wanted_momentum, gradient, lr=lr, mu=mu)
+    outer_step(wanted_theta, wanted_momentum, gradient, OuterSettings(lr, mu))
     local = torch.full_like(theta, 7.0) if with_local else None
     theta, momentum, before = misaligned(theta), misaligned(momentum), gradient.clone()
-    native.NativeBackend(level, threads).outer_step(theta, momentum, gradient, lr=lr, mu=mu, local=local)
+    native.NativeBackend(level, threads).outer_step(theta, momentum, gradient, OuterSettings(lr, mu), local=local)
     assert (bits(theta) == bits(wanted_theta)).all()
     assert (bits(momentum) == bits(wanted_momentum)).all()
     assert (bits(gradient) == bits(before)).all()
@@ -167,7 +167,7 @@ def test_state_root_after_a_hundred_rounds(name: str, level: str) -> None:
             gradient = torch.empty(chunks * CHUNK)
             weights = [share(node + 1, nodes * (nodes + 1) // 2) for node in range(nodes)]
             aggregate(used, zip(weights, payloads, strict=True), gradient)
-            backend.outer_step(state.theta, state.momentum, gradient, lr=0.7, mu=0.9)
+            backend.outer_step(state.theta, state.momentum, gradient, OuterSettings(0.7, 0.9))
         return state.index().root
 
     assert root(native.NativeBackend(level, 2)) == root(TorchBackend())

@@ -13,6 +13,7 @@ import torch
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import EmulatedLauncher
 from psyche.numerics.codecs.registry import CODECS
+from psyche.numerics.outer import OuterSettings
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
         residual, out = torch.zeros(count), torch.zeros(count)
         payload = used.encode(sent, torch.zeros(count), residual, 0.95)
         used.decode_add(payload, 0.5, out)
-    backend.outer_step(sent, residual, out, lr=0.5, mu=0.5, local=torch.empty(count))
+    backend.outer_step(sent, residual, out, OuterSettings(0.5, 0.5), local=torch.empty(count))
     print("nothing out of bounds")
 
 

@@ -17,7 +17,7 @@ from psyche.network.identity import Identity
 from psyche.network.limits import Limiter
 from psyche.network.node import NetworkNode
 from psyche.numerics.digest import CHUNK, BlobIndex, chunked
-from psyche.numerics.outer import OuterState, outer_step
+from psyche.numerics.outer import OuterSettings, OuterState, outer_step
 from psyche.worker.state_transfer import Arriving, in_pairs, serve_state
 from tests.network.swarm import spawn_child, until, with_swarm
 
@@ -32,7 +32,7 @@ def state(seed: int) -> OuterState:
 def step(outer: OuterState) -> None:
     """The outer step of a round."""
     gradient = torch.randn(SIZE, generator=torch.Generator().manual_seed(7))
-    outer_step(outer.theta, outer.momentum, gradient, lr=0.7, mu=0.9)
+    outer_step(outer.theta, outer.momentum, gradient, OuterSettings(0.7, 0.9))
 
 
 def serve(node: NetworkNode, outer: OuterState, asked: list[int], given: int | None = None) -> BlobIndex:

@@ -15,6 +15,7 @@ from psyche.numerics.backends.base import Backend
 from psyche.numerics.backends.selection import available_backends, backend_on
 from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.flat import SLICE
+from psyche.numerics.outer import OuterSettings
 
 LR, MOMENTUM = 0.7, 0.9
 """Of the outer step: DiLoCo's (arXiv 2311.08105). The time does not depend on them."""
@@ -100,7 +101,7 @@ class PsycheStepper(Stepper):
     def bind(self, theta: Tensor, momentum: Tensor, gradient: Tensor, local: Tensor) -> Work:
         def work() -> None:
             for part in parts(theta.numel()):
-                self._step(theta[part], momentum[part], gradient[part], lr=LR, mu=MOMENTUM, local=local[part])
+                self._step(theta[part], momentum[part], gradient[part], OuterSettings(LR, MOMENTUM), local=local[part])
 
         return work
 

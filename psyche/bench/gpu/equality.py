@@ -14,6 +14,7 @@ from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.flat import ALIGNMENT
+from psyche.numerics.outer import OuterSettings
 from psyche.numerics.shares import share
 
 BETA, LR, MU = 0.95, 0.7, 0.9
@@ -93,7 +94,7 @@ def _outer_differences(machine: Machine, count: int) -> Iterator[Difference]:
 def _stepped(backend: Backend, theta: Tensor, momentum: Tensor, gradient: Tensor, device: torch.device) -> list[Tensor]:
     theta, momentum, gradient = (tensor.to(device, copy=True) for tensor in (theta, momentum, gradient))
     local = torch.empty_like(theta)
-    backend.outer_step(theta, momentum, gradient, lr=LR, mu=MU, local=local)
+    backend.outer_step(theta, momentum, gradient, OuterSettings(LR, MU), local=local)
     return [theta, momentum, local]
 
 

@@ -15,6 +15,7 @@ from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.codecs.registry import codec as definition
 from psyche.numerics.codecs.topk2 import TopK2
 from psyche.numerics.flat import ALIGNMENT
+from psyche.numerics.outer import OuterSettings
 
 BAR = 0.85
 """Share of copy bandwidth that a kernel is meant to reach."""
@@ -91,7 +92,7 @@ def _of_outer_step(machine: Machine, backend: CudaBackend) -> Timing:
     count, device = machine.elements, machine.launcher.device
     theta, momentum, gradient = (torch.randn(count, device=device) for _ in range(3))
     local = torch.empty(count, device=device)
-    step = partial(backend.outer_step, theta, momentum, gradient, lr=LR, mu=MU, local=local)
+    step = partial(backend.outer_step, theta, momentum, gradient, OuterSettings(LR, MU), local=local)
     return _timed(machine, OUTER, "step", 4 * 6 * count, step)
 
 

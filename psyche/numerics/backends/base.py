@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from psyche.numerics import outer
 from psyche.numerics.codecs.base import Codec
 from psyche.numerics.codecs.registry import codec
+from psyche.numerics.outer import OuterSettings, outer_step
 
 
 class Backend(ABC):
@@ -29,11 +29,16 @@ class Backend(ABC):
         Raises ``KeyError`` for a name that configuration refuses.
         """
 
-    @abstractmethod
     def outer_step(
-        self, theta: Tensor, momentum: Tensor, gradient: Tensor, *, lr: float, mu: float, local: Tensor | None = None
+        self, theta: Tensor, momentum: Tensor, gradient: Tensor, settings: OuterSettings, local: Tensor | None = None
     ) -> None:
-        """Apply :func:`psyche.numerics.outer.outer_step`, and copy the new θ to ``local`` if it is given."""
+        """Apply :func:`psyche.numerics.outer.outer_step` in place, and copy the new θ to ``local`` if it is given.
+
+        All tensors are ``[n]`` fp32 on :attr:`device`.
+        """
+        outer_step(theta, momentum, gradient, settings)
+        if local is not None:
+            local.copy_(theta)
 
 
 class TorchBackend(Backend):
@@ -44,10 +49,3 @@ class TorchBackend(Backend):
 
     def codec(self, name: str) -> Codec:
         return codec(name)
-
-    def outer_step(
-        self, theta: Tensor, momentum: Tensor, gradient: Tensor, *, lr: float, mu: float, local: Tensor | None = None
-    ) -> None:
-        outer.outer_step(theta, momentum, gradient, lr=lr, mu=mu)
-        if local is not None:
-            local.copy_(theta)

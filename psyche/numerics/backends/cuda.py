@@ -19,6 +19,7 @@ from psyche.numerics.backends.launcher import Launcher
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.topk2e import TopK2e
 from psyche.numerics.flat import ALIGNMENT
+from psyche.numerics.outer import OuterSettings
 
 FINITE = (1 << 63) - 1
 """The value of a status word that records no position."""
@@ -276,16 +277,20 @@ class CudaBackend(Backend):
         return CudaCodec(self._launcher, host) if host.name in _KERNELS else HostCodec(self.device, host)
 
     def outer_step(
-        self, theta: Tensor, momentum: Tensor, gradient: Tensor, *, lr: float, mu: float, local: Tensor | None = None
+        self, theta: Tensor, momentum: Tensor, gradient: Tensor, settings: OuterSettings, local: Tensor | None = None
     ) -> None:
-        """As :class:`Backend` says, without waiting for the device. Tensors are 16-byte aligned, n a multiple of 4."""
+        """Apply the outer step without waiting for the device. Tensors are 16-byte aligned, n a multiple of 4."""
+        arguments = settings.kernel_arguments
+        if arguments is None:
+            super().outer_step(theta, momentum, gradient, settings, local)
+            return
         count = theta.numel()
         require_flat(self._launcher.device, count, theta=theta, momentum=momentum, gradient=gradient, local=local)
         if count % 4 != 0:
             raise ValueError(f"{count} elements: the outer step needs a multiple of 4")
         if count > 0:
             blocks = -(-count // 1024)
-            self._launcher.launch("outer_step", blocks, theta, momentum, gradient, lr, mu, local, count)
+            self._launcher.launch("outer_step", blocks, theta, momentum, gradient, *arguments, local, count)
 
 
 def require_flat(device: torch.device, count: int, **tensors: Tensor | None) -> None:

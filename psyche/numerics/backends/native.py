@@ -12,6 +12,7 @@ from psyche.numerics.codecs import registry
 from psyche.numerics.codecs.base import Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.topk2 import CHUNK
 from psyche.numerics.codecs.topk2e import CODED, STORED, TopK2e
+from psyche.numerics.outer import OuterSettings
 
 _LEVEL_NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline vectors"}
 
@@ -55,10 +56,14 @@ class NativeBackend(Backend):
         return NativeCodec(definition, kernels, self._threads)
 
     def outer_step(
-        self, theta: Tensor, momentum: Tensor, gradient: Tensor, *, lr: float, mu: float, local: Tensor | None = None
+        self, theta: Tensor, momentum: Tensor, gradient: Tensor, settings: OuterSettings, local: Tensor | None = None
     ) -> None:
-        """As :class:`Backend` says, in one pass over memory. The tensors must not overlap."""
-        _native.outer_step(theta, momentum, gradient, lr, mu, local, self._threads, self._level)
+        """Apply the outer step in one pass over memory. The tensors must not overlap."""
+        arguments = settings.kernel_arguments
+        if arguments is None:
+            super().outer_step(theta, momentum, gradient, settings, local)
+        else:
+            _native.outer_step(theta, momentum, gradient, *arguments, local, self._threads, self._level)
 
 
 class NativeCodec(Codec):
