@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from psyche.config import Data, Manifest, Model, Resolved, Rounds, Run
-from psyche.launch.rules import rules_of
+from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity, open_envelope
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from psyche.cli.ledger import app
+from psyche.cli.ledger_commands import app
 from psyche.ledger.store import NAME, Ledger
 from tests.chains import RULES, Link, chain
 

@@ -43,11 +43,11 @@ if FIXED_SEEDS:
 
 from psyche.audit.simulated_audits import SimulatedAudits, honest
 from psyche.config import load_config
+from psyche.config import manifest as manifests
 from psyche.diloco.audit_bundle import AuditBundles
+from psyche.diloco.launch import launch
 from psyche.diloco.reference import play
-from psyche.launch import chain_rules
-from psyche.launch.launch import launch
-from psyche.launch.rules import rules_of
+from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
 from tests.tiny import LARGER, replica, write_config
@@ -55,7 +55,7 @@ from tests.tiny import LARGER, replica, write_config
 NODES = 4
 SHARDED = {"exchange": {"kind": "sharded", "reducers": 2}, "model": LARGER}
 AUDITED = {"audits": {"rate": 0.5, "window": 20}}
-chain_rules.SECOND_AUDITS, chain_rules.AUDITOR_PATIENCE = 0.2, 2  # second audits and overdue ones within six rounds
+manifests.SECOND_AUDITS, manifests.AUDITOR_PATIENCE = 0.2, 2  # second audits and overdue ones within six rounds
 CASES: dict[str, dict[str, object]] = {
     "fp32, gather": {"codec": {"name": "fp32"}},
     "int8, gather, audits": {"codec": {"name": "int8"}} | AUDITED,

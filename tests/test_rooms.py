@@ -19,7 +19,6 @@ LAYERS = [
     "training",
     "exchange",
     "data",
-    "launch",
     "ledger",
     "diloco",
     "audit",

@@ -23,12 +23,12 @@ from psyche.audit.audit_case import AuditCase, first_needed, open_case
 from psyche.audit.evidence_store import EVIDENCE, Evidence
 from psyche.audit.recheck import audit, can_audit, claim_of
 from psyche.audit.replay import Stopped, needed
+from psyche.config.manifest import chain_rules
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
 from psyche.diloco.audit_bundle import MAX_KIT, AuditBundle, AuditBundles, Unserved
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
-from psyche.launch.chain_rules import chain_rules
 from psyche.ledger.chain_sync import Past
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.fetch import BadBlob, FetchError, fetch

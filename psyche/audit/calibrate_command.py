@@ -19,8 +19,8 @@ from psyche.audit.thresholds import thresholds
 from psyche.config import Config, Node, load_config
 from psyche.data.prepare import Report, prepare
 from psyche.data.store import TokenStore
+from psyche.diloco.launch import check_fit
 from psyche.durable import disk_errors, write_durably
-from psyche.launch.launch import check_fit
 from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
 

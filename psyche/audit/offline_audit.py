@@ -14,10 +14,10 @@ from psyche.audit.evidence_store import Evidence
 from psyche.audit.recheck import claim_of, replay_context_for
 from psyche.audit.replay import Contradiction, agreement, millionths, segment
 from psyche.config import Manifest, Node
+from psyche.config.manifest import chain_rules
 from psyche.data.provision import local_store, shard_cache, shard_places
 from psyche.diloco.audit_bundle import Unserved
 from psyche.errors import PsycheError
-from psyche.launch.chain_rules import chain_rules
 from psyche.ledger.certificate_check import record_in
 from psyche.ledger.store import Ledger
 from psyche.numerics.backends.selection import backend_on

@@ -34,12 +34,12 @@ from psyche.config import (
 )
 from psyche.config.trust import Audits
 from psyche.data.store import TokenStore
+from psyche.diloco.launch import Launch, launch
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
 from psyche.federated.gaussian_mechanism import privatise
 from psyche.federated.private_text import PrivateText
 from psyche.federated.private_training import Private
-from psyche.launch.launch import Launch, launch
 from psyche.protocol.assignment import sequences
 from psyche.telemetry.run_report import ddp_bytes
 from psyche.training.models import build

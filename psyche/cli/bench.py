@@ -50,7 +50,7 @@ def convergence(
     from psyche.bench import federated as private_corpora
     from psyche.bench.overlap import compare as ways_to_overlap
     from psyche.bench.quality import compare as codec_quality
-    from psyche.cli.data import progress_display
+    from psyche.data.progress_display import progress_display
 
     if codecs + overlap + federated > 1:
         raise typer.BadParameter("one section at a time", param_hint="--codecs, --overlap, --federated")
@@ -98,7 +98,7 @@ def codec(
 ) -> None:
     """Speed and error of the codecs and the outer step, beside hivemind, bitsandbytes, torchao and plain PyTorch."""
     from psyche.bench.codec.compare import Plan, main
-    from psyche.cli.data import progress_display
+    from psyche.data.progress_display import progress_display
 
     plan = Plan(size=size, codecs=tuple(codec or ()), backends=tuple(backend or ()), rivals=rivals)
     main(json, plan, threads=threads, preparing=progress_display)
@@ -239,7 +239,7 @@ def engine(
     """Tokens/s of a node in a run, beside a plain PyTorch loop and transformers.Trainer on the same batches."""
     from psyche.bench.engine.compare import main
     from psyche.bench.engine.plan import Plan
-    from psyche.cli.data import progress_display
+    from psyche.data.progress_display import progress_display
 
     plan = Plan(config=str(config), steps=steps, repeats=repeat, threads=threads, device=device)
     main(json, plan, progress_display)
@@ -263,7 +263,7 @@ def mixed(
     from psyche.bench.mixed import loss as losses
     from psyche.bench.mixed.compare import main
     from psyche.bench.mixed.plan import Plan
-    from psyche.cli.data import progress_display
+    from psyche.data.progress_display import progress_display
 
     if loss:
         losses.main(json, preparing=progress_display)

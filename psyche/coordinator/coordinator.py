@@ -17,7 +17,7 @@ from psyche.coordinator.cosigner import Cosigner
 from psyche.coordinator.leadership import Succession
 from psyche.coordinator.promises import Promises
 from psyche.coordinator.status import opened, status_of, visible
-from psyche.launch.rules import rules_of
+from psyche.exchange.rules import rules_of
 from psyche.ledger.certificate_check import record_in
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope

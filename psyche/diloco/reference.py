@@ -16,7 +16,7 @@ from psyche.diloco.local_update import Work
 from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.diloco.replica import Replica
 from psyche.exchange.merge import Merge
-from psyche.launch.rules import rules_of
+from psyche.exchange.rules import rules_of
 from psyche.numerics.aggregate import reduce_slice
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Contribution, Plan, Record

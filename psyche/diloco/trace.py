@@ -1,7 +1,7 @@
 """What a node commits to about how it trained, so that anyone with the base state can re-run it (P4).
 
 A trace point is what an inner step starts from: parameters and inner optimizer. There is no third thing: an inner step
-draws no random number (``launch/launch.py`` refuses to audit a model with dropout), and which data it sees is the
+draws no random number (``diloco/launch.py`` refuses to audit a model with dropout), and which data it sees is the
 protocol's to say.
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from psyche.config import Manifest, Run
-from psyche.launch.chain_rules import chain_rules
+from psyche.config.manifest import chain_rules
 from psyche.ledger.round_report import only, record_of
 from psyche.ledger.store import Ledger
 from psyche.protocol.credits import Account, Books, Change, deeds

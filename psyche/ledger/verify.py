@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from psyche.config import Manifest
-from psyche.launch.chain_rules import chain_rules
+from psyche.config.manifest import chain_rules
 from psyche.ledger.schema import audit_rows, member_rows, round_row
 from psyche.ledger.store import Ledger, LedgerError
 from psyche.network import signatures

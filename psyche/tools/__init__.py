@@ -1,1 +1,1 @@
-"""Commands that take part in no run: doctor, export, generate, evaluate."""
+"""Commands that join no run: doctor, costs, evaluate, generate, export."""

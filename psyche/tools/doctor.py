@@ -1,4 +1,4 @@
-"""``psyche doctor``: everything about this machine and its line that a run needs, tried out before it costs a round."""
+"""``psyche doctor``: try out everything that a run needs of this machine and its line."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from psyche.training.choice import Choice, choose, describe_device, make_engine
 from psyche.training.devices import pick_device
 
 TRAIN_SECONDS = 2.0
-"""How long the speed is measured for, after a first step that sets everything up."""
+"""Duration of the speed measurement, after one warm-up step."""
 FETCH_BYTES = 32 << 20
-"""Largest file that is fetched to measure the line."""
+"""Largest file to fetch for measuring the line."""
 FETCH_SECONDS = 20.0
 SMALL_DISK = 2 << 30
-"""Bytes that any run may need: said where there is no invite to know better from."""
+"""Disk space to check for when no invite says which run it is."""
 
 Report = Callable[[Finding], None]
 
 
 async def examine(invite: Invite | None, node: Node, directory: Path, report: Report) -> None:
-    """Make every check that can be made and ``report`` each finding; a failure is one, not an exception.
+    """Run all checks that are possible and ``report`` each finding; failures are findings, not exceptions.
 
-    The run is visited under a new key, so that a node of this machine may take part meanwhile. Nothing is kept.
+    Connects to the run under a temporary key, so that a node of this machine can keep running. Leaves no files.
     """
     report(check_versions())
     report(_device(node))
@@ -68,11 +68,11 @@ async def examine(invite: Invite | None, node: Node, directory: Path, report: Re
                 max_download=bytes_per_second(node.max_download),
             )
         except PsycheError as error:
-            report(Finding("network", "fail", "the network node did not start or found nobody", str(error)))
+            report(Finding("network", "fail", "the network node did not start or reached no peer", str(error)))
             return
         async with network:
             port = port_of(await network.addresses())
-            report(Finding("network", "ok", f"the libp2p daemon runs and listens at port {port}"))
+            report(Finding("network", "ok", f"the libp2p daemon runs and listens on port {port}"))
             if invite is not None:
                 await _visit(network, invite, node, directory, Path(scratch), report)
 
@@ -80,10 +80,10 @@ async def examine(invite: Invite | None, node: Node, directory: Path, report: Re
 async def _visit(
     network: NetworkNode, invite: Invite, node: Node, directory: Path, scratch: Path, report: Report
 ) -> None:
-    """The checks that need the run."""
+    """Run the checks that need the run's network."""
     hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
-    met = len(await network.connected())
-    report(Finding("peers", "ok", f"{met} connected, {len(hosts)} known"))
+    connected = len(await network.connected())
+    report(Finding("peers", "ok", f"{connected} connected, {len(hosts)} known"))
     own = PeerBook(directory / PEERS).own if in_use(directory / IDENTITY) else ()
     connection, _ = await check_connection(network, node, port_of(own) or None)
     for finding in connection:
@@ -92,14 +92,14 @@ async def _visit(
         manifest, _ = await fetch_manifest(network, invite.run_id, hosts)
         found = await find_store(network, manifest, node, hosts)
     except PsycheError as error:
-        report(Finding("run", "fail", "its manifest or text cannot be had", str(error)))
+        report(Finding("run", "fail", "its manifest or training data cannot be fetched", str(error)))
         return
     parameters = manifest.resolved.parameters
     report(Finding("run", "ok", f"{manifest.run.name}, {parameters:,} parameters, codec {manifest.run.codec.name}"))
     try:
         choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
     except PsycheError as error:
-        report(Finding("engine", "fail", "this node's settings and devices do not go together", str(error)))
+        report(Finding("engine", "fail", "this node's settings do not fit its devices", str(error)))
         return
     report(Finding("engine", "warn" if choice.mend else "ok", choice.why, choice.mend))
     machine = check_machine(manifest, node, choice, directory, found)
@@ -118,8 +118,8 @@ def _device(node: Node) -> Finding:
     if device.type == "cuda":
         return Finding("device", "ok", text)
     if Path("/proc/driver/nvidia/version").exists() and node.device == "auto":
-        mend = "install the CUDA build of torch that fits the driver: see https://pytorch.org/get-started/locally"
-        return Finding("device", "warn", "there is an NVIDIA driver, but torch sees no GPU", mend)
+        fix = "install the CUDA build of torch that fits the driver: see https://pytorch.org/get-started/locally"
+        return Finding("device", "warn", "an NVIDIA driver is installed, but torch finds no GPU", fix)
     return Finding("device", "ok", text)
 
 
@@ -130,17 +130,17 @@ def _port(node: Node, running: bool) -> Finding:
         except PsycheError as error:
             if running:
                 return Finding("port", "ok", f"{address} is in use by the node that runs here")
-            return Finding("port", "fail", f"{address} cannot be listened at", str(error))
+            return Finding("port", "fail", f"cannot listen on {address}", str(error))
     if all(re.search(r"/tcp/0$", address) for address in node.listen):
-        return Finding("port", "ok", "a free one is taken at each start; name one (--port) to forward it in a router")
+        return Finding("port", "ok", "any free port, kept between starts; set --port to forward one in a router")
     return Finding("port", "ok", f"{', '.join(node.listen)} is free")
 
 
 async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, hosts: list[str]) -> Finding:
-    """Fetch one file that every node has from peers, whole and verified, and throw it away."""
+    """Fetch and verify one file that every node has, and discard it."""
     files = [item for item, _ in basis_of(found.store, manifest) if item.bytes <= FETCH_BYTES]
     if not files:
-        return Finding("transfer", "ok", f"not measured: every file of the text is above {size(FETCH_BYTES)}")
+        return Finding("transfer", "ok", f"not measured: every file of the training data is above {size(FETCH_BYTES)}")
     largest = max(files, key=lambda item: item.bytes)
     root, count = bytes.fromhex(largest.root), largest.bytes
     began, before = time.monotonic(), network.traffic.bytes_down
@@ -149,13 +149,13 @@ async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, 
             async with asyncio.timeout(FETCH_SECONDS):
                 await fetch(network, root, sources=hosts, size=count, max_size=count)
     except FetchError as error:
-        return Finding("transfer", "warn", "no peer could give a file of the text", str(error))
+        return Finding("transfer", "warn", "no peer could send a file of the training data", str(error))
     received = network.traffic.bytes_down - before
     return check_rate(manifest, received, received / (time.monotonic() - began), MEASURED_BYTES)
 
 
 def _measure_speed(manifest: Manifest, node: Node, choice: Choice, scratch: Path) -> Finding:
-    """Train this model on random tokens for a moment."""
+    """Train the run's model on random tokens for TRAIN_SECONDS."""
     run = manifest.run
     if node.threads is not None:
         torch.set_num_threads(node.threads)
@@ -169,8 +169,8 @@ def _measure_speed(manifest: Manifest, node: Node, choice: Choice, scratch: Path
             engine.step(batch, run.inner.lr)
             steps += 1
     except (torch.OutOfMemoryError, MemoryError):
-        mend = "set node.micro_batch to 1, free memory, or use a bigger machine"
-        return Finding("speed", "fail", "one inner step did not fit into memory", mend)
+        fix = "set node.micro_batch to 1, free memory, or use a larger machine"
+        return Finding("speed", "fail", "one inner step did not fit into memory", fix)
     except PsycheError as error:
-        return Finding("speed", "fail", "the model cannot be built here", str(error))
+        return Finding("speed", "fail", "the model cannot be built on this machine", str(error))
     return check_speed(manifest, steps * run.tokens_per_step / (time.monotonic() - began))

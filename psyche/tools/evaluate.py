@@ -1,4 +1,4 @@
-"""How good a trained model is: its loss on text, and its scores on the tasks of lm-evaluation-harness."""
+"""Evaluate a trained model: loss on text, and scores on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from psyche.tools.load import Trained
 from psyche.training.labels import IGNORED, labels, predicted
 
 BATCH = 8
-"""Sequences at once."""
+"""Sequences per forward pass."""
 
-Told = Callable[[int, int], None]
-"""Sequences done, and of how many."""
+Report = Callable[[int, int], None]
+"""Takes the sequences done and their total."""
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Of next-token prediction, each window on its own: its first token is given, not predicted."""
+    """Loss of next-token prediction over separate windows; the first token of each is not predicted."""
 
     tokens: int
-    """Predicted."""
+    """Predicted tokens."""
     nats: float
-    """Summed over them."""
+    """Loss summed over the predicted tokens."""
     bytes: int
-    """UTF-8, of the text that the predicted tokens stand for."""
+    """UTF-8 bytes of the predicted tokens' text."""
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
@@ -46,30 +46,32 @@ class TextLoss:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, as the loss is not."""
+        """Bits per byte: unlike the loss comparable between tokenizers."""
         return self.nats / log(2) / self.bytes
 
 
-def heldout_loss(trained: Trained, sequences: int | None, told: Told = lambda done, total: None) -> TextLoss:
-    """On the held-out split of the run it was trained in, the first ``sequences`` of it.
+def heldout_loss(trained: Trained, sequences: int | None, report: Report = lambda done, total: None) -> TextLoss:
+    """Evaluate on the first ``sequences`` of the run's held-out split.
 
-    Where that is None, those that the run judges itself on: all nodes find the same, and it is the run's own curve that
-    it can be compared with. Raises :class:`PsycheError` where some are not here.
+    The default is ``run.heldout_sequences``, which makes the loss comparable with the run's own curve. Raises
+    :class:`PsycheError` if some sequences are not on this machine.
     """
     if trained.store is None:
-        raise PsycheError("an exported model does not know its run's held-out text: name some with --text")
+        raise PsycheError("an exported model has no held-out split: give a text file with --text")
     split = trained.store.heldout
-    count = trained.judged if sequences is None else min(sequences, len(split))
+    count = trained.heldout_sequences if sequences is None else min(sequences, len(split))
     batches = (split.batch(range(at, min(at + BATCH, count))) for at in range(0, count, BATCH))
     try:
-        return _loss(trained, batches, trained.store.index.pad, count, told)
+        return _loss(trained, batches, trained.store.index.pad, count, report)
     except BadShard as error:
-        mend = f"a node has the first {trained.judged}: leave out --sequences, or ask whoever has all of them"
-        raise PsycheError(f"not all of {count} held-out sequences are here ({error}); {mend}") from None
+        raise PsycheError(
+            f"this machine does not have all of {count} held-out sequences ({error}): a node stores the first "
+            f"{trained.heldout_sequences}; leave out --sequences, or run psyche data prepare"
+        ) from None
 
 
-def text_loss(trained: Trained, path: Path, told: Told = lambda done, total: None) -> TextLoss:
-    """On a UTF-8 file, cut into windows of as many tokens as the model sees at once; a lone last token is left out."""
+def text_loss(trained: Trained, path: Path, report: Report = lambda done, total: None) -> TextLoss:
+    """Evaluate on a UTF-8 file, cut into windows of the model's context length."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -79,14 +81,16 @@ def text_loss(trained: Trained, path: Path, told: Told = lambda done, total: Non
     rows = [np.array(ids[at : at + width], dtype=np.int64) for at in range(0, len(ids), width)]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
-        raise PsycheError(f"--text {path} has no two tokens: give more text")
+        raise PsycheError(f"--text {path} has fewer than two tokens: give more text")
     whole, rest = [row for row in rows if len(row) == width], [row for row in rows if len(row) < width]
     batches = [np.stack(whole[at : at + BATCH]) for at in range(0, len(whole), BATCH)]
-    return _loss(trained, [*batches, *(row[None] for row in rest)], None, len(rows), told)
+    return _loss(trained, [*batches, *(row[None] for row in rest)], None, len(rows), report)
 
 
 @torch.no_grad()
-def _loss(trained: Trained, batches: Iterable[NDArray[np.int64]], end: int | None, total: int, told: Told) -> TextLoss:
+def _loss(
+    trained: Trained, batches: Iterable[NDArray[np.int64]], end: int | None, total: int, report: Report
+) -> TextLoss:
     nats, tokens, size, done = 0.0, 0, 0, 0
     for batch in batches:
         targets = labels(batch, end)
@@ -96,13 +100,13 @@ def _loss(trained: Trained, batches: Iterable[NDArray[np.int64]], end: int | Non
         nats, tokens, done = nats + float(loss) * count, tokens + count, done + len(batch)
         texts = [row[row != IGNORED] for row in targets[:, 1:]]
         size += sum(len(text.encode()) for text in trained.tokenizer.batch_decode(texts))
-        told(done, total)
+        report(done, total)
     return TextLoss(tokens, nats, size)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one task."""
+    """One metric of one benchmark task."""
 
     task: str
     metric: str
@@ -113,31 +117,31 @@ class Score:
 def task_scores(
     trained: Trained, tasks: Sequence[str], *, shots: int | None, limit: int | None, include: Path | None
 ) -> list[Score]:
-    """Scores on tasks of lm-evaluation-harness, by its own code. ``include``: a directory of further tasks.
+    """Score the model with lm-evaluation-harness. ``include`` is a directory of additional tasks.
 
-    Raises :class:`PsycheError` where it is not installed, a task is unknown or its data cannot be had.
+    Raises :class:`PsycheError` if the harness is not installed, a task is unknown, or its data cannot be loaded.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise PsycheError("tasks are scored by lm-evaluation-harness: pip install 'psyche[eval]'") from None
+        raise PsycheError("--tasks needs lm-evaluation-harness: pip install 'psyche[eval]'") from None
     manager = TaskManager(include_path=None if include is None else str(include))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise PsycheError(f"--tasks {unknown[0]}: lm-evaluation-harness has none of that name (lm-eval ls tasks)")
+        raise PsycheError(f"--tasks {unknown[0]}: unknown to lm-evaluation-harness; `lm-eval ls tasks` lists the tasks")
     model = HFLM(pretrained=trained.model, tokenizer=trained.tokenizer, batch_size=BATCH, max_length=trained.window)
     try:
         found: dict[str, Any] = simple_evaluate(
             model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=1000
         )
-    except Exception as error:  # datasets, network, a task's own code: each its own type
+    except Exception as error:  # datasets, network and task code raise many types
         raise PsycheError(f"{', '.join(tasks)} cannot be scored: {' '.join(str(error).split())[:300]}") from error
     return list(_scores(found["results"]))
 
 
 def _scores(results: dict[str, dict[str, Any]]) -> Iterator[Score]:
-    """``{"task": {"acc,none": .5, "acc_stderr,none": .1, "alias": …}}`` as scores."""
+    """Convert ``{"task": {"acc,none": .5, "acc_stderr,none": .1, "alias": …}}``."""
     for task, values in sorted(results.items()):
         for key, value in values.items():
             metric, _, variant = key.partition(",")

@@ -1,4 +1,4 @@
-"""A trained model in memory: from a node's newest checkpoint, or from a directory that transformers loads."""
+"""Load a trained model from a node's newest checkpoint or an exported directory, and export a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from psyche.data.store import TokenStore
 from psyche.diloco.checkpoint import Checkpoint, load_latest
 from psyche.errors import PsycheError
 from psyche.numerics.outer import OuterState
-from psyche.tools.exported_model import model_of
+from psyche.tools.exported_model import export, model_of
 from psyche.training.devices import pick_device
 
 
 @dataclass(frozen=True)
 class Trained:
-    """``model`` and ``tokenizer`` are those of ``transformers``; the model is in evaluation mode, on its device."""
+    """A ``transformers`` model in evaluation mode on its device, with its tokenizer."""
 
     model: Any
     tokenizer: Any
     name: str
-    """In words: which run and round, or which directory."""
+    """For people: the run and round, or the directory."""
     store: TokenStore | None
-    """What it was trained on, where that is known."""
-    judged: int = 0
-    """Held-out sequences of it that the run judges itself on; every node has those."""
+    """The token store it was trained on; None for an exported model."""
+    heldout_sequences: int = 0
+    """Held-out sequences that the run evaluates on; every node has them."""
 
     @property
     def device(self) -> torch.device:
@@ -38,49 +38,57 @@ class Trained:
 
     @property
     def window(self) -> int:
-        """Tokens it sees at once: those it was trained on, or as many as it has positions for; 1024 at most."""
+        """Context length in tokens: that of training, or the model's positions up to 1024."""
         if self.store is not None:
             return self.store.sequence_length
         return min(getattr(self.model.config, "max_position_embeddings", None) or 1024, 1024)
 
 
 def load_trained(directory: Path, device: str = "auto", cache: Path | None = None) -> Trained:
-    """What is in ``directory``. Raises :class:`PsycheError` where that is neither a node nor a model."""
+    """Load the model in ``directory``, a node's or an exported one. Raises :class:`PsycheError`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     where = pick_device(device)
     logging.disable_progress_bar()
     if (directory / MANIFEST).exists():
-        manifest, checkpoint = newest(directory)
+        manifest, checkpoint = newest_checkpoint(directory)
         store = local_store(manifest, (cache or Node().cache).expanduser())
         model = model_of(manifest.run.model, OuterState(checkpoint.outer).theta)
         tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path, local_files_only=True)
         name = f"{manifest.run.name} after round {checkpoint.chain.rounds}"
-        judged = min(manifest.run.heldout_sequences, len(store.heldout))
-        return Trained(model.to(where).eval(), tokenizer, name, store, judged)
+        heldout_sequences = min(manifest.run.heldout_sequences, len(store.heldout))
+        return Trained(model.to(where).eval(), tokenizer, name, store, heldout_sequences)
     if not (directory / "config.json").exists():
         raise PsycheError(
             f"{directory} is neither a node's directory (it has no {MANIFEST}) nor an exported model (no config.json): "
-            "name one that psyche join or psyche export made"
+            "give a directory made by psyche join or psyche export"
         )
     try:
         loaded = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # a broken file, an unknown architecture: each its own type
+    except Exception as error:  # transformers raises a different type for each fault
         reason = " ".join(str(error).split())[:200]
         raise PsycheError(f"transformers cannot load {directory}: {reason}; export it again") from error
     return Trained(loaded.to(where).eval(), tokenizer, str(directory), None)
 
 
-def newest(directory: Path) -> tuple[Manifest, Checkpoint]:
-    """The run of a node's directory and its newest whole checkpoint. Raises :class:`PsycheError`."""
+def newest_checkpoint(directory: Path) -> tuple[Manifest, Checkpoint]:
+    """Return the manifest and the newest valid checkpoint of a node's directory. Raises :class:`PsycheError`."""
     try:
         manifest = Manifest.decode((directory / MANIFEST).read_bytes())
     except OSError:
-        raise PsycheError(f"{directory} is not the directory of a node: it has no {MANIFEST}") from None
+        raise PsycheError(f"{directory} is not a node's directory: it has no {MANIFEST}") from None
     problems: list[str] = []
     checkpoint = load_latest(directory / "checkpoints", manifest.run_id, problems.append)
     if checkpoint is None:
-        raise PsycheError(f"{directory} has no whole checkpoint yet{': ' * bool(problems)}{'; '.join(problems)}")
+        raise PsycheError(f"{directory} has no valid checkpoint yet{': ' * bool(problems)}{'; '.join(problems)}")
     return manifest, checkpoint
+
+
+def export_node(directory: Path, output: Path, cache: Path | None = None) -> int:
+    """Export a node's newest valid checkpoint for transformers; return its round. Raises ``PsycheError``."""
+    manifest, checkpoint = newest_checkpoint(directory)
+    store = local_store(manifest, (cache or Node().cache).expanduser())
+    export(manifest.run.model, OuterState(checkpoint.outer).theta, store.tokenizer_path, output)
+    return checkpoint.chain.rounds

@@ -1,4 +1,4 @@
-"""The cheap checks that every start of ``psyche join`` makes: nothing is said of what is well."""
+"""Quick checks at every start of ``psyche join``; only problems are reported."""
 
 from __future__ import annotations
 
@@ -13,72 +13,74 @@ from psyche.errors import PsycheError
 from psyche.network.address import split_address
 from psyche.network.node import NetworkNode
 from psyche.network.probes import clock_offset, reachable
-from psyche.tools.checks import Finding, check_clock, check_disk, check_memory, check_reach, needs_of
+from psyche.tools.checks import Finding, check_clock, check_disk, check_memory, check_reach, requirements
 from psyche.training.choice import Choice
 from psyche.training.memory import available_memory
 
 TRIES_SECONDS = (5.0, 15.0, 30.0)
-"""Peers that join at the same moment start to answer a little later."""
+"""Pauses before each attempt: peers that join at the same time take some seconds to answer."""
 
 
 def check_machine(manifest: Manifest, node: Node, choice: Choice, directory: Path, found: Found) -> list[Finding]:
-    """Disk and memory against what the run needs of this node."""
-    needs = needs_of(manifest, node, choice)
+    """Check disk and memory against what the run needs on this node."""
+    needs = requirements(manifest, node, choice)
     kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))
     findings = [
         check_disk("checkpoints and payloads", directory, max(0, needs.directory - kept), "--directory"),
-        check_disk("the text", node.cache, found.missing, "node.cache, or allow it less with node.data_cache"),
-        check_memory("memory", needs.host, available_memory(), "close other programs, or use a machine with more"),
+        check_disk("training data", node.cache, found.missing, "node.cache, or limit it with node.data_cache"),
+        check_memory(
+            "memory", needs.host, available_memory(), "close other programs, or use a machine with more memory"
+        ),
     ]
     if needs.device:
-        mend = "free the GPU (nvidia-smi shows who uses it), or set node.outer_state to cpu"
+        fix = "free GPU memory (nvidia-smi lists the processes), or set node.outer_state to cpu"
         if choice.stage is not None and not choice.offload:
-            mend += ", or node.deepspeed.offload to cpu"
+            fix += ", or node.deepspeed.offload to cpu"
         if node.max_gpu_memory is not None:
-            mend += ", or raise --max-gpu-memory"
-        findings.append(check_memory("GPU memory", needs.device, choice.free, mend))
+            fix += ", or raise --max-gpu-memory"
+        findings.append(check_memory("GPU memory", needs.device, choice.free, fix))
     elif node.max_gpu_memory is not None:
-        text = f"{node.max_gpu_memory} of a GPU allowed, and this node trains on the CPU"
-        findings.append(Finding("GPU memory", "warn", text, "leave --max-gpu-memory out, or choose a --device"))
+        text = f"--max-gpu-memory is {node.max_gpu_memory}, but this node trains on the CPU"
+        findings.append(Finding("GPU memory", "warn", text, "drop --max-gpu-memory, or choose a GPU with --device"))
     return findings
 
 
 async def check_connection(network: NetworkNode, node: Node, port: int | None = None) -> tuple[list[Finding], bool]:
-    """Clock and reachability as connected peers see them, and whether they could tell both.
+    """Check clock and reachability with the connected peers; also return whether they answered both questions.
 
-    ``port`` is the one to be reached at; that of ``network`` by default.
+    ``port`` is the port to test; by default the one that ``network`` listens on.
     """
     peers = sorted(await network.connected())
     own = await network.addresses()
-    at = port_of(own) if port is None else port
-    offset, (verdict, seen) = await asyncio.gather(clock_offset(network, peers), reachable(network, peers, at))
-    findings = [check_clock(offset), check_reach(verdict, seen, at, own, node.relay == "auto")]
+    tested = port_of(own) if port is None else port
+    offset, (verdict, seen) = await asyncio.gather(clock_offset(network, peers), reachable(network, peers, tested))
+    findings = [check_clock(offset), check_reach(verdict, seen, tested, own, node.relay == "auto")]
     return findings, offset is not None and verdict is not None
 
 
 async def warn_of_connection(network: NetworkNode, node: Node, warn: Callable[[str], None]) -> None:
-    """Say once what is wrong with clock and reachability; joining does not wait for it."""
+    """Warn once of problems with clock and reachability, without delaying the join."""
     findings: list[Finding] = []
     for pause in TRIES_SECONDS:
         await asyncio.sleep(pause)
-        with contextlib.suppress(PsycheError, TimeoutError):  # a daemon too busy to answer is asked once more
-            findings, sure = await check_connection(network, node)
-            if sure:
+        with contextlib.suppress(PsycheError, TimeoutError):  # a busy daemon is asked again
+            findings, complete = await check_connection(network, node)
+            if complete:
                 break
-    tell(findings, warn)
+    report_findings(findings, warn)
 
 
-def tell(findings: Sequence[Finding], warn: Callable[[str], None]) -> None:
-    """Pass on what is not well. Raises :class:`PsycheError` for the first thing that cannot work."""
+def report_findings(findings: Sequence[Finding], warn: Callable[[str], None]) -> None:
+    """``warn`` of each warning. Raises :class:`PsycheError` for the first failure."""
     for finding in findings:
         if finding.level == "fail":
-            raise PsycheError(f"{finding.check}: {finding.found}; {finding.mend}")
+            raise PsycheError(f"{finding.check}: {finding.found}; {finding.fix}")
         if finding.level == "warn":
-            warn(f"{finding.check}: {finding.found}; {finding.mend}")
+            warn(f"{finding.check}: {finding.found}; {finding.fix}")
 
 
 def port_of(addresses: Sequence[str]) -> int:
-    """The TCP port of the first direct address; 0 where there is none."""
+    """Return the TCP port of the first direct address, or 0."""
     for text in addresses:
         parts = split_address(text)[0].split("/")
         if "p2p-circuit" not in parts and parts[3] == "tcp":

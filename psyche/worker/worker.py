@@ -27,10 +27,10 @@ from psyche.exchange.gather import Gather
 from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.exchange.journal import Journal
 from psyche.exchange.merge import Merge
+from psyche.exchange.rules import rules_of
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import BlobRetention
-from psyche.launch.rules import rules_of
 from psyche.ledger.chain_sync import serve_history
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import Identity

@@ -15,9 +15,9 @@ from psyche.audit.audit_case import AuditCase
 from psyche.audit.recheck import audit
 from psyche.config import Manifest, Node, load_config
 from psyche.diloco.audit_bundle import AuditBundle, AuditBundles
+from psyche.diloco.launch import launch
 from psyche.diloco.local_update import Work
 from psyche.diloco.replica import Replica
-from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed

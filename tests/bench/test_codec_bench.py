@@ -232,7 +232,7 @@ def test_a_pseudo_gradient_is_reproducible_and_leaves_the_threads_alone(
 def test_the_default_model_has_about_a_million_parameters() -> None:
     from psyche.bench.codec.data import NODES
     from psyche.bench.trials import Trial, run_of
-    from psyche.launch.costs import costs_of
+    from psyche.tools.costs import costs_of
 
     run = run_of(default_setting(), Trial(system="diloco", codec="fp32", nodes=NODES, steps=1))
     assert 0.5e6 < costs_of(run).parameters < 2e6

@@ -21,8 +21,8 @@ from psyche.bench.trials import Setting, Trial, run_of, run_trial
 from psyche.cli.bench import app
 from psyche.diloco.reference import play
 from psyche.errors import PsycheError
-from psyche.launch.costs import costs_of
 from psyche.numerics.codecs.registry import CODECS
+from psyche.tools.costs import costs_of
 
 CHOSEN = (
     Choice("fp32", 2, lr=0.7, momentum=0.5),

@@ -25,7 +25,7 @@ from psyche.bench.trials import Setting, Trial, run_of, run_trial
 from psyche.config import Outer
 from psyche.diloco.reference import play
 from psyche.errors import PsycheError
-from psyche.launch.costs import costs_of
+from psyche.tools.costs import costs_of
 from tests.processes.swarm import PATIENCE
 
 

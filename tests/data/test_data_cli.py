@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from psyche.cli.data import app
+from psyche.cli.data_commands import app
 from psyche.config import Data
 from psyche.data import journal, prepare
 from psyche.durable import write_durably
@@ -36,13 +36,13 @@ def test_prepare_verify_info(config: Path) -> None:
     assert prepared.exit_code == 0
     facts = dict(line.split(maxsplit=1) for line in prepared.stdout.splitlines())
     assert set(facts) == {"store", "root", "train", "heldout", "tokens"}
-    for stage in ("reading for the tokenizer: ", "training the tokenizer:", "encoding: ", "shuffling:"):
+    for stage in ("reading text for the tokenizer: ", "training the tokenizer:", "encoding: ", "shuffling:"):
         assert stage in prepared.stderr
 
     assert runner.invoke(app, ["info", str(config)]).stdout == prepared.stdout
     verified = runner.invoke(app, ["verify", str(config)])
     assert verified.exit_code == 0
-    assert verified.stdout.splitlines()[-1].split() == ["sound", facts["root"]]
+    assert verified.stdout.splitlines()[-1].split() == ["verified", facts["root"]]
 
     (Path(facts["store"]) / "train-00000.bin").write_bytes(b"other")
     broken = runner.invoke(app, ["verify", str(config)])
@@ -66,7 +66,7 @@ def test_a_stop_says_that_it_goes_on(config: Path, monkeypatch: pytest.MonkeyPat
         patch.setattr(prepare, "JOURNAL_BYTES", 4096)
         stopped = runner.invoke(app, ["prepare", str(config)])
     assert stopped.exit_code == 130
-    assert "psyche: stopped; the same command goes on from there" in stopped.stderr
+    assert "psyche: interrupted; run the same command to resume" in stopped.stderr
     resumed = runner.invoke(app, ["prepare", str(config)], catch_exceptions=False)
     assert "tokenizer" not in resumed.stderr
     assert resumed.exit_code == 0
@@ -98,5 +98,5 @@ def test_info_before_prepare(config: Path) -> None:
 
 def test_importing_the_command_is_cheap() -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'tokenizers', 'rich.progress'}"
-    code = f"import sys, psyche.cli.data; print({heavy} & set(sys.modules))"
+    code = f"import sys, psyche.cli.data_commands; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

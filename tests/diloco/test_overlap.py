@@ -13,14 +13,13 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from psyche.config import load_config
+from psyche.diloco.launch import launch
 from psyche.diloco.local_update import NonFiniteParameter, Work
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
 from psyche.diloco.trace import Trace
 from psyche.errors import ConfigError
-from psyche.launch.costs import costs_of
-from psyche.launch.launch import launch
-from psyche.launch.rules import rules_of
+from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.shares import share
 from psyche.protocol.acceptor import plan_fault
@@ -29,6 +28,7 @@ from psyche.protocol.assignment import next_position, positions
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.verdicts import EMPTY
+from psyche.tools.costs import costs_of
 from psyche.training.moments import packed
 from tests.protocol.players import nodes
 from tests.tiny import replica, write_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psyche.config import load_config
-from psyche.processes.local import run_locally
+from psyche.processes.local_run import run_locally
 from psyche.telemetry.event_log import LOG_NAME
 from tests.ledgers import check_one_chain
 from tests.tiny import LARGER, certified_roots, overlap_steps, reference_roots, report, write_config

@@ -30,7 +30,7 @@ from psyche.network.identity import IDENTITY, Identity
 from psyche.network.peer_book import PEERS, PeerBook
 from psyche.network.spool import Spool
 from psyche.numerics.digest import blob_root, index_chunks
-from psyche.processes.node import GENESIS, INVITE
+from psyche.processes.coordinator_process import GENESIS, INVITE
 from psyche.protocol.acceptor import Acceptor
 from psyche.protocol.signed_state import Signed, SignedState
 from psyche.telemetry.event_log import LOG_NAME, EventLog, read_events

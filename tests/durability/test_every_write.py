@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.processes.node import GENESIS, INVITE
+from psyche.processes.coordinator_process import GENESIS, INVITE
 from tests.durability.cases import CASES, AuditCase
 from tests.durability.sweep import DIED
 

@@ -16,7 +16,6 @@ from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import BlobRetention
-from psyche.launch.costs import costs_of
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.numerics.backends.selection import fastest_backend
@@ -25,6 +24,7 @@ from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Member, Plan, Record, Reducing
 from psyche.protocol.reduction import reducer_order
 from psyche.protocol.verdicts import EMPTY
+from psyche.tools.costs import costs_of
 from tests.exchange.plain import MERGE
 from tests.protocol.players import contribution
 from tests.tiny import write_config

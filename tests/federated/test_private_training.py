@@ -15,16 +15,16 @@ import torch
 
 from psyche.config import Config, Manifest, PrivateData, load_config
 from psyche.diloco.batches import PrivacyBudgetSpent
+from psyche.diloco.launch import launch
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
 from psyche.exchange.merge import Merge
+from psyche.exchange.rules import rules_of
 from psyche.federated.gaussian_mechanism import shrinkage
 from psyche.federated.privacy_budget import Budget
 from psyche.federated.private_text import PrivateText
 from psyche.federated.private_training import Private, check_private
-from psyche.launch.launch import launch
-from psyche.launch.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.network.traffic import Traffic
 from psyche.protocol.admission import contribution_fault

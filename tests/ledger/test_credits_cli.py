@@ -10,8 +10,8 @@ import pytest
 
 from psyche.config import MANIFEST
 from psyche.config.ethereum_address import checksummed
+from psyche.config.manifest import chain_rules
 from psyche.errors import PsycheError
-from psyche.launch.chain_rules import chain_rules
 from psyche.ledger.store import NAME
 from psyche.ledger.verify import STRETCH, verify_ledger
 from psyche.numerics.digest import digest
@@ -86,7 +86,7 @@ def test_credits_as_json(directory: Path) -> None:
 def test_rounds_that_are_missing_are_not_counted(directory: Path) -> None:
     for table in ("rounds", "members", "audits"):
         change(directory / NAME, f"DELETE FROM {table} WHERE round < 3")
-    assert "missing here, and not counted: rounds 1–2" in words("credits", directory)
+    assert "missing here and not counted: rounds 1–2" in words("credits", directory)
 
 
 def test_why_gives_each_change_with_its_reason(directory: Path) -> None:
@@ -97,7 +97,7 @@ def test_why_gives_each_change_with_its_reason(directory: Path) -> None:
     )
     assert lines[4].startswith(f"round 5: {EACH:,} earned: ")
     assert lines[4].endswith("forfeited at once, because it was convicted in round 4")
-    assert lines[-1].startswith(f"0 final, 0 pending, {6 * EACH:,} forfeited; no address named")
+    assert lines[-1].startswith(f"0 final, 0 pending, {6 * EACH:,} forfeited; no payout address")
     assert lines[-1].endswith("convicted in round 4: nothing is earned any more")
     others = psyche_ledger("why", directory, B).stdout
     assert f"round 4: {EACH:,} earned: it did the work of {SHORT[0]} in round 2 again; pending until round 10" in others

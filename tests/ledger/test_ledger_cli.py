@@ -29,7 +29,7 @@ def test_verify_says_what_is_sound_and_what_is_missing(directory: Path) -> None:
     result = psyche_ledger("verify", directory)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == (
-        f"sound: 4 certified rounds up to round 6, {14 * EACH:,} tokens of 4 nodes, 0 reconfigurations; "
+        f"valid: 4 certified rounds up to round 6, {14 * EACH:,} tokens of 4 nodes, 0 reconfigurations; "
         "missing here: rounds 1–2"
     )
     assert result.stdout.splitlines()[1:] == [
@@ -38,7 +38,7 @@ def test_verify_says_what_is_sound_and_what_is_missing(directory: Path) -> None:
     sound = fill(directory / "elsewhere" / NAME)
     result = psyche_ledger("verify", sound, "--manifest", directory / "manifest.msgpack")
     assert "6 certified rounds" in result.stdout
-    assert "none is missing" in result.stdout
+    assert "no round is missing" in result.stdout
 
 
 def test_verify_names_the_round_and_the_reason(directory: Path) -> None:
@@ -52,7 +52,7 @@ def test_verify_says_what_it_needs(directory: Path) -> None:
     (directory / "manifest.msgpack").write_bytes(manifest("another").encode())
     assert "and the manifest that of" in str(psyche_ledger("verify", directory).exception)
     (directory / "manifest.msgpack").unlink()
-    assert "name it with --manifest" in str(psyche_ledger("verify", directory).exception)
+    assert "give its path with --manifest" in str(psyche_ledger("verify", directory).exception)
     assert "there is no ledger at" in str(psyche_ledger("show", directory / "nowhere").exception)
 
 
@@ -63,7 +63,7 @@ def test_verify_ends_with_one_sentence_and_a_code(directory: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "is not the history of the run: round 4: its certificate proves nothing" in done.stderr
+    assert "is not a valid ledger of this run: round 4: its certificate proves nothing" in done.stderr
 
 
 def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_show_marks_reconfigurations_and_what_was_superseded(tmp_path: Path) -> 
         ledger.append(again.certificate, again.record, again.root)
     words = " ".join(psyche_ledger("show", path).stdout.split())
     assert words.count("reconfiguration") == 1
-    assert "certified before with another record, and superseded: 1, 2" in words
+    assert "certified twice, an earlier record was superseded: round 1, 2" in words
 
 
 def test_show_as_json_and_of_one_node(directory: Path) -> None:
@@ -124,5 +124,5 @@ def test_show_says_which_certificate_it_cannot_read(directory: Path) -> None:
 
 def test_importing_the_commands_is_cheap() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'sqlite3', 'rich.table'}"
-    code = f"import sys, psyche.cli.ledger; print({heavy} & set(sys.modules))"
+    code = f"import sys, psyche.cli.ledger_commands; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

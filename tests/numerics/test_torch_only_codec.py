@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from psyche.config import load_config
+from psyche.diloco.launch import launch
 from psyche.diloco.reference import play
-from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.cuda import CudaBackend

@@ -6,7 +6,7 @@ import sys
 
 from psyche.cli import main
 from psyche.diloco.replica import Replica
-from psyche.processes import node as processes
+from psyche.processes import node_process as processes
 from psyche.protocol.messages import Plan
 
 

@@ -1,4 +1,4 @@
-"""``psyche join`` on a paced accelerator, on a machine that is in use as long as a file of the test's is there."""
+"""``psyche join`` with a paced engine, on a machine that counts as busy while a file of the test exists."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from datetime import datetime
 from pathlib import Path
 
 from psyche.bench.utilisation.paced import PacedEngine
-from psyche.processes import attendance
+from psyche.processes import availability
 from psyche.training import choice
 
 IN_USE = "PSYCHE_TEST_IN_USE"
-"""Environment: that file."""
+"""Environment variable: path of that file."""
 
 
-class Napping(attendance.Calendar):
-    def _look(self, moment: datetime) -> None:
-        self.closed = "this machine is in use" if Path(os.environ[IN_USE]).exists() else ""
+class BusyWhileFileExists(availability.Availability):
+    def _check(self, moment: datetime) -> None:
+        self.reason = "this machine is in use" if Path(os.environ[IN_USE]).exists() else ""
 
 
 def main() -> None:
     from psyche.cli import main
 
-    attendance.Calendar = Napping  # type: ignore[misc]
-    attendance.LOOK_SECONDS = 0.2
+    availability.Availability = BusyWhileFileExists  # type: ignore[misc]
+    availability.CHECK_SECONDS = 0.2
     choice.TorchEngine = PacedEngine  # type: ignore[attr-defined]
     sys.argv[0:1] = ["psyche", "join", "--idle-only"]
     main()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from psyche.config import load_config
+from psyche.diloco.launch import launch
 from psyche.diloco.reference import play
-from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import EmulatedLauncher

@@ -18,7 +18,7 @@ from psyche.config import MANIFEST, Manifest, load_config
 from psyche.exchange.journal import DIRECTORY as JOURNAL
 from psyche.ledger.store import NAME as LEDGER
 from psyche.network.identity import IDENTITY
-from psyche.processes.local import run_locally
+from psyche.processes.local_run import run_locally
 from psyche.telemetry.event_log import LOG_NAME
 from tests.slow.chaos.clock import Clock, build
 from tests.slow.chaos.faults import KINDS, UNDISTURBED, schedule

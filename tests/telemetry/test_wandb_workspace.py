@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from psyche.cli.dashboard import dashboard
+from psyche.cli.dashboard_command import dashboard
 from psyche.telemetry import metrics as names
 from psyche.telemetry import wandb_workspace
 from psyche.telemetry.event_log import EventLog

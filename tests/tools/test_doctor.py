@@ -1,4 +1,4 @@
-"""What is wrong with a machine is found and its mend said; what peers claim only warns."""
+"""What is wrong with a machine is found, with a fix; what peers claim only warns."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from psyche.config import Manifest, Node, load_config
+from psyche.config import MANIFEST, Manifest, Node, load_config
 from psyche.data.provision import Found, local_store
+from psyche.diloco.launch import launch
 from psyche.errors import PsycheError
-from psyche.launch.launch import launch
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.presence import KINDS
 from psyche.network.probes import Offset, clock_offset, reachable, serve_probes
-from psyche.processes.node import MANIFEST
 from psyche.telemetry.events import RunStarted
 from psyche.tools.checks import (
     RANK_BYTES,
@@ -30,9 +29,9 @@ from psyche.tools.checks import (
     check_reach,
     check_speed,
     check_versions,
-    needs_of,
+    requirements,
 )
-from psyche.tools.preflight import check_connection, check_machine, port_of, tell
+from psyche.tools.preflight import check_connection, check_machine, port_of, report_findings
 from psyche.training.choice import Choice, choose
 from psyche.training.memory import available_memory
 from tests.processes.swarm import swarm
@@ -57,7 +56,7 @@ class TestChecks:
         assert check_disk("it", place, 0, "--directory").level == "ok"
         full = check_disk("it", place, 1 << 60, "--directory")
         assert full.level == "fail"
-        assert "--directory" in full.mend
+        assert "--directory" in full.fix
         assert not place.exists()
 
     def test_memory(self) -> None:
@@ -72,7 +71,7 @@ class TestChecks:
         assert check_clock(Offset(1.8, 1.0, 3)).level == "ok"  # a slow line explains it
         assert check_clock(None).level == "ok"
         off = check_clock(Offset(-40.0, 0.1, 3))
-        assert (off.level, "behind" in off.found, "NTP" in off.mend) == ("warn", True, True)
+        assert (off.level, "behind" in off.found, "NTP" in off.fix) == ("warn", True, True)
 
     @pytest.mark.parametrize("relay", [True, False])
     def test_reachability(self, relay: bool) -> None:
@@ -80,7 +79,7 @@ class TestChecks:
         assert check_reach(True, "203.0.113.7", 4001, own, relay).level == "ok"
         closed = check_reach(False, "203.0.113.7", 4001, own, relay)
         assert closed.level == "warn"
-        assert "ufw allow 4001/tcp" in closed.mend
+        assert "ufw allow 4001/tcp" in closed.fix
         assert ("relay" in closed.found) == relay
         assert check_reach(None, "", 4001, own, relay).level == "warn"
         assert check_reach(None, "", 4001, [f"/ip4/8.8.8.8/tcp/4001/p2p/{PEER}"], relay).level == "ok"
@@ -91,19 +90,19 @@ class TestChecks:
         assert check_speed(manifest, 1e-3).level == "warn"
         assert check_rate(manifest, 1 << 20, 1e9, 1 << 18).level == "ok"
         assert check_rate(manifest, 1 << 20, 1.0, 1 << 18).level == "warn"
-        assert "too little to tell" in check_rate(manifest, 100, 1.0, 1 << 18).found
+        assert "too little to measure" in check_rate(manifest, 100, 1.0, 1 << 18).found
 
     def test_needs_go_with_the_model_and_where_it_lies(self, launched: tuple[Manifest, Node]) -> None:
         manifest, node = launched
         elements = manifest.resolved.flat_size
         gpu = Choice(("cuda:0",), None, False, "")
-        on_cpu = needs_of(manifest, node, Choice(("cpu",), None, False, ""))
-        on_gpu = needs_of(manifest, node, gpu)
-        all_on_gpu = needs_of(manifest, node.model_copy(update={"outer_state": "gpu"}), gpu)
+        on_cpu = requirements(manifest, node, Choice(("cpu",), None, False, ""))
+        on_gpu = requirements(manifest, node, gpu)
+        all_on_gpu = requirements(manifest, node.model_copy(update={"outer_state": "gpu"}), gpu)
         assert (on_cpu.device, on_gpu.device) == (0, 16 * elements)
         assert on_cpu.host == on_gpu.host + on_gpu.device
         assert all_on_gpu.device == 32 * elements
-        four = needs_of(manifest, node, Choice(tuple(f"cuda:{n}" for n in range(4)), 3, False, ""))
+        four = requirements(manifest, node, Choice(tuple(f"cuda:{n}" for n in range(4)), 3, False, ""))
         assert 16 * elements // 4 < four.device < on_gpu.device
         assert four.host > on_gpu.host + 4 * RANK_BYTES
         assert on_cpu.directory >= 20 * elements * node.checkpoints_kept
@@ -113,15 +112,15 @@ class TestChecks:
         found = Found(local_store(manifest, node.cache), None, 1 << 60)
         choice = choose(node, manifest.resolved.flat_size, "adamw")
         findings = {one.check: one.level for one in check_machine(manifest, node, choice, tmp_path, found)}
-        assert findings["disk: the text"] == "fail"
+        assert findings["disk: training data"] == "fail"
         assert available_memory() > 0
 
     def test_what_cannot_work_stops_and_the_rest_is_said(self) -> None:
         said: list[str] = []
-        tell([Finding("a", "ok", "well"), Finding("b", "warn", "so so", "mend b")], said.append)
-        assert said == ["b: so so; mend b"]
-        with pytest.raises(PsycheError, match="c: bad; mend c"):
-            tell([Finding("c", "fail", "bad", "mend c")], said.append)
+        report_findings([Finding("a", "ok", "well"), Finding("b", "warn", "so so", "fix b")], said.append)
+        assert said == ["b: so so; fix b"]
+        with pytest.raises(PsycheError, match="c: bad; fix c"):
+            report_findings([Finding("c", "fail", "bad", "fix c")], said.append)
 
     def test_the_port_is_that_of_a_direct_address(self) -> None:
         relayed = f"/ip4/203.0.113.1/tcp/1/p2p/{PEER}/p2p-circuit/p2p/{PEER}"
@@ -199,7 +198,7 @@ class TestTheCommand:
         assert found["network"] == "ok"
         assert not (tmp_path / "node").exists()
 
-    def test_a_taken_port_fails_with_the_mend(self, tmp_path: Path) -> None:
+    def test_a_taken_port_fails_with_a_fix(self, tmp_path: Path) -> None:
         with socket.socket() as taken:
             taken.bind(("0.0.0.0", 0))
             taken.listen()
@@ -218,7 +217,7 @@ class TestTheCommand:
             result = psyche("doctor", invite, "--json", "--config", str(config), "--directory", str(tmp_path / "node"))
             found = {one["check"]: one for one in json.loads(result.stdout)}
             assert result.returncode == 0, found
-            checks = {"clock", "reachability", "run", "memory", "disk: the text", "transfer", "speed"}
+            checks = {"clock", "reachability", "run", "memory", "disk: training data", "transfer", "speed"}
             assert checks <= set(found)
             assert {found[check]["level"] for check in checks} <= {"ok", "warn"}
             assert "tokens/s" in found["speed"]["found"]

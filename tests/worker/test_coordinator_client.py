@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from psyche.config import Manifest, load_config
-from psyche.launch.launch import launch
+from psyche.diloco.launch import launch
 from psyche.network.identity import Identity
 from psyche.network.streams import Refused, Unreachable
 from psyche.protocol import envelope as envelopes

@@ -16,7 +16,7 @@ import pytest
 
 from psyche.bench.utilisation.paced import PACE
 from psyche.errors import PsycheError
-from psyche.launch.rules import rules_of
+from psyche.exchange.rules import rules_of
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.processes.process_lock import LOCK, process_of, registered
@@ -148,7 +148,7 @@ def refusal(directory: Path) -> str:
 
 
 def test_where_no_node_runs_nobody_is_signalled(tmp_path: Path) -> None:
-    assert refusal(tmp_path).startswith(f"no node runs in {tmp_path}: it has left already, or give")
+    assert refusal(tmp_path).startswith(f"no node runs in {tmp_path}: it has left, or it was joined")
     (tmp_path / LOCK).write_text(str(os.getpid()))  # whatever stands in it: only the lock counts
     assert refusal(tmp_path).startswith(f"no node runs in {tmp_path}")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from psyche.config import load_config
-from psyche.launch.launch import launch
-from psyche.launch.rules import rules_of
+from psyche.diloco.launch import launch
+from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.messages import Member, Plan

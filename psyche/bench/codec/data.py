@@ -14,9 +14,9 @@ from torch import Tensor
 from psyche.bench.codec.systems import Coder
 from psyche.bench.trials import COORDINATOR, Setting, Trial, run_of
 from psyche.config import BpeTokenizer, Config, Data, Inner, Model, Node, Outer
+from psyche.diloco.launch import launch
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
-from psyche.launch.launch import launch
 from psyche.numerics.codecs.registry import codec
 from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine

@@ -6,8 +6,8 @@ import time
 
 
 def main() -> None:
-    import psyche.processes.node  # noqa: F401
-    from psyche.cli.join import join  # noqa: F401
+    import psyche.processes.node_process  # noqa: F401
+    from psyche.cli.join_commands import join  # noqa: F401
     from psyche.config import Model
     from psyche.telemetry import view  # noqa: F401
     from psyche.training.models import layout

@@ -11,10 +11,10 @@ import torch
 from psyche.audit.simulated_audits import Judge, SimulatedAudits, honest
 from psyche.config import load_config
 from psyche.diloco.audit_bundle import AuditBundles
+from psyche.diloco.launch import launch
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
-from psyche.launch.launch import launch
-from psyche.launch.rules import rules_of
+from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
 from psyche.protocol.credits import Books, fold

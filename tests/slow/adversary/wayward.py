@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import psyche.audit.auditor as auditing
-import psyche.processes.node as processes
+import psyche.processes.node_process as processes
 from psyche.cli import main
 from psyche.network.streams import Refused
 from psyche.protocol.verdicts import Finding

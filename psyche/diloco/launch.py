@@ -11,7 +11,7 @@ from psyche.config import Config, Manifest, Resolved, Run
 from psyche.data.prepare import Progress, prepare
 from psyche.data.store import TokenStore
 from psyche.errors import ConfigError
-from psyche.launch.rules import fragments_of
+from psyche.exchange.rules import fragments_of
 from psyche.numerics.outer import OuterState
 from psyche.training.models import build, draws_random_numbers
 from psyche.training.torch_engine import TorchEngine

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psyche.config import Manifest, Run
+from psyche.config.manifest import chain_rules
 from psyche.errors import ConfigError
 from psyche.exchange.cost import sharded_from
-from psyche.launch.chain_rules import chain_rules
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.flat import FlatLayout
 from psyche.protocol.state import Rules

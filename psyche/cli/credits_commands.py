@@ -1,4 +1,4 @@
-"""``psyche ledger credits | why | claims | proof``: what contributors earned, why, and for whom to pay it."""
+"""``psyche ledger credits | why | claims | proof``: what nodes earned, why, and files for paying it out."""
 
 from __future__ import annotations
 
@@ -7,35 +7,43 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from psyche.cli.places import ManifestFile, Place, checked, ledger_file, manifest_of, spans
+from psyche.cli.options import (
+    Json,
+    LedgerPath,
+    ManifestPath,
+    ledger_file,
+    read_manifest,
+    round_ranges,
+    verified,
+)
 
-if TYPE_CHECKING:  # see cli/ledger.py
+if TYPE_CHECKING:  # see cli/ledger_commands.py
     from rich.table import Table
 
     from psyche.ledger.credit_report import Credit, CreditStory
 
-NodeEnd = Annotated[str, typer.Argument(help="The node's PeerID, or how that ends.", show_default=False)]
+NodeId = Annotated[str, typer.Argument(help="The node's PeerID or the end of it.", show_default=False)]
 
 
 def credits_command(
-    path: Place,
+    path: LedgerPath,
     node: Annotated[
-        str | None, typer.Option(help="Only this node: its PeerID, or how that ends.", show_default=False)
+        str | None, typer.Option(help="Show only this node: its PeerID or the end of it.", show_default=False)
     ] = None,
-    manifest: ManifestFile = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    manifest: ManifestPath = None,
+    json: Json = False,
 ) -> None:
-    """Say what each node has earned: a credit for each token of verified work.
+    """Print what each node has earned: one credit per token of accepted work.
 
-    Pending credit becomes final once the rounds have passed in which the work can be challenged, and is forfeited where
-    it was cheated. Checks no signature; ``verify`` does.
+    Credit is pending until the work's challenge window ends, then final; a conviction forfeits it. Signatures are not
+    verified: run `psyche ledger verify` for that.
     """
     from psyche.ledger.credit_report import credits_of
     from psyche.ledger.store import Ledger
 
     file = ledger_file(path)
     with Ledger.read(file) as ledger:
-        story = credits_of(ledger, manifest_of(manifest, file), node)
+        story = credits_of(ledger, read_manifest(manifest, file), node)
     if json:
         import msgspec
 
@@ -45,22 +53,22 @@ def credits_command(
 
     console = Console()
     console.print(_table(story))
-    if missing := spans(story.missing):
-        console.print(f"missing here, and not counted: {missing}", markup=False, highlight=False)
+    if missing := round_ranges(story.missing):
+        console.print(f"missing here and not counted: {missing}", markup=False, highlight=False)
 
 
 def why_command(
-    path: Place,
-    node: NodeEnd,
-    manifest: ManifestFile = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    path: LedgerPath,
+    node: NodeId,
+    manifest: ManifestPath = None,
+    json: Json = False,
 ) -> None:
-    """Say why a node's credit is what it is: each change, with its round and reason."""
+    """Print every change of a node's credit, with its round and reason."""
     from psyche.ledger.credit_report import history_of, in_words
     from psyche.ledger.store import Ledger
 
     file = ledger_file(path)
-    terms = manifest_of(manifest, file)
+    terms = read_manifest(manifest, file)
     with Ledger.read(file) as ledger:
         history = history_of(ledger, terms, node)
     if json:
@@ -76,24 +84,24 @@ def why_command(
 
 
 def claims_command(
-    path: Place,
+    path: LedgerPath,
     out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
-    manifest: ManifestFile = None,
+    manifest: ManifestPath = None,
     format: Annotated[
         Literal["merkle", "weights"],
-        typer.Option(help="merkle: OpenZeppelin's StandardMerkleTree; weights: u16 by node, as Bittensor has them."),
+        typer.Option(help="merkle: OpenZeppelin StandardMerkleTree; weights: u16 per node, as Bittensor uses them."),
     ] = "merkle",
 ) -> None:
-    """Write final credits for somebody else to pay: a Merkle tree with a proof for each address, or a weight vector.
+    """Write final credits to a file for paying them out: a Merkle tree with a proof per address, or a weight vector.
 
-    The ledger is verified first, and has to be whole, so that everybody who does this gets the same file.
+    The ledger is verified first and must be complete, so that everyone gets the same file.
     """
     from psyche.durable import disk_errors, write_durably
     from psyche.payouts.claims_file import claims_file, payable, require_whole, weights_file
 
     file = ledger_file(path)
-    terms = manifest_of(manifest, file)
-    summary = checked(file, terms)
+    terms = read_manifest(manifest, file)
+    summary = verified(file, terms)
     require_whole(summary, file)
     accounts, where = summary.books.accounts.values(), (terms.run_id, summary.last)
     owed = payable(accounts)
@@ -107,19 +115,19 @@ def claims_command(
     typer.echo(f"{out}: {total:,} credits of {len(owed.claims):,} addresses, after round {summary.last:,}")
     typer.echo(f"root: {_root(content)}")
     for name, amount in owed.unclaimed.items():
-        typer.echo(f"unclaimed: {amount:,} of {name}, which named no address")
+        typer.echo(f"unclaimed: {amount:,} of {name}, which gave no payout address")
 
 
 def proof_command(
-    file: Annotated[Path, typer.Argument(help="What `psyche ledger claims` wrote.", show_default=False)],
-    who: Annotated[str, typer.Argument(help="An address, or how a PeerID ends.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="File written by `psyche ledger claims`.", show_default=False)],
+    who: Annotated[str, typer.Argument(help="An Ethereum address, or the end of a PeerID.", show_default=False)],
 ) -> None:
-    """Print one claim with its proof, for a distributor, once it is checked against the file's root."""
+    """Verify one claim against the file's Merkle root and print it with its proof."""
     from psyche.payouts.claims_file import proof_of
 
     root, entry = proof_of(file, who)
     typer.echo(f"root:    {root}\naddress: {entry.address}\namount:  {entry.amount}")
-    typer.echo("proof:   " + (", ".join(entry.proof) or "none is needed: the claim is the only one"))
+    typer.echo("proof:   " + (", ".join(entry.proof) or "empty: the tree has one claim"))
 
 
 def _root(content: bytes) -> str:
@@ -158,5 +166,5 @@ def _remarks(one: Credit) -> str:
 
 
 def _sentence(one: Credit) -> str:
-    paid = f"to be paid to {one.payout}" if one.payout else "no address named (psyche join --payout 0x…)"
+    paid = f"paid to {one.payout}" if one.payout else "no payout address (set one with psyche join --payout 0x…)"
     return f"{one.final:,} final, {one.pending:,} pending, {one.forfeited:,} forfeited; {paid}"

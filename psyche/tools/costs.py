@@ -8,7 +8,7 @@ from statistics import fmean
 
 from psyche.config import Run
 from psyche.exchange.cost import Cost, Shapes, sharded_from
-from psyche.launch.rules import fragments_of
+from psyche.exchange.rules import fragments_of
 from psyche.numerics.codecs.registry import codec
 from psyche.telemetry.formatting import number, size
 from psyche.training.footprint import activation_bytes

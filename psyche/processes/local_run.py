@@ -1,7 +1,7 @@
-"""A whole run on one machine: one process for the coordinator, one for each node, and a look at all of them.
+"""A whole run on one machine: a process for the coordinator, one for each node, a live view and a report.
 
-The processes are those that would run anywhere else, started by the same commands, each with its own identity;
-they find each other through the DHT. Only the view and the final report are made here, from the coordinator's log.
+The processes are started by the same commands as on separate machines, with their own identities, and find each other
+through the DHT. View and report are made here from the coordinator's log.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from psyche.telemetry.view import SwarmView, live
 COORDINATOR = "coordinator"
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
-"""What a process has for its goodbyes before it is killed."""
+"""Time to shut down before a process is killed."""
 MARKER = ".psyche-run"
-"""In a directory that a run made, and that a fresh run may therefore empty."""
+"""File in a directory that a run created, which a fresh run may therefore empty."""
 
 
 @dataclass
 class Child:
-    """A process of the run, and where its output goes."""
+    """A process of the run and the file of its output."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -43,13 +43,12 @@ class Child:
 
 
 def run_locally(config_path: Path, peers: int | None, directory: Path, *, fresh: bool, report: bool) -> None:
-    """Run coordinator and ``peers`` nodes to the end of the run, then report. Raises ``PsycheError``.
+    """Run a coordinator and ``peers`` nodes to the end of the run, then report. Raises ``PsycheError``.
 
-    ``fresh`` empties the directory first; otherwise a run found there goes on. Every child is gone afterwards,
-    however this ends.
+    ``fresh`` empties the directory first; otherwise a run found there is resumed. No child process outlives this call.
     """
     config = load_config(config_path)
-    _claim(directory, fresh)
+    _create_directory(directory, fresh)
     if peers is not None and fresh:
         config_path, config = _with_peers(config, peers, directory)
     count = config.run.rounds.start_members if peers is None else peers
@@ -81,14 +80,14 @@ def _start(name: str, arguments: list[str], directory: Path) -> Child:
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # the terminal's Ctrl-C is ours to pass on, once
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops the others
         )
     return Child(name, process, output)
 
 
 @contextmanager
 def _children() -> Iterator[list[Child]]:
-    """A list of children that are ended, politely and then not, when the block is left."""
+    """Yield a list of children that are terminated, and after STOP_SECONDS killed, at the end of the block."""
     children: list[Child] = []
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -97,7 +96,7 @@ def _children() -> Iterator[list[Child]]:
         signal.signal(signal.SIGTERM, previous)
         for child in children:
             if child.process.poll() is None:
-                child.process.terminate()  # not Ctrl-C's signal: without the coordinator no round can be finished
+                child.process.terminate()  # not SIGINT: a node would wait for a round that no coordinator closes
         deadline = time.monotonic() + STOP_SECONDS
         for child in children:
             try:
@@ -112,51 +111,51 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _follow(children: list[Child], log: Path, listener: Callable[[Event], None]) -> None:
-    """Show the coordinator's events as they come, until the run is finished. Raises where that cannot happen."""
+    """Show the coordinator's events until the run is finished. Raises ``PsycheError`` if it cannot finish."""
     follower = EventFollower(log)
     coordinator, nodes = children[0], children[1:]
     training = False
     while True:
-        ended = coordinator.process.poll() is not None  # asked first: what it wrote before it ended is then read
+        ended = coordinator.process.poll() is not None  # before reading the log, so that the last events are read
         for event in follower.new():
             listener(event)
             training |= isinstance(event, RoundStarted)
             if isinstance(event, RunFinished):
                 return
         if ended:
-            raise PsycheError(_last_words(coordinator))
+            raise PsycheError(_exit_message(coordinator))
         for node in [node for node in nodes if node.process.poll() not in (None, 0)]:
             nodes.remove(node)
-            if not training or not nodes:  # the others would wait for it, or there are none
-                raise PsycheError(_last_words(node))
-            listener(Notice(level="warning", text=f"{_last_words(node)}; the others go on"))
+            if not training or not nodes:  # the run cannot start, or go on
+                raise PsycheError(_exit_message(node))
+            listener(Notice(level="warning", text=f"{_exit_message(node)}; the other nodes go on"))
         time.sleep(POLL_SECONDS)
 
 
 def _wait_for(children: list[Child]) -> None:
-    """Nodes write their last checkpoint and leave; the coordinator goes when they have."""
+    """Wait for the nodes to write their last checkpoint and leave, then for the coordinator."""
     for child in [*children[1:], children[0]]:
         try:
             child.process.wait(60.0)
         except subprocess.TimeoutExpired:
-            return  # _children ends it
+            return  # _children terminates it
 
 
-def _last_words(child: Child) -> str:
-    lines = child.output.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-    words = lines[-1].removeprefix("psyche: ")
-    return f"{child.name} ended with code {child.process.returncode}: {words} (all of its output: {child.output})"
+def _exit_message(child: Child) -> str:
+    lines = child.output.read_text(errors="replace").strip().splitlines() or ["no output"]
+    last = lines[-1].removeprefix("psyche: ")
+    return f"{child.name} ended with code {child.process.returncode}: {last} (full output: {child.output})"
 
 
 # --------------------------------------------------------------------------------------- directories
 
 
-def _claim(directory: Path, fresh: bool) -> None:
-    """Make the run's directory, emptied if ``fresh``; never one that holds something else."""
+def _create_directory(directory: Path, fresh: bool) -> None:
+    """Create the run's directory, or empty it if ``fresh``; refuse one that holds other files."""
     marker = directory / MARKER
     if fresh and directory.exists() and any(directory.iterdir()):
         if not marker.exists():
-            raise PsycheError(f"{directory} is not a run's directory and not empty; choose another --directory")
+            raise PsycheError(f"{directory} is not empty and was not created by psyche: choose another --directory")
         shutil.rmtree(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -166,12 +165,12 @@ def _claim(directory: Path, fresh: bool) -> None:
 
 
 def _with_peers(config: Config, peers: int, directory: Path) -> tuple[Path, Config]:
-    """The configuration with ``peers`` nodes to start with, written into the run's directory."""
+    """Write the configuration with ``peers`` start members into the run's directory; return its path and content."""
     rounds = config.run.rounds.model_copy(update={"start_members": peers})
     run = config.run.model_copy(update={"rounds": rounds})
     changed = config.model_copy(update={"run": run})
     path = directory / "config.yaml"
-    # JSON is YAML; what a person reads is the file they wrote
+    # JSON is valid YAML
     write_durably(path, json.dumps(changed.model_dump(mode="json"), indent=2).encode())
     return path, load_config(path)
 
@@ -180,12 +179,12 @@ def _with_peers(config: Config, peers: int, directory: Path) -> tuple[Path, Conf
 
 
 def _report(config: Config, directory: Path, seconds: float) -> None:
-    """report.json, the loss plot, the exported model and a sample of it; then a summary for people."""
+    """Write report.json, the loss plot and the exported model; print a summary and a sample of the model."""
     from rich.console import Console
 
     from psyche.telemetry.run_report import build_report, plot_loss, render_summary
-    from psyche.tools.export import export_node
     from psyche.tools.exported_model import sample
+    from psyche.tools.load import export_node
 
     log = list(read_events(directory / COORDINATOR / LOG_NAME))
     nodes = sorted(path for path in directory.glob("node-*") if path.is_dir())
@@ -196,6 +195,6 @@ def _report(config: Config, directory: Path, seconds: float) -> None:
     console = Console()
     console.print(render_summary(report))
     text = sample(directory / "model", "def ")
-    console.print(f"[bold]a sample of {directory / 'model'}[/bold] (prompt: 'def ')")
+    console.print(f"[bold]sample from {directory / 'model'}[/bold] (prompt: 'def ')")
     console.print(text, markup=False, highlight=False)
     console.print(f"\nreport {directory / 'report.json'}   loss plot {directory / 'loss.png'}")

@@ -1,4 +1,4 @@
-"""``psyche ledger``: look at the certified chain that every node and coordinator keeps, and check it."""
+"""``psyche ledger show | verify``: print and verify the certified chain that every node and coordinator keeps."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from psyche.cli.credits import claims_command, credits_command, proof_command, why_command
-from psyche.cli.places import ManifestFile, Place, checked, ledger_file, manifest_of, spans
+from psyche.cli.credits_commands import claims_command, credits_command, proof_command, why_command
+from psyche.cli.options import (
+    Json,
+    LedgerPath,
+    ManifestPath,
+    ledger_file,
+    read_manifest,
+    round_ranges,
+    verified,
+)
 
-if TYPE_CHECKING:  # `psyche --help` imports this module: what is heavy is imported by the command that needs it
+if TYPE_CHECKING:  # `psyche --help` imports this module; heavy imports are made by the command that needs them
     from rich.table import Table
 
     from psyche.ledger.round_report import Ending, LedgerRound, Story
 
-app = typer.Typer(help="The certified chain of a run, and the credits that follow from it.", no_args_is_help=True)
+app = typer.Typer(help="The certified rounds of a run, and the credits earned in them.", no_args_is_help=True)
 
 _PREFIX = 8
-"""Digits of a hash that a table shows."""
+"""Hex digits of a hash shown in a table."""
 
 
 @app.command("show")
 def show_command(
-    path: Place,
-    last: Annotated[
-        int | None, typer.Option(help="Only so many rounds, the latest.", min=1, show_default=False)
-    ] = None,
+    path: LedgerPath,
+    last: Annotated[int | None, typer.Option(help="Show only the last N rounds.", min=1, show_default=False)] = None,
     node: Annotated[
-        str | None, typer.Option(help="Only this member: its PeerID, or how that ends.", show_default=False)
+        str | None, typer.Option(help="Show only this member: its PeerID or the end of it.", show_default=False)
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    json: Json = False,
 ) -> None:
-    """Say what was certified: members, tokens, who was left out and why. Checks no signature; ``verify`` does."""
+    """Print the certified rounds: members, tokens, rejected contributions with reasons. Verifies no signature."""
     from psyche.ledger.round_report import story_of
     from psyche.ledger.store import Ledger
 
@@ -53,20 +59,20 @@ def show_command(
 
 
 @app.command("verify")
-def verify_command(path: Place, manifest: ManifestFile = None) -> None:
-    """Check every signature, vote and link against nothing but the run's manifest; the first bad round is named.
+def verify_command(path: LedgerPath, manifest: ManifestPath = None) -> None:
+    """Verify every signature, vote and hash link against the run's manifest, and name the first bad round.
 
-    Credits are then added up anew, from the chain alone.
+    Then add up all credits again from the ledger alone.
     """
     from psyche.ledger.credit_report import sums
 
     file = ledger_file(path)
-    found = checked(file, manifest_of(manifest, file))
-    missing = spans((gap.start, gap.stop - 1) for gap in found.missing)
+    found = verified(file, read_manifest(manifest, file))
+    missing = round_ranges((gap.start, gap.stop - 1) for gap in found.missing)
     typer.echo(
-        f"sound: {found.rounds:,} certified rounds up to round {found.last:,}, {sum(found.tokens.values()):,} tokens "
+        f"valid: {found.rounds:,} certified rounds up to round {found.last:,}, {sum(found.tokens.values()):,} tokens "
         f"of {len(found.tokens):,} nodes, {found.reconfigurations:,} reconfigurations; "
-        + (f"missing here: {missing}" if missing else "none is missing")
+        + (f"missing here: {missing}" if missing else "no round is missing")
     )
     final, pending, forfeited = sums(found.books)
     convicted = sum(account.banned > 0 for account in found.books.accounts.values())
@@ -106,7 +112,7 @@ def _rounds_table(story: Story) -> Table:
 
 
 def _remarks(ledger_round: LedgerRound) -> str:
-    """Who was left out and why, who was outvoted, whose data are private, whether survivors alone closed the round."""
+    """List rejected contributions, outvoted results, private data, reconfigurations and convictions of a round."""
     from rich.markup import escape
 
     from psyche.telemetry.formatting import clean, peer_name
@@ -123,7 +129,7 @@ def _remarks(ledger_round: LedgerRound) -> str:
 
 
 def _ending(one: Ending) -> str:
-    """An audit that ended badly for somebody, and on what evidence."""
+    """Describe an audit that ended against a node, with its evidence."""
     from psyche.telemetry.formatting import peer_name
 
     what = {"convicted": "convicted", "unserved": "not handed over"}.get(one.outcome, one.outcome)
@@ -142,7 +148,7 @@ def _totals_table(story: Story) -> Table:
 
     from psyche.telemetry.formatting import peer_name, size
 
-    title = f"in all of {story.held:,} rounds"
+    title = f"totals of {story.held:,} rounds"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("node", no_wrap=True)
     for heading in ("accepted", "tokens", "unaudited", "payloads"):
@@ -156,7 +162,7 @@ def _totals_table(story: Story) -> Table:
 
 def _notes(story: Story) -> Iterable[str]:
     if story.missing:
-        yield f"missing here: {spans(story.missing)}"
+        yield f"missing here: {round_ranges(story.missing)}"
     if story.superseded:
         again = ", ".join(f"{number:,}" for number in sorted(set(story.superseded)))
-        yield f"certified before with another record, and superseded: {again}"
+        yield f"certified twice, an earlier record was superseded: round {again}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from psyche.cli.options import NodeConfig
 from psyche.errors import PsycheError
 
 if TYPE_CHECKING:
@@ -14,13 +15,19 @@ if TYPE_CHECKING:
 
 
 def dashboard(
-    run_dir: Annotated[Path, typer.Argument(help="Directory of a run on this machine, or its event log.")],
-    config: Annotated[
-        Path | None, typer.Option(help="Configuration file; node.wandb names project and entity.")
+    run_dir: Annotated[
+        Path, typer.Argument(help="Directory of a run on this machine, or its event log.", show_default=False)
+    ],
+    config: NodeConfig = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write the layout to this JSON file instead of creating it in W&B.", show_default=False),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the layout to this file and ask no server.")] = None,
 ) -> None:
-    """Create the W&B dashboard of a run; without a W&B key, write its layout as JSON into the run's directory."""
+    """Create the W&B dashboard of a run; without a W&B key, write its layout to a JSON file in the run's directory.
+
+    node.wandb in --config names the project and entity.
+    """
     from psyche.config import load_node
 
     started = _started(run_dir)
@@ -36,12 +43,12 @@ def dashboard(
         place = wandb_workspace.save(workspace, fallback, online=online)
     except OSError as error:
         raise PsycheError(f"cannot write {fallback}: {error.strerror}") from None
-    except Exception as error:  # wandb raises many types; none of them is a bug of ours
+    except Exception as error:  # wandb raises many types
         raise PsycheError(f"W&B refused the dashboard of {entity}/{wandb.project}: {error}") from None
     if online:
         typer.echo(f"dashboard of {started.name}: {place}")
     else:
-        typer.echo(f"layout of the dashboard of {started.name}: {place} (with a W&B key it is saved to W&B)")
+        typer.echo(f"dashboard layout of {started.name}: {place} (not in W&B: no key is configured; run `wandb login`)")
 
 
 def _started(run_dir: Path) -> RunStarted:
@@ -53,7 +60,7 @@ def _started(run_dir: Path) -> RunStarted:
         for event in read_events(log):
             if isinstance(event, RunStarted):
                 return event
-    raise PsycheError(f"{run_dir} has no event log of a run; give the directory that `psyche run` or `join` printed")
+    raise PsycheError(f"{run_dir} holds no event log of a run: give the directory of a coordinator or node")
 
 
 def _default_entity() -> str:
