@@ -1,4 +1,4 @@
-"""A bench small enough for a test: some thousand parameters, two rounds, a corner of the corpus."""
+"""Sections small enough for a test: some thousand parameters, two rounds, 40 documents."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from psyche.bench import section
-from psyche.bench.plan import Scale
-from psyche.bench.trials import Outcome, Setting, Trial, run_trial
+from psyche.bench.convergence import section as section_module
+from psyche.bench.convergence.large_batch import LargeBatch
+from psyche.bench.convergence.trial import Outcome, Setting, Trial, run_trial
 from psyche.config import BpeTokenizer, Data, Inner, Model, Outer
 from psyche.data.prepare import prepare
 
@@ -30,9 +30,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 @pytest.fixture(scope="session")
-def scale(setting: Setting) -> Scale:
-    """Every section is there, at two sizes of swarm."""
-    return Scale(
+def large_batch(setting: Setting) -> LargeBatch:
+    """A section with every table, for two and four nodes."""
+    return LargeBatch(
         setting=setting,
         steps=8,
         inner_steps=4,
@@ -48,7 +48,7 @@ def scale(setting: Setting) -> Scale:
 
 @pytest.fixture(scope="session", autouse=True)
 def in_this_process() -> Iterator[None]:
-    """Trials so small are over before the processes for them have started."""
+    """Run trials in this process: starting others would take longer than the trials."""
 
     def run_all(setting: Setting, trials: Iterable[Trial], done) -> dict[Trial, Outcome]:  # type: ignore[no-untyped-def]
         outcomes = {trial: run_trial(setting, trial) for trial in trials}
@@ -57,5 +57,5 @@ def in_this_process() -> Iterator[None]:
         return outcomes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(section, "run_all", run_all)
+        patch.setattr(section_module, "run_all", run_all)
         yield

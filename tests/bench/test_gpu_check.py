@@ -27,7 +27,7 @@ from psyche.numerics.backends import emulated
 from psyche.numerics.backends.emulated import EmulatedLauncher
 from psyche.numerics.backends.sources import kernels_directory
 from psyche.numerics.codecs.registry import CODECS
-from tests.bench.clocks import Clock
+from tests.bench.stubs import Clock
 from tests.bench.test_gpu_training import speed
 
 REPOSITORY = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from psyche.bench.gpu import training
 from psyche.bench.gpu.budget import Budget
 from psyche.bench.gpu.report import Report
 from psyche.config import Inner, Node
-from tests.bench.clocks import Clock
+from tests.bench.stubs import Clock
 
 REPOSITORY = Path(__file__).parents[2]
 

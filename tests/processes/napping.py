@@ -7,7 +7,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from psyche.bench.utilisation.paced import PacedEngine
+from psyche.bench.harness.paced_engine import PacedEngine
 from psyche.processes import availability
 from psyche.training import choice
 

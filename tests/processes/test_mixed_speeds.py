@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.bench.utilisation.paced import PACE
+from psyche.bench.harness.paced_engine import PACE
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.protocol.ledger import claimed
@@ -19,7 +19,7 @@ from tests.processes.napping import IN_USE
 from tests.processes.swarm import Swarm, swarm
 from tests.tiny import certified_roots, load_config, reference_roots, write_config
 
-PACED = "psyche.bench.utilisation.paced"
+PACED = "psyche.bench.harness.paced_engine"
 DEADLINES = {"round_min": 60.0, "round_max": 90.0, "exchange_min": 5.0, "exchange_max": 20.0, "silence": 15.0}
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from psyche.bench.exchange.links import remove_stale
+from psyche.bench.harness.shaped_links import remove_stale
 from psyche.config import load_config
 from psyche.data.store import store_path
 from psyche.network.identity import IDENTITY
 from psyche.telemetry.events import RunStarted
-from tests.bench.test_links import needs_namespaces
+from tests.bench.test_shaped_links import needs_namespaces
 from tests.processes.swarm import PATIENCE, alive, descendants, standby_key, swarm
 from tests.tiny import write_config
 

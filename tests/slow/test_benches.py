@@ -9,16 +9,10 @@ import time
 
 import pytest
 
-from psyche.bench.exchange import compare
-from psyche.bench.exchange.links import namespaces, remove_stale
-from psyche.bench.join.compare import measure as measure_joining
-from psyche.bench.join.plan import Plan as JoinPlan
-from psyche.bench.join.plan import trial as join_trial
-from psyche.bench.mixed.compare import measure as measure_mixed
-from psyche.bench.mixed.plan import Plan as MixedPlan
-from psyche.bench.utilisation.compare import measure
-from psyche.bench.utilisation.plan import Plan, trials
-from tests.bench.test_links import needs_namespaces
+from psyche.bench import joining, mixed_speeds, utilisation
+from psyche.bench.exchange import exchange_speed
+from psyche.bench.harness.shaped_links import namespaces, remove_stale
+from tests.bench.test_shaped_links import needs_namespaces
 from tests.processes.swarm import PATIENCE, alive, descendants
 
 MBIT = 10**6
@@ -27,7 +21,7 @@ MBIT = 10**6
 @pytest.mark.slow
 @needs_namespaces
 def test_all_systems_average_the_same_vectors_and_none_beats_its_line() -> None:
-    plan = compare.Plan(
+    plan = exchange_speed.Plan(
         peers=3,
         parameters=1 << 20,
         codecs=("int8", "topk2"),
@@ -35,7 +29,7 @@ def test_all_systems_average_the_same_vectors_and_none_beats_its_line() -> None:
         rate=50 * MBIT,
         repeats=2,
     )
-    result = compare.measure(plan)
+    result = exchange_speed.measure(plan)
     assert [row.system for row in result.rows] == ["psyche"] * 4 + ["hivemind"] * 2 + ["gloo"], result.notes
     for row in result.rows:
         assert row.averaged == 3
@@ -69,11 +63,11 @@ def test_a_bench_that_is_killed_leaves_no_process_and_its_namespaces_to_the_next
 @pytest.mark.slow
 @needs_namespaces
 def test_with_overlap_a_node_trains_for_more_of_its_time() -> None:
-    plan = Plan(peers=3, ratio=0.5, ways=("none", "tail"), rounds=3, step_seconds=0.1)
-    rows = measure(trials(plan))
+    plan = utilisation.Plan(peers=3, ratio=0.5, modes=("none", "tail"), rounds=3, step_seconds=0.1)
+    rows = utilisation.measure(utilisation.planned_runs(plan))
     shares = {
-        way: min(row.utilisation for row in rows if row.overlap == way and row.node.startswith("node-"))
-        for way in plan.ways
+        mode: min(row.utilisation for row in rows if row.overlap == mode and row.node.startswith("node-"))
+        for mode in plan.modes
     }
     assert len(rows) == 6
     assert all(row.rounds == 3 and row.step_seconds >= 0.1 for row in rows)
@@ -83,8 +77,8 @@ def test_with_overlap_a_node_trains_for_more_of_its_time() -> None:
 @pytest.mark.slow
 @needs_namespaces
 def test_newcomers_get_their_state_from_all_donors_over_the_line() -> None:
-    plan = JoinPlan(peers=2, parameters=4_000_000, rate=50 * MBIT, at=(0.0, 0.5), inner_steps=20, step_seconds=0.5)
-    rows = measure_joining(join_trial(plan))
+    plan = joining.Plan(peers=2, parameters=4_000_000, rate=50 * MBIT, at=(0.0, 0.5), inner_steps=20, step_seconds=0.5)
+    rows = joining.measure(joining.planned_join(plan))
     assert [row.at for row in rows] == [0.0, 0.5]
     for row in rows:
         assert row.donors == 2
@@ -98,7 +92,7 @@ def test_newcomers_get_their_state_from_all_donors_over_the_line() -> None:
 @pytest.mark.slow
 def test_nodes_of_different_speeds_do_what_they_can_in_a_round() -> None:
     """How long rounds took is not asserted: this machine may have other work. Who did how much is."""
-    found = measure_mixed(MixedPlan((1.0, 2.0, 4.0), step_seconds=0.2, inner_steps=20, rounds=3))
+    found = mixed_speeds.measure(mixed_speeds.Plan((1.0, 2.0, 4.0), step_seconds=0.2, inner_steps=20, rounds=3))
     slow, middle, fast = found.rows
     assert (slow.first_quota, middle.first_quota, fast.first_quota) == (20, 20, 20)
     assert slow.first_done < 20, "it gave the rest back"

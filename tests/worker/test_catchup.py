@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from psyche.bench.utilisation import paced
-from psyche.bench.utilisation.paced import PACE
+from psyche.bench.harness import paced_engine
+from psyche.bench.harness.paced_engine import PACE
 from psyche.config import MANIFEST, Manifest
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
@@ -16,7 +16,7 @@ from psyche.telemetry.events import CaughtUp, PeerLeft, Resynchronised, RoundCer
 from tests.processes.swarm import swarm
 from tests.tiny import MODEL, certified_roots, write_config
 
-PACED = paced.__name__
+PACED = paced_engine.__name__
 ROUNDS = {"inner_steps": 40, "min_members": 1, "total": 500}
 QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
 

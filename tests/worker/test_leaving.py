@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.bench.utilisation.paced import PACE
+from psyche.bench.harness.paced_engine import PACE
 from psyche.errors import PsycheError
 from psyche.exchange.rules import rules_of
 from psyche.ledger.store import NAME as LEDGER
@@ -28,7 +28,7 @@ from tests.diloco.test_overlap import alone, plan_for
 from tests.processes.swarm import PATIENCE, Swarm, swarm
 from tests.tiny import write_config
 
-SLOW = "psyche.bench.utilisation.paced"
+SLOW = "psyche.bench.harness.paced_engine"
 DEADLINES = {"round_min": 60.0, "round_max": 90.0, "exchange_min": 5.0, "exchange_max": 20.0, "silence": 10.0}
 
 

@@ -1,1 +1,1 @@
-"""``psyche bench codec``: speed and error of the codecs, beside other people's."""
+"""Speed and error of psyche's codecs and outer step, beside other people's in the same run."""

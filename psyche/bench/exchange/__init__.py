@@ -1,1 +1,1 @@
-"""Whole exchanges between processes, on links as bad as one likes, with the rivals in the same run."""
+"""Whole exchanges between processes on shaped links, with the rivals in the same run."""

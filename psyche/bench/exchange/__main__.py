@@ -1,4 +1,4 @@
-"""One process of a system under measurement: ``python -m psyche.bench.exchange``, driven over stdin."""
+"""One process of a system under measurement, ``python -m psyche.bench.exchange``, controlled over stdin."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import IO
 
 import torch
 
-from psyche.bench.exchange.participant import Participant, Process
-from psyche.bench.exchange.talk import (
+from psyche.bench.exchange.peer_process import (
+    AveragingPeer,
     Command,
+    Connect,
     Exchange,
     Failed,
-    Meet,
+    PeerProcess,
+    PeerSpec,
     Prepare,
     Quit,
     Reply,
-    Spec,
     Verify,
     decode_command,
     decode_spec,
@@ -29,11 +30,11 @@ from psyche.bench.exchange.talk import (
 
 
 def main() -> None:
-    """Serve until told to quit. Where the bench is gone, so is this process, and all that it started."""
+    """Answer commands until told to quit. If the bench ends, this process and all its children end, too."""
     source, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
-    # hivemind forks, and the fork closes sys.stdin, which hangs for ever where a thread was reading from it.
+    # hivemind forks, and the fork closes sys.stdin, which blocks forever if a thread is reading from it.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # output of libraries goes to the log
     spec = decode_spec(source.readline())
     commands: SimpleQueue[Command] = SimpleQueue()
     threading.Thread(target=_listen, args=[source, commands], daemon=True).start()
@@ -53,42 +54,40 @@ def main() -> None:
 def _listen(source: IO[bytes], commands: SimpleQueue[Command]) -> None:
     for line in source:
         commands.put(decode_command(line))
-    os.killpg(os.getpgrp(), signal.SIGKILL)  # a group of our own: the bench starts each process in a new session
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # the bench started this process in a session of its own
 
 
-def _answer(process: Process, command: Command) -> Reply:
+def _answer(process: PeerProcess, command: Command) -> Reply:
     try:
-        return process.meet(command.meeting) if isinstance(command, Meet) else _take_part(process, command)
-    except Exception as error:  # other people's code: whatever it raises ends up in the bench's own words
+        if isinstance(command, Connect):
+            return process.connect(command.rendezvous)
+        assert isinstance(process, AveragingPeer), "a coordinator exchanges nothing"
+        match command:
+            case Prepare():
+                return process.prepare()
+            case Exchange():
+                return process.exchange()
+            case Verify(names):
+                return process.verify(names)
+            case _:
+                raise AssertionError(f"{command} is not answered")
+    except Exception as error:  # a rival may raise anything; the bench reports it as one sentence
         traceback.print_exc()
         return Failed(" ".join((str(error) or type(error).__name__).split())[:300])
 
 
-def _take_part(participant: Process, command: Command) -> Reply:
-    assert isinstance(participant, Participant), "who leads is not asked to exchange"
-    match command:
-        case Prepare():
-            return participant.prepare()
-        case Exchange():
-            return participant.exchange()
-        case Verify(names):
-            return participant.verify(names)
-        case _:
-            raise AssertionError(f"{command} is not answered")
-
-
-def _process(spec: Spec) -> Process:
+def _process(spec: PeerSpec) -> PeerProcess:
     if spec.system == "gloo":
-        from psyche.bench.exchange.gloo_node import GlooNode
+        from psyche.bench.exchange.gloo_peer import GlooPeer
 
-        return GlooNode(spec)
+        return GlooPeer(spec)
     if spec.system == "hivemind":
-        from psyche.bench.exchange.hivemind_node import HivemindNode
+        from psyche.bench.exchange.hivemind_peer import HivemindPeer
 
-        return HivemindNode(spec)
-    from psyche.bench.exchange.psyche_node import PsycheLead, PsycheNode
+        return HivemindPeer(spec)
+    from psyche.bench.exchange.psyche_peer import PsycheCoordinator, PsychePeer
 
-    return PsycheLead(spec) if spec.number < 0 else PsycheNode(spec)
+    return PsycheCoordinator(spec) if spec.number < 0 else PsychePeer(spec)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from psyche.bench.exchange.links import Link, Place, on_loopback, shaped
+from psyche.bench.harness.shaped_links import Link, Place, on_loopback, shaped
 from psyche.errors import PsycheError
 from psyche.network.invites import invite_of
 from tests.processes.swarm import Swarm

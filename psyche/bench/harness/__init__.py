@@ -1,0 +1,1 @@
+"""What every measurement shares: rows and tables, turns, processes, shaped links, resource usage."""

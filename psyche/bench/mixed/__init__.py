@@ -1,1 +1,0 @@
-"""Nodes of different speeds in one run: who waits for whom."""

@@ -1,1 +1,0 @@
-"""How much of its time a node trains, when exchanging takes long."""
