@@ -44,7 +44,6 @@ class Inner(Strict):
 
     optimizer: InnerOptimizer = "adamw"
     """``muon``: Muon for the matrices between the embeddings, AdamW for the rest (MuLoCo, arXiv 2505.23725)."""
-    muon_momentum: Fraction = 0.95
     lr: Positive = 4e-4
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.99), strict=False)
     eps: Positive = 1e-8
@@ -190,16 +189,6 @@ class Run(Strict):
             raise ValueError(
                 f"audits.trace_steps ({every}) makes more than {MAX_POINTS} trace points of a round's "
                 f"{self.rounds.inner_steps} inner steps: raise it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _comparable(self) -> Self:
-        kind = self.aggregation.kind
-        if CODECS[self.codec.name].sparse and kind not in ("mean", "norm_clip"):
-            raise ValueError(
-                f"aggregation.kind {kind} compares the values of all nodes at every parameter, and codec "
-                f"{self.codec.name} sends few of them; choose norm_clip or mean, or a codec that sends all: int8, int4"
             )
         return self
 

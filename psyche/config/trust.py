@@ -17,10 +17,8 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 class Aggregation(Strict):
     """From many pseudo-gradients to one, where some of them lie."""
 
-    kind: Literal["mean", "norm_clip", "trimmed_mean", "median", "centered_clip"] = "norm_clip"
-    """``numerics/robust.py`` says what each does, and what each withstands. Sparse codecs: mean or norm_clip."""
-    trim: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.25
-    """``trimmed_mean``: the share of contributions that is left out at either end, for every parameter."""
+    kind: Literal["mean", "norm_clip"] = "norm_clip"
+    """``norm_clip`` clips each payload slice to the median norm: see ``numerics/aggregate.py``."""
     max_share: Share = 0.25
     """Of an outer step's weight, the most that one node has; or twice an equal share, where few contribute."""
 

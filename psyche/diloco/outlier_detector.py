@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from psyche.numerics.aggregate import Chunks
+from psyche.numerics.aggregate import PayloadSlices
 from psyche.numerics.codecs.base import Codec
 from psyche.numerics.outliers import REMEMBERED, Sample, outliers, sketch
 from psyche.protocol.messages import Record
@@ -23,7 +23,7 @@ class OutlierDetector:
         """Fragment, sample, and signs by node, of the last rounds."""
 
     def look(
-        self, record: Record, counts: Sequence[int], payloads: Mapping[str, Chunks], seen: Collection[int]
+        self, record: Record, counts: Sequence[int], payloads: Mapping[str, PayloadSlices], seen: Collection[int]
     ) -> dict[str, str]:
         """Those whose accepted contribution stood out, and by which check, ascending by node.
 

@@ -19,7 +19,7 @@ from psyche.diloco.local_update import Interrupted, NonFiniteParameter, Slices, 
 from psyche.diloco.trace import Withheld
 from psyche.diloco.trace_recorder import TraceRecorder
 from psyche.exchange.merge import Merge
-from psyche.numerics.aggregate import Gradient, decoded, reduce_slice
+from psyche.numerics.aggregate import Gradient, reduce_slice, result_gradient
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.backends.selection import fastest_backend
 from psyche.numerics.codecs.base import NonFinite
@@ -245,7 +245,7 @@ class Replica:
         def encoded(number: int) -> bytes:
             return reduce_slice(merged, result_codec, number, parts[number].stop - parts[number].start)
 
-        return decoded(result_codec, encoded)
+        return result_gradient(result_codec, encoded)
 
     def adopt(self, outer: OuterState, record: Record | None) -> None:
         """Take over an outer state fetched from others: that after ``record``, or that before the first round.

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from psyche.config import Run
-from psyche.numerics.aggregate import Chunks, Gradient, gathered
+from psyche.numerics.aggregate import AggregationRule, Gradient, PayloadSlices, payload_gradient
 from psyche.numerics.codecs.base import Codec
-from psyche.numerics.robust import Aggregator
 from psyche.protocol.messages import Contribution, Plan
 from psyche.protocol.weights import Caps, weights
 
@@ -23,20 +22,20 @@ class Merge:
     """The same on all nodes of a run."""
 
     caps: Caps
-    aggregator: Aggregator
+    rule: AggregationRule
 
     @classmethod
     def of(cls, run: Run) -> Merge:
         """What ``run.aggregation`` says. Its shares are taken as the fp64 values that they are."""
         spec = run.aggregation
         caps = Caps(Fraction(spec.max_share), NEWCOMERS_SHARE, Fraction(run.private_share))
-        return cls(caps, Aggregator(spec.kind, spec.trim))
+        return cls(caps, spec.kind)
 
     def gradient(
-        self, codec: Codec, plan: Plan, given: Mapping[str, Contribution], payloads: Mapping[str, Chunks]
+        self, codec: Codec, plan: Plan, given: Mapping[str, Contribution], payloads: Mapping[str, PayloadSlices]
     ) -> Gradient:
         """The outer gradient of ``plan``'s round from all ``given`` contributions, slice by slice.
 
         ``payloads`` has, of each of them, the slices that will be asked for.
         """
-        return gathered(codec, weights(plan, given, self.caps), payloads, self.aggregator)
+        return payload_gradient(codec, weights(plan, given, self.caps), payloads, self.rule)

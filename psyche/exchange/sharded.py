@@ -15,7 +15,7 @@ from psyche.exchange.base import BlobTransport, Exchange
 from psyche.exchange.merge import Merge
 from psyche.exchange.shape import Shape
 from psyche.network.spool import Blob
-from psyche.numerics.aggregate import Gradient, decoded, reduce_slice
+from psyche.numerics.aggregate import Gradient, reduce_slice, result_gradient
 from psyche.numerics.codecs.base import Codec
 from psyche.protocol.messages import Contribution, Plan, Record, Reducing
 from psyche.protocol.reduction import ReducerAssignment
@@ -78,7 +78,7 @@ class Sharded(Exchange):
             position, group = divmod(number, assignment.groups)
             return results[group][position]
 
-        return decoded(self._result_codec, encoded)
+        return result_gradient(self._result_codec, encoded)
 
     async def _result(self, record: Record, assignment: ReducerAssignment, group: int) -> Blob:
         """A group's result: this node's own, or from those who reduced it or fetched it before."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from psyche.numerics.shares import Cap, shares
+from psyche.numerics.capped_shares import Cap, capped_shares
 from psyche.protocol.messages import Contribution, Plan
 
 
@@ -38,7 +38,7 @@ def weights(plan: Plan, given: Mapping[str, Contribution], caps: Caps) -> dict[s
     voting = {member.node for member in plan.members if member.votes}
     newcomers = frozenset(given.keys() - voting)
     private = frozenset(node for node, one in given.items() if one.private)
-    return shares(
+    return capped_shares(
         {node: one.tokens for node, one in given.items()},
         [Cap(newcomers, caps.newcomers), Cap(private, caps.private)],
         min(Fraction(1), max(caps.each, Fraction(2, len(given)))),

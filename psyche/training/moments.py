@@ -15,7 +15,7 @@ from psyche.config import Model, Run
 from psyche.numerics.flat import FlatLayout
 from psyche.training.engine import Engine
 from psyche.training.models import build
-from psyche.training.optimizers import between_embeddings
+from psyche.training.optimizers import hidden_matrices
 
 ROW = {"exp_avg": 0, "momentum_buffer": 0, "exp_avg_sq": 1}
 """Of what the optimizers keep (``optimizers.py``): where. Muon's parameters have zeros in the second row."""
@@ -94,5 +94,5 @@ def muon_parameters(run: Run) -> frozenset[str]:
 
 def _matrices(spec: Model) -> frozenset[str]:
     model = build(spec, device="meta")
-    found = {id(matrix) for matrix in between_embeddings(model)}
+    found = {id(matrix) for matrix in hidden_matrices(model)}
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in found)

@@ -239,7 +239,7 @@ class TorchEngine:
             self._at_once = 1
             return
         gradients = sum(p.numel() * p.element_size() for p in self._parameters if p.grad is None)
-        free = free_memory(self.device) - gradients - self._optimizers.bytes_to_come
+        free = free_memory(self.device) - gradients - self._optimizers.unallocated_bytes
         self._at_once = most_at_once(two - one, free, once=2 * one - two)
 
     def halve_micro_batch(self, rows: int) -> bool:

@@ -21,7 +21,7 @@ from psyche.diloco.trace import Trace
 from psyche.errors import ConfigError
 from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
-from psyche.numerics.shares import share
+from psyche.numerics.capped_shares import fp32_quotient
 from psyche.protocol.acceptor import plan_fault
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position, positions
@@ -82,7 +82,7 @@ def test_without_overlap_it_is_diloco_to_the_bit(tmp_path: Path) -> None:
     lr, mu = run.outer.lr, run.outer.momentum
     theta = {node: one.outer.theta.clone() for node, one in replicas.items()}[min(replicas)]
     momentum = torch.zeros_like(theta)
-    weight = share(1, 2)
+    weight = fp32_quotient(1, 2)
     for _, works in rounds(replicas, lambda round_number, node: 0):
         gradient = torch.zeros_like(theta)
         for node in sorted(replicas):  # fp32 payloads are Δ itself

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 
 from psyche.exchange.merge import Merge
-from psyche.numerics.robust import Aggregator
 from psyche.protocol.weights import Caps
 
-MERGE = Merge(Caps(Fraction(1), Fraction(1), Fraction(1)), Aggregator("mean"))
+MERGE = Merge(Caps(Fraction(1), Fraction(1), Fraction(1)), "mean")

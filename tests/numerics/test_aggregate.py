@@ -12,14 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.aggregate import aggregate, gathered, reduce_slice
+from psyche.numerics.aggregate import payload_gradient, reduce_slice, weighted_sum
 from psyche.numerics.backends.base import TorchBackend
 from psyche.numerics.backends.selection import fastest_backend
+from psyche.numerics.capped_shares import capped_shares, fp32_quotient
 from psyche.numerics.codecs.base import MalformedPayload
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.outer import OuterSettings, OuterState, outer_step
-from psyche.numerics.robust import Aggregator
-from psyche.numerics.shares import share, shares
 from tests.numerics.samples import CHUNK, bits, nearest_fp32, ranges
 
 NUMBERS = st.integers(1, 2**62)
@@ -36,7 +35,7 @@ TWICE_ROUNDED = ((2**24 + 1) << 30, (1 << 55) - 1)
 @example(numbers=(1, 3))
 def test_share_is_the_exact_quotient_rounded_once(numbers: tuple[int, int]) -> None:
     part, whole = sorted(numbers)
-    found = share(part, whole)
+    found = fp32_quotient(part, whole)
     assert found == float(np.float32(found)), "a weight must be an fp32 value"
     assert np.float32(found) == nearest_fp32(Fraction(part, whole))
 
@@ -44,17 +43,17 @@ def test_share_is_the_exact_quotient_rounded_once(numbers: tuple[int, int]) -> N
 def test_share_where_rounding_twice_gives_another_value() -> None:
     part, whole = TWICE_ROUNDED
     assert np.float32(part / whole) == np.float32(0.5)
-    assert share(part, whole) == 0.5 + 2.0**-24
+    assert fp32_quotient(part, whole) == 0.5 + 2.0**-24
 
 
 @pytest.mark.parametrize(("part", "whole", "expected"), [(0, 7, 0.0), (7, 7, 1.0), (1, 2, 0.5), (3, 4, 0.75)])
 def test_share_where_nothing_is_rounded(part: int, whole: int, expected: float) -> None:
-    assert share(part, whole) == expected
+    assert fp32_quotient(part, whole) == expected
 
 
 @pytest.mark.parametrize("members", [1, 2, 3, 7, 100])
 def test_equal_parts_get_equal_shares_that_sum_to_one(members: int) -> None:
-    shares = {share(1000, 1000 * members) for _ in range(members)}
+    shares = {fp32_quotient(1000, 1000 * members) for _ in range(members)}
     assert len(shares) == 1
     assert sum(Fraction(s) for s in shares) * members == pytest.approx(1, rel=2**-24)
 
@@ -65,10 +64,10 @@ def test_equal_parts_get_equal_shares_that_sum_to_one(members: int) -> None:
 def test_aggregate_adds_in_the_order_given(name: str, values: list[Tensor], seed: int) -> None:
     used = codec(name)
     tokens = np.random.default_rng(seed).integers(1, 10**6, len(values)).tolist()
-    weights = [share(t, sum(tokens)) for t in tokens]
+    weights = [fp32_quotient(t, sum(tokens)) for t in tokens]
     payloads = [used.encode(v, torch.zeros_like(v), None, 1.0) for v in values]
     out = torch.full((CHUNK,), float("nan"))  # whatever was in it before is gone
-    aggregate(used, zip(weights, payloads, strict=True), out)
+    weighted_sum(used, zip(weights, payloads, strict=True), out)
     expected = np.zeros(CHUNK, np.float32)
     for weight, payload in zip(weights, payloads, strict=True):
         decoded = torch.zeros(CHUNK)
@@ -83,7 +82,7 @@ def test_the_order_of_a_sum_shows() -> None:
     def total(*values: float) -> float:
         out = torch.empty(CHUNK)
         payloads = [used.encode(torch.full((CHUNK,), v), torch.zeros(CHUNK), None, 1.0) for v in values]
-        aggregate(used, ((1.0, payload) for payload in payloads), out)
+        weighted_sum(used, ((1.0, payload) for payload in payloads), out)
         return float(out[0])
 
     assert total(2.0**24, 1.0, -(2.0**24)) == 0.0
@@ -94,7 +93,7 @@ def test_aggregate_of_a_malformed_payload_raises() -> None:
     used = codec("int8")
     good = used.encode(torch.ones(CHUNK), torch.zeros(CHUNK), None, 1.0)
     with pytest.raises(MalformedPayload):
-        aggregate(used, [(0.5, good), (0.5, good[:-1])], torch.empty(CHUNK))
+        weighted_sum(used, [(0.5, good), (0.5, good[:-1])], torch.empty(CHUNK))
 
 
 PAIRS = [
@@ -111,16 +110,16 @@ PAIRS = [
 def test_a_reduced_slice_is_the_aggregate_encoded_once_by_every_backend(name: str, result: str) -> None:
     torch.manual_seed(5)
     count, tokens = 3 * CHUNK, {f"node {part}": part for part in (1, 2, 3, 4)}
-    weights = [share(part, 10) for part in tokens.values()]
+    weights = [fp32_quotient(part, 10) for part in tokens.values()]
     values = [torch.randn(count) * 1e-3 for _ in weights]
     payloads = [codec(name).encode(v, torch.zeros(count), None, 0.0) for v in values]
     total = torch.empty(count)
-    aggregate(codec(name), zip(weights, payloads, strict=True), total)
+    weighted_sum(codec(name), zip(weights, payloads, strict=True), total)
     expected = codec(result).encode(total, torch.zeros(count), None, 0.0)
     for backend in (TorchBackend(), fastest_backend()):
         used = backend.codec(name)
         slices = {node: [payload] for node, payload in zip(tokens, payloads, strict=True)}
-        mean = gathered(used, shares(tokens), slices, Aggregator("mean"))
+        mean = payload_gradient(used, capped_shares(tokens), slices, "mean")
         assert reduce_slice(mean, backend.codec(result), 0, count) == expected
     codec(result).check(expected, count)
 
@@ -133,7 +132,7 @@ def test_payloads_at_the_end_of_the_range_cannot_stop_who_reduces_them(name: str
     total = torch.empty(count)
 
     def gradient(_: int, out: torch.Tensor) -> None:
-        aggregate(codec(name), [(share(1, 3), payload)] * 3 + [(1.0, payload)], out)
+        weighted_sum(codec(name), [(fp32_quotient(1, 3), payload)] * 3 + [(1.0, payload)], out)
 
     gradient(0, total)
     assert bool(torch.isinf(total).any())

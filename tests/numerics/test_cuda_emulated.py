@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.aggregate import aggregate
+from psyche.numerics.aggregate import weighted_sum
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.cuda import FINITE, CudaBackend, CudaCodec
 from psyche.numerics.backends.emulated import BACKWARDS, FORWARDS, EmulatedLauncher
+from psyche.numerics.capped_shares import fp32_quotient
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.codecs.registry import codec as definition
 from psyche.numerics.outer import OuterSettings, OuterState
-from psyche.numerics.shares import share
 from tests.numerics.samples import CHUNK, LARGEST, TINIEST, bits, ranges
 
 FAST = settings(max_examples=12, deadline=None)
@@ -230,8 +230,8 @@ def rounds(backend: Backend, name: str, many: int) -> bytes:
         payloads = []
         for node, residual in enumerate(residuals):
             local = state.theta - torch.randn(n, generator=generator) * 10.0 ** (node - 3)
-            payloads.append((share(node + 1, 6), used.encode(state.theta, local, residual, 0.95)))
-        aggregate(used, payloads, outer)
+            payloads.append((fp32_quotient(node + 1, 6), used.encode(state.theta, local, residual, 0.95)))
+        weighted_sum(used, payloads, outer)
         backend.outer_step(state.theta, state.momentum, outer, OuterSettings(0.7, 0.9 if number % 2 else 0.6))
     return state.index().root
 

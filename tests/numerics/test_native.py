@@ -14,13 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psyche.numerics.aggregate import aggregate
+from psyche.numerics.aggregate import weighted_sum
 from psyche.numerics.backends.base import Backend, TorchBackend
+from psyche.numerics.capped_shares import fp32_quotient
 from psyche.numerics.codecs.base import Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.registry import CODECS, codec
 from psyche.numerics.codecs.topk2e import TopK2e
 from psyche.numerics.outer import OuterSettings, OuterState, outer_step
-from psyche.numerics.shares import share
 from tests.numerics.native_samples import LEVELS, damaged, hard_ranges, like, misaligned, native
 from tests.numerics.samples import CHUNK, LARGEST, TINIEST, bits, ranges
 
@@ -32,7 +32,7 @@ every_codec = pytest.mark.parametrize(
 )
 THREADS = st.integers(1, 5)
 BETAS = st.sampled_from((0.0, 0.5, 0.95, 1.0))
-WEIGHTS = st.sampled_from([share(part, 1_000_003) for part in (0, 1, 333_334, 1_000_003)] + [2.0**-140])
+WEIGHTS = st.sampled_from([fp32_quotient(part, 1_000_003) for part in (0, 1, 333_334, 1_000_003)] + [2.0**-140])
 MANY_CHUNKS = 23  # enough for five threads, and not the same number for each
 
 
@@ -165,8 +165,8 @@ def test_state_root_after_a_hundred_rounds(name: str, level: str) -> None:
                 local = state.theta + torch.randn(chunks * CHUNK, generator=generator) * 1e-2
                 payloads.append(used.encode(state.theta, local, residuals[node], 0.95))
             gradient = torch.empty(chunks * CHUNK)
-            weights = [share(node + 1, nodes * (nodes + 1) // 2) for node in range(nodes)]
-            aggregate(used, zip(weights, payloads, strict=True), gradient)
+            weights = [fp32_quotient(node + 1, nodes * (nodes + 1) // 2) for node in range(nodes)]
+            weighted_sum(used, zip(weights, payloads, strict=True), gradient)
             backend.outer_step(state.theta, state.momentum, gradient, OuterSettings(0.7, 0.9))
         return state.index().root
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche.numerics.shares import Cap, exact_shares
+from psyche.numerics.capped_shares import Cap, exact_capped_shares
 from psyche.protocol.credits import BONUS, Books, Change, Deeds, Work, deeds, fold, private_credit
 from psyche.protocol.state import AuditRules
 from psyche.protocol.verdicts import Closed, Outcome
@@ -184,7 +184,7 @@ def test_private_work_is_paid_as_its_weight_is_capped(given_: dict[str, tuple[in
         deed(1, *((n, t) for n, (t, _) in given_.items()), private=tuple(n for n in given_ if given_[n][1]))
     )
     parts, hidden = {n: t for n, (t, _) in given_.items()}, frozenset(n for n in given_ if given_[n][1])
-    weighed = exact_shares(parts, [Cap(hidden, Fraction(TRUST.private_share))])
+    weighed = exact_capped_shares(parts, [Cap(hidden, Fraction(TRUST.private_share))])
     for node, tokens in parts.items():
         earned = kept.account(node).earned
         if node not in hidden:

@@ -73,13 +73,13 @@ def test_the_state_of_the_other_optimizer_is_refused() -> None:
 def test_what_the_first_step_will_allocate_is_known_before_it(optimizer: str) -> None:
     model = tiny()
     optimizers = Optimizers(model, MUON.model_copy(update={"optimizer": optimizer}))
-    expected = optimizers.bytes_to_come
+    expected = optimizers.unallocated_bytes
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizers.step(1e-3)
     kept = {name: value for name, value in optimizers.state().items() if not name.startswith("step/")}
     assert expected == sum(value.nbytes for value in kept.values())
-    assert optimizers.bytes_to_come == 0
+    assert optimizers.unallocated_bytes == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])

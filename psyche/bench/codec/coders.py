@@ -63,7 +63,7 @@ class PsycheCoder(Coder):
         self._codec = backend.codec(name)
         self._beta = CODECS[name].error_feedback
         self.error_feedback = self._codec.error_feedback
-        self.sparse = name.startswith("topk")
+        self.sparse = CODECS[name].sparse
 
     def encode(self, base: Tensor, local: Tensor, residual: Tensor | None) -> Any:
         return self._codec.encode(base, local, residual, self._beta)

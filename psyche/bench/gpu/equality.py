@@ -11,14 +11,14 @@ from torch import Tensor
 from psyche.bench.gpu.machine import Machine
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.cuda import CudaBackend
+from psyche.numerics.capped_shares import fp32_quotient
 from psyche.numerics.codecs.base import HEADER_BYTES, Codec, MalformedPayload, NonFinite
 from psyche.numerics.codecs.registry import CODECS
 from psyche.numerics.flat import ALIGNMENT
 from psyche.numerics.outer import OuterSettings
-from psyche.numerics.shares import share
 
 BETA, LR, MU = 0.95, 0.7, 0.9
-WEIGHT = share(1, 3)
+WEIGHT = fp32_quotient(1, 3)
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149
 

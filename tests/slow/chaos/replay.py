@@ -17,7 +17,7 @@ from psyche.exchange.merge import Merge
 from psyche.ledger.store import Ledger
 from psyche.network.identity import Identity
 from psyche.network.spool import Blob
-from psyche.numerics.aggregate import Gradient, decoded
+from psyche.numerics.aggregate import Gradient, result_gradient
 from psyche.numerics.digest import digest
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Plan, Record
@@ -117,7 +117,7 @@ def _gradient(taker: Replica, record: Record, journal: Journal) -> Gradient:
         position, group = divmod(number, len(results))
         return results[group][position]
 
-    return decoded(taker.backend.codec(taker.run.result_codec), encoded)
+    return result_gradient(taker.backend.codec(taker.run.result_codec), encoded)
 
 
 def _blob(record: Record, root: bytes, journal: Journal) -> Blob:
