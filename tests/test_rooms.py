@@ -28,9 +28,10 @@ LAYERS = [
     "federated",
     "payouts",
     "processes",
+    "bench",
     "cli",
 ]
-"""From the bottom up. ``bench`` measures all of them, and no room but the command line knows it."""
+"""From the bottom up."""
 
 
 def imported(path: Path) -> set[str]:
@@ -47,7 +48,7 @@ def imported(path: Path) -> set[str]:
 
 def test_every_room_has_its_place() -> None:
     rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert rooms == {*LAYERS, "bench"}
+    assert rooms == set(LAYERS)
 
 
 OPTIONAL = {"federated": {"processes", "bench"}, "payouts": {"cli"}}
@@ -62,16 +63,16 @@ def test_the_core_does_not_import_an_optional_room(room: str) -> None:
 
 @pytest.mark.parametrize("room", LAYERS)
 def test_a_room_imports_only_from_below(room: str) -> None:
-    allowed = set(LAYERS[: LAYERS.index(room) + 1]) | ({"bench"} if room == "cli" else set())
+    allowed = set(LAYERS[: LAYERS.index(room) + 1])
     for path in sorted((ROOT / room).rglob("*.py")):
-        rooms = imported(path) & {*LAYERS, "bench"}
+        rooms = imported(path) & set(LAYERS)
         assert rooms <= allowed, f"{path.relative_to(ROOT.parent)} imports from {sorted(rooms - allowed)}"
 
 
 def test_the_protocol_is_pure() -> None:
     """No clock, socket, file or tensor: every rule can be tested by replaying events."""
     for path in sorted((ROOT / "protocol").glob("*.py")):
-        assert imported(path) & {*LAYERS, "bench"} <= {"protocol", "numerics"}, path
+        assert imported(path) & set(LAYERS) <= {"protocol", "numerics"}, path
         tree = ast.parse(path.read_text())
         modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

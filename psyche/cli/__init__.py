@@ -12,7 +12,7 @@ import typer
 from psyche import __version__
 from psyche.cli import (
     audit_commands,
-    bench,
+    bench_commands,
     config_commands,
     data_commands,
     join_commands,
@@ -67,7 +67,7 @@ app.add_typer(config_commands.app, name="config")
 app.add_typer(data_commands.app, name="data")
 app.add_typer(ledger_commands.app, name="ledger")
 app.add_typer(audit_commands.app, name="audit")
-app.add_typer(bench.app, name="bench")
+app.add_typer(bench_commands.app, name="bench")
 
 
 def main() -> None:

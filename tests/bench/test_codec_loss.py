@@ -17,7 +17,7 @@ from psyche.bench.convergence.large_batch import CENTRE
 from psyche.bench.convergence.loss_curve import evaluated_rounds
 from psyche.bench.convergence.trial import Setting, Trial, run_of, run_trial
 from psyche.bench.harness.turns import percent_above
-from psyche.cli.bench import app
+from psyche.cli.bench_commands import app
 from psyche.diloco.reference import play
 from psyche.errors import PsycheError
 from psyche.numerics.codecs.registry import CODECS

@@ -23,7 +23,7 @@ from psyche.bench.codec.rival_coders import PlainInt8, PlainSgd, PlainTopK, riva
 from psyche.bench.codec.samples import default_setting, loss_of, pseudo_gradient
 from psyche.bench.convergence.trial import Setting
 from psyche.bench.harness.rows import Result, to_json
-from psyche.cli.bench import parameters
+from psyche.cli.bench_commands import parameters
 from psyche.errors import PsycheError
 from psyche.numerics.backends.base import TorchBackend
 from psyche.numerics.backends.selection import available_backends

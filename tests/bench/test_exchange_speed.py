@@ -29,8 +29,8 @@ from psyche.bench.exchange.vectors import BLOCK, SCALE, RelativeError, blocks, c
 from psyche.bench.harness.resource_usage import parse_sockets, traffic, tree
 from psyche.bench.harness.rows import Result, table, to_json
 from psyche.bench.harness.shaped_links import Link, on_loopback
-from psyche.cli.bench import app
-from psyche.cli.bench import rate as rate_option
+from psyche.cli.bench_commands import app
+from psyche.cli.bench_commands import rate as rate_option
 from psyche.errors import PsycheError
 from tests.processes.swarm import alive
 

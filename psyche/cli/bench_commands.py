@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from psyche.errors import ConfigError
+from psyche.errors import PsycheError
 from psyche.rates import bits_per_second
 
 app = typer.Typer(invoke_without_command=True)
@@ -21,15 +21,17 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "
 _CHUNK = 4096
 
 
-class BenchMissing(ConfigError):
+class BenchMissing(PsycheError):
     """The package was installed without its measurements."""
+
+    exit_code = 2
 
 
 @app.callback(help="Measure psyche, with the rival in the same run. Needs a checkout of the repository.")
 def require_checkout(context: typer.Context) -> None:
     if find_spec("psyche.bench") is None:
         raise BenchMissing(
-            "psyche bench needs a checkout of the repository: clone it, and run pip install -e . and psyche bench there"
+            "the bench needs a checkout of the repository: clone it, then run pip install -e . and psyche bench there"
         )
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
