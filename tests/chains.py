@@ -20,6 +20,7 @@ from psyche.protocol.messages import (
     Accepted,
     Certificate,
     Excluded,
+    ExclusionReason,
     Member,
     Plan,
     Proposal,
@@ -38,7 +39,7 @@ from tests.protocol.players import contribution
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
 MEMBERS.sort(key=lambda identity: identity.peer_id)
 NAMES = tuple(member.peer_id for member in MEMBERS)
-REASON = "no commitment before the deadline"
+REASON = ExclusionReason.NO_COMMITMENT
 
 
 def manifest(name: str = "ledger") -> Manifest:

@@ -115,11 +115,12 @@ def _remarks(ledger_round: LedgerRound) -> str:
     """List rejected contributions, outvoted results, private data, reconfigurations and convictions of a round."""
     from rich.markup import escape
 
-    from psyche.telemetry.formatting import clean, peer_name
+    from psyche.telemetry.formatting import peer_name
+    from psyche.telemetry.lines import exclusion_sentence
 
     lines = ["reconfiguration"] if ledger_round.is_reconfiguration else []
     lines += [
-        f"{peer_name(p.node)}: {clean(p.reason or 'no reason given')}" for p in ledger_round.members if p.tokens is None
+        f"{peer_name(p.node)}: {exclusion_sentence(p.reason or '')}" for p in ledger_round.members if p.tokens is None
     ]
     lines += [f"{peer_name(part.node)}: outvoted on a result" for part in ledger_round.members if part.dissenters]
     if private := [peer_name(part.node) for part in ledger_round.members if part.private]:

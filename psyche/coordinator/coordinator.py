@@ -26,7 +26,7 @@ from psyche.network.streams import Refused
 from psyche.protocol import envelope as envelopes
 from psyche.protocol import state as protocol
 from psyche.protocol.audits import statement
-from psyche.protocol.calls import MAX_SUBMISSION, STANDBY, UNKNOWN, WATCH_SECONDS
+from psyche.protocol.calls import MAX_SUBMISSION, WATCH_SECONDS, RefusalCode
 from psyche.protocol.certificates import BadCertificate, seals_needed, signatures_needed
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import (
@@ -167,9 +167,9 @@ class Coordinator:
     async def _watch(self, peer: str, request: bytes) -> bytes:
         """The board, as soon as its version is not the one the caller has seen. Asking is a sign of life."""
         if not self._leads:
-            raise Refused(STANDBY)
+            raise Refused("this coordinator does not lead", RefusalCode.NOT_LEADING)
         if peer not in self.state.peers:
-            raise Refused(UNKNOWN)
+            raise Refused("this coordinator does not know the caller", RefusalCode.UNKNOWN_PEER)
         seen = int.from_bytes(request, "little")
         await self._dispatch(protocol.Seen(peer))
         async with self._changed:
@@ -182,7 +182,7 @@ class Coordinator:
 
     async def _submit(self, peer: str, request: bytes) -> bytes:
         if not self._leads:
-            raise Refused(STANDBY)
+            raise Refused("this coordinator does not lead", RefusalCode.NOT_LEADING)
         try:
             envelope = envelopes.decode(request, MAX_SUBMISSION)
             kind = SUBMISSIONS.get(envelope.domain)
@@ -193,7 +193,7 @@ class Coordinator:
                 raise BadSignature(f"signed by {envelope.author}, sent by {peer}")
             await self._take(envelope, decode(kind, envelope.body), request)
         except (MalformedMessage, WrongContext, BadSignature, BadCertificate) as error:
-            self._refuse(peer, str(error))
+            self._refuse(peer, RefusalCode.MALFORMED, str(error))
         return b""
 
     async def _take(self, envelope: Envelope, body: Body, proof: bytes) -> None:
@@ -244,7 +244,7 @@ class Coordinator:
     def _report_metrics(self, node: str, round_number: int, body: Metrics) -> None:
         """Metrics are for people: taken from who is here, of the round that is ending or has just ended."""
         if node not in self.state.peers or round_number not in (self.state.rounds, self.state.rounds + 1):
-            self._refuse(node, f"metrics of round {round_number} are not wanted now")
+            self._refuse(node, RefusalCode.WRONG_ROUND, f"metrics of round {round_number} are not taken now")
         self.log.emit(metrics_event(node, round_number, body))
 
     # ------------------------------------------------------------------------ the machine's effects
@@ -263,7 +263,7 @@ class Coordinator:
         elif opened(self.state) != self._shown and self._later is None:
             self._later = asyncio.create_task(self._publish_later())
         for refusal in refusals:
-            self._refuse(refusal.node, refusal.reason)
+            self._refuse(refusal.node, refusal.code, refusal.reason)
 
     def _perform(self, effect: protocol.Effect) -> None:
         match effect:
@@ -364,9 +364,12 @@ class Coordinator:
         for audit in record.audit_state.closed:
             self.log.emit(events.AuditEnded(audit.accused, audit.round, audit.outcome, audit.lied))
 
-    def _refuse(self, peer: str, reason: str) -> None:
-        self.log.emit(events.Rejected(peer=peer, reason=reason, what="submission"))
-        raise Refused(reason)
+    def _refuse(self, peer: str, code: RefusalCode, reason: str) -> None:
+        if code.is_routine:
+            self.log.emit(events.Notice(level="debug", text=f"refused a submission from {peer[-6:]}: {reason}"))
+        else:
+            self.log.emit(events.Rejected(peer=peer, reason=reason, what="submission", code=code))
+        raise Refused(reason, code)
 
     # ------------------------------------------------------------------------------------ the board
 

@@ -11,6 +11,7 @@ from psyche.config.manifest import chain_rules
 from psyche.ledger.round_report import only, record_of
 from psyche.ledger.store import Ledger
 from psyche.protocol.credits import Account, Books, Change, deeds
+from psyche.telemetry.lines import exclusion_sentence
 
 
 class Credit(msgspec.Struct):
@@ -98,8 +99,8 @@ def read_books(
 
 def in_words(change: Change, run: Run) -> str:
     """A change as its owner is told of it."""
-    if change.kind == "left out":
-        return f"nothing: {change.reason}"
+    if change.kind == "excluded":
+        return f"nothing: {exclusion_sentence(change.reason)}"
     what = f"{change.amount:,} earned: {change.reason}"
     if change.status == "final":
         return f"{what}; final since round {change.settled:,}"

@@ -28,7 +28,7 @@ CREATE TABLE members (
     inner_steps INTEGER,
     payload_bytes INTEGER,
     private INTEGER,               -- trained on data of its own: unaudited, its weight capped
-    reason TEXT,                   -- left out: why
+    reason TEXT,                   -- excluded: code of protocol ExclusionReason
     minority INTEGER NOT NULL,     -- it reported another result than the one believed
     payout BLOB,                   -- address that it wants to be paid at; empty: it named none
     PRIMARY KEY (round, node)

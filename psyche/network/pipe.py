@@ -20,16 +20,16 @@ from hivemind.proto import p2pd_pb2
 from psyche.network.limits import QUANTUM, UNLIMITED, Limiter
 from psyche.network.streams import (
     DIAL_SECONDS,
-    MAX_REASON,
     OK,
     PROGRESS,
     PROTOCOL_PREFIX,
     REFUSED,
-    Busy,
     Refused,
     Unreachable,
     Violation,
     dial_reason,
+    refusal,
+    refusal_size,
 )
 from psyche.network.traffic import Traffic
 
@@ -131,8 +131,8 @@ class Pipe:
         """Return if the server accepts, raise :class:`Refused` (or Busy) with its reason if not."""
         status = self.read(1, stall)[0]
         if status == REFUSED:
-            busy, size = self.read(2, stall)
-            raise (Busy if busy else Refused)(self.read(min(size, MAX_REASON), stall).decode(errors="replace"))
+            busy, *sizes = self.read(3, stall)
+            raise refusal(busy, sizes, self.read(refusal_size(sizes), stall))
         if status != OK:
             raise Violation(f"status byte {status}")
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import base58
@@ -32,6 +32,8 @@ REQUEST_SECONDS = 10.0
 DIAL_SECONDS = 10.0
 LINGER_SECONDS = 2.0
 MAX_REASON = 200
+MAX_CODE = 32
+"""Bytes of a refusal's code."""
 
 CALLS_PER_PEER = 8
 """Streams one of ours keeps open to one peer, for one protocol; more wait their turn."""
@@ -53,7 +55,15 @@ class Unreachable(PsycheError):
 
 
 class Refused(Exception):
-    """A peer says no; the text, at most MAX_REASON bytes, is why. Handlers raise it to say no themselves."""
+    """A peer refuses a request. Handlers raise it to refuse one themselves.
+
+    ``reason`` is a sentence of at most MAX_REASON bytes for people; ``code``, ASCII of at most MAX_CODE bytes, is what
+    programs compare, and empty where they have nothing to decide.
+    """
+
+    def __init__(self, reason: str = "", code: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class Busy(Refused):
@@ -158,18 +168,18 @@ class Stream:
         """Server: announce that what was asked for follows."""
         await self.write(bytes((OK,)))
 
-    async def refuse(self, reason: str, *, busy: bool = False) -> None:
-        """Server: say no."""
+    async def refuse(self, reason: str, code: str = "", *, busy: bool = False) -> None:
+        """Server: refuse the request."""
         text = reason.encode()[:MAX_REASON].decode(errors="ignore").encode()
-        await self.write(bytes((REFUSED, busy, len(text))) + text, stall=LINGER_SECONDS)
+        label = code.encode("ascii", "replace")[:MAX_CODE]
+        await self.write(bytes((REFUSED, busy, len(label), len(text))) + label + text, stall=LINGER_SECONDS)
 
     async def expect(self, stall: float) -> None:
         """Caller: return if the server accepts, raise :class:`Refused` (or Busy) with its reason if not."""
         status = (await self.read(1, stall))[0]
         if status == REFUSED:
-            busy, size = await self.read(2, stall)
-            reason = (await self.read(min(size, MAX_REASON), stall)).decode(errors="replace")
-            raise (Busy if busy else Refused)(reason)
+            busy, *sizes = await self.read(3, stall)
+            raise refusal(busy, sizes, await self.read(refusal_size(sizes), stall))
         if status != OK:
             raise Violation(f"status byte {status}")
 
@@ -278,7 +288,7 @@ class Streams:
     ) -> None:
         peer, everyone = (name, stream.peer_id), (name, "")
         busy = self._served[peer] >= SERVED_PER_PEER or self._served[everyone] >= at_once
-        reason = None
+        reason, code = None, ""
         if busy:
             reason = "busy"
         else:
@@ -288,7 +298,9 @@ class Streams:
             except Unreachable as error:
                 self.reject(f"{name}: {error.reason}")
                 return
-            except (Refused, Violation) as error:
+            except Refused as error:
+                reason, code = str(error), error.code
+            except Violation as error:
                 reason = str(error)
             except (OSError, PsycheError) as error:  # a full disk is no bug of ours, and not the peer's business
                 log.warning("%s cannot be answered: %s", name, error)
@@ -303,8 +315,21 @@ class Streams:
         with contextlib.suppress(Unreachable):
             if reason is not None:
                 self.reject(f"{name}: {reason}")
-                await stream.refuse(reason, busy=busy)
+                await stream.refuse(reason, code, busy=busy)
             await stream.linger()
+
+
+def refusal_size(sizes: Sequence[int]) -> int:
+    """Bytes of a refusal after its header. ``sizes``: of code and reason, as the header has them."""
+    code, reason = sizes
+    return min(code, MAX_CODE) + min(reason, MAX_REASON)
+
+
+def refusal(busy: int, sizes: Sequence[int], data: Buffer) -> Refused:
+    """Decode what follows a refusal's header. Anything a peer sends gives a :class:`Refused` of bounded size."""
+    text, split = bytes(data), min(sizes[0], MAX_CODE)
+    reason, code = text[split:].decode(errors="replace"), text[:split].decode("ascii", "replace")
+    return (Busy if busy else Refused)(reason, code)
 
 
 def dial_reason(message: str) -> str:

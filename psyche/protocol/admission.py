@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from psyche.protocol.assignment import next_position
 from psyche.protocol.audits import admissible
+from psyche.protocol.calls import RefusalCode
 from psyche.protocol.deadlines import WINDOW
 from psyche.protocol.messages import WITHHELD, Contribution, Member, Plan, Record
 from psyche.protocol.quotas import done_in, measured
@@ -47,7 +48,9 @@ from psyche.protocol.state import (
 from psyche.protocol.verdicts import AuditState
 
 Step = tuple[State, list[Effect]]
-BANNED = "this node was convicted of cheating and takes no part in this run any more: psyche ledger why says what of"
+Refusal = tuple[RefusalCode, str]
+"""A code for programs, and a sentence for people."""
+BANNED = "this node was convicted of cheating and is banned from this run; psyche ledger why says what it did"
 V = TypeVar("V")
 
 
@@ -60,7 +63,7 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             peer = state.peers.get(node)
             return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
         case Arrived(node) | Said(node) if node in state.audit_state.banned:
-            return state, [Rejected(node, BANNED)]
+            return state, [Rejected(node, RefusalCode.BANNED, BANNED)]
         case Said():
             return _hear(rules, state, event)
         case Arrived(node, state_root, device, rounds):
@@ -82,9 +85,8 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Overruled() | Unsigned():
             return state, []  # rounds.py
         case _:
-            refusal = _refusal(rules, state, event)
-            if refusal:
-                return state, [Rejected(event.node, refusal)]
+            if refusal := _refusal(rules, state, event):
+                return state, [Rejected(event.node, *refusal)]
             return _accept(state, event, now), []
 
 
@@ -100,72 +102,73 @@ def _hear(rules: Rules, state: State, event: Said) -> Step:
     if all((audit.accused, audit.round) != event.key for audit in audit_state.audits):
         return state, []
     if next(admissible(audit_state, [event], round_number, rules.audits), None) is None:
-        about = f"the audit of {event.body.accused[-6:]}'s work in round {event.body.round}"
-        return state, [Rejected(event.node, f"{about}: this node is not asked, or has answered already")]
+        reason = f"verdict on {event.body.accused[-6:]}, round {event.body.round}: this node has no audit of it open"
+        return state, [Rejected(event.node, RefusalCode.NO_OPEN_AUDIT, reason)]
     name = event.node, *event.key, event.body.DOMAIN
     return replace(state, said={**state.said, name: event}), []
 
 
-def _refusal(rules: Rules, state: State, event: Submission) -> str | None:
-    """Why a member's message about a round is not taken, or None."""
+def _refusal(rules: Rules, state: State, event: Submission) -> Refusal | None:
+    """Return why a member's message about a round is refused, or None."""
     current = state.round
     if current is None or current.plan.round != event.round:
-        return f"round {event.round} is not open; the run has certified {state.rounds} rounds"
+        return RefusalCode.WRONG_ROUND, f"round {event.round} is not open: {state.rounds} rounds are certified"
     # Who only follows a round may attest, too: that is how a newcomer gets into the next one. And it may vote, if the
     # record before named it: a voter that was not ready when the round was planned would be missing for a quorum.
     follows = isinstance(event, (Attested, Voted)) and event.node in state.peers
     if current.plan.member(event.node) is None and not follows:
-        return f"not a member of round {event.round}"
+        return RefusalCode.NOT_A_MEMBER, f"not a member of round {event.round}"
     if isinstance(event, Committed):
         if event.term != current.plan.term:
-            return f"round {event.round} was begun again meanwhile"
+            return RefusalCode.WRONG_TERM, f"round {event.round} was planned again since"
         if current.closed is not None:
-            return f"round {event.round} no longer takes commitments: its deadline has passed"
+            return RefusalCode.TOO_LATE, f"the deadline for commitments of round {event.round} has passed"
         if current.commitments.get(event.node, (event.digest,))[0] != event.digest:
-            return "a different commitment was already made in this round"
+            return RefusalCode.CONFLICT, "a different commitment was already made in this round"
         return None
     if current.closed is None:
-        return f"round {event.round} still takes commitments"
+        return RefusalCode.TOO_EARLY, f"commitments of round {event.round} are not closed yet"
     match event:
         case Opened():
             return _bad_opening(rules, current, event)
         case Attested() if not current.certified:
-            return f"round {event.round} is not certified yet"
+            return RefusalCode.TOO_EARLY, f"round {event.round} is not certified yet"
         case Reported():
             return _bad_report(rules, current, event)
         case Voted():
             if current.proposal is None or event.term != current.term:
-                return f"no proposal of term {event.term} is open"
+                return RefusalCode.WRONG_TERM, f"no proposal of term {event.term} is open"
             if event.record != current.proposal.hash:
-                return "the vote names another record than was proposed"
+                return RefusalCode.INVALID, "the vote names another record than was proposed"
             if event.node not in current.proposal.electorate:
-                return "not in the electorate"
+                return RefusalCode.NOT_A_MEMBER, "not in the electorate"
     return None
 
 
-def _bad_report(rules: Rules, current: Round, event: Reported) -> str | None:
+def _bad_report(rules: Rules, current: Round, event: Reported) -> Refusal | None:
     if not current.selected or event.term != current.selected_in or current.proposal is not None:
-        return f"nothing is being reduced in term {event.term}"
+        return RefusalCode.WRONG_TERM, f"nothing is being reduced in term {event.term}"
     assignment = ReducerAssignment(
         current.reducer_order, current.out, current.again, current.plan.reducers, rules.slices_in(current.plan.round)
     )
     if not set(event.results) <= set(assignment.duties(event.node)):
-        return "it reports on groups that it does not reduce"
+        return RefusalCode.INVALID, "the report names groups that its sender does not reduce"
     if any(current.reports.get(g, {}).get(event.node, root) != root for g, root in event.results.items()):
-        return "it reported something else before"
+        return RefusalCode.CONFLICT, "another result was reported before"
     return None
 
 
-def _bad_opening(rules: Rules, current: Round, event: Opened) -> str | None:
+def _bad_opening(rules: Rules, current: Round, event: Opened) -> Refusal | None:
     given, plan = event.contribution, current.plan
     member = plan.member(event.node)
     assert member is not None
     committed = current.commitments.get(event.node)
     if committed is None:
-        return "nothing was committed before the deadline"
+        return RefusalCode.TOO_LATE, "nothing was committed before the deadline"
     if given.commitment(event.node, rules.run_id, plan.round) != committed[0]:
-        return "the contribution is not the one committed to"
-    return contribution_fault(rules, plan, member, given)
+        return RefusalCode.INVALID, "the contribution is not the one committed to"
+    fault = contribution_fault(rules, plan, member, given)
+    return None if fault is None else (RefusalCode.INVALID, fault)
 
 
 def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribution) -> str | None:
@@ -245,10 +248,13 @@ def _accept(state: State, event: Submission, now: float) -> State:
 def _promise(state: State, event: Promised) -> Step:
     """A voter that is ahead of this coordinator proves it first: what it voted for belongs to a round unknown here."""
     if event.term != state.leading:
-        return state, [Rejected(event.node, f"term {event.term} is not the one in which this coordinator leads")]
+        return state, [
+            Rejected(event.node, RefusalCode.WRONG_TERM, f"this coordinator does not lead in term {event.term}")
+        ]
     known = state.rounds + (state.round is not None and state.round.certified)
     if max(event.rounds, event.accepted.plan.round - 1 if event.accepted else 0) > known:
-        return state, [Rejected(event.node, f"it is ahead: this coordinator knows of {state.rounds} certified rounds")]
+        reason = f"the promise is ahead: this coordinator knows of {state.rounds} certified rounds"
+        return state, [Rejected(event.node, RefusalCode.BEHIND, reason)]
     return replace(state, promises=_put(state.promises, event.node, event)), []
 
 

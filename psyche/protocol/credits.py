@@ -30,7 +30,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from psyche.protocol.messages import Record
+from psyche.protocol.messages import Excluded, Record
 from psyche.protocol.state import Rules
 from psyche.protocol.verdicts import Closed
 from psyche.protocol.wire import Message
@@ -39,7 +39,7 @@ BONUS = 10
 """The most that a gain adds to a contribution's credit, as a part of it: a tenth. Loss can be gamed (who has seen the
 held-out set overfits it), so it may make good work a little dearer and never be worth cheating for."""
 
-Kind = Literal["work", "private", "audit", "gain", "left out"]
+Kind = Literal["work", "private", "audit", "gain", "excluded"]
 Status = Literal["pending", "final", "forfeited"]
 
 
@@ -52,7 +52,7 @@ class Change(Message, frozen=True):
     amount: int
     kind: Kind
     reason: str
-    """In words, for its owner."""
+    """In words, for the node's owner; of kind ``excluded``, an ``ExclusionReason``."""
     status: Status
     settled: int
     """Round in which it became final or was forfeited; 0 while it is pending."""
@@ -74,7 +74,7 @@ class Deeds(Message, frozen=True):
 
     round: int
     work: tuple[Work, ...]
-    left_out: tuple[tuple[str, str], ...]
+    excluded: tuple[Excluded, ...]
     """Members without credit for the round, and why."""
     dissenters: tuple[str, ...]
     newcomers: tuple[str, ...]
@@ -94,7 +94,7 @@ def deeds(record: Record, probation: int) -> Deeds:
             Work(one.node, one.contribution.tokens, one.contribution.private, one.contribution.payout)
             for one in record.accepted
         ),
-        tuple((one.node, one.reason) for one in record.excluded),
+        record.excluded,
         record.dissenters,
         tuple(one.node for one in record.standing if one.rounds < probation and one.last == record.plan.round),
         tuple((one.accused, one.round, one.tokens) for one in audit_state.audits),
@@ -209,8 +209,8 @@ class Books:
                     reason += f", and {amount:,} of its {one.tokens:,} tokens count"
             outvoted = "it reported another result than the one believed" if one.node in dissenters else ""
             self._earn(account, amount, "private" if one.private else "work", reason, outvoted)
-        for node, reason in done.left_out:
-            self._settled.append(Change(done.round, node, 0, "left out", reason, "final", done.round, ""))
+        for other in done.excluded:
+            self._settled.append(Change(done.round, other.node, 0, "excluded", other.reason, "final", done.round, ""))
 
     def _earn(self, account: Account, amount: int, kind: Kind, reason: str, lost: str = "") -> None:
         """``lost``: why it is forfeited at once."""

@@ -7,6 +7,7 @@ format: what does not fit is refused while decoding.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, get_args
 
@@ -103,11 +104,24 @@ class Accepted(Message, frozen=True):
     contribution: Contribution
 
 
+class ExclusionReason(StrEnum):
+    """Why a member's contribution takes no part in the outer step. ``telemetry/lines.py`` has the sentences."""
+
+    NO_COMMITMENT = "no-commitment"
+    """No commitment arrived before the deadline."""
+    NOT_REVEALED = "not-revealed"
+    """The commitment was not revealed before the deadline."""
+    NOT_HELD = "not-held"
+    """The payload reached too few members before the deadline."""
+    LOST_CONTACT = "lost-contact"
+    """The coordinator had not heard from the member for longer than ``silence``, whatever it had done before."""
+
+
 class Excluded(Message, frozen=True):
-    """A member that does not, and why."""
+    """A member whose contribution takes no part in the outer step, and why."""
 
     node: NodeId
-    reason: Reason
+    reason: ExclusionReason
 
 
 class Standing(Message, frozen=True):

@@ -9,7 +9,7 @@ from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
 from psyche.protocol.audits import admissible, audits_after, busy
 from psyche.protocol.deadlines import adaptive
-from psyche.protocol.messages import Accepted, Excluded, Plan, Record
+from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Plan, Record
 from psyche.protocol.standing import newly_audited, standing_after, voting
 from psyche.protocol.state import Abandoned, Phase, Proposed, Round, Rules, State
 from psyche.protocol.wire import MAX_MEMBERS
@@ -72,7 +72,7 @@ def propose(
         rules=rules,
     )
     excluded = tuple(
-        Excluded(member.node, exclusion(state, current, member.node))
+        Excluded(member.node, exclusion_reason(state, current, member.node))
         for member in plan.members
         if member.node not in accepted
     )
@@ -186,14 +186,15 @@ def excused(rules: Rules, state: State, plan: Plan) -> frozenset[str]:
     )
 
 
-def exclusion(state: State, current: Round, node: str) -> str:
-    """The reason that stands in the record, and that the node can read."""
-    gone = "" if node in state.peers else "; it was not heard from any more"
+def exclusion_reason(state: State, current: Round, node: str) -> ExclusionReason:
+    """Return why the contribution of member ``node`` is not in the record."""
+    if node not in state.peers:
+        return ExclusionReason.LOST_CONTACT
     if node not in current.commitments:
-        return f"no commitment before the deadline{gone}"
+        return ExclusionReason.NO_COMMITMENT
     if node not in current.contributions:
-        return f"the commitment was not opened{gone}"
-    return f"its payload did not reach enough members{gone}"
+        return ExclusionReason.NOT_REVEALED
+    return ExclusionReason.NOT_HELD
 
 
 def abandon(state: State, current: Round, reason: str) -> Step:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from psyche.protocol.calls import RefusalCode
 from psyche.protocol.messages import Contribution, Plan, Record, Standing
 from psyche.protocol.verdicts import EMPTY, AuditState, AuditStatement
 
@@ -356,9 +357,10 @@ Event = Tick | Overruled | Unsigned | Arrived | Seen | Left | Promised | Submiss
 
 @dataclass(frozen=True)
 class Rejected:
-    """The event changed nothing; its sender is told why."""
+    """The event changed nothing; the coordinator refuses it with ``code`` and a sentence."""
 
     node: str
+    code: RefusalCode
     reason: str
 
 

@@ -128,7 +128,7 @@ class RoundCertified(Event, frozen=True):
     round: int
     accepted: tuple[str, ...]
     excluded: tuple[tuple[str, str], ...]
-    """(peer, reason) of each member whose work was not used."""
+    """(peer, code of ``ExclusionReason``) of each member whose work was not used."""
     state_root: str
     """Hash of the outer state after this round."""
     seconds: float
@@ -230,6 +230,8 @@ class Rejected(Event, frozen=True):
     peer: str
     reason: str
     what: str
+    code: str = ""
+    """A ``RefusalCode`` where a coordinator refused it."""
 
 
 def outvoted(peer: str, round_number: int) -> Rejected:
@@ -349,7 +351,8 @@ class Left(Event, frozen=True):
 class Notice(Event, frozen=True):
     """Something for a person to read."""
 
-    level: Literal["info", "warning", "error"]
+    level: Literal["debug", "info", "warning", "error"]
+    """``debug``: for the log file only, not shown on the terminal."""
     text: str
 
 

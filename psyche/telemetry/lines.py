@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from psyche.protocol.messages import ExclusionReason
 from psyche.telemetry.events import (
     Attested,
     Audited,
@@ -58,13 +59,25 @@ GRADES = {
 }
 """What an audit found, in words."""
 
-OWN_WORK = {
-    "no commitment before the deadline": "this machine was not done when the round closed",
-    "the commitment was not opened": "this machine sealed its work but did not open it in time",
-    "its payload did not reach enough members": "it did not reach enough members in time; the upload may be too slow",
-    "it was not heard from any more": "the others lost contact with this machine",
+EXCLUSIONS = {
+    ExclusionReason.NO_COMMITMENT: (
+        "no commitment before the deadline",
+        "this machine was not done when the round closed",
+    ),
+    ExclusionReason.NOT_REVEALED: (
+        "the commitment was not revealed in time",
+        "this machine committed its work but did not reveal it in time",
+    ),
+    ExclusionReason.NOT_HELD: (
+        "the payload reached too few members in time",
+        "it did not reach enough members in time; the upload may be too slow",
+    ),
+    ExclusionReason.LOST_CONTACT: (
+        "the coordinator lost contact with it",
+        "the coordinator lost contact with this machine",
+    ),
 }
-"""The protocol's reasons for leaving a member out, in words for the person whose machine it was."""
+"""Why a member's work was not used: the sentence for others, and the one for the owner of the machine."""
 
 
 def round_of(state: ViewState, number: int | None) -> str:
@@ -74,10 +87,11 @@ def round_of(state: ViewState, number: int | None) -> str:
     return f"round {number}/{state.run.rounds}" if state.run else f"round {number}"
 
 
-def own_reason(reason: str) -> str:
-    """Why this machine's own work was left out; reasons not in :data:`OWN_WORK` stay as they are."""
-    for theirs, ours in OWN_WORK.items():
-        reason = reason.replace(theirs, ours)
+def exclusion_sentence(reason: str, *, own: bool = False) -> str:
+    """Say why work was not used, to others or to the owner of the machine. Codes not known here stay as they are."""
+    for code, sentences in EXCLUSIONS.items():
+        if reason == code:
+            return sentences[own]
     return clean(reason)
 
 
@@ -89,7 +103,7 @@ def swarm_line(state: ViewState, event: Event) -> str:
         case RoundStarted() if state.certified is None:
             return f"{round_of(state, event.round)}  started with {plural(len(event.members), 'member')}"
         case RoundCertified() if event.excluded:
-            out = ", ".join(f"{peer_name(peer)} ({clean(reason)})" for peer, reason in event.excluded)
+            out = ", ".join(f"{peer_name(peer)} ({exclusion_sentence(reason)})" for peer, reason in event.excluded)
             return f"{round_of(state, event.round)}  left out: {out}"
         case RoundSummary():
             return (
@@ -184,6 +198,8 @@ def message(event: Event) -> str:
             return f"leaving{bound}: {clean(event.what)}"
         case Left():
             return f"left the run: {clean(event.outcome)}"
+        case Notice(level="debug"):
+            return ""
         case Notice(level="info"):
             return clean(event.text, 400)
         case Notice():
@@ -216,7 +232,7 @@ def _run(event: RunStarted) -> str:
 def _verdict(state: ViewState, event: RoundCertified) -> str:
     reason = dict(event.excluded).get(state.me)
     if reason is not None:
-        return f"your work was not used: {own_reason(reason)}"
+        return f"your work was not used: {exclusion_sentence(reason, own=True)}"
     if state.me in event.accepted:
         so_far = f"{plural(state.rounds_accepted, 'round')} so far"
         return f"your work was accepted ({so_far}), state {root_name(event.state_root)}"

@@ -26,7 +26,15 @@ from rich.text import Text
 from psyche.telemetry.event_log import Listener
 from psyche.telemetry.events import Downloading, Event, StepDone
 from psyche.telemetry.formatting import amount, clean, number, peer_name, plural, rate, root_name, size, sparkline
-from psyche.telemetry.lines import PHASES, contributor_line, message, message_for, own_reason, round_of, swarm_line
+from psyche.telemetry.lines import (
+    PHASES,
+    contributor_line,
+    exclusion_sentence,
+    message,
+    message_for,
+    round_of,
+    swarm_line,
+)
 from psyche.telemetry.view_state import Member, ViewState
 
 REFRESH = 4
@@ -75,7 +83,7 @@ class ContributorView:
         rows.append(("your work", counted))
         if state.left_out is not None:
             which, reason = state.left_out
-            rows.append(("last not used", f"round {which}: {own_reason(reason)}"))
+            rows.append(("last not used", f"round {which}: {exclusion_sentence(reason, own=True)}"))
         traffic = f"{size(state.bytes_up)} sent, {size(state.bytes_down)} received"
         rows.append(("network", f"{plural(len(state.members), 'member')}, {traffic}"))
         if state.certified is not None:

@@ -195,7 +195,7 @@ def _(event: RoundCertified, state: ViewState) -> dict[str, Any]:
         peer = peers.get(name, Member())
         peers[name] = msgspec.structs.replace(peer, status="accepted", accepted=peer.accepted + 1)
     for name, reason in event.excluded:
-        peers[name] = msgspec.structs.replace(peers.get(name, Member()), status=f"left out: {reason}")
+        peers[name] = msgspec.structs.replace(peers.get(name, Member()), status=f"excluded: {reason}")
     changes: dict[str, Any] = {"certified": event, "peers": peers}
     why = dict(event.excluded).get(state.me)
     if why is not None:

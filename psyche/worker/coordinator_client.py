@@ -20,7 +20,7 @@ from psyche.network.rpc import Rpc
 from psyche.network.streams import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Refusal
-from psyche.protocol.calls import MAX_STATUS, STANDBY, UNKNOWN, WATCH_SECONDS
+from psyche.protocol.calls import MAX_STATUS, WATCH_SECONDS, RefusalCode
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Commitment, Contribution, Holding, Leave, Present, Promise, RunStatus
 from psyche.protocol.state import Phase
@@ -87,7 +87,7 @@ class CoordinatorClient:
                 try:
                     await self._refresh()
                 except Refused as refusal:
-                    if str(refusal) != UNKNOWN:
+                    if refusal.code != RefusalCode.UNKNOWN_PEER:
                         raise
                     await self._introduce()
                     if self._left:  # it will not be known any more, however often it asks
@@ -136,7 +136,7 @@ class CoordinatorClient:
                 await self._send(data)
                 return
             except Refused as refusal:
-                if str(refusal) != STANDBY:
+                if refusal.code != RefusalCode.NOT_LEADING:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
             except (Unreachable, Violation):

@@ -20,6 +20,7 @@ from psyche.protocol.credits import fold
 from psyche.protocol.ledger import BadLedger
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import EMPTY, Audit, Closed, Finding, Verdict
+from psyche.telemetry.lines import exclusion_sentence
 from tests import bulk, chains
 from tests.chains import MEMBERS, NAMES, REASON, chain
 from tests.ledgers import EACH, change, fill, psyche_ledger
@@ -102,7 +103,7 @@ def test_why_gives_each_change_with_its_reason(directory: Path) -> None:
     others = psyche_ledger("why", directory, B).stdout
     assert f"round 4: {EACH:,} earned: it did the work of {SHORT[0]} in round 2 again; pending until round 10" in others
     left_out = psyche_ledger("why", directory, D).stdout.splitlines()
-    assert left_out[0] == f"round 1: nothing: {REASON}"
+    assert left_out[0] == f"round 1: nothing: {exclusion_sentence(REASON)}"
     assert "no member" in str(psyche_ledger("why", directory, "nobody").exception)
 
 

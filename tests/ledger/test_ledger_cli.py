@@ -13,6 +13,7 @@ import pytest
 from psyche.errors import PsycheError
 from psyche.ledger.store import NAME, Ledger
 from psyche.protocol.messages import Record
+from psyche.telemetry.lines import exclusion_sentence
 from tests.chains import MANIFEST, NAMES, REASON, RULES, link, manifest
 from tests.ledgers import CHAIN, EACH, OTHER, change, fill, psyche_ledger
 
@@ -72,7 +73,7 @@ def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyP
     assert result.exit_code == 0, result.output
     words = " ".join(result.stdout.split())
     for one in CHAIN[2:]:
-        out = f" …{NAMES[-1][-6:]}: {REASON}" if one.record.excluded else ""
+        out = f" …{NAMES[-1][-6:]}: {exclusion_sentence(REASON)}" if one.record.excluded else ""
         count, hashes = len(one.record.accepted), f"{one.record.hash.hex()[:8]} {one.root.hex()[:8]}"
         assert f"{one.record.plan.round} {count}/4 {count * EACH:,} {hashes}{out}" in words
     assert f"…{NAMES[-1][-6:]} 2/4 {2 * EACH:,}" in words

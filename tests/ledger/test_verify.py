@@ -19,7 +19,7 @@ from psyche.ledger.verify import verify_ledger
 from psyche.network.identity import Identity
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.ledger import BadLedger
-from psyche.protocol.messages import Certificate, Excluded, Record
+from psyche.protocol.messages import Certificate, Excluded, ExclusionReason, Record
 from psyche.protocol.verdicts import Closed
 from psyche.protocol.wire import decode
 from tests.chains import COORDINATOR, MANIFEST, MEMBERS, NAMES, RULES, STRANGER, certify, chain
@@ -250,7 +250,9 @@ CHANGES: dict[str, Callable[[Record], Record]] = {
     "a conviction": lambda record: with_docket(record, closed=(Closed(NAMES[0], 1, "convicted", (), (), 0),)),
     "a ban": lambda record: with_docket(record, banned=(NAMES[1],)),
     "a grudge": lambda record: msgspec.structs.replace(record, dissenters=(NAMES[1],)),
-    "an excuse": lambda record: msgspec.structs.replace(record, excluded=(Excluded(NAMES[-1], "it was ill"),)),
+    "an excuse": lambda record: msgspec.structs.replace(
+        record, excluded=(Excluded(NAMES[-1], ExclusionReason.NOT_HELD),)
+    ),
 }
 
 

@@ -39,7 +39,7 @@ def test_the_caller_is_known_and_the_bytes_are_whole(tmp_path: Path) -> None:
 
 def test_refusals_carry_their_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def no(peer_id: str, request: bytes) -> bytes:
-        raise Refused(request.decode())
+        raise Refused(request.decode(), "over")
 
     async def bug(peer_id: str, request: bytes) -> bytes:
         raise KeyError("secret")
@@ -55,7 +55,7 @@ def test_refusals_carry_their_reason(tmp_path: Path, caplog: pytest.LogCaptureFi
         for text, told in (("round 7 is over", "round 7 is over"), ("é" * 400, "é" * (streams.MAX_REASON // 2))):
             with pytest.raises(Refused) as refusal:
                 await a.rpc.call(b.peer_id, "no", text.encode(), timeout=10, max_reply=10)
-            assert str(refusal.value) == told
+            assert (str(refusal.value), refusal.value.code) == (told, "over")
         with pytest.raises(Refused, match=r"^internal error$"):
             await a.rpc.call(b.peer_id, "bug", b"", timeout=10, max_reply=10)
         assert "Traceback" in caplog.text

@@ -240,7 +240,7 @@ class Table:
                 case Proposed(term, record):
                     assert term > before.term, "a term was used twice"
                     self._inspect_record(after if after.round else before, record)
-                case Rejected(node, reason):
+                case Rejected(node, _, reason):
                     assert node == getattr(event, "node", None)
                     assert reason
                 case _:
@@ -311,9 +311,9 @@ class Table:
 
 
 def rejected(effects: list[Effect]) -> str:
-    """The reason of the one refusal among ``effects``."""
+    """Code and reason of the one refusal among ``effects``: ``code: reason``."""
     (refusal,) = (effect for effect in effects if isinstance(effect, Rejected))
-    return refusal.reason
+    return f"{refusal.code}: {refusal.reason}"
 
 
 def started(count: int = 4, **changes: object) -> tuple[Table, list[str]]:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault, promise
-from psyche.protocol.messages import Accepted, Excluded, Member, Plan, Proposal, Record, Standing
+from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Member, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.reduction import reducer_order
 from psyche.protocol.verdicts import EMPTY
@@ -23,7 +23,7 @@ OPENED = {node: contribution(node, PLAN) for node in (A, B, C)}
 RECORD = Record(
     plan=PLAN,
     accepted=tuple(Accepted(node, OPENED[node]) for node in (A, B, C)),
-    excluded=(Excluded(D, "no commitment before the deadline"),),
+    excluded=(Excluded(D, ExclusionReason.NO_COMMITMENT),),
     reconfiguration=0,
     electorate=(A, B, C, D),
     voters=(A, B, C),
@@ -63,7 +63,11 @@ def test_the_same_vote_again_is_no_harm() -> None:
 
 
 def test_a_higher_term_supersedes() -> None:
-    other = changed(RECORD, accepted=RECORD.accepted[:2], excluded=(Excluded(C, "x"), Excluded(D, "y")))
+    other = changed(
+        RECORD,
+        accepted=RECORD.accepted[:2],
+        excluded=(Excluded(C, ExclusionReason.NO_COMMITMENT), Excluded(D, ExclusionReason.NO_COMMITMENT)),
+    )
     assert vote(other, term=3, acceptor=vote(RECORD)) == Acceptor(0, 3, other.hash)
 
 

@@ -27,14 +27,14 @@ from tests.protocol.players import (
 def test_what_is_refused_while_commitments_are_taken() -> None:
     table, members = started()
     one, plan = members[0], table.plan
-    assert "is not open" in rejected(table.send(Committed(one, 2, table.plan.term, b"d" * 32, b"")))
-    assert "still takes commitments" in rejected(table.open(one))
-    assert "still takes commitments" in rejected(table.hold(one, members))
-    assert "still takes commitments" in rejected(table.send(Voted(one, 1, 1, b"r" * 32, b"")))
-    assert "still takes commitments" in rejected(table.send(Attested(one, 1, b"r" * 32)))
+    assert "wrong-round:" in rejected(table.send(Committed(one, 2, table.plan.term, b"d" * 32, b"")))
+    assert "too-early:" in rejected(table.open(one))
+    assert "too-early:" in rejected(table.hold(one, members))
+    assert "too-early:" in rejected(table.send(Voted(one, 1, 1, b"r" * 32, b"")))
+    assert "too-early:" in rejected(table.send(Attested(one, 1, b"r" * 32)))
     table.commit(one)
     assert table.commit(one) == [], "the same commitment again is not an error"
-    assert "different commitment" in rejected(table.send(Committed(one, 1, table.plan.term, b"d" * 32, b"")))
+    assert "conflict:" in rejected(table.send(Committed(one, 1, table.plan.term, b"d" * 32, b"")))
     assert table.state.round.commitments[one][0] == contribution(one, plan).commitment(one, RUN_ID, 1)
 
 
@@ -74,7 +74,7 @@ def test_an_opening_without_a_commitment_is_refused() -> None:
     table, members = started()
     table.close(members[:3])
     table.wait(101)
-    assert "nothing was committed" in rejected(table.open(members[3]))
+    assert "too-late:" in rejected(table.open(members[3]))
 
 
 def test_the_contribution_of_another_is_refused() -> None:
@@ -93,11 +93,11 @@ def test_votes_that_do_not_count() -> None:
     table.exchange(members)
     term, record = table.state.round.term, table.proposal.hash
     one = members[0]
-    assert "no proposal of term" in rejected(table.send(Voted(one, 1, term - 1, record, b"")))
-    assert "no proposal of term" in rejected(table.send(Voted(one, 1, term + 1, record, b"")))
+    assert "wrong-term:" in rejected(table.send(Voted(one, 1, term - 1, record, b"")))
+    assert "wrong-term:" in rejected(table.send(Voted(one, 1, term + 1, record, b"")))
     assert "another record" in rejected(table.send(Voted(one, 1, term, b"x" * 32, b"")))
     stranger = peer_id(99)
-    assert "not a member" in rejected(table.send(Voted(stranger, 1, term, record, b"")))
+    assert "not-a-member:" in rejected(table.send(Voted(stranger, 1, term, record, b"")))
     for _ in range(5):
         table.vote(one)
     assert not table.state.round.certified, "one vote five times is one vote"
@@ -120,6 +120,6 @@ def test_a_round_that_is_begun_again_takes_no_commitment_to_the_first_attempt() 
     assert table.plan.round == first.round
     assert table.plan.term > first.term
     stale = contribution(members[0], first).commitment(members[0], RUN_ID, first.round)
-    assert "begun again" in rejected(table.send(Committed(members[0], first.round, first.term, stale, b"")))
+    assert "wrong-term:" in rejected(table.send(Committed(members[0], first.round, first.term, stale, b"")))
     table.play_round(members)
     assert len(table.certified[1].accepted) == len(members)

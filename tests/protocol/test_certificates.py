@@ -16,6 +16,7 @@ from psyche.protocol.messages import (
     Certificate,
     Commitment,
     Excluded,
+    ExclusionReason,
     Member,
     Plan,
     Proposal,
@@ -35,7 +36,7 @@ PLAN = Plan(1, 1, RUN_ID, GENESIS, b"s" * 32, 0, 0, tuple(Member(name, 5, 1) for
 RECORD = Record(
     plan=PLAN,
     accepted=tuple(Accepted(name, contribution(name, PLAN)) for name in NAMES[:3]),
-    excluded=(Excluded(NAMES[3], "no commitment before the deadline"),),
+    excluded=(Excluded(NAMES[3], ExclusionReason.NO_COMMITMENT),),
     reconfiguration=0,
     electorate=NAMES,
     voters=NAMES,

@@ -323,6 +323,6 @@ def test_records_are_read_as_they_are_paid() -> None:
         name: each * audited[name] for name in NAMES
     }
     done = deeds(records[0], RULES.probation)
-    assert [node for node, _ in done.left_out] == [NAMES[-1]]
+    assert [one.node for one in done.excluded] == [NAMES[-1]]
     (left_out,) = Books(RULES).enter(done)
-    assert (left_out.amount, left_out.kind, left_out.node) == (0, "left out", NAMES[-1])
+    assert (left_out.amount, left_out.kind, left_out.node) == (0, "excluded", NAMES[-1])

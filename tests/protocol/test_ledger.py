@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.ledger import BadLedger, Entry, claimed, missing_rounds
-from psyche.protocol.messages import Accepted, Certificate, Excluded, Record
+from psyche.protocol.messages import Accepted, Certificate, Excluded, ExclusionReason, Record
 from psyche.protocol.wire import decode
 from tests.chains import NAMES, RULES, STRANGER, Link, certify, chain, link, verified, with_plan
 
@@ -153,7 +153,7 @@ CONSPIRACIES: dict[str, tuple[str, Callable[[Record], Record]]] = {
     ),
     "both": (
         "accepted and left out",
-        lambda record: msgspec.structs.replace(record, excluded=(Excluded(NAMES[0], "a grudge"),)),
+        lambda record: msgspec.structs.replace(record, excluded=(Excluded(NAMES[0], ExclusionReason.NO_COMMITMENT),)),
     ),
     "a standing": (
         "does not follow",
@@ -165,7 +165,9 @@ CONSPIRACIES: dict[str, tuple[str, Callable[[Record], Record]]] = {
     ),
     "a stranger": (
         "no member",
-        lambda record: msgspec.structs.replace(record, excluded=(Excluded(STRANGER.peer_id, "who?"),)),
+        lambda record: msgspec.structs.replace(
+            record, excluded=(Excluded(STRANGER.peer_id, ExclusionReason.NO_COMMITMENT),)
+        ),
     ),
 }
 

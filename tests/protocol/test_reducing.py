@@ -145,14 +145,14 @@ def test_reports_that_are_refused() -> None:
     table, members = reducing()
     node = members[0]
     other = next(group for group in range(4) if group not in assignment(table).duties(node))
-    assert "does not reduce" in rejected(report(table, node, {other: b"x" * 32}))
+    assert "invalid: the report names groups" in rejected(report(table, node, {other: b"x" * 32}))
     report(table, node)
     mine = assignment(table).duties(node)[0]
-    assert "something else before" in rejected(report(table, node, {mine: b"x" * 32}))
-    assert "not a member" in rejected(report(table, nodes(9)[8], {}))
+    assert "conflict:" in rejected(report(table, node, {mine: b"x" * 32}))
+    assert "not-a-member:" in rejected(report(table, nodes(9)[8], {}))
     assert table.state.round is not None
     late = Reported(node, 1, table.state.round.selected_in + 1, {})
-    assert "nothing is being reduced" in rejected(table.send(late))
+    assert "wrong-term:" in rejected(table.send(late))
 
 
 @settings(max_examples=75)

@@ -177,7 +177,7 @@ def test_who_is_not_of_the_electorate_and_only_follows_has_no_vote() -> None:
     table.arrive(NEW)
     table.close(FOUNDERS)
     table.exchange(FOUNDERS)
-    assert "electorate" in rejected(table.vote(NEW[0]))
+    assert "not-a-member: not in the electorate" in rejected(table.vote(NEW[0]))
 
 
 def test_a_newcomer_is_told_how_far_it_is() -> None:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import inspect
 import io
 
 import pytest
 from rich.console import Console
 
-from psyche.protocol import proposals
+from psyche.protocol.messages import ExclusionReason
 from psyche.telemetry.events import (
     Attested,
     AuditEnded,
@@ -26,7 +25,7 @@ from psyche.telemetry.events import (
     StepDone,
 )
 from psyche.telemetry.formatting import amount, sparkline
-from psyche.telemetry.lines import OWN_WORK
+from psyche.telemetry.lines import EXCLUSIONS
 from psyche.telemetry.view import ContributorView, SwarmView, View, live
 from psyche.telemetry.view_state import ViewState
 
@@ -138,7 +137,7 @@ class TestPlain:
             metrics(1, ME),
             certified(1),
             certified(2, PEERS[:1], excluded=((ME, "arrived after the deadline"),)),
-            certified(3, PEERS[:1], excluded=((ME, "no commitment before the deadline"),)),
+            certified(3, PEERS[:1], excluded=((ME, ExclusionReason.NO_COMMITMENT),)),
             Rejected(ME, "scale is not finite", "payload"),
             Diverged(ME, 3, "7c1f" * 16, "aaaa" * 16),
             Resynchronised(3, "7c1f" * 16, "the members"),
@@ -196,14 +195,11 @@ class TestPlain:
             "model restored to the state after round 2, fetched from the members",
         ]
 
-    def test_the_protocols_reasons_are_known(self) -> None:
-        source = inspect.getsource(proposals)
-        assert all(reason in source for reason in OWN_WORK)
-        reason = "its payload did not reach enough members; it was not heard from any more"
-        (line,) = plain(ContributorView(ME), [certified(1, (OTHER,), excluded=((ME, reason),))])
+    def test_every_reason_for_an_exclusion_has_a_sentence(self) -> None:
+        assert set(EXCLUSIONS) == set(ExclusionReason)
+        (line,) = plain(ContributorView(ME), [certified(1, (OTHER,), excluded=((ME, ExclusionReason.NOT_HELD),))])
         assert line == (
-            "round 1  your work was not used: it did not reach enough members in time; the upload may be too slow; "
-            "the others lost contact with this machine"
+            "round 1  your work was not used: it did not reach enough members in time; the upload may be too slow"
         )
 
 
@@ -215,7 +211,7 @@ class TestDrawn:
             assert words in picture
 
     def test_contributor_sees_what_became_of_their_own_work(self) -> None:
-        out = certified(2, (OTHER,), excluded=((ME, "no commitment before the deadline"),))
+        out = certified(2, (OTHER,), excluded=((ME, ExclusionReason.NO_COMMITMENT),))
         rejections = [Rejected(ME, "scale is not finite", "payload"), Rejected(OTHER, "too long", "payload")]
         picture = drawn(ContributorView(ME), [started(), certified(1), out, *rejections])
         for words in (

@@ -13,7 +13,7 @@ from psyche.diloco.launch import launch
 from psyche.network.identity import Identity
 from psyche.network.streams import Refused, Unreachable
 from psyche.protocol import envelope as envelopes
-from psyche.protocol.calls import STANDBY, UNKNOWN
+from psyche.protocol.calls import RefusalCode
 from psyche.protocol.messages import Present, Promise, RunStatus
 from psyche.protocol.state import Phase
 from psyche.worker import coordinator_client as module
@@ -72,9 +72,9 @@ def leading(identity: Identity, manifest: Manifest, term: int) -> Answer:
     return answer
 
 
-def refusing(on: dict[str, str]) -> Answer:
+def refusing(on: dict[str, RefusalCode]) -> Answer:
     def answer(name: str) -> bytes:
-        raise Refused(on[name])
+        raise Refused("a sentence", on[name])
 
     return answer
 
@@ -96,8 +96,10 @@ async def followed(client: CoordinatorClient) -> RunStatus:
 @pytest.mark.parametrize(
     "first",
     [
-        refusing({"watch": UNKNOWN, "submit": STANDBY}),  # it stood down between the two
-        refusing({"watch": STANDBY, "submit": STANDBY}),
+        refusing(
+            {"watch": RefusalCode.UNKNOWN_PEER, "submit": RefusalCode.NOT_LEADING}
+        ),  # it stood down between the two
+        refusing({"watch": RefusalCode.NOT_LEADING, "submit": RefusalCode.NOT_LEADING}),
         silent,
     ],
     ids=["stands down", "stands by", "is gone"],
