@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import msgspec
 from rich.console import Console
 
-from psyche.bench.harness.launcher import STOP_SECONDS, last_line, reap, spawn
+from psyche.bench.harness.child_processes import STOP_SECONDS, last_line, reap, spawn
 from psyche.bench.harness.node_runs import run_nodes
 from psyche.bench.harness.rows import Column, Row, run_bench, table, thousands
 from psyche.bench.harness.shaped_links import on_loopback

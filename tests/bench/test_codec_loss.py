@@ -13,9 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from psyche.bench.convergence.codec_loss import CHOICES, Choice, CodecLoss, CurveRow, codec_section, final_rows
-from psyche.bench.convergence.large_batch import CENTRE
 from psyche.bench.convergence.loss_curve import evaluated_rounds
-from psyche.bench.convergence.trial import Setting, Trial, run_of, run_trial
+from psyche.bench.convergence.trial import CENTRE, Setting, Trial, run_of, run_trial
 from psyche.bench.harness.turns import percent_above
 from psyche.cli.bench_commands import app
 from psyche.diloco.reference import play

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from psyche.bench.convergence.large_batch import CENTRE, default_section
-from psyche.bench.convergence.trial import Trial
+from psyche.bench.convergence.large_batch import default_section
+from psyche.bench.convergence.trial import CENTRE, Trial
 from psyche.bench.convergence.trial_pool import run_all
 from psyche.bench.harness.turns import percent_above
 from psyche.data.prepare import prepare

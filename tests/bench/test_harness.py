@@ -11,7 +11,7 @@ from typing import Annotated
 import pytest
 from rich.console import Console
 
-from psyche.bench.harness.launcher import last_line, reap, running, sigterm_as_ctrl_c, spawn
+from psyche.bench.harness.child_processes import last_line, reap, running, sigterm_as_ctrl_c, spawn
 from psyche.bench.harness.rows import Column, Row, columns_of, table, to_json, transposed_table
 from psyche.bench.harness.shaped_links import on_loopback
 from psyche.bench.harness.turns import in_turn, percent_above, spread, take_turns, with_error

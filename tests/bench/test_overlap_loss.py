@@ -12,9 +12,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from psyche.bench.convergence.large_batch import CENTRE
 from psyche.bench.convergence.overlap_loss import Mode, OverlapLoss, OverlapRow, overlap_section
-from psyche.bench.convergence.trial import Setting, run_of
+from psyche.bench.convergence.trial import CENTRE, Setting, run_of
 from psyche.bench.harness.turns import percent_above
 from psyche.cli.bench_commands import app
 from psyche.config import Outer

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from psyche.bench.convergence.large_batch import CENTRE
 from psyche.bench.convergence.private_corpora import DELTA, Federated, FederatedRow, federated_section
-from psyche.bench.convergence.trial import PrivateCorpora, Setting, UnlimitedBudget
+from psyche.bench.convergence.trial import CENTRE, PrivateCorpora, Setting, UnlimitedBudget
 from psyche.config import Outer
 from psyche.data.prepare import prepare
 from psyche.federated.privacy_budget import noise_for

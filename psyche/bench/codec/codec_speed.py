@@ -135,14 +135,14 @@ class CodecLine(Row, frozen=True):
     system: Annotated[str, Column("system", left=True)]
     codec: Annotated[str | None, Column("codec", left=True)]
     backend: Annotated[str, Column("backend", left=True)]
-    bits: Annotated[float | None, Column("bits\n/param", ".3f")]
+    bits_per_param: Annotated[float | None, Column("bits\n/param", ".3f")]
     ratio: Annotated[float | None, Column("ratio", "{:.1f}×".format)]
     encode: Annotated[float, Column("encode\nGB/s", gbps_text)]
     encode_share: Annotated[float | None, Column("% of\ncopy", percent)]
     decode: Annotated[float, Column("decode+add\nGB/s", gbps_text)]
     decode_share: Annotated[float | None, Column("% of\ncopy", percent)]
-    gaussian: Annotated[float | None, Column("rel. L2\nGaussian", ".4f")]
-    real: Annotated[float | None, Column("rel. L2\nreal", ".4f")]
+    rel_l2_gaussian: Annotated[float | None, Column("rel. L2\nGaussian", ".4f")]
+    rel_l2_real: Annotated[float | None, Column("rel. L2\nreal", ".4f")]
     parameters: Annotated[int, Column("parameters\ntimed", amount)]
 
 
@@ -151,19 +151,13 @@ def codec_lines(rows: Sequence[CodecRow]) -> list[CodecLine]:
     coded = [row for row in rows if row.pass_ != "outer"]
     pairs = [list(pair) for _, pair in groupby(coded, key=lambda row: (row.system, row.codec, row.backend))]
     return [
-        CodecLine(
-            system=encode.system,
-            codec=encode.codec,
-            backend=encode.backend,
-            bits=encode.bits_per_param,
+        CodecLine.of(
+            encode,
             ratio=32 / encode.bits_per_param if encode.bits_per_param else None,
             encode=encode.gbps,
             encode_share=encode.share_of_copy,
             decode=decode.gbps,
             decode_share=decode.share_of_copy,
-            gaussian=encode.rel_l2_gaussian,
-            real=encode.rel_l2_real,
-            parameters=encode.parameters,
         )
         for encode, decode in pairs
     ]

@@ -214,10 +214,9 @@ class PassBench:
         real: PayloadLoss | None = None,
     ) -> CodecRow:
         timing = time_beside_copy(self._clock, work, self._copy)
-        return CodecRow(
-            system=measured.system,
-            codec=measured.codec,
-            backend=measured.backend,
+        return CodecRow.of(
+            measured,
+            timing,
             pass_=which,
             gbps=4 * count / timing.seconds / 1e9,
             share_of_copy=None if moved is None else moved * count / self._copy.bytes * timing.copies,
@@ -226,6 +225,4 @@ class PassBench:
             rel_l2_real=real.rel_l2 if real else None,
             parameters=count,
             threads=torch.get_num_threads(),
-            copy_gbps=timing.copy_gbps,
-            seconds=timing.seconds,
         )

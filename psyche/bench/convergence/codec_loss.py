@@ -18,7 +18,7 @@ from typing import Annotated
 import msgspec
 from rich.console import Console
 
-from psyche.bench.convergence.large_batch import CENTRE, default_section
+from psyche.bench.convergence.large_batch import default_section
 from psyche.bench.convergence.loss_curve import Point
 from psyche.bench.convergence.section import Item, Outcomes, Preparing, Section
 from psyche.bench.convergence.trial import Outcome, Setting, Trial
@@ -27,7 +27,7 @@ from psyche.bench.harness.turns import percent_above, spread, with_error
 from psyche.config import Outer
 from psyche.durable import disk_errors
 from psyche.numerics.codecs.registry import CODECS
-from psyche.telemetry.formatting import amount, size
+from psyche.telemetry.formatting import size
 
 REFERENCE, BASELINE = "fp32", "int8"
 """Codecs to which losses are compared at equal tokens, and at equal bytes."""
@@ -138,26 +138,12 @@ class CodecLoss(Section[CurveRow]):
     seeds: tuple[int, ...]
     choices: tuple[Choice, ...]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of each trial."""
-        return CENTRE * self.steps * self.setting.inner.batch_size * self.setting.data.sequence_length
-
     def items(self) -> Iterator[Item]:
         for choice in self.choices:
             for seed in self.seeds:
-                yield Item(
-                    Trial(
-                        system="diloco",
-                        codec=choice.codec,
-                        nodes=CENTRE,
-                        steps=self.steps,
-                        outer=Outer(lr=choice.lr, momentum=choice.momentum),
-                        inner_steps=choice.inner_steps,
-                        error_feedback=choice.error_feedback,
-                        seed=seed,
-                    )
-                )
+                outer = Outer(lr=choice.lr, momentum=choice.momentum)
+                trial = Trial(steps=self.steps, codec=choice.codec, outer=outer, inner_steps=choice.inner_steps)
+                yield Item(replace(trial, error_feedback=choice.error_feedback, seed=seed))
 
     def rows(self, items: Sequence[Item], outcomes: Outcomes) -> list[CurveRow]:
         """The curve and the final loss of every trial; sparse trials once more as entropy-coded."""
@@ -192,40 +178,25 @@ class CodecLoss(Section[CurveRow]):
         run_bench(json, lambda: self.prepare_and_measure(only, preparing), list, show)
 
     def show(self, rows: Sequence[CurveRow], console: Console) -> None:
-        setting, inner, parameters = self.setting, self.setting.inner, rows[0].parameters
-        console.print(
-            f"{amount(parameters)} parameters, {CENTRE} nodes, {amount(self.tokens)} tokens "
-            f"({self.tokens / parameters:.1f} per parameter); a node's batch is {inner.batch_size} sequences of "
-            f"{setting.data.sequence_length}; inner lr {inner.lr:g}, {inner.schedule}, warm-up {setting.warmup:.0%}. "
-            f"Seeds {', '.join(map(str, self.seeds))}: losses ± half their range, against fp32 ± standard error. Loss: "
-            f"nats per token on {setting.heldout_sequences} held-out sequences, at equal bytes on "
-            f"{setting.curve_sequences} of them. Bytes: payloads, from a node to each of the others (gather), where "
-            "tensors are padded to 4096 elements, which costs more bits per parameter in so small a model.\n",
-            highlight=False,
+        details = (
+            f"At equal bytes: on {self.setting.curve_sequences} of them. vs fp32: ± standard error. Bytes: payloads "
+            "from a node to each of the others (gather), where tensors are padded to 4096 elements, which costs more "
+            "bits per parameter in so small a model."
         )
+        console.print(self.preface(rows[0].parameters, self.steps, self.seeds, details), highlight=False)
         title = "Codecs: held-out loss at equal tokens, and against int8 at equal bytes"
         console.print(table(title, final_rows(rows), group=lambda row: row.setting))
 
 
 def _row(setting: Setting, trial: Trial, outcome: Outcome, point: Point, final: bool) -> CurveRow:
-    assert trial.outer is not None, "curves are DiLoCo's"
-    assert trial.inner_steps is not None, "curves are DiLoCo's"
     beta = CODECS[trial.codec].error_feedback if trial.error_feedback is None else trial.error_feedback
-    return CurveRow(
+    return CurveRow.of(
+        point,
+        trial,
+        outcome,
         name=trial.label,
-        codec=trial.codec,
-        nodes=trial.nodes,
-        outer_lr=trial.outer.lr,
-        momentum=trial.outer.momentum,
         error_feedback=None if trial.codec == REFERENCE else beta,
-        inner_steps=trial.inner_steps,
-        seed=trial.seed,
-        parameters=outcome.parameters,
-        rounds=point.rounds,
-        tokens=point.tokens,
-        bytes_sent=point.bytes_sent,
         bits_per_parameter=8 * point.bytes_sent / (trial.nodes - 1) / point.rounds / outcome.parameters,
-        heldout_loss=point.heldout_loss,
         heldout_sequences=setting.heldout_sequences if final else setting.curve_sequences,
         final=final,
     )
@@ -265,8 +236,8 @@ def _final(rows: Sequence[CurveRow], fp32: Mapping[int, float], baseline: Sequen
     *_, last, final = rows
     within = [r.heldout_loss for r in baseline if r.seed == last.seed and r.bytes_sent <= last.bytes_sent]
     lowest = min(within, default=None)
-    return FinalRow(
-        **msgspec.structs.asdict(final),
+    return FinalRow.of(
+        final,
         against_fp32=percent_above(final.heldout_loss, fp32[final.seed]) if final.seed in fp32 else None,
         baseline=lowest,
         against_baseline=None if lowest is None else percent_above(last.heldout_loss, lowest),

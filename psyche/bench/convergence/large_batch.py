@@ -20,22 +20,19 @@ from statistics import fmean, stdev
 from typing import Annotated, Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from psyche.bench.convergence.section import Item, Outcomes, Section
-from psyche.bench.convergence.trial import Setting, Trial
+from psyche.bench.convergence.trial import CENTRE, Setting, Trial
 from psyche.bench.harness.node_runs import llama
 from psyche.bench.harness.rows import Column, Row, table
 from psyche.bench.harness.turns import percent_above, spread
 from psyche.config import BpeTokenizer, Data, Inner, Node, Outer
-from psyche.telemetry.formatting import amount, number
+from psyche.telemetry.formatting import amount
 
 EQUAL_TOKENS, EQUAL_STEPS, SENSITIVITY, INNER = "equal tokens", "equal steps", "sensitivity", "inner optimizer"
 NODES = (1, 2, 4, 8)
 NUDGE = 1e-6
 """Relative change of the initial parameters in the control: about eight units in the last place of fp32."""
-CENTRE = 4
-"""Nodes at which the comparisons share their trials, and at which the optimizers are varied."""
 
 
 class LargeBatchRow(Row, frozen=True):
@@ -115,11 +112,6 @@ class LargeBatch(Section[LargeBatchRow]):
     """A second outer momentum for Muon (MuLoCo, arXiv 2505.23725)."""
     nodes: tuple[int, ...] = NODES
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of each trial at equal tokens."""
-        return CENTRE * self.steps * self.setting.inner.batch_size * self.setting.data.sequence_length
-
     def items(self) -> Iterator[Item]:
         for nodes in self.nodes:
             yield from self._compared(EQUAL_TOKENS, nodes, CENTRE * self.steps // nodes)
@@ -136,7 +128,7 @@ class LargeBatch(Section[LargeBatchRow]):
     def _compared(self, comparison: str, nodes: int, steps: int) -> Iterator[Item]:
         """The large batch and both codecs for every seed; at equal tokens also the control for the first seed."""
         for seed in self.seeds:
-            yield _item(comparison, Trial(system="adamw", codec="fp32", nodes=nodes, steps=steps, seed=seed))
+            yield _item(comparison, Trial(system="adamw", nodes=nodes, steps=steps, seed=seed))
         for codec in ("fp32", "int8"):
             for seed in self.seeds:
                 yield _item(comparison, self._diloco(codec, nodes, steps, seed))
@@ -158,43 +150,31 @@ class LargeBatch(Section[LargeBatchRow]):
                     yield _item(INNER, replace(trial, optimizer=optimizer, inner_lr=lr, outer=outer))
 
     def _diloco(self, codec: str, nodes: int, steps: int, seed: int) -> Trial:
-        return Trial(
-            system="diloco",
-            codec=codec,
-            nodes=nodes,
-            steps=steps,
-            outer=self.outer,
-            inner_steps=self.inner_steps,
-            seed=seed,
-        )
+        return Trial(codec=codec, nodes=nodes, steps=steps, outer=self.outer, inner_steps=self.inner_steps, seed=seed)
 
     def rows(self, items: Sequence[Item], outcomes: Outcomes) -> list[LargeBatchRow]:
         return [_row(item, outcomes) for item in items]
 
     def show(self, rows: Sequence[LargeBatchRow], console: Console) -> None:
-        console.print(self._preface(rows[0].parameters), highlight=False)
+        details = (
+            "They are the same for all rows. Bytes per token: sent by a node (gather; for AdamW a ring all-reduce of "
+            "fp32 gradients). Payloads pad tensors to 4096 elements, which costs so small a model some of its ratio."
+        )
+        console.print(self.preface(rows[0].parameters, self.steps, self.seeds, details), highlight=False)
         for comparison, group in groupby(rows, key=lambda row: row.comparison):
-            console.print()
             title = _TITLES[comparison]
             console.print(table(title, list(group), group=lambda row: row.setting, section=lambda row: row.nodes))
-        int8, control = differences_to_fp32(rows, "int8"), differences_to_fp32(rows, "nudged")
-        if int8 or control:
-            console.print()
-            console.print(differences_table([*int8, *control]))
-        for differences in filter(None, (int8, control)):
-            console.print(summary_of(differences), highlight=False)
-
-    def _preface(self, parameters: int) -> str:
-        setting, inner = self.setting, self.setting.inner
-        return (
-            f"{amount(parameters)} parameters; {amount(self.tokens)} tokens at equal tokens "
-            f"({self.tokens / parameters:.1f} per parameter); a node's batch is {inner.batch_size} sequences of "
-            f"{setting.data.sequence_length}; inner lr {inner.lr:g}, {inner.schedule}, warm-up {setting.warmup:.0%}. "
-            f"Seeds {', '.join(map(str, self.seeds))}: mean ± half the range. Loss: nats per token on "
-            f"{setting.heldout_sequences} held-out sequences, the same for every row. Bytes per token: sent by a node "
-            "(gather; for AdamW a ring all-reduce of fp32 gradients). Payloads pad tensors to 4096 elements, which "
-            "lowers the payload ratio of so small a model."
-        )
+        differences = [*differences_to_fp32(rows, "int8"), *differences_to_fp32(rows, "nudged")]
+        if differences:
+            title = "Against fp32 DiLoCo with the same settings and seed: held-out loss in % (positive is worse)"
+            console.print(table(title, differences, group=lambda row: (row.variant, row.nodes, row.steps)))
+        for variant, of_variant in groupby(differences, key=lambda row: row.variant):
+            pairs = [row.percent for row in of_variant]
+            text = f"{_WHAT_DIFFERS[variant]}: mean {fmean(pairs):+.3f} %"
+            if len(pairs) > 1:
+                error, deviation = stdev(pairs) / sqrt(len(pairs)), stdev(pairs)
+                text += f" ± {error:.3f} (standard error), standard deviation {deviation:.3f}"
+            console.print(f"{text}, largest {max(pairs, key=abs):+.3f} %, over {len(pairs)} pairs", highlight=False)
 
 
 _TITLES = {
@@ -239,7 +219,7 @@ def default_section(cache: Path | None = None, *, full: bool = False) -> LargeBa
 
 def large_batch(trial: Trial) -> Trial:
     """The AdamW trial with the tokens, steps and seed of ``trial``; ``trial`` itself if it is that."""
-    return Trial(system="adamw", codec="fp32", nodes=trial.nodes, steps=trial.steps, seed=trial.seed)
+    return Trial(system="adamw", nodes=trial.nodes, steps=trial.steps, seed=trial.seed)
 
 
 def _item(comparison: str, trial: Trial) -> Item:
@@ -247,83 +227,37 @@ def _item(comparison: str, trial: Trial) -> Item:
 
 
 def _row(item: Item, outcomes: Outcomes) -> LargeBatchRow:
-    trial, outcome = item.trial, outcomes[item.trial]
-    return LargeBatchRow(
-        name=item.name,
-        comparison=item.comparison,
-        system=trial.system,
-        codec=trial.codec,
-        optimizer=trial.optimizer,
-        inner_lr=trial.inner_lr,
-        nodes=trial.nodes,
-        outer_lr=trial.outer.lr if trial.outer else None,
-        momentum=trial.outer.momentum if trial.outer else None,
-        inner_steps=trial.inner_steps,
-        seed=trial.seed,
-        nudge=trial.nudge,
-        tokens=outcome.tokens,
-        steps_per_node=trial.steps,
-        parameters=outcome.parameters,
-        heldout_loss=outcome.heldout_loss,
-        against_large_batch_percent=item.against_reference(outcomes),
-        bytes_per_token=outcome.bytes_per_token,
-        payload_ratio=outcome.payload_ratio,
-        seconds=round(outcome.seconds, 1),
-    )
+    against = item.against_reference(outcomes)
+    sources = item, item.trial, outcomes[item.trial]
+    return LargeBatchRow.of(*sources, steps_per_node=item.trial.steps, against_large_batch_percent=against)
 
 
 # --------------------------------------------------------------------------------------- int8 against fp32
 
 
-@dataclass(frozen=True)
-class Difference:
-    """int8 DiLoCo, or fp32 DiLoCo from nudged parameters, against fp32 DiLoCo with one setting."""
-
-    variant: Literal["int8", "nudged"]
-    nodes: int
-    steps: int
-    percents: dict[int, float]
-    """By seed: by how many percent the variant's loss is above the fp32 loss."""
+_WHAT_DIFFERS = {"int8": "codec int8", "nudged": f"initial parameters × (1 + {NUDGE:g})"}
 
 
-def differences_to_fp32(rows: Iterable[LargeBatchRow], variant: Literal["int8", "nudged"]) -> list[Difference]:
-    """One for each setting of the two comparisons that was measured both ways; a trial in both counts once."""
+class DifferenceRow(Row, frozen=True):
+    """int8 DiLoCo, or fp32 DiLoCo from nudged parameters, against fp32 DiLoCo with one setting and seed."""
+
+    variant: Annotated[str, Column("what differs", _WHAT_DIFFERS.__getitem__, left=True)]
+    nodes: Annotated[int, Column("nodes")]
+    steps: Annotated[int, Column("steps/node", ",")]
+    seed: int
+    percent: Annotated[float, Column("difference", fold=spread("+.3f"))]
+    """By how many percent the variant's loss is above the fp32 loss."""
+
+
+def differences_to_fp32(rows: Iterable[LargeBatchRow], variant: Literal["int8", "nudged"]) -> list[DifferenceRow]:
+    """Compare each setting and seed of the two comparisons that was trained both ways; a trial in both counts once."""
     losses: dict[tuple[int, int], dict[tuple[str, int], float]] = {}
     for row in rows:
         if row.system == "diloco" and row.comparison in (EQUAL_TOKENS, EQUAL_STEPS):
             of_setting = losses.setdefault((row.nodes, row.steps_per_node), {})
             of_setting["nudged" if row.nudge else row.codec, row.seed] = row.heldout_loss
-    found = []
-    for (nodes, steps), loss in losses.items():
-        seeds = sorted(seed for name, seed in loss if name == variant and ("fp32", seed) in loss)
-        percents = {seed: percent_above(loss[variant, seed], loss["fp32", seed]) for seed in seeds}
-        if percents:
-            found.append(Difference(variant, nodes, steps, percents))
-    return found
-
-
-def differences_table(differences: Sequence[Difference]) -> Table:
-    """One line for each difference, one column for each seed."""
-    title = "Against fp32 DiLoCo with the same settings and seed: held-out loss in % (positive is worse)"
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
-    made.add_column("what differs")
-    seeds = sorted({seed for difference in differences for seed in difference.percents})
-    for heading in ["nodes", "steps/node", *(f"seed {seed}" for seed in seeds), "mean"]:
-        made.add_column(heading, justify="right")
-    for one in differences:
-        cells = [number(one.percents.get(seed), "+.3f") for seed in seeds]
-        mean = f"{fmean(one.percents.values()):+.3f}"
-        made.add_row(_WHAT_DIFFERS[one.variant], str(one.nodes), f"{one.steps:,}", *cells, mean)
-    return made
-
-
-_WHAT_DIFFERS = {"int8": "codec int8", "nudged": f"initial parameters × (1 + {NUDGE:g})"}
-
-
-def summary_of(differences: Sequence[Difference]) -> str:
-    """One sentence on all pairs of a variant: mean, standard error, standard deviation and the largest."""
-    pairs = [value for one in differences for value in one.percents.values()]
-    text = f"{_WHAT_DIFFERS[differences[0].variant]}: mean {fmean(pairs):+.3f} %"
-    if len(pairs) > 1:
-        text += f" ± {stdev(pairs) / sqrt(len(pairs)):.3f} (standard error), standard deviation {stdev(pairs):.3f}"
-    return f"{text}, largest {max(pairs, key=abs):+.3f} %, over {len(pairs)} pairs"
+    return [
+        DifferenceRow(variant, nodes, steps, seed, percent_above(loss[variant, seed], loss["fp32", seed]))
+        for (nodes, steps), loss in losses.items()
+        for seed in sorted(seed for name, seed in loss if name == variant and ("fp32", seed) in loss)
+    ]

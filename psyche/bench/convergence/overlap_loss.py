@@ -16,7 +16,7 @@ from typing import Annotated
 
 from rich.console import Console
 
-from psyche.bench.convergence.large_batch import CENTRE, EQUAL_TOKENS, NUDGE, default_section
+from psyche.bench.convergence.large_batch import EQUAL_TOKENS, NUDGE, default_section
 from psyche.bench.convergence.section import Item, Outcomes, Section
 from psyche.bench.convergence.trial import Trial
 from psyche.bench.harness.rows import DASH, Column, Row, table
@@ -115,11 +115,6 @@ class OverlapLoss(Section[OverlapRow]):
     """Modes that train on during the exchange for as long as the first of ``waiting`` waits. With the same H they
     complete more rounds in that time; with H larger by τ equally many."""
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of each trial at equal tokens."""
-        return CENTRE * self.steps * self.setting.inner.batch_size * self.setting.data.sequence_length
-
     def items(self) -> Iterator[Item]:
         for mode in (*self.waiting, *self.equal_tokens):
             yield from self._of_seeds(EQUAL_TOKENS, mode, self.steps)
@@ -143,10 +138,7 @@ class OverlapLoss(Section[OverlapRow]):
             yield Item(self._trial(mode, steps, seed), self._trial(self.waiting[0], self.steps, seed), comparison)
 
     def _trial(self, mode: Mode, steps: int, seed: int) -> Trial:
-        return Trial(
-            system="diloco",
-            codec="fp32",  # a codec's own loss would hide the smaller differences measured here
-            nodes=CENTRE,
+        return Trial(  # fp32: a codec's own loss would hide the smaller differences measured here
             steps=steps,
             outer=mode.outer or self.outer,
             inner_steps=mode.inner_steps,
@@ -160,19 +152,13 @@ class OverlapLoss(Section[OverlapRow]):
         return [_row(item, outcomes) for item in items]
 
     def show(self, rows: Sequence[OverlapRow], console: Console) -> None:
-        setting, inner, parameters = self.setting, self.setting.inner, rows[0].parameters
-        console.print(
-            f"{amount(parameters)} parameters, {amount(self.tokens)} tokens at equal tokens "
-            f"({self.tokens / parameters:.1f} per parameter), fp32 payloads; a node's batch is {inner.batch_size} "
-            f"sequences of {setting.data.sequence_length}; inner lr {inner.lr:g}, {inner.schedule}, warm-up "
-            f"{setting.warmup:.0%}. Seeds {', '.join(map(str, self.seeds))}: losses ± half their range, differences ± "
-            f"standard error. Loss: nats per token on {setting.heldout_sequences} held-out sequences. H is that of "
-            "each parameter: a round has H / fragments steps, the first τ of them during the exchange of the round "
-            "before. (nudged): initial parameters changed by a millionth, whose effect is noise.",
-            highlight=False,
+        details = (
+            "fp32 payloads. Differences ± standard error. H is that of a parameter: a round has H / fragments steps, "
+            "the first τ of them during the exchange of the round before. (nudged): initial parameters changed by a "
+            "millionth, whose effect is noise."
         )
+        console.print(self.preface(rows[0].parameters, self.steps, self.seeds, details), highlight=False)
         for comparison, group in groupby(rows, key=lambda row: row.comparison):
-            console.print()
             console.print(table(_TITLES[comparison], list(group), group=lambda row: row.setting))
 
 
@@ -183,29 +169,16 @@ _TITLES = {
 
 
 def _row(item: Item, outcomes: Outcomes) -> OverlapRow:
-    trial, outcome = item.trial, outcomes[item.trial]
-    assert trial.outer is not None, "all trials of the section are DiLoCo's"
+    trial = item.trial
     assert trial.inner_steps is not None, "all trials of the section are DiLoCo's"
-    return OverlapRow(
-        name=item.name,
-        comparison=item.comparison,
-        inner_steps=trial.inner_steps,
-        fragments=trial.fragments,
-        overlap_steps=trial.overlap_steps,
+    return OverlapRow.of(
+        item,
+        trial,
+        outcomes[trial],
         share=trial.overlap_steps * trial.fragments / trial.inner_steps,
-        alpha=trial.alpha,
-        outer_lr=trial.outer.lr,
-        momentum=trial.outer.momentum,
-        seed=trial.seed,
-        nudge=trial.nudge,
         rounds=trial.steps * trial.fragments // trial.inner_steps,
-        tokens=outcome.tokens,
         steps_per_node=trial.steps,
-        parameters=outcome.parameters,
-        bytes_per_token=outcome.bytes_per_token,
-        heldout_loss=outcome.heldout_loss,
         against_waiting_percent=item.against_reference(outcomes),
-        seconds=round(outcome.seconds, 1),
     )
 
 

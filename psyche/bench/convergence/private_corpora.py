@@ -19,9 +19,9 @@ from typing import Annotated
 
 from rich.console import Console
 
-from psyche.bench.convergence.large_batch import CENTRE, default_section
+from psyche.bench.convergence.large_batch import default_section
 from psyche.bench.convergence.section import Item, Outcomes, Section
-from psyche.bench.convergence.trial import PrivateCorpora, Trial
+from psyche.bench.convergence.trial import CENTRE, PrivateCorpora, Trial
 from psyche.bench.harness.rows import Column, Row, table
 from psyche.config import Outer
 from psyche.federated.privacy_budget import Charge, epsilon_of
@@ -63,14 +63,8 @@ class Federated(Section[FederatedRow]):
     noise_multipliers: tuple[float, ...]
 
     def items(self) -> Iterator[Item]:
-        pooled = Trial(
-            system="diloco",
-            codec="fp32",  # a codec's own loss would hide the smaller differences measured here
-            nodes=CENTRE,
-            steps=self.steps,
-            outer=self.outer,
-            inner_steps=self.inner_steps,
-        )
+        # fp32: a codec's own loss would hide the smaller differences measured here
+        pooled = Trial(steps=self.steps, outer=self.outer, inner_steps=self.inner_steps)
         noised = (PrivateCorpora(self.clip, noise) for noise in self.noise_multipliers)
         for private in (None, PrivateCorpora(), PrivateCorpora(self.clip), *noised):
             for seed in self.seeds:
@@ -96,18 +90,15 @@ def _row(item: Item, outcomes: Outcomes) -> FederatedRow:
     epsilon = None
     if private.noise_multiplier:
         epsilon = epsilon_of([Charge(private.noise_multiplier, trial.steps // trial.inner_steps)], DELTA)
-    return FederatedRow(
-        name=trial.label,
+    return FederatedRow.of(
+        item,
+        trial,
+        outcome,
         data="pooled" if trial.private is None else private.label,
         clip=private.clip,
         noise_multiplier=None if trial.private is None else private.noise_multiplier,
         epsilon=epsilon,
-        seed=trial.seed,
-        heldout_loss=outcome.heldout_loss,
         against_pooled_percent=item.against_reference(outcomes),
-        tokens=outcome.tokens,
-        parameters=outcome.parameters,
-        seconds=outcome.seconds,
     )
 
 

@@ -11,13 +11,14 @@ from typing import Generic, TypeVar
 
 from rich.console import Console
 
-from psyche.bench.convergence.trial import Outcome, Setting, Trial
+from psyche.bench.convergence.trial import CENTRE, Outcome, Setting, Trial
 from psyche.bench.convergence.trial_pool import run_all
 from psyche.bench.harness.progress_lines import progress_lines
 from psyche.bench.harness.rows import Row, run_bench
 from psyche.bench.harness.turns import percent_above
 from psyche.data.prepare import Report, prepare
 from psyche.errors import PsycheError
+from psyche.telemetry.formatting import amount
 
 R = TypeVar("R", bound=Row)
 Preparing = Callable[[], AbstractContextManager[Report | None]]
@@ -54,6 +55,20 @@ class Section(ABC, Generic[R]):
     @abstractmethod
     def items(self) -> Iterator[Item]:
         """All rows to measure in the order of the tables; seeds of one setting are neighbours."""
+
+    def tokens_of(self, steps: int) -> int:
+        """Tokens of a trial of ``CENTRE`` nodes that take ``steps`` inner steps each."""
+        return CENTRE * steps * self.setting.inner.batch_size * self.setting.data.sequence_length
+
+    def preface(self, parameters: int, steps: int, seeds: Sequence[int], details: str) -> str:
+        """Describe what all trials have in common, followed by ``details``."""
+        setting, inner, tokens = self.setting, self.setting.inner, self.tokens_of(steps)
+        return (
+            f"{amount(parameters)} parameters, {amount(tokens)} tokens ({tokens / parameters:.1f} per parameter) at "
+            f"equal tokens; a node's batch is {inner.batch_size} sequences of {setting.data.sequence_length}; inner lr "
+            f"{inner.lr:g}, {inner.schedule}, warm-up {setting.warmup:.0%}. Seeds {', '.join(map(str, seeds))}: losses "
+            f"± half their range. Loss: nats per token on {setting.heldout_sequences} held-out sequences. {details}\n"
+        )
 
     @abstractmethod
     def rows(self, items: Sequence[Item], outcomes: Outcomes) -> list[R]:

@@ -49,6 +49,8 @@ from psyche.training.torch_engine import TorchEngine
 COORDINATOR = "12D3KooWAfPDpPRRRBrmqy9is2zjU5srQ4hKuZitiGmh4NTTpS2d"
 """A manifest needs a well-formed PeerID; no coordinator takes part in these runs."""
 
+CENTRE = 4
+"""Nodes of a trial, unless it says otherwise."""
 UNCLIPPED = 1e30
 """A clipping norm that no pseudo-gradient reaches."""
 
@@ -95,10 +97,10 @@ class PrivateCorpora:
 class Trial:
     """What is trained. Equal trials give equal losses on one machine, so tables share them."""
 
-    system: Literal["adamw", "diloco"]
-    codec: str
+    system: Literal["adamw", "diloco"] = "diloco"
+    codec: str = "fp32"
     """Codec of the payloads; ``fp32`` for the gradients of AdamW."""
-    nodes: int
+    nodes: int = CENTRE
     """k nodes; for AdamW the batch is k times as large, as with k data-parallel workers."""
     steps: int
     """Inner steps of each node."""
@@ -125,6 +127,15 @@ class Trial:
     """``None``: all nodes share the corpus."""
     alpha: float | None = None
     """Mix overlap steps by x ← αx + (1−α)θ (Streaming DiLoCo, §2.3) instead of re-basing them."""
+
+    @property
+    def outer_lr(self) -> float | None:
+        return self.outer.lr if self.outer else None
+
+    @property
+    def momentum(self) -> float | None:
+        """Momentum of the outer optimizer."""
+        return self.outer.momentum if self.outer else None
 
     @property
     def variant(self) -> str:
@@ -196,7 +207,7 @@ def run_trial(setting: Setting, trial: Trial) -> Outcome:
         bytes_per_token=sent / tokens,
         payload_ratio=payload_ratio,
         parameters=parameters,
-        seconds=time.perf_counter() - started,
+        seconds=round(time.perf_counter() - started, 1),
         curve=tuple(recorder.points),
     )
 

@@ -67,9 +67,7 @@ class UnequalSteps(Section[UnequalRow]):
 
     def equal_trial(self, seed: int) -> Trial:
         """The trial that the others of the same seed are compared with."""
-        return Trial(
-            system="diloco",
-            codec="fp32",  # a codec's own loss would hide the smaller difference measured here
+        return Trial(  # fp32: a codec's own loss would hide the smaller difference measured here
             nodes=len(self.mixed),
             steps=self.equal * self.rounds,
             outer=self.outer,
@@ -79,16 +77,13 @@ class UnequalSteps(Section[UnequalRow]):
 
     def rows(self, items: Sequence[Item], outcomes: Outcomes) -> list[UnequalRow]:
         return [
-            UnequalRow(
-                name=item.name,
+            UnequalRow.of(
+                item,
+                item.trial,
+                outcomes[item.trial],
                 due=":".join(map(str, item.trial.quotas or [self.equal] * item.trial.nodes)),
-                nudge=item.trial.nudge,
-                seed=item.trial.seed,
                 rounds=self.rounds,
-                tokens=outcomes[item.trial].tokens,
-                heldout_loss=outcomes[item.trial].heldout_loss,
                 against_equal_percent=item.against_reference(outcomes),
-                seconds=round(outcomes[item.trial].seconds, 1),
             )
             for item in items
         ]

@@ -12,38 +12,32 @@ from typing import IO
 import torch
 
 from psyche.bench.exchange.peer_process import (
-    AveragingPeer,
-    Command,
-    Connect,
-    Exchange,
+    Call,
     Failed,
     PeerProcess,
     PeerSpec,
-    Prepare,
-    Quit,
     Reply,
-    Verify,
-    decode_command,
+    decode_call,
     decode_spec,
     encode,
 )
 
 
 def main() -> None:
-    """Answer commands until told to quit. If the bench ends, this process and all its children end, too."""
+    """Answer calls until told to quit. If the bench ends, this process and all its children end, too."""
     source, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     # hivemind forks, and the fork closes sys.stdin, which blocks forever if a thread is reading from it.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # output of libraries goes to the log
     spec = decode_spec(source.readline())
-    commands: SimpleQueue[Command] = SimpleQueue()
-    threading.Thread(target=_listen, args=[source, commands], daemon=True).start()
+    calls: SimpleQueue[Call] = SimpleQueue()
+    threading.Thread(target=_listen, args=[source, calls], daemon=True).start()
     torch.set_num_threads(spec.threads)
     process = _process(spec)
 
     def serve() -> None:
-        while not isinstance(command := commands.get(), Quit):
-            replies.write(encode(_answer(process, command)) + b"\n")
+        while (call := calls.get()).method != "quit":
+            replies.write(encode(_answer(process, call)) + b"\n")
 
     try:
         process.run(serve)
@@ -51,43 +45,29 @@ def main() -> None:
         process.close()
 
 
-def _listen(source: IO[bytes], commands: SimpleQueue[Command]) -> None:
+def _listen(source: IO[bytes], calls: SimpleQueue[Call]) -> None:
     for line in source:
-        commands.put(decode_command(line))
+        calls.put(decode_call(line))
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the bench started this process in a session of its own
 
 
-def _answer(process: PeerProcess, command: Command) -> Reply:
+def _answer(process: PeerProcess, call: Call) -> Reply:
     try:
-        if isinstance(command, Connect):
-            return process.connect(command.rendezvous)
-        assert isinstance(process, AveragingPeer), "a coordinator exchanges nothing"
-        match command:
-            case Prepare():
-                return process.prepare()
-            case Exchange():
-                return process.exchange()
-            case Verify(names):
-                return process.verify(names)
-            case _:
-                raise AssertionError(f"{command} is not answered")
+        reply: Reply = getattr(process, call.method)(*call.arguments)
+        return reply
     except Exception as error:  # a rival may raise anything; the bench reports it as one sentence
         traceback.print_exc()
         return Failed(" ".join((str(error) or type(error).__name__).split())[:300])
 
 
 def _process(spec: PeerSpec) -> PeerProcess:
-    if spec.system == "gloo":
-        from psyche.bench.exchange.gloo_peer import GlooPeer
+    if spec.system == "psyche":
+        from psyche.bench.exchange.psyche_peer import PsycheCoordinator, PsychePeer
 
-        return GlooPeer(spec)
-    if spec.system == "hivemind":
-        from psyche.bench.exchange.hivemind_peer import HivemindPeer
+        return PsycheCoordinator(spec) if spec.number < 0 else PsychePeer(spec)
+    from psyche.bench.exchange.rival_peers import GlooPeer, HivemindPeer
 
-        return HivemindPeer(spec)
-    from psyche.bench.exchange.psyche_peer import PsycheCoordinator, PsychePeer
-
-    return PsycheCoordinator(spec) if spec.number < 0 else PsychePeer(spec)
+    return GlooPeer(spec) if spec.system == "gloo" else HivemindPeer(spec)
 
 
 if __name__ == "__main__":

@@ -15,23 +15,18 @@ import msgspec
 
 from psyche.bench.exchange.peer_process import (
     HANG_SECONDS,
-    Command,
-    Connect,
+    Call,
     Connected,
     Done,
-    Exchange,
     Failed,
     PeerSpec,
-    Prepare,
-    Quit,
     Ready,
     Reply,
     Verified,
-    Verify,
     decode_reply,
     encode,
 )
-from psyche.bench.harness.launcher import STOP_SECONDS, last_line, reap, spawn
+from psyche.bench.harness.child_processes import STOP_SECONDS, last_line, reap, spawn
 from psyche.bench.harness.resource_usage import Sockets, Usage, cpu_seconds, peaks, sockets, traffic, tree
 from psyche.bench.harness.shaped_links import Place
 from psyche.errors import PsycheError
@@ -50,9 +45,9 @@ class PeerHandle:
         self._unread = b""
         self._send(encode(spec))
 
-    def tell(self, command: Command) -> None:
-        """Send a command; :meth:`hear` returns the answer."""
-        self._send(encode(command))
+    def tell(self, call: Call) -> None:
+        """Send a call; :meth:`hear` returns the answer."""
+        self._send(encode(call))
 
     def hear(self, kind: type[R]) -> R:
         """Receive an answer. Raises :class:`PsycheError` if there is none or it is a failure."""
@@ -65,7 +60,7 @@ class PeerHandle:
     def quit(self) -> None:
         """Ask the process to end."""
         with contextlib.suppress(PsycheError):
-            self._send(encode(Quit()))
+            self._send(encode(Call("quit")))
 
     def reap(self, deadline: float) -> None:
         """Wait until ``deadline`` (monotonic) for the process to end, then kill it with its whole session."""
@@ -131,17 +126,17 @@ class PeerGroup:
 
     def _connect(self) -> tuple[str, ...]:
         first, *others = self._all
-        first.tell(Connect(""))
+        first.tell(Call("connect", ("",)))
         connected = [first.hear(Connected)]
         for handle in others:
-            handle.tell(Connect(connected[0].rendezvous))
+            handle.tell(Call("connect", (connected[0].rendezvous,)))
         connected += [handle.hear(Connected) for handle in others]
         return tuple(one.name for one in connected[-len(self.members) :])
 
-    def ask(self, command: Command, kind: type[R]) -> list[R]:
+    def ask(self, call: Call, kind: type[R]) -> list[R]:
         """Ask all processes that exchange at once, and return their answers."""
         for handle in self.members:
-            handle.tell(command)
+            handle.tell(call)
         return [handle.hear(kind) for handle in self.members]
 
     def close(self) -> None:
@@ -183,15 +178,15 @@ class MeasuredExchange:
 
 def measured_exchange(group: PeerGroup) -> MeasuredExchange:
     """Measure one exchange. Raises :class:`PsycheError` if it fails."""
-    ready = group.ask(Prepare(), Ready)
+    ready = group.ask(Call("prepare"), Ready)
     pids = [tree(handle.process.pid) for handle in group.members]
     sockets_before = _sockets(group, pids)
     before = [Usage.of(some) for some in pids]
-    done = group.ask(Exchange(), Done)
+    done = group.ask(Call("exchange"), Done)
     spent = [cpu_seconds(some) for some in pids]
     highest = [peaks(some) for some in pids]
     sockets_after = _sockets(group, pids)
-    verified = group.ask(Verify(group.names), Verified)
+    verified = group.ask(Call("verify", group.names), Verified)
     peers = []
     for number, usage in enumerate(before):
         growth = sum(max(0, peak - usage.resident[pid]) for pid, peak in highest[number].items())

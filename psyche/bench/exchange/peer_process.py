@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
@@ -35,28 +36,11 @@ class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):
     reducers: int = 0
 
 
-class Connect(msgspec.Struct, frozen=True, tag=True):
-    """Start. ``rendezvous`` is what the first process of the system answered; empty for that process."""
+class Call(msgspec.Struct, frozen=True):
+    """A command: the name of a method of the process and its arguments. The reply is what the method returns."""
 
-    rendezvous: str
-
-
-class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Prepare the next exchange, up to the moment when it can begin."""
-
-
-class Exchange(msgspec.Struct, frozen=True, tag=True):
-    """Begin now."""
-
-
-class Verify(msgspec.Struct, frozen=True, tag=True):
-    """Compare the result with the true mean. ``names`` are those of peers 0, 1, …"""
-
-    names: tuple[str, ...]
-
-
-class Quit(msgspec.Struct, frozen=True, tag=True):
-    """Clean up and end."""
+    method: Literal["connect", "prepare", "exchange", "verify", "quit"]
+    arguments: tuple[str, ...] = ()
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True):
@@ -100,11 +84,10 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-Command = Connect | Prepare | Exchange | Verify | Quit
 Reply = Connected | Ready | Done | Verified | Failed
 
 encode = msgspec.json.encode
-decode_command = msgspec.json.Decoder(Command).decode
+decode_call = msgspec.json.Decoder(Call).decode
 decode_reply = msgspec.json.Decoder(Reply).decode
 decode_spec = msgspec.json.Decoder(PeerSpec).decode
 
@@ -121,7 +104,10 @@ class PeerProcess(ABC):
 
     @abstractmethod
     def connect(self, rendezvous: str) -> Connected:
-        """Start, and connect with the others."""
+        """Start, and connect with the others.
+
+        ``rendezvous`` is what the first process of the system answered; empty for that process.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -133,12 +119,12 @@ class AveragingPeer(PeerProcess):
 
     @abstractmethod
     def prepare(self) -> Ready:
-        """Do everything that does not count, and load this peer's vector."""
+        """Load this peer's vector, and do everything else that does not count."""
 
     @abstractmethod
     def exchange(self) -> Done:
-        """Do what is measured."""
+        """Exchange now; this is measured."""
 
     @abstractmethod
-    def verify(self, names: tuple[str, ...]) -> Verified:
-        """Compare the result with the true mean."""
+    def verify(self, *names: str) -> Verified:
+        """Compare the result with the true mean. ``names`` are those of peers 0, 1, …"""

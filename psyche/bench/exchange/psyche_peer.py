@@ -155,7 +155,7 @@ class PsychePeer(PsycheProcess, AveragingPeer):
         }
         return Done(began, times.applied, phases, times.payload_bytes)
 
-    def verify(self, names: tuple[str, ...]) -> Verified:
+    def verify(self, *names: str) -> Verified:
         error, theta = RelativeError(), self._replica.outer.theta
         numbers = [names.index(accepted.node) for accepted in self._record.accepted]
         for block in checked(self.spec.parameters):

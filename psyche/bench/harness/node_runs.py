@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from psyche.bench.harness.launcher import last_line, running
+from psyche.bench.harness.child_processes import last_line, running
 from psyche.bench.harness.paced_engine import PACE
 from psyche.bench.harness.shaped_links import Place
 from psyche.bench.harness.turns import say

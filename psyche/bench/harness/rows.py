@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, Self, TypeVar, get_type_hints
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from psyche.bench.harness.launcher import sigterm_as_ctrl_c
+from psyche.bench.harness.child_processes import sigterm_as_ctrl_c
 from psyche.durable import disk_errors, write_durably
 from psyche.telemetry.formatting import number
 
@@ -50,6 +50,15 @@ class Column:
 
 class Row(msgspec.Struct, frozen=True):
     """One result. Fields are the JSON keys; ``Annotated[type, Column(…)]`` fields and properties are columns."""
+
+    @classmethod
+    def of(cls, *sources: object, **given: object) -> Self:
+        """Make a row. A field that is not ``given`` is read from the first source with an attribute of that name."""
+        for name in cls.__struct_fields__:
+            if name not in given:
+                source = next((source for source in sources if hasattr(source, name)), None)
+                given[name] = getattr(source, name)
+        return cls(**given)
 
 
 R = TypeVar("R", bound=Row)
