@@ -24,7 +24,7 @@ from psyche.diloco.trace import point_steps
 from psyche.numerics.outer import OuterState, outer_step
 from psyche.protocol.assignment import sequences
 from psyche.training.engine import Batch, Engine
-from psyche.training.moments import Moments, muon_parameters, packed
+from psyche.training.optimizer_state import Moments, muon_parameters, pack_state
 from psyche.training.schedules import learning_rate
 
 ONE_STEP, TENTH, HALF = "one step left out", "a tenth left out", "half the steps"
@@ -186,7 +186,7 @@ class Calibration:
         lazy = {ONE_STEP: length - 1, TENTH: length - tenth, HALF: length // 2}
         lrs: list[float] = []
         self._put(segment, START, before)
-        self._path(segment, OPTIMIZER).write_bytes(packed(engine))
+        self._path(segment, OPTIMIZER).write_bytes(pack_state(engine))
         at.copy_(before)
         for done in range(length + 1):
             for fraud in (fraud for fraud, taken in lazy.items() if taken == done):

@@ -17,7 +17,7 @@ from psyche.numerics.backends.base import Backend
 from psyche.protocol.messages import Plan
 from psyche.protocol.verdicts import Finding
 from psyche.training.engine import Batch
-from psyche.training.moments import muon_parameters
+from psyche.training.optimizer_state import muon_parameters
 from psyche.training.torch_engine import TorchEngine
 
 

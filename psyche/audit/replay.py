@@ -36,7 +36,7 @@ from psyche.protocol.assignment import permute
 from psyche.protocol.messages import WITHHELD, Contribution, Plan
 from psyche.protocol.verdicts import MOST, Finding
 from psyche.training.engine import Batch, Engine
-from psyche.training.moments import Moments, packed_bytes
+from psyche.training.optimizer_state import Moments, packed_state_bytes
 from psyche.training.schedules import learning_rate
 from psyche.training.torch_engine import TorchEngine
 
@@ -134,7 +134,7 @@ def needed(engine: Engine, claim: Claim) -> dict[bytes, int]:
     vector = 4 * engine.layout.size
     roots = {claim.theta_root: vector, _end(claim): vector}
     for point in claim.points[:-1]:
-        roots |= {point.parameters: vector, point.optimizer: packed_bytes(engine.layout)}
+        roots |= {point.parameters: vector, point.optimizer: packed_state_bytes(engine.layout)}
     if claim.given.residual_in not in (WITHHELD, blob_root(bytes(vector))):
         roots[claim.given.residual_in] = vector
     return roots
@@ -365,7 +365,7 @@ def _moments(replay_context: ReplayContext, blobs: Blobs, root: bytes) -> Moment
     run, layout = replay_context.run, replay_context.engine.layout
     most = run.total_steps + run.rounds.inner_steps  # the second are those of a newcomer's warming up
     try:
-        return Moments.unpack(blobs(root, packed_bytes(layout)), layout, most)
+        return Moments.unpack(blobs(root, packed_state_bytes(layout)), layout, most)
     except ValueError as error:
         raise Contradiction(str(error)) from None
 

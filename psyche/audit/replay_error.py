@@ -15,12 +15,17 @@ from torch import Tensor, nn
 
 from psyche.config import Inner
 from psyche.numerics.flat import FlatLayout
-from psyche.training.moments import Moments
+from psyche.training.optimizer_state import Moments
 from psyche.training.optimizers import adamw, muon
 
 
 def coasted(
-    layout: FlatLayout, inner: Inner, by_muon: frozenset[str], start: Tensor, moments: Moments, lrs: Sequence[float]
+    layout: FlatLayout,
+    inner: Inner,
+    by_muon: frozenset[str],
+    start: Tensor,
+    moments: Moments,
+    lrs: Sequence[float],
 ) -> Tensor:
     """The flat parameters (``[layout.size]`` fp32, on the CPU) that steps of ``lrs`` without gradients lead to from
     ``start``. ``by_muon`` names the parameters that Muon steps."""

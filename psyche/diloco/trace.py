@@ -32,7 +32,7 @@ class Point(Body, frozen=True):
     parameters: Hash
     """Root of the flat fp32 parameters."""
     optimizer: Hash
-    """Root of the inner optimizer's state (``training/moments.py``)."""
+    """Root of the inner optimizer's state (``training/optimizer_state.py``)."""
 
 
 def trace_root(points: Sequence[Point]) -> bytes:

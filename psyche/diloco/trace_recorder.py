@@ -18,7 +18,7 @@ from psyche.numerics.digest import BlobIndex, blob_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import WITHHELD
 from psyche.training.engine import Engine
-from psyche.training.moments import packed
+from psyche.training.optimizer_state import pack_state
 
 
 class TraceRecorder:
@@ -62,7 +62,7 @@ class TraceRecorder:
         if self._audited(trace) and (not trace.points or trace.points[-1].step < step):
             local = torch.empty(self._engine.layout.size)  # a new one: the last may still be on its way to the disk
             self._engine.read(local)
-            trace.mark(step, local.numpy().data, packed(self._engine))
+            trace.mark(step, local.numpy().data, pack_state(self._engine))
 
     def residual(self, trace: Trace, residual: Tensor | None, parts: Sequence[slice]) -> bytes:
         """Root of the error feedback in what a round exchanges."""

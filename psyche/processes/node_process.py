@@ -38,7 +38,7 @@ from psyche.telemetry import events
 from psyche.telemetry.event_log import LOG_NAME, EventLog, Listener
 from psyche.telemetry.wandb_run import own_run
 from psyche.tools.preflight import check_machine, report_findings, warn_of_connection
-from psyche.training.choice import Choice, choose, make_engine
+from psyche.training.engine_choice import EngineChoice, choose_engine, make_engine
 from psyche.training.models import preload
 from psyche.worker.coordinator_client import PATIENCE_SECONDS
 from psyche.worker.leaving import LeaveRequest
@@ -140,7 +140,7 @@ async def _run_worker(
     warn = warn_in(log)
     hosts, manifest, signed = await _fetch_manifest(invite, directory, network, warn)
     log.emit(run_started(manifest))
-    choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
+    choice = await asyncio.to_thread(choose_engine, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
     log.emit(engine_notice(choice))
     found = await find_store(network, manifest, node, hosts)
     budget = await asyncio.to_thread(check_private, manifest, node, directory)
@@ -185,7 +185,7 @@ def _restore_replica(
     manifest: Manifest,
     store: TokenStore,
     node: Node,
-    choice: Choice,
+    choice: EngineChoice,
     directory: Path,
     identity: Identity,
     log: EventLog,
@@ -226,7 +226,7 @@ def _outer_device(node: Node, device: torch.device) -> torch.device:
     return device
 
 
-def engine_notice(choice: Choice) -> events.Notice:
+def engine_notice(choice: EngineChoice) -> events.Notice:
     """Say which engine was chosen and why; a warning where a setting would improve on it."""
     if choice.mend:
         return events.Notice(level="warning", text=f"{choice.why}; {choice.mend}")

@@ -19,8 +19,8 @@ from psyche.config import Manifest, Node, Run
 from psyche.network.probes import Offset
 from psyche.numerics.codecs.registry import codec
 from psyche.telemetry.formatting import size
-from psyche.training.choice import Choice
-from psyche.training.zero.memory import ROOM, rank_bytes
+from psyche.training.engine_choice import EngineChoice
+from psyche.training.zero.zero_memory import OVERHEAD, rank_bytes
 
 Level = Literal["ok", "warn", "fail"]
 CLOCK_WARN = 1.5
@@ -57,7 +57,7 @@ class Requirements:
     """Disk space for checkpoints, payloads and audit bundles."""
 
 
-def requirements(manifest: Manifest, node: Node, choice: Choice) -> Requirements:
+def requirements(manifest: Manifest, node: Node, choice: EngineChoice) -> Requirements:
     """Estimate the memory of :class:`Replica` and the chosen engine, and the disk space of their files."""
     run, elements = manifest.run, manifest.resolved.flat_size
     encoder = codec(run.codec.name)
@@ -88,7 +88,7 @@ def _audit_bytes(run: Run, elements: int) -> tuple[int, int]:
     return trace_point, AUDIT_BUNDLES * (points * trace_point + 2 * 4 * elements)  # and θ, and the error feedback
 
 
-def _engine_bytes(elements: int, choice: Choice) -> tuple[int, int]:
+def _engine_bytes(elements: int, choice: EngineChoice) -> tuple[int, int]:
     """Return the engine's bytes on each training device, and those in main memory besides."""
     if choice.stage is None:
         return 4 * 4 * elements, 0  # parameters, gradients, AdamW's two moments
@@ -122,7 +122,7 @@ def check_disk(what: str, path: Path, needed: int, key: str) -> Finding:
     fix = f"free {size(needed - free)} there, or set another path with {key}"
     if free < needed:
         return Finding(f"disk: {what}", "fail", text, fix)
-    if free < ROOM * needed:
+    if free < OVERHEAD * needed:
         return Finding(
             f"disk: {what}", "warn", text, f"little space is left: free some, or set another path with {key}"
         )
@@ -134,7 +134,7 @@ def check_memory(name: str, needed: int, free: int, fix: str) -> Finding:
     text = f"{size(free)} free, {size(needed)} needed for this model's tensors"
     if free < needed:
         return Finding(name, "fail", text, fix)
-    if free < ROOM * needed:
+    if free < OVERHEAD * needed:
         return Finding(name, "warn", text, f"activations may not fit: set node.micro_batch to 1, or {fix}")
     return Finding(name, "ok", text)
 

@@ -11,9 +11,9 @@ from psyche.exchange.cost import Cost, Shapes, sharded_from
 from psyche.exchange.rules import fragments_of
 from psyche.numerics.codecs.registry import codec
 from psyche.telemetry.formatting import number, size
-from psyche.training.footprint import activation_bytes
+from psyche.training.memory import activation_bytes
 from psyche.training.models import layout
-from psyche.training.zero.memory import STAGES, rank_bytes
+from psyche.training.zero.zero_memory import STAGES, rank_bytes
 
 SUSTAINED = 66e12
 """Of an RTX 4090: 165 TFLOP/s of dense bf16 (NVIDIA's Ada whitepaper, appendix A), 40 % of it in use."""
@@ -133,8 +133,8 @@ def costs_of(run: Run) -> Costs:
         engine_bytes=4 * flat.size * inner_copies,
         zero_bytes={stage: rank_bytes(flat.size, stage, GPUS, offload=False).device for stage in STAGES},
         outer_bytes=4 * flat.size * outer_copies + payload * members,
-        activation_bytes=activation_bytes(run.model, run.data.sequence_length, twice=False),
-        checkpointed_bytes=activation_bytes(run.model, run.data.sequence_length, twice=True),
+        activation_bytes=activation_bytes(run.model, run.data.sequence_length, recompute=False),
+        checkpointed_bytes=activation_bytes(run.model, run.data.sequence_length, recompute=True),
         payload_bytes=payload,
         payload_ratio=4 * flat.parameters / whole,
         gather=_mean([one.gather(members) for one in shapes]),

@@ -28,8 +28,8 @@ from psyche.rates import bytes_per_second
 from psyche.telemetry.formatting import size
 from psyche.tools.checks import Finding, check_disk, check_rate, check_speed, check_versions
 from psyche.tools.preflight import check_connection, check_machine, port_of
-from psyche.training.choice import Choice, choose, describe_device, make_engine
 from psyche.training.devices import pick_device
+from psyche.training.engine_choice import EngineChoice, choose_engine, describe_device, make_engine
 
 TRAIN_SECONDS = 2.0
 """Duration of the speed measurement, after one warm-up step."""
@@ -97,7 +97,7 @@ async def _visit(
     parameters = manifest.resolved.parameters
     report(Finding("run", "ok", f"{manifest.run.name}, {parameters:,} parameters, codec {manifest.run.codec.name}"))
     try:
-        choice = await asyncio.to_thread(choose, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
+        choice = await asyncio.to_thread(choose_engine, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
     except PsycheError as error:
         report(Finding("engine", "fail", "this node's settings do not fit its devices", str(error)))
         return
@@ -154,7 +154,7 @@ async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, 
     return check_rate(manifest, received, received / (time.monotonic() - began), MEASURED_BYTES)
 
 
-def _measure_speed(manifest: Manifest, node: Node, choice: Choice, scratch: Path) -> Finding:
+def _measure_speed(manifest: Manifest, node: Node, choice: EngineChoice, scratch: Path) -> Finding:
     """Train the run's model on random tokens for TRAIN_SECONDS."""
     run = manifest.run
     if node.threads is not None:

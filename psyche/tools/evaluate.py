@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from psyche.data.store import BadShard
 from psyche.errors import PsycheError
 from psyche.tools.load import Trained
-from psyche.training.labels import IGNORED, labels, predicted
+from psyche.training.engine import IGNORED, predicted_tokens, target_labels
 
 BATCH = 8
 """Sequences per forward pass."""
@@ -93,10 +93,10 @@ def _loss(
 ) -> TextLoss:
     nats, tokens, size, done = 0.0, 0, 0, 0
     for batch in batches:
-        targets = labels(batch, end)
+        targets = target_labels(batch, end)
         ids, wanted = (torch.from_numpy(one).to(trained.device) for one in (batch, targets))
         loss = trained.model(input_ids=ids, labels=wanted, use_cache=False).loss
-        count = predicted(targets)
+        count = predicted_tokens(targets)
         nats, tokens, done = nats + float(loss) * count, tokens + count, done + len(batch)
         texts = [row[row != IGNORED] for row in targets[:, 1:]]
         size += sum(len(text.encode()) for text in trained.tokenizer.batch_decode(texts))

@@ -14,14 +14,14 @@ from psyche.network.address import split_address
 from psyche.network.node import NetworkNode
 from psyche.network.probes import clock_offset, reachable
 from psyche.tools.checks import Finding, check_clock, check_disk, check_memory, check_reach, requirements
-from psyche.training.choice import Choice
+from psyche.training.engine_choice import EngineChoice
 from psyche.training.memory import available_memory
 
 TRIES_SECONDS = (5.0, 15.0, 30.0)
 """Pauses before each attempt: peers that join at the same time take some seconds to answer."""
 
 
-def check_machine(manifest: Manifest, node: Node, choice: Choice, directory: Path, found: Found) -> list[Finding]:
+def check_machine(manifest: Manifest, node: Node, choice: EngineChoice, directory: Path, found: Found) -> list[Finding]:
     """Check disk and memory against what the run needs on this node."""
     needs = requirements(manifest, node, choice)
     kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,3 +50,26 @@ class Engine(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of :meth:`state`. Raises ``ValueError`` where names or shapes differ."""
         ...
+
+
+IGNORED: Final = -100
+"""The label that PyTorch's cross entropy, and so every model of ``transformers``, leaves out of the loss."""
+
+
+def target_labels(batch: Batch, end: int | None) -> Batch:
+    """Labels ``[sequences, length]``: the tokens, with ``IGNORED`` after a sequence's first ``end`` token.
+
+    The ``end`` token itself is predicted, so the model learns where a document ends. With ``end`` None (no padding) the
+    labels are the tokens. Labels are not shifted; the model does that.
+    """
+    if end is None:
+        return batch
+    padding = np.logical_or.accumulate(batch[:, :-1] == end, axis=1)
+    result = batch.copy()
+    result[:, 1:][padding] = IGNORED
+    return result
+
+
+def predicted_tokens(targets: Batch) -> int:
+    """The number of tokens that the mean loss of these labels covers."""
+    return int((targets[:, 1:] != IGNORED).sum())

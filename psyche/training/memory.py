@@ -1,4 +1,4 @@
-"""How much memory there is, and how many sequences of a model fit into it at once."""
+"""How much memory is free, what a model's activations take, and how many sequences fit at once."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-ROOM = 1.5
-"""What a backward pass takes over what it keeps for itself: gradients on their way, and what the allocator wastes. A
-guess: where it is too low on a GPU, the step that does not fit is taken again in smaller pieces."""
-SHARE = 0.8
-"""Of the free memory that a node takes: others live on this machine, too."""
+from psyche import config
+from psyche.training.models import build
+
+OVERHEAD = 1.5
+"""Memory of a backward pass relative to its saved activations: gradients in flight and allocator waste. An estimate:
+where it is too low on a GPU, the step is repeated with smaller micro-batches."""
+MEMORY_SHARE = 0.8
+"""The share of the free memory that a node uses, because other programs run on the machine, too."""
+PROBE = 16
+"""Tokens of the shortest of the three sequences that :func:`activation_bytes` measures."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on ``device``, within what it was limited to there."""
+    """Bytes that this process can still allocate on ``device``, within its own limit."""
     if device.type == "cuda":
         reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         free, total = torch.cuda.mem_get_info(device)
@@ -26,7 +31,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of RAM that programs can still take, within the limit of the container that we may be in."""
+    """Bytes of RAM that programs can still allocate, within the limit of the container, if there is one."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     try:
@@ -37,27 +42,31 @@ def available_memory() -> int:
     return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
 
 
-def most_at_once(each: int, free: int, once: int = 0) -> int:
-    """How many sequences to take at once at most: at least one, whatever is free.
+def max_micro_batch(each: int, free: int, once: int = 0) -> int:
+    """The most sequences per forward pass, at least one.
 
-    Bytes: each keeps ``each``, and all together ``once``, such as weights cast for autocast.
+    In bytes: a sequence saves ``each`` for the backward pass; ``once`` is independent of their number, such as weights
+    cast for autocast.
     """
-    return max(1, int((SHARE * free - ROOM * once) / (ROOM * max(each, 1))))
+    return max(1, int((MEMORY_SHARE * free - OVERHEAD * once) / (OVERHEAD * max(each, 1))))
 
 
-def piece_size(rows: int, most: int) -> int:
-    """Sequences of a piece where ``rows`` are taken in as few as there can be, at ``most`` so many at once."""
-    pieces = -(-rows // most)
-    return -(-rows // pieces)
+def micro_batch_size(rows: int, most: int) -> int:
+    """Split ``rows`` sequences into as few micro-batches of at most ``most`` as possible; returns their size."""
+    micro_batches = -(-rows // most)
+    return -(-rows // micro_batches)
 
 
-def kept_by(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that ``forward`` keeps to go backward, but for the storage of ``parameters``. Consumes no randomness."""
-    kept: dict[int, torch.UntypedStorage] = {}
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that ``forward`` saves for the backward pass, without the storage of ``parameters``.
+
+    Does not advance any random number generator.
+    """
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[_identity(storage)] = storage  # which it keeps alive, so that no two have one identity
+        saved[_identity(storage)] = storage  # keeps the storage alive, so that identities stay unique
         return tensor
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
@@ -67,11 +76,40 @@ def kept_by(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     ):
         forward()
     for parameter in parameters:
-        kept.pop(_identity(parameter.untyped_storage()), None)
-    return sum(storage.nbytes() for storage in kept.values())
+        saved.pop(_identity(parameter.untyped_storage()), None)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def activation_bytes(spec: config.Model, length: int, *, recompute: bool) -> int:
+    """Bytes of bf16 activations that one sequence of ``length`` tokens saves; ``recompute``: with checkpointing.
+
+    Runs the model on the meta device, which allocates nothing. Attention is assumed to be fused: without that, its
+    weights alone grow with the square of the length, and they are not counted. (By shape they cannot be told from other
+    saved tensors that are as wide as the sequence is long.) Within a tenth of what the demo's model saves on a CPU.
+    """
+    model = build(spec, device="meta").to(torch.bfloat16).train()
+    if recompute:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    one, two, three = (_sequence_bytes(model, times * PROBE) for times in (1, 2, 3))
+    squared = (three - 2 * two + one) // 2
+    linear = two - one - 3 * squared
+    return one - linear - squared + linear * length // PROBE
+
+
+def _sequence_bytes(model: nn.Module, length: int) -> int:
+    """Bytes that a sequence of ``length`` tokens saves for the backward pass."""
+    tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+    # without a mask transformers would inspect the values of the positions
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
+
+    def forward() -> Tensor:
+        loss: Tensor = model(input_ids=tokens, attention_mask=mask, labels=tokens, use_cache=False).loss
+        return loss
+
+    return saved_bytes(forward, model.parameters())
 
 
 def _identity(storage: torch.UntypedStorage) -> int:
-    """Of what it holds: on the meta device it has no address."""
+    """A number that identifies a storage; on the meta device storages have no address."""
     identity: int = storage._cdata
     return identity

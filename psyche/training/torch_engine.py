@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from psyche.errors import PsycheError
 from psyche.numerics.flat import FlatLayout
 from psyche.training.devices import limit_memory, memory_limit, pick_device, pick_precision
-from psyche.training.engine import Batch
-from psyche.training.labels import labels, predicted
-from psyche.training.memory import free_memory, kept_by, most_at_once, piece_size
+from psyche.training.engine import Batch, predicted_tokens, target_labels
+from psyche.training.memory import free_memory, max_micro_batch, micro_batch_size, saved_bytes
 from psyche.training.optimizers import Optimizers
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ OUT_OF_MEMORY = "one sequence does not fit into this device's memory: free some 
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicroBatch:
     """Sequences that are taken at once."""
 
     tokens: Tensor
@@ -38,9 +37,9 @@ class Piece:
     predicted: int
     """Tokens that its loss is the mean over."""
 
-    def first(self, rows: int) -> Piece:
+    def first(self, rows: int) -> MicroBatch:
         """So many sequences of it."""
-        return Piece(self.tokens[:rows], self.labels[:rows], self.predicted)
+        return MicroBatch(self.tokens[:rows], self.labels[:rows], self.predicted)
 
 
 class TorchEngine:
@@ -64,7 +63,7 @@ class TorchEngine:
         self.end = end
         self._compiled_rows = 0
         """Sequences of a piece that ``_forward`` is compiled for."""
-        self._at_once = node.micro_batch
+        self._max_rows = node.micro_batch
         """Sequences of a piece, at most; None until it is known how many fit."""
         self._autocast_dtype = pick_precision(node.precision, self.device)
         self._optimizers = Optimizers(self.model, inner)
@@ -75,7 +74,7 @@ class TorchEngine:
         self.steps = 0
 
     def step(self, batch: Batch, lr: float) -> float:
-        self._fit(batch)
+        self._fit_micro_batch(batch)
         loss = None
         while loss is None:
             self._optimizers.zero_grad()
@@ -91,13 +90,13 @@ class TorchEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
-        self._fit(batch)
+        self._fit_micro_batch(batch)
         found = None
         self.model.eval()
         try:
             while found is None:
                 with suppress(torch.OutOfMemoryError):
-                    found = self._judge(batch)
+                    found = self._eval_loss(batch)
                 if found is None and not self.halve_micro_batch(len(batch)):
                     raise PsycheError(OUT_OF_MEMORY)
         finally:
@@ -129,13 +128,13 @@ class TorchEngine:
 
     def rows(self, batch: Batch) -> int:
         """Sequences of ``batch`` that one forward pass takes."""
-        self._fit(batch)
-        return piece_size(len(batch), self._at_once or len(batch))
+        self._fit_micro_batch(batch)
+        return micro_batch_size(len(batch), self._max_rows or len(batch))
 
     def pass_seconds(self, batch: Batch, repeats: int = REPEATS) -> float:
         """Seconds of a forward and backward pass over ``batch`` in one piece: the median of ``repeats``, after one that
         warms up. Changes no parameter."""
-        (piece,) = self._pieces(batch)
+        (piece,) = self._micro_batches(batch)
         forward = self._forward if len(batch) == self._compiled_rows else self.model
         taken = [self._timed(forward, piece) for _ in range(repeats + 1)]
         return median(taken[1:])
@@ -145,12 +144,12 @@ class TorchEngine:
 
         Raises whatever the compiler raises, and then changes nothing.
         """
-        (piece,) = self._pieces(batch)
+        (piece,) = self._micro_batches(batch)
         compiled: Callable[..., Any] = torch.compile(self.model, dynamic=False)
         self._timed(compiled, piece)
         self._forward, self._compiled_rows = compiled, len(batch)
 
-    def _timed(self, forward: Callable[..., Any], piece: Piece) -> float:
+    def _timed(self, forward: Callable[..., Any], piece: MicroBatch) -> float:
         began = perf_counter()
         try:
             self._loss(forward, piece).backward()  # type: ignore[no-untyped-call]
@@ -181,8 +180,8 @@ class TorchEngine:
     def _backward(self, batch: Batch) -> Tensor:
         """Accumulate the gradient of the mean loss. Returns that loss, still on the device."""
         total = torch.zeros((), device=self.device)
-        tokens = predicted(labels(batch, self.end))
-        for piece in self._pieces(batch):
+        tokens = predicted_tokens(target_labels(batch, self.end))
+        for piece in self._micro_batches(batch):
             compiled = len(piece.tokens) == self._compiled_rows
             forward = self._forward if compiled else self.model  # another shape would be compiled anew
             loss = self._loss(forward, piece) * (piece.predicted / tokens)
@@ -190,15 +189,15 @@ class TorchEngine:
             total += loss.detach()
         return total
 
-    def _judge(self, batch: Batch) -> tuple[float, int]:
+    def _eval_loss(self, batch: Batch) -> tuple[float, int]:
         """Sum of the loss over the predicted tokens, and their number."""
         total, tokens = 0.0, 0
-        for piece in self._pieces(batch):
+        for piece in self._micro_batches(batch):
             total += float(self._loss(self.model, piece)) * piece.predicted
             tokens += piece.predicted
         return total, tokens
 
-    def _loss(self, forward: Callable[..., Any], piece: Piece) -> Tensor:
+    def _loss(self, forward: Callable[..., Any], piece: MicroBatch) -> Tensor:
         autocast: AbstractContextManager[Any] = nullcontext()
         if self._autocast_dtype is not None:
             autocast = torch.autocast(self.device.type, dtype=self._autocast_dtype)
@@ -206,14 +205,14 @@ class TorchEngine:
             loss: Tensor = forward(input_ids=piece.tokens, labels=piece.labels, use_cache=False).loss
         return loss
 
-    def _pieces(self, batch: Batch) -> Iterator[Piece]:
+    def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """``batch`` as it is taken, piece by piece on the device."""
-        size = piece_size(len(batch), self._at_once or len(batch))
+        size = micro_batch_size(len(batch), self._max_rows or len(batch))
         for at in range(0, len(batch), size):
             rows = batch[at : at + size]
-            targets = labels(rows, self.end)
+            targets = target_labels(rows, self.end)
             tokens = self._moved(rows)
-            yield Piece(tokens, tokens if targets is rows else self._moved(targets), predicted(targets))
+            yield MicroBatch(tokens, tokens if targets is rows else self._moved(targets), predicted_tokens(targets))
 
     def _moved(self, rows: Batch) -> Tensor:
         tokens = torch.from_numpy(rows)
@@ -223,24 +222,24 @@ class TorchEngine:
 
     # --------------------------------------------------------------------------------------- memory
 
-    def _fit(self, batch: Batch) -> None:
+    def _fit_micro_batch(self, batch: Batch) -> None:
         """Find how many sequences to take at once, by the first one that there is: batches need not be of one size."""
-        if self._at_once is not None:
+        if self._max_rows is not None:
             return
 
         def kept(rows: int) -> int:
-            (piece,) = self._pieces(batch[:1].repeat(rows, axis=0))
-            return kept_by(lambda: self._loss(self.model, piece), [self._flat])
+            (piece,) = self._micro_batches(batch[:1].repeat(rows, axis=0))
+            return saved_bytes(lambda: self._loss(self.model, piece), [self._flat])
 
         try:
             with torch.enable_grad():
                 one, two = kept(1), kept(2)
         except torch.OutOfMemoryError:
-            self._at_once = 1
+            self._max_rows = 1
             return
         gradients = sum(p.numel() * p.element_size() for p in self._parameters if p.grad is None)
         free = free_memory(self.device) - gradients - self._optimizers.unallocated_bytes
-        self._at_once = most_at_once(two - one, free, once=2 * one - two)
+        self._max_rows = max_micro_batch(two - one, free, once=2 * one - two)
 
     def halve_micro_batch(self, rows: int) -> bool:
         """After a pass over a batch of so many sequences that did not fit: smaller pieces. False where they are of one
@@ -248,10 +247,10 @@ class TorchEngine:
         self._optimizers.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        size = piece_size(rows, self._at_once or rows)
+        size = micro_batch_size(rows, self._max_rows or rows)
         if size == 1:
             return False
-        self._at_once = size // 2
+        self._max_rows = size // 2
         self._forward, self._compiled_rows = self.model, 0
         return True
 

@@ -17,7 +17,7 @@ from psyche.diloco.replica import Replica
 from psyche.protocol.messages import Plan, RunStatus
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
-from psyche.training.compiling import compile_if_it_pays
+from psyche.training.compile_trial import compile_if_it_pays
 from psyche.worker.early_stop import EarlyStop
 from psyche.worker.leaving import GracefulLeave
 from psyche.worker.meter import Meter

@@ -44,7 +44,7 @@ from psyche.protocol.state import Phase, Rules
 from psyche.protocol.wire import decode
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
-from psyche.training.choice import describe_device
+from psyche.training.engine_choice import describe_device
 from psyche.worker.apply_round import Advance
 from psyche.worker.catchup import CatchUp, behind
 from psyche.worker.certification import Certification, Moved

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche.data.packing import pack, pad
-from psyche.training.labels import IGNORED, labels
+from psyche.training.engine import IGNORED, target_labels
 
 EOS = 0
 documents = st.lists(st.lists(st.integers(1, 99), max_size=40).map(lambda ids: [*ids, EOS]), max_size=12)
@@ -36,7 +36,7 @@ def test_padding_learns_every_token_once_and_no_padding(texts: list[list[int]], 
     for text in texts:
         rows = pad(array(text), width)
         assert rows.shape == (-(-(len(text) - 1) // width), width)
-        learned = labels(rows.astype(np.int64), EOS)
+        learned = target_labels(rows.astype(np.int64), EOS)
         assert (learned[:, 1:] != IGNORED).any(axis=1).all()  # no row's mean is of nothing
         kept = learned[learned != IGNORED].tolist()
         assert kept in (text, text[:-1])  # the end alone would be a row that teaches nothing
@@ -48,7 +48,7 @@ def test_labels_are_those_of_documents_alone(texts: list[list[int]], width: int)
     """A padded row's labels, by the definition: everything up to the first end token."""
     for row in pad(array(texts[0]), width).astype(np.int64):
         stop = row.tolist().index(EOS) + 1 if EOS in row else width
-        assert labels(row[None], EOS)[0].tolist() == [*row[:stop].tolist(), *[IGNORED] * (width - stop)]
+        assert target_labels(row[None], EOS)[0].tolist() == [*row[:stop].tolist(), *[IGNORED] * (width - stop)]
 
 
 def test_a_padded_sequence_has_the_loss_of_the_document_alone() -> None:
@@ -63,5 +63,5 @@ def test_a_padded_sequence_has_the_loss_of_the_document_alone() -> None:
     alone = torch.tensor([document])
     padded = pad(array(document), 12).astype(np.int64)
     expected = model(input_ids=alone, labels=alone).loss.item()
-    found = model(input_ids=torch.from_numpy(padded), labels=torch.from_numpy(labels(padded, EOS))).loss.item()
+    found = model(input_ids=torch.from_numpy(padded), labels=torch.from_numpy(target_labels(padded, EOS))).loss.item()
     assert found == pytest.approx(expected, rel=1e-6)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from psyche.bench.harness.paced_engine import PacedEngine
 from psyche.processes import availability
-from psyche.training import choice
+from psyche.training import engine_choice
 
 IN_USE = "PSYCHE_TEST_IN_USE"
 """Environment variable: path of that file."""
@@ -25,7 +25,7 @@ def main() -> None:
 
     availability.Availability = BusyWhileFileExists  # type: ignore[misc]
     availability.CHECK_SECONDS = 0.2
-    choice.TorchEngine = PacedEngine  # type: ignore[attr-defined]
+    engine_choice.TorchEngine = PacedEngine  # type: ignore[attr-defined]
     sys.argv[0:1] = ["psyche", "join", "--idle-only"]
     main()
 

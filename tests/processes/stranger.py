@@ -8,15 +8,15 @@ import torch
 
 from psyche import config
 from psyche.cli import main
-from psyche.training import choice
+from psyche.training import engine_choice
 
-build = choice.build
+build = engine_choice.build
 
 
 def build_otherwise(spec: config.Model, *, seed: int) -> torch.nn.Module:
     return build(spec, seed=seed + 1)
 
 
-choice.build = build_otherwise  # type: ignore[assignment]
+engine_choice.build = build_otherwise  # type: ignore[assignment]
 sys.argv[0:1] = ["psyche", "join"]
 main()

@@ -32,7 +32,7 @@ from psyche.tools.checks import (
     requirements,
 )
 from psyche.tools.preflight import check_connection, check_machine, port_of, report_findings
-from psyche.training.choice import Choice, choose
+from psyche.training.engine_choice import EngineChoice, choose_engine
 from psyche.training.memory import available_memory
 from tests.processes.swarm import swarm
 from tests.processes.test_bad_input import psyche
@@ -95,14 +95,14 @@ class TestChecks:
     def test_needs_go_with_the_model_and_where_it_lies(self, launched: tuple[Manifest, Node]) -> None:
         manifest, node = launched
         elements = manifest.resolved.flat_size
-        gpu = Choice(("cuda:0",), None, False, "")
-        on_cpu = requirements(manifest, node, Choice(("cpu",), None, False, ""))
+        gpu = EngineChoice(("cuda:0",), None, False, "")
+        on_cpu = requirements(manifest, node, EngineChoice(("cpu",), None, False, ""))
         on_gpu = requirements(manifest, node, gpu)
         all_on_gpu = requirements(manifest, node.model_copy(update={"outer_state": "gpu"}), gpu)
         assert (on_cpu.device, on_gpu.device) == (0, 16 * elements)
         assert on_cpu.host == on_gpu.host + on_gpu.device
         assert all_on_gpu.device == 32 * elements
-        four = requirements(manifest, node, Choice(tuple(f"cuda:{n}" for n in range(4)), 3, False, ""))
+        four = requirements(manifest, node, EngineChoice(tuple(f"cuda:{n}" for n in range(4)), 3, False, ""))
         assert 16 * elements // 4 < four.device < on_gpu.device
         assert four.host > on_gpu.host + 4 * RANK_BYTES
         assert on_cpu.directory >= 20 * elements * node.checkpoints_kept
@@ -110,7 +110,7 @@ class TestChecks:
     def test_this_machine_is_measured(self, launched: tuple[Manifest, Node], tmp_path: Path) -> None:
         manifest, node = launched
         found = Found(local_store(manifest, node.cache), None, 1 << 60)
-        choice = choose(node, manifest.resolved.flat_size, "adamw")
+        choice = choose_engine(node, manifest.resolved.flat_size, "adamw")
         findings = {one.check: one.level for one in check_machine(manifest, node, choice, tmp_path, found)}
         assert findings["disk: training data"] == "fail"
         assert available_memory() > 0

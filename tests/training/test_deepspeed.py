@@ -16,11 +16,11 @@ from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.training.engine import Engine
 from psyche.training.models import build
-from psyche.training.moments import Moments, packed
+from psyche.training.optimizer_state import Moments, pack_state
 from psyche.training.torch_engine import TorchEngine
-from psyche.training.zero.engine import DeepSpeedEngine
-from psyche.training.zero.memory import Stage
-from psyche.training.zero.wire import Done, Fit, Order
+from psyche.training.zero.deepspeed_engine import DeepSpeedEngine
+from psyche.training.zero.rank_messages import Fit, Order, OrderDone
+from psyche.training.zero.zero_memory import Stage
 from tests.processes.swarm import PATIENCE, alive
 from tests.training.tiny_models import SETTINGS, Sequences, parameters
 
@@ -160,11 +160,11 @@ def test_a_state_goes_from_one_engine_to_the_other_and_back(engine: DeepSpeedEng
 def test_its_optimizer_is_packed_like_one_engines(engine: DeepSpeedEngine) -> None:
     """So that a node of many GPUs can be audited by one of one."""
     train(engine, 0, 2)
-    data = bytes(packed(engine))
+    data = bytes(pack_state(engine))
     other = alone()
     other.write(parameters(engine))
     other.load_state(Moments.unpack(data, other.layout).state(other.layout, frozenset()))
-    assert bytes(packed(other)) == data
+    assert bytes(pack_state(other)) == data
     assert train(engine, 2, 4) == pytest.approx(train(other, 2, 4), rel=1e-4)
 
 
@@ -195,17 +195,17 @@ def test_as_many_are_taken_at_once_as_fit_into_each_ranks_memory(
     assert engine._micro_batch > 64, "there are gigabytes for kilobytes"
     ask = engine.ranks.ask
 
-    def narrow(orders: Sequence[Order]) -> list[Done]:
+    def narrow(orders: Sequence[Order]) -> list[OrderDone]:
         answers = ask(orders)
         if isinstance(orders[0], Fit):
             assert all(answer.sequences > 64 for answer in answers)
-            return [Done(sequences=3), Done(sequences=2)]
+            return [OrderDone(sequences=3), OrderDone(sequences=2)]
         return answers
 
     monkeypatch.setattr(engine.ranks, "ask", narrow)
     engine._micro_batch = None
     engine.evaluate(SPLIT.batch(range(1)))
-    assert [rows.pieces for rows in engine._dealt(SPLIT.batch(range(8)))] == [(2, 2), (2, 2)]
+    assert [rows.pieces for rows in engine._rank_rows(SPLIT.batch(range(8)))] == [(2, 2), (2, 2)]
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_a_rank_that_is_killed_ends_the_engine_with_its_name(tmp_path: Path) -> 
     pids = engine.ranks.pids
     os.kill(pids[1], signal.SIGKILL)
     for _ in range(2):  # once it is gone it stays gone
-        with pytest.raises(PsycheError, match=r"rank 1 of this node's 2 was killed \(SIGKILL\).*join again"):
+        with pytest.raises(PsycheError, match=r"rank 1 of 2 was killed \(SIGKILL\).*join again"):
             train(engine)
     assert not any(map(alive, pids))
 
@@ -256,7 +256,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_no_skipped_step(tmp_path:
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_start_says_why_and_where_more_is(tmp_path: Path) -> None:
-    with pytest.raises(PsycheError, match=r"rank \d of this node's 2 failed: .*rank-\d\.log"):
+    with pytest.raises(PsycheError, match=r"rank \d of 2 failed: .*rank-\d\.log"):
         ranks(tmp_path, 1, devices=("cuda:98", "cuda:99"))
     assert "Traceback" in (tmp_path / "ranks" / "rank-0.log").read_text()
 

@@ -13,10 +13,17 @@ from psyche.config import Inner, Node
 from psyche.errors import PsycheError
 from psyche.training import torch_engine
 from psyche.training.engine import Batch
-from psyche.training.footprint import activation_bytes
-from psyche.training.memory import ROOM, SHARE, free_memory, kept_by, most_at_once, piece_size
+from psyche.training.memory import (
+    MEMORY_SHARE,
+    OVERHEAD,
+    activation_bytes,
+    free_memory,
+    max_micro_batch,
+    micro_batch_size,
+    saved_bytes,
+)
 from psyche.training.models import build
-from psyche.training.torch_engine import Piece, TorchEngine
+from psyche.training.torch_engine import MicroBatch, TorchEngine
 from tests.training.tiny_models import SETTINGS, Sequences, parameters, tiny
 
 torch.set_num_threads(1)
@@ -30,7 +37,7 @@ def engine(**node: object) -> TorchEngine:
 
 def loss_of(one: TorchEngine, rows: int) -> torch.Tensor:
     """Of a forward pass over so many sequences."""
-    (piece,) = one._pieces(BATCH[:rows])
+    (piece,) = one._micro_batches(BATCH[:rows])
     return one._loss(one.model, piece)
 
 
@@ -39,7 +46,7 @@ class Narrow(TorchEngine):
 
     room = 3
 
-    def _loss(self, forward: object, piece: Piece) -> torch.Tensor:
+    def _loss(self, forward: object, piece: MicroBatch) -> torch.Tensor:
         self.tried = [*getattr(self, "tried", []), len(piece.tokens)]
         if len(piece.tokens) > self.room * (1 + self.checkpoints):
             raise torch.OutOfMemoryError("this many do not fit")
@@ -48,7 +55,7 @@ class Narrow(TorchEngine):
 
 @given(rows=st.integers(1, 500), most=st.integers(1, 600))
 def test_pieces_are_equal_as_few_as_fit_and_never_empty(rows: int, most: int) -> None:
-    found = piece_size(rows, most)
+    found = micro_batch_size(rows, most)
     assert 1 <= found <= min(rows, most)
     pieces = -(-rows // found)
     assert pieces == -(-rows // most)
@@ -57,15 +64,15 @@ def test_pieces_are_equal_as_few_as_fit_and_never_empty(rows: int, most: int) ->
 
 @given(each=st.integers(1, 1 << 40), once=st.integers(0, 1 << 40), free=st.integers(-1, 1 << 44))
 def test_as_many_are_taken_at_once_as_fit_beside_what_all_of_them_keep(each: int, once: int, free: int) -> None:
-    found = most_at_once(each, free, once)
+    found = max_micro_batch(each, free, once)
     assert found >= 1
-    assert found == 1 or (once + found * each) * ROOM <= SHARE * free
-    assert (once + (found + 2) * each) * ROOM > SHARE * free
+    assert found == 1 or (once + found * each) * OVERHEAD <= MEMORY_SHARE * free
+    assert (once + (found + 2) * each) * OVERHEAD > MEMORY_SHARE * free
 
 
 def test_what_a_forward_pass_keeps_grows_with_its_sequences_and_leaves_parameters_out() -> None:
     one = engine()
-    kept = [kept_by(lambda n=n: loss_of(one, n), [one._flat]) for n in (1, 2, 4)]
+    kept = [saved_bytes(lambda n=n: loss_of(one, n), [one._flat]) for n in (1, 2, 4)]
     assert kept[0] > 0
     # What does not grow (masks, rotary tables) is little.
     assert kept[1] == pytest.approx(2 * kept[0], rel=0.2)
@@ -78,7 +85,7 @@ def test_measuring_disturbs_neither_parameters_nor_random_numbers() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    kept_by(lambda: loss_of(one, 1) + torch.rand(1).sum(), [one._flat])
+    saved_bytes(lambda: loss_of(one, 1) + torch.rand(1).sum(), [one._flat])
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(parameters(one), before)
     assert all(p.grad is None for p in one.model.parameters())
@@ -93,14 +100,14 @@ def test_the_whole_batch_is_taken_at_once_where_it_fits() -> None:
 
 def sizes(one: TorchEngine, batch: Batch) -> list[int]:
     """Of the pieces that a batch is taken in."""
-    return [len(piece.tokens) for piece in one._pieces(batch)]
+    return [len(piece.tokens) for piece in one._micro_batches(batch)]
 
 
 def room_for(one: TorchEngine, sequences: float) -> int:
     """Bytes free where so many fit at once."""
-    kept = [kept_by(lambda n=n: loss_of(one, n), [one._flat]) for n in (1, 2)]  # type: ignore[misc]
+    kept = [saved_bytes(lambda n=n: loss_of(one, n), [one._flat]) for n in (1, 2)]  # type: ignore[misc]
     each, to_come = kept[1] - kept[0], sum(p.nbytes for p in one.model.parameters()) * 3
-    return int(to_come + (kept[0] + (sequences - 1) * each) * ROOM / SHARE)
+    return int(to_come + (kept[0] + (sequences - 1) * each) * OVERHEAD / MEMORY_SHARE)
 
 
 def test_little_memory_means_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +191,7 @@ def test_where_nothing_fits_the_mend_is_named() -> None:
 def test_checkpointed_activations_give_the_same_gradients() -> None:
     one, plain = engine(activation_checkpointing=True, micro_batch=8), engine(micro_batch=8)
     # One layer's activations at a time are less than all of them.
-    assert kept_by(lambda: loss_of(one, 8), [one._flat]) < 0.8 * kept_by(lambda: loss_of(plain, 8), plain._flat)
+    assert saved_bytes(lambda: loss_of(one, 8), [one._flat]) < 0.8 * saved_bytes(lambda: loss_of(plain, 8), plain._flat)
     losses = [[e.step(BATCH, 1e-2) for _ in range(3)] for e in (one, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -212,19 +219,19 @@ def test_free_memory_is_some() -> None:
 def test_activations_are_known_without_allocating_them() -> None:
     """Within a fifth of what a model of this size keeps on the CPU, in bf16."""
     spec = config.Model(settings=SETTINGS | {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4})
-    found = activation_bytes(spec, 32, twice=False)
+    found = activation_bytes(spec, 32, recompute=False)
     model = build(spec).to(torch.bfloat16).train()
     tokens = torch.zeros(1, 32, dtype=torch.long)
-    kept = kept_by(lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss, model.parameters())
+    kept = saved_bytes(lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss, model.parameters())
     assert found == pytest.approx(kept, rel=0.2)
-    assert activation_bytes(spec, 32, twice=True) < 0.6 * found
+    assert activation_bytes(spec, 32, recompute=True) < 0.6 * found
 
 
 def test_activations_of_a_model_as_wide_as_its_sequences_are_long_count_like_any_other() -> None:
     """Of hidden states, heads and MLP each has its turn to be of the shape of attention's weights."""
     spec = config.Model(settings=SETTINGS | {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2})
     for twice in (False, True):
-        found = {length: activation_bytes(spec, length, twice=twice) for length in (63, 64, 65, 127, 128, 129, 384)}
+        found = {length: activation_bytes(spec, length, recompute=twice) for length in (63, 64, 65, 127, 128, 129, 384)}
         for length in (64, 128):
             assert 2 * found[length] == pytest.approx(found[length - 1] + found[length + 1], abs=2)
         assert found[384] == pytest.approx(3 * found[128], rel=0.01)

@@ -12,7 +12,7 @@ import runpy
 import sys
 import time
 
-from psyche.training import choice
+from psyche.training import engine_choice
 from psyche.training.engine import Batch
 from psyche.training.torch_engine import TorchEngine
 
@@ -32,7 +32,7 @@ class PacedEngine(TorchEngine):
 
 def main() -> None:
     """Run ``psyche join`` with this process's arguments, training with :class:`PacedEngine`."""
-    choice.TorchEngine = PacedEngine  # type: ignore[attr-defined]  # it imports the name
+    engine_choice.TorchEngine = PacedEngine  # type: ignore[attr-defined]  # it imports the name
     sys.argv = ["psyche", "join", *sys.argv[1:]]
     runpy.run_module("psyche", run_name="__main__")
 

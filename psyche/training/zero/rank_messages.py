@@ -1,6 +1,6 @@
 """What the leading process and its ranks say to each other: msgpack over a socket pair. Tensors go another way.
 
-Every rank answers every order with :class:`Done` or :class:`Failed`.
+Every rank answers every order with :class:`OrderDone` or :class:`OrderFailed`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ Kind = Literal["theta", "exp_avg", "exp_avg_sq"]
 """What the shared flat vector holds: the parameters, or one of AdamW's two moments of them."""
 
 
-class Message(msgspec.Struct, frozen=True, tag=True):
+class RankMessage(msgspec.Struct, frozen=True, tag=True):
     """Anything that is said."""
 
 
-class Start(Message, frozen=True):
+class Start(RankMessage, frozen=True):
     """What a rank builds, and where. Model and inner are JSON, as the configuration writes them."""
 
     model: str
@@ -44,7 +44,7 @@ class Rows(msgspec.Struct, frozen=True):
     """Sequences of each forward pass: the same number of passes on every rank, a pass of none among them."""
 
 
-class Step(Message, frozen=True):
+class Step(RankMessage, frozen=True):
     """One inner step."""
 
     rows: Rows
@@ -53,51 +53,51 @@ class Step(Message, frozen=True):
     lr: float
 
 
-class Evaluate(Message, frozen=True):
+class Evaluate(RankMessage, frozen=True):
     """The loss of the parameters as they are."""
 
     rows: Rows
 
 
-class Fit(Message, frozen=True):
+class Fit(RankMessage, frozen=True):
     """Say how many sequences of so many tokens fit into this rank's memory at once."""
 
     length: int
 
 
-class Read(Message, frozen=True):
+class Read(RankMessage, frozen=True):
     """Copy what this rank holds of it into the shared vector."""
 
     kind: Kind
 
 
-class Write(Message, frozen=True):
+class Write(RankMessage, frozen=True):
     """Take what this rank holds of the ranges ``parts`` (start, stop) from the shared vector."""
 
     kind: Kind
     parts: tuple[tuple[int, int], ...]
 
 
-class Shift(Message, frozen=True):
+class Shift(RankMessage, frozen=True):
     """Add the shared vector to the parameters in the ranges ``parts``."""
 
     parts: tuple[tuple[int, int], ...]
 
 
-class Resume(Message, frozen=True):
+class Resume(RankMessage, frozen=True):
     """The optimizer stands after so many steps; after none it has no state."""
 
     steps: int
 
 
-class Stop(Message, frozen=True):
+class Stop(RankMessage, frozen=True):
     """End this process. Not answered."""
 
 
 Order = Start | Step | Evaluate | Fit | Read | Write | Shift | Resume | Stop
 
 
-class Done(Message, frozen=True):
+class OrderDone(RankMessage, frozen=True):
     """The order is carried out. For a batch: this rank's share of the loss, and of the predicted tokens."""
 
     loss: float = 0.0
@@ -106,14 +106,14 @@ class Done(Message, frozen=True):
     """That fit at once; the answer to :class:`Fit`."""
 
 
-class Failed(Message, frozen=True):
+class OrderFailed(RankMessage, frozen=True):
     """The order is not carried out, and this rank is of no more use."""
 
     text: str
     out_of_memory: bool = False
 
 
-Answer = Done | Failed
+Answer = OrderDone | OrderFailed
 
 encode = msgspec.msgpack.encode
 decode_order = msgspec.msgpack.Decoder(Order).decode

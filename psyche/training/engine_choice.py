@@ -15,14 +15,14 @@ from psyche.training.engine import Engine
 from psyche.training.memory import available_memory
 from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
-from psyche.training.zero.engine import DeepSpeedEngine
-from psyche.training.zero.memory import Stage, least_stage
+from psyche.training.zero.deepspeed_engine import DeepSpeedEngine
+from psyche.training.zero.zero_memory import Stage, least_stage
 
 INSTALL = "pip install 'psyche[deepspeed]'"
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """What there is to choose from."""
 
     deepspeed: bool
@@ -34,7 +34,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """An engine, and one sentence that says why; ``mend`` is empty where nothing is lost by it."""
 
     devices: tuple[str, ...]
@@ -53,13 +53,13 @@ class Choice:
         return torch.device(self.devices[0])
 
 
-def choose(node: Node, elements: int, optimizer: InnerOptimizer) -> Choice:
+def choose_engine(node: Node, elements: int, optimizer: InnerOptimizer) -> EngineChoice:
     """The engine for a model of ``elements`` parameters on this machine. Raises :class:`PsycheError`."""
-    there = Machine(find_spec("deepspeed") is not None, available_memory(), gpu_memory(_gpus()))
-    return decide(node, elements, there, optimizer)
+    there = Hardware(find_spec("deepspeed") is not None, available_memory(), gpu_memory(_gpus()))
+    return decide_engine(node, elements, there, optimizer)
 
 
-def decide(node: Node, elements: int, machine: Machine, optimizer: InnerOptimizer = "adamw") -> Choice:
+def decide_engine(node: Node, elements: int, machine: Hardware, optimizer: InnerOptimizer = "adamw") -> EngineChoice:
     """The same for a machine that somebody has looked at."""
     devices, asked = _devices(node, len(machine.gpus))
     on_cpu = devices[0] == "cpu"
@@ -68,7 +68,7 @@ def decide(node: Node, elements: int, machine: Machine, optimizer: InnerOptimize
         free = min(free, limit)
     if node.deepspeed is None and len(devices) == 1:
         why = f"TorchEngine on {devices[0]}: there is one device to train on"
-        return Choice(devices, None, False, why, free=free)
+        return EngineChoice(devices, None, False, why, free=free)
     if optimizer != "adamw":
         reason = "it looks at whole matrices, and ZeRO cuts them up"
         if asked:
@@ -76,13 +76,13 @@ def decide(node: Node, elements: int, machine: Machine, optimizer: InnerOptimize
             raise PsycheError(f"run.inner.optimizer is {optimizer}: {reason}; {mend}")
         why = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs, with {optimizer}: {reason}"
         mend = f"a node for each of the others (--device {devices[1]}, another --directory) uses them, too"
-        return Choice(devices[:1], None, False, why, mend, free)
+        return EngineChoice(devices[:1], None, False, why, mend, free)
     if not machine.deepspeed:
         mend = f"install DeepSpeed: {INSTALL}"
         if asked:
             raise PsycheError(f"training on {_counted(devices)} needs DeepSpeed, which is not installed; {mend}")
         why = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs: the others idle without DeepSpeed"
-        return Choice(devices[:1], None, False, why, mend, free)
+        return EngineChoice(devices[:1], None, False, why, mend, free)
     offload = node.deepspeed is not None and node.deepspeed.offload == "cpu"
     stage = None if node.deepspeed is None else node.deepspeed.stage
     because = "as node.deepspeed.stage says"
@@ -91,13 +91,13 @@ def decide(node: Node, elements: int, machine: Machine, optimizer: InnerOptimize
         because = "which needs the least memory" if stage == 3 else "the lowest whose tensors fit into what is free"
     why = f"DeepSpeedEngine on {_counted(devices)}, ZeRO {stage}, {because}"
     why += "; the optimizer is on the CPU" if offload else ""
-    return Choice(devices, stage, offload, why, free=free)
+    return EngineChoice(devices, stage, offload, why, free=free)
 
 
 def make_engine(
     run: Run,
     node: Node,
-    choice: Choice,
+    choice: EngineChoice,
     directory: Path,
     *,
     end: int | None = None,

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from psyche import config
 from psyche.config import Inner
-from psyche.training.engine import Batch
-from psyche.training.labels import labels, predicted
+from psyche.training.engine import Batch, predicted_tokens, target_labels
 from psyche.training.models import build, layout
-from psyche.training.zero.ranks import Ranks
-from psyche.training.zero.shared import SharedVector
-from psyche.training.zero.wire import Evaluate, Fit, Kind, Order, Read, Resume, Rows, Shift, Start, Step, Write
+from psyche.training.zero.rank_messages import Evaluate, Fit, Kind, Order, Read, Resume, Rows, Shift, Start, Step, Write
+from psyche.training.zero.rank_processes import RankProcesses
+from psyche.training.zero.shared_vector import SharedVector
 
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
@@ -56,7 +55,7 @@ class DeepSpeedEngine:
         self._micro_batch = micro_batch
         self._end = end
         with closing(SharedVector.create(self.layout.size)) as shared:
-            self.ranks = Ranks(devices, shared.descriptor, self.layout.size, directory)
+            self.ranks = RankProcesses(devices, shared.descriptor, self.layout.size, directory)
         self._flat = shared.tensor
         start = Start(
             spec.model_dump_json(),
@@ -75,14 +74,14 @@ class DeepSpeedEngine:
         self._all(Write("theta", ((0, self.layout.size),)))
 
     def step(self, batch: Batch, lr: float) -> float:
-        rows = self._dealt(batch)
-        tokens = predicted(labels(batch, self._end))
+        rows = self._rank_rows(batch)
+        tokens = predicted_tokens(target_labels(batch, self._end))
         answers = self.ranks.ask([Step(one, tokens, lr) for one in rows])
         self.steps += 1
         return sum(answer.loss for answer in answers)
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
-        answers = self.ranks.ask([Evaluate(one) for one in self._dealt(batch)])
+        answers = self.ranks.ask([Evaluate(one) for one in self._rank_rows(batch)])
         return sum(answer.loss for answer in answers), sum(answer.tokens for answer in answers)
 
     def read(self, flat: Tensor) -> None:
@@ -143,7 +142,7 @@ class DeepSpeedEngine:
             self._flat[part].copy_(flat[part])
         return tuple((part.start, part.stop) for part in whole)
 
-    def _dealt(self, batch: Batch) -> list[Rows]:
+    def _rank_rows(self, batch: Batch) -> list[Rows]:
         """Each rank's sequences, as evenly as they go: all make as many forward passes, some of fewer sequences."""
         ranks = len(self.ranks.pids)
         share = -(-len(batch) // ranks)

@@ -1,6 +1,6 @@
-"""One rank: ``python -m psyche.training.zero.rank``, started by :class:`psyche.training.zero.ranks.Ranks` only.
+"""The process of one rank: ``python -m psyche.training.zero.rank_main``, started only by :class:`RankProcesses`.
 
-What this process must not outlive is watched from its first moment on, by a thread that takes the orders, too.
+A thread that receives the orders also watches the parent process from the start, because a rank must not outlive it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from psyche.training.zero.wire import (
-    Done,
+from psyche.training.zero.rank_messages import (
     Evaluate,
-    Failed,
     Fit,
     Order,
+    OrderDone,
+    OrderFailed,
     Read,
     Resume,
     Shift,
@@ -31,10 +31,10 @@ from psyche.training.zero.wire import (
 )
 
 if TYPE_CHECKING:
-    from psyche.training.zero.trainer import Trainer
+    from psyche.training.zero.rank_trainer import Trainer
 
-LOOK_SECONDS = 1.0
-"""Between looks at whether the parent is there. Its end of the socket closes with it, unless a fork holds that, too."""
+PARENT_CHECK_SECONDS = 1.0
+"""Interval of checks that the parent exists. Its socket closes with it, unless a forked process holds a copy."""
 
 
 def main() -> None:
@@ -43,13 +43,13 @@ def main() -> None:
     Thread(target=_listen, args=(connection, orders, parent), daemon=True).start()
     trainer = None
     while True:
-        order, answer = orders.get(), Done()
+        order, answer = orders.get(), OrderDone()
         try:
             if isinstance(order, Start):
                 trainer = _trainer(order, shared, size, store)
             else:
                 assert trainer is not None
-                answer = _carry_out(order, trainer)
+                answer = _execute(order, trainer)
         except Exception as error:
             traceback.print_exc()
             connection.send_bytes(encode(_failed(error)))
@@ -58,10 +58,10 @@ def main() -> None:
 
 
 def _listen(connection: Connection, orders: SimpleQueue[Order], parent: int) -> None:
-    """Take orders until there is nobody to give them. Ends the process, whatever its other thread is in."""
+    """Receive orders until the parent is gone, then exit the process, whatever its main thread is doing."""
     while True:
         try:
-            if connection.poll(LOOK_SECONDS):
+            if connection.poll(PARENT_CHECK_SECONDS):
                 order = decode_order(connection.recv_bytes())
                 if isinstance(order, Stop):
                     os._exit(0)
@@ -73,20 +73,20 @@ def _listen(connection: Connection, orders: SimpleQueue[Order], parent: int) -> 
 
 
 def _trainer(order: Start, shared: int, size: int, store: int) -> Trainer:
-    from psyche.training.zero.shared import SharedVector
-    from psyche.training.zero.trainer import Trainer
+    from psyche.training.zero.rank_trainer import Trainer
+    from psyche.training.zero.shared_vector import SharedVector
 
     return Trainer(order, SharedVector(shared, size).tensor, f"/proc/self/fd/{store}")
 
 
-def _carry_out(order: Order, trainer: Trainer) -> Done:
+def _execute(order: Order, trainer: Trainer) -> OrderDone:
     match order:
         case Step(rows, total, lr):
-            return Done(loss=trainer.step(rows, total, lr))
+            return OrderDone(loss=trainer.step(rows, total, lr))
         case Evaluate(rows):
-            return Done(*trainer.evaluate(rows))
+            return OrderDone(*trainer.evaluate(rows))
         case Fit(length):
-            return Done(sequences=trainer.fit(length))
+            return OrderDone(sequences=trainer.fit(length))
         case Read(kind):
             trainer.read(kind)
         case Write(kind, parts):
@@ -95,14 +95,14 @@ def _carry_out(order: Order, trainer: Trainer) -> Done:
             trainer.shift(parts)
         case Resume(steps):
             trainer.resume(steps)
-    return Done()
+    return OrderDone()
 
 
-def _failed(error: Exception) -> Failed:
+def _failed(error: Exception) -> OrderFailed:
     import torch
 
     text = " ".join(str(error).split())[:500]
-    return Failed(f"{type(error).__name__}: {text}", isinstance(error, (torch.OutOfMemoryError, MemoryError)))
+    return OrderFailed(f"{type(error).__name__}: {text}", isinstance(error, (torch.OutOfMemoryError, MemoryError)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The rank processes of an engine, as the process that leads them sees them: started, ordered, watched, ended.
+"""The rank processes of a DeepSpeedEngine, as their leader sees them: start, order, watch, end.
 
-A rank that dies takes the engine with it and nothing else: the others wait for it in a collective and can only be
-killed, too. torch.distributed, CUDA and DeepSpeed live in the ranks.
+When a rank dies, the engine fails and nothing else does: the other ranks wait for it in a collective and are killed,
+too. torch.distributed, CUDA and DeepSpeed are loaded only in the ranks.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from typing import Never
 
 from psyche.durable import disk_errors
 from psyche.errors import PsycheError
-from psyche.training.zero.wire import Done, Failed, Order, Stop, decode_answer, encode
+from psyche.training.zero.rank_messages import Order, OrderDone, OrderFailed, Stop, decode_answer, encode
 
 DIRECTORY = "ranks"
-"""Below the node's own: what the ranks print."""
+"""Subdirectory of the node's directory for the output of the ranks."""
 STOP_SECONDS = 3.0
 GRACE_SECONDS = 1.0
-"""A rank that finds another one gone may say so before the kernel does."""
+"""A rank can report that another one is gone before the kernel does."""
 SMALLER = "lower node.micro_batch, use a higher node.deepspeed.stage, or set node.deepspeed.offload to cpu"
 
 
-class Ranks:
-    """One process for each of ``devices`` (``cpu``, ``cuda:2``). :meth:`ask` may be called from any thread."""
+class RankProcesses:
+    """One process per device (``cpu``, ``cuda:2``). :meth:`ask` may be called from any thread."""
 
     def __init__(self, devices: Sequence[str], shared: int, size: int, directory: Path) -> None:
-        """``shared`` is the descriptor of the flat vector, of ``size`` elements; output goes below ``directory``."""
+        """``shared`` is the descriptor of the flat vector (``size`` elements); output goes below ``directory``."""
         self._logs = directory / DIRECTORY
         self._asking = Lock()
         self._lost = ""
-        """Why there are no ranks any more."""
+        """Why the ranks have ended; empty while they run."""
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         self.close = weakref.finalize(self, _end, self._processes, self._connections)
-        """End them. Done by itself when nobody holds this object, and when the process ends."""
+        """End the ranks. Called automatically when this object is collected and when the process exits."""
         with disk_errors(directory, "--directory"):
             self._logs.mkdir(parents=True, exist_ok=True)
-        # The rendezvous is a file that only the ranks can open: no port to be taken, nothing to be left behind.
+        # the rendezvous is an anonymous file that only the ranks can open: it needs no port and leaves nothing behind
         store = os.memfd_create("psyche-rendezvous")
         try:
             for rank in range(len(devices)):
@@ -57,21 +57,21 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes, by rank."""
+        """Process ids, by rank."""
         return [process.pid for process in self._processes]
 
-    def ask(self, orders: Sequence[Order]) -> list[Done]:
-        """Give each rank its order and wait for all answers.
+    def ask(self, orders: Sequence[Order]) -> list[OrderDone]:
+        """Send each rank its order and wait for all answers.
 
-        Raises :class:`PsycheError`, now and ever after, once a rank has died or failed; then none is left.
+        Once a rank has died or failed, ends all of them; this and every later call then raises :class:`PsycheError`.
         """
         with self._asking:
             if self._lost:
                 raise PsycheError(self._lost)
             for connection, order in zip(self._connections, orders, strict=True):
-                with contextlib.suppress(OSError):  # it is dead, as the answer will show
+                with contextlib.suppress(OSError):  # the rank is dead, which reading its answer will show
                     connection.send_bytes(encode(order))
-            answers: dict[int, Done] = {}
+            answers: dict[int, OrderDone] = {}
             while len(answers) < len(orders):
                 pending = {c: rank for rank, c in enumerate(self._connections) if rank not in answers}
                 for ready in wait(list(pending)):
@@ -80,18 +80,18 @@ class Ranks:
                     answers[rank] = self._answer(rank, ready)
             return [answers[rank] for rank in range(len(orders))]
 
-    def _answer(self, rank: int, connection: Connection) -> Done:
-        answer: Done | Failed
+    def _answer(self, rank: int, connection: Connection) -> OrderDone:
+        answer: OrderDone | OrderFailed
         try:
             answer = decode_answer(connection.recv_bytes())
         except (EOFError, OSError):
-            answer = Failed("it has closed its end")
-        if isinstance(answer, Failed):
+            answer = OrderFailed("it closed its connection")
+        if isinstance(answer, OrderFailed):
             self._lose(rank, answer)
         return answer
 
-    def _lose(self, rank: int, failed: Failed) -> Never:
-        """One that died is the cause, and what others say of it is not."""
+    def _lose(self, rank: int, failed: OrderFailed) -> Never:
+        """End all ranks and raise. A rank that died is the cause, rather than one that reports an error about it."""
         until = time.monotonic() + GRACE_SECONDS
         while not (dead := [r for r, one in enumerate(self._processes) if one.poll()]) and time.monotonic() < until:
             time.sleep(0.01)
@@ -103,17 +103,17 @@ class Ranks:
     def _death(self, rank: int) -> str:
         name, code = self._name(rank), self._processes[rank].returncode
         if code == -signal.SIGKILL:
-            return f"{name} was killed (SIGKILL): if memory ran out, which dmesg tells, {SMALLER}; then join again"
+            return f"{name} was killed (SIGKILL): if dmesg shows that memory ran out, {SMALLER}; then join again"
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"{name} ended with {how}: read {self._log(rank)}, and join again"
 
-    def _failure(self, rank: int, failed: Failed) -> str:
+    def _failure(self, rank: int, failed: OrderFailed) -> str:
         if failed.out_of_memory:
             return f"{self._name(rank)} ran out of memory: {SMALLER}"
         return f"{self._name(rank)} failed: {failed.text} (more in {self._log(rank)}); join again"
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} of this node's {len(self._processes)}"
+        return f"rank {rank} of {len(self._processes)}"
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"rank-{rank}.log"
@@ -126,19 +126,19 @@ class Ranks:
             numbers = (theirs.fileno(), shared, size, store, os.getpid())
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "psyche.training.zero.rank", *map(str, numbers)],
+                    [sys.executable, "-m", "psyche.training.zero.rank_main", *map(str, numbers)],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=os.environ | _environment(rank, devices),
                     pass_fds=(theirs.fileno(), shared, store),
-                    process_group=0,  # Ctrl-C is the leader's to hear
+                    process_group=0,  # Ctrl-C goes to the leader only
                 )
             )
 
 
 def _environment(rank: int, devices: Sequence[str]) -> dict[str, str]:
-    """What DeepSpeed and torch.distributed read. The ranks of one node need no network but the loopback."""
+    """The variables that DeepSpeed and torch.distributed read. Ranks of one node use the loopback interface only."""
     kind, _, index = devices[rank].partition(":")
     return {
         "RANK": str(rank),
@@ -147,12 +147,12 @@ def _environment(rank: int, devices: Sequence[str]) -> dict[str, str]:
         "DS_ACCELERATOR": kind,
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
-        "PYTHONWARNINGS": "ignore",  # DeepSpeed's calls of what torch deprecates: several lines a step
+        "PYTHONWARNINGS": "ignore",  # DeepSpeed calls deprecated functions of torch: several warnings per step
     }
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]], connections: Sequence[Connection]) -> None:
-    """Ask them, wait a little, kill, reap."""
+    """Ask the processes to stop, wait, kill those that are left, and reap them."""
     for connection in connections:
         with contextlib.suppress(OSError):
             connection.send_bytes(encode(Stop()))

@@ -10,21 +10,21 @@ import pytest
 
 from psyche.config import BpeTokenizer, Data, DeepSpeed, Node, Run
 from psyche.errors import ConfigError, PsycheError
-from psyche.training import choice as choice_module
-from psyche.training.choice import Choice, Machine, decide, make_engine
-from psyche.training.zero.memory import ROOM, STAGES, Stage, bytes_to_come, least_stage, rank_bytes
+from psyche.training import engine_choice as choice_module
+from psyche.training.engine_choice import EngineChoice, Hardware, decide_engine, make_engine
+from psyche.training.zero.zero_memory import OVERHEAD, STAGES, Stage, least_stage, rank_bytes, unallocated_bytes
 from tests.training.tiny_models import SPEC
 
 ELEMENTS = 1 << 30
 BIG = 1 << 40
 
 
-def machine(gpus: int, *, installed: bool = True, free: int = BIG) -> Machine:
-    return Machine(installed, free, (free,) * gpus)
+def machine(gpus: int, *, installed: bool = True, free: int = BIG) -> Hardware:
+    return Hardware(installed, free, (free,) * gpus)
 
 
-def decided(there: int, /, *, installed: bool = True, **node: object) -> Choice:
-    return decide(Node(**node), ELEMENTS, machine(there, installed=installed))  # type: ignore[arg-type]
+def decided(there: int, /, *, installed: bool = True, **node: object) -> EngineChoice:
+    return decide_engine(Node(**node), ELEMENTS, machine(there, installed=installed))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
@@ -79,7 +79,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"node\.gpus"):
         decided(4, device="cuda:1", gpus="2")
     with pytest.raises(ConfigError, match=r"node\.deepspeed\.ranks"):
-        decide(Node(deepspeed=DeepSpeed(ranks=2)), ELEMENTS, machine(4))
+        decide_engine(Node(deepspeed=DeepSpeed(ranks=2)), ELEMENTS, machine(4))
 
 
 @pytest.mark.parametrize("text", ["", "0", "none", "0,", "1,x", "-1"])
@@ -89,31 +89,31 @@ def test_gpus_that_mean_nothing_are_refused(text: str) -> None:
 
 
 def test_a_cpu_has_as_many_ranks_as_it_is_told() -> None:
-    choice = decide(Node(device="cpu", deepspeed=DeepSpeed(ranks=3, stage=2)), ELEMENTS, machine(4))
+    choice = decide_engine(Node(device="cpu", deepspeed=DeepSpeed(ranks=3, stage=2)), ELEMENTS, machine(4))
     assert (choice.devices, choice.stage) == (("cpu",) * 3, 2)
     assert "3 CPU ranks" in choice.why
 
 
 def test_the_least_of_what_is_free_counts_where_it_is() -> None:
-    there = Machine(True, 800, (300, 100, 200))
-    assert decide(Node(), ELEMENTS, there).free == 100
-    assert decide(Node(gpus="0,2,2"), ELEMENTS, there).free == 200
-    assert decide(Node(device="cpu", deepspeed=DeepSpeed(ranks=4)), ELEMENTS, there).free == 200
+    there = Hardware(True, 800, (300, 100, 200))
+    assert decide_engine(Node(), ELEMENTS, there).free == 100
+    assert decide_engine(Node(gpus="0,2,2"), ELEMENTS, there).free == 200
+    assert decide_engine(Node(device="cpu", deepspeed=DeepSpeed(ranks=4)), ELEMENTS, there).free == 200
 
 
 def test_one_gpu_with_offload_is_deepspeeds() -> None:
-    choice = decide(Node(deepspeed=DeepSpeed(offload="cpu")), ELEMENTS, machine(1))
+    choice = decide_engine(Node(deepspeed=DeepSpeed(offload="cpu")), ELEMENTS, machine(1))
     assert (choice.devices, choice.offload) == (("cuda:0",), True)
     assert "optimizer is on the CPU" in choice.why
 
 
 def test_muon_trains_on_one_of_several_gpus_and_says_why_and_what_the_others_can_do() -> None:
     """ZeRO cuts matrices up, and Muon looks at whole ones."""
-    choice = decide(Node(), ELEMENTS, machine(4), "muon")
+    choice = decide_engine(Node(), ELEMENTS, machine(4), "muon")
     assert (choice.devices, choice.stage) == (("cuda:0",), None)
     assert "one of 4 GPUs, with muon: it looks at whole matrices" in choice.why
     assert "--device cuda:1" in choice.mend
-    alone = decide(Node(), ELEMENTS, machine(1), "muon")
+    alone = decide_engine(Node(), ELEMENTS, machine(1), "muon")
     assert (alone.devices, alone.stage, alone.mend) == (("cuda:0",), None, "")
 
 
@@ -128,19 +128,19 @@ def test_muon_trains_on_one_of_several_gpus_and_says_why_and_what_the_others_can
 )
 def test_but_who_asked_for_zero_with_muon_is_told(node: Node) -> None:
     with pytest.raises(PsycheError, match=r"run\.inner\.optimizer is muon: .*leave out node\.deepspeed"):
-        decide(node, ELEMENTS, machine(4), "muon")
+        decide_engine(node, ELEMENTS, machine(4), "muon")
 
 
 def test_a_limit_of_gpu_memory_counts_where_the_stage_is_chosen() -> None:
     """It is for each of them, and for none of a CPU's ranks."""
-    tensors = ceil(ROOM * rank_bytes(ELEMENTS, 2, 8, offload=False).device)
+    tensors = ceil(OVERHEAD * rank_bytes(ELEMENTS, 2, 8, offload=False).device)
     limited = Node(max_gpu_memory=f"{tensors / 1e9 + 0.1:.1f}gb")
-    assert decide(Node(), ELEMENTS, machine(8)).stage == 1
-    choice = decide(limited, ELEMENTS, machine(8))
+    assert decide_engine(Node(), ELEMENTS, machine(8)).stage == 1
+    choice = decide_engine(limited, ELEMENTS, machine(8))
     assert choice.stage == 2
     assert tensors <= choice.free < tensors + 2e8
     on_cpu = limited.model_copy(update={"device": "cpu"})
-    assert decide(on_cpu, ELEMENTS, machine(8)).free == BIG
+    assert decide_engine(on_cpu, ELEMENTS, machine(8)).free == BIG
 
 
 def test_every_rank_is_told_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,23 +148,23 @@ def test_every_rank_is_told_its_limit(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(choice_module, "DeepSpeedEngine", lambda *_, **settings: given.append(settings))
     run = Run(name="x", model=SPEC, data=Data(tokenizer=BpeTokenizer(vocab_size=260), sequence_length=16))
     node = Node(max_gpu_memory="6gb")
-    make_engine(run, node, decide(node, ELEMENTS, machine(2)), tmp_path)
-    make_engine(run, Node(), decide(Node(), ELEMENTS, machine(2)), tmp_path)
+    make_engine(run, node, decide_engine(node, ELEMENTS, machine(2)), tmp_path)
+    make_engine(run, Node(), decide_engine(Node(), ELEMENTS, machine(2)), tmp_path)
     assert [one["memory_limit"] for one in given] == [6 * 10**9, None]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("moments", [False, True])
 def test_what_a_ranks_first_step_allocates_is_part_of_what_it_needs(stage: Stage, moments: bool) -> None:
-    to_come = bytes_to_come(ELEMENTS, stage, 8, moments=moments)
+    to_come = unallocated_bytes(ELEMENTS, stage, 8, moments=moments)
     assert 0 < to_come < rank_bytes(ELEMENTS, stage, 8, offload=False).device
-    assert bytes_to_come(ELEMENTS, stage, 8, moments=True) - to_come == (0 if moments else ELEMENTS)
+    assert unallocated_bytes(ELEMENTS, stage, 8, moments=True) - to_come == (0 if moments else ELEMENTS)
 
 
 @pytest.mark.parametrize("wanted", STAGES)
 def test_the_stage_is_the_lowest_whose_tensors_fit(wanted: Stage) -> None:
-    free = ceil(ROOM * rank_bytes(ELEMENTS, wanted, 8, offload=False).device)
-    assert decide(Node(), ELEMENTS, machine(8, free=free)).stage == wanted
+    free = ceil(OVERHEAD * rank_bytes(ELEMENTS, wanted, 8, offload=False).device)
+    assert decide_engine(Node(), ELEMENTS, machine(8, free=free)).stage == wanted
     assert least_stage(ELEMENTS, 8, free - 1, offload=False) == min(3, wanted + 1)
 
 

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche.config import Inner, Node, Run
-from psyche.training import compiling
-from psyche.training.compiling import Speeds, TrialFailed, compile_if_it_pays
+from psyche.training import compile_trial
+from psyche.training.compile_trial import Speeds, TrialFailed, compile_if_it_pays
 from psyche.training.torch_engine import TorchEngine
 from tests.training.tiny_models import LENGTH, SETTINGS, SPLIT, steps, tiny
 
@@ -81,7 +81,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *speeds: Speeds | Exception) -> lis
             raise found
         return found
 
-    monkeypatch.setattr(compiling, "_trial", trial)
+    monkeypatch.setattr(compile_trial, "_trial", trial)
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model.forward)
     return trials
 
@@ -151,7 +151,7 @@ def test_measuring_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model.forward)
     one, plain = engine(), engine()
     first = steps(one, 1)
-    compiling.measure(one, SPLIT.batch(range(4)))
+    compile_trial.measure(one, SPLIT.batch(range(4)))
     assert [*first, *steps(one, 2, start=1)] == steps(plain, 3)
 
 
@@ -169,7 +169,7 @@ time.sleep(1000)
 
 
 async def _trial() -> Speeds:
-    return await compiling._trial(RUN, Node(device="cpu"), 1, 1)
+    return await compile_trial._trial(RUN, Node(device="cpu"), 1, 1)
 
 
 def _gone(pid: int) -> bool:
@@ -205,17 +205,17 @@ def test_a_trial_ends_at_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         killed.append(pid)
         real(pid)
 
-    real = compiling._kill
-    monkeypatch.setattr(compiling, "_kill", kill)
-    monkeypatch.setattr(compiling, "CHILD", (sys.executable, "-c", STUBBORN, str(tmp_path / "pids")))
-    monkeypatch.setattr(compiling, "TRIAL_SECONDS", 0.2)
+    real = compile_trial._kill
+    monkeypatch.setattr(compile_trial, "_kill", kill)
+    monkeypatch.setattr(compile_trial, "CHILD", (sys.executable, "-c", STUBBORN, str(tmp_path / "pids")))
+    monkeypatch.setattr(compile_trial, "TRIAL_SECONDS", 0.2)
     with pytest.raises(TrialFailed, match="took more than"):
         asyncio.run(_trial())
     assert _gone(killed[0])
 
 
 def test_leaving_ends_a_trial_with_the_compilers_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "CHILD", (sys.executable, "-c", STUBBORN, str(tmp_path / "pids")))
+    monkeypatch.setattr(compile_trial, "CHILD", (sys.executable, "-c", STUBBORN, str(tmp_path / "pids")))
 
     async def cancelled() -> None:
         waiting = asyncio.create_task(_trial())
@@ -238,7 +238,7 @@ def test_leaving_ends_a_trial_with_the_compilers_it_started(tmp_path: Path, monk
     ],
 )
 def test_a_child_without_speeds_is_a_failed_trial(child: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "CHILD", (sys.executable, "-c", f"import sys; sys.stdin.readline(); {child}"))
+    monkeypatch.setattr(compile_trial, "CHILD", (sys.executable, "-c", f"import sys; sys.stdin.readline(); {child}"))
     with pytest.raises(TrialFailed, match=reason):
         asyncio.run(_trial())
 
@@ -246,7 +246,7 @@ def test_a_child_without_speeds_is_a_failed_trial(child: str, reason: str, monke
 def test_the_child_ends_in_order_while_its_parent_lives() -> None:
     """Its last thread waits for the parent's end, which must not make the interpreter abort."""
     script = (
-        "import psyche.training.compiling as c\n"
+        "import psyche.training.compile_trial as c\n"
         "c.build = c.TorchEngine = lambda *a, **k: None\n"
         "c.measure = lambda engine, batch: c.Speeds(1.0, 2.0, 3.0)\n"
         "c.main()\n"
@@ -268,7 +268,7 @@ def test_the_child_ends_in_order_while_its_parent_lives() -> None:
 def test_a_child_whose_parent_is_killed_ends_with_its_compilers(tmp_path: Path) -> None:
     """The real child, up to where it would build the model; its session has a compiler in it."""
     stall = (
-        "import os, pathlib, subprocess, sys, time, psyche.training.compiling as c\n"
+        "import os, pathlib, subprocess, sys, time, psyche.training.compile_trial as c\n"
         "def build(*a, **k):\n"
         "    one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
         f"    pathlib.Path({str(tmp_path / 'pids')!r}).write_text(f'{{os.getpid()}} {{one.pid}}')\n"
@@ -277,10 +277,10 @@ def test_a_child_whose_parent_is_killed_ends_with_its_compilers(tmp_path: Path) 
         "c.main()\n"
     )
     parent = (
-        "import asyncio, sys, psyche.training.compiling as c\n"
+        "import asyncio, sys, psyche.training.compile_trial as c\n"
         f"c.CHILD = (sys.executable, '-c', {stall!r})\n"
         "from psyche.config import Node\n"
-        "from tests.training.test_compiling import RUN\n"
+        "from tests.training.test_compile_trial import RUN\n"
         "asyncio.run(c._trial(RUN, Node(device='cpu'), 1, 1))\n"
     )
 

@@ -38,7 +38,7 @@ WORTH_TRYING = 4 * 3600.0
 TRIAL_SECONDS = 300.0
 """A trial is ended after so long. One of a model of 0.1M parameters takes half a minute on one core, most of it for
 imports and the C++ compiler."""
-CHILD = (sys.executable, "-P", "-m", "psyche.training.compiling")
+CHILD = (sys.executable, "-P", "-m", "psyche.training.compile_trial")
 MAX_ANSWER = 64 << 10
 """Bytes of what the child prints."""
 

@@ -1,8 +1,8 @@
-"""The inner optimizer's state as one flat tensor: a form that has a hash, and that nothing has to be parsed for.
+"""The inner optimizer's state as one flat byte string, which can be hashed and needs no parsing.
 
-Every parameter has one moment or two, whichever optimizer steps it, and all have taken as many steps. So two rows of
-the flat space and a number hold all of it, on any engine: the same bytes for the same state, their length known before
-the first is read.
+Every parameter has one or two moments, and all have taken the same number of steps. Two rows of the flat space and a
+step count therefore hold the whole state. Every engine produces the same bytes for the same state, and their length is
+known before the first is read.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from psyche.training.models import build
 from psyche.training.optimizers import hidden_matrices
 
 ROW = {"exp_avg": 0, "momentum_buffer": 0, "exp_avg_sq": 1}
-"""Of what the optimizers keep (``optimizers.py``): where. Muon's parameters have zeros in the second row."""
+"""The row of each optimizer tensor (``optimizers.py``). The second row is zero for parameters that Muon steps."""
 _TAIL = 8
-"""Bytes after the rows: the steps behind the state, little-endian."""
-MOST_STEPS = 1 << 24
-"""Up to which the fp32 number that optimizers count steps with is exact."""
+"""Bytes after the rows: the number of steps, little-endian."""
+MAX_STEPS = 1 << 24
+"""Optimizers count steps in fp32, which is exact up to here."""
 
 
-def packed(engine: Engine) -> memoryview:
-    """The engine's optimizer state: ``[2, layout.size]`` fp32, then the steps as u64; before the first step those only.
+def pack_state(engine: Engine) -> memoryview:
+    """Pack the engine's optimizer state: ``[2, layout.size]`` fp32, then the steps as u64; only these before step 1.
 
-    Copying happens in torch, which lets go of the interpreter.
+    Copying happens in torch, which releases the GIL.
     """
     state = engine.state() if engine.steps else {}
     rows = 2 if state else 0
@@ -43,36 +43,38 @@ def packed(engine: Engine) -> memoryview:
     return content.numpy().data.cast("B")
 
 
-def packed_bytes(layout: FlatLayout) -> int:
-    """The most bytes that :func:`packed` gives; fewer only before the first step."""
+def packed_state_bytes(layout: FlatLayout) -> int:
+    """The size in bytes of a packed state after the first step."""
     return 8 * layout.size + _TAIL
 
 
 class Moments:
-    """A state that was unpacked, not of an engine yet."""
+    """An unpacked optimizer state that no engine has loaded yet."""
 
     def __init__(self, flat: Tensor, steps: int) -> None:
         self.flat = flat
-        """``[2, layout.size]`` fp32; ``[0, …]`` without steps."""
+        """fp32 ``[2, layout.size]``, or ``[0, layout.size]`` before the first step."""
         self.steps = steps
 
     @classmethod
-    def unpack(cls, data: Buffer, layout: FlatLayout, most: int = MOST_STEPS) -> Moments:
-        """Inverse of :func:`packed`, for bytes of anybody. Raises ``ValueError`` on what no engine with this layout has
-        after at most ``most`` steps."""
+    def unpack(cls, data: Buffer, layout: FlatLayout, most: int = MAX_STEPS) -> Moments:
+        """Unpack untrusted bytes from :func:`pack_state`.
+
+        Raises ``ValueError`` unless they are a state of this layout after at most ``most`` steps.
+        """
         view = memoryview(data).cast("B")
-        if view.nbytes not in (_TAIL, packed_bytes(layout)):
-            raise ValueError(f"an optimizer state of {view.nbytes} bytes, where {packed_bytes(layout)} were due")
+        if view.nbytes not in (_TAIL, packed_state_bytes(layout)):
+            raise ValueError(f"optimizer state of {view.nbytes} bytes, expected {packed_state_bytes(layout)}")
         steps = int.from_bytes(view[-_TAIL:], "little")
-        if (steps > 0) != (view.nbytes > _TAIL) or steps > min(most, MOST_STEPS):
-            raise ValueError(f"an optimizer state after {steps} steps, where {most} are the most")
+        if (steps > 0) != (view.nbytes > _TAIL) or steps > min(most, MAX_STEPS):
+            raise ValueError(f"optimizer state after {steps} steps, expected at most {most}")
         if not steps:
             return cls(torch.empty(0, layout.size), 0)
         flat = torch.frombuffer(bytearray(view[:-_TAIL]), dtype=torch.float32).view(2, layout.size)
         return cls(flat, steps)
 
     def state(self, layout: FlatLayout, muon: frozenset[str]) -> dict[str, Tensor]:
-        """As :meth:`Engine.load_state` takes it: views. ``muon`` names the parameters that Muon steps."""
+        """Views of the state for :meth:`Engine.load_state`; ``muon`` names the parameters that Muon steps."""
         if not self.steps:
             return {}
         first, second = (layout.views(row) for row in self.flat)
@@ -88,7 +90,7 @@ class Moments:
 
 
 def muon_parameters(run: Run) -> frozenset[str]:
-    """Names of the parameters that Muon steps in a run; none where AdamW steps all."""
+    """Names of the parameters that Muon steps in a run; empty where AdamW steps all of them."""
     return _matrices(run.model) if run.inner.optimizer == "muon" else frozenset()
 
 
