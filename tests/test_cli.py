@@ -38,7 +38,7 @@ CODE = re.compile(
 )
 """Code in prose, and lines that are a command."""
 OTHERS = {
-    "--constraint", "--yes", "--upload-pack", "--upgrade", "--target", "--no-deps", "--quiet", "--format", 
+    "--constraint", "--yes", "--upload-pack", "--upgrade", "--target", "--no-deps", "--quiet", "--format",
     "--hypothesis-profile", "--listen", "--force-reinstall",
 }  # fmt: skip
 """Options of other programs."""

@@ -1,11 +1,11 @@
-"""Configuration: what a researcher writes, what every node must agree on, and what a node decides alone.
+"""Configuration of runs and nodes.
 
-A configuration file has two parts. ``run:`` fixes everything that must be equal on all nodes; launched, it
-becomes the *run manifest* (:class:`Manifest`), whose hash is the run id. ``node:`` is one machine's own
-business and never leaves it. Every key is live: an unknown one is an error that names its path.
+A configuration file has two sections. ``run:`` holds everything that must be equal on all nodes; launching it makes the
+run manifest (:class:`Manifest`), whose hash is the run id. ``node:`` concerns one machine and never leaves it. An
+unknown key is an error that names its path. ``configs/README.md`` documents every key.
 """
 
-from psyche.config.base import explain
+from psyche.config.base import error_text
 from psyche.config.data import (
     BpeTokenizer,
     Data,
@@ -65,7 +65,7 @@ __all__ = [
     "StdlibSource",
     "TextSource",
     "Wandb",
-    "explain",
+    "error_text",
     "load_config",
     "load_node",
     "override_node",

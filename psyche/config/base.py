@@ -1,4 +1,4 @@
-"""What every part of a configuration is made of: strict models, bounded types, errors that name their field."""
+"""Building blocks of the configuration: strict models, bounded types, errors that name their field."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PeerId = Annotated[str, StringConstraints(pattern=r"^12D3Koo[1-9A-HJ-NP-Za-km-z]
 
 
 class Strict(BaseModel):
-    """Unknown keys, implicit conversions and later changes are errors."""
+    """A model that rejects unknown keys and implicit conversions, and is immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -27,14 +27,15 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def validated(kind: type[T], tree: Any, where: str) -> T:
+    """Validate ``tree`` as ``kind``. Raises :class:`ConfigError`; ``where`` begins its message."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error)}") from None
+        raise ConfigError(f"{where}: {error_text(error)}") from None
 
 
-def explain(error: ValidationError) -> str:
-    """Every failure as ``field.path: reason``, joined by ``; ``."""
+def error_text(error: ValidationError) -> str:
+    """Format every failure as ``field.path: reason``, separated by ``; ``."""
     lines = []
     for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in item["loc"]) or "file"

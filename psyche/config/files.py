@@ -1,4 +1,4 @@
-"""Configuration files: YAML with two parts, ``run:`` and ``node:``."""
+"""Read configuration files: YAML with two sections, ``run:`` and ``node:``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ class Config(Strict):
     """One configuration file."""
 
     run: Run
+    """What is equal on all nodes."""
     node: Node = Node()
+    """What concerns one machine."""
 
 
 def load_config(path: Path) -> Config:
-    """Read and check a configuration file. Raises :class:`ConfigError` naming field and reason."""
+    """Read and validate a configuration file. Raises :class:`ConfigError`, which names each wrong field."""
     return validated(Config, _read_yaml(path), str(path))
 
 
 def load_node(path: Path | None) -> Node:
-    """The ``node:`` part of a file (other parts are ignored by a joiner), or the defaults."""
+    """Read the ``node:`` section of a file and ignore the rest; without a file return the defaults."""
     if path is None:
         return Node()
     tree = _read_yaml(path)
@@ -35,7 +37,7 @@ def load_node(path: Path | None) -> Node:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML follows 1.1, where ``4e-4`` is text."""
+    """Reads floats as YAML 1.2 does; in YAML 1.1, which PyYAML follows, ``4e-4`` is a string."""
 
 
 _Loader.add_implicit_resolver(

@@ -1,4 +1,5 @@
-"""The run manifest (DESIGN §2): the run, what its launch resolved, and the hash that is its identity."""
+"""The run manifest: the run's configuration, what its launch resolved, its hash (the run id), and the protocol's
+rules."""
 
 from __future__ import annotations
 
@@ -14,48 +15,51 @@ from psyche.numerics.digest import digest
 from psyche.protocol.state import AuditRules, Rules
 
 MANIFEST = "manifest.msgpack"
-"""The run manifest in the directory of each of its processes."""
+"""File of the run manifest in the directory of each process."""
 
 
 class Resolved(Strict):
-    """What a launch adds: facts that follow from the rest but that a joiner must be able to check."""
+    """What a launch adds to the configuration, for joining nodes to check."""
 
     coordinators: Annotated[tuple[PeerId, ...], Field(min_length=1, strict=False)]
+    """PeerIDs of the coordinators: the one that launched the run, then its standbys."""
     store: HexDigest
-    """Root of the token store's index (the training split's shards, the held-out shards, the tokenizer)."""
+    """Root hash of the token store: training shards, held-out shards, tokenizer."""
     layout: HexDigest
+    """Hash of the flat layout of the model's parameters."""
     genesis: HexDigest
-    """state_root before the first round."""
+    """State root before the first round."""
     parameters: Count
+    """Parameters of the model."""
     flat_size: Count
-    """Elements of the flat vector; with the codec it fixes the sizes of all payloads."""
+    """Elements of the flat vector, padding included; with the codec it fixes the size of every payload."""
 
 
 class Manifest(Strict):
-    """The run manifest (DESIGN §2): the run, and what its launch resolved."""
+    """The run manifest: the configuration and what its launch resolved."""
 
     run: Run
     resolved: Resolved
 
     def encode(self) -> bytes:
-        """Canonical msgpack: keys sorted, defaults written out. Equal manifests give equal bytes."""
+        """Encode as canonical msgpack: keys sorted, defaults included. Equal manifests give equal bytes."""
         return msgspec.msgpack.encode(self.model_dump(mode="json"), order="sorted")
 
     @property
     def run_id(self) -> bytes:
-        """32 bytes; the identity of the run everywhere."""
+        """The 32-byte identity of the run."""
         return digest("manifest", self.encode())
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Inverse of :meth:`encode`. Raises :class:`ConfigError` on anything else."""
+        """Invert :meth:`encode`. Raises :class:`ConfigError` on any other bytes."""
         try:
             tree = msgspec.msgpack.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"the run manifest is not valid msgpack: {error}") from None
         manifest = validated(cls, tree, "the run manifest")
         if manifest.encode() != data:
-            raise ConfigError("the run manifest is not in canonical form; its author runs another version of psyche")
+            raise ConfigError("the run manifest is not in canonical form: it was written by another version of psyche")
         return manifest
 
 
@@ -69,10 +73,10 @@ round, and the auditor also trains; one round would hand on the audits of every 
 
 
 def chain_rules(manifest: Manifest) -> Rules:
-    """The rules that a certified chain is held to.
+    """Return the rules that a certified chain must follow, without building the model.
 
-    What depends on the model's shape alone (sizes of payloads, numbers of slices) was for the voters to check, and
-    allows anything here; so nobody has to build the model, or to have what it takes, to verify a ledger.
+    Payload sizes and slice counts depend on the model and were checked by the voters; these rules allow any. Verifying
+    a ledger therefore needs neither PyTorch nor the model.
     """
     run, audits = manifest.run, manifest.run.audits
     return Rules(

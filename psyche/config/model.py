@@ -1,4 +1,4 @@
-"""Which model a run trains."""
+"""The ``run.model`` section: which model a run trains."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from psyche.config.base import Strict
 
 
 class Model(Strict):
-    """A causal language model of ``transformers``: its architecture and that architecture's own settings."""
+    """A causal language model of ``transformers``."""
 
     architecture: str = "llama"
+    """``model_type`` of a ``transformers`` configuration, such as ``llama``, ``qwen3`` or ``gpt2``. Default:
+    DiLoCo-like models are usually written as Llama."""
     settings: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that architecture's configuration class. ``vocab_size`` is required; the rest defaults to the
+    class."""
 
     @model_validator(mode="after")
     def _plain(self) -> Self:
         for name, value in self.settings.items():
             if not _is_plain(value):
-                raise ValueError(f"settings.{name}: only numbers, text, true, false, null, and lists and maps of them")
+                raise ValueError(
+                    f"settings.{name}: only numbers, strings, true, false, null, and lists and maps of these"
+                )
         size = self.settings.get("vocab_size", 1)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"settings.vocab_size: {size!r} is not a whole number above 0")
@@ -27,12 +33,12 @@ class Model(Strict):
 
     @property
     def vocab_size(self) -> int:
-        """As the settings say; 0 where they do not."""
+        """The model's vocabulary size; 0 if the settings do not give it."""
         return int(self.settings.get("vocab_size", 0))
 
 
 def _is_plain(value: object, depth: int = 8) -> bool:
-    """Whether a free-form value has one form in a manifest, and bounded depth: settings come from strangers, too."""
+    """Whether a value has a single encoding in a manifest and bounded depth. Manifests come from other machines."""
     match value:
         case None | bool() | float() | str():
             return True

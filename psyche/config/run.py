@@ -1,4 +1,4 @@
-"""How a run trains and exchanges: the part of a configuration that is equal on all nodes."""
+"""The ``run:`` section: how a run trains and exchanges, equal on all nodes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def _default_error_feedback(codec: str) -> float:
 
 
 class CodecSpec(Strict):
-    """How pseudo-gradients are encoded.
-
-    ``error_feedback`` is β of DESIGN §5: 1 is plain error feedback, and left out it is what the codec is made for.
-    """
+    """How pseudo-gradients are encoded."""
 
     name: str = "int8"
+    """One of ``numerics/codecs/registry.py``: ``fp32``, ``int8``, ``int4``, ``int4-32``, ``int2``, ``topk2``,
+    ``topk2e``, or a sparse one with a density, such as ``topk2-256``. Default: no loss measured against fp32 at a
+    quarter of its bytes."""
     error_feedback: float = Field(default_factory=lambda data: _default_error_feedback(data["name"]), ge=0.0, le=1.0)
+    """Decay β of the error-feedback buffer: e ← β·e + Δ before encoding. Default: 1 for dense codecs, 0.95 for
+    sparse ones (SparseLoCo, arXiv 2508.15706)."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -40,32 +42,45 @@ InnerOptimizer = Literal["adamw", "muon"]
 
 
 class Inner(Strict):
-    """What each node trains with. Defaults are DiLoCo's (arXiv 2311.08105, table 5) with β₂ and clip of 2503.09799."""
+    """The inner optimizer. Defaults: DiLoCo (arXiv 2311.08105, table 5); β₂ and clip from arXiv 2503.09799."""
 
     optimizer: InnerOptimizer = "adamw"
-    """``muon``: Muon for the matrices between the embeddings, AdamW for the rest (MuLoCo, arXiv 2505.23725)."""
+    """``adamw``, or ``muon``: Muon for the matrices between the embeddings and AdamW for the rest (MuLoCo, arXiv
+    2505.23725). Default: DiLoCo's."""
     lr: Positive = 4e-4
+    """Peak learning rate. Default: DiLoCo's for 150M parameters."""
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.99), strict=False)
+    """β₁ and β₂ of AdamW. Default: β₂ of arXiv 2503.09799."""
     eps: Positive = 1e-8
+    """ε of AdamW. Default: PyTorch's."""
     weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of matrices; vectors have none. Default: DiLoCo's."""
     clip: Positive | None = 1.0
+    """Maximum L2 norm of the gradient; ``null``: no clipping. Default: arXiv 2503.09799."""
     batch_size: Count = 8
+    """Sequences per inner step and node. Default: for small tests; DiLoCo has 512."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after the warm-up: ``cosine`` down to ``final_lr``, ``wsd`` (constant, then linear decay), or
+    ``constant``. Default: DiLoCo's."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up at the start of the run. Default: for small tests; DiLoCo has 1000."""
     fresh_warmup_steps: Annotated[int, Field(ge=0)] = 20
-    """First steps of an optimizer without state, on a node that joins later than the run's own warm-up; never more than
-    ``warmup_steps``. The default is (1 + β₁)/(1 − β₁): ``schedules.py`` says why."""
+    """Warm-up steps of a new node's empty optimizer after the run's own warm-up, at most ``warmup_steps``. Default:
+    (1 + β₁)/(1 − β₁), derived in ``training/schedules.py``."""
     final_lr: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Share of ``lr`` left at the end of a cosine or WSD schedule."""
+    """Share of ``lr`` left at the end of a cosine or WSD schedule. Default: the usual tenth."""
     decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """WSD only: the share of all steps over which the lr decays at the end."""
+    """WSD only: share of all steps over which ``lr`` decays at the end. Default: the upper end of MiniCPM's 10 to 20 %
+    (arXiv 2404.06395)."""
 
 
 class Outer(Strict):
-    """SGD with Nesterov momentum on pseudo-gradients. Defaults are DiLoCo's (arXiv 2311.08105, §3)."""
+    """The outer optimizer: SGD with Nesterov momentum on pseudo-gradients. Defaults: DiLoCo (arXiv 2311.08105, §3)."""
 
     lr: Positive = 0.7
+    """Outer learning rate. Sparse codecs need about 2. Default: DiLoCo's."""
     momentum: Fraction = 0.9
+    """Nesterov momentum. Runs of fewer than hundreds of rounds, and sparse codecs, need less. Default: DiLoCo's."""
 
     @property
     def settings(self) -> OuterSettings:
@@ -76,16 +91,22 @@ class Outer(Strict):
 
 
 class Deadlines(Strict):
-    """Bounds in seconds. Within them a deadline is the median plus 5 MADs of the times observed recently."""
+    """Bounds of the adaptive deadlines, in seconds: a deadline is the median plus 5 MADs of recent times. Defaults:
+    chosen for rounds of minutes; raise the upper bounds for longer rounds."""
 
     round_min: Seconds = 20.0
+    """Shortest time for the inner steps of a round. Default: delays of a busy machine do not cut off a node."""
     round_max: Seconds = 1800.0
+    """Longest time for the inner steps of a round; also the limit of the first round. Default: half an hour."""
     exchange_min: Seconds = 10.0
+    """Shortest time for a stage of the exchange. Default: as for ``round_min``."""
     exchange_max: Seconds = 600.0
+    """Longest time for a stage of the exchange; raise it for slow lines. Default: 10 minutes."""
     silence: Seconds = 15.0
-    """A member not heard from for this long is counted as gone."""
+    """Time without a message after which a member counts as gone. Default: nodes call their
+    coordinator every 4 s at least."""
     lease: Seconds = 15.0
-    """A standby coordinator takes over when it has heard of no leader for this long."""
+    """Time without a leader after which a standby coordinator takes over. Default: as for ``silence``."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -97,51 +118,60 @@ class Deadlines(Strict):
 
 
 class ExchangeSpec(Strict):
-    """How payloads reach everyone (DESIGN §7)."""
+    """How payloads reach all nodes."""
 
     kind: Literal["auto", "gather", "sharded"] = "auto"
-    """``auto`` is sharded where that takes half the bytes for as many members as there are: ``exchange/cost.py``."""
+    """``gather``: every node fetches every payload. ``sharded``: reducers add up each slice. ``auto``: sharded once
+    it takes half the bytes of gather for the present number of members (``exchange/cost.py``). Default: gather needs
+    no trust."""
     reducers: Count = 2
-    """Sharded: nodes that add up each slice. One has nobody to contradict it: its results are believed unproven."""
+    """Sharded only: nodes that reduce each slice. Default: 2, the fewest that can contradict each other; with 1 a wrong
+    result goes unnoticed."""
 
 
 class Overlap(Strict):
-    """Training that goes on while pseudo-gradients are on the wire (DESIGN §7).
+    """Training while pseudo-gradients are exchanged.
 
-    The model is exchanged in ``fragments`` (strided groups of layers), one each round, so that a parameter is
-    synchronised every ``fragments × rounds.inner_steps`` steps, which is the H of Streaming DiLoCo (arXiv 2501.18512).
-    A node takes up to ``overlap_steps`` of a round's inner steps before the outer step of the round before is known.
-    Without either, training waits for the exchange.
+    With the defaults, training waits for the exchange.
     """
 
     fragments: Count = 1
+    """Groups of layers (strided) that are exchanged in turn, one per round. A parameter is synchronised every
+    ``fragments × rounds.inner_steps`` steps, the H of Streaming DiLoCo (arXiv 2501.18512). Default: the whole model."""
     overlap_steps: Annotated[int, Field(ge=0)] = 0
+    """Inner steps of a round that a node may take before it knows the previous outer step; at most
+    ``rounds.inner_steps``. Default: none."""
 
 
 class Federated(Strict):
-    """That nodes may train on data of their own, which stay where they are (DESIGN §9), and what this counts.
+    """Contributions from private data (federated mode). Absent: the run accepts none.
 
-    Both are fixed for all: a clipping norm that followed the data would say something of them.
+    The clipping norm is fixed for all nodes: one that followed the data would leak information about it.
     """
 
     clip: Positive
-    """L2 norm that a node's pseudo-gradient is clipped to before noise in proportion to it is added. The median of what
-    they have is a good one (Andrew et al., arXiv 1905.03871, §3); ``psyche report`` shows that of a public run."""
+    """L2 norm to which a node clips its pseudo-gradient before it adds noise in proportion to this norm. No default:
+    use the median norm of pseudo-gradients of the same model on public data (Andrew et al., arXiv 1905.03871, §3)."""
     max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
-    """Of an outer step's weight, the most that such contributions have together. 1: they count like any other."""
+    """Largest share of an outer step's weight that all unaudited contributions have together; 1: no limit. Default:
+    as for ``aggregation.max_share``."""
 
 
 class Rounds(Strict):
-    """How many rounds, of how many inner steps (H), among how many members."""
+    """The number of rounds, their length, and the members they need."""
 
     total: Count = 100
+    """Rounds of the run. Default: for small tests."""
     inner_steps: Count = 100
+    """H: inner steps per round. Default: INTELLECT-1's (arXiv 2412.01152); DiLoCo has 500."""
     start_members: Count = 1
-    """Members that must be there before the first round."""
+    """Members that must be present before the first round. Default: a run starts with its first node."""
     min_members: Count = 1
-    """Members without which no later round opens: with fewer, the run pauses and says for whom it waits."""
+    """Members that every later round needs; with fewer the run pauses. At most ``start_members``. Default: any node
+    can go on alone."""
     probation: Annotated[int, Field(ge=0)] = 3
-    """Accepted contributions of a newcomer before it has a vote. Those who begin a run have one at once."""
+    """Accepted contributions that a new node needs before it has a vote. Members of the first round vote at once.
+    Default: chosen so that a vote costs work."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -151,10 +181,12 @@ class Rounds(Strict):
 
 
 class Run(Strict):
-    """The part of a configuration that is equal on all nodes, as a researcher writes it."""
+    """Everything that must be equal on all nodes. Its hash, with what the launch resolves, is the run id."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the run: letters, digits, ``.``, ``_`` and ``-``; at most 64. No default."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the initial parameters and of the order of the data. Default: arbitrary."""
     model: Model
     data: Data = Data()
     codec: CodecSpec = CodecSpec()
@@ -166,12 +198,13 @@ class Run(Strict):
     aggregation: Aggregation = Aggregation()
     audits: Audits = Audits()
     federated: Federated | None = None
-    """None: the run takes no contributions from private data."""
     deadlines: Deadlines = Deadlines()
     standbys: Annotated[tuple[PeerId, ...], Field(strict=False, max_length=15)] = ()
-    """PeerIDs of coordinators that take over, in this order, when the one that launches the run is gone."""
+    """PeerIDs of standby coordinators, in the order in which they take over; ``psyche key`` prints a PeerID. Default:
+    none."""
     heldout_sequences: Count = 64
-    """Sequences of the held-out split on which the outer parameters are judged after each round."""
+    """Held-out sequences on which θ is evaluated after each round. Default: chosen to take less time than a few
+    steps."""
 
     @model_validator(mode="after")
     def _late(self) -> Self:

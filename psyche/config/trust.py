@@ -1,4 +1,4 @@
-"""How far nodes are trusted: how contributions are added up, and how often they are done again (DESIGN §8)."""
+"""How far nodes are trusted: how contributions are aggregated, and how often they are audited."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from psyche.config.base import Count, Positive, Strict
 
 MAX_POINTS = 4096
-"""Trace points of a round, at most: what a kit's message has room for."""
+"""Most trace points of a round: what the message of an audit bundle has room for."""
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -24,19 +24,23 @@ class Aggregation(Strict):
 
 
 class Audits(Strict):
-    """How contributions are checked by doing them again."""
+    """How contributions are checked: other nodes replay some of them."""
 
     rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
-    """Probability that a contribution is audited, for a node of no particular risk. 0: none ever is."""
+    """Probability that a contribution is audited; higher for new nodes. 0: no audits. Default: 5 % more computing; with
+    ``window`` it makes cheating unprofitable."""
     trace_steps: Count | None = None
-    """Inner steps between the points of a round that a node commits to; None: its start and its end. Each segment is
-    replayed on its own, which finds smaller frauds, and takes 12 bytes a parameter of disk a point."""
+    """Inner steps between trace points, the states that a node commits to. Each segment is replayed on its own,
+    which detects smaller deviations, and each point takes 12 bytes of disk per parameter. Default: start and end of
+    a round."""
     window: Count = 20
-    """Rounds within which a contribution can be challenged, and its credit is pending."""
+    """Rounds in which a contribution can be challenged and its credit stays pending; at least (1 − rate) / rate, or
+    cheating would pay. Default: that bound for the default rate, rounded up."""
     pass_error: Positive = 0.02
-    """Relative error of a replay up to which it passes, and"""
+    """Largest relative replay error that passes. ``psyche audit calibrate``
+    measures it for a model. Default: for small models."""
     fail_error: Positive = 0.04
-    """from which on it fails. ``psyche audit calibrate`` measures what honest nodes differ by."""
+    """Smallest relative replay error that fails; above ``pass_error``. Default: twice ``pass_error``."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -44,7 +48,7 @@ class Audits(Strict):
             raise ValueError(f"pass_error ({self.pass_error}) is not below fail_error ({self.fail_error})")
         if self.rate and self.window < (needed := ceil((1 - self.rate) / self.rate)):
             raise ValueError(
-                f"window ({self.window}) is below (1 − rate) / rate: with fewer than {needed} rounds of pay pending, "
-                "who cheats gains more than it loses when it is found out; raise either"
+                f"window ({self.window}) is below (1 − rate) / rate: with fewer than {needed} rounds of pending "
+                "credit, cheating pays more than a conviction costs; raise either"
             )
         return self

@@ -1,4 +1,4 @@
-"""From a configuration to a run manifest: prepare the data, build the model once, and write down what follows."""
+"""Launch a run: prepare the data, build the model, and resolve the configuration into a manifest."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from psyche.training.torch_engine import TorchEngine
 
 @dataclass(frozen=True)
 class Launch:
-    """A run ready to start."""
+    """A launched run, before its first round."""
 
     manifest: Manifest
     store: TokenStore
     genesis: OuterState
     """The outer state before the first round."""
     heldout: tuple[float, int]
-    """Loss sum and predicted tokens of the held-out set under the initial parameters."""
+    """Summed loss and predicted tokens of the held-out sequences under the initial parameters."""
 
 
 def launch(config: Config, coordinator: str, progress: Callable[[Progress], None] | None = None) -> Launch:
     """Resolve a configuration into the manifest of a new run led by ``coordinator`` (a PeerID).
 
-    Raises ``PsycheError`` where the data cannot be prepared and :class:`ConfigError` where it does not fit.
+    Raises ``PsycheError`` if the data cannot be prepared and :class:`ConfigError` if it does not fit the model.
     """
     run = config.run
     coordinators = (coordinator, *run.standbys)
     if len(set(coordinators)) < len(coordinators):
         raise ConfigError(
-            "run.standbys: every coordinator needs a key of its own, and the one that launches the run too"
+            "run.standbys: all coordinators, including the one that launches the run, need different keys"
         )
     store = prepare(run.data, config.node.cache.expanduser(), vocab_limit=run.model.vocab_size, progress=progress)
     check_fit(run, store)
@@ -48,8 +48,8 @@ def launch(config: Config, coordinator: str, progress: Callable[[Progress], None
     fragments_of(run, engine.layout)
     if run.audits.rate and draws_random_numbers(engine.model, torch.zeros(1, 1, dtype=torch.int64).to(engine.device)):
         raise ConfigError(
-            "run.model.settings: with dropout no two nodes take the same step, so that none can be audited: set it to "
-            "0 (attention_dropout, attn_pdrop, …), or run.audits.rate"
+            "run.model.settings: audits cannot replay dropout: set it to 0 (attention_dropout, attn_pdrop, …), "
+            "or disable audits with run.audits.rate: 0"
         )
     theta = torch.empty(engine.layout.size)
     engine.read(theta)
@@ -68,7 +68,7 @@ def launch(config: Config, coordinator: str, progress: Callable[[Progress], None
 
 
 def check_fit(run: Run, store: TokenStore) -> None:
-    """Refuse data that the run cannot be trained or judged on."""
+    """Check that sequence length and vocabulary of ``store`` fit the model. Raises :class:`ConfigError`."""
     positions = run.model.settings.get("max_position_embeddings")
     if positions is not None and run.data.sequence_length > positions:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the state machine needs to know of a manifest."""
+"""The protocol's rules of a run, including those that depend on the model: payload sizes, slices, sharding."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from psyche.training.models import layout
 
 
 def rules_of(manifest: Manifest) -> Rules:
-    """The manifest as the protocol sees it."""
+    """Return all rules of the run."""
     run, resolved = manifest.run, manifest.resolved
     encoder = codec(run.codec.name)
-    # Without fragments the model's size says it all, and nobody has to build the model to know it.
+    # Without fragments the flat size is enough, and the model need not be built.
     flat = FlatLayout.of([("", (resolved.flat_size,))]) if run.overlap.fragments == 1 else layout(run.model)
     fragments = fragments_of(run, flat)
     return replace(
@@ -30,7 +30,7 @@ def rules_of(manifest: Manifest) -> Rules:
 
 
 def fragments_of(run: Run, flat: FlatLayout) -> tuple[tuple[slice, ...], ...]:
-    """The slices of each fragment of the run. Raises :class:`ConfigError` where the model has too few layers."""
+    """Return the slices of each fragment. Raises :class:`ConfigError` if the model has too few layers."""
     try:
         return flat.fragments(run.overlap.fragments)
     except ValueError as error:

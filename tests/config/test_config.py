@@ -17,7 +17,7 @@ from psyche.config import Config, Manifest, Node, Wandb, load_config, load_node,
 from psyche.errors import ConfigError
 from tests.protocol.players import peer_id
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 GOOD: dict[str, Any] = {
     "run": {
         "name": "test",
@@ -379,7 +379,7 @@ def test_floats_may_be_written_as_researchers_write_them(tmp_path: Path) -> None
 
 def test_private_data_need_a_budget_and_a_budget_needs_data() -> None:
     for told in ({"path": Path("own")}, {"epsilon": 8.0}):
-        with pytest.raises(ConfigError, match="go together"):
+        with pytest.raises(ConfigError, match="--private-data DIR needs --epsilon"):
             override_node(Node(), private=told)
     node = override_node(Node(), private={"path": Path("own"), "epsilon": 8.0, "delta": None})
     assert node.private is not None
