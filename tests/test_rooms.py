@@ -77,3 +77,14 @@ def test_the_protocol_is_pure() -> None:
         modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not modules & {"time", "random", "secrets", "socket", "asyncio", "os", "pathlib", "torch"}, path
+
+
+def test_only_processes_construct_the_libp2p_node() -> None:
+    """Other rooms depend on ``network/transport.py``, so that another carrier can take its place.
+
+    ``psyche doctor`` starts a node of its own, for a key that nobody knows; the bench and tests construct nodes, too.
+    """
+    for path in sorted(ROOT.rglob("*.py")):
+        inside = path.relative_to(ROOT).as_posix()
+        if not inside.startswith(("network/", "processes/", "bench/")) and inside != "tools/doctor.py":
+            assert "psyche.network.node" not in path.read_text(), f"{inside} imports the libp2p node"

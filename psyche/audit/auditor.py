@@ -31,9 +31,7 @@ from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
 from psyche.ledger.chain_sync import Past
 from psyche.ledger.writer import LedgerWriter
-from psyche.network.fetch import BadBlob, FetchError, fetch
-from psyche.network.node import NetworkNode
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.network.transport import BadBlob, FetchError, Network, Refused, Unreachable, Violation
 from psyche.protocol.audits import asked
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import grade
@@ -102,7 +100,7 @@ class Auditor:
         self,
         replica: Replica,
         directory: Path,
-        network: NetworkNode,
+        network: Network,
         client: Client,
         ledger: LedgerWriter,
         supply: Supply,
@@ -373,7 +371,7 @@ class Auditor:
         for root, limit in (await asyncio.to_thread(roots)).items():
 
             async def get(root: bytes = root, limit: int = limit) -> bytearray:
-                return await fetch(self._network, root, sources=[case.node], max_size=limit)
+                return await self._network.blobs.fetch_bytes(root, sources=[case.node], max_size=limit)
 
             found[root] = await self._had(case, get)
         return found

@@ -135,11 +135,11 @@ def leave(
     The node trains until the other members are done with the round, submits its work, waits until the round is
     certified (it prints the longest this can take) and exits. Ctrl-C here stops only the waiting, not the leaving.
     """
-    from psyche.network.invites import only_directory
+    from psyche.network.invite import only_run_directory
     from psyche.processes.foreground import RUNS
     from psyche.processes.leave import ask_to_leave
 
-    ask_to_leave(directory or only_directory(RUNS.expanduser()), typer.echo, now=now)
+    ask_to_leave(directory or only_run_directory(RUNS.expanduser()), typer.echo, now=now)
 
 
 def doctor(

@@ -92,7 +92,7 @@ def invite(
     ] = None,
 ) -> None:
     """Print an invite to the run: this node's address and those of the peers it knows. Any member can invite."""
-    from psyche.network.invites import invite_of, only_directory
+    from psyche.network.invite import invite_from, only_run_directory
     from psyche.processes.foreground import RUNS
 
-    typer.echo(invite_of(directory or only_directory(RUNS.expanduser())).encode())
+    typer.echo(invite_from(directory or only_run_directory(RUNS.expanduser())).encode())

@@ -21,8 +21,7 @@ from psyche.exchange.rules import rules_of
 from psyche.ledger.certificate_check import record_in
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
-from psyche.network.node import NetworkNode
-from psyche.network.streams import Refused
+from psyche.network.transport import Network, Refused
 from psyche.protocol import envelope as envelopes
 from psyche.protocol import state as protocol
 from psyche.protocol.audits import statement
@@ -70,7 +69,7 @@ class Coordinator:
         self,
         manifest: Manifest,
         identity: Identity,
-        network: NetworkNode,
+        network: Network,
         log: EventLog,
         ledger: LedgerWriter,
         directory: Path,

@@ -11,7 +11,7 @@ from psyche.config import Manifest
 from psyche.ledger.signing_record import keep, recall
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.rpc import Rpc
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.network.transport import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Objection, Reconfiguration, Seal

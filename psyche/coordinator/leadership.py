@@ -14,7 +14,7 @@ from collections.abc import Callable
 from psyche.config import Manifest
 from psyche.network.identity import BadSignature, Identity, open_envelope
 from psyche.network.rpc import Rpc
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.network.transport import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Heartbeat, Proposal

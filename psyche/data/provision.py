@@ -21,8 +21,7 @@ from psyche.data.store import INDEX, TOKENIZER, Place, Split, TokenStore, is_of_
 from psyche.durable import disk_errors, durable_file, write_durably
 from psyche.errors import PsycheError
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
-from psyche.network.node import NetworkNode
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.network.transport import Network, Refused, Unreachable, Violation
 from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
@@ -35,7 +34,7 @@ DOMAIN = "manifest"
 T = TypeVar("T")
 
 
-async def serve_provisions(network: NetworkNode, manifest: bytes, store: TokenStore) -> ShardOffers:
+async def serve_provisions(network: Network, manifest: bytes, store: TokenStore) -> ShardOffers:
     """Serve the signed manifest (as received), the token store's index, and as blobs what is here of its files."""
 
     async def give_index(peer: str, request: bytes) -> bytes:
@@ -55,7 +54,7 @@ async def serve_provisions(network: NetworkNode, manifest: bytes, store: TokenSt
 class ShardOffers:
     """The training shards that this node gives to others: each as long as a copy of it is here."""
 
-    def __init__(self, network: NetworkNode, split: Split) -> None:
+    def __init__(self, network: Network, split: Split) -> None:
         self._network, self._split = network, split
         self._offered: set[int] = set()
 
@@ -73,7 +72,7 @@ class ShardOffers:
             _serve(self._network, root, lambda: self._split.copies(number)[0])
 
 
-async def serve_manifest(network: NetworkNode, manifest: bytes) -> None:
+async def serve_manifest(network: Network, manifest: bytes) -> None:
     """Serve the signed manifest, as received."""
 
     async def give_manifest(peer: str, request: bytes) -> bytes:
@@ -87,7 +86,7 @@ def sign_manifest(manifest: Manifest, identity: Identity) -> bytes:
     return envelopes.encode(identity.seal(DOMAIN, manifest.run_id, 0, manifest.encode()))
 
 
-async def fetch_manifest(network: NetworkNode, run_id: bytes, sources: Sequence[str]) -> tuple[Manifest, bytes]:
+async def fetch_manifest(network: Network, run_id: bytes, sources: Sequence[str]) -> tuple[Manifest, bytes]:
     """The manifest whose hash is ``run_id``, and the envelope it came in.
 
     Raises :class:`PsycheError` where none of ``sources`` has it: each one's reason is named.
@@ -122,7 +121,7 @@ class Found:
     missing: int
 
 
-async def find_store(network: NetworkNode, manifest: Manifest, node: Node, sources: Sequence[str]) -> Found:
+async def find_store(network: Network, manifest: Manifest, node: Node, sources: Sequence[str]) -> Found:
     """The store as far as it is here; its index from ``sources`` where not even that is."""
     cache = shard_cache(node)
     places = shard_places(node, cache)
@@ -142,7 +141,7 @@ def _missing(store: TokenStore, manifest: Manifest, cache: ShardCache) -> int:
     return basis + min(shards, cache.room())
 
 
-async def _fetch_index(network: NetworkNode, root: bytes, sources: Sequence[str]) -> bytes:
+async def _fetch_index(network: Network, root: bytes, sources: Sequence[str]) -> bytes:
     async def ask(peer: str) -> bytes:
         data = await network.rpc.call(peer, "store", b"", timeout=CALL_SECONDS, max_reply=MAX_INDEX_BYTES)
         if decode_index(data, f"what {peer} sent").root != root:
@@ -247,12 +246,12 @@ async def _first(sources: Sequence[str], ask: Callable[[str], Awaitable[T]], wha
     )
 
 
-def serve_file(network: NetworkNode, path: Path, root: bytes) -> None:
+def serve_file(network: Network, path: Path, root: bytes) -> None:
     """Serve a file as a blob without keeping it in memory. One whose content is not ``root`` is not served."""
     _serve(network, root, lambda: path)
 
 
-def _serve(network: NetworkNode, root: bytes, find: Callable[[], Path]) -> None:
+def _serve(network: Network, root: bytes, find: Callable[[], Path]) -> None:
     """``find`` raises ``LookupError`` where the file is not here now."""
 
     def load() -> BlobIndex:

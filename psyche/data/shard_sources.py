@@ -12,10 +12,8 @@ from psyche.data.index import Shard, TokenizerFile
 from psyche.data.mirrors import Mirror, MirrorError, NotThere, WrongBytes
 from psyche.durable import write_at
 from psyche.errors import PsycheError
-from psyche.network.fetch import FetchError, fetch_blob, rotated
-from psyche.network.node import NetworkNode
-from psyche.network.presence import sources
 from psyche.network.spool import Blob
+from psyche.network.transport import FetchError, Network, source_order
 from psyche.numerics.digest import CHUNK, BlobIndex, chunk_count
 from psyche.telemetry.formatting import peer_name
 
@@ -33,7 +31,7 @@ class ShardSources:
     """Where this node fetches files from, and what it knows of those who failed it."""
 
     def __init__(
-        self, network: NetworkNode, mirrors: Sequence[Mirror], hosts: Sequence[str], warn: Callable[[str], None]
+        self, network: Network, mirrors: Sequence[Mirror], hosts: Sequence[str], warn: Callable[[str], None]
     ) -> None:
         """``hosts`` are PeerIDs to begin with; ``warn`` hears of mirrors that serve something else."""
         self._network, self._mirrors, self._hosts, self._warn = network, mirrors, tuple(hosts), warn
@@ -92,19 +90,18 @@ class ShardSources:
 
         known: Sequence[str] = self._hosts
         with contextlib.suppress(TimeoutError):  # a daemon too busy to say who else is there
-            known = await sources(self._network, self._hosts)
-        peers = rotated(known, self._network.peer_id, root)[:ASKED]
+            known = await self._network.sources(self._hosts)
+        peers = source_order(known, self._network.peer_id, root)[:ASKED]
         blob = None
         try:
-            blob = await fetch_blob(
-                self._network,
+            blob = await self._network.blobs.fetch_blob(
                 root,
                 sources=peers,
                 max_chunks=max(1, chunk_count(wanted.bytes)),
                 accept=accept,
                 chunk_bytes=CHUNK,
                 check=came,
-                on_liar=lambda peer, what: self._warn(f"{peer_name(peer)} serves what is not {name}: {what}"),
+                on_violation=lambda peer, what: self._warn(f"{peer_name(peer)} serves what is not {name}: {what}"),
             )
             await asyncio.to_thread(_write, blob, into)
         except FetchError as error:
@@ -120,7 +117,7 @@ class ShardSources:
 
         def take(count: int) -> None:
             self._network.traffic.down(url, count)
-            self._network.download_limit.take(url, count)
+            self._network.blobs.download_limit.take(url, count)
 
         return take
 

@@ -11,9 +11,8 @@ from psyche.exchange.journal import Journal
 from psyche.exchange.merge import Merge
 from psyche.exchange.shape import Shape
 from psyche.exchange.shelf import BlobRetention
-from psyche.network.fetch import FetchError, fetch_blob
-from psyche.network.node import NetworkNode
 from psyche.network.spool import Blob
+from psyche.network.transport import FetchError, Network
 from psyche.numerics.aggregate import Gradient
 from psyche.numerics.digest import BlobIndex
 from psyche.protocol.messages import Contribution, Plan, Record, Reducing
@@ -23,11 +22,11 @@ from psyche.protocol.messages import Contribution, Plan, Record, Reducing
 class BlobTransport:
     """What all rounds of a node have in common: the network, what is served, and whom liars are reported to."""
 
-    network: NetworkNode
+    network: Network
     shelf: BlobRetention
     journal: Journal
     me: str
-    on_liar: Callable[[str, str], None]
+    on_violation: Callable[[str, str], None]
 
     async def fetch(
         self,
@@ -53,8 +52,7 @@ class BlobTransport:
                 raise ValueError(f"{index.size} bytes where {size} were announced")
 
         try:
-            blob = await fetch_blob(
-                self.network,
+            blob = await self.network.blobs.fetch_blob(
                 root,
                 sources=sources,
                 accept=accept,
@@ -63,7 +61,7 @@ class BlobTransport:
                 check=shape.check,
                 max_chunks=len(shape.counts),
                 chunk_bytes=shape.usual_bytes,
-                on_liar=self.on_liar,
+                on_violation=self.on_violation,
             )
         except FetchError as error:
             if into is None and error.partial is not None:

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from psyche.durable import disk_errors, sync_directory
-from psyche.network.blobs import Read
 from psyche.network.spool import UNFINISHED, Blob
+from psyche.network.transport import ReadChunk
 from psyche.numerics.digest import INDEX_BYTES, BlobIndex
 
 DIRECTORY = "journal"
@@ -28,7 +28,7 @@ MAX_CHUNKS = 1 << 20
 class _Entry:
     round: int
     index: BlobIndex
-    read: Read
+    read: ReadChunk
 
 
 class Journal:
@@ -64,7 +64,7 @@ class Journal:
         """All that are there."""
         return [entry.index for entry in list(self._there.values())]
 
-    def reader(self, root: bytes) -> Read:
+    def reader(self, root: bytes) -> ReadChunk:
         """Gives the chunks of a blob that is there, always the same for the same blob. They are not checked.
 
         It raises ``LookupError`` or ``OSError`` where they are not there any more.

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
-from psyche.network.node import NetworkNode
 from psyche.network.spool import Blob
+from psyche.network.transport import Network
 
 
 class BlobRetention:
     """Blobs by the round they came with; those of two rounds ago are neither served nor kept."""
 
-    def __init__(self, network: NetworkNode) -> None:
+    def __init__(self, network: Network) -> None:
         self._network = network
         self._rounds: list[list[Blob]] = [[]]
 
     async def put(self, parts: Sequence[Buffer]) -> Blob:
         """Serve a new blob with a chunk for each part."""
-        blob = await asyncio.to_thread(self._network.spool.put, parts)
+        blob = await asyncio.to_thread(self._network.blobs.spool.put, parts)
         self._network.blobs.add_blob(blob)
         self.keep(blob)
         return blob

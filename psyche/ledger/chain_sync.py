@@ -15,9 +15,8 @@ from msgspec import Meta
 from psyche.config import Manifest
 from psyche.ledger.certificate_check import record_in
 from psyche.ledger.writer import LedgerWriter
-from psyche.network.node import NetworkNode
 from psyche.network.rpc import Rpc
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.network.transport import Network, Refused, Unreachable, Violation
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
@@ -42,7 +41,7 @@ class Certificates(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     encoded: Annotated[tuple[bytes, ...], Meta(max_length=4096)]
 
 
-async def serve_history(network: NetworkNode, ledger: LedgerWriter) -> None:
+async def serve_history(network: Network, ledger: LedgerWriter) -> None:
     """Tell whoever asks."""
 
     async def history(peer: str, request: bytes) -> bytes:

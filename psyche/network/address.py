@@ -1,16 +1,31 @@
-"""Multiaddresses of nodes, as text, checked without loading hivemind (which loads torch, which takes seconds)."""
+"""Multiaddresses as text, and the port a node listens at; does not load hivemind (which loads torch, in seconds)."""
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import re
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from psyche.durable import write_durably
+from psyche.errors import PsycheError
 
 PEER_ID = re.compile(r"12D3Koo[1-9A-HJ-NP-Za-km-z]{45}")
 """An Ed25519 PeerID. Its base58 is always 52 characters long and starts so."""
 
 MAX_ADDRESS = 256
+"""Characters of an address."""
+MAX_ADDRESSES = 16
+"""Addresses in an invite, and addresses of its own that a node remembers."""
+PORT = "port"
+"""Name of the file, in a node's directory, with the port it listened at last."""
 _HOST = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
+_ANY_PORT = re.compile(r"/(ip[46])/([^/]+)/tcp/0(?=/|$)")
+_OWN = re.compile(r"/ip[46]/[^/]+/tcp/([1-9]\d{0,4})/p2p/[^/]+")
+_FAMILIES = {"ip4": socket.AF_INET, "ip6": socket.AF_INET6}
 
 
 def split_address(text: str) -> tuple[str, str]:
@@ -41,6 +56,59 @@ def is_loopback(text: str) -> bool:
     """Whether only this machine can use the address."""
     parts = text.split("/")
     return len(parts) > 2 and parts[1] in ("ip4", "ip6") and ipaddress.ip_address(parts[2]).is_loopback
+
+
+def with_last_port(listen: Sequence[str], directory: Path) -> tuple[str, ...]:
+    """``listen`` with every port 0 replaced by the port last used in ``directory``, if that is free.
+
+    A node that keeps its port is found again through what peers remember of it, and through old invites.
+    """
+    try:
+        port = int((directory / PORT).read_text())
+    except (OSError, ValueError):
+        return tuple(listen)
+    return tuple(_with_port(one, port) for one in listen)
+
+
+def save_port(addresses: Sequence[str], directory: Path) -> None:
+    """Save the port of this process's ``addresses`` (loopback last: no router has changed the port of that one)."""
+    ports = [found[1] for one in addresses if (found := _OWN.fullmatch(one))]
+    if ports:
+        write_durably(directory / PORT, ports[-1].encode())
+
+
+def check_port_free(address: str) -> None:
+    """Raise :class:`PsycheError` where a TCP port is taken.
+
+    p2pd listens with SO_REUSEPORT: a second one on the same port starts without complaint and takes half of the
+    first one's callers, which then find the wrong PeerID.
+    """
+    match = re.fullmatch(r"/ip([46])/([^/]+)/tcp/(\d{1,5})", address)
+    if not match or not 0 < int(match[3]) < 65536:
+        return
+    with socket.socket(_FAMILIES[f"ip{match[1]}"]) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+        try:
+            probe.bind((match[2], int(match[3])))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                message = f"port {match[3]} is in use by another program; choose another with --port"
+                raise PsycheError(message) from None
+            if error.errno == errno.EACCES:
+                raise PsycheError(f"port {match[3]} needs root; choose one above 1023 with --port") from None
+
+
+def _with_port(listen: str, port: int) -> str:
+    found = _ANY_PORT.match(listen)
+    if found is None:
+        return listen
+    with socket.socket(_FAMILIES[found[1]]) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections may linger
+        try:
+            probe.bind((found[2], port))
+        except (OSError, OverflowError):
+            return listen
+    return f"/{found[1]}/{found[2]}/tcp/{port}{listen[found.end() :]}"
 
 
 def _check_transport(text: str) -> None:

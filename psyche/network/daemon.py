@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import logging
 import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from asyncio import StreamReader, StreamWriter
@@ -31,6 +29,7 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from psyche.errors import PsycheError
+from psyche.network.address import check_port_free
 from psyche.network.identity import Identity
 
 START_SECONDS = 15.0
@@ -89,7 +88,7 @@ class Daemon:
         :class:`PsycheError` naming the cause and the mend.
         """
         for address in listen:
-            check_free(address)
+            check_port_free(address)
         async with contextlib.AsyncExitStack() as undo:
             lock = _lock(identity.path)
             undo.callback(os.close, lock)
@@ -260,27 +259,6 @@ def _lock(path: Path) -> int:
     except OSError:  # a file system without locks: nothing is lost but this check
         log.debug("%s cannot be locked", path)
     return descriptor
-
-
-def check_free(address: str) -> None:
-    """Raise :class:`PsycheError` where a TCP port is taken.
-
-    p2pd listens with SO_REUSEPORT: a second one on the same port starts without complaint and takes half of the
-    first one's callers, who then find the wrong PeerID.
-    """
-    match = re.fullmatch(r"/ip([46])/([^/]+)/tcp/(\d{1,5})", address)
-    if not match or not 0 < int(match[3]) < 65536:
-        return
-    with socket.socket(socket.AF_INET if match[1] == "4" else socket.AF_INET6) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
-        try:
-            probe.bind((match[2], int(match[3])))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                message = f"port {match[3]} is in use by another program; choose another with --port"
-                raise PsycheError(message) from None
-            if error.errno == errno.EACCES:
-                raise PsycheError(f"port {match[3]} needs root; choose one above 1023 with --port") from None
 
 
 async def _end(process: Process) -> None:

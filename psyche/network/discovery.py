@@ -1,11 +1,16 @@
-"""Who is in the run, and where: small signed announcements in the DHT."""
+"""Discovery: small signed announcements in the DHT that say which nodes take part in a run and where to dial them."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
+from psyche.network.address import MAX_ADDRESS, split_address
 from psyche.network.identity import BadSignature, Identity, WrongContext
 from psyche.network.records import (
     CLOCK_SKEW,
@@ -18,17 +23,23 @@ from psyche.network.records import (
 )
 from psyche.protocol.envelope import MalformedMessage
 
+KINDS = ("coordinator", "member")
+TTL_SECONDS = 120.0
+REPEAT_SECONDS = 40.0
+MAX_ANNOUNCED = 8
+"""Addresses in one announcement."""
+
 
 class Discovery:
-    """Announce oneself, and look up those who did. Every announcement found is signed by the PeerID it is under."""
+    """Announces this node and looks up others. Every announcement found is signed by the PeerID it is stored under."""
 
     def __init__(self, dht: Any, identity: Identity, run_id: bytes, kinds: Sequence[str]) -> None:
         self._dht, self._identity, self._run_id, self._kinds = dht, identity, run_id, tuple(kinds)
 
     async def announce(self, kind: str, body: bytes, ttl: float) -> bool:
-        """Tell whoever looks up ``kind``, for ``ttl`` seconds, replacing what we said before.
+        """Publish ``body`` (at most MAX_BODY bytes) under ``kind`` for ``ttl`` seconds, replacing the previous one.
 
-        ``body`` has at most MAX_BODY bytes. False if no node stored it; repeat well before ``ttl`` is over.
+        Returns False if no node stored it. Repeat well before ``ttl`` is over.
         """
         self._check(kind)
         if len(body) > MAX_BODY or not 0 < ttl <= MAX_TTL:
@@ -58,6 +69,40 @@ class Discovery:
                 announced[author] = announcement.body
         return announced
 
+    async def announced(self) -> dict[str, tuple[str, ...]]:
+        """PeerID -> addresses (each ending in ``/p2p/<PeerID>``) of every node announced now, this one included."""
+        found: dict[str, tuple[str, ...]] = {}
+        for bodies in await asyncio.gather(*map(self.lookup, KINDS)):
+            for peer_id, body in bodies.items():
+                found[peer_id] = decode_addresses(peer_id, body)
+        return found
+
     def _check(self, kind: str) -> None:
         if kind not in self._kinds:
-            raise ValueError(f"announcements of kind {kind!r} were not declared; there are {', '.join(self._kinds)}")
+            raise ValueError(f"announcements of kind {kind!r} were not declared; declared are {', '.join(self._kinds)}")
+
+
+def encode_addresses(addresses: Sequence[str]) -> bytes:
+    """The body of an announcement: as many of ``addresses`` as fit, without the PeerID that signs it."""
+    transports = [split_address(text)[0] for text in addresses[:MAX_ANNOUNCED]]
+    while len(body := msgspec.msgpack.encode(transports)) > MAX_BODY:
+        transports.pop()
+    return body
+
+
+def decode_addresses(peer_id: str, body: bytes) -> tuple[str, ...]:
+    """The addresses that ``peer_id`` announced (at most MAX_BODY bytes), without those that are malformed.
+
+    A peer can only announce addresses of its own: a caller that dials one expects its PeerID there.
+    """
+    try:
+        transports = msgspec.msgpack.decode(body, type=list[str])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return ()
+    good = []
+    for transport in transports[:MAX_ANNOUNCED]:
+        text = f"{transport}/p2p/{peer_id}"
+        with contextlib.suppress(ValueError):
+            if len(text) <= MAX_ADDRESS and split_address(text):
+                good.append(text)
+    return tuple(good)

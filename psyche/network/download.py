@@ -1,4 +1,4 @@
-"""One blob on its way here: what is known of it, what is still wanted, and who is getting which chunk."""
+"""The state of one blob download: its index, the chunks still missing, and which source fetches which chunk."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from typing import Protocol
 from typing_extensions import Buffer
 
 from psyche.errors import PsycheError
-from psyche.network.blobs import ABSENT, MAX_ASKED, Request
+from psyche.network.blob_server import ABSENT, MAX_CHUNKS_PER_REQUEST, Request
 from psyche.network.pipe import Pipe
-from psyche.network.streams import OK, Refused, Unreachable, Violation
+from psyche.network.streams import OK
+from psyche.network.transport import Refused, Unreachable, Violation
 from psyche.numerics.digest import INDEX_BYTES, BlobIndex, digest
 
 FIRST_BYTES = 1 << 20
-"""Asked of a source whose speed is not known yet."""
+"""Size of the first request to a source, whose speed is not known yet."""
 AHEAD_SECONDS = 0.25
-"""How much of a source's line one request fills. Two are under way, so that it is never idle; more would keep chunks
-from sources that are faster."""
-MOST_BYTES = 4 << 20
+"""Seconds of a source's line that one request fills. Two requests are in flight, so that the line is never idle; more
+would withhold chunks from faster sources."""
+MAX_REQUESTED_BYTES = 4 << 20
 RESCUE_SECONDS = 2.0
-"""A chunk that has been on its way for longer may be asked of another source, too, once nothing else is left."""
+"""A chunk in flight for longer may be requested from a second source once no other chunk is left."""
 RETRY_SECONDS = 0.5
-"""A source that did not have a chunk is asked again after this: it may be fetching it itself."""
+"""Pause before a source that lacked a chunk is asked for it again: it may be fetching it itself."""
 
-OnLiar = Callable[[str, str], None]
-"""Called with (PeerID, what it did) for each source that broke the protocol."""
-Measured = Callable[[int, float], None]
-"""Called with bytes and the seconds they took."""
+OnMeasured = Callable[[int, float], None]
+"""Called with the bytes of a transfer and the seconds it took."""
 
 
 class Content(Protocol):
-    """Where chunks go."""
+    """Where the chunks of a download are written."""
 
     @property
     def index(self) -> BlobIndex: ...
@@ -46,7 +45,7 @@ class Content(Protocol):
 
 
 class Download:
-    """Shared by the threads that work on it, one for each source."""
+    """Shared by the threads that work on it, one per source."""
 
     def __init__(
         self,
@@ -60,21 +59,21 @@ class Download:
         stall: float,
         known: BlobIndex | None,
     ) -> None:
-        """``create`` makes the place for a blob of an index that is the root's; it raises ``ValueError`` to refuse."""
+        """``create`` makes the content for an index that matches the root, or raises ``ValueError`` to reject it."""
         self.root, self.stall, self._caller = root, stall, caller
         self.received = 0
-        """Chunks so far."""
-        self.gave: Counter[str] = Counter()
-        """Bytes of chunks that were new, by source."""
+        """Chunks received so far."""
+        self.received_from: Counter[str] = Counter()
+        """Bytes of new chunks, by source."""
         self.fault: Exception | None = None
-        """Why it was given up, whoever the source."""
+        """Why the download was given up, for a reason that is no source's fault."""
         self._create, self._check, self._max_chunks = create, check, max_chunks
-        self._missing = None if chunks is None else ordered(chunks, caller, root)
-        """Chunks still to come, in this caller's order; None before the index says which there are."""
+        self._missing = None if chunks is None else chunk_order(chunks, caller, root)
+        """Missing chunks in this caller's order; None until the index says which chunks exist."""
         self._guess = chunk_bytes
         self._lock = threading.Condition()
         self._content: Content | None = None
-        self._taken: dict[int, tuple[str, float]] = {}
+        self._assigned: dict[int, tuple[str, float]] = {}
         self._lacking: dict[tuple[str, int], float] = {}
         self._pipes: set[Pipe] = set()
         self._over = False
@@ -84,11 +83,11 @@ class Download:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing more to do: complete, refused, or cancelled."""
+        """Whether nothing is left to do: the download is complete, rejected, or cancelled."""
         return self._over or self.fault is not None or self._complete()
 
     def cancel(self) -> None:
-        """Wake and end all threads that work on it."""
+        """Wake and end all threads that work on this download."""
         with self._lock:
             self._over = True
             for pipe in self._pipes:
@@ -97,7 +96,7 @@ class Download:
 
     @contextmanager
     def attached(self, pipe: Pipe) -> Iterator[None]:
-        """While ``pipe`` is at work here, cancelling closes it."""
+        """Register ``pipe`` for the block, so that :meth:`cancel` interrupts it; close it at the end."""
         with self._lock:
             self._pipes.add(pipe)
             if self._over:
@@ -107,15 +106,15 @@ class Download:
         finally:
             with self._lock:
                 self._pipes.discard(pipe)
-                for number in [n for n, (who, _) in self._taken.items() if who == pipe.peer_id]:
-                    del self._taken[number]
+                for number in [n for n, (source, _) in self._assigned.items() if source == pipe.peer_id]:
+                    del self._assigned[number]
                 self._lock.notify_all()
             pipe.close()
 
-    # ------------------------------------------------------------------------------- on the threads
+    # ------------------------------------------------------------------------------- on a source's thread
 
-    def pull(self, pipe: Pipe, measured: Measured) -> None:
-        """Get what is missing over one pipe, until nothing is. Raises what ended it, if it was not completion."""
+    def pull(self, pipe: Pipe, measured: OnMeasured) -> None:
+        """Fetch missing chunks over one pipe until none is missing. Raises the source's error if it ends early."""
         try:
             self._pull(pipe, measured)
         except Unreachable:
@@ -126,43 +125,43 @@ class Download:
                 self.fault = self.fault or error
                 self._lock.notify_all()
 
-    def _pull(self, pipe: Pipe, measured: Measured) -> None:
+    def _pull(self, pipe: Pipe, measured: OnMeasured) -> None:
         budget = FIRST_BYTES
-        asked: deque[tuple[bool, list[int]]] = deque()
+        pending: deque[tuple[bool, list[int]]] = deque()
         last = time.monotonic()
         while not self.finished:
-            while len(asked) < 2 and not (asked and self._content is None):
-                batch = self._take(pipe.peer_id, budget, wait=not asked)
+            while len(pending) < 2 and not (pending and self._content is None):
+                batch = self._assign(pipe.peer_id, budget, wait=not pending)
                 index = self._content is None
                 if not batch and not index:
                     break
-                if not asked:
+                if not pending:
                     last = time.monotonic()
                 request = Request(self.root, index, tuple(batch)).encode()
                 pipe.send(memoryview(len(request).to_bytes(4, "big") + request), self.stall)
-                asked.append((index, batch))
-            if not asked:
+                pending.append((index, batch))
+            if not pending:
                 continue
-            count = self._receive(pipe, *asked.popleft())
+            count = self._receive(pipe, *pending.popleft())
             now = time.monotonic()
             if count:
                 measured(count, now - last)
-                budget = min(max(int(count / max(now - last, 1e-3) * AHEAD_SECONDS), 1), MOST_BYTES)
+                budget = min(max(int(count / max(now - last, 1e-3) * AHEAD_SECONDS), 1), MAX_REQUESTED_BYTES)
             last = now
 
     def _receive(self, pipe: Pipe, index: bool, batch: list[int]) -> int:
-        """Read the answer to one request; bytes of the chunks in it."""
+        """Read the answer to one request; return the bytes of the chunks in it."""
         pipe.expect(self.stall)
         if index:
             size = int.from_bytes(pipe.read(4, self.stall), "big")
             if size > INDEX_BYTES * self._max_chunks:
-                raise Violation("an index of more chunks than the blob may have")
+                raise Violation(f"an index of over {self._max_chunks} chunks")
             try:
                 found = BlobIndex.decode(pipe.read(size, self.stall))
             except ValueError as error:
                 raise Violation(str(error)) from None
             if found.root != self.root:
-                raise Violation("an index that is not the root's")
+                raise Violation("an index that does not match the root")
             self._learn(found)
         count = 0
         for number in batch:
@@ -192,20 +191,20 @@ class Download:
             new = len(chunk)
         with self._lock:
             self.received += 1
-            self.gave[pipe.peer_id] += new
+            self.received_from[pipe.peer_id] += new
             self._progress = time.monotonic()
             if self._missing is not None:
                 self._missing.pop(number, None)
             self._release(pipe, number)
         return len(chunk)
 
-    # ------------------------------------------------------------------------------------ who gets what
+    # ---------------------------------------------------------------------------------- assigning chunks
 
-    def _take(self, source: str, budget: int, *, wait: bool) -> list[int]:
-        """Chunks for ``source`` to get now, about ``budget`` bytes of them; none where there is nothing for it.
+    def _assign(self, source: str, budget: int, *, wait: bool) -> list[int]:
+        """Assign about ``budget`` bytes of chunks to ``source``; an empty list where none is available to it.
 
-        With ``wait`` it waits until there is something, or the download is over, or raises ``Refused`` where this
-        source has nothing to give and there is nobody else, or none that makes progress.
+        With ``wait``, block until a chunk is available or the download has finished. Raises ``Refused`` where this
+        source has nothing more to give and no other source makes progress.
         """
         with self._lock:
             while True:
@@ -213,7 +212,7 @@ class Download:
                 if batch or not wait or self.finished or self._content is None:
                     return batch
                 if len(self._pipes) == 1 or time.monotonic() - self._progress > self.stall:
-                    raise Refused("it has only a part of it")
+                    raise Refused("has only some of the chunks")
                 self._lock.wait(RETRY_SECONDS)
 
     def _pick(self, source: str, budget: int) -> list[int]:
@@ -223,7 +222,7 @@ class Download:
         batch: list[int] = []
         for rescue in (False, True):
             for number in self._missing:
-                if budget <= 0 or len(batch) == MAX_ASKED:
+                if budget <= 0 or len(batch) == MAX_CHUNKS_PER_REQUEST:
                     break
                 if self._available(source, number, now, rescue=rescue):
                     batch.append(number)
@@ -231,20 +230,20 @@ class Download:
             if batch:
                 break
         for number in batch:
-            self._taken[number] = (source, now)
+            self._assigned[number] = (source, now)
         return batch
 
     def _available(self, source: str, number: int, now: float, *, rescue: bool) -> bool:
         if now - self._lacking.get((source, number), -RETRY_SECONDS) < RETRY_SECONDS:
             return False
-        if number not in self._taken:
+        if number not in self._assigned:
             return not rescue
-        who, since = self._taken[number]
-        return rescue and who != source and now - since > RESCUE_SECONDS
+        assignee, since = self._assigned[number]
+        return rescue and assignee != source and now - since > RESCUE_SECONDS
 
     def _release(self, pipe: Pipe, number: int) -> None:
-        if self._taken.get(number, ("", 0.0))[0] == pipe.peer_id:
-            del self._taken[number]
+        if self._assigned.get(number, ("", 0.0))[0] == pipe.peer_id:
+            del self._assigned[number]
         self._lock.notify_all()
 
     def _size(self, number: int) -> int:
@@ -256,21 +255,25 @@ class Download:
         return self._content is not None and not self._missing
 
     def _learn(self, index: BlobIndex) -> None:
-        """Take the index, if it is the first and wanted. Raises ``ValueError`` where it is not."""
+        """Adopt the first index that arrives. Raises ``ValueError`` where it is not acceptable."""
         with self._lock:
             if self._content is not None:
                 return
             if self._missing is not None and any(number >= index.chunks for number in self._missing):
-                raise ValueError("it has fewer chunks than are wanted")
+                raise ValueError(f"the blob has only {index.chunks} chunks")
             content = self._create(index)
-            wanted = ordered(range(index.chunks), self._caller, self.root) if self._missing is None else self._missing
+            wanted = (
+                chunk_order(range(index.chunks), self._caller, self.root) if self._missing is None else self._missing
+            )
             self._missing = {number: None for number in wanted if not content.present(number)}
             self._content = content
 
 
-def ordered(chunks: Iterable[int], caller: str, root: bytes) -> dict[int, None]:
-    """Chunks in the order in which ``caller`` asks for them: its PeerID and the root decide where it starts, so that
-    those who fetch one blob soon have different parts of it to give each other."""
+def chunk_order(chunks: Iterable[int], caller: str, root: bytes) -> dict[int, None]:
+    """Chunks in the order in which ``caller`` requests them, from a start that its PeerID and the root decide.
+
+    So peers that fetch the same blob soon hold different parts of it to exchange.
+    """
     wanted = list(dict.fromkeys(chunks))
     start = int.from_bytes(digest("chunk order", caller.encode(), root)[:8], "big") % max(1, len(wanted))
     return dict.fromkeys([*wanted[start:], *wanted[:start]])

@@ -1,4 +1,7 @@
-"""One node on the network: a libp2p daemon, a DHT node, calls and blobs, all in the caller's event loop."""
+"""A node on the network: a libp2p daemon, a DHT node, calls and blobs, all in the caller's event loop.
+
+Only ``processes``, which construct it, import this module; other rooms use :class:`~psyche.network.transport.Network`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,7 @@ import contextlib
 import logging
 import os
 import resource
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,34 +25,30 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from psyche.errors import PsycheError
 from psyche.network.address import is_loopback, split_address
-from psyche.network.blobs import BlobServer
+from psyche.network.bandwidth import Traffic
 from psyche.network.daemon import Daemon, DaemonError
-from psyche.network.discovery import Discovery
+from psyche.network.discovery import REPEAT_SECONDS, TTL_SECONDS, Discovery, encode_addresses
 from psyche.network.identity import Identity
-from psyche.network.limits import Limiter
+from psyche.network.libp2p_transport import Libp2pTransport
 from psyche.network.records import NoCache, RecordTable, RecordValidator
 from psyche.network.rpc import Rpc
-from psyche.network.spool import Spool
-from psyche.network.streams import CALLS_PER_PEER, Streams, dial_reason
-from psyche.network.traffic import Traffic
+from psyche.network.streams import Streams, dial_reason
 
 BOOTSTRAP_SECONDS = 8.0
-"""How long bootstrap nodes have to be connected to, all at once. With start and pings it stays around 15 s."""
-SLOWER_SECONDS = 1.0
-"""How much longer the others have once one has answered."""
-SHOWN = 4
-"""Bootstrap nodes whose failure is told in full."""
+"""Time to connect to the bootstrap nodes, all at once. With start and pings, creating a node takes up to 15 s."""
+GRACE_SECONDS = 1.0
+"""How much longer the other bootstrap nodes have once one has answered."""
+REPORTED_FAILURES = 4
+"""Bootstrap nodes whose failure is reported in full."""
 MAX_RELAYS = 32
-"""Addresses of relays: what the daemon is told on its command line."""
+"""Relay addresses passed to the daemon on its command line."""
 DHT_SECONDS = 3.0
-"""How long one DHT request may take."""
-SILENT_SECONDS = 30.0
-"""A peer that did not answer is left out of DHT searches for so long, then twice as long, and so on. Each costs a
-search DHT_SECONDS."""
-DOWNLOADS = 128
-"""Streams that blobs are fetched over at once, a thread and a chunk in memory each; more wait their turn."""
+"""Timeout of one DHT request."""
+BLACKLIST_SECONDS = 30.0
+"""An unresponsive peer is left out of DHT searches for so long, then for twice as long, and so on: each of its
+timeouts costs a search DHT_SECONDS."""
 PINGS = 2
-"""A bootstrap node on a loaded machine may miss one."""
+"""Attempts: a bootstrap node on a loaded machine may miss one ping."""
 OPEN_FILES = 8192
 """Every stream is a socket; many systems allow a process 1024 files unless it asks for more."""
 
@@ -59,9 +56,9 @@ log = logging.getLogger(__name__)
 
 
 class NetworkNode:
-    """Made by :meth:`create`. ``peer_id`` names it; ``rpc``, ``blobs``, ``discovery`` and ``streams`` are its parts.
+    """Create it with :meth:`create`. Its parts are ``rpc``, ``blobs``, ``discovery`` and ``streams``.
 
-    Everything runs in the loop that created it, which must run on the main thread (see :class:`Daemon`).
+    It runs in the event loop that created it, which must run on the main thread (see :class:`Daemon`).
     """
 
     def __init__(
@@ -80,11 +77,7 @@ class NetworkNode:
         self.p2p, self.dht = daemon.p2p, dht
         self.streams = Streams(daemon, identity.peer_id)
         self.rpc = Rpc(self.streams)
-        self.spool = Spool(spool)
-        self.blobs = BlobServer(self.streams, Limiter(max_upload))
-        self.download_limit = Limiter(max_download)
-        self._turns: dict[str, threading.Semaphore] = {}
-        self.downloads = ThreadPoolExecutor(DOWNLOADS, "download")
+        self.blobs = Libp2pTransport(self.streams, daemon.control, spool, max_upload, max_download)
         self.discovery = Discovery(dht, identity, run_id, kinds)
         self._daemon = daemon
 
@@ -106,23 +99,24 @@ class NetworkNode:
     ) -> Self:
         """Start a node of the run ``run_id`` (32 bytes) and join the others through ``bootstrap``.
 
-        ``kinds`` are the kinds of announcements this run's nodes make; ``listen`` are multiaddresses to listen at
-        (``/ip4/0.0.0.0/tcp/0`` takes a free port), ``announce`` those to tell others instead, ``bootstrap`` those,
-        ending in ``/p2p/<PeerID>``, of nodes already there. With none but its own it is the first.
-        ``remembered`` are addresses of peers from an earlier start: as good as ``bootstrap``, but if none was given
-        it is no error that none of them answers.
-        With ``relay`` a node that the others find they cannot dial is reached through those it joined by, and does the
-        same for others unless ``max_upload`` is set.
-        Blobs on their way are kept in ``spool``; they use at most ``max_upload`` and ``max_download`` bytes a second.
-        Raises :class:`PsycheError` within about 15 seconds where it cannot listen or nobody answers.
+        ``kinds``: the kinds of announcements that nodes of this run make. ``listen``: multiaddresses to listen at
+        (``/ip4/0.0.0.0/tcp/0`` picks a free port). ``announce``: addresses to publish instead of those. ``bootstrap``:
+        addresses, ending in ``/p2p/<PeerID>``, of nodes in the run; a node with none but its own is the first.
+        ``remembered``: addresses of peers from an earlier start, used like ``bootstrap``, but without ``bootstrap`` it
+        is no error if none of them answers. ``relay``: a node that others cannot dial is reached through its bootstrap
+        nodes, and relays for others unless ``max_upload`` is set. ``spool``: directory of blobs being transferred.
+        ``max_upload``, ``max_download``: limits for blobs in bytes per second.
+
+        Raises :class:`PsycheError`, within about 15 seconds, where it cannot listen or no bootstrap node answers
+        (:class:`BootstrapError`).
         """
-        quieten()
+        configure_logging()
         _allow_open_files()
         invited = _by_peer(bootstrap, identity.peer_id)
         peers = _by_peer([*bootstrap, *remembered], identity.peer_id)
         known = [f"{address}/p2p/{peer_id}" for peer_id, addresses in peers.items() for address in addresses]
         relays = [address for address in known if "/p2p-circuit" not in address][:MAX_RELAYS] if relay else []
-        # The daemon's relay knows of no limit: whoever has set one is no relay.
+        # The daemon's relay cannot be rate-limited, so a node with a limit does not relay.
         serves = relay and max_upload is None
         daemon = await Daemon.start(identity, listen, announce, relays, relays_others=serves)
         dht = None
@@ -153,22 +147,13 @@ class NetworkNode:
         """Bytes of calls and blobs, both ways."""
         return self.streams.traffic
 
-    def download_turns(self, peer_id: str) -> threading.Semaphore:
-        """Held while a stream to ``peer_id`` is open for a blob: it serves so many of ours at once, and no more."""
-        return self._turns.setdefault(peer_id, threading.Semaphore(CALLS_PER_PEER))
-
-    @property
-    def control(self) -> Path:
-        """The daemon's control socket."""
-        return self._daemon.control
-
     @property
     def alive(self) -> bool:
-        """Whether the daemon runs. If it does not, the node is lost: close it and create another."""
+        """Whether the daemon is running. If not, the node is unusable: close it and create another."""
         return self._daemon.alive
 
     async def addresses(self) -> list[str]:
-        """Where others can reach this node, each ending in ``/p2p/<PeerID>``; loopback last."""
+        """Multiaddresses at which others can reach this node, each ending in ``/p2p/<PeerID>``; loopback last."""
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY)
         response, _, writer = await self._daemon.request(request, BOOTSTRAP_SECONDS)
         writer.close()
@@ -176,8 +161,10 @@ class NetworkNode:
         return sorted(dict.fromkeys(known), key=is_loopback)
 
     async def connected(self) -> dict[str, list[str]]:
-        """The peers that this node is connected to now: PeerID -> far ends of the connections, which need not be
-        addresses that others can dial. Raises :class:`PsycheError`, or TimeoutError where the daemon is overloaded."""
+        """Peers connected now: PeerID -> remote ends of the connections, which others may not be able to dial.
+
+        Raises :class:`PsycheError`, or TimeoutError where the daemon is overloaded.
+        """
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
         response, _, writer = await self._daemon.request(request, BOOTSTRAP_SECONDS)
         writer.close()
@@ -188,21 +175,36 @@ class NetworkNode:
         return found
 
     async def connect(self, addresses: Sequence[str]) -> dict[str, str]:
-        """Connect to the peers at ``addresses`` (with PeerIDs), all at once: those that failed, and why.
+        """Connect to the peers at ``addresses`` (with PeerIDs), all at once; return PeerID -> reason of each failure.
 
-        Needed where the DHT cannot know a peer's address: for bootstrap nodes, and again when one was away long.
-        Raises :class:`PsycheError` for an address that is not valid.
+        Needed where the DHT cannot know a peer's address: for bootstrap nodes, and after a long absence.
+        Raises :class:`PsycheError` for an invalid address.
         """
         peers = _by_peer(addresses, self.peer_id)
         failures = await asyncio.gather(*(self._dial(peer_id, where) for peer_id, where in peers.items()))
         return {peer_id: reason for peer_id, reason in zip(peers, failures, strict=True) if reason is not None}
 
+    async def announce(self, kind: str) -> None:
+        """Announce this node as ``kind``, with its addresses, until cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):  # the daemon is overloaded: the next time is soon enough
+                await self.discovery.announce(kind, encode_addresses(await self.addresses()), TTL_SECONDS)
+            await asyncio.sleep(REPEAT_SECONDS)
+
+    async def sources(self, first: Sequence[str]) -> list[str]:
+        """PeerIDs to ask for content-addressed data: ``first``, then every announced peer; connected peers lead.
+
+        Peers that would have to be dialled come last, because an old invite may name many that are gone.
+        """
+        known = dict.fromkeys([*first, *sorted(await self.discovery.announced())])
+        connected = await self.connected()
+        return sorted((peer for peer in known if peer != self.peer_id), key=lambda peer: peer not in connected)
+
     async def close(self) -> None:
-        """Leave: stop serving, then end the daemon."""
+        """Stop serving, then end the daemon."""
         self.rpc.close()
         await self.streams.close()
         self.blobs.close()
-        self.downloads.shutdown(wait=False, cancel_futures=True)
         await _quit_dht(self.dht)
         await self._daemon.close()
 
@@ -215,7 +217,7 @@ class NetworkNode:
         await self.close()
 
     async def _dial(self, peer_id: str, addresses: Sequence[str]) -> str | None:
-        """Connect to one peer; the reason if that fails."""
+        """Connect to one peer; return the reason if that fails."""
         connect = p2pd_pb2.ConnectRequest(
             peer=base58.b58decode(peer_id),
             addrs=[Multiaddr(address).to_bytes() for address in addresses],
@@ -234,9 +236,9 @@ class NetworkNode:
     async def _join(self, peers: dict[str, list[str]], *, needed: bool) -> None:
         """Connect to the bootstrap nodes and enter the DHT through those that answer first.
 
-        ``DHTNode.create`` would give up where one of several disagrees, or wait for all of them.
+        ``DHTNode.create`` would fail where one of several disagrees, or wait for all of them.
         """
-        pending = {asyncio.create_task(self._greet(peer_id, where)) for peer_id, where in peers.items()}
+        pending = {asyncio.create_task(self._connect_and_ping(peer_id, where)) for peer_id, where in peers.items()}
         failures: list[str] = []
         answered = False
         try:
@@ -246,7 +248,7 @@ class NetworkNode:
                 failures += [reason for reason in reasons if reason is not None]
                 answered = None in reasons
             if pending:
-                await asyncio.wait(pending, timeout=SLOWER_SECONDS)
+                await asyncio.wait(pending, timeout=GRACE_SECONDS)
         finally:
             for task in pending:
                 task.cancel()
@@ -256,10 +258,10 @@ class NetworkNode:
                 async with asyncio.timeout(DHT_SECONDS):
                     await self.dht.find_nearest_nodes([self.dht.node_id])
         elif needed:
-            raise NobodyThere(_nobody(failures))
+            raise BootstrapError(_no_bootstrap(failures))
 
-    async def _greet(self, peer_id: str, addresses: list[str]) -> str | None:
-        """Connect to one bootstrap node and ping its DHT node; the reason if either fails."""
+    async def _connect_and_ping(self, peer_id: str, addresses: list[str]) -> str | None:
+        """Connect to one bootstrap node and ping its DHT node; return the reason if either fails."""
         where = f"{addresses[0]}/p2p/{peer_id}"
         reason = await self._dial(peer_id, addresses)
         if reason is not None:
@@ -270,27 +272,28 @@ class NetworkNode:
                     return None
         except ValidationError as error:
             if "local time" in str(error):
-                return f"{where}: its clock and this machine's differ by more than 3 s (set this one by NTP)"
-            return f"{where}: it cannot reach this machine back (open the listening port in the firewall)"
-        return f"{where}: it answers, but not as a psyche node"
+                return f"{where}: its clock and this machine's differ by over 3 s (synchronise this one by NTP)"
+            return f"{where}: it cannot connect back to this machine (open the listening port in the firewall)"
+        return f"{where}: it answers, but is not a psyche node of this run"
 
 
-class NobodyThere(PsycheError):
-    """None of the addresses that a node has of others answered."""
+class BootstrapError(PsycheError):
+    """No bootstrap node or remembered peer answered."""
 
 
-def _nobody(failures: list[str]) -> str:
-    """A person's sentence for a start that nobody answered."""
-    shown = "; ".join(failures[:SHOWN])
-    more = f"; and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
+def _no_bootstrap(failures: list[str]) -> str:
+    """The error message for a start that no bootstrap node answered."""
+    listed = "; ".join(failures[:REPORTED_FAILURES])
+    more = f"; and {len(failures) - REPORTED_FAILURES} more" if len(failures) > REPORTED_FAILURES else ""
     return (
-        f"no bootstrap node could be joined, {len(failures)} tried: {shown}{more}. "
-        "Check this machine's network, or ask the run's operator or any member (psyche invite) for a new invite"
+        f"none of {len(failures)} bootstrap nodes could be joined: {listed}{more}. "
+        "Check this machine's network connection, or ask the run's operator or any member for a new invite "
+        "(they run: psyche invite)"
     )
 
 
-def quieten() -> None:
-    """Keep hivemind's and libp2p's chatter out of the user's terminal; ``PSYCHE_LOG=debug`` lets all of it through."""
+def configure_logging() -> None:
+    """Keep hivemind's and libp2p's log output off the terminal unless ``PSYCHE_LOG=debug`` is set."""
     use_hivemind_log_handler("nowhere")
     if os.environ.get("PSYCHE_LOG", "").lower() == "debug":
         logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
@@ -302,9 +305,9 @@ def quieten() -> None:
 
 
 def _not_hivemind(record: logging.LogRecord) -> bool:
-    """hivemind drops tasks without looking at them, and a peer can make them fail: no tracebacks for that.
+    """Filter out tracebacks of tasks that hivemind abandons, which peers can make fail.
 
-    A search that is given up leaves behind a task that waits for an event; we make none of those.
+    A cancelled search leaves behind a task that waits for an event; psyche creates no such task.
     """
     text = record.getMessage()
     return "/hivemind/" not in text and "coro=<Event.wait()" not in text
@@ -318,13 +321,13 @@ def _allow_open_files() -> None:
 
 
 def _by_peer(addresses: Sequence[str], own: str) -> dict[str, list[str]]:
-    """Addresses without their PeerID, by PeerID; ours left out."""
+    """Addresses without their PeerID, by PeerID; this node's own are left out."""
     peers: dict[str, list[str]] = {}
     for text in addresses:
         try:
             transport, peer_id = split_address(text)
         except ValueError as error:
-            raise PsycheError(f"the address {text[:120]!r} is not valid: {error}") from None
+            raise PsycheError(f"invalid address {text[:120]!r}: {error}") from None
         if peer_id != own:
             peers.setdefault(peer_id, []).append(transport)
     return peers
@@ -335,7 +338,7 @@ async def _dht_node(p2p: Any, validator: RecordValidator) -> Any:
         p2p,
         record_validator=validator,
         wait_timeout=DHT_SECONDS,
-        blacklist_time=SILENT_SECONDS,
+        blacklist_time=BLACKLIST_SECONDS,
         cache_locally=False,
         cache_nearest=0,
         cache_on_store=False,
@@ -347,5 +350,5 @@ async def _dht_node(p2p: Any, validator: RecordValidator) -> Any:
 
 
 async def _quit_dht(dht: Any) -> None:
-    with contextlib.suppress(Exception):  # the daemon may be gone already; then so are its handlers
+    with contextlib.suppress(Exception):  # the daemon may have ended already, and its handlers with it
         await asyncio.wait_for(dht.shutdown(), DHT_SECONDS)

@@ -17,21 +17,18 @@ from pathlib import Path
 import base58
 from hivemind.proto import p2pd_pb2
 
-from psyche.network.limits import QUANTUM, UNLIMITED, Limiter
+from psyche.network.bandwidth import QUANTUM, UNLIMITED, Limiter, Traffic
 from psyche.network.streams import (
     DIAL_SECONDS,
     OK,
     PROGRESS,
     PROTOCOL_PREFIX,
     REFUSED,
-    Refused,
-    Unreachable,
-    Violation,
     dial_reason,
     refusal,
     refusal_size,
 )
-from psyche.network.traffic import Traffic
+from psyche.network.transport import Refused, Unreachable, Violation
 
 MAX_CONTROL = 1 << 16
 """Bytes of the daemon's answer to a request for a stream."""

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from statistics import median
 
-from psyche.network.node import NetworkNode
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.network.transport import Network, Refused, Unreachable, Violation
 
 ASKED = 8
 """Peers whose answers are compared."""
@@ -36,7 +35,7 @@ class Offset:
     peers: int
 
 
-async def serve_probes(network: NetworkNode) -> None:
+async def serve_probes(network: Network) -> None:
     """Answer ``clock`` and ``reach``."""
     dials = asyncio.Semaphore(DIALS_AT_ONCE)
 
@@ -53,7 +52,7 @@ async def serve_probes(network: NetworkNode) -> None:
     await network.rpc.serve("reach", reach, max_request=2)
 
 
-async def clock_offset(network: NetworkNode, peers: Sequence[str]) -> Offset | None:
+async def clock_offset(network: Network, peers: Sequence[str]) -> Offset | None:
     """This clock against the median of some peers', corrected for half the round trip; None where nobody answers.
 
     Against liars the median holds as long as most of those asked are honest.
@@ -75,7 +74,7 @@ async def clock_offset(network: NetworkNode, peers: Sequence[str]) -> Offset | N
     return Offset(median(one[0] for one in answers), median(one[1] for one in answers), len(answers))
 
 
-async def reachable(network: NetworkNode, peers: Sequence[str], port: int) -> tuple[bool | None, str]:
+async def reachable(network: Network, peers: Sequence[str], port: int) -> tuple[bool | None, str]:
     """Whether a peer could open a TCP connection to ``port`` of this machine, and this machine's address as it is seen.
 
     None where no peer could tell: there is none, or all are reached through relays. Peers that see this machine at a
@@ -99,7 +98,7 @@ def _answer(reply: bytes) -> tuple[bool, str] | None:
     return None
 
 
-async def _dial_back(network: NetworkNode, peer: str, port: int) -> bytes:
+async def _dial_back(network: Network, peer: str, port: int) -> bytes:
     """u8 whether the caller's port answers, then the caller's address as this node sees it."""
     ends = (await network.connected()).get(peer, [])
     found = next((match for end in ends if (match := _END.fullmatch(end))), None)
@@ -115,7 +114,7 @@ async def _dial_back(network: NetworkNode, peer: str, port: int) -> bytes:
     return bytes([opened]) + host.encode()
 
 
-async def _call(network: NetworkNode, peer: str, name: str, request: bytes, limit: int) -> bytes | None:
+async def _call(network: Network, peer: str, name: str, request: bytes, limit: int) -> bytes | None:
     try:
         return await network.rpc.call(peer, name, request, timeout=CALL_SECONDS, max_reply=limit)
     except (Unreachable, Refused, Violation):

@@ -11,7 +11,8 @@ import contextlib
 import random
 from collections.abc import Awaitable, Callable
 
-from psyche.network.streams import STALL_SECONDS, Busy, Stream, Streams, Unreachable
+from psyche.network.streams import Stream, Streams
+from psyche.network.transport import STALL_SECONDS, Busy, Unreachable
 
 CALLS_AT_ONCE = 512
 """Streams of calls of one name that are served at once. A member that waits for news from a coordinator holds one."""

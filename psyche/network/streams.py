@@ -21,12 +21,12 @@ from typing_extensions import Buffer
 
 from psyche.errors import PsycheError
 from psyche.network.address import PEER_ID
+from psyche.network.bandwidth import Traffic
 from psyche.network.daemon import Daemon, DaemonError
-from psyche.network.traffic import Traffic
+from psyche.network.transport import STALL_SECONDS, Busy, Refused, Unreachable, Violation
 
-STALL_SECONDS = 20.0
-"""A stream that moves less than PROGRESS bytes in this time has stalled: 0.8 kB/s, a fiftieth of a slow ADSL uplink."""
 PROGRESS = 1 << 14
+"""Bytes that must move within every ``stall`` seconds."""
 REQUEST_SECONDS = 10.0
 """A caller's first bytes must arrive within this; a stream held open for nothing costs a slot."""
 DIAL_SECONDS = 10.0
@@ -44,34 +44,6 @@ OK, REFUSED = 0, 1
 PROTOCOL_PREFIX = "/psyche/1/"
 
 log = logging.getLogger(__name__)
-
-
-class Unreachable(PsycheError):
-    """A peer could not be reached, went away, or stalled. ``peer_id`` says who, ``reason`` how."""
-
-    def __init__(self, peer_id: str, reason: str) -> None:
-        super().__init__(f"peer {peer_id} {reason}")
-        self.peer_id, self.reason = peer_id, reason
-
-
-class Refused(Exception):
-    """A peer refuses a request. Handlers raise it to refuse one themselves.
-
-    ``reason`` is a sentence of at most MAX_REASON bytes for people; ``code``, ASCII of at most MAX_CODE bytes, is what
-    programs compare, and empty where they have nothing to decide.
-    """
-
-    def __init__(self, reason: str = "", code: str = "") -> None:
-        super().__init__(reason)
-        self.code = code
-
-
-class Busy(Refused):
-    """Refused because of the load there, before the request was looked at: trying again later may help."""
-
-
-class Violation(Exception):
-    """A peer sent what an honest one never does (a length over its bound, bytes that do not match their hash)."""
 
 
 class Stream:

@@ -10,11 +10,11 @@ from typing import Any
 
 from psyche.config import Manifest, Node
 from psyche.durable import disk_errors
+from psyche.network.address import save_port, with_last_port
+from psyche.network.discovery import KINDS
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.peer_book import PeerBook
-from psyche.network.ports import keep_port, last_port
-from psyche.network.presence import KINDS
 from psyche.rates import bytes_per_second
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
@@ -25,13 +25,13 @@ async def connect(
 ) -> NetworkNode:
     """Start this process's network node, on the port of its last start where the configuration names none.
 
-    It dials the ``bootstrap`` addresses and those in ``book``. Raises ``NobodyThere`` when none of them answers.
+    It dials the ``bootstrap`` addresses and those in ``book``. Raises ``BootstrapError`` when none of them answers.
     """
     network = await NetworkNode.create(
         identity,
         run_id=run_id,
         kinds=KINDS,
-        listen=last_port(node.listen, directory),
+        listen=with_last_port(node.listen, directory),
         announce=node.announce,
         bootstrap=bootstrap,
         remembered=book.addresses(),
@@ -42,7 +42,7 @@ async def connect(
     )
     try:
         with disk_errors(directory, "--directory"):
-            keep_port(await network.addresses(), directory)
+            save_port(await network.addresses(), directory)
     except BaseException:
         await network.close()
         raise

@@ -18,11 +18,10 @@ from psyche.errors import PsycheError
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.ledger.writer import writing
-from psyche.network.address import split_address
+from psyche.network.address import MAX_ADDRESSES, split_address
 from psyche.network.identity import IDENTITY, Identity
-from psyche.network.invite import MAX_ADDRESSES, Invite
-from psyche.network.peer_book import PEERS, PeerBook, remember
-from psyche.network.presence import announce, sources
+from psyche.network.invite import Invite
+from psyche.network.peer_book import PEERS, PeerBook, maintain_peer_book
 from psyche.network.probes import serve_probes
 from psyche.processes.connect import background_tasks, connect, run_started, warn_in
 from psyche.telemetry import events
@@ -54,7 +53,7 @@ async def coordinate(
     warn = warn_in(log)
     wandb = swarm_run(config.node.wandb, directory, manifest, log.emit)
     log.subscribe(wandb)
-    async with network, background_tasks(warn, announce(network, "coordinator"), remember(network, book, ())):
+    async with network, background_tasks(warn, network.announce("coordinator"), maintain_peer_book(network, book, ())):
         await serve_probes(network)
         await serve_provisions(network, sign_manifest(manifest, identity), store)
         # A node whose random number generator gives another initial state fetches this one.
@@ -107,12 +106,12 @@ async def stand_by(invite: Invite, node: Node, directory: Path, listener: Listen
     warn = warn_in(log)
     book = PeerBook(directory / PEERS)
     network = await connect(identity, invite.run_id, node, directory, book, invite.addresses)
-    background = announce(network, "coordinator"), remember(network, book, invite.addresses)
+    background = network.announce("coordinator"), maintain_peer_book(network, book, invite.addresses)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(log.close)
         await stack.enter_async_context(network)
         await stack.enter_async_context(background_tasks(warn, *background))
-        hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
+        hosts = await network.sources(tuple(split_address(address)[1] for address in invite.addresses))
         manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
         if identity.peer_id not in manifest.resolved.coordinators:
             raise PsycheError(

@@ -26,9 +26,8 @@ from psyche.ledger.writer import backfill, writing
 from psyche.network.address import split_address
 from psyche.network.identity import IDENTITY, Identity
 from psyche.network.invite import Invite
-from psyche.network.node import NetworkNode, NobodyThere
-from psyche.network.peer_book import PEERS, PeerBook, remember
-from psyche.network.presence import announce, sources
+from psyche.network.node import BootstrapError, NetworkNode
+from psyche.network.peer_book import PEERS, PeerBook, maintain_peer_book
 from psyche.network.probes import serve_probes
 from psyche.numerics.backends.selection import backend_on
 from psyche.numerics.outer import OuterState
@@ -66,7 +65,7 @@ async def join(
     book = PeerBook(directory / PEERS)
     async with background_tasks(warn, asyncio.to_thread(preload)):
         network = await _connect(invite, node, directory, identity, book, warn)
-        background = announce(network, "member"), remember(network, book, invite.addresses)
+        background = network.announce("member"), maintain_peer_book(network, book, invite.addresses)
         # After connect(), which locks the key: a second process in this directory must not register as its node.
         async with (
             network,
@@ -95,7 +94,7 @@ async def _connect(
     while True:
         try:
             return await connect(identity, invite.run_id, node, directory, book, invite.addresses)
-        except NobodyThere:
+        except BootstrapError:
             if time.monotonic() >= until:
                 raise
             if not warned:
@@ -113,7 +112,7 @@ async def _fetch_manifest(
     """
     until, warned = time.monotonic() + (PATIENCE_SECONDS if (directory / MANIFEST).exists() else 0.0), False
     while True:
-        hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
+        hosts = await network.sources(tuple(split_address(address)[1] for address in invite.addresses))
         try:
             manifest, signed = await fetch_manifest(network, invite.run_id, hosts)
         except PsycheError as error:

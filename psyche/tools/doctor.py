@@ -15,15 +15,14 @@ import torch
 from psyche.config import Manifest, Node
 from psyche.data.provision import Found, basis_of, fetch_manifest, find_store
 from psyche.errors import PsycheError
-from psyche.network.address import split_address
-from psyche.network.daemon import check_free
-from psyche.network.fetch import FetchError, fetch
+from psyche.network.address import check_port_free, split_address
+from psyche.network.bandwidth import MEASURED_BYTES
+from psyche.network.discovery import KINDS
 from psyche.network.identity import IDENTITY, Identity, in_use
 from psyche.network.invite import Invite
 from psyche.network.node import NetworkNode
 from psyche.network.peer_book import PEERS, PeerBook
-from psyche.network.presence import KINDS, sources
-from psyche.network.traffic import MEASURED_BYTES
+from psyche.network.transport import FetchError
 from psyche.rates import bytes_per_second
 from psyche.telemetry.formatting import size
 from psyche.tools.checks import Finding, check_disk, check_rate, check_speed, check_versions
@@ -81,7 +80,7 @@ async def _visit(
     network: NetworkNode, invite: Invite, node: Node, directory: Path, scratch: Path, report: Report
 ) -> None:
     """Run the checks that need the run's network."""
-    hosts = await sources(network, tuple(split_address(address)[1] for address in invite.addresses))
+    hosts = await network.sources(tuple(split_address(address)[1] for address in invite.addresses))
     connected = len(await network.connected())
     report(Finding("peers", "ok", f"{connected} connected, {len(hosts)} known"))
     own = PeerBook(directory / PEERS).own if in_use(directory / IDENTITY) else ()
@@ -126,7 +125,7 @@ def _device(node: Node) -> Finding:
 def _port(node: Node, running: bool) -> Finding:
     for address in node.listen:
         try:
-            check_free(address)
+            check_port_free(address)
         except PsycheError as error:
             if running:
                 return Finding("port", "ok", f"{address} is in use by the node that runs here")
@@ -147,7 +146,7 @@ async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, 
     try:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FETCH_SECONDS):
-                await fetch(network, root, sources=hosts, size=count, max_size=count)
+                await network.blobs.fetch_bytes(root, sources=hosts, size=count, max_size=count)
     except FetchError as error:
         return Finding("transfer", "warn", "no peer could send a file of the training data", str(error))
     received = network.traffic.bytes_down - before

@@ -11,8 +11,8 @@ from psyche.config import Manifest, Node
 from psyche.data.provision import Found
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
-from psyche.network.node import NetworkNode
 from psyche.network.probes import clock_offset, reachable
+from psyche.network.transport import Network
 from psyche.tools.checks import Finding, check_clock, check_disk, check_memory, check_reach, requirements
 from psyche.training.engine_choice import EngineChoice
 from psyche.training.memory import available_memory
@@ -45,7 +45,7 @@ def check_machine(manifest: Manifest, node: Node, choice: EngineChoice, director
     return findings
 
 
-async def check_connection(network: NetworkNode, node: Node, port: int | None = None) -> tuple[list[Finding], bool]:
+async def check_connection(network: Network, node: Node, port: int | None = None) -> tuple[list[Finding], bool]:
     """Check clock and reachability with the connected peers; also return whether they answered both questions.
 
     ``port`` is the port to test; by default the one that ``network`` listens on.
@@ -58,7 +58,7 @@ async def check_connection(network: NetworkNode, node: Node, port: int | None = 
     return findings, offset is not None and verdict is not None
 
 
-async def warn_of_connection(network: NetworkNode, node: Node, warn: Callable[[str], None]) -> None:
+async def warn_of_connection(network: Network, node: Node, warn: Callable[[str], None]) -> None:
     """Warn once of problems with clock and reachability, without delaying the join."""
     findings: list[Finding] = []
     for pause in TRIES_SECONDS:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from psyche.diloco.replica import Replica
 from psyche.ledger.writer import LedgerWriter
-from psyche.network.node import NetworkNode
+from psyche.network.transport import Network
 from psyche.numerics.aggregate import Gradient
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Record
@@ -23,7 +23,7 @@ class Advance:
     """Moves a replica along the chain. The certificate of the record it moves to is the one that was seen last."""
 
     def __init__(
-        self, replica: Replica, network: NetworkNode, ledger: LedgerWriter, voter: Voter, on_trainer: OnTrainer
+        self, replica: Replica, network: Network, ledger: LedgerWriter, voter: Voter, on_trainer: OnTrainer
     ) -> None:
         self._replica, self._network, self._ledger, self._voter = replica, network, ledger, voter
         self._on_trainer = on_trainer

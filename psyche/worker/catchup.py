@@ -15,8 +15,7 @@ from psyche.diloco.replica import Replica
 from psyche.exchange.base import BlobTransport, Exchange, taken
 from psyche.ledger.chain_sync import Past, Proven, following
 from psyche.ledger.writer import LedgerWriter
-from psyche.network.fetch import FetchError
-from psyche.network.presence import sources
+from psyche.network.transport import FetchError
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.messages import Plan, Record, RunStatus
@@ -200,7 +199,7 @@ class CatchUp:
 
     async def _others(self) -> list[str]:
         """Whom to ask for what is past: those who are connected first."""
-        return await sources(self._transport.network, self._replica.manifest.resolved.coordinators)
+        return await self._transport.network.sources(self._replica.manifest.resolved.coordinators)
 
     def _shown_by(self, status: RunStatus) -> Record | None:
         """The last certified record, if the board proves it."""

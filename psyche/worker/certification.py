@@ -10,8 +10,7 @@ from functools import partial
 from psyche.diloco.local_update import Work
 from psyche.exchange.base import Exchange
 from psyche.ledger.certificate_check import proposal_in
-from psyche.network.fetch import FetchError
-from psyche.network.streams import Refused
+from psyche.network.transport import FetchError, Refused
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.certificates import BadCertificate

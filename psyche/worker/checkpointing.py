@@ -10,7 +10,7 @@ from psyche.config import Node
 from psyche.diloco.checkpoint import Checkpoint, save
 from psyche.diloco.replica import Replica
 from psyche.exchange.base import BlobTransport
-from psyche.network.node import NetworkNode
+from psyche.network.transport import Network
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.worker.snapshots import Snapshots
@@ -26,7 +26,7 @@ class Saver:
         settings: Node,
         directory: Path,
         *,
-        network: NetworkNode,
+        network: Network,
         wire: BlobTransport,
         voter: Voter,
         on_trainer: Callable[[Callable[[], Path]], Awaitable[Path]],

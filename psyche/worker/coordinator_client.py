@@ -17,7 +17,7 @@ from psyche.config import Manifest
 from psyche.errors import PsycheError
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.rpc import Rpc
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.network.transport import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Refusal
 from psyche.protocol.calls import MAX_STATUS, WATCH_SECONDS, RefusalCode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from psyche.diloco.local_update import Work
-from psyche.network.traffic import Traffic
+from psyche.network.bandwidth import Traffic
 from psyche.telemetry.events import MemberMetrics
 
 

@@ -6,8 +6,7 @@ import contextlib
 
 from psyche.diloco.local_update import Work
 from psyche.diloco.replica import Replica
-from psyche.network.node import NetworkNode
-from psyche.network.streams import Refused
+from psyche.network.transport import Network, Refused
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.standing import probation_note
 from psyche.telemetry import events
@@ -24,7 +23,7 @@ class Reporter:
     def __init__(
         self,
         replica: Replica,
-        network: NetworkNode,
+        network: Network,
         client: CoordinatorClient,
         trainer: Trainer,
         meter: Meter,

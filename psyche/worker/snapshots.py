@@ -6,8 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from psyche.network.blobs import Read
-from psyche.network.node import NetworkNode
+from psyche.network.transport import Network, ReadChunk
 from psyche.numerics.digest import BlobIndex
 
 TENSOR = "outer"
@@ -18,9 +17,9 @@ _LENGTH_BYTES = 8
 class Snapshots:
     """The states of the newest ``keep`` checkpoints that this process has written."""
 
-    def __init__(self, network: NetworkNode, keep: int) -> None:
+    def __init__(self, network: Network, keep: int) -> None:
         self._network, self._keep = network, keep
-        self._there: dict[int, tuple[BlobIndex, Read]] = {}
+        self._there: dict[int, tuple[BlobIndex, ReadChunk]] = {}
 
     @property
     def oldest(self) -> int:

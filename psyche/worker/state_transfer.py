@@ -9,13 +9,12 @@ from itertools import zip_longest
 
 import torch
 
-from psyche.network.fetch import fetch_into
-from psyche.network.node import NetworkNode
+from psyche.network.transport import Network
 from psyche.numerics.digest import CHUNK, BlobIndex, chunk_count, chunked
 from psyche.numerics.outer import OuterState
 
 
-def serve_state(network: NetworkNode, outer: OuterState, index: BlobIndex, previous: bytes) -> None:
+def serve_state(network: Network, outer: OuterState, index: BlobIndex, previous: bytes) -> None:
     """Serve ``outer`` as it is now, whose chunk hashes are ``index``, in place of what was served as ``previous``.
 
     Chunks are read from live memory; the server checks each before sending, and answers "gone" once the next
@@ -51,13 +50,13 @@ class Arriving:
         """Since it was begun."""
         return time.monotonic() - self._began
 
-    async def fetch(self, network: NetworkNode, root: bytes, sources: Sequence[str]) -> OuterState:
+    async def fetch(self, network: Network, root: bytes, sources: Sequence[str]) -> OuterState:
         """The state whose state_root is ``root``: what is not here of it is fetched.
 
         Raises ``FetchError``; what has come by then is kept.
         """
         order = in_pairs(self.outer.theta.numel())
-        await fetch_into(network, root, self.outer.buffer, sources=sources, order=order, gave=self.gave)
+        await network.blobs.fetch_into(root, self.outer.buffer, sources=sources, order=order, received_from=self.gave)
         return self.outer
 
 

@@ -34,8 +34,7 @@ from psyche.exchange.shelf import BlobRetention
 from psyche.ledger.chain_sync import serve_history
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import Identity
-from psyche.network.node import NetworkNode
-from psyche.network.streams import Refused
+from psyche.network.transport import Network, Refused
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.messages import Attestation, Certificate, Commitment, Plan, Present, Promise, Record, RunStatus
@@ -76,7 +75,7 @@ class Worker:
         settings: Node,
         directory: Path,
         identity: Identity,
-        network: NetworkNode,
+        network: Network,
         log: EventLog,
         ledger: LedgerWriter,
         certificate: bytes | None = None,

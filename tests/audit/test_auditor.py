@@ -15,7 +15,7 @@ from psyche.audit.auditor import Auditor
 from psyche.audit.evidence_store import EVIDENCE, Evidence
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
-from psyche.network.streams import Refused
+from psyche.network.transport import Refused
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
 from psyche.protocol.wire import Body
@@ -69,7 +69,7 @@ class Scene:
             assert bundle is not None
             return bundle.encode()
 
-        async def fetch(network: object, root: bytes, *, sources: list[str], max_size: int) -> bytearray:
+        async def fetch_bytes(root: bytes, *, sources: list[str], max_size: int) -> bytearray:
             bundles = by_node[sources[0]].trace_recorder.bundles
             assert bundles is not None
             return bytearray(bundles.read(1, root, max_size))
@@ -84,9 +84,8 @@ class Scene:
         async def do(function: Callable[..., object], *arguments: object) -> object:
             return function(*arguments)
 
-        self.monkeypatch.setattr(auditing, "fetch", fetch)
         self.monkeypatch.setattr(auditing, "claimed", lambda certificate: SimpleNamespace(record=self.record))
-        network = SimpleNamespace(rpc=SimpleNamespace(call=call))
+        network = SimpleNamespace(rpc=SimpleNamespace(call=call), blobs=SimpleNamespace(fetch_bytes=fetch_bytes))
         ledger, client = SimpleNamespace(held=held), SimpleNamespace(submit=submit)
         log = EventLog(self.directory / "events.jsonl", "auditor")
         parts = (self.court.auditor, self.directory, network, client, ledger, Supply())

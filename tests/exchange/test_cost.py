@@ -46,7 +46,7 @@ async def start(directory: Path) -> list[NetworkNode]:
     return sorted(nodes, key=lambda node: node.peer_id)
 
 
-def on_liar(peer: str, what: str) -> None:
+def on_violation(peer: str, what: str) -> None:
     pytest.fail(f"{peer}: {what}")
 
 
@@ -55,7 +55,9 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
     used, result = fastest_backend().codec(name), fastest_backend().codec("int8")
     plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, tuple(Member(n.peer_id, 1, 1) for n in nodes))
     wires = [
-        BlobTransport(node, BlobRetention(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_liar)
+        BlobTransport(
+            node, BlobRetention(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_violation
+        )
         for node in nodes
     ]
     shape = Shape(used, COUNTS)

@@ -14,9 +14,9 @@ from psyche.exchange.journal import Journal
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import BlobRetention
-from psyche.network.fetch import FetchError
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
+from psyche.network.transport import FetchError
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record

@@ -25,8 +25,8 @@ from psyche.federated.gaussian_mechanism import shrinkage
 from psyche.federated.privacy_budget import Budget
 from psyche.federated.private_text import PrivateText
 from psyche.federated.private_training import Private, check_private
+from psyche.network.bandwidth import Traffic
 from psyche.network.identity import Identity
-from psyche.network.traffic import Traffic
 from psyche.protocol.admission import contribution_fault
 from psyche.protocol.messages import WITHHELD, Member, Plan
 from psyche.protocol.proposals import round_seed

@@ -10,7 +10,7 @@ import msgspec
 
 from psyche.ledger.chain_sync import Certificates, Past
 from psyche.network.rpc import Rpc
-from psyche.network.streams import Unreachable
+from psyche.network.transport import Unreachable
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.messages import Record
 from tests.chains import MANIFEST, NAMES, RULES, Link, chain, link

@@ -14,7 +14,7 @@ from psyche.coordinator.cosigner import SIGNED_STATE, Cosigner
 from psyche.errors import PsycheError
 from psyche.network.identity import Identity
 from psyche.network.rpc import Rpc
-from psyche.network.streams import Unreachable
+from psyche.network.transport import Unreachable
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.messages import Proposal, Reconfiguration, Record, Seal

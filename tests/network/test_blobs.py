@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from swarm import spawn_child, start, until, with_swarm
 
-from psyche.network import blobs
-from psyche.network.blobs import Request
-from psyche.network.download import ordered
-from psyche.network.fetch import BadBlob, FetchError, fetch, fetch_blob, fetch_into, rotated
+from psyche.network import blob_server
+from psyche.network.bandwidth import BURST_SECONDS, QUANTUM, Limiter
+from psyche.network.blob_server import Request
+from psyche.network.download import chunk_order
 from psyche.network.identity import Identity
-from psyche.network.limits import BURST_SECONDS, QUANTUM, Limiter
 from psyche.network.node import NetworkNode
 from psyche.network.streams import Stream
+from psyche.network.transport import BadBlob, FetchError, source_order
 from psyche.numerics.digest import CHUNK, BlobIndex, chunked, index_blob, index_chunks, payload_root
 
 
@@ -27,7 +27,7 @@ def data_for(caller: NetworkNode, order: list[str], size: int) -> bytes:
     """Random bytes for which ``caller`` tries the sources in this order."""
     while True:
         data = os.urandom(size)
-        if rotated(order, caller.peer_id, index_blob(data).root) == order:
+        if source_order(order, caller.peer_id, index_blob(data).root) == order:
             return data
 
 
@@ -47,15 +47,15 @@ def test_a_blob_arrives_whole(tmp_path: Path, size: int) -> None:
         a, b = nodes
         data = os.urandom(size)
         root = a.blobs.add_bytes(data)
-        assert await fetch(b, root, sources=[a.peer_id], max_size=size, size=size) == data
+        assert await b.blobs.fetch_bytes(root, sources=[a.peer_id], max_size=size, size=size) == data
         target = bytearray(size)
-        await fetch_into(b, root, target, sources=[b.peer_id, a.peer_id])
+        await b.blobs.fetch_into(root, target, sources=[b.peer_id, a.peer_id])
         assert target == data
         await until(lambda: a.traffic.bytes_up >= b.traffic.bytes_down)  # counted when written, by another thread
         assert 2 * size < b.traffic.bytes_down == a.traffic.bytes_up < 2 * size + 1000
         a.blobs.remove(root)
         with pytest.raises(FetchError, match="does not have it") as failure:
-            await fetch(b, root, sources=[a.peer_id], max_size=size)
+            await b.blobs.fetch_bytes(root, sources=[a.peer_id], max_size=size)
         assert list(failure.value.reasons) == [a.peer_id]
 
     with_swarm(tmp_path, 2, scenario)
@@ -69,7 +69,7 @@ def test_many_blobs_load_at_once(tmp_path: Path) -> None:
         for d in data:
             b.blobs.add_bytes(d)
         sources = [a.peer_id, b.peer_id]
-        fetched = await asyncio.gather(*(fetch(c, r, sources=sources, max_size=2 * CHUNK) for r in roots))
+        fetched = await asyncio.gather(*(c.blobs.fetch_bytes(r, sources=sources, max_size=2 * CHUNK) for r in roots))
         assert fetched == data
         assert min(a.traffic.bytes_up, b.traffic.bytes_up) > 5 * CHUNK  # the load was shared
         assert not a.streams.rejections + b.streams.rejections
@@ -84,8 +84,8 @@ def test_state_that_moved_on_is_gone(tmp_path: Path) -> None:
         index = index_blob(state)
         state[CHUNK] ^= 1
         a.blobs.add(index, list(chunked(state)).__getitem__)
-        with pytest.raises(FetchError, match="refused: it has only a part of it"):
-            await fetch(b, index.root, sources=[a.peer_id], max_size=3 * CHUNK)
+        with pytest.raises(FetchError, match="refused: has only some of the chunks"):
+            await b.blobs.fetch_bytes(index.root, sources=[a.peer_id], max_size=3 * CHUNK)
 
     with_swarm(tmp_path, 2, scenario)
 
@@ -96,13 +96,13 @@ Serve = Callable[[Stream], Awaitable[None]]
 async def start_liar(tmp_path: Path, at: NetworkNode, serve: Serve) -> NetworkNode:
     """A node that joined through ``at`` and serves blobs in its own way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blobs.BlobServer, "_serve", lambda self, stream: serve(stream))
+        patch.setattr(blob_server.BlobServer, "_serve", lambda self, stream: serve(stream))
         return await start(tmp_path, "liar", await at.addresses())
 
 
 async def answer(stream: Stream, claimed: bytes, data: bytes) -> None:
     """Serve any root: this index, and chunks of these bytes."""
-    frame = await stream.read_request(blobs.REQUEST_BYTES)
+    frame = await stream.read_request(blob_server.REQUEST_BYTES)
     while frame is not None:
         request = Request.decode(frame)
         await stream.accept()
@@ -111,13 +111,13 @@ async def answer(stream: Stream, claimed: bytes, data: bytes) -> None:
         for number in request.chunks:
             await stream.accept()
             await stream.write(data[number * CHUNK : (number + 1) * CHUNK])
-        frame = await stream.next_request(blobs.REQUEST_BYTES)
+        frame = await stream.next_request(blob_server.REQUEST_BYTES)
 
 
 LIES: dict[str, Callable[[BlobIndex], bytes]] = {
     "a chunk that does not match its hash": lambda index: index.encode(),
-    "an index of more chunks than the blob may have": lambda index: index.encode() * 1000,
-    "an index that is not the root's": lambda index: BlobIndex((*index.sizes[:-1], 18), index.hashes).encode(),
+    "an index of over 4 chunks": lambda index: index.encode() * 1000,
+    "an index that does not match the root": lambda index: BlobIndex((*index.sizes[:-1], 18), index.hashes).encode(),
     "an index that is cut off": lambda index: index.encode()[:-1],
     "a chunk of no bytes, or of too many": lambda index: bytes(4) + index.encode()[4:],
 }
@@ -140,8 +140,8 @@ def test_liars_are_named_and_the_next_source_goes_on(tmp_path: Path) -> None:
             honest.blobs.add_bytes(data)
             for told, make in LIES.items():
                 claimed = make(index)
-                fetched = await fetch(
-                    caller, index.root, sources=sources, max_size=size, on_liar=lambda *lie: lies.append(lie)
+                fetched = await caller.blobs.fetch_bytes(
+                    index.root, sources=sources, max_size=size, on_violation=lambda *lie: lies.append(lie)
                 )
                 assert fetched == data
                 assert lies == [(liar.peer_id, told)]
@@ -154,13 +154,13 @@ def test_liars_are_named_and_the_next_source_goes_on(tmp_path: Path) -> None:
 def test_a_slow_source_is_given_up(tmp_path: Path, limit: float | None) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         honest, caller = nodes
-        caller.download_limit = Limiter(limit)  # the time that it takes is not the source's
+        caller.blobs.download_limit = Limiter(limit)  # the time that it takes is not the source's
 
         async def drip(stream: Stream) -> None:
-            await stream.read_request(blobs.REQUEST_BYTES)
+            await stream.read_request(blob_server.REQUEST_BYTES)
             await stream.accept()
             await stream.write_frame(index.encode())
-            await stream.read_request(blobs.REQUEST_BYTES)  # now for the chunk
+            await stream.read_request(blob_server.REQUEST_BYTES)  # now for the chunk
             await stream.accept()
             await stream.accept()
             for at in range(len(data)):
@@ -172,9 +172,9 @@ def test_a_slow_source_is_given_up(tmp_path: Path, limit: float | None) -> None:
             data = data_for(caller, both, CHUNK)
             index = index_blob(data)
             honest.blobs.add_bytes(data)
-            assert await fetch(caller, index.root, sources=both, max_size=2 * CHUNK, stall=3.0) == data
+            assert await caller.blobs.fetch_bytes(index.root, sources=both, max_size=2 * CHUNK, stall=3.0) == data
             with pytest.raises(FetchError, match="stalled"):
-                await fetch(caller, index.root, sources=[slow.peer_id], max_size=2 * CHUNK, stall=1.0)
+                await caller.blobs.fetch_bytes(index.root, sources=[slow.peer_id], max_size=2 * CHUNK, stall=1.0)
 
     with_swarm(tmp_path, 2, scenario)
 
@@ -189,12 +189,12 @@ def test_a_source_that_dies_or_freezes_is_replaced_where_it_stopped(tmp_path: Pa
         index = index_blob(data)
         asked: list[int] = []
         honest.blobs.add(index, recorded(data, asked))
-        second = list(ordered(range(6), caller.peer_id, index.root))[1]
+        second = list(chunk_order(range(6), caller.peer_id, index.root))[1]
         child, daemon, addresses = await asyncio.to_thread(spawn_child, tmp_path, data, second)
         try:
             assert await caller.connect(addresses) == {}
             blob = asyncio.create_task(
-                fetch_blob(caller, index.root, sources=sources, max_chunks=6, chunks=range(6), stall=3.0)
+                caller.blobs.fetch_blob(index.root, sources=sources, max_chunks=6, chunks=range(6), stall=3.0)
             )
             given = len(index.encode()) + CHUNK  # and hangs on the next
             await until(lambda: child_id in caller.traffic.peers and caller.traffic.peers[child_id].bytes_down > given)
@@ -217,16 +217,16 @@ def test_holders_of_parts_make_a_whole(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         author, one, other, caller = nodes
         parts = [os.urandom(CHUNK + number) for number in range(6)]
-        author.blobs.add_blob(author.spool.put(parts))
+        author.blobs.add_blob(author.blobs.spool.put(parts))
         root = payload_root(parts)
         for node, chunks in ((one, (0, 1, 2)), (other, (3, 4, 5))):
-            part = await fetch_blob(node, root, sources=[author.peer_id], max_chunks=6, chunks=chunks)
+            part = await node.blobs.fetch_blob(root, sources=[author.peer_id], max_chunks=6, chunks=chunks)
             assert not part.complete
         author.blobs.remove(root)
         sources = [author.peer_id, one.peer_id, other.peer_id]
-        whole = await fetch_blob(caller, root, sources=sources, max_chunks=6, chunks=range(6))
+        whole = await caller.blobs.fetch_blob(root, sources=sources, max_chunks=6, chunks=range(6))
         assert [whole[number] for number in range(6)] == parts
-        one_more = await fetch_blob(one, root, sources=[caller.peer_id], max_chunks=6, chunks=(5,))
+        one_more = await one.blobs.fetch_blob(root, sources=[caller.peer_id], max_chunks=6, chunks=(5,))
         assert one_more[5] == parts[5]
         received = caller.traffic.bytes_down
         assert sum(map(len, parts)) < received < 1.02 * sum(map(len, parts)), "nothing came twice"
@@ -239,21 +239,21 @@ def test_what_was_fetched_in_part_is_served_and_gone_on_with(tmp_path: Path) -> 
         author, caller, third = nodes
         parts = [os.urandom(CHUNK + number) for number in range(6)]
         root = payload_root(parts)
-        half = author.spool.create(index_chunks(parts))
+        half = author.blobs.spool.create(index_chunks(parts))
         author.blobs.add_blob(half)
         for number in (0, 2, 5):
             half.write(number, parts[number])
         wanted: dict[str, Any] = {"max_chunks": 6, "stall": 3.0}
-        with pytest.raises(FetchError, match="only a part of it") as failed:
-            await fetch_blob(caller, root, sources=[author.peer_id], **wanted)
+        with pytest.raises(FetchError, match="only some of the chunks") as failed:
+            await caller.blobs.fetch_blob(root, sources=[author.peer_id], **wanted)
         partial = failed.value.partial
         assert partial is not None
         assert [number for number in range(6) if partial.present(number)] == [0, 2, 5]
-        served = await fetch_blob(third, root, sources=[caller.peer_id], chunks=(2,), **wanted)
+        served = await third.blobs.fetch_blob(root, sources=[caller.peer_id], chunks=(2,), **wanted)
         assert served[2] == parts[2]
         for number in (1, 3, 4):
             half.write(number, parts[number])
-        whole = await fetch_blob(caller, root, sources=[author.peer_id], into=partial, **wanted)
+        whole = await caller.blobs.fetch_blob(root, sources=[author.peer_id], into=partial, **wanted)
         assert whole is partial
         assert [whole[number] for number in range(6)] == parts
         assert caller.traffic.bytes_down < 1.02 * sum(map(len, parts)), "nothing came twice"
@@ -274,7 +274,7 @@ def test_a_limit_holds_for_all_transfers_together(tmp_path: Path, limited: str) 
                 began = time.monotonic()
                 fetched = await asyncio.gather(
                     *(
-                        fetch(taker, root, sources=[giver.peer_id], max_size=CHUNK)
+                        taker.blobs.fetch_bytes(root, sources=[giver.peer_id], max_size=CHUNK)
                         for taker, giver, root in zip(takers, givers, roots, strict=True)
                     )
                 )
@@ -289,7 +289,7 @@ def test_content_that_is_not_acceptable_is_the_authors_fault(tmp_path: Path) -> 
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         parts = [b"good", b"bad!"]
-        a.blobs.add_blob(a.spool.put(parts))
+        a.blobs.add_blob(a.blobs.spool.put(parts))
 
         def check(number: int, chunk: bytes) -> None:
             if chunk == b"bad!":
@@ -300,22 +300,24 @@ def test_content_that_is_not_acceptable_is_the_authors_fault(tmp_path: Path) -> 
 
         for reason, wanted in (("it is bad", {"check": check}), ("one too many", {"accept": accept})):
             with pytest.raises(BadBlob, match=reason):
-                await fetch_blob(b, payload_root(parts), sources=[a.peer_id], max_chunks=2, chunks=range(2), **wanted)
-        with pytest.raises(BadBlob, match="another size"):
-            await fetch(b, a.blobs.add_bytes(b"too long"), sources=[a.peer_id], max_size=7)
+                await b.blobs.fetch_blob(
+                    payload_root(parts), sources=[a.peer_id], max_chunks=2, chunks=range(2), **wanted
+                )
+        with pytest.raises(BadBlob, match="at most 7 expected"):
+            await b.blobs.fetch_bytes(a.blobs.add_bytes(b"too long"), sources=[a.peer_id], max_size=7)
 
     with_swarm(tmp_path, 2, scenario)
 
 
 def test_a_busy_source_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blobs, "UPLOADS", 1)
+    monkeypatch.setattr(blob_server, "UPLOADS", 1)
 
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         root = a.blobs.add_bytes(data := os.urandom(CHUNK))
         async with b.streams.open(a.peer_id, "blob"):
             await until(lambda: a.streams._served["blob", ""] == 1)
-            transfer = asyncio.create_task(fetch(b, root, sources=[a.peer_id], max_size=CHUNK))
+            transfer = asyncio.create_task(b.blobs.fetch_bytes(root, sources=[a.peer_id], max_size=CHUNK))
             await until(lambda: a.streams.rejections["blob: busy"] >= 2)
         assert await transfer == data
 
@@ -329,10 +331,10 @@ def test_what_was_added_twice_is_removed_twice(tmp_path: Path) -> None:
         a.blobs.add_bytes(b"same")
         a.blobs.add(index_blob(b"same"), lambda number: b"else")  # no longer what it was: skipped
         for _ in range(2):
-            assert await fetch(b, root, sources=[a.peer_id], max_size=4) == b"same"
+            assert await b.blobs.fetch_bytes(root, sources=[a.peer_id], max_size=4) == b"same"
             a.blobs.remove(root)
-        with pytest.raises(FetchError, match="only a part of it"):
-            await fetch(b, root, sources=[a.peer_id], max_size=4)
+        with pytest.raises(FetchError, match="only some of the chunks"):
+            await b.blobs.fetch_bytes(root, sources=[a.peer_id], max_size=4)
 
     with_swarm(tmp_path, 2, scenario)
 
@@ -354,25 +356,25 @@ def test_what_nobody_has_hashed_is_served_if_it_is_what_it_should_be(tmp_path: P
         a.blobs.add_unread(wrong, gone, lambda number: b"wrong")
         assert not asked
         for _ in range(2):
-            assert await fetch(b, right.root, sources=[a.peer_id], max_size=5) == b"right"
+            assert await b.blobs.fetch_bytes(right.root, sources=[a.peer_id], max_size=5) == b"right"
         assert len(asked) == 1
         with pytest.raises(FetchError, match="does not have it"):
-            await fetch(b, wrong, sources=[a.peer_id], max_size=5)
+            await b.blobs.fetch_bytes(wrong, sources=[a.peer_id], max_size=5)
 
     with_swarm(tmp_path, 2, scenario)
 
 
 def test_every_caller_starts_elsewhere() -> None:
     sources = [f"source{number}" for number in range(8)]
-    orders = [rotated(sources, f"caller{number}", b"root") for number in range(100)]
+    orders = [source_order(sources, f"caller{number}", b"root") for number in range(100)]
     assert len({order[0] for order in orders}) == 8
     assert all(sorted(order) == sources for order in orders)
-    assert rotated([*sources, *sources], "source3", b"root").count("source3") == 0
+    assert source_order([*sources, *sources], "source3", b"root").count("source3") == 0
 
 
 def test_no_sources_is_an_error_too(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
-        with pytest.raises(FetchError, match="nobody is known to have it"):
-            await fetch(nodes[0], bytes(32), sources=[nodes[0].peer_id], max_size=1)
+        with pytest.raises(FetchError, match="no peer is known to have it"):
+            await nodes[0].blobs.fetch_bytes(bytes(32), sources=[nodes[0].peer_id], max_size=1)
 
     with_swarm(tmp_path, 1, scenario)

@@ -43,7 +43,7 @@ def test_other_text_is_refused(text: str) -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(PsycheError, match=r"version 2.*update psyche"):
+    with pytest.raises(PsycheError, match=r"version 2.*install"):
         Invite.parse("psyche2" + TEXT[7:])
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from psyche.errors import PsycheError
-from psyche.network.address import split_address
+from psyche.network.address import MAX_ADDRESSES, split_address
+from psyche.network.discovery import MAX_ANNOUNCED, decode_addresses, encode_addresses
 from psyche.network.identity import Identity
-from psyche.network.invite import MAX_ADDRESSES, Invite
-from psyche.network.invites import invite_of, only_directory
+from psyche.network.invite import Invite, invite_from, only_run_directory
 from psyche.network.peer_book import ANNOUNCED, DIALLED, MAX_PEERS, PEERS, PeerBook
-from psyche.network.presence import MAX_ANNOUNCED, decode_addresses, encode_addresses
 from psyche.network.records import MAX_BODY
 from psyche.telemetry.events import RoundCertified, RunFinished, RunStarted
 from tests.processes.swarm import Swarm, swarm
@@ -81,7 +80,7 @@ class TestTheBook:
 
     def test_what_is_not_valid_in_it_is_left_out(self, tmp_path: Path) -> None:
         one, two = peer(tmp_path, 1), peer(tmp_path, 2)
-        entry = {"since": 1.0, "seen": 2.0}
+        entry = {"first_seen": 1.0, "last_seen": 2.0}
         peers = {
             one: {"addresses": ["garbage", at(two, 1), at(one, 1)], **entry},
             two: {"addresses": [at(one, 2)], **entry},
@@ -114,9 +113,9 @@ class TestAnnouncements:
 class TestInviting:
     def test_a_directory_without_a_run_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(PsycheError, match="there is no run in"):
-            invite_of(tmp_path)
+            invite_from(tmp_path)
         with pytest.raises(PsycheError, match="no run was joined"):
-            only_directory(tmp_path)
+            only_run_directory(tmp_path)
 
 
 @pytest.mark.slow
@@ -131,7 +130,7 @@ def test_the_first_bootstrap_node_may_go_for_good(tmp_path: Path) -> None:
         run.wait("first", RoundCertified)
         wait_for_peers(run.directory / "first")
         old = Invite(
-            invite_of(run.directory / "first").run_id,
+            invite_from(run.directory / "first").run_id,
             tuple(PeerBook(run.directory / "first" / PEERS).own[:1]),
         )
         join(run, "second", old)

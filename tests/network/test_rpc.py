@@ -10,7 +10,7 @@ from swarm import spawn_child, start, until, with_swarm
 from psyche.errors import PsycheError
 from psyche.network import rpc, streams
 from psyche.network.node import NetworkNode
-from psyche.network.streams import Busy, Refused, Unreachable, Violation
+from psyche.network.transport import Busy, Refused, Unreachable, Violation
 
 STRANGER = "12D3KooWFSX9rPxi5p8zYYzETNrXG8a7d7bHTxcQW3SGSkKiB9Qh"
 

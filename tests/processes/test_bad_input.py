@@ -18,11 +18,11 @@ import pytest
 from psyche.config import MANIFEST, Manifest
 from psyche.data.provision import serve_provisions, sign_manifest
 from psyche.network.address import split_address
+from psyche.network.discovery import KINDS
 from psyche.network.identity import Identity
 from psyche.network.invite import Invite
 from psyche.network.node import NetworkNode
-from psyche.network.presence import KINDS
-from psyche.network.streams import Refused, Unreachable, Violation
+from psyche.network.transport import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Attestation, Commitment, Leave, Present, Vote
 from psyche.protocol.verdicts import EMPTY

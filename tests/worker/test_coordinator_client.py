@@ -11,7 +11,7 @@ import pytest
 from psyche.config import Manifest, load_config
 from psyche.diloco.launch import launch
 from psyche.network.identity import Identity
-from psyche.network.streams import Refused, Unreachable
+from psyche.network.transport import Refused, Unreachable
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.calls import RefusalCode
 from psyche.protocol.messages import Present, Promise, RunStatus

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from psyche.network.download import ordered
-from psyche.network.fetch import FetchError
+from psyche.network.bandwidth import Limiter
+from psyche.network.download import chunk_order
 from psyche.network.identity import Identity
-from psyche.network.limits import Limiter
 from psyche.network.node import NetworkNode
+from psyche.network.transport import FetchError
 from psyche.numerics.digest import CHUNK, BlobIndex, chunked
 from psyche.numerics.outer import OuterSettings, OuterState, outer_step
 from psyche.worker.state_transfer import Arriving, in_pairs, serve_state
@@ -119,11 +119,11 @@ def test_where_a_donor_dies_the_others_give_the_rest(tmp_path: Path) -> None:
         dying = Identity.load_or_create(tmp_path / "child.key").peer_id
         outer, asked = state(1), []  # type: ignore[var-annotated]
         index = serve(donor, outer, asked)
-        hangs_at = list(ordered(in_pairs(SIZE), newcomer.peer_id, index.root))[-1]
+        hangs_at = list(chunk_order(in_pairs(SIZE), newcomer.peer_id, index.root))[-1]
         child, daemon, addresses = await asyncio.to_thread(spawn_child, tmp_path, bytes(outer.buffer), hangs_at)
         try:
             assert await newcomer.connect(addresses) == {}
-            newcomer.download_limit = Limiter(4 * CHUNK)  # so that it takes a while
+            newcomer.blobs.download_limit = Limiter(4 * CHUNK)  # so that it takes a while
             arriving = Arriving(SIZE)
             fetching = asyncio.create_task(arriving.fetch(newcomer, index.root, [donor.peer_id, dying]))
             peers = newcomer.traffic.peers

@@ -41,9 +41,9 @@ from psyche.errors import PsycheError
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.ledger.writer import LedgerWriter
+from psyche.network.discovery import KINDS
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
-from psyche.network.presence import KINDS, announce
 from psyche.numerics.aggregate import Gradient
 from psyche.numerics.flat import ALIGNMENT, FlatLayout
 from psyche.numerics.outer import OuterState
@@ -87,7 +87,7 @@ class PsycheProcess(PeerProcess):
             bootstrap=bootstrap,
             spool=folder,
         )
-        self._announcing = asyncio.create_task(announce(self.network, kind))
+        self._announcing = asyncio.create_task(self.network.announce(kind))
 
     def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(HANG_SECONDS)

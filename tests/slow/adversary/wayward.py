@@ -8,7 +8,7 @@ from collections.abc import Callable
 import psyche.audit.auditor as auditing
 import psyche.processes.node_process as processes
 from psyche.cli import main
-from psyche.network.streams import Refused
+from psyche.network.transport import Refused
 from psyche.protocol.verdicts import Finding
 from tests.slow.adversary.cheats import Cheat, Swarm, noise, other_data, scaled, zero
 

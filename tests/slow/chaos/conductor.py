@@ -21,7 +21,7 @@ LINGER_SECONDS = 20.0
 STOPPED = 130
 REASONS = {
     "disk full": re.compile(r"no space|disk .*full|disk is full|database or disk|disk: .* free at", re.IGNORECASE),
-    "network": re.compile(r"no bootstrap node could be joined|could not get"),
+    "network": re.compile(r"bootstrap nodes could be joined|could not get"),
 }
 """What a process may say when it ends by itself, by what has to be going on."""
 

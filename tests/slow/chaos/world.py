@@ -14,7 +14,7 @@ import yaml
 
 from psyche.bench.harness.shaped_links import Link, Place, on_loopback, shaped
 from psyche.errors import PsycheError
-from psyche.network.invites import invite_of
+from psyche.network.invite import invite_from
 from tests.processes.swarm import Swarm
 from tests.slow.chaos import clock
 from tests.slow.chaos.clock import Clock
@@ -132,7 +132,7 @@ class World(Swarm):
         if name in self._strangers and not (self.directory / name / "peers.json").exists():
             for member in sorted(self.processes):
                 with contextlib.suppress(PsycheError):
-                    return invite_of(self.directory / member).encode()
+                    return invite_from(self.directory / member).encode()
         return f"@{self.directory / COORDINATOR / 'invite'}"
 
 

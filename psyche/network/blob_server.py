@@ -1,4 +1,4 @@
-"""Content-addressed blobs: served by whoever has them, also while they are still arriving. The other side is fetch.py.
+"""Serving content-addressed blobs, also while they are still arriving. ``download.py`` is the other side.
 
 On the wire, after the stream opens, any number of times: frame(root ‖ u8 index wanted ‖ u32 for each chunk wanted)
 -> OK, frame(index) if wanted, then for each chunk: OK and its bytes, or ABSENT. A server that does not have the blob
@@ -16,31 +16,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
-from typing_extensions import Buffer
-
-from psyche.network.limits import Limiter
+from psyche.network.bandwidth import Limiter
 from psyche.network.pipe import Pipe
 from psyche.network.spool import Blob
-from psyche.network.streams import OK, STALL_SECONDS, Refused, Stream, Streams, Violation
+from psyche.network.streams import OK, Stream, Streams
+from psyche.network.transport import STALL_SECONDS, ReadChunk, Refused, Violation
 from psyche.numerics.digest import HASH_BYTES, BlobIndex, chunked, index_blob
 
 UPLOADS = 64
-"""Streams served at once, a thread and a chunk in memory each. Whoever comes later asks again until its turn."""
+"""Streams served at once, with a thread and a chunk in memory each. Further callers are told to try again."""
 ABSENT = 2
-"""Status of a chunk that is not here (yet, or any more)."""
-MAX_ASKED = 4096
-"""Chunks asked for in one request."""
-REQUEST_BYTES = HASH_BYTES + 1 + 4 * MAX_ASKED
-NAME = "blob"
-
-Read = Callable[[int], Buffer]
-"""Number of a chunk -> its bytes. Runs on a worker thread; may raise OSError or LookupError when they are gone."""
+"""Status of a chunk that this server does not have (yet, or any more)."""
+MAX_CHUNKS_PER_REQUEST = 4096
+REQUEST_BYTES = HASH_BYTES + 1 + 4 * MAX_CHUNKS_PER_REQUEST
+PROTOCOL = "blob"
 
 
 @dataclass(eq=False)
 class _Entry:
     load: Callable[[], BlobIndex]
-    read: Read
+    read: ReadChunk
     live: bool
 
     @cached_property
@@ -50,7 +45,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller wants of a blob."""
+    """A request for parts of a blob."""
 
     root: bytes
     index: bool
@@ -61,7 +56,7 @@ class Request:
 
     @classmethod
     def decode(cls, data: bytes) -> Request:
-        """Raises :class:`Violation`."""
+        """Inverse of :meth:`encode`. Raises :class:`Violation`."""
         numbers, rest = divmod(len(data) - HASH_BYTES - 1, 4)
         if numbers < 0 or rest or data[HASH_BYTES] > 1:
             raise Violation("not a request for a blob")
@@ -70,7 +65,10 @@ class Request:
 
 
 class BlobServer:
-    """What this node has to give. What was added twice is served until it was removed twice."""
+    """Blobs that this node serves. A blob added twice is served until it was removed twice.
+
+    The public methods are documented in :class:`~psyche.network.transport.BlobTransport`.
+    """
 
     def __init__(self, streams: Streams, limiter: Limiter) -> None:
         self._streams, self._limiter = streams, limiter
@@ -78,43 +76,28 @@ class BlobServer:
         self._threads = ThreadPoolExecutor(UPLOADS, "upload")
 
     async def start(self) -> None:
-        """Answer callers from now on."""
-        await self._streams.serve(NAME, self._serve, at_once=UPLOADS)
+        """Answer requests from now on."""
+        await self._streams.serve(PROTOCOL, self._serve, at_once=UPLOADS)
 
     def close(self) -> None:
-        """After the streams were closed."""
+        """Release the threads. Call it after the streams were closed."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def add(self, index: BlobIndex, read: Read) -> None:
-        """Serve a blob whose chunks ``read`` gives on demand.
-
-        What ``read`` gives is checked before it is sent, so it may be live state: once that has moved on, callers
-        hear that the chunk is not here.
-        """
+    def add(self, index: BlobIndex, read: ReadChunk) -> None:
         self._put(index.root, _Entry(lambda: index, read, live=True))
 
-    def add_unread(self, root: bytes, load: Callable[[], BlobIndex], read: Read) -> None:
-        """The same for a blob that nobody has hashed yet: ``load`` does, on a worker thread, when it is asked for.
-
-        ``load`` raises what ``read`` may where it is not here, or is another blob than ``root``.
-        """
+    def add_unread(self, root: bytes, load: Callable[[], BlobIndex], read: ReadChunk) -> None:
         self._put(root, _Entry(load, read, live=True))
 
     def add_blob(self, blob: Blob) -> None:
-        """Serve a blob of the spool; chunks that arrive later, too, from then on."""
         self._put(blob.index.root, _Entry(lambda: blob.index, blob.__getitem__, live=False))
 
     def add_bytes(self, data: bytes) -> bytes:
-        """Serve a byte string, hashed here (so call it on a worker thread when it is large). Returns its root."""
-        index, pieces = index_blob(data), list(chunked(data))
-        self._put(index.root, _Entry(lambda: index, pieces.__getitem__, live=False))
+        index, parts = index_blob(data), list(chunked(data))
+        self._put(index.root, _Entry(lambda: index, parts.__getitem__, live=False))
         return index.root
 
-    def remove(self, root: bytes, read: Read | None = None) -> None:
-        """Take back the oldest :meth:`add` of a blob (with ``read``, if given), if there is one.
-
-        After the last, it is served no more, also amid a transfer.
-        """
+    def remove(self, root: bytes, read: ReadChunk | None = None) -> None:
         entries = self._entries.get(root, [])
         for number, entry in enumerate(entries):
             if read is None or entry.read == read:
@@ -124,7 +107,6 @@ class BlobServer:
             self._entries.pop(root, None)
 
     def remove_blob(self, blob: Blob) -> None:
-        """Take back :meth:`add_blob`."""
         self.remove(blob.index.root, blob.__getitem__)
 
     def _put(self, root: bytes, entry: _Entry) -> None:
@@ -143,7 +125,7 @@ class BlobServer:
                 try:
                     await asyncio.shield(answering)
                 except asyncio.CancelledError:
-                    pipe.interrupt()  # the thread may be waiting for the caller to read
+                    pipe.interrupt()  # the thread may be blocked on a caller that does not read
                     await asyncio.wait([answering])
                     raise
                 frame = await stream.next_request(REQUEST_BYTES)
@@ -154,10 +136,10 @@ class BlobServer:
             pipe.close()
 
     def _answer(self, pipe: Pipe, request: Request) -> None:
-        """Send what was asked for. Runs on a thread."""
+        """Send the answer to one request. Runs on a thread."""
         index = self._index(request.root)
         if any(number >= index.chunks for number in request.chunks):
-            raise Refused("there are no such chunks")
+            raise Refused(f"the blob has only {index.chunks} chunks")
         head = bytes([OK])
         if request.index:
             encoded = index.encode()
@@ -176,14 +158,14 @@ class BlobServer:
         self._streams.traffic.measured(pipe.peer_id, down=False, count=sent, seconds=seconds)
 
     def _index(self, root: bytes) -> BlobIndex:
-        """Raises :class:`Refused`."""
+        """The index of a served blob. Raises :class:`Refused`."""
         for entry in reversed(self._entries.get(root, [])):
             with contextlib.suppress(OSError, LookupError):
                 return entry.index
         raise Refused("does not have it")
 
     def _chunk(self, root: bytes, number: int) -> bytes | None:
-        """A copy of one chunk (the original may change while it is sent), or None if it is not what it was."""
+        """A copy of one chunk (live state may change while it is sent), or None if it no longer matches its hash."""
         for entry in reversed(self._entries.get(root, [])):
             try:
                 chunk = bytes(entry.read(number))

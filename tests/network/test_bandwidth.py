@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from psyche.network import limits
-from psyche.network.limits import BURST_SECONDS, QUANTUM, Limiter
+from psyche.network import bandwidth
+from psyche.network.bandwidth import BURST_SECONDS, QUANTUM, Limiter
 
 
 def test_no_limit_takes_no_turn() -> None:
@@ -34,7 +34,7 @@ def test_no_more_passes_than_the_limit_allows() -> None:
 def test_many_streams_of_one_peer_get_no_more_than_the_one_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time passes only while all threads wait: which of them the machine runs first makes no difference."""
     now = [0.0]
-    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(bandwidth, "time", SimpleNamespace(monotonic=lambda: now[0]))
     limiter = Limiter(float(QUANTUM))
     taken: list[str] = []
     greedy = [threading.Thread(target=take_all, args=(limiter, "greedy", 20, taken)) for _ in range(4)]
