@@ -74,7 +74,7 @@ def bulk_chain(
     for round_number in range(1, rules.rounds + 1):
         position = 0 if plan is None else next_position(plan, rules.batch_size, rules.overlap_steps)
         given = tuple(Member(name, rules.inner_steps, 1) for name in names)
-        plan = Plan(round_number, 2 * round_number - 1, head, root, round_seed(head), position, 0, given)
+        plan = Plan(round_number, 2 * round_number - 1, head, root, round_seed(head), position, "gather", 0, given)
         accepted = tuple(
             Accepted(name, contribution(name, plan, rules, payload_bytes=1000, payout=named[name])) for name in names
         )

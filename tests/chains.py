@@ -102,7 +102,9 @@ def link(
         round_number, previous, base = last.round + 1, before.record.hash, before.root
         position = next_position(last, RULES.batch_size, RULES.overlap_steps)
     members = tuple(Member(name, RULES.inner_steps, 1) for name in NAMES)
-    plan = Plan(round_number, 2 * round_number - 1, previous, base, round_seed(previous), position, 0, members)
+    plan = Plan(
+        round_number, 2 * round_number - 1, previous, base, round_seed(previous), position, "gather", 0, members
+    )
     out = left_out(round_number)
     accepted, excluded = NAMES[: len(NAMES) - out], NAMES[len(NAMES) - out :]
     given = tuple(Accepted(name, contribution(name, plan, RULES)) for name in accepted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psyche.protocol.messages import Certificate, Reducing, RunStatus
 from psyche.protocol.proposals import mostly_done
-from psyche.protocol.state import Phase, Round, State
+from psyche.protocol.state import Phase, Reduction, Stage, State
 
 
 def status_of(
@@ -12,7 +12,7 @@ def status_of(
 ) -> RunStatus:
     """The board. ``proposal`` and ``certificate`` are those that have all their signatures."""
     current = state.round
-    closed = current is not None and current.closed is not None
+    closed = current is not None and current.stage is not Stage.COMMITTING
     return RunStatus(
         version=version,
         term=state.leading,
@@ -25,7 +25,7 @@ def status_of(
         mostly_done=current is not None and not closed and mostly_done(state, current),
         commitments=tuple(proof for _, proof in current.commitments.values()) if current and closed else (),
         contributions=tuple(proof for _, proof in current.contributions.values()) if current else (),
-        reducing=_reducing(current) if current and current.reducer_order else None,
+        reducing=_reducing(current.reduction) if current and current.reduction else None,
         proposal=proposal if current and current.proposal else None,
         certificate=certificate,
         note=state.note[:500],
@@ -38,10 +38,10 @@ def visible(state: State) -> tuple[object, ...]:
     seen: tuple[object, ...] = (state.phase, state.rounds, state.note, state.taken_up, state.state_root)
     if current is None:
         return seen
-    drawn = (current.out, current.again, current.term)
+    drawn = (current.reduction.failed, current.reduction.reassigned) if current.reduction else ()
     complete = len(current.contributions) == len(current.commitments)
-    training = (current.deadline, mostly_done(state, current)) if current.closed is None else ()
-    return (*seen, current.plan, training, current.closed, complete, drawn, current.certified)
+    training = (current.deadline, mostly_done(state, current)) if current.stage is Stage.COMMITTING else ()
+    return (*seen, current.plan, training, current.closed, complete, drawn, current.term, current.certified)
 
 
 def opened(state: State) -> int:
@@ -49,11 +49,11 @@ def opened(state: State) -> int:
     return len(state.round.contributions) if state.round else 0
 
 
-def _reducing(current: Round) -> Reducing:
+def _reducing(reduction: Reduction) -> Reducing:
     return Reducing(
-        term=current.selected_in,
-        reducer_order=current.reducer_order,
-        out=tuple(sorted(current.out)),
-        again=current.again,
-        selected=tuple(sorted(current.selected)),
+        term=reduction.term,
+        reducer_order=reduction.reducer_order,
+        failed=tuple(sorted(reduction.failed)),
+        reassigned=reduction.reassigned,
+        selected=tuple(sorted(reduction.selected)),
     )

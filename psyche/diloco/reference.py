@@ -20,8 +20,7 @@ from psyche.exchange.rules import rules_of
 from psyche.numerics.aggregate import reduce_slice
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.reducing import assignment_of
-from psyche.protocol.reduction import ReducerAssignment
+from psyche.protocol.reduction import ReducerAssignment, assignment_of
 from psyche.protocol.rounds import tick
 from psyche.protocol.state import (
     Arrived,
@@ -59,7 +58,8 @@ class Machine:
     @property
     def assignment(self) -> ReducerAssignment:
         """Who reduces what of it."""
-        return assignment_of(self.rules, self.round)
+        assert self.round.reduction is not None
+        return assignment_of(self.rules, self.round.plan, self.round.reduction)
 
     def promise(self, node: str) -> Promised:
         """``node`` follows the one leader there is."""
@@ -124,7 +124,9 @@ def _certified(machine: Machine, plan: Plan, replicas: Mapping[str, Replica], wo
     for node in works:
         effects = machine.send(Held(node, plan.round, frozenset(works)))
     for node, results in _reduced(machine, plan, replicas, works).items():
-        effects += machine.send(Reported(node, plan.round, machine.round.selected_in, results))
+        reduction = machine.round.reduction
+        assert reduction is not None
+        effects += machine.send(Reported(node, plan.round, reduction.term, results))
     (proposed,) = (effect for effect in effects if isinstance(effect, Proposed))
     record = proposed.record
     certified = [
@@ -178,7 +180,7 @@ def _reduced(
     machine: Machine, plan: Plan, replicas: Mapping[str, Replica], works: Mapping[str, Work]
 ) -> dict[str, dict[int, bytes]]:
     """What each member finds for the groups it reduces, by group; nobody anything where everybody aggregates."""
-    if not plan.reducers:
+    if not plan.is_sharded:
         return {}
     replica, assignment = replicas[min(replicas)], machine.assignment
     given = {node: work.contribution for node, work in works.items()}

@@ -238,7 +238,7 @@ class Replica:
         as everybody decodes it from its encoded result."""
         given = {one.node: one.contribution for one in record.accepted}
         merged = Merge.of(self.run).gradient(self.codec, record.plan, given, payloads)
-        if not record.plan.reducers:
+        if not record.plan.is_sharded:
             return merged
         result_codec, parts = self.backend.codec(self.run.result_codec), self.slices_of(record.plan.round)
 

@@ -33,7 +33,11 @@ class Sharded(Exchange):
 
     def drawn(self, reducing: Reducing) -> None:
         self._assignment = ReducerAssignment(
-            reducing.reducer_order, frozenset(reducing.out), reducing.again, self.plan.reducers, len(self.shape.counts)
+            reducing.reducer_order,
+            frozenset(reducing.failed),
+            reducing.reassigned,
+            self.plan.reducers,
+            len(self.shape.counts),
         )
 
     def part(self) -> Sequence[int]:

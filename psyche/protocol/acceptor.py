@@ -63,6 +63,8 @@ def plan_fault(plan: Plan, chain: Chain) -> str | None:
         return "the plan starts from another state"
     if plan.seed != round_seed(chain.head) or plan.position != chain.position:
         return "the plan's data is not what follows from the last record"
+    if plan.is_sharded != (plan.reducers > 0):
+        return f"the plan contradicts itself: a {plan.exchange} exchange with {plan.reducers} reducers"
     nodes = [member.node for member in plan.members]
     if banned := set(nodes) & set(chain.audit_state.banned):
         return f"{min(banned)[-6:]}, who was convicted, is a member of the plan"
@@ -127,7 +129,7 @@ def consider(
 def _results_fault(record: Record, rules: Rules, reduced: Mapping[int, bytes]) -> str | None:
     """What is wrong with who reduced what, and with what they found, or None."""
     plan = record.plan
-    if not plan.reducers:  # allowed in any round: where everybody aggregates nobody has to be believed
+    if not plan.is_sharded:  # allowed in any round: where everybody aggregates nobody has to be believed
         found = record.results or record.reducer_order or record.dissenters
         return "there are results where everybody aggregates" if found else None
     if plan.reducers != rules.reducers_for(len(plan.members)):

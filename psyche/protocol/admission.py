@@ -16,7 +16,7 @@ from psyche.protocol.calls import RefusalCode
 from psyche.protocol.deadlines import WINDOW
 from psyche.protocol.messages import WITHHELD, Contribution, Member, Plan, Record
 from psyche.protocol.quotas import done_in, measured
-from psyche.protocol.reduction import ReducerAssignment
+from psyche.protocol.reduction import assignment_of
 from psyche.protocol.state import (
     Abandoned,
     Arrived,
@@ -39,6 +39,7 @@ from psyche.protocol.state import (
     Rules,
     Said,
     Seen,
+    Stage,
     State,
     Submission,
     Tick,
@@ -121,12 +122,12 @@ def _refusal(rules: Rules, state: State, event: Submission) -> Refusal | None:
     if isinstance(event, Committed):
         if event.term != current.plan.term:
             return RefusalCode.WRONG_TERM, f"round {event.round} was planned again since"
-        if current.closed is not None:
+        if current.stage is not Stage.COMMITTING:
             return RefusalCode.TOO_LATE, f"the deadline for commitments of round {event.round} has passed"
         if current.commitments.get(event.node, (event.digest,))[0] != event.digest:
             return RefusalCode.CONFLICT, "a different commitment was already made in this round"
         return None
-    if current.closed is None:
+    if current.stage is Stage.COMMITTING:
         return RefusalCode.TOO_EARLY, f"commitments of round {event.round} are not closed yet"
     match event:
         case Opened():
@@ -146,14 +147,13 @@ def _refusal(rules: Rules, state: State, event: Submission) -> Refusal | None:
 
 
 def _bad_report(rules: Rules, current: Round, event: Reported) -> Refusal | None:
-    if not current.selected or event.term != current.selected_in or current.proposal is not None:
+    reduction = current.reduction
+    if current.stage is not Stage.REDUCING or reduction is None or event.term != reduction.term:
         return RefusalCode.WRONG_TERM, f"nothing is being reduced in term {event.term}"
-    assignment = ReducerAssignment(
-        current.reducer_order, current.out, current.again, current.plan.reducers, rules.slices_in(current.plan.round)
-    )
+    assignment = assignment_of(rules, current.plan, reduction)
     if not set(event.results) <= set(assignment.duties(event.node)):
         return RefusalCode.INVALID, "the report names groups that its sender does not reduce"
-    if any(current.reports.get(g, {}).get(event.node, root) != root for g, root in event.results.items()):
+    if any(reduction.reports.get(g, {}).get(event.node, root) != root for g, root in event.results.items()):
         return RefusalCode.CONFLICT, "another result was reported before"
     return None
 
@@ -223,16 +223,23 @@ def _accept(state: State, event: Submission, now: float) -> State:
                     held_at=_put(current.held_at, node, now),
                 )
         case Reported():
-            if event.results and all(node not in found for found in current.reports.values()):
-                state = replace(state, reduce_seconds=observed(state.reduce_seconds, now - current.since))
-            reports = dict(current.reports)
+            reduction = current.reduction
+            assert reduction is not None
+            if event.results and all(node not in found for found in reduction.reports.values()):
+                state = replace(state, reduce_seconds=observed(state.reduce_seconds, now - reduction.since))
+            reports = dict(reduction.reports)
             for group, root in event.results.items():
                 reports[group] = _put(reports.get(group, {}), node, root)
-            current = replace(current, reports=reports)
+            current = replace(current, reduction=replace(reduction, reports=reports))
         case Voted():
-            if current.reducer_order and node not in current.votes:
-                state = replace(state, result_seconds=observed(state.result_seconds, now - current.since))
-            current = replace(current, votes=_put(current.votes, node, event.proof), fetched=current.fetched | {node})
+            ballot, reduction = current.ballot, current.reduction
+            assert ballot is not None
+            if reduction is not None:
+                if node not in ballot.votes:
+                    state = replace(state, result_seconds=observed(state.result_seconds, now - ballot.since))
+                reduction = replace(reduction, have_results=reduction.have_results | {node})
+            ballot = replace(ballot, votes=_put(ballot.votes, node, event.proof))
+            current = replace(current, ballot=ballot, reduction=reduction)
         case Attested():
             current = replace(
                 current,

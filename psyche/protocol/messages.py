@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import cached_property
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
 
@@ -40,6 +40,9 @@ class Member(Message, frozen=True):
     votes: Natural
 
 
+ExchangeKind = Literal["gather", "sharded"]
+
+
 class Plan(Message, frozen=True):
     """What round ``round`` is to be. ``position`` is the first sequence of the data order it consumes."""
 
@@ -50,11 +53,19 @@ class Plan(Message, frozen=True):
     base_root: Hash
     seed: Hash
     position: Natural
+    exchange: ExchangeKind
+    """``gather``: every member aggregates every payload. ``sharded``: each slice is reduced by ``reducers`` members."""
     reducers: Natural
-    """How many nodes reduce each slice; 0: every node aggregates everything (gather)."""
+    """Members that reduce each slice of a sharded round; 0 in a gathered one."""
     members: Annotated[tuple[Member, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether reducers add the payloads up."""
+        return self.exchange == "sharded"
+
     def member(self, node: str) -> Member | None:
+        """Return the part of ``node`` in the round, or None."""
         return next((m for m in self.members if m.node == node), None)
 
 
@@ -360,8 +371,8 @@ class Reducing(Message, frozen=True):
 
     term: Natural
     reducer_order: Nodes
-    out: Nodes
-    again: Annotated[tuple[Natural, ...], Meta(max_length=MAX_MEMBERS)]
+    failed: Nodes
+    reassigned: Annotated[tuple[Natural, ...], Meta(max_length=MAX_MEMBERS)]
     selected: Nodes
     """None until it is known whose payloads are there; then ``term`` is above 0."""
 

@@ -10,8 +10,9 @@ from psyche.protocol.admission import Step
 from psyche.protocol.audits import admissible, audits_after, busy
 from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Plan, Record
+from psyche.protocol.reduction import reducer_order
 from psyche.protocol.standing import newly_audited, standing_after, voting
-from psyche.protocol.state import Abandoned, Phase, Proposed, Round, Rules, State
+from psyche.protocol.state import Abandoned, Ballot, Phase, Proposed, Reduction, Round, Rules, Stage, State
 from psyche.protocol.wire import MAX_MEMBERS
 
 LEAST_DEVIATION = 0.1
@@ -32,6 +33,18 @@ def quorum(yes: int, total: int) -> bool:
 def round_seed(previous: bytes) -> bytes:
     """The seed of a round follows from the record before it, not from a clock or a proposer's choice."""
     return digest("seed", previous)
+
+
+def close_commitments(rules: Rules, state: State, current: Round, now: float) -> Round:
+    """Return the round in its next stage: members reveal, and the reducers of a sharded round are known."""
+    plan = current.plan
+    return replace(
+        current,
+        stage=Stage.REVEALING,
+        closed=now,
+        deadline=now + allowed(rules, state.exchange_seconds),
+        reduction=Reduction(reducer_order(plan.seed, current.commitments)) if plan.is_sharded else None,
+    )
 
 
 def propose(
@@ -92,7 +105,7 @@ def propose(
         ),
         standing=standing,
         audit_state=audit_state,
-        reducer_order=current.reducer_order,
+        reducer_order=current.reduction.reducer_order if current.reduction else (),
         results=results,
         dissenters=tuple(sorted(dissenters)),
     )
@@ -104,11 +117,10 @@ def put_to_the_vote(rules: Rules, state: State, current: Round, record: Record, 
     term = state.term + rules.coordinators
     proposed = replace(
         current,
+        stage=Stage.VOTING,
         term=term,
-        proposals=current.proposals + 1,
-        proposal=record,
-        votes={},
-        since=now,
+        ballot=Ballot(record, since=now),
+        ballots=current.ballots + 1,
         deadline=now + allowed(rules, state.result_seconds if record.results else state.exchange_seconds),
     )
     return replace(state, term=term, round=proposed, note=""), [Proposed(term, record)]
@@ -206,9 +218,9 @@ def abandon(state: State, current: Round, reason: str) -> Step:
     if state.bound:
         state = reconfigured(state, state.electorate)
     waiting = replace(
-        state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), gathering=bool(current.reducer_order)
+        state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), gathering=current.reduction is not None
     )
-    if current.closed is not None:
+    if current.stage is not Stage.COMMITTING:
         waiting = replace(waiting, exchange_seconds=(), reduce_seconds=(), result_seconds=())
     return waiting, [Abandoned(current.plan.round, reason)]
 

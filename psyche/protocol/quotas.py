@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
 from psyche.protocol.messages import Member, Plan, Record
-from psyche.protocol.state import Round, Rules, State
+from psyche.protocol.state import Round, Rules, Stage, State
 
 WINDOW = 5
 """Rounds that a speed is the median of. Four equal nodes that differ by 5 % (σ) from round to round then all owe H in
@@ -78,7 +78,7 @@ def measured(speeds: Speeds, current: Round, record: Record, here: Collection[st
         if steps > 0 and seconds > 0:
             before = () if done.inner_steps < due[one.node] else kept.get(one.node, ())
             kept[one.node] = (*before, steps / seconds)[-WINDOW:]
-    lasted = 0.0 if current.closed is None else current.closed - current.opened
+    lasted = 0.0 if current.stage is Stage.COMMITTING else current.closed - current.opened
     if current.committed_at and lasted > 0:  # in no time at all nobody was slow
         for node in due.keys() & set(here) - current.commitments.keys():
             kept[node] = (due[node] / lasted,)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from psyche.numerics.digest import digest
+from psyche.protocol.messages import Plan
+from psyche.protocol.state import Reduction, Rules
 
 
 def reducer_order(seed: bytes, nodes: Iterable[str]) -> tuple[str, ...]:
@@ -30,8 +32,8 @@ class ReducerAssignment:
     """Who reduces what."""
 
     reducer_order: tuple[str, ...]
-    out: frozenset[str]
-    again: tuple[int, ...]
+    failed: frozenset[str]
+    reassigned: tuple[int, ...]
     """Groups whose reducers contradict each other; each time one stands here, one more node reduces it."""
     reducers: int
     """k"""
@@ -44,8 +46,8 @@ class ReducerAssignment:
     def reducers_of(self, group: int) -> tuple[str, ...]:
         """The nodes that reduce a group; fewer than k where no more are left."""
         around = (self.reducer_order[place] for place in chain(range(group, len(self.reducer_order)), range(group)))
-        wanted = self.reducers + self.again.count(group)
-        return tuple(islice((node for node in around if node not in self.out), wanted))
+        wanted = self.reducers + self.reassigned.count(group)
+        return tuple(islice((node for node in around if node not in self.failed), wanted))
 
     def duties(self, node: str) -> tuple[int, ...]:
         """The groups that ``node`` reduces."""
@@ -54,6 +56,13 @@ class ReducerAssignment:
     def slices_of(self, group: int) -> range:
         """The slices of a group, which are the chunks of its result, in order."""
         return slices_in(group, self.groups, self.slices)
+
+
+def assignment_of(rules: Rules, plan: Plan, reduction: Reduction) -> ReducerAssignment:
+    """Return who reduces what in the round of ``plan`` now."""
+    return ReducerAssignment(
+        reduction.reducer_order, reduction.failed, reduction.reassigned, plan.reducers, rules.slices_in(plan.round)
+    )
 
 
 def verdict(reports: Mapping[str, bytes]) -> bytes | None:

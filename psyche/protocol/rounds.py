@@ -17,6 +17,7 @@ from psyche.protocol.proposals import (
     allowed,
     allowed_for_training,
     carries_quorum,
+    close_commitments,
     electors,
     half,
     having,
@@ -33,7 +34,6 @@ from psyche.protocol.proposals import (
 )
 from psyche.protocol.quotas import planned
 from psyche.protocol.reducing import collect_results, reduce_anew, select, vote_anew
-from psyche.protocol.reduction import reducer_order
 from psyche.protocol.state import (
     Certified,
     Departed,
@@ -47,6 +47,7 @@ from psyche.protocol.state import (
     Round,
     Rules,
     Settled,
+    Stage,
     State,
     Unsigned,
 )
@@ -87,14 +88,17 @@ def _advance(rules: Rules, state: State, now: float) -> Step:
         return state, []
     if current is None:
         return _open_or_wait(rules, state, now)
-    if current.closed is None:
-        return _collect_commitments(rules, state, current, now)
-    if current.proposal is None:
-        stage = collect_results if current.selected else _collect_contributions
-        return stage(rules, state, current, now)
-    if not current.certified:
-        return _collect_votes(rules, state, current, now)
-    return _collect_attestations(rules, state, current, now)
+    match current.stage:
+        case Stage.COMMITTING:
+            return _collect_commitments(rules, state, current, now)
+        case Stage.REVEALING:
+            return _collect_contributions(rules, state, current, now)
+        case Stage.REDUCING:
+            return collect_results(rules, state, current, now)
+        case Stage.VOTING:
+            return _collect_votes(rules, state, current, now)
+        case Stage.ATTESTING:
+            return _collect_attestations(rules, state, current, now)
 
 
 def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
@@ -122,6 +126,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         return take_up(rules, state, ready, now)
     seats = training(rules, state, seated(rules, state, ready))
     voters = set(with_vote(rules, state, seats))
+    reducers = 0 if state.gathering else rules.reducers_for(len(seats))
     plan = Plan(
         round=state.rounds + 1,
         term=state.term + rules.coordinators,
@@ -129,7 +134,8 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         base_root=state.state_root,
         seed=round_seed(state.head),
         position=state.position,
-        reducers=0 if state.gathering else rules.reducers_for(len(seats)),
+        exchange="sharded" if reducers else "gather",
+        reducers=reducers,
         members=planned(rules, state, seats, voters),
     )
     opened = Round(plan, opened=now, deadline=now + allowed_for_training(rules, state), term=plan.term)
@@ -154,13 +160,8 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
     state = replace(state, commit_seconds=observed(state.commit_seconds, *late))
     if not current.commitments:
         return abandon(state, current, "no member committed before the deadline")
-    closed = replace(
-        current,
-        closed=now,
-        deadline=now + allowed(rules, state.exchange_seconds),
-        reducer_order=reducer_order(current.plan.seed, current.commitments) if current.plan.reducers else (),
-    )
-    return replace(state, phase=Phase.CERTIFYING, round=closed), []
+    revealing = close_commitments(rules, state, current, now)
+    return replace(state, phase=Phase.CERTIFYING, round=revealing), []
 
 
 def _collect_contributions(rules: Rules, state: State, current: Round, now: float) -> Step:
@@ -176,38 +177,37 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
         accepted, holders = held_in_common(current, opened, here, half)
     if not accepted:
         return abandon(state, current, "no payload reached half of the members")
-    assert current.closed is not None
     done = (current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now for node in here)
     seconds = observed(state.exchange_seconds, *(at - current.closed for at in done))
     state = replace(state, exchange_seconds=seconds)
-    if current.reducer_order:
-        return select(rules, state, current, accepted, set(current.reducer_order) - set(holders), now)
+    if current.reduction is not None:
+        failed = set(current.reduction.reducer_order) - set(holders)
+        return select(rules, state, current, current.reduction, accepted, failed, now)
     return propose(rules, state, current, accepted, None, now)
 
 
 def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> Step:
-    record = current.proposal
-    assert record is not None
-    if carries_quorum(current.votes, record.electorate):
+    assert current.ballot is not None
+    record, votes = current.ballot.record, current.ballot.votes
+    if carries_quorum(votes, record.electorate):
         deadline = now + allowed(rules, state.exchange_seconds)
-        certified = replace(current, certified=True, certified_at=now, deadline=deadline)
+        certified = replace(current, stage=Stage.ATTESTING, certified_at=now, deadline=deadline)
         seconds = now - current.opened
-        effect = Certified(record, tuple(current.votes[node] for node in sorted(current.votes)), seconds)
-        return replace(state, round=certified), [effect]
+        return replace(state, round=certified), [Certified(record, tuple(votes[n] for n in sorted(votes)), seconds)]
     if record.results and (step := reduce_anew(rules, state, current, record.results, now)):
         return step
     if now < current.deadline:
         return state, []
     here = living(state, current)
     if not here:
-        note = f"round {current.plan.round} waits for votes of {names(set(record.electorate) - set(current.votes))}"
+        note = f"round {current.plan.round} waits for votes of {names(set(record.electorate) - set(votes))}"
         return said(state, state.phase, note)
     if record.results:
-        return vote_anew(rules, state, current, now)
+        return vote_anew(rules, state, current, current.ballot, now)
     # Who was asked for a vote and gave none is not waited for twice, whatever it says it holds; nor does it get to
     # say what the others vote on. Where nobody voted there is nobody to go on with, and all are asked once more.
-    asked = [node for node in here if node in current.votes or node not in record.electorate]
-    if not asked and current.proposals == 1:
+    asked = [node for node in here if node in votes or node not in record.electorate]
+    if not asked and current.ballots == 1:
         asked = here
     accepted, holders = held_in_common(current, frozenset(one.node for one in record.accepted), asked, half)
     if not accepted:
@@ -224,9 +224,9 @@ def _overrule(rules: Rules, state: State, event: Overruled, now: float) -> Step:
         return vote_on_the_sealed(rules, state, event.sealed, now)
     record = current.proposal
     state = replace(state, reconfiguration=max(state.reconfiguration, event.reconfiguration), bound=record.hash)
-    again = replace(current, certified=False, attestations={})
+    uncertified = replace(current, attestations={})
     accepted = frozenset(one.node for one in record.accepted)
-    return propose(rules, state, again, accepted, None, now, record.results, record.dissenters)
+    return propose(rules, state, uncertified, accepted, None, now, record.results, record.dissenters)
 
 
 def _fall_back(rules: Rules, state: State, event: Unsigned, now: float) -> Step:
@@ -262,7 +262,6 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     base, late, gone = current.plan.base_root, _left_behind(current, record), set(record.audit_state.banned)
     waiting = [n for n, p in state.peers.items() if p.state_root == base and n not in {*current.attestations, *gone}]
     until = current.deadline
-    assert current.closed is not None
     if set(waiting) <= late:
         until = min(until, current.certified_at + GRACE * (current.closed - current.opened))
     if waiting and now < until:

@@ -91,55 +91,111 @@ class Peer:
     """After which it holds that state, as it says."""
 
 
+class Stage(StrEnum):
+    """What a round in progress waits for."""
+
+    COMMITTING = "committing"
+    """Members train and commit to their work."""
+    REVEALING = "revealing"
+    """Members reveal what they committed to, and fetch each other's payloads."""
+    REDUCING = "reducing"
+    """The reducers of a sharded round report the results of the selected contributions."""
+    VOTING = "voting"
+    """The electorate votes on the record of the open ballot."""
+    ATTESTING = "attesting"
+    """The record is certified; members apply it and attest the state they have reached."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Who reduces what in a sharded round, and the results reported so far."""
+
+    reducer_order: tuple[str, ...]
+    """All reducers of the round, in the order drawn from its seed."""
+    term: int = 0
+    """The term in which contributions were selected, which every report names; 0 before."""
+    since: float = 0.0
+    """When the reduction began, or began anew with other reducers."""
+    selected: frozenset[str] = frozenset()
+    """Nodes whose contributions are reduced; nobody's before the selection."""
+    failed: frozenset[str] = frozenset()
+    """Reducers that are gone, silent, or without the payloads they need."""
+    reassigned: tuple[int, ...] = ()
+    """Groups whose reducers contradict each other; each time a group stands here, one more node reduces it."""
+    lacking: Mapping[int, Mapping[str, frozenset[str]]] = field(default_factory=dict)
+    """Selected contributions that a node could not fetch for a group, by group and node."""
+    reports: Mapping[int, Mapping[str, bytes]] = field(default_factory=dict)
+    """Reported results, by group and reducer."""
+    have_results: frozenset[str] = frozenset()
+    """Nodes that voted on results of this selection, and so hold all of them."""
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """A record put to the vote, in a term of its own (Paxos: a ballot)."""
+
+    record: Record
+    since: float
+    """When the vote began."""
+    votes: Mapping[str, bytes] = field(default_factory=dict)
+    """Signed votes, by voter."""
+
+
 @dataclass(frozen=True)
 class Round:
     """One round in progress. Mappings go from node id; ``bytes`` after a value is its signed envelope."""
 
     plan: Plan
     opened: float
+    """When the round was planned, or resumed by a new leader."""
     deadline: float
-    """Of the stage the round is in: commitments, then openings and holdings, then votes, then attestations."""
+    """When the present stage is over, whoever is missing."""
+    stage: Stage = Stage.COMMITTING
+    term: int = 0
+    """The latest term used in this round: of the plan, then of the selection, then of the open ballot."""
     awaited: frozenset[str] = frozenset()
-    """Members of a round that was begun under another leader who have not been heard of yet under this one."""
+    """Members of a round begun under another leader that this leader has not heard from yet."""
     commitments: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)
     committed_at: Mapping[str, float] = field(default_factory=dict)
-    """When each member did; nobody's where another leader began the round, and this one cannot know how long it took
-    them."""
-    closed: float | None = None
+    """When each member committed; empty where another leader began the round and the durations are unknown."""
+    closed: float = 0.0
+    """When commitments were closed, the end of ``COMMITTING``."""
     contributions: Mapping[str, tuple[Contribution, bytes]] = field(default_factory=dict)
+    """Revealed contributions."""
     holdings: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Nodes whose payloads each member has fetched and checked."""
     held_at: Mapping[str, float] = field(default_factory=dict)
-    """When each member last said something new of what it holds."""
-    since: float = 0.0
-    """When the reduction, or the vote on its results, began; or began anew with other nodes."""
-    reducer_order: tuple[str, ...] = ()
-    out: frozenset[str] = frozenset()
-    again: tuple[int, ...] = ()
-    lacking: Mapping[int, Mapping[str, frozenset[str]]] = field(default_factory=dict)
-    """Selected contributions of which nodes did not get what a group takes, by group and node."""
-    selected: frozenset[str] = frozenset()
-    """Contributions that are being reduced."""
-    selected_in: int = 0
-    """The term in which they were selected; a report names it."""
-    reports: Mapping[int, Mapping[str, bytes]] = field(default_factory=dict)
-    """Results of their reduction, by group and reducer."""
-    fetched: frozenset[str] = frozenset()
-    """Who has voted on results of this selection, and so has all of them."""
-    term: int = 0
-    proposals: int = 0
-    """Records put to the vote so far."""
-    proposal: Record | None = None
-    votes: Mapping[str, bytes] = field(default_factory=dict)
-    certified: bool = False
+    """When each member last reported a change of its holdings."""
+    reduction: Reduction | None = None
+    """None in a gathered round, and before commitments are closed."""
+    ballot: Ballot | None = None
+    """None before the first, and while lost results are reduced again."""
+    ballots: int = 0
+    """Ballots opened so far."""
     certified_at: float = 0.0
     attestations: Mapping[str, bytes] = field(default_factory=dict)
+    """State roots that members attest after the round."""
     suspected: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Whose payloads stood out, as each of those says who has attested."""
+    """Nodes whose payloads stood out, as each attesting member reports."""
 
     @property
     def begun_here(self) -> bool:
         """Whether this leader planned the round; until a record is proposed, which takes a later term."""
         return self.term == self.plan.term
+
+    @property
+    def proposal(self) -> Record | None:
+        """The record of the open ballot."""
+        return None if self.ballot is None else self.ballot.record
+
+    @property
+    def votes(self) -> Mapping[str, bytes]:
+        """The votes of the open ballot."""
+        return {} if self.ballot is None else self.ballot.votes
+
+    @property
+    def certified(self) -> bool:
+        return self.stage is Stage.ATTESTING
 
 
 @dataclass(frozen=True)

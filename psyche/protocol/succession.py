@@ -17,9 +17,9 @@ from dataclasses import replace
 from psyche.protocol.admission import Step
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.proposals import (
-    allowed,
     allowed_for_training,
     carries_quorum,
+    close_commitments,
     having,
     names,
     put_to_the_vote,
@@ -27,8 +27,7 @@ from psyche.protocol.proposals import (
     round_seed,
 )
 from psyche.protocol.quotas import quota_fault
-from psyche.protocol.reduction import reducer_order
-from psyche.protocol.state import Phase, Planned, Promised, Round, Rules, State
+from psyche.protocol.state import Phase, Planned, Promised, Reduction, Round, Rules, State
 
 PLANNED_SINCE = 16
 """Plans that the leader before can have made since the last vote, for all one believes: a plan carries no signature,
@@ -97,17 +96,17 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
             return replace(state, taken_up=False), []  # those whom that roster names are waited for
     elif record.reconfiguration < state.reconfiguration:
         return state, []  # it can no more be certified: a later roster was needed to get here
-    round_number = Round(
+    resumed = Round(
         record.plan,
         opened=now,
         deadline=now,
         closed=now,
         commitments=last.commitments,
         contributions=last.contributions,
-        reducer_order=record.reducer_order,
+        reduction=Reduction(record.reducer_order) if record.plan.is_sharded else None,
     )
     state = replace(state, phase=Phase.CERTIFYING, bound=record.hash)
-    return put_to_the_vote(rules, state, round_number, record, now)
+    return put_to_the_vote(rules, state, resumed, record, now)
 
 
 def vote_on_the_sealed(rules: Rules, state: State, sealed: bytes, now: float) -> Step:
@@ -131,14 +130,11 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
         state = replace(state, term=state.term + rules.coordinators)
     deadline = now + allowed_for_training(rules, state)
     awaited = frozenset(member.node for member in plan.members) - set(state.peers)
-    round_number = Round(plan, opened=now, deadline=deadline, term=state.term, awaited=awaited, commitments=commitments)
+    resumed = Round(plan, opened=now, deadline=deadline, term=state.term, awaited=awaited, commitments=commitments)
     if commitments:
-        drawn = reducer_order(plan.seed, commitments) if plan.reducers else ()
-        round_number = replace(
-            round_number, closed=now, deadline=now + allowed(rules, state.exchange_seconds), reducer_order=drawn
-        )
+        resumed = close_commitments(rules, state, resumed, now)
     phase = Phase.CERTIFYING if commitments else Phase.TRAINING
-    return replace(state, phase=phase, round=round_number, note=""), [Planned(plan)]
+    return replace(state, phase=phase, round=resumed, note=""), [Planned(plan)]
 
 
 def _follows(rules: Rules, state: State, plan: Plan, ready: Sequence[str]) -> bool:
@@ -149,6 +145,6 @@ def _follows(rules: Rules, state: State, plan: Plan, ready: Sequence[str]) -> bo
         and plan.seed == round_seed(state.head)
         and plan.term < state.term + PLANNED_SINCE * rules.coordinators
         and quota_fault(plan, rules) is None
-        and plan.reducers in (0, rules.reducers_for(len(plan.members)))
+        and plan.reducers == (rules.reducers_for(len(plan.members)) if plan.is_sharded else 0)
         and any(plan.member(node) is not None for node in ready)
     )

@@ -367,7 +367,7 @@ class Worker:
         shape = Shape(self.replica.codec, counts)
         run = self.manifest.run
         merge = Merge.of(run)
-        if plan.reducers:
+        if plan.is_sharded:
             return Sharded(self._transport, plan, shape, merge, self.replica.backend.codec(run.result_codec))
         return Gather(self._transport, plan, shape, merge)
 

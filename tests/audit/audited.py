@@ -55,7 +55,7 @@ class Court:
         chain = self.auditor.chain
         members = tuple(Member(node, self.auditor.run.rounds.inner_steps, 1) for node in self.nodes)
         seed = round_seed(chain.head)
-        return Plan(chain.rounds + 1, 1, chain.head, chain.state_root, seed, chain.position, 0, members)
+        return Plan(chain.rounds + 1, 1, chain.head, chain.state_root, seed, chain.position, "gather", 0, members)
 
     def advance(self, plan: Plan, works: dict[str, Work], audits: tuple[Audit, ...] = ()) -> Record:
         """The round is certified with these contributions, and these audits are open."""

@@ -57,7 +57,7 @@ def plan_for(one: Replica) -> Plan:
     """The next round of a swarm of this node alone."""
     chain, member = one.chain, Member(one.node, one.run.rounds.inner_steps, 1)
     root, seed = chain.state_root, round_seed(chain.head)
-    return Plan(chain.rounds + 1, 1, chain.head, root, seed, chain.position, 0, (member,))
+    return Plan(chain.rounds + 1, 1, chain.head, root, seed, chain.position, "gather", 0, (member,))
 
 
 def record_of(plan: Plan, work: Work) -> Record:
@@ -271,7 +271,7 @@ def test_no_sequence_is_used_twice_whoever_was_late_with_what(
     ahead: dict[str, int] = {}
     for number, late in enumerate(history):
         members = tuple(Member(node, steps, 1) for node in sorted(late))
-        plan = Plan(number + 1, 1, seed, seed, seed, position, 0, members)
+        plan = Plan(number + 1, 1, seed, seed, seed, position, "gather", 0, members)
         for node, more in late.items():
             span = positions(plan, node, batch, most)
             used += span[ahead.get(node, 0) * batch : (steps + min(more, most)) * batch]

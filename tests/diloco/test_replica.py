@@ -25,7 +25,7 @@ def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_pat
     one = replica(launch(config, identity.peer_id).manifest, config.node, identity)
     chain = one.chain
     member = Member(identity.peer_id, one.run.rounds.inner_steps, 1)
-    plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, 0, (member,))
+    plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, "gather", 0, (member,))
     work = one.train(plan)
     assert one.residual is not None
     lost = one.residual.clone()
@@ -49,7 +49,17 @@ def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in
     lrs: dict[str, list[float]] = {"there": [], "joined": []}
     for round_number in (1, 2):
         chain, member = there.chain, Member(identity.peer_id, 4, 1)
-        plan = Plan(round_number, 1, chain.head, chain.state_root, round_seed(chain.head), chain.position, 0, (member,))
+        plan = Plan(
+            round_number,
+            1,
+            chain.head,
+            chain.state_root,
+            round_seed(chain.head),
+            chain.position,
+            "gather",
+            0,
+            (member,),
+        )
         work = there.train(plan, progress=lambda step, loss, lr: lrs["there"].append(lr))
         if round_number == 1:
             node = identity.peer_id
@@ -74,7 +84,7 @@ def test_warming_up_teaches_the_inner_optimizer_and_nothing_else(tmp_path: Path)
     assert warm.chain == before
     assert warm.warm_up_steps == 0, "it has trained"
     member = Member(identity.peer_id, warm.run.rounds.inner_steps, 1)
-    plan = Plan(1, 1, before.head, before.state_root, round_seed(before.head), 0, 0, (member,))
+    plan = Plan(1, 1, before.head, before.state_root, round_seed(before.head), 0, "gather", 0, (member,))
     works = [one.train(plan) for one in (cold, warm)]
     first, second = (work.contribution for work in works)
     assert first.data_digest == second.data_digest
@@ -89,7 +99,7 @@ def test_where_the_text_of_a_step_is_not_here_the_steps_before_it_are_handed_in(
     manifest = launch(config, identity.peer_id).manifest
     some, whole = (replica(manifest, config.node, identity) for _ in range(2))
     chain, member = some.chain, Member(identity.peer_id, 20, 1)
-    plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, 0, (member,))
+    plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, "gather", 0, (member,))
     first, second = shards(range(40), store.train.shape, config.run.seed)
     whole_work = whole.train(plan, enough=iter([False] * 15 + [True]).__next__)
     store.place(store.train.shards[second]).unlink()

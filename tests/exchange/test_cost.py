@@ -53,7 +53,17 @@ def on_violation(peer: str, what: str) -> None:
 async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reducers: int) -> list[torch.Tensor]:
     """One exchange by real nodes; everybody's outer gradient."""
     used, result = fastest_backend().codec(name), fastest_backend().codec("int8")
-    plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, tuple(Member(n.peer_id, 1, 1) for n in nodes))
+    plan = Plan(
+        1,
+        1,
+        bytes(32),
+        bytes(32),
+        bytes(32),
+        0,
+        "sharded" if reducers else "gather",
+        reducers,
+        tuple(Member(n.peer_id, 1, 1) for n in nodes),
+    )
     wires = [
         BlobTransport(
             node, BlobRetention(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_violation

@@ -51,7 +51,17 @@ def test_what_a_round_took_is_had_from_who_followed_it_when_its_only_member_is_g
         author, of_author = await joined(tmp_path, "author")
         follower, of_follower = await joined(tmp_path, "follower", author)
         payload = [INT8.encode(torch.randn(COUNT), torch.zeros(COUNT), None, 0.0)]
-        plan = Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, reducers, (Member(author.peer_id, 1, 1),))
+        plan = Plan(
+            1,
+            1,
+            bytes(32),
+            bytes(32),
+            bytes(32),
+            0,
+            "sharded" if reducers else "gather",
+            reducers,
+            (Member(author.peer_id, 1, 1),),
+        )
         root = payload_root(payload)
         given = Contribution(*[bytes(32)] * 6, root, len(payload[0]), 1, 0, 1, False, b"", bytes(32))
         alone = (author.peer_id,)

@@ -67,7 +67,7 @@ def world(directory: Path, **changes: Any) -> World:
 
 def plan_for(one: Replica) -> Plan:
     chain, member = one.chain, Member(one.node, one.run.rounds.inner_steps, 1)
-    return Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), chain.position, 0, (member,))
+    return Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), chain.position, "gather", 0, (member,))
 
 
 def decoded(one: Replica, payload: Any) -> torch.Tensor:

@@ -239,7 +239,7 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
     from psyche.protocol.messages import Accepted, Certificate, Contribution, Member, Plan, Proposal, Record
 
     zero = bytes(32)
-    plan = Plan(5, 1, zero, zero, zero, 0, 0, (Member(me.peer_id, 40, 1),))
+    plan = Plan(5, 1, zero, zero, zero, 0, "gather", 0, (Member(me.peer_id, 40, 1),))
     contribution = Contribution(*[zero] * 7, 1, 40, 0, 2560, False, b"", zero)
     alone = (me.peer_id,)
     record = Record(plan, (Accepted(me.peer_id, contribution),), (), 1, alone, alone, (), EMPTY, (), (), ())

@@ -62,7 +62,7 @@ class Court:
 
     def plan(self) -> Plan:
         members = tuple(Member(node, self.rules.inner_steps, 1) for node in self.members)
-        return Plan(self.round + 1, self.round + 1, self.head, GENESIS, round_seed(self.head), 0, 0, members)
+        return Plan(self.round + 1, self.round + 1, self.head, GENESIS, round_seed(self.head), 0, "gather", 0, members)
 
     def next(self, statements: Sequence[Said], private: Sequence[str] = ()) -> AuditState:
         """One round. Raises ``InvalidAudits``."""

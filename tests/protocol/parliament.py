@@ -31,6 +31,7 @@ from psyche.protocol.state import (
     Restored,
     Rules,
     Seen,
+    Stage,
     State,
     Tick,
     Unsigned,
@@ -250,7 +251,7 @@ class Parliament:
             voter.plan, voter.shown, voter.opened = plan, {}, {}
         given = contribution(node, plan, self.rules)
         commitment = given.commitment(node, RUN_ID, plan.round)
-        if current.closed is None:
+        if current.stage is Stage.COMMITTING:
             if member and node not in current.commitments:
                 seat.send(Committed(node, plan.round, plan.term, commitment, b""))
             return

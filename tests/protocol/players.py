@@ -33,6 +33,7 @@ from psyche.protocol.state import (
     Rules,
     Seen,
     Settled,
+    Stage,
     State,
     Tick,
     Voted,
@@ -247,7 +248,7 @@ class Table:
                     pass
         assert after.rounds >= before.rounds
         assert after.term >= before.term
-        if after.round is not None and after.round.closed is not None:
+        if after.round is not None and after.round.stage is not Stage.COMMITTING:
             key = (after.round.plan.round, after.round.plan.term)
             commitments = {node: value for node, (value, _) in after.round.commitments.items()}
             assert self.commitments_before_closing.setdefault(key, commitments) == commitments
@@ -283,16 +284,18 @@ class Table:
         """What a sharded record says is what more than half of the reports on each group say."""
         current, plan = state.round, record.plan
         assert current is not None
-        if not plan.reducers:
+        if not plan.is_sharded:
             assert (record.reducer_order, record.results, record.dissenters) == ((), (), ())
             return
+        reduction = current.reduction
+        assert reduction is not None
         assert plan.reducers == self.rules.reducers_for(len(plan.members))
         assert reducer_order_fault(plan.seed, record.reducer_order, {member.node for member in plan.members}) is None
-        assert {one.node for one in record.accepted} == current.selected <= set(record.reducer_order)
+        assert {one.node for one in record.accepted} == reduction.selected <= set(record.reducer_order)
         assert len(record.results) == min(len(record.reducer_order), self.rules.slices_in(plan.round)) > 0
         losers = set()
         for group, root in enumerate(record.results):
-            reports = current.reports[group]
+            reports = reduction.reports[group]
             assert 2 * sum(found == root for found in reports.values()) > len(reports)
             losers |= {node for node, found in reports.items() if found != root}
         assert record.dissenters == tuple(sorted(losers))

@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Iterable
 
 from psyche.numerics.digest import digest
 from psyche.protocol.messages import Record
-from psyche.protocol.reducing import assignment_of
-from psyche.protocol.reduction import ReducerAssignment
-from psyche.protocol.state import Phase, Reported, Round
+from psyche.protocol.reduction import ReducerAssignment, assignment_of
+from psyche.protocol.state import Phase, Reduction, Reported, Round, Stage
 from tests.protocol.players import Table, root_after
 
 WRONG = b"w" * 32
@@ -23,8 +22,14 @@ def round_of(table: Table) -> Round:
     return table.state.round
 
 
+def reduction_of(current: Round) -> Reduction:
+    """The reduction of a round; an empty one where there is none."""
+    return current.reduction or Reduction(())
+
+
 def assignment(table: Table) -> ReducerAssignment:
-    return assignment_of(table.rules, round_of(table))
+    current = round_of(table)
+    return assignment_of(table.rules, current.plan, reduction_of(current))
 
 
 def right(seed: bytes, group: int, accepted: Iterable[str]) -> bytes:
@@ -41,11 +46,11 @@ def report(table: Table, node: str, root: bytes | None = None) -> None:
     """``node`` reports on whatever it reduces and has not reported on: ``root``, or what is right."""
     current = round_of(table)
     found = {
-        group: root or right(current.plan.seed, group, current.selected)
+        group: root or right(current.plan.seed, group, reduction_of(current).selected)
         for group in assignment(table).duties(node)
-        if node not in current.reports.get(group, {})
+        if node not in reduction_of(current).reports.get(group, {})
     }
-    table.send(Reported(node, current.plan.round, current.selected_in, found))
+    table.send(Reported(node, current.plan.round, reduction_of(current).term, found))
 
 
 class Honest:
@@ -81,7 +86,7 @@ class Honest:
 
     def held(self, node: str) -> frozenset[str]:
         current = round_of(self.table)
-        groups = assignment(self.table).duties(node) if current.plan.reducers else range(len(current.plan.members))
+        groups = assignment(self.table).duties(node) if current.plan.is_sharded else range(len(current.plan.members))
         return frozenset(
             author
             for author in current.contributions
@@ -89,21 +94,26 @@ class Honest:
         )
 
     def _hand_in(self, node: str, current: Round) -> None:
-        if current.closed is None:
+        if current.stage is Stage.COMMITTING:
             if node not in current.commitments:
                 self.table.commit(node)
         elif node in current.commitments and node not in current.contributions:
             self.table.open(node)
 
     def _hold(self, node: str, current: Round) -> None:
-        if current.closed is not None and not current.certified and current.holdings.get(node) != self.held(node):
+        if (
+            current.stage is not Stage.COMMITTING
+            and not current.certified
+            and current.holdings.get(node) != self.held(node)
+        ):
             self.table.hold(node, self.held(node))
 
     def _reduce(self, node: str, current: Round) -> None:
-        if current.selected and current.proposal is None and current.selected <= self.held(node):
+        if current.stage is Stage.REDUCING and reduction_of(current).selected <= self.held(node):
             report(self.table, node)
             self.results[node] |= {
-                right(current.plan.seed, group, current.selected) for group in assignment(self.table).duties(node)
+                right(current.plan.seed, group, reduction_of(current).selected)
+                for group in assignment(self.table).duties(node)
             }
 
     def _has_results(self, node: str, record: Record) -> bool:
@@ -119,7 +129,7 @@ class Honest:
             return
         if not {one.node for one in record.accepted} <= self.held(node) or not self._has_results(node, record):
             return
-        mine = {group: found[node] for group, found in current.reports.items() if node in found}
+        mine = {group: found[node] for group, found in reduction_of(current).reports.items() if node in found}
         if all(record.results[group] == root for group, root in mine.items()):
             self.table.vote(node)
 

@@ -18,7 +18,9 @@ from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, 
 A, B, C, D = nodes(4)
 STRANGER = peer_id(70)
 CHAIN = Chain(0, RUN_ID, GENESIS, 0, (A, B, C, D))
-PLAN = Plan(1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, 0, tuple(Member(node, 5, 1) for node in (A, B, C, D)))
+PLAN = Plan(
+    1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, "gather", 0, tuple(Member(node, 5, 1) for node in (A, B, C, D))
+)
 OPENED = {node: contribution(node, PLAN) for node in (A, B, C)}
 RECORD = Record(
     plan=PLAN,
@@ -147,7 +149,7 @@ def test_who_promised_takes_part_in_nothing_earlier() -> None:
 # ---------------------------------------------------------------------------------- sharded rounds
 
 SHARDING = replace(RULES, sharded_from=2)
-SHARDED_PLAN = changed(PLAN, reducers=2)
+SHARDED_PLAN = changed(PLAN, exchange="sharded", reducers=2)
 RING = reducer_order(PLAN.seed, (A, B, C))
 ROOTS = tuple(bytes([group]) * 32 for group in range(3))
 SHARDED = changed(RECORD, plan=SHARDED_PLAN, reducer_order=RING, results=ROOTS)
@@ -178,7 +180,9 @@ def test_any_round_may_be_gathered() -> None:
         ("not named in ascending order", changed(SHARDED, dissenters=(C, B))),
         ("not named in ascending order", changed(SHARDED, dissenters=(B, B))),
         ("did not reduce", changed(SHARDED, dissenters=(D,))),
-        ("as the manifest does", changed(SHARDED, plan=changed(PLAN, reducers=1))),
+        ("contradicts itself", changed(SHARDED, plan=changed(SHARDED_PLAN, reducers=0))),
+        ("contradicts itself", changed(SHARDED, plan=changed(SHARDED_PLAN, exchange="gather"))),
+        ("as the manifest does", changed(SHARDED, plan=changed(PLAN, exchange="sharded", reducers=1))),
         ("where everybody aggregates", changed(RECORD, results=ROOTS)),
         ("where everybody aggregates", changed(RECORD, reducer_order=RING)),
         ("where everybody aggregates", changed(RECORD, dissenters=(A,))),

@@ -20,7 +20,7 @@ LIMITS = settings(max_examples=60, deadline=None)
 
 def plan_of(quotas: dict[str, int], seed: bytes = b"s" * 32, position: int = 0) -> Plan:
     members = tuple(Member(node, steps, 1) for node, steps in sorted(quotas.items()))
-    return Plan(1, 1, b"p" * 32, b"b" * 32, seed, position, 0, members)
+    return Plan(1, 1, b"p" * 32, b"b" * 32, seed, position, "gather", 0, members)
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:

@@ -32,7 +32,7 @@ from tests.protocol.players import GENESIS, RUN_ID, contribution
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
 MEMBERS.sort(key=lambda identity: identity.peer_id)
 NAMES = tuple(member.peer_id for member in MEMBERS)
-PLAN = Plan(1, 1, RUN_ID, GENESIS, b"s" * 32, 0, 0, tuple(Member(name, 5, 1) for name in NAMES))
+PLAN = Plan(1, 1, RUN_ID, GENESIS, b"s" * 32, 0, "gather", 0, tuple(Member(name, 5, 1) for name in NAMES))
 RECORD = Record(
     plan=PLAN,
     accepted=tuple(Accepted(name, contribution(name, PLAN)) for name in NAMES[:3]),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from psyche.protocol.acceptor import Acceptor
 from psyche.protocol.messages import Plan
-from psyche.protocol.state import Seen
+from psyche.protocol.state import Seen, Stage
 from tests.protocol.parliament import Parliament, Seat, Voter, with_coordinators
 from tests.protocol.players import RULES, nodes
 
@@ -214,7 +214,7 @@ def training(world: Parliament) -> Plan:
     for turn in range(400):
         world.talk(world.voters[turn % len(world.voters)], first)
         known = first.state.round
-        if known is not None and known.closed is None and not known.commitments:
+        if known is not None and known.stage is Stage.COMMITTING and not known.commitments:
             return known.plan
     raise AssertionError("no round was planned")
 

@@ -44,7 +44,7 @@ from psyche.protocol.wire import Body, decode
 from tests.protocol.players import contribution, nodes
 
 A, B, C = nodes(3)
-PLAN = Plan(3, 7, b"p" * 32, b"b" * 32, b"s" * 32, 12345, 0, tuple(Member(node, 5, 1) for node in (A, B, C)))
+PLAN = Plan(3, 7, b"p" * 32, b"b" * 32, b"s" * 32, 12345, "gather", 0, tuple(Member(node, 5, 1) for node in (A, B, C)))
 RECORD = Record(
     plan=PLAN,
     accepted=(Accepted(A, contribution(A, PLAN)), Accepted(C, contribution(C, PLAN))),

@@ -18,7 +18,7 @@ from psyche.protocol.assignment import next_position, positions
 from psyche.protocol.messages import Member
 from psyche.protocol.proposals import mostly_done
 from psyche.protocol.quotas import ALIKE, EXCHANGES, WINDOW, quota_fault, quotas
-from psyche.protocol.state import Arrived, Left, Promised, Restored
+from psyche.protocol.state import Arrived, Left, Promised, Restored, Stage
 from tests.protocol.players import GENESIS, RULES, Table, contribution, nodes, root_after
 from tests.protocol.test_acceptor import PLAN, RECORD, changed, vote
 
@@ -164,7 +164,7 @@ def test_who_misses_the_deadline_is_asked_for_less_until_it_makes_it() -> None:
         plan, here = table.plan, EVERYBODY[1:3]
         table.now += 25.0
         table.close(here)
-        while table.state.round is not None and table.state.round.closed is None:
+        while table.state.round is not None and table.state.round.stage is Stage.COMMITTING:
             table.wait(0.5)
         for node in here:
             table.open(node)

@@ -11,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.numerics.digest import digest
-from psyche.protocol.reducing import assignment_of
-from psyche.protocol.reduction import ReducerAssignment, dissenters, reducer_order, reducer_order_fault, verdict
-from psyche.protocol.state import Abandoned, Certified, Effect, Left, Phase, Reported, Settled
+from psyche.protocol.reduction import (
+    ReducerAssignment,
+    assignment_of,
+    dissenters,
+    reducer_order,
+    reducer_order_fault,
+    verdict,
+)
+from psyche.protocol.state import Abandoned, Certified, Effect, Left, Phase, Reported, Settled, Stage
 from tests.protocol.players import Table, nodes, rejected, started
 
 LIMITS = settings(max_examples=150, deadline=None)
@@ -22,19 +28,21 @@ LIMITS = settings(max_examples=150, deadline=None)
 def right(table: Table, group: int) -> bytes:
     """What honest reducers find for a group of what is selected now."""
     assert table.state.round is not None
-    return digest("result", table.plan.seed, bytes([group]), "".join(sorted(table.state.round.selected)).encode())
+    return digest(
+        "result", table.plan.seed, bytes([group]), "".join(sorted(table.state.round.reduction.selected)).encode()
+    )
 
 
 def assignment(table: Table) -> ReducerAssignment:
     assert table.state.round is not None
-    return assignment_of(table.rules, table.state.round)
+    return assignment_of(table.rules, table.plan, table.state.round.reduction)
 
 
 def report(table: Table, node: str, results: Mapping[int, bytes] | None = None) -> list[Effect]:
     """``node`` reports on all groups it reduces, honestly unless ``results`` say otherwise."""
     assert table.state.round is not None
     found = {group: right(table, group) for group in assignment(table).duties(node)} if results is None else results
-    return table.send(Reported(node, table.plan.round, table.state.round.selected_in, found))
+    return table.send(Reported(node, table.plan.round, table.state.round.reduction.term, found))
 
 
 def reducing(count: int = 4, **changes: object) -> tuple[Table, list[str]]:
@@ -44,7 +52,7 @@ def reducing(count: int = 4, **changes: object) -> tuple[Table, list[str]]:
     table.close(members)
     table.exchange(members)
     assert table.state.round is not None
-    assert table.state.round.selected == frozenset(members)
+    assert table.state.round.reduction.selected == frozenset(members)
     return table, members
 
 
@@ -81,7 +89,7 @@ def test_a_reducer_that_dies_is_replaced_within_the_round() -> None:
         report(table, node)
     table.send(Left(lost, "it was stopped"))
     assert table.state.round is not None
-    assert table.state.round.out == {lost}
+    assert table.state.round.reduction.failed == {lost}
     assert lost not in {node for group in range(4) for node in assignment(table).reducers_of(group)}
     for node in members[1:]:
         report(table, node)
@@ -96,7 +104,7 @@ def test_a_reducer_that_lives_and_says_nothing_is_replaced_at_the_deadline() -> 
         report(table, node)
     table.wait(6)
     assert table.state.round is not None
-    assert table.state.round.out == {members[0]}
+    assert table.state.round.reduction.failed == {members[0]}
     for node in members[1:]:
         report(table, node)
     assert table.proposal.plan.round == 1
@@ -112,7 +120,7 @@ def test_a_reducer_that_lies_is_outvoted_and_named(liar: int) -> None:
         report(table, node, wrong if node == lying else None)
     assert table.state.round is not None
     assert table.state.round.proposal is None, "one word stands against another: a third is asked"
-    assert set(table.state.round.again) == set(wrong)
+    assert set(table.state.round.reduction.reassigned) == set(wrong)
     for node in members:
         report(table, node, wrong if node == lying else None)
     assert table.proposal.results == tuple(right(table, group) for group in range(4))
@@ -134,10 +142,10 @@ def test_a_contribution_that_reducers_cannot_get_is_given_up() -> None:
         table.hold(node, members[:3])  # after duties grew, say: there it turned out
     table.wait(6)
     assert table.state.round is not None
-    selected = table.state.round.selected
+    selected = table.state.round.reduction.selected
     if selected == frozenset(members):  # somebody else holds all of it for some groups
         table.wait(60)
-        selected = table.state.round.selected if table.state.round else frozenset()
+        selected = table.state.round.reduction.selected if table.state.round else frozenset()
     assert withheld not in selected or table.state.round is None
 
 
@@ -151,7 +159,7 @@ def test_reports_that_are_refused() -> None:
     assert "conflict:" in rejected(report(table, node, {mine: b"x" * 32}))
     assert "not-a-member:" in rejected(report(table, nodes(9)[8], {}))
     assert table.state.round is not None
-    late = Reported(node, 1, table.state.round.selected_in + 1, {})
+    late = Reported(node, 1, table.state.round.reduction.term + 1, {})
     assert "wrong-term:" in rejected(table.send(late))
 
 
@@ -169,7 +177,7 @@ def test_whatever_reducers_do_a_record_holds_what_most_of_them_found(data: st.Da
             break
         for node in data.draw(st.permutations(alive)):
             lies = dict.fromkeys(assignment(table).duties(node), b"w" * 32) if node in liars else None
-            if table.state.round is not None and table.state.round.selected and table.state.round.proposal is None:
+            if table.state.round is not None and table.state.round.stage is Stage.REDUCING:
                 report(table, node, lies)
         table.wait(data.draw(st.sampled_from([1, 4])), alive=alive)
     assert table.state.round is not None

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from psyche.protocol.state import Arrived, Attested, Certified, Held, Left, Phase, Planned, Reported, Restored
+from psyche.protocol.state import Arrived, Attested, Certified, Held, Left, Phase, Planned, Reported, Restored, Stage
 from tests.protocol.players import GENESIS, RULES, Table, root_after, started
-from tests.protocol.sharders import WRONG, Honest, assignment, report, right, right_results, round_of
+from tests.protocol.sharders import WRONG, Honest, assignment, reduction_of, report, right, right_results, round_of
 
 LONG = 8 * (RULES.round_bounds[1] + 4 * RULES.exchange_bounds[1])
 """Seconds in which every stage of a round can run into its longest deadline, many times over."""
@@ -20,7 +20,7 @@ def sharded(count: int, **changes: object) -> tuple[Table, list[str]]:
 
 def reducing(table: Table) -> bool:
     current = table.state.round
-    return current is not None and bool(current.selected) and current.proposal is None
+    return current is not None and current.stage is Stage.REDUCING
 
 
 class Hostile:
@@ -37,7 +37,7 @@ class Hostile:
         current = self.table.state.round
         if current is None or current.plan.member(self.me) is None or self.me not in self.table.state.peers:
             return
-        if current.closed is None:
+        if current.stage is Stage.COMMITTING:
             if self.me not in current.commitments:
                 self.table.commit(self.me)
             return
@@ -96,7 +96,7 @@ class LyingOnHalf(Hostile):
     def reduce(self) -> None:
         current = round_of(self.table)
         groups = assignment(self.table).duties(self.me)[::2]
-        self.table.send(Reported(self.me, current.plan.round, current.selected_in, dict.fromkeys(groups, WRONG)))
+        self.table.send(Reported(self.me, current.plan.round, reduction_of(current).term, dict.fromkeys(groups, WRONG)))
 
 
 class Contradicting(Hostile):
@@ -105,7 +105,9 @@ class Contradicting(Hostile):
         if reducing(self.table):
             current = round_of(self.table)
             groups = assignment(self.table).duties(self.me)
-            self.table.send(Reported(self.me, current.plan.round, current.selected_in, dict.fromkeys(groups, WRONG)))
+            self.table.send(
+                Reported(self.me, current.plan.round, reduction_of(current).term, dict.fromkeys(groups, WRONG))
+            )
 
 
 class Withholding(Lying):
@@ -113,9 +115,9 @@ class Withholding(Lying):
 
     def gets(self, node: str, author: str, group: int) -> bool:
         current = round_of(self.table)
-        if author != self.me or not current.reducer_order:
-            return author != self.me or not current.selected
-        around = current.reducer_order[group:] + current.reducer_order[:group]
+        if author != self.me or not reduction_of(current).reducer_order:
+            return author != self.me or not reduction_of(current).selected
+        around = reduction_of(current).reducer_order[group:] + reduction_of(current).reducer_order[:group]
         return self.me not in around[: current.plan.reducers]
 
 
@@ -131,9 +133,9 @@ class WithholdingLate(Lying):
 
     def gets(self, node: str, author: str, group: int) -> bool:
         current = round_of(self.table)
-        if author != self.me or not current.selected:
+        if author != self.me or not reduction_of(current).selected:
             return True
-        around = current.reducer_order[group:] + current.reducer_order[:group]
+        around = reduction_of(current).reducer_order[group:] + reduction_of(current).reducer_order[:group]
         return node in around[: current.plan.reducers]
 
     def reduce(self) -> None: ...
@@ -156,7 +158,7 @@ class SlanderingLate(Slandering):
     """Says so once it is to reduce."""
 
     def hold(self) -> None:
-        if round_of(self.table).selected:
+        if reduction_of(round_of(self.table)).selected:
             super().hold()
         else:
             Hostile.hold(self)
@@ -176,7 +178,7 @@ class Spamming(Hostile):
     def reduce(self) -> None:
         current = round_of(self.table)
         for _ in range(5):
-            self.table.send(Reported(self.me, current.plan.round, current.selected_in, {}))
+            self.table.send(Reported(self.me, current.plan.round, reduction_of(current).term, {}))
 
 
 BEHAVIOURS = [
@@ -260,7 +262,7 @@ def test_all_reducers_of_a_group_die_after_they_reported(reducers: int) -> None:
     for node in members:
         report(table, node)
     record = table.proposal
-    lost = {node for node, root in round_of(table).reports[0].items() if root == record.results[0]}
+    lost = {node for node, root in reduction_of(round_of(table)).reports[0].items() if root == record.results[0]}
     assert len(lost) == reducers
     term = table.plan.term
     honest.nodes = [node for node in members if node not in lost]
@@ -298,7 +300,7 @@ def test_reductions_that_take_long_are_waited_for_from_then_on() -> None:
         number = table.plan.round
         honest.hand_in()
         table.wait(30)
-        assert round_of(table).out == frozenset(), "who takes as long as before is not put out"
+        assert reduction_of(round_of(table)).failed == frozenset(), "who takes as long as before is not put out"
         honest.live(3)
         assert number in table.certified
 

@@ -24,6 +24,7 @@ from psyche.protocol.state import (
     Proposed,
     Seen,
     Settled,
+    Stage,
     Unsigned,
 )
 from tests.protocol.players import (
@@ -258,18 +259,18 @@ def test_newcomers_have_no_say_in_what_the_state_is() -> None:
 def test_a_member_back_with_another_state_is_not_waited_for() -> None:
     table, members = started()
     table.close(members[:3])
-    assert table.state.round.closed is None
+    assert table.state.round.stage is Stage.COMMITTING
     table.send(Arrived(members[3], b"o" * 32, "cpu", table.state.rounds))
-    assert table.state.round.closed is not None
+    assert table.state.round.stage is not Stage.COMMITTING
 
 
 def test_a_member_back_with_the_same_state_is_waited_for() -> None:
     table, members = started()
     table.close(members[:3])
     table.send(Arrived(members[3], GENESIS, "cpu", table.state.rounds))
-    assert table.state.round.closed is None
+    assert table.state.round.stage is Stage.COMMITTING
     table.commit(members[3])
-    assert table.state.round.closed is not None
+    assert table.state.round.stage is not Stage.COMMITTING
 
 
 # ------------------------------------------------------------------------------------ attestations

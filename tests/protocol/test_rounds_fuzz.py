@@ -23,11 +23,12 @@ from psyche.protocol.state import (
     Reported,
     Restored,
     Seen,
+    Stage,
     Tick,
     Voted,
 )
 from tests.protocol.players import GENESIS, RULES, RUN_ID, Table, contribution, nodes, peer_id, root_after
-from tests.protocol.sharders import report
+from tests.protocol.sharders import reduction_of, report
 
 MEMBERS = nodes(4)
 EVERYBODY = [*MEMBERS, peer_id(80), peer_id(81)]
@@ -47,7 +48,7 @@ def do_what_is_due(table: Table, node: str, holds: frozenset[str] | None = None)
     current = table.state.round
     if current is None or current.plan.member(node) is None:
         return
-    if current.closed is None:
+    if current.stage is Stage.COMMITTING:
         table.commit(node)
     elif current.certified:
         table.attest(node)
@@ -55,7 +56,7 @@ def do_what_is_due(table: Table, node: str, holds: frozenset[str] | None = None)
         table.open(node)
     elif current.proposal is None:
         table.hold(node, current.contributions if holds is None else holds)
-        if table.state.round is not None and table.state.round.selected and table.state.round.proposal is None:
+        if table.state.round is not None and table.state.round.stage is Stage.REDUCING:
             report(table, node)
     elif node in current.proposal.electorate:
         table.vote(node)
@@ -98,9 +99,9 @@ def happen(table: Table, verb: str, who: int, what: int) -> None:
         case _ if current is None:
             table.send(Tick())
         case "bad report":
-            term = current.selected_in + what % 3 - 1
+            term = reduction_of(current).term + what % 3 - 1
             table.send(Reported(node, number, term, {what: bytes([what]) * 32, who % 5: bytes([what]) * 32}))
-        case "wrong report" if current.selected and current.plan.member(node):
+        case "wrong report" if reduction_of(current).selected and current.plan.member(node):
             report(table, node, bytes([what]) * 32)
         case "bad open":
             given_ = contribution(EVERYBODY[what % 6], current.plan, tokens=200 + what)

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from psyche.protocol.state import Abandoned, Arrived, Attested, Held, Left, Phase, Planned, Promised, Restored, Settled
+from psyche.protocol.state import (
+    Abandoned,
+    Arrived,
+    Attested,
+    Held,
+    Left,
+    Phase,
+    Planned,
+    Promised,
+    Restored,
+    Settled,
+    Stage,
+)
 from psyche.protocol.wire import MAX_MEMBERS
 from tests.protocol.players import GENESIS, RULES, Table, nodes, peer_id, rejected, root_after, started
 
@@ -25,14 +37,14 @@ def honest_turn(table: Table, honest: list[str]) -> None:
         current = table.state.round
         if current is None or current.plan.round != number:
             return
-        if current.closed is None:
+        if current.stage is Stage.COMMITTING:
             if node not in current.commitments:
                 table.commit(node)
         elif node in current.commitments and node not in current.contributions:
             table.open(node)
     for node in members:
         current = table.state.round
-        if current is None or current.plan.round != number or current.closed is None:
+        if current is None or current.plan.round != number or current.stage is Stage.COMMITTING:
             return
         fetchable = {author for author in current.contributions if author in honest}
         if current.holdings.get(node) != fetchable:
@@ -61,28 +73,28 @@ def live(table: Table, honest: list[str], hostile, seconds: float = LONG) -> Non
 
 def committing(table: Table, node: str) -> None:
     current = table.state.round
-    if current is not None and current.closed is None and node not in current.commitments:
+    if current is not None and current.stage is Stage.COMMITTING and node not in current.commitments:
         table.commit(node)
 
 
 def opening(table: Table, node: str) -> None:
     committing(table, node)
     current = table.state.round
-    if current is not None and current.closed is not None and node not in current.contributions:
+    if current is not None and current.stage is not Stage.COMMITTING and node not in current.contributions:
         table.open(node)
 
 
 def claiming_nothing(table: Table, node: str) -> None:
     opening(table, node)
     current = table.state.round
-    if current is not None and current.closed is not None:
+    if current is not None and current.stage is not Stage.COMMITTING:
         table.hold(node, [])
 
 
 def claiming_everything(table: Table, node: str) -> None:
     opening(table, node)
     current = table.state.round
-    if current is not None and current.closed is not None:
+    if current is not None and current.stage is not Stage.COMMITTING:
         table.hold(node, [m.node for m in current.plan.members])
 
 

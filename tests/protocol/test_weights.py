@@ -25,7 +25,7 @@ NODES = st.dictionaries(
 
 def plan_of(votes: Mapping[str, bool]) -> Plan:
     members = tuple(Member(node, 1, int(votes[node])) for node in sorted(votes))
-    return Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, 0, members)
+    return Plan(1, 1, bytes(32), bytes(32), bytes(32), 0, "gather", 0, members)
 
 
 def contribution(tokens: int, private: bool = False) -> Contribution:

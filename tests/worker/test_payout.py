@@ -24,7 +24,7 @@ def test_a_contribution_says_where_it_is_to_be_paid(tmp_path: Path) -> None:
     one.payout = b"a" * 20
     member = Member(identity.peer_id, one.run.rounds.inner_steps, 1)
     head = one.chain.head
-    plan = Plan(1, 1, head, one.chain.state_root, round_seed(head), 0, 0, (member,))
+    plan = Plan(1, 1, head, one.chain.state_root, round_seed(head), 0, "gather", 0, (member,))
     given, rules = one.train(plan).contribution, rules_of(manifest)
     assert given.payout == b"a" * 20
     assert contribution_fault(rules, plan, member, given) is None
