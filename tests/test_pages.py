@@ -1,4 +1,4 @@
-"""The pages of the repository: links lead somewhere, every folder has one, and none refers to a text that is not here."""
+"""The pages of the repository: links resolve, every folder has one, and none refers to a text that is not here."""
 
 from __future__ import annotations
 
