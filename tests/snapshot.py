@@ -44,7 +44,7 @@ if FIXED_SEEDS:
 from psyche.audit.simulated_audits import SimulatedAudits, honest
 from psyche.config import load_config
 from psyche.config import manifest as manifests
-from psyche.diloco.audit_bundle import AuditBundles
+from psyche.diloco.audit_bundle import AuditBundleStore
 from psyche.diloco.launch import launch
 from psyche.diloco.reference import play
 from psyche.exchange.rules import rules_of
@@ -79,10 +79,10 @@ def run(name: str, directory: Path, cache: Path) -> list[dict[str, str]]:
     manifest = launch(config, identities[0].peer_id).manifest
     replicas = {one.peer_id: replica(manifest, config.node, one) for one in identities}
     for node, one in replicas.items():
-        one.trace_recorder.bundles = AuditBundles(directory / node / "audits")
+        one.trace_recorder.bundles = AuditBundleStore(directory / node / "audits")
     overlap_steps = manifest.run.overlap.overlap_steps
     audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, honest)
-    played = play(manifest, replicas, late=lambda _round, _node: overlap_steps, hear=audits.hear)
+    played = play(manifest, replicas, late=lambda _round, _node: overlap_steps, hear=audits.statements_after)
     return [
         {"state_root": replicas[min(replicas)].chain.state_root.hex(), "record": record.hash.hex()}
         for record, _ in played

@@ -13,7 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from psyche.audit.calibration import Calibration, Kind, Measured, Told, kinds_here, steps_of
+from psyche.audit.calibration import (
+    Calibration,
+    NodeKind,
+    ReplayErrors,
+    ReportProgress,
+    available_node_kinds,
+    total_steps,
+)
 from psyche.audit.calibration_report import IGNORED, plot, snippet, table, to_json, words
 from psyche.audit.thresholds import thresholds
 from psyche.config import Config, Node, load_config
@@ -48,7 +55,7 @@ def calibrate(
         if file is not None:
             with disk_errors(file, "another path"):
                 file.parent.mkdir(parents=True, exist_ok=True)
-    measured = measure(config, store, kinds_here(config.node.threads), rounds)
+    measured = measure(config, store, available_node_kinds(config.node.threads), rounds)
     found = thresholds(measured.honest, measured.hostile, IGNORED)
     if json is not None:
         write_durably(json, text.dumps(to_json(measured, found), indent=2).encode() + b"\n")
@@ -61,19 +68,19 @@ def calibrate(
     console.print(f"\n{snippet(found)}", highlight=False)
 
 
-def measure(config: Config, store: TokenStore, kinds: Sequence[Kind], rounds: int) -> Measured:
+def measure(config: Config, store: TokenStore, kinds: Sequence[NodeKind], rounds: int) -> ReplayErrors:
     """The errors of ``kinds`` on a run's model and data."""
     with (
         tempfile.TemporaryDirectory(prefix="psyche-calibrate-") as folder,
-        _progress(steps_of(config.run, rounds, len(kinds))) as told,
+        _progress(total_steps(config.run, rounds, len(kinds))) as told,
     ):
         return Calibration(config.run, store, Path(folder), told).measure(kinds, rounds, maker(config, store))
 
 
-def maker(config: Config, store: TokenStore) -> Callable[[Kind], TorchEngine | None]:
+def maker(config: Config, store: TokenStore) -> Callable[[NodeKind], TorchEngine | None]:
     """Makes engines of a run's model, with its initial parameters."""
 
-    def make(kind: Kind) -> TorchEngine | None:
+    def make(kind: NodeKind) -> TorchEngine | None:
         run, settings = config.run, node_of(config.node, kind)
         engine = TorchEngine(build(run.model, seed=run.seed), run.inner, settings, store.index.pad)
         if kind.compiled:
@@ -89,7 +96,7 @@ def maker(config: Config, store: TokenStore) -> Callable[[Kind], TorchEngine | N
     return make
 
 
-def node_of(node: Node, kind: Kind) -> Node:
+def node_of(node: Node, kind: NodeKind) -> Node:
     """The settings of a node of that kind."""
     changes = {
         "device": kind.device,
@@ -105,7 +112,7 @@ def _say(words: str) -> None:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Told]:
+def _progress(total: int) -> Iterator[ReportProgress]:
     """A bar on a terminal, a line now and then elsewhere; all on stderr."""
     console, last, said = Console(stderr=True), "", 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())

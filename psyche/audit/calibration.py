@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from psyche.audit.replay import CLEAR, relative_error, tolerant_error
-from psyche.audit.replay_error import coasted
+from psyche.audit.replay_error import NEGLIGIBLE_ERROR, drift_without_gradients, relative_error, tolerant_error
 from psyche.config import Run
 from psyche.data.store import TokenStore
-from psyche.diloco.trace import point_steps
+from psyche.diloco.trace import trace_point_steps
 from psyche.numerics.outer import OuterState, outer_step
 from psyche.protocol.assignment import sequences
 from psyche.training.engine import Batch, Engine
@@ -35,7 +34,7 @@ scaling; noise has the norm of honest work."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class NodeKind:
     """A kind of node: what of a machine and its settings changes what a step computes."""
 
     name: str
@@ -45,19 +44,19 @@ class Kind:
     compiled: bool = False
 
 
-def kinds_here(threads: int | None) -> list[Kind]:
+def available_node_kinds(threads: int | None) -> list[NodeKind]:
     """Those that can be tried on this machine; the first is the reference, and what it has not said otherwise the
     others have of it. ``threads`` are a node's usual ones, all cores where None."""
     cores = len(os.sched_getaffinity(0))
     usual = threads or cores
     other = cores if usual != cores else max(1, cores // 2)
-    found = [Kind(f"fp32, {_counted(usual)}", "cpu", usual, "fp32")]
+    found = [NodeKind(f"fp32, {_counted(usual)}", "cpu", usual, "fp32")]
     if other != usual:
-        found.append(Kind(f"fp32, {_counted(other)}", "cpu", other, "fp32"))
-    found += [Kind("bf16", "cpu", usual, "bf16"), Kind("fp32, compiled", "cpu", usual, "fp32", compiled=True)]
+        found.append(NodeKind(f"fp32, {_counted(other)}", "cpu", other, "fp32"))
+    found += [NodeKind("bf16", "cpu", usual, "bf16"), NodeKind("fp32, compiled", "cpu", usual, "fp32", compiled=True)]
     if torch.cuda.is_available():
-        found += [Kind("fp32, GPU", "cuda", usual, "fp32"), Kind("bf16, GPU", "cuda", usual, "bf16")]
-        found.append(Kind("bf16, GPU, compiled", "cuda", usual, "bf16", compiled=True))
+        found += [NodeKind("fp32, GPU", "cuda", usual, "fp32"), NodeKind("bf16, GPU", "cuda", usual, "bf16")]
+        found.append(NodeKind("bf16, GPU, compiled", "cuda", usual, "bf16", compiled=True))
     return found
 
 
@@ -76,7 +75,7 @@ class Segment:
 
 
 @dataclass
-class Measured:
+class ReplayErrors:
     """Relative errors, one for each segment, in their order."""
 
     kinds: list[str]
@@ -95,24 +94,26 @@ class Measured:
         return {fraud: [self.errors[fraud, kind] for kind in self.kinds] for fraud in FRAUDS}
 
 
-Make = Callable[[Kind], Engine | None]
+Make = Callable[[NodeKind], Engine | None]
 """An engine with the run's initial parameters; None where this kind cannot be had here."""
-Told = Callable[[str, int], None]
+ReportProgress = Callable[[str, int], None]
 """What is being done, and how many inner steps of it were just done."""
 
 
 class Calibration:
     """Of one run's model, optimizer and data."""
 
-    def __init__(self, run: Run, store: TokenStore, folder: Path, told: Told = lambda what, steps: None) -> None:
+    def __init__(
+        self, run: Run, store: TokenStore, folder: Path, progress: ReportProgress = lambda what, steps: None
+    ) -> None:
         """``folder`` has room for a dozen vectors of the model's size for each segment."""
-        self._run, self._store, self._folder, self._told = run, store, folder, told
+        self._run, self._store, self._folder, self._progress = run, store, folder, progress
         self._by_muon = muon_parameters(run)
         self._segments: list[Segment] = []
 
-    def measure(self, kinds: Sequence[Kind], rounds: int, make: Make) -> Measured:
+    def measure(self, kinds: Sequence[NodeKind], rounds: int, make: Make) -> ReplayErrors:
         """Errors over the first ``rounds`` of the run, of those kinds that can be had."""
-        done: list[Kind] = []
+        done: list[NodeKind] = []
         for kind in kinds:
             engine = make(kind)
             if engine is None:
@@ -125,11 +126,11 @@ class Calibration:
             done.append(kind)
             layout = engine.layout
             del engine  # before the next one takes as much memory
-        found = Measured([kind.name for kind in done], self._segments)
+        found = ReplayErrors([kind.name for kind in done], self._segments)
         for segment in self._segments:
             before = self._get(segment, START)
             moments = Moments.unpack(self._path(segment, OPTIMIZER).read_bytes(), layout)
-            drift = coasted(layout, self._run.inner, self._by_muon, before, moments, segment.lrs)
+            drift = drift_without_gradients(layout, self._run.inner, self._by_muon, before, moments, segment.lrs)
             for auditor in found.kinds:
                 replayed = self._get(segment, auditor)
                 other = _of_other_precision(auditor, done)
@@ -137,7 +138,7 @@ class Calibration:
                     if claim != auditor:
                         after = self._get(segment, claim)
                         error = relative_error(before, after, replayed, drift)
-                        if error > CLEAR and other is not None:
+                        if error > NEGLIGIBLE_ERROR and other is not None:
                             error = tolerant_error(before, after, replayed, self._get(segment, other), drift)
                         found.errors.setdefault((claim, auditor), []).append(error)
         return found
@@ -152,7 +153,7 @@ class Calibration:
         own: State = {}
         peer: State = {}
         for round_number in range(rounds):
-            points = point_steps(0, run.rounds.inner_steps, run.audits.trace_steps)
+            points = trace_point_steps(0, run.rounds.inner_steps, run.audits.trace_steps)
             at, peer = self._walk(engine, name, round_number, outer.theta, peer, points)
             engine.write(outer.theta)
             engine.load_state(own)
@@ -225,7 +226,7 @@ class Calibration:
         for step in steps:
             lr = learning_rate(run.inner, round_number * run.rounds.inner_steps + step, run.total_steps, engine.steps)
             engine.step(self._batch(round_number, step, whose), lr)
-            self._told(what, 1)
+            self._progress(what, 1)
             yield lr
 
     def _batch(self, round_number: int, step: int, whose: int) -> Batch:
@@ -254,12 +255,12 @@ DEALT = 3
 START, OPTIMIZER = "start", "optimizer"
 
 
-def steps_of(run: Run, rounds: int, kinds: int) -> int:
+def total_steps(run: Run, rounds: int, kinds: int) -> int:
     """Inner steps that :meth:`Calibration.measure` takes."""
     return rounds * run.rounds.inner_steps * (DEALT + kinds - 1)
 
 
-def _of_other_precision(name: str, kinds: Sequence[Kind]) -> str | None:
+def _of_other_precision(name: str, kinds: Sequence[NodeKind]) -> str | None:
     """What the kind of that name is on its device in the other precision, uncompiled."""
     own = next(kind for kind in kinds if kind.name == name)
     wanted = (own.device, own.precision == "fp32", False)

@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.table import Table
 
-from psyche.audit.calibration import FRAUDS, ONE_STEP, Measured
+from psyche.audit.calibration import FRAUDS, ONE_STEP, ReplayErrors
 from psyche.audit.thresholds import CONFIDENCE, MARGIN, Thresholds
 
 IGNORED = (ONE_STEP,)
 """Frauds that thresholds are not set for: what they save is less than audits cost. Shown all the same."""
 
 
-def table(measured: Measured) -> Table:
+def table(measured: ReplayErrors) -> Table:
     """Who claims by who audits: the range of the relative errors."""
     found = Table(title="Relative error of a replay", title_justify="left", title_style="bold", header_style="dim")
     found.add_column("claimed")
@@ -31,7 +31,7 @@ def _range(errors: Sequence[float]) -> str:
     return f"{min(errors):.2g} – {max(errors):.2g}" if errors else "–"
 
 
-def words(measured: Measured, found: Thresholds) -> str:
+def words(measured: ReplayErrors, found: Thresholds) -> str:
     """What the thresholds rest on, and what they do not tell apart."""
     lines = [
         f"{len(measured.segments)} segments. Honest nodes are at most {found.honest:.2g} apart; with {CONFIDENCE:.0%} "
@@ -53,7 +53,7 @@ def snippet(found: Thresholds) -> str:
     return f"run:\n  audits: {{pass_error: {found.pass_error:g}, fail_error: {found.fail_error:g}}}"
 
 
-def to_json(measured: Measured, found: Thresholds) -> dict[str, Any]:
+def to_json(measured: ReplayErrors, found: Thresholds) -> dict[str, Any]:
     """Every error, and the thresholds."""
     rows = [
         {"claimed": claim, "audited_by": kind, "honest": claim in measured.kinds, "errors": errors}
@@ -73,7 +73,7 @@ def to_json(measured: Measured, found: Thresholds) -> dict[str, Any]:
     }
 
 
-def plot(measured: Measured, found: Thresholds, title: str, path: Path) -> None:
+def plot(measured: ReplayErrors, found: Thresholds, title: str, path: Path) -> None:
     """Draw every error on one logarithmic axis, a line for each pair of kinds and each fraud, into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,9 +1,7 @@
-"""What an auditor keeps of work that it did not pass, so that anybody can do it again from files and the ledger alone.
+"""Evidence of failed audits: what the auditor was served. With the ledger, anyone can repeat the audit from it.
 
-``<directory>/<round>-<accused>/`` holds what the audit was handed: the audit bundle, and its blobs by their roots, as
-``bundle.py`` has them. With them lies what proves θ, which no record names: the chunk hashes of the outer state before
-the round,
-whose root is in the round's plan.
+``<directory>/<round>-<audited node>/`` holds the audit bundle and its blobs by their roots, in the format of
+``diloco/audit_bundle.py``, and the :class:`ThetaProof` of the state before the round.
 """
 
 from __future__ import annotations
@@ -14,67 +12,68 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from psyche.diloco.audit_bundle import NAME as KIT
-from psyche.diloco.audit_bundle import AuditBundle, Base, Unserved, read_blob
+from psyche.diloco.audit_bundle import BUNDLE, AuditBundle, BlobUnavailable, ThetaProof, read_blob
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.wire import B, decode
 
-EVIDENCE = "evidence"
-"""Its place in a node's directory."""
-CASES = 4
-"""Of the newest rounds, that are kept: each is about 20 bytes a parameter, and cheats decide how many there are."""
-BASE = "base"
-_BEGUN = ".begun"
+EVIDENCE_DIRECTORY = "evidence"
+"""Directory in a node's directory."""
+MAX_CASES = 4
+"""Cases that are kept, the newest rounds first: each takes about 20 bytes a parameter, and cheats decide how many
+there are."""
+THETA_PROOF = "theta-proof"
+"""File name of the :class:`ThetaProof` in a case's directory."""
+_WRITING = ".writing"
 
 
-class Evidence:
-    """What one node has of the newest cases that it did not pass. Who reads writes nothing."""
+class EvidenceStore:
+    """One node's evidence on disk. Reading never writes or deletes."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def keep(
-        self, accused: str, round_number: int, bundle: AuditBundle, blobs: Mapping[bytes, Buffer], base: Base
+    def save(
+        self, accused: str, round_number: int, bundle: AuditBundle, blobs: Mapping[bytes, Buffer], proof: ThetaProof
     ) -> None:
-        """Write a case, blobs by their roots, and forget the oldest. Raises ``OSError``, and then is as it was."""
-        begun, place = self._directory / _BEGUN, self._place(accused, round_number)
-        shutil.rmtree(begun, ignore_errors=True)
-        begun.mkdir(parents=True)
+        """Write a case, ``blobs`` by root, and delete the oldest ones. Raises ``OSError`` and changes nothing."""
+        staging, place = self._directory / _WRITING, self._place(accused, round_number)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         try:
             for root, blob in blobs.items():
-                (begun / root.hex()).write_bytes(blob)
-            (begun / BASE).write_bytes(base.encode())
-            (begun / KIT).write_bytes(bundle.encode())
+                (staging / root.hex()).write_bytes(blob)
+            (staging / THETA_PROOF).write_bytes(proof.encode())
+            (staging / BUNDLE).write_bytes(bundle.encode())
             shutil.rmtree(place, ignore_errors=True)
-            begun.rename(place)
+            staging.rename(place)
         except OSError:
-            shutil.rmtree(begun, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
             raise
-        for node, old in self.cases()[:-CASES]:
+        for node, old in self.cases()[:-MAX_CASES]:
             shutil.rmtree(self._place(node, old), ignore_errors=True)
 
     def cases(self) -> list[tuple[str, int]]:
-        """Accused and round of all that is here, the oldest round first."""
+        """Return (audited node, round) of all cases, the oldest round first."""
         found = (path.name.split("-") for path in self._directory.glob("*-*"))
         return sorted(((node, int(round_number)) for round_number, node in found), key=lambda case: (case[1], case[0]))
 
     def bundle(self, accused: str, round_number: int) -> AuditBundle:
-        """Raises :class:`Unserved` where it is not here, or damaged."""
-        return self._decoded(AuditBundle, self._place(accused, round_number) / KIT)
+        """Return the case's audit bundle. Raises :class:`BlobUnavailable` if it is missing or damaged."""
+        return self._decode(AuditBundle, self._place(accused, round_number) / BUNDLE)
 
-    def base(self, accused: str, round_number: int) -> Base:
-        """Raises :class:`Unserved` where it is not here, or damaged."""
-        return self._decoded(Base, self._place(accused, round_number) / BASE)
+    def theta_proof(self, accused: str, round_number: int) -> ThetaProof:
+        """Return the case's proof of θ. Raises :class:`BlobUnavailable` if it is missing or damaged."""
+        return self._decode(ThetaProof, self._place(accused, round_number) / THETA_PROOF)
 
     def read(self, accused: str, round_number: int, root: bytes, limit: int) -> bytes:
-        """A blob, of at most ``limit`` bytes. Raises :class:`Unserved`."""
+        """Return a verified blob of at most ``limit`` bytes. Raises :class:`BlobUnavailable`."""
         return read_blob(self._place(accused, round_number), root, limit)
 
-    def _decoded(self, kind: type[B], path: Path) -> B:
+    def _decode(self, kind: type[B], path: Path) -> B:
         try:
             return decode(kind, path.read_bytes())
         except (OSError, MalformedMessage) as error:
-            raise Unserved(f"{path.name}: {error}") from None
+            raise BlobUnavailable(f"{path.name}: {error}") from None
 
     def _place(self, accused: str, round_number: int) -> Path:
         return self._directory / f"{round_number:08d}-{accused}"

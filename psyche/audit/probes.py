@@ -1,14 +1,14 @@
-"""What only a replay can tell: where parameters stood at a step that no trace point shows.
+"""Probes: parameters at steps that no trace point reveals, which only a node that replays can measure.
 
-An auditor that passes everything unseen saves its work, and most of what it passes is honest (the verifier's dilemma:
-Luu et al., "Demystifying Incentives in the Consensus Computer", CCS 2015). So a finding carries a few numbers of the
-way: how far some parameters have come at steps in the middle of segments. All auditors of a contribution show the same
-ones, and of two that passed it unlike numbers are seen (``protocol/judgement.py``).
+An auditor that passes everything without replaying saves its work, and is mostly right (the verifier's dilemma: Luu et
+al., "Demystifying Incentives in the Consensus Computer", CCS 2015). So a finding carries a sketch: the displacement of
+a few parameters at steps in the middle of segments. All auditors of a contribution measure the same probes, and two who
+passed it with different sketches are detected (``protocol/judgement.py``).
 
-Steps are drawn between a quarter and half of a segment. There the straight line between its ends, which is what
-anybody can guess, is off by .34 to 1.5 of the displacement in the demo's first five rounds, and 11 of 15 such guesses
-by more than ``judgement.APART`` allows; fp32 and bf16 differ by .01 to .18, and nodes of one precision by next to
-nothing. Who trains only that far saves half of the work, and knows as much.
+Steps are drawn between a quarter and half of a segment. There the straight line between the segment's ends, which
+anybody can interpolate, is off by 0.34 to 1.5 of the displacement in the demo's first five rounds; 11 of 15 such
+guesses exceed ``judgement.APART``. fp32 and bf16 differ by 0.01 to 0.18, nodes of one precision hardly at
+all. An auditor that trains only up to the probe saves half of the work and knows the sketch.
 """
 
 from __future__ import annotations
@@ -21,57 +21,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psyche.diloco.trace import Point
+from psyche.diloco.trace import TracePoint
 from psyche.numerics.digest import digest
 from psyche.numerics.flat import FlatLayout
 from psyche.protocol.assignment import permute
 from psyche.protocol.verdicts import MOST, SKETCH
 
-SEGMENTS = 4
-"""At most so many of a contribution's segments are looked into."""
+MAX_SEGMENTS = 4
+"""Segments of a contribution that get a probe, at most."""
 UNIT = 1e-9
-"""Of a displacement."""
+"""Unit of a displacement in a sketch."""
 
 
 @dataclass(frozen=True)
-class Glimpse:
-    """What is shown of one segment."""
+class Probe:
+    """Where one segment is measured."""
 
     step: int
-    """Of the round; the displacement is that after it."""
-    at: Tensor
+    """Inner step of the round after which the displacement is taken."""
+    positions: Tensor
     """Positions in the flat vector, ``[k]`` int64."""
 
-    def show(self, before: Tensor, now: Tensor) -> tuple[int, ...]:
-        """How far the parameters have come from ``before``, both ``[n]`` fp32, as a finding has it: ``[k]``."""
-        moved = (now[self.at].double() - before[self.at].double()) / UNIT
+    def measure(self, before: Tensor, now: Tensor) -> tuple[int, ...]:
+        """Return the ``k`` displacements from ``before`` to ``now``, both ``[n]`` fp32, in ``UNIT``."""
+        moved = (now[self.positions].double() - before[self.positions].double()) / UNIT
         return tuple(moved.nan_to_num(MOST).clamp(-MOST, MOST).round().long().tolist())
 
 
-def glimpses(key: bytes, points: Sequence[Point], layout: FlatLayout) -> dict[int, Glimpse]:
-    """By the numbers of the segments between ``points``, ascending: ``SKETCH`` parameters in all, or all there are."""
+def draw_probes(key: bytes, points: Sequence[TracePoint], layout: FlatLayout) -> dict[int, Probe]:
+    """Draw probes by ``key``: up to ``SKETCH`` parameters in all. Returned by segment number, ascending."""
     count = len(points) - 1
-    chosen = sorted(_drawn(min(SEGMENTS, count), count, digest("sketched segments", key)))
+    chosen = sorted(_draw(min(MAX_SEGMENTS, count), count, digest("sketched segments", key)))
     found = {}
     for number in chosen:
         own = digest("sketch", key, number.to_bytes(8, "little"))
         start, stop = points[number].step, points[number + 1].step
         first, last = start + (stop - start) // 4, start + (stop - start - 1) // 2
         step = first + int.from_bytes(own[:8], "little") % (max(first, last) - first + 1)
-        at = torch.tensor(list(_positions(layout, SKETCH // len(chosen), own)), dtype=torch.int64)
-        found[number] = Glimpse(step, at)
+        positions = torch.tensor(list(_positions(layout, SKETCH // len(chosen), own)), dtype=torch.int64)
+        found[number] = Probe(step, positions)
     return found
 
 
 def _positions(layout: FlatLayout, count: int, key: bytes) -> Iterator[int]:
-    """Of ``count`` parameters, or of all; padding does not move."""
+    """Draw the positions of ``count`` parameters, or of all if there are fewer. Padding is never drawn."""
     spans = layout.spans
     starts = list(accumulate((span.stop - span.start for span in spans), initial=0))
-    for number in _drawn(min(count, layout.parameters), layout.parameters, key):
+    for number in _draw(min(count, layout.parameters), layout.parameters, key):
         span = int(np.searchsorted(starts, number, side="right")) - 1
         yield spans[span].start + number - starts[span]
 
 
-def _drawn(count: int, among: int, key: bytes) -> list[int]:
-    """The first ``count`` of ``range(among)`` in an order drawn by ``key``."""
+def _draw(count: int, among: int, key: bytes) -> list[int]:
+    """Return the first ``count`` elements of ``range(among)`` in an order drawn by ``key``."""
     return permute(np.arange(count, dtype=np.uint64), among, key).tolist() if count else []

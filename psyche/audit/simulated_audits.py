@@ -1,6 +1,6 @@
-"""Audits among the replicas of one process: the rules and the replay of a distributed run, without its network.
+"""Audits between the replicas of one process: the rules and the replay of a distributed run, without its network.
 
-The reference (``diloco/reference.py``) plays rounds; this says what its nodes put on record of each other's work.
+``diloco/reference.py`` runs the rounds; this produces what its nodes put on record about each other's work.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from psyche.audit.audit_case import open_case
-from psyche.audit.recheck import audit
+from psyche.audit.audit_case import audit, open_case
 from psyche.diloco.replica import Replica
 from psyche.numerics.digest import digest
 from psyche.protocol import envelope as envelopes
@@ -19,27 +18,31 @@ from psyche.protocol.messages import Record
 from psyche.protocol.state import AuditRules, Said
 from psyche.protocol.verdicts import JURY, Audit, Finding, SealedVerdict, Verdict
 
-Judge = Callable[[str, Audit, Callable[[], Finding]], Finding | None]
-"""What an auditor says, given what an honest one would find if it looked; None: nothing."""
+VerdictPolicy = Callable[[str, Audit, Callable[[], Finding]], Finding | None]
+"""Returns what an auditor reports, given the audit and a function that does it honestly; None: nothing."""
 UNSERVED = Finding("unserved", 0, 0, 0)
 
 
-def honest(node: str, case: Audit, look: Callable[[], Finding]) -> Finding | None:
-    """Says what it finds."""
-    return look()
+def honest(node: str, case: Audit, replay: Callable[[], Finding]) -> Finding | None:
+    """Report what the replay finds."""
+    return replay()
 
 
 class SimulatedAudits:
-    """Of the replicas of a run, each with kits of its own."""
+    """The auditors of all replicas of a run, each replica with audit bundles of its own."""
 
-    def __init__(self, replicas: Mapping[str, Replica], run_id: bytes, rules: AuditRules, judge: Judge) -> None:
-        self._replicas, self._run_id, self._rules, self._judge = replicas, run_id, rules, judge
+    def __init__(
+        self, replicas: Mapping[str, Replica], run_id: bytes, rules: AuditRules, policy: VerdictPolicy
+    ) -> None:
+        self._replicas, self._run_id, self._rules, self._policy = replicas, run_id, rules, policy
         self._records: dict[int, Record] = {}
         self._verdicts: dict[tuple[str, str, int], Verdict] = {}
 
-    def hear(self, record: Record) -> Iterator[Said]:
-        """What there is to be said after ``record``, once all have taken its outer step. Kits that nobody asks for any
-        more are dropped."""
+    def statements_after(self, record: Record) -> Iterator[Said]:
+        """Yield the auditors' statements after ``record``, once all have taken its outer step.
+
+        Audit bundles that no open audit needs are deleted.
+        """
         self._records[record.plan.round] = record
         for node, replica in self._replicas.items():
             if replica.trace_recorder.bundles is not None:
@@ -48,13 +51,13 @@ class SimulatedAudits:
         for case in record.audit_state.audits:
             for node in case.candidates:
                 if node in self._replicas and node not in record.audit_state.banned:
-                    yield from self._word(node, case, record.plan.round + 1)
+                    yield from self._statements(node, case, record.plan.round + 1)
 
-    def _word(self, node: str, case: Audit, round_number: int) -> Iterator[Said]:
+    def _statements(self, node: str, case: Audit, round_number: int) -> Iterator[Said]:
         mine = next((one for one in case.opinions if one.auditor == node), None)
         key = node, case.accused, case.round
         if mine is None and node in asked(case, round_number, self._rules) and key not in self._verdicts:
-            finding = self._judge(node, case, partial(self.look, node, case))
+            finding = self._policy(node, case, partial(self.audit, node, case))
             if finding is not None:
                 salt = digest("salt", node.encode(), case.accused.encode(), case.round.to_bytes(8, "little"))
                 self._verdicts[key] = Verdict(case.accused, case.round, finding, salt)
@@ -64,8 +67,8 @@ class SimulatedAudits:
         envelope = Envelope(body.DOMAIN, self._run_id, case.round, node, body.encode(), bytes(64))
         yield Said(node, body, envelopes.encode(envelope))
 
-    def look(self, node: str, case: Audit) -> Finding:
-        """What ``node`` finds of a contribution."""
+    def audit(self, node: str, case: Audit) -> Finding:
+        """Have ``node`` replay the contribution under audit."""
         replica, accused = self._replicas[node], self._replicas[case.accused]
         fragments, jury = replica.run.overlap.fragments, case.looks == JURY
         opened = open_case(case.accused, case.round, self._records, self._run_id, fragments, jury=jury)

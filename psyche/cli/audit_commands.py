@@ -53,11 +53,11 @@ def rerun(
     """
     import sys
 
-    from psyche.audit.evidence_store import EVIDENCE, Evidence
+    from psyche.audit.evidence_store import EVIDENCE_DIRECTORY, EvidenceStore
     from psyche.cli.options import ledger_file, read_manifest
 
     ledger = ledger_file(path)
-    manifest, evidence = read_manifest(None, ledger), Evidence(ledger.parent / EVIDENCE)
+    manifest, evidence = read_manifest(None, ledger), EvidenceStore(ledger.parent / EVIDENCE_DIRECTORY)
     if node is None or round_number is None:
         cases = evidence.cases()
         typer.echo(
@@ -66,17 +66,18 @@ def rerun(
         return
     import msgspec
 
-    from psyche.audit import offline_audit as again
+    from psyche.audit import offline_audit
     from psyche.config import Node
 
-    case = again.case_in(ledger, manifest, again.chosen(evidence, node, round_number), round_number)
+    audited = offline_audit.select_case(evidence, node, round_number)
+    case = offline_audit.case_from_ledger(ledger, manifest, audited, round_number)
     settings = Node(device=device) if cache is None else Node(device=device, cache=cache)
-    found = again.rerun(
-        ledger.parent / EVIDENCE,
+    found = offline_audit.replay_from_evidence(
+        ledger.parent / EVIDENCE_DIRECTORY,
         case,
         manifest,
         settings,
         only=segment,
-        told=lambda text: print(f"{text} …", file=sys.stderr),
+        progress=lambda text: print(f"{text} …", file=sys.stderr),
     )
-    typer.echo(msgspec.json.encode(found) if json else "\n".join(again.in_words(found, manifest)))
+    typer.echo(msgspec.json.encode(found) if json else "\n".join(offline_audit.describe(found, manifest)))

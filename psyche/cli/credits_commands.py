@@ -20,7 +20,7 @@ from psyche.cli.options import (
 if TYPE_CHECKING:  # see cli/ledger_commands.py
     from rich.table import Table
 
-    from psyche.ledger.credit_report import Credit, CreditStory
+    from psyche.ledger.credit_report import CreditReport, NodeCredit
 
 NodeId = Annotated[str, typer.Argument(help="The node's PeerID or the end of it.", show_default=False)]
 
@@ -38,12 +38,12 @@ def credits_command(
     Credit is pending until the work's challenge window ends, then final; a conviction forfeits it. Signatures are not
     verified: run `psyche ledger verify` for that.
     """
-    from psyche.ledger.credit_report import credits_of
+    from psyche.ledger.credit_report import credit_report
     from psyche.ledger.store import Ledger
 
     file = ledger_file(path)
     with Ledger.read(file) as ledger:
-        story = credits_of(ledger, read_manifest(manifest, file), node)
+        story = credit_report(ledger, read_manifest(manifest, file), node)
     if json:
         import msgspec
 
@@ -64,13 +64,13 @@ def why_command(
     json: Json = False,
 ) -> None:
     """Print every change of a node's credit, with its round and reason."""
-    from psyche.ledger.credit_report import history_of, in_words
+    from psyche.ledger.credit_report import credit_history, in_words
     from psyche.ledger.store import Ledger
 
     file = ledger_file(path)
     terms = read_manifest(manifest, file)
     with Ledger.read(file) as ledger:
-        history = history_of(ledger, terms, node)
+        history = credit_history(ledger, terms, node)
     if json:
         import msgspec
 
@@ -136,7 +136,7 @@ def _root(content: bytes) -> str:
     return str(msgspec.json.decode(content)["tree"][0])
 
 
-def _table(story: CreditStory) -> Table:
+def _table(story: CreditReport) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -154,7 +154,7 @@ def _table(story: CreditStory) -> Table:
     return table
 
 
-def _remarks(one: Credit) -> str:
+def _remarks(one: NodeCredit) -> str:
     found = []
     if one.banned is not None:
         found.append(f"convicted in round {one.banned:,}")
@@ -165,6 +165,6 @@ def _remarks(one: Credit) -> str:
     return "; ".join(found)
 
 
-def _sentence(one: Credit) -> str:
+def _sentence(one: NodeCredit) -> str:
     paid = f"paid to {one.payout}" if one.payout else "no payout address (set one with psyche join --payout 0x…)"
     return f"{one.final:,} final, {one.pending:,} pending, {one.forfeited:,} forfeited; {paid}"

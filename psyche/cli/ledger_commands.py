@@ -21,7 +21,7 @@ from psyche.cli.options import (
 if TYPE_CHECKING:  # `psyche --help` imports this module; heavy imports are made by the command that needs them
     from rich.table import Table
 
-    from psyche.ledger.round_report import Ending, LedgerRound, Story
+    from psyche.ledger.round_report import ClosedAudit, LedgerReport, LedgerRound
 
 app = typer.Typer(help="The certified rounds of a run, and the credits earned in them.", no_args_is_help=True)
 
@@ -39,11 +39,11 @@ def show_command(
     json: Json = False,
 ) -> None:
     """Print the certified rounds: members, tokens, rejected contributions with reasons. Verifies no signature."""
-    from psyche.ledger.round_report import story_of
+    from psyche.ledger.round_report import ledger_report
     from psyche.ledger.store import Ledger
 
     with Ledger.read(ledger_file(path)) as ledger:
-        story = story_of(ledger, last=last, node=node)
+        story = ledger_report(ledger, last=last, node=node)
     if json:
         import msgspec
 
@@ -64,7 +64,7 @@ def verify_command(path: LedgerPath, manifest: ManifestPath = None) -> None:
 
     Then add up all credits again from the ledger alone.
     """
-    from psyche.ledger.credit_report import sums
+    from psyche.ledger.credit_report import credit_totals
 
     file = ledger_file(path)
     found = verified(file, read_manifest(manifest, file))
@@ -74,7 +74,7 @@ def verify_command(path: LedgerPath, manifest: ManifestPath = None) -> None:
         f"of {len(found.tokens):,} nodes, {found.reconfigurations:,} reconfigurations; "
         + (f"missing here: {missing}" if missing else "no round is missing")
     )
-    final, pending, forfeited = sums(found.books)
+    final, pending, forfeited = credit_totals(found.books)
     convicted = sum(account.banned > 0 for account in found.books.accounts.values())
     typer.echo(f"credits: {final:,} final, {pending:,} pending, {forfeited:,} forfeited; {convicted:,} nodes convicted")
 
@@ -88,7 +88,7 @@ app.command("proof")(proof_command)
 # ------------------------------------------------------------------------------------- the tables
 
 
-def _rounds_table(story: Story) -> Table:
+def _rounds_table(story: LedgerReport) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -129,7 +129,7 @@ def _remarks(ledger_round: LedgerRound) -> str:
     return escape("\n".join(lines))
 
 
-def _ending(one: Ending) -> str:
+def _ending(one: ClosedAudit) -> str:
     """Describe an audit that ended against a node, with its evidence."""
     from psyche.telemetry.formatting import peer_name
 
@@ -143,7 +143,7 @@ def _ending(one: Ending) -> str:
     return f"{peer_name(one.accused)}, work of round {one.work:,}: {what} ({'; '.join(heard) or 'no evidence'}){lied}"
 
 
-def _totals_table(story: Story) -> Table:
+def _totals_table(story: LedgerReport) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -161,7 +161,7 @@ def _totals_table(story: Story) -> Table:
     return table
 
 
-def _notes(story: Story) -> Iterable[str]:
+def _notes(story: LedgerReport) -> Iterable[str]:
     if story.missing:
         yield f"missing here: {round_ranges(story.missing)}"
     if story.superseded:

@@ -18,7 +18,7 @@ from psyche.coordinator.leadership import Succession
 from psyche.coordinator.promises import Promises
 from psyche.coordinator.status import opened, status_of, visible
 from psyche.exchange.rules import rules_of
-from psyche.ledger.certificate_check import record_in
+from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.transport import Network, Refused
@@ -231,7 +231,7 @@ class Coordinator:
     async def _greet(self, node: str, body: Present) -> None:
         self._succession.hear(body.claim)
         if body.certificate is not None and body.rounds > self.state.rounds:
-            record = record_in(self.manifest, body.certificate)
+            record = certified_record(self.manifest, body.certificate)
             await self._dispatch(protocol.Restored(record))
             if self.state.head == record.hash:
                 self._certificate = body.certificate

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from psyche.config import Manifest
-from psyche.ledger.certificate_check import proposal_in
+from psyche.ledger.certificate_check import verified_proposal
 from psyche.network.identity import open_envelope
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Commitment, Contribution, Plan, Promise
@@ -29,7 +29,7 @@ class Promises:
 
     def check(self, node: str, body: Promise) -> Promised:
         """``body`` of ``node``. Raises ``BadCertificate``, ``MalformedMessage``, ``BadSignature``, ``WrongContext``."""
-        proposal = None if body.accepted is None else proposal_in(self._manifest, body.accepted)
+        proposal = None if body.accepted is None else verified_proposal(self._manifest, body.accepted)
         plan = body.plan
         if proposal is not None and proposal.record.plan.round == body.rounds + 1:
             plan = proposal.record.plan

@@ -16,7 +16,7 @@ from psyche.config import Manifest
 from psyche.data.store import BadShard, TokenStore
 from psyche.diloco.batches import DataAssignment, PrivateData
 from psyche.diloco.local_update import Interrupted, NonFiniteParameter, Slices, Steps, Work
-from psyche.diloco.trace import Withheld
+from psyche.diloco.trace import PrivateTrace
 from psyche.diloco.trace_recorder import TraceRecorder
 from psyche.exchange.merge import Merge
 from psyche.numerics.aggregate import Gradient, reduce_slice, result_gradient
@@ -103,7 +103,7 @@ class Replica:
             self.private.require_budget()
         if self._steps is None:
             self.engine.write(self.outer.theta)
-            self._steps = Steps() if self.private is None else Steps(Withheld())
+            self._steps = Steps() if self.private is None else Steps(PrivateTrace())
         steps, self._steps = self._steps, None
         self.trace_recorder.begin(plan.round, steps.trace, steps.late, self.host.theta)
         for step in range(steps.late, member.inner_steps):
@@ -111,7 +111,7 @@ class Replica:
                 raise Interrupted
             if steps.losses and enough():
                 break
-            self.trace_recorder.pass_by(steps.trace, step)
+            self.trace_recorder.before_step(steps.trace, step)
             try:
                 self._step(steps, plan, step, self.global_step(plan) + step)
             except BadShard:
@@ -121,7 +121,7 @@ class Replica:
             progress(step, steps.losses[-1], steps.lr)
         done = len(steps.losses)
         self.engine.read(self._snapshot)
-        self.trace_recorder.mark(steps.trace, done)
+        self.trace_recorder.record_point(steps.trace, done)
         if self.private is not None:
             parts = [used for part in self.slices_of(plan.round) for used in self.engine.layout.within(part)]
             self.private.privatise(self.outer.theta, self._snapshot, parts)
@@ -342,14 +342,14 @@ class Replica:
             tokens = self.private.batch(self.run.inner.batch_size)
         steps.lr = learning_rate(self.run.inner, global_step, self.run.total_steps, self.engine.steps)
         steps.losses.append(self.engine.step(tokens, steps.lr))
-        steps.trace.saw(tokens)
+        steps.trace.record_batch(tokens)
 
     def _stand_at(self, record: Record | None, changed: Sequence[slice] | None) -> None:
         """Take up a place in the chain, with an outer state that differs from the last one in ``changed`` only."""
         self.host = self.outer.to(torch.device("cpu"))
         self.index = self.host.index() if changed is None else self.host.reindex(self.index, changed)
         self.chain = self.place(record, self.index.root)
-        self.trace_recorder.stands(self.chain.rounds, self.host, self.index)
+        self.trace_recorder.record_state(self.chain.rounds, self.host, self.index)
 
     def _residual_root(self, round_number: int, steps: Steps) -> bytes:
         return self.trace_recorder.residual(steps.trace, self.residual, self.slices_of(round_number))

@@ -1,8 +1,8 @@
-"""What a node commits to about how it trained, so that anyone with the base state can re-run it (P4).
+"""The trace of a round: what a node commits to about how it trained, so that others can replay it.
 
-A trace point is what an inner step starts from: parameters and inner optimizer. There is no third thing: an inner step
-draws no random number (``diloco/launch.py`` refuses to audit a model with dropout), and which data it sees is the
-protocol's to say.
+A trace point is the state that an inner step starts from: parameters and inner optimizer. Nothing else is needed: an
+inner step draws no random numbers (a run with audits refuses a model with dropout at launch), and the plan determines
+the data.
 """
 
 from __future__ import annotations
@@ -18,51 +18,55 @@ from psyche.numerics.digest import blob_root, digest
 from psyche.protocol.messages import WITHHELD
 from psyche.protocol.wire import Body, Hash, Natural
 
-Keep = Callable[[Buffer], bytes]
-"""Takes a blob, which has to stay as it is until the next one is given, and returns its root."""
+StoreBlob = Callable[[Buffer], bytes]
+"""Takes a blob, which must not change until the next call, and returns its root."""
 
 
-class Point(Body, frozen=True):
-    """Where a node stood between two inner steps."""
+class TracePoint(Body, frozen=True):
+    """The state of a node between two inner steps."""
 
     DOMAIN = "trace-point"
 
     step: Natural
-    """Inner steps of the round behind it, late ones included."""
+    """Inner steps of the round taken so far, overlap steps included."""
     parameters: Hash
     """Root of the flat fp32 parameters."""
     optimizer: Hash
-    """Root of the inner optimizer's state (``training/optimizer_state.py``)."""
+    """Root of the packed inner optimizer state (``training/optimizer_state.py``)."""
 
 
-def trace_root(points: Sequence[Point]) -> bytes:
-    """What a contribution says of its trace, 32 bytes."""
+def trace_root(points: Sequence[TracePoint]) -> bytes:
+    """Hash the trace points into the 32 bytes that a contribution commits to."""
     return digest("trace", *(point.encode() for point in points))
 
 
-def point_steps(late: int, done: int, every: int | None) -> list[int]:
-    """Steps of the points of a round of ``done`` inner steps, of which the first ``late`` were taken before the outer
-    step of the round before: the first step that was not, multiples of ``every``, the end."""
-    between = range(0, done, every) if every else ()
-    return [late, *(step for step in between if step > late), *([done] if done > late else [])]
+def trace_point_steps(overlap_steps: int, inner_steps: int, every: int | None) -> list[int]:
+    """Return the steps of a round's trace points.
+
+    They are the first step after the ``overlap_steps`` that were taken before the previous outer step, the multiples of
+    ``every``, and the end after ``inner_steps``.
+    """
+    between = range(0, inner_steps, every) if every else ()
+    end = [inner_steps] if inner_steps > overlap_steps else []
+    return [overlap_steps, *(step for step in between if step > overlap_steps), *end]
 
 
 class Trace:
-    """Collects, over one round, a hash of the data seen, and the trace points."""
+    """Collects the hash of the data and the trace points of one round."""
 
-    def __init__(self, keep: Keep = blob_root) -> None:
-        """``keep`` hashes the points' blobs, and may store them."""
+    def __init__(self, store_blob: StoreBlob = blob_root) -> None:
+        """``store_blob`` hashes the blobs of trace points, and may store them."""
         self._data = blake3(derive_key_context="psyche 1 data")
-        self.keep = keep
-        self.points: list[Point] = []
+        self.store_blob = store_blob
+        self.points: list[TracePoint] = []
 
-    def saw(self, batch: NDArray[np.int64]) -> None:
-        """Record the token ids ``[sequences, length]`` of one inner step."""
+    def record_batch(self, batch: NDArray[np.int64]) -> None:
+        """Add the token ids ``[sequences, length]`` of one inner step to the data digest."""
         self._data.update(batch.astype("<i8", copy=False).data.cast("B"))
 
-    def mark(self, step: int, parameters: Buffer, optimizer: Buffer) -> None:
-        """Record the point after ``step`` inner steps of this round."""
-        self.points.append(Point(step, self.keep(parameters), self.keep(optimizer)))
+    def record_point(self, step: int, parameters: Buffer, optimizer: Buffer) -> None:
+        """Add the trace point after ``step`` inner steps of the round."""
+        self.points.append(TracePoint(step, self.store_blob(parameters), self.store_blob(optimizer)))
 
     @property
     def data_digest(self) -> bytes:
@@ -73,13 +77,13 @@ class Trace:
         return trace_root(self.points)
 
 
-class Withheld(Trace):
-    """The trace of private data: nothing of them is kept, so that nothing can be shown."""
+class PrivateTrace(Trace):
+    """The trace of training on private data: it records nothing, so nothing about the data can leak."""
 
-    def saw(self, batch: NDArray[np.int64]) -> None:
+    def record_batch(self, batch: NDArray[np.int64]) -> None:
         return
 
-    def mark(self, step: int, parameters: Buffer, optimizer: Buffer) -> None:
+    def record_point(self, step: int, parameters: Buffer, optimizer: Buffer) -> None:
         return
 
     @property

@@ -9,7 +9,7 @@ from psyche.protocol.certificates import check_certificate, check_proposal
 from psyche.protocol.messages import Certificate, Proposal, Record
 
 
-def record_in(manifest: Manifest, certificate: Certificate) -> Record:
+def certified_record(manifest: Manifest, certificate: Certificate) -> Record:
     """The record that ``certificate`` makes final. Raises ``BadCertificate``."""
     return check_certificate(
         certificate,
@@ -19,7 +19,7 @@ def record_in(manifest: Manifest, certificate: Certificate) -> Record:
     )
 
 
-def proposal_in(manifest: Manifest, signed: bytes, round_number: int | None = None) -> Proposal:
+def verified_proposal(manifest: Manifest, signed: bytes, round_number: int | None = None) -> Proposal:
     """The proposal in an encoded envelope, for ``round`` where that is given.
 
     Raises ``BadCertificate`` or ``MalformedMessage``.

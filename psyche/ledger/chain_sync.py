@@ -1,7 +1,4 @@
-"""What nodes tell each other of the run's past: certified rounds from their ledgers.
-
-Nobody is believed: a certificate proves its record.
-"""
+"""Fetch certified rounds from other nodes' ledgers. No node is trusted: a certificate proves its record."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from psyche.config import Manifest
-from psyche.ledger.certificate_check import record_in
+from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.rpc import Rpc
 from psyche.network.transport import Network, Refused, Unreachable, Violation
@@ -24,42 +21,42 @@ from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Certificate, Record
 from psyche.protocol.wire import decode
 
-MAX_HISTORY = 4 << 20
-"""Bytes of certificates in one reply; a single one may be larger."""
-MAX_OLDER = 64 << 20
-"""Bytes of certificates that are fetched of one source before what it tells is looked at."""
+MAX_REPLY_BYTES = 4 << 20
+"""Certificates in one reply; a single certificate may be larger."""
+MAX_BACKFILL_BYTES = 64 << 20
+"""Certificates fetched from one peer before they are checked."""
 CALL_SECONDS = 15.0
 MAX_ROUND = 2**62
 
-Proven = tuple[Record, bytes]
-"""A record, and the certificate that makes it final."""
+CertifiedRecord = tuple[Record, bytes]
+"""A record, and the encoded certificate that makes it final."""
 
 
 class Certificates(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Of rounds one after the other."""
+    """Encoded certificates of consecutive rounds."""
 
     encoded: Annotated[tuple[bytes, ...], Meta(max_length=4096)]
 
 
-async def serve_history(network: Network, ledger: LedgerWriter) -> None:
-    """Tell whoever asks."""
+async def serve_chain(network: Network, ledger: LedgerWriter) -> None:
+    """Answer requests for certificates from a round on."""
 
     async def history(peer: str, request: bytes) -> bytes:
         first = min(int.from_bytes(request, "little"), MAX_ROUND)
-        return msgspec.msgpack.encode(Certificates(tuple(await ledger.certificates(first, MAX_HISTORY))))
+        return msgspec.msgpack.encode(Certificates(tuple(await ledger.certificates(first, MAX_REPLY_BYTES))))
 
     await network.rpc.serve("history", history, max_request=8)
 
 
-def following(manifest: Manifest, encoded: Sequence[bytes], chain: Chain) -> list[Proven]:
-    """Those of ``encoded`` that follow ``chain``, one after the other, up to the first that does not hold up.
+def verified_successors(manifest: Manifest, encoded: Sequence[bytes], chain: Chain) -> list[CertifiedRecord]:
+    """Return the records of ``encoded`` that extend ``chain`` one after the other, up to the first invalid one.
 
-    Who voted is whom the record before named. The state that a record's round started from is not held against
-    ``chain``: who takes its outer step does that.
+    The electorate of each round is the one that the record before names. The base state of a record is not compared
+    with ``chain``: taking its outer step does that.
     """
-    found: list[Proven] = []
+    found: list[CertifiedRecord] = []
     for item in encoded:
-        record = _proven(manifest, item)
+        record = _verified(manifest, item)
         if record is None or (record.plan.round, record.plan.previous) != (chain.rounds + 1, chain.head):
             break
         if not record.reconfiguration and record.electorate != chain.voters:
@@ -69,58 +66,60 @@ def following(manifest: Manifest, encoded: Sequence[bytes], chain: Chain) -> lis
     return found
 
 
-class Past:
-    """Asks others. Signatures are checked on a thread."""
+class ChainFetcher:
+    """Fetches certified rounds from peers. Signatures are verified on a thread."""
 
     def __init__(self, manifest: Manifest, rpc: Rpc) -> None:
         self._manifest, self._rpc = manifest, rpc
 
-    async def after(self, chain: Chain, sources: Sequence[str]) -> list[Proven]:
-        """Records that follow ``chain``: as many as the first source that has any tells at once."""
-        async for encoded in self._told(chain.rounds + 1, sources):
-            if found := await asyncio.to_thread(following, self._manifest, encoded, chain):
+    async def fetch_after(self, chain: Chain, peers: Sequence[str]) -> list[CertifiedRecord]:
+        """Fetch records that extend ``chain``: one reply of the first peer that has any."""
+        async for encoded in self._replies(chain.rounds + 1, peers):
+            if found := await asyncio.to_thread(verified_successors, self._manifest, encoded, chain):
                 return found
         return []
 
-    async def before(self, record: Record, first: int, sources: Sequence[str]) -> dict[int, Record]:
-        """Records of the rounds from ``first`` to the one before ``record``, by round, from the first source that has
-        them all; empty where none has. No signature is checked: each is named by its hash in the one after it."""
-        for peer in sources:
-            told: list[bytes] = []
+    async def fetch_before(self, record: Record, first: int, peers: Sequence[str]) -> dict[int, Record]:
+        """Fetch the records from round ``first`` up to the one before ``record``, by round.
+
+        They come from the first peer that has all of them; empty if none has. No signature is verified: each record's
+        hash is named by the record after it.
+        """
+        for peer in peers:
+            received: list[bytes] = []
             size = 0
-            while first + len(told) < record.plan.round and size < MAX_OLDER:
-                if not (more := await self._ask(peer, first + len(told))):
+            while first + len(received) < record.plan.round and size < MAX_BACKFILL_BYTES:
+                if not (more := await self._request(peer, first + len(received))):
                     break
-                told += more
+                received += more
                 size += sum(map(len, more))
-            if found := await asyncio.to_thread(_linked, told, first, record):
+            if found := await asyncio.to_thread(_linked, received, first, record):
                 return found
         return {}
 
-    async def _told(self, first: int, sources: Sequence[str]) -> AsyncIterator[tuple[bytes, ...]]:
-        """What each source has of the rounds from ``first`` on."""
-        for peer in sources:
-            if found := await self._ask(peer, first):
+    async def _replies(self, first: int, peers: Sequence[str]) -> AsyncIterator[tuple[bytes, ...]]:
+        for peer in peers:
+            if found := await self._request(peer, first):
                 yield found
 
-    async def _ask(self, peer: str, first: int) -> tuple[bytes, ...]:
-        """Certificates of the rounds from ``first`` on that ``peer`` tells at once; none where it has or says none."""
+    async def _request(self, peer: str, first: int) -> tuple[bytes, ...]:
+        """Request certificates from round ``first`` on; empty if ``peer`` has none or does not answer."""
         try:
             reply = await self._rpc.call(
-                peer, "history", first.to_bytes(8, "little"), timeout=CALL_SECONDS, max_reply=2 * MAX_HISTORY
+                peer, "history", first.to_bytes(8, "little"), timeout=CALL_SECONDS, max_reply=2 * MAX_REPLY_BYTES
             )
             return msgspec.msgpack.decode(reply, type=Certificates).encoded
         except (Unreachable, Refused, Violation, msgspec.MsgspecError):
             return ()
 
 
-def _linked(told: Sequence[bytes], first: int, record: Record) -> dict[int, Record]:
-    """``told``, which are of the rounds from ``first`` on, if they lead up to ``record`` without a gap."""
+def _linked(received: Sequence[bytes], first: int, record: Record) -> dict[int, Record]:
+    """Decode certificates of the rounds from ``first`` on; empty unless their hashes link up to ``record``."""
     found: dict[int, Record] = {}
     previous = record.plan.previous
     for number in range(record.plan.round - 1, first - 1, -1):
         try:
-            one = claimed(told[number - first]).record
+            one = claimed(received[number - first]).record
         except (IndexError, MalformedMessage):
             return {}
         if one.hash != previous or one.plan.round != number:
@@ -129,8 +128,8 @@ def _linked(told: Sequence[bytes], first: int, record: Record) -> dict[int, Reco
     return found
 
 
-def _proven(manifest: Manifest, encoded: bytes) -> Record | None:
+def _verified(manifest: Manifest, encoded: bytes) -> Record | None:
     try:
-        return record_in(manifest, decode(Certificate, encoded))
+        return certified_record(manifest, decode(Certificate, encoded))
     except (MalformedMessage, BadCertificate):
         return None

@@ -8,13 +8,13 @@ import msgspec
 
 from psyche.config import Manifest, Run
 from psyche.config.manifest import chain_rules
-from psyche.ledger.round_report import only, record_of
+from psyche.ledger.round_report import decode_record, match_node
 from psyche.ledger.store import Ledger
-from psyche.protocol.credits import Account, Books, Change, deeds
+from psyche.protocol.credits import Account, Change, CreditAccounts, round_work
 from psyche.telemetry.lines import exclusion_sentence
 
 
-class Credit(msgspec.Struct):
+class NodeCredit(msgspec.Struct):
     """A node's credit, in tokens."""
 
     node: str
@@ -36,7 +36,7 @@ class Credit(msgspec.Struct):
     """Address that it wants to be paid at."""
 
 
-class CreditStory(msgspec.Struct):
+class CreditReport(msgspec.Struct):
     """All that ``psyche ledger credits`` shows."""
 
     run_id: str
@@ -44,56 +44,56 @@ class CreditStory(msgspec.Struct):
     """The last one that counts."""
     missing: list[tuple[int, int]]
     """First and last round of each gap: what was earned there is not counted."""
-    credits: list[Credit]
+    credits: list[NodeCredit]
     """Most final credit first."""
 
 
-class History(msgspec.Struct):
+class CreditHistory(msgspec.Struct):
     """All that ``psyche ledger why`` tells: each credit that a node earned, in order, and where that leaves it."""
 
-    credit: Credit
+    credit: NodeCredit
     changes: list[Change]
     held: str | None
     """Why what is pending does not become final as usual, if so."""
 
 
-def credits_of(ledger: Ledger, manifest: Manifest, node: str | None = None) -> CreditStory:
+def credit_report(ledger: Ledger, manifest: Manifest, node: str | None = None) -> CreditReport:
     """The credit of all nodes, or of the one whose PeerID ends in ``node``. No signature is checked.
 
     Raises :class:`~psyche.ledger.store.LedgerError` for what cannot be decoded, and where ``node`` is not exactly one.
     """
-    books, _ = read_books(ledger, manifest)
-    return credit_story(ledger, books, node)
+    books, _ = read_accounts(ledger, manifest)
+    return report_accounts(ledger, books, node)
 
 
-def credit_story(ledger: Ledger, books: Books, node: str | None = None) -> CreditStory:
+def report_accounts(ledger: Ledger, books: CreditAccounts, node: str | None = None) -> CreditReport:
     """The same of books that were read before."""
     credits = sorted(map(_credit, books.accounts.values()), key=lambda one: (-one.final, -one.pending, one.node))
     if node is not None:
-        me = only(ledger, books.accounts, node)
+        me = match_node(ledger, books.accounts, node)
         credits = [one for one in credits if one.node == me]
     missing = [(gap.start, gap.stop - 1) for gap in ledger.missing()]
-    return CreditStory(ledger.run_id.hex(), books.round, missing, credits)
+    return CreditReport(ledger.run_id.hex(), books.round, missing, credits)
 
 
-def history_of(ledger: Ledger, manifest: Manifest, node: str) -> History:
-    """Why the credit of the one node whose PeerID ends in ``node`` is what it is. Raises as :func:`credits_of`."""
+def credit_history(ledger: Ledger, manifest: Manifest, node: str) -> CreditHistory:
+    """Why the credit of the one node whose PeerID ends in ``node`` is what it is. Raises as :func:`credit_report`."""
     end = node.removeprefix("…")
-    books, settled = read_books(ledger, manifest, lambda change: change.node.endswith(end))
-    account = books.accounts[only(ledger, books.accounts, node)]
+    books, settled = read_accounts(ledger, manifest, lambda change: change.node.endswith(end))
+    account = books.accounts[match_node(ledger, books.accounts, node)]
     changes = sorted((*settled, *account.pending), key=lambda change: change.round)
-    return History(_credit(account), changes, _held(account, manifest))
+    return CreditHistory(_credit(account), changes, _held(account, manifest))
 
 
-def read_books(
+def read_accounts(
     ledger: Ledger, manifest: Manifest, wanted: Callable[[Change], bool] = lambda change: False
-) -> tuple[Books, list[Change]]:
+) -> tuple[CreditAccounts, list[Change]]:
     """The accounts after all rounds that are there, and what was settled on the way, if ``wanted``."""
     rules = chain_rules(manifest)
-    books = Books(rules)
+    books = CreditAccounts(rules)
     settled: list[Change] = []
     for entry in ledger.entries():
-        settled += filter(wanted, books.enter(deeds(record_of(ledger, entry), rules.probation)))
+        settled += filter(wanted, books.enter(round_work(decode_record(ledger, entry), rules.probation)))
     return books, settled
 
 
@@ -110,7 +110,7 @@ def in_words(change: Change, run: Run) -> str:
     return f"{what}; forfeited {when}, because {change.because}"
 
 
-def sums(books: Books) -> tuple[int, int, int]:
+def credit_totals(books: CreditAccounts) -> tuple[int, int, int]:
     """Final, pending and forfeited credit of all together."""
     accounts = books.accounts.values()
     return (
@@ -120,8 +120,8 @@ def sums(books: Books) -> tuple[int, int, int]:
     )
 
 
-def _credit(account: Account) -> Credit:
-    return Credit(
+def _credit(account: Account) -> NodeCredit:
+    return NodeCredit(
         node=account.node,
         final=account.final,
         pending=account.waiting,

@@ -17,7 +17,7 @@ from psyche.protocol.verdicts import Verdict
 from psyche.protocol.wire import decode
 
 
-class Part(msgspec.Struct):
+class MemberReport(msgspec.Struct):
     """A member's part in a round. ``tokens`` and what goes with it are None where it was left out."""
 
     node: str
@@ -31,7 +31,7 @@ class Part(msgspec.Struct):
     dissenters: bool
 
 
-class Word(msgspec.Struct):
+class AuditorFinding(msgspec.Struct):
     """What an auditor found, signed by it: the evidence."""
 
     auditor: str
@@ -43,7 +43,7 @@ class Word(msgspec.Struct):
     segment: int
 
 
-class Ending(msgspec.Struct):
+class ClosedAudit(msgspec.Struct):
     """An audit that ended with a round."""
 
     accused: str
@@ -54,7 +54,7 @@ class Ending(msgspec.Struct):
     """Of held-out loss, nats a token."""
     paid: list[str]
     lied: list[str]
-    evidence: list[Word]
+    evidence: list[AuditorFinding]
 
 
 class LedgerRound(msgspec.Struct):
@@ -65,11 +65,11 @@ class LedgerRound(msgspec.Struct):
     state_root: str | None
     """After the round."""
     is_reconfiguration: bool
-    members: list[Part]
-    audits: list[Ending]
+    members: list[MemberReport]
+    audits: list[ClosedAudit]
 
 
-class Total(msgspec.Struct):
+class NodeTotal(msgspec.Struct):
     """What a node has done in all rounds that are there."""
 
     rounds: int = 0
@@ -82,7 +82,7 @@ class Total(msgspec.Struct):
     payload_bytes: int = 0
 
 
-class Story(msgspec.Struct):
+class LedgerReport(msgspec.Struct):
     """All that ``psyche ledger show`` shows."""
 
     run_id: str
@@ -93,28 +93,28 @@ class Story(msgspec.Struct):
     """First and last round of each gap."""
     superseded: list[int]
     """Rounds of which another record was certified before."""
-    totals: dict[str, Total]
+    totals: dict[str, NodeTotal]
 
 
-def story_of(ledger: Ledger, *, last: int | None = None, node: str | None = None) -> Story:
+def ledger_report(ledger: Ledger, *, last: int | None = None, node: str | None = None) -> LedgerReport:
     """What ``ledger`` says: its ``last`` rounds or all, and totals over all; of the member whose PeerID ends in
     ``node``, or of all.
 
     Its certificates are decoded and not checked. Raises :class:`LedgerError` for what cannot be decoded, and where
     ``node`` is not exactly one member.
     """
-    totals: dict[str, Total] = {}
+    totals: dict[str, NodeTotal] = {}
     rounds: deque[LedgerRound] = deque(maxlen=None if node is not None else last)
-    words: dict[tuple[str, int], list[Word]] = {}
+    words: dict[tuple[str, int], list[AuditorFinding]] = {}
     held = 0
     for entry in ledger.entries():
         held += 1
-        ledger_round = _round(entry, record_of(ledger, entry), words)
+        ledger_round = _round(entry, decode_record(ledger, entry), words)
         _add(totals, ledger_round)
         rounds.append(ledger_round)
     shown = list(rounds)
     if node is not None:
-        me = only(ledger, totals, node)
+        me = match_node(ledger, totals, node)
         totals = {me: totals[me]}
         shown = [
             ledger_round
@@ -122,7 +122,7 @@ def story_of(ledger: Ledger, *, last: int | None = None, node: str | None = None
             if ledger_round.members or ledger_round.audits
         ]
         shown = shown[-last:] if last is not None else shown
-    return Story(
+    return LedgerReport(
         run_id=ledger.run_id.hex(),
         rounds=shown,
         held=held,
@@ -132,7 +132,7 @@ def story_of(ledger: Ledger, *, last: int | None = None, node: str | None = None
     )
 
 
-def record_of(ledger: Ledger, entry: Entry) -> Record:
+def decode_record(ledger: Ledger, entry: Entry) -> Record:
     """What an entry of ``ledger`` says, no signature checked. Raises :class:`LedgerError`."""
     try:
         return claimed(entry.certificate).record
@@ -142,17 +142,17 @@ def record_of(ledger: Ledger, entry: Entry) -> Record:
         ) from None
 
 
-def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Word]]) -> LedgerRound:
+def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[AuditorFinding]]) -> LedgerRound:
     """``words``: of audits that are open, what was said so far."""
     members = [
-        Part(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(dissenters))
+        MemberReport(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(dissenters))
         for _, node, votes, _, tokens, steps, payload_bytes, private, reason, dissenters, _ in member_rows(record)
     ]
     root = None if entry.state_root is None else entry.state_root.hex()
     for said in record.audit_state.said:
         _hear(said, entry.round, words)
     audits = [
-        Ending(
+        ClosedAudit(
             accused=one.accused,
             work=one.round,
             outcome=one.outcome,
@@ -166,7 +166,7 @@ def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Word]
     return LedgerRound(entry.round, record.hash.hex(), root, record.is_reconfiguration, members, audits)
 
 
-def _hear(said: bytes, round_number: int, words: dict[tuple[str, int], list[Word]]) -> None:
+def _hear(said: bytes, round_number: int, words: dict[tuple[str, int], list[AuditorFinding]]) -> None:
     """Add a verdict to what was said; digests of verdicts say nothing, and neither does what cannot be read."""
     try:
         envelope = envelopes.decode(said)
@@ -176,13 +176,13 @@ def _hear(said: bytes, round_number: int, words: dict[tuple[str, int], list[Word
     except MalformedMessage:
         return
     found = verdict.finding
-    word = Word(envelope.author, round_number, found.outcome, found.error / 1e6, found.segment)
+    word = AuditorFinding(envelope.author, round_number, found.outcome, found.error / 1e6, found.segment)
     words.setdefault((verdict.accused, verdict.round), []).append(word)
 
 
-def _add(totals: dict[str, Total], ledger_round: LedgerRound) -> None:
+def _add(totals: dict[str, NodeTotal], ledger_round: LedgerRound) -> None:
     for part in ledger_round.members:
-        total = totals.setdefault(part.node, Total())
+        total = totals.setdefault(part.node, NodeTotal())
         total.rounds += 1
         if part.tokens is not None:
             total.accepted += 1
@@ -191,7 +191,7 @@ def _add(totals: dict[str, Total], ledger_round: LedgerRound) -> None:
             total.payload_bytes += part.payload_bytes or 0
 
 
-def only(ledger: Ledger, names: Iterable[str], node: str) -> str:
+def match_node(ledger: Ledger, names: Iterable[str], node: str) -> str:
     """The one of ``names`` that ends in ``node``. Raises :class:`LedgerError` where it is none or several."""
     found = [name for name in names if name.endswith(node.removeprefix("…"))]
     if len(found) == 1:

@@ -29,7 +29,7 @@ from psyche.ledger.store import Ledger, LedgerError
 from psyche.network import signatures
 from psyche.network.identity import open_envelope
 from psyche.protocol.certificates import Open
-from psyche.protocol.credits import Books, Change, Deeds, deeds
+from psyche.protocol.credits import Change, CreditAccounts, RoundWork, round_work
 from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.wire import Message
 
@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 class Checked(Message, frozen=True):
     """A stretch that holds up, as far as it is asked about."""
 
-    deeds: tuple[Deeds, ...]
+    round_work: tuple[RoundWork, ...]
     missing: tuple[tuple[int, int], ...]
     """Of each gap the first round, and the one after its last."""
     reconfigurations: int
@@ -66,7 +66,7 @@ class Stretch:
 class Summary:
     """What a sound ledger holds."""
 
-    books: Books
+    books: CreditAccounts
     """All credits, as they follow from the chain alone."""
     settled: list[Change] = field(default_factory=list)
     """What became of them, in order, if it was asked for: there are as many as contributions."""
@@ -100,7 +100,7 @@ def verify_ledger(
                 f"{manifest.run_id.hex()[:16]}…: give the right one with --manifest"
             )
         rounds = ledger.rounds()
-        summary = Summary(Books(chain_rules(manifest)))
+        summary = Summary(CreditAccounts(chain_rules(manifest)))
         with _checking(ledger, manifest, _stretches(rounds), workers) as found:
             ledger.check_pages()  # while other processes are at work already
             for checked in found:
@@ -118,7 +118,7 @@ def _stretches(rounds: Sequence[int]) -> list[Stretch]:
 
 
 def _add(summary: Summary, checked: Checked, wanted: Callable[[Change], bool]) -> None:
-    for done in checked.deeds:
+    for done in checked.round_work:
         summary.settled += filter(wanted, summary.books.enter(done))
         summary.tokens.update({one.node: one.tokens for one in done.work})
         summary.rounds, summary.last = summary.rounds + 1, done.round
@@ -147,7 +147,7 @@ def check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch) -> Check
 def _check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch, open_envelope: Open) -> Checked:
     rules = chain_rules(manifest)
     before = None if stretch.before is None else ledger.entry(stretch.before)
-    done: list[Deeds] = []
+    done: list[RoundWork] = []
     missing: list[tuple[int, int]] = []
     reconfigurations = 0
     for verified in verify_chain(
@@ -158,7 +158,7 @@ def _check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch, open_en
         after=before,
     ):
         _compare(ledger, verified)
-        done.append(deeds(verified.record, rules.probation))
+        done.append(round_work(verified.record, rules.probation))
         missing += [(verified.missing.start, verified.missing.stop)] if verified.missing else []
         reconfigurations += verified.record.is_reconfiguration
     if len(done) < stretch.count or (before is None) != (stretch.before is None):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from psyche.config import Manifest
-from psyche.ledger.certificate_check import record_in
+from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.store import Forked, Ledger
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate
@@ -106,7 +106,7 @@ def backfill(
     for encoded in certificates:
         try:
             certificate = decode(Certificate, encoded)
-            record = record_in(manifest, certificate)
+            record = certified_record(manifest, certificate)
         except (MalformedMessage, BadCertificate) as error:
             warn(f"a certificate in the checkpoint proves nothing, and is not entered in the ledger: {error}")
             continue

@@ -69,7 +69,7 @@ class Work(Message, frozen=True):
     payout: bytes
 
 
-class Deeds(Message, frozen=True):
+class RoundWork(Message, frozen=True):
     """All of a record that credits depend on; a small part of its bytes, for they cross from process to process."""
 
     round: int
@@ -85,10 +85,10 @@ class Deeds(Message, frozen=True):
     banned: tuple[str, ...]
 
 
-def deeds(record: Record, probation: int) -> Deeds:
+def round_work(record: Record, probation: int) -> RoundWork:
     """What is paid, or not, because of ``record``."""
     audit_state = record.audit_state
-    return Deeds(
+    return RoundWork(
         record.plan.round,
         tuple(
             Work(one.node, one.contribution.tokens, one.contribution.private, one.contribution.payout)
@@ -146,7 +146,7 @@ class Account:
         return sum(change.amount for change in self.pending)
 
 
-class Books:
+class CreditAccounts:
     """The accounts of a run, as far as its records were entered."""
 
     def __init__(self, rules: Rules) -> None:
@@ -162,7 +162,7 @@ class Books:
         """Round in which an audit closed, gain and tokens of its contribution, where both were positive."""
         self._settled: list[Change] = []
 
-    def enter(self, done: Deeds) -> list[Change]:
+    def enter(self, done: RoundWork) -> list[Change]:
         """Take in the record of a later round than all before. What became final or was forfeited with it."""
         self.round, self._settled = done.round, []
         for one in done.closed:
@@ -192,7 +192,7 @@ class Books:
 
     # -------------------------------------------------------------------------------------- earning
 
-    def _pay_work(self, done: Deeds) -> None:
+    def _pay_work(self, done: RoundWork) -> None:
         total = sum(one.tokens for one in done.work)
         private = sum(one.tokens for one in done.work if one.private)
         share = Fraction(self._rules.private_share)
@@ -323,11 +323,11 @@ def _median(weighted: list[tuple[int, int]]) -> int:
     raise ValueError("no value has any weight")
 
 
-def fold(rules: Rules, records: Iterable[Record]) -> Books:
+def fold(rules: Rules, records: Iterable[Record]) -> CreditAccounts:
     """The books after ``records``, ascending by round."""
-    books = Books(rules)
+    books = CreditAccounts(rules)
     for record in records:
-        books.enter(deeds(record, rules.probation))
+        books.enter(round_work(record, rules.probation))
     return books
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from psyche.config import Node
 from psyche.diloco.replica import Replica
 from psyche.exchange.base import BlobTransport, Exchange, taken
-from psyche.ledger.chain_sync import Past, Proven, following
+from psyche.ledger.chain_sync import CertifiedRecord, ChainFetcher, verified_successors
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.transport import FetchError
 from psyche.protocol.acceptor import Chain, plan_fault
@@ -48,7 +48,7 @@ class CatchUp:
     ) -> None:
         self._replica, self._transport, self._voter, self._client = replica, wire, voter, client
         self._advance, self._exchange, self._log, self._warn = advance, exchange, log, warn
-        self._past = Past(replica.manifest, wire.network.rpc)
+        self._chain_fetcher = ChainFetcher(replica.manifest, wire.network.rpc)
         self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
         """Rounds. Others keep what their steps took for about as long; of longer ones not even the records are asked
         for."""
@@ -59,7 +59,7 @@ class CatchUp:
         """Take again the steps that this node took after its last checkpoint, from its own disk."""
         began = self._replica.chain.rounds
         encoded = await ledger.certificates(began + 1, MAX_OWN_HISTORY)
-        mine = await asyncio.to_thread(following, self._replica.manifest, encoded, self._replica.chain)
+        mine = await asyncio.to_thread(verified_successors, self._replica.manifest, encoded, self._replica.chain)
         try:
             for record, certificate in mine:
                 if not all(root in self._transport.journal for root in taken(record)):
@@ -105,7 +105,7 @@ class CatchUp:
         began = self._replica.chain.rounds
         others = await self._others()
         try:
-            while missing := await self._past.after(self._replica.chain, others):
+            while missing := await self._chain_fetcher.fetch_after(self._replica.chain, others):
                 if sparingly and self._bytes_of(missing) > self._replica.outer.tensor.nbytes:
                     break
                 for record, certificate in missing:
@@ -177,7 +177,7 @@ class CatchUp:
 
     async def _move(self, arriving: Arriving, at: Chain, goal: Chain, holders: list[str]) -> bool:
         """Take ``arriving`` from ``at`` to ``goal``, if that is worth it. Raises ``FetchError``."""
-        told = await self._past.after(at, holders)
+        told = await self._chain_fetcher.fetch_after(at, holders)
         missing = [(record, certificate) for record, certificate in told if record.plan.round <= goal.rounds]
         if not missing or missing[-1][0].hash != goal.head or self._bytes_of(missing) >= arriving.received:
             return False
@@ -192,7 +192,7 @@ class CatchUp:
         self._log.emit(events.Notice(level="info", text=text))
         return True
 
-    def _bytes_of(self, missing: list[Proven]) -> int:
+    def _bytes_of(self, missing: list[CertifiedRecord]) -> int:
         """That the outer steps of ``missing`` take, and that are not on this disk, about."""
         there = self._transport.journal
         return sum(size for record, _ in missing for root, size in taken(record).items() if root not in there)

@@ -9,7 +9,7 @@ from functools import partial
 
 from psyche.diloco.local_update import Work
 from psyche.exchange.base import Exchange
-from psyche.ledger.certificate_check import proposal_in
+from psyche.ledger.certificate_check import verified_proposal
 from psyche.network.transport import FetchError, Refused
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, Refusal
@@ -151,7 +151,7 @@ class Certification:
         if status.proposal is None:
             return
         try:
-            proposal = proposal_in(self._voter.manifest, status.proposal, self._plan.round)
+            proposal = verified_proposal(self._voter.manifest, status.proposal, self._plan.round)
         except (MalformedMessage, BadCertificate) as error:
             self._warn(f"the coordinator shows a proposal that cannot be believed: {error}")
             return

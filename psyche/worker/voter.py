@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from psyche.config import Manifest
-from psyche.ledger.certificate_check import record_in
+from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.signing_record import Ballot, keep, recall
 from psyche.protocol.acceptor import Chain, consider, promise
 from psyche.protocol.messages import Certificate, Plan, Promise, Proposal, Record
@@ -89,7 +89,7 @@ class Voter:
         encoded = certificate.encode()
         if self._checked is not None and self._checked[0] == encoded:
             return self._checked[1]  # every board of a round shows the same one
-        record = record_in(self.manifest, certificate)
+        record = certified_record(self.manifest, certificate)
         self._checked = encoded, record
         self.certificate = encoded
         return record

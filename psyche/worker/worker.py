@@ -31,7 +31,7 @@ from psyche.exchange.rules import rules_of
 from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
 from psyche.exchange.shelf import BlobRetention
-from psyche.ledger.chain_sync import serve_history
+from psyche.ledger.chain_sync import serve_chain
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import Identity
 from psyche.network.transport import Network, Refused
@@ -157,7 +157,7 @@ class Worker:
         for index in self._transport.journal.blobs:
             self._transport.serve(index)
         await self._catch_up.recover(self.ledger)
-        await serve_history(self.network, self.ledger)
+        await serve_chain(self.network, self.ledger)
         await self._auditor.serve()
         watching = asyncio.create_task(self._present())
         working = asyncio.create_task(self._rounds())
@@ -202,7 +202,7 @@ class Worker:
             await self._trainer.halt_late()
             self._auditor.check()
             if behind(status, replica.chain):
-                await self._auditor.put_off()
+                await self._auditor.interrupt()
                 await self._catch_up.synchronise(status)
                 self._supply.begin(replica.chain.position)
                 if replica.chain.rounds and not behind(status, replica.chain):
@@ -213,7 +213,7 @@ class Worker:
                 with contextlib.suppress(Moved):
                     await self._take_part(status.plan)
                 self._graceful_leave.end()
-        await self._auditor.put_off()
+        await self._auditor.interrupt()
         await self._saver.save(force=not self._graceful_leave.quickly)
         if not self._finished():
             return
@@ -255,7 +255,7 @@ class Worker:
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
             self._graceful_leave.begin(plan)
             await self._warm_up.halt()
-            await self._auditor.put_off()
+            await self._auditor.interrupt()
             work = await self._train(plan)
             self._meter.exchanging()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))

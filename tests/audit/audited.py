@@ -11,10 +11,9 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from psyche.audit.audit_case import AuditCase
-from psyche.audit.recheck import audit
+from psyche.audit.audit_case import AuditCase, audit
 from psyche.config import Manifest, Node, load_config
-from psyche.diloco.audit_bundle import AuditBundle, AuditBundles
+from psyche.diloco.audit_bundle import AuditBundle, AuditBundleStore
 from psyche.diloco.launch import launch
 from psyche.diloco.local_update import Work
 from psyche.diloco.replica import Replica
@@ -71,10 +70,10 @@ class Court:
         plan: Plan,
         work: Work,
         before: Plan | None = None,
-        residuals: frozenset[bytes] | None = None,
+        allowed_residuals: frozenset[bytes] | None = None,
     ) -> Finding:
         """What the auditor finds of the accused's work."""
-        return self.judge_kit(plan, work, self.bundle(plan), before, residuals)
+        return self.judge_bundle(plan, work, self.bundle(plan), before, allowed_residuals)
 
     def bundle(self, plan: Plan) -> AuditBundle:
         """The accused's of that round."""
@@ -84,20 +83,20 @@ class Court:
         assert bundle is not None
         return bundle
 
-    def judge_kit(
+    def judge_bundle(
         self,
         plan: Plan,
         work: Work,
         bundle: AuditBundle,
         before: Plan | None = None,
-        residuals: frozenset[bytes] | None = None,
+        allowed_residuals: frozenset[bytes] | None = None,
         *,
         jury: bool = False,
     ) -> Finding:
         bundles = self.accused.trace_recorder.bundles
         assert bundles is not None
         blobs = partial(bundles.read, plan.round)
-        case = AuditCase(plan, self.accused.node, work.contribution, before, SEED, residuals, jury)
+        case = AuditCase(plan, self.accused.node, work.contribution, before, SEED, allowed_residuals, jury)
         return audit(self.auditor, case, bundle, blobs)
 
 
@@ -113,7 +112,7 @@ def court(directory: Path, cache: Path, **changes: object) -> Court:
     identities = [Identity(bytes([number]) * 32, directory / f"{number}.key") for number in (1, 2, 3)]
     manifest = launch(config, identities[0].peer_id).manifest
     accused, auditor, peer = (replica(manifest, config.node, one) for one in identities)
-    accused.trace_recorder.bundles = AuditBundles(directory / "audits")
+    accused.trace_recorder.bundles = AuditBundleStore(directory / "audits")
     return Court(manifest, config.node, directory, accused, auditor, peer)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import psyche.audit.auditor as auditing
 from psyche.audit.auditor import Auditor
-from psyche.audit.evidence_store import EVIDENCE, Evidence
+from psyche.audit.evidence_store import EVIDENCE_DIRECTORY, EvidenceStore
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
 from psyche.network.transport import Refused
@@ -93,7 +93,7 @@ class Scene:
 
     def finding(self, auditor: Auditor, node: str) -> Finding:
         """What it will show of ``node``."""
-        verdict = auditor._tried[node, 1].verdict
+        verdict = auditor._attempts[node, 1].verdict
         assert verdict is not None
         return verdict.finding
 
@@ -101,7 +101,7 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Scene:
     case = court(tmp_path, tmp_path_factory.mktemp("cache"))
-    case.peer.trace_recorder.bundles = auditing.AuditBundles(tmp_path / "peer")
+    case.peer.trace_recorder.bundles = auditing.AuditBundleStore(tmp_path / "peer")
     return Scene(case, tmp_path / "auditor", monkeypatch)
 
 
@@ -112,7 +112,7 @@ async def worked(auditor: Auditor, until: Callable[[], bool] = lambda: False) ->
     assert working is not None
     while not working.done() and not until():  # noqa: ASYNC110  # what is waited for sets no event
         await asyncio.sleep(0.001)
-    await auditor.put_off()
+    await auditor.interrupt()
 
 
 def test_what_fails_is_kept_and_a_jury_looks_twice(scene: Scene) -> None:
@@ -123,17 +123,17 @@ def test_what_fails_is_kept_and_a_jury_looks_twice(scene: Scene) -> None:
     assert lazy.error > 40_000
     assert honest.noise < MOST, "a jury measures it"
     assert len(lazy.sketch) == len(honest.sketch) == SKETCH
-    assert Evidence(scene.directory / EVIDENCE).cases() == [(scene.court.accused.node, 1)]
+    assert EvidenceStore(scene.directory / EVIDENCE_DIRECTORY).cases() == [(scene.court.accused.node, 1)]
     assert set(scene.said) == {scene.court.accused.node, scene.court.peer.node}
 
 
 def test_evidence_that_cannot_be_written_costs_no_verdict_and_is_told(scene: Scene) -> None:
     scene.directory.mkdir()
-    (scene.directory / EVIDENCE).write_text("a file, where a directory should be")
+    (scene.directory / EVIDENCE_DIRECTORY).write_text("a file, where a directory should be")
     asyncio.run(worked(auditor := scene.auditor()))
     assert scene.finding(auditor, scene.court.accused.node).error > 40_000
     (warning,) = scene.warned
-    assert "cannot be kept" in warning
+    assert "cannot save the evidence" in warning
 
 
 def test_who_hands_nothing_over_holds_up_nobody_and_is_asked_in_later_rounds(
@@ -144,12 +144,12 @@ def test_who_hands_nothing_over_holds_up_nobody_and_is_asked_in_later_rounds(
     monkeypatch.setattr(auditing, "monotonic", lambda: now[0])
     scene.silent = {scene.court.accused.node}
     auditor = scene.auditor()
-    tried = auditor._tried[scene.court.accused.node, 1]
+    attempt = auditor._attempts[scene.court.accused.node, 1]
 
     async def rounds() -> list[int]:
         found = []
-        for attempt in range(1, auditing.ATTEMPTS + 1):
-            await worked(auditor, lambda attempt=attempt: bool(tried.failed == attempt and scene.said))  # type: ignore[misc]
+        for count in range(1, auditing.MAX_FETCHES + 1):
+            await worked(auditor, lambda count=count: bool(attempt.failed_fetches == count and scene.said))  # type: ignore[misc]
             found.append(len(scene.said))
             now[0] += auditing.RETRY_SECONDS
         return found
@@ -163,10 +163,10 @@ def test_who_hangs_is_not_begun_with_again(scene: Scene) -> None:
     scene.hang = {scene.court.accused.node}
     auditor = scene.auditor()
 
-    tried = auditor._tried[scene.court.accused.node, 1]
+    attempt = auditor._attempts[scene.court.accused.node, 1]
 
     async def rounds() -> list[int]:
-        await worked(auditor, lambda: tried.begun == 1)
+        await worked(auditor, lambda: attempt.starts == 1)
         found = [len(scene.said)]
         await worked(auditor, lambda: bool(scene.said))
         return [*found, len(scene.said)]
@@ -180,7 +180,7 @@ def test_what_a_node_cannot_audit_it_declines_before_the_next_round_is_planned(l
     if lacks == "the record":
         scene.certificates = []
     else:  # it started again meanwhile
-        scene.court.auditor.trace_recorder.bases.clear()
+        scene.court.auditor.trace_recorder.theta_proofs.clear()
     auditor = scene.auditor()
 
     async def declined() -> bool:
@@ -215,9 +215,9 @@ def test_rounds_that_its_ledger_lacks_are_fetched_or_the_audit_is_declined(
         asked.append((record.plan.round, first))
         return {0: scene.record} if given else {}
 
-    monkeypatch.setattr(auditing, "first_needed", lambda round_number: 0)
+    monkeypatch.setattr(auditing, "first_round_needed", lambda round_number: 0)
     auditor = scene.auditor()
-    auditor._past.before = before  # type: ignore[method-assign, assignment]
+    auditor._chain_fetcher.fetch_before = before  # type: ignore[method-assign, assignment]
     asyncio.run(worked(auditor))
     assert set(asked) == {(1, 0)}
     both = {scene.court.accused.node, scene.court.peer.node}

@@ -9,13 +9,13 @@ import pytest
 
 from psyche.audit import calibrate_command as calibrating
 from psyche.audit.calibrate_command import calibrate, measure, prepared
-from psyche.audit.calibration import COPY, FRAUDS, HALF, NOISE, ONE_STEP, OTHER, TENTH, Kind
+from psyche.audit.calibration import COPY, FRAUDS, HALF, NOISE, ONE_STEP, OTHER, TENTH, NodeKind
 from psyche.config import load_config
 from tests.tiny import write_config
 
-PLAIN = Kind("fp32, 1 thread", "cpu", 1, "fp32")
-AGAIN = Kind("fp32, once more", "cpu", 1, "fp32")
-HALVED = Kind("bf16, 1 thread", "cpu", 1, "bf16")
+PLAIN = NodeKind("fp32, 1 thread", "cpu", 1, "fp32")
+AGAIN = NodeKind("fp32, once more", "cpu", 1, "fp32")
+HALVED = NodeKind("bf16, 1 thread", "cpu", 1, "bf16")
 INNER = {"lr": 0.003, "batch_size": 2, "warmup_steps": 2}
 
 
@@ -48,7 +48,7 @@ def test_a_calibration_says_what_to_configure(
 ) -> None:
     rounds = {"total": 8, "inner_steps": 10, "start_members": 2}
     path = write_config(tmp_path, members=2, rounds=rounds)
-    monkeypatch.setattr(calibrating, "kinds_here", lambda threads: [PLAIN, HALVED])
+    monkeypatch.setattr(calibrating, "available_node_kinds", lambda threads: [PLAIN, HALVED])
     written, picture = tmp_path / "out" / "errors.json", tmp_path / "out" / "errors.png"
     calibrate(*prepared(path, None), 4, json=written, picture=picture)
     said = capsys.readouterr()

@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from psyche.audit.audit_case import AuditCase
-from psyche.audit.evidence_store import BASE, CASES, Evidence
-from psyche.audit.offline_audit import Rerun, chosen, in_words, rerun
-from psyche.audit.recheck import claim_of
-from psyche.audit.replay import needed
-from psyche.diloco.audit_bundle import Base, Unserved
+from psyche.audit.audit_case import AuditCase, claimed_work
+from psyche.audit.evidence_store import MAX_CASES, THETA_PROOF, EvidenceStore
+from psyche.audit.offline_audit import OfflineAudit, describe, replay_from_evidence, select_case
+from psyche.audit.replay import MismatchCode, required_blobs
+from psyche.diloco.audit_bundle import BUNDLE, BlobUnavailable, ThetaProof
 from psyche.diloco.local_update import Work
 from psyche.errors import PsycheError
 from psyche.numerics.digest import CHUNK, blob_root
@@ -30,14 +29,14 @@ NUMBERS = CHUNK // 4
 def test_theta_is_proven_by_the_chunk_hashes_of_the_state(size: int, seed: int) -> None:
     state = OuterState(torch.randn(2, size, generator=torch.Generator().manual_seed(seed)))
     index = state.index()
-    base = Base.of(index, state.buffer)
+    base = ThetaProof.of(index, state.buffer)
     assert base.theta_root(index.root) == blob_root(state.theta.numpy().data)
-    with pytest.raises(Unserved):
+    with pytest.raises(BlobUnavailable):
         base.theta_root(bytes(32))
-    with pytest.raises(Unserved):
-        Base(base.index, base.seam[:-1] + bytes([base.seam[-1] ^ 1])).theta_root(index.root)
-    with pytest.raises(Unserved):
-        Base(base.index[:-1], base.seam).theta_root(index.root)
+    with pytest.raises(BlobUnavailable):
+        ThetaProof(base.index, base.seam[:-1] + bytes([base.seam[-1] ^ 1])).theta_root(index.root)
+    with pytest.raises(BlobUnavailable):
+        ThetaProof(base.index[:-1], base.seam).theta_root(index.root)
 
 
 def kept(case: Court, plan: Plan, work: Work) -> AuditCase:
@@ -47,25 +46,25 @@ def kept(case: Court, plan: Plan, work: Work) -> AuditCase:
         case.bundle(plan),
         case.accused.trace_recorder.bundles,
     )
-    base = case.auditor.trace_recorder.bases[plan.round - 1]
+    base = case.auditor.trace_recorder.theta_proofs[plan.round - 1]
     assert bundles is not None
-    roots = needed(case.auditor.engine, claim_of(opened, bundle, base))
+    roots = required_blobs(case.auditor.engine, claimed_work(opened, bundle, base))
     blobs = {root: bundles.read(plan.round, root, limit) for root, limit in roots.items()}
-    Evidence(case.directory / "evidence").keep(case.accused.node, plan.round, bundle, blobs, base)
+    EvidenceStore(case.directory / "evidence").save(case.accused.node, plan.round, bundle, blobs, base)
     return opened
 
 
-def again(case: Court, opened: AuditCase, only: int | None = None) -> Rerun:
-    return rerun(case.directory / "evidence", opened, case.manifest, case.settings, only=only)
+def again(case: Court, opened: AuditCase, only: int | None = None) -> OfflineAudit:
+    return replay_from_evidence(case.directory / "evidence", opened, case.manifest, case.settings, only=only)
 
 
 def test_a_cheat_fails_once_more_from_files(make: Make) -> None:
     case = make(audits={"trace_steps": 10})
     found = again(case, kept(case, plan := case.plan(), train_lazily(case.accused, plan, 15)))
-    assert found.fault is None
+    assert found.mismatch is None
     assert [(one.start, one.stop) for one in found.segments] == [(0, 10), (10, 20), (20, 30)]
     assert [one.grade for one in found.segments] == ["pass", "fail", "fail"]
-    text = "\n".join(in_words(found, case.manifest))
+    text = "\n".join(describe(found, case.manifest))
     assert "inner steps 11 to 20" in text
     assert "FAILS" in text
 
@@ -74,14 +73,14 @@ def test_honest_work_passes_and_one_segment_is_enough(make: Make) -> None:
     case = make(audits={"trace_steps": 10})
     opened = kept(case, plan := case.plan(), case.accused.train(plan))
     found = again(case, opened)
-    assert (found.fault, {one.grade for one in found.segments}, {one.error for one in found.segments}) == (
+    assert (found.mismatch, {one.grade for one in found.segments}, {one.error for one in found.segments}) == (
         None,
         {"pass"},
         {0},
     )
     assert all(0 < one.noise < 1 for one in found.segments)
     assert again(case, opened, only=1).segments == found.segments[1:2]
-    with pytest.raises(PsycheError, match="there are 3 segments"):
+    with pytest.raises(PsycheError, match="the round has 3"):
         again(case, opened, only=3)
 
 
@@ -91,11 +90,11 @@ def test_what_does_not_agree_to_the_bit_is_named(make: Make) -> None:
     opened = kept(case, plan, work)
     lie = replace(work.contribution, payload_root=bytes(32))
     found = again(case, AuditCase(plan, opened.node, lie, None, SEED, None))
-    assert found.fault == "the payload is not what follows from the parameters"
-    assert "That alone fails" in "\n".join(in_words(found, case.manifest))
+    assert found.mismatch is MismatchCode.PAYLOAD
+    assert "the payload does not follow" in "\n".join(describe(found, case.manifest))
 
 
-@pytest.mark.parametrize("name", ["kit", BASE, "?" * 64])
+@pytest.mark.parametrize("name", [BUNDLE, THETA_PROOF, "?" * 64])
 def test_evidence_that_was_tampered_with_is_none(make: Make, name: str) -> None:
     case = make()
     opened = kept(case, plan := case.plan(), case.accused.train(plan))
@@ -104,7 +103,7 @@ def test_evidence_that_was_tampered_with_is_none(make: Make, name: str) -> None:
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-    with pytest.raises(PsycheError, match="is not whole"):
+    with pytest.raises(PsycheError, match="is incomplete"):
         again(case, opened)
 
 
@@ -113,17 +112,17 @@ def test_the_newest_cases_are_kept_whoever_they_are_of(tmp_path: Path, make: Mak
     case = make()
     plan = case.plan()
     case.accused.train(plan)
-    evidence = Evidence(tmp_path / "e")
-    bundle, base = case.bundle(plan), case.auditor.trace_recorder.bases[0]
-    for round_number in range(1, CASES + 3):
-        evidence.keep(f"12D3{round_number}", round_number, bundle, {bytes(32): b"blob"}, base)
-    evidence.keep(f"12D3{CASES}", CASES, bundle, {}, base)
-    assert evidence.cases() == [(f"12D3{round_number}", round_number) for round_number in range(3, CASES + 3)]
-    assert chosen(evidence, "…D33", 3) == "12D33"
-    with pytest.raises(PsycheError, match="the evidence here is of round 3 of …12D33"):
-        chosen(evidence, "b", 2)
-    with pytest.raises(PsycheError, match="of nothing"):
-        chosen(Evidence(tmp_path / "none"), "b", 2)
+    evidence = EvidenceStore(tmp_path / "e")
+    bundle, base = case.bundle(plan), case.auditor.trace_recorder.theta_proofs[0]
+    for round_number in range(1, MAX_CASES + 3):
+        evidence.save(f"12D3{round_number}", round_number, bundle, {bytes(32): b"blob"}, base)
+    evidence.save(f"12D3{MAX_CASES}", MAX_CASES, bundle, {}, base)
+    assert evidence.cases() == [(f"12D3{round_number}", round_number) for round_number in range(3, MAX_CASES + 3)]
+    assert select_case(evidence, "…D33", 3) == "12D33"
+    with pytest.raises(PsycheError, match="available here: …12D33 round 3"):
+        select_case(evidence, "b", 2)
+    with pytest.raises(PsycheError, match="available here: none"):
+        select_case(EvidenceStore(tmp_path / "none"), "b", 2)
 
 
 def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,21 +131,21 @@ def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, make: Make, m
     plan = case.plan()
     case.accused.train(plan)
     folder = tmp_path / "e"
-    evidence, bundle, base = Evidence(folder), case.bundle(plan), case.auditor.trace_recorder.bases[0]
-    evidence.keep("12D3a", 1, bundle, {}, base)
+    evidence, bundle, base = EvidenceStore(folder), case.bundle(plan), case.auditor.trace_recorder.theta_proofs[0]
+    evidence.save("12D3a", 1, bundle, {}, base)
     written = Path.write_bytes
 
     def full(self: Path, content: bytes) -> int:
-        if self.name == BASE:
-            assert Evidence(folder).cases() == [("12D3a", 1)]
+        if self.name == THETA_PROOF:
+            assert EvidenceStore(folder).cases() == [("12D3a", 1)]
             assert list(self.parent.iterdir())
             raise OSError(28, "No space left on device")
         return written(self, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
-        evidence.keep("12D3a", 2, bundle, {bytes(32): b"blob"}, base)
+        evidence.save("12D3a", 2, bundle, {bytes(32): b"blob"}, base)
     monkeypatch.undo()
     assert [path.name for path in folder.iterdir()] == ["00000001-12D3a"]
-    evidence.keep("12D3a", 2, bundle, {}, base)
+    evidence.save("12D3a", 2, bundle, {}, base)
     assert evidence.cases() == [("12D3a", 1), ("12D3a", 2)]

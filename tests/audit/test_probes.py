@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
-from psyche.audit.probes import Glimpse, glimpses
-from psyche.diloco.trace import Point
+from psyche.audit.probes import Probe, draw_probes
+from psyche.diloco.trace import TracePoint
 from psyche.numerics.digest import digest
 from psyche.numerics.flat import FlatLayout
 from psyche.protocol.judgement import unlike
@@ -22,17 +22,17 @@ from tests.audit.audited import SEED, Court, Make, at_the_end, cheat
 LAYOUT = FlatLayout.of([("a", (5, 3)), ("b", (4097,)), ("c", (2,))])
 
 
-def points(*steps: int) -> tuple[Point, ...]:
-    return tuple(Point(step, bytes(32), bytes(32)) for step in steps)
+def points(*steps: int) -> tuple[TracePoint, ...]:
+    return tuple(TracePoint(step, bytes(32), bytes(32)) for step in steps)
 
 
 @given(key=st.binary(max_size=8), lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9))
 def test_parameters_and_steps_in_the_middle_are_drawn(key: bytes, lengths: list[int]) -> None:
     ends = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
-    found = glimpses(key, points(*ends), LAYOUT)
-    assert found.keys() == glimpses(key, points(*ends), LAYOUT).keys()
+    found = draw_probes(key, points(*ends), LAYOUT)
+    assert found.keys() == draw_probes(key, points(*ends), LAYOUT).keys()
     assert len(found) == min(4, len(lengths))
-    positions = [int(at) for one in found.values() for at in one.at]
+    positions = [int(at) for one in found.values() for at in one.positions]
     assert len(positions) == SKETCH // len(found) * len(found)
     parameters = {at for span in LAYOUT.spans for at in range(span.start, span.stop)}
     assert set(positions) <= parameters
@@ -43,18 +43,18 @@ def test_parameters_and_steps_in_the_middle_are_drawn(key: bytes, lengths: list[
 
 
 def test_a_round_with_nothing_to_replay_shows_nothing() -> None:
-    assert glimpses(b"key", points(3), LAYOUT) == {}
+    assert draw_probes(b"key", points(3), LAYOUT) == {}
 
 
 def test_a_small_model_shows_all_it_has() -> None:
     small = FlatLayout.of([("a", (3,)), ("b", (2,))])
-    (one,) = glimpses(b"key", points(0, 9), small).values()
-    assert sorted(one.at.tolist()) == [0, 1, 2, 4096, 4097]
+    (one,) = draw_probes(b"key", points(0, 9), small).values()
+    assert sorted(one.positions.tolist()) == [0, 1, 2, 4096, 4097]
 
 
 def test_what_is_not_finite_can_be_said() -> None:
     now = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e-9])
-    assert Glimpse(0, torch.arange(4)).show(torch.zeros(4), now) == (MOST, MOST, -MOST, 3)
+    assert Probe(0, torch.arange(4)).measure(torch.zeros(4), now) == (MOST, MOST, -MOST, 3)
 
 
 def judged(case: Court, *, other_precision: bool = False, jury: bool = False) -> list[Finding]:
@@ -64,7 +64,7 @@ def judged(case: Court, *, other_precision: bool = False, jury: bool = False) ->
         plan = case.plan()
         work = case.accused.train(plan)
         with case.auditor.engine.other_precision() if other_precision else nullcontext():  # type: ignore[attr-defined]
-            found.append(case.judge_kit(plan, work, case.bundle(plan), jury=jury))
+            found.append(case.judge_bundle(plan, work, case.bundle(plan), jury=jury))
         case.advance(plan, {case.accused.node: work})
     return found
 
@@ -78,10 +78,10 @@ def test_auditors_of_other_precision_show_the_same_way(make: Make) -> None:
 
 
 def test_a_jury_measures_noise_where_nothing_is_wrong(make: Make) -> None:
-    for one, thorough in zip(judged(make()), judged(make(), jury=True), strict=True):
+    for one, measure_noise in zip(judged(make()), judged(make(), jury=True), strict=True):
         assert one.noise == MOST
-        assert 0 < thorough.noise < MOST
-        assert (one.error, one.sketch) == (thorough.error, thorough.sketch)
+        assert 0 < measure_noise.noise < MOST
+        assert (one.error, one.sketch) == (measure_noise.error, measure_noise.sketch)
 
 
 def test_the_way_is_the_auditors_and_not_what_the_audited_says(make: Make) -> None:
@@ -110,7 +110,7 @@ def guessed(case: Court, plan: Plan) -> tuple[int, ...]:
     bundles, points, layout = case.accused.trace_recorder.bundles, case.bundle(plan).points, case.accused.engine.layout
     assert bundles is not None
     found: tuple[int, ...] = ()
-    for number, one in glimpses(digest("looked at", SEED, case.accused.node.encode()), points, layout).items():
+    for number, one in draw_probes(digest("looked at", SEED, case.accused.node.encode()), points, layout).items():
         start, stop = points[number : number + 2]
         before, after = (
             torch.frombuffer(
@@ -119,5 +119,5 @@ def guessed(case: Court, plan: Plan) -> tuple[int, ...]:
             for point in (start, stop)
         )
         share = (one.step + 1 - start.step) / (stop.step - start.step)
-        found += one.show(before, before + share * (after - before))
+        found += one.measure(before, before + share * (after - before))
     return found

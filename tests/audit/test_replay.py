@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from psyche.audit.recheck import can_audit
-from psyche.audit.replay import CLEAR, MOST, MOST_NOISE, USUAL, tolerant_error
-from psyche.diloco.audit_bundle import AuditBundle, Unserved
+from psyche.audit.audit_case import can_audit
+from psyche.audit.replay_error import MAX_NOISE, NEGLIGIBLE_ERROR, TYPICAL_NOISE, tolerant_error
+from psyche.diloco.audit_bundle import AuditBundle, BlobUnavailable
 from psyche.numerics.digest import blob_root
 from psyche.protocol.messages import WITHHELD
+from psyche.protocol.verdicts import MOST
 from tests.audit.audited import STEPS, Court, Make, at_the_end, cheat, matched_noise, train_lazily, trained
 
 PASS, FAIL = 20_000, 40_000
@@ -41,7 +42,7 @@ def test_honest_work_passes_to_the_bit(make: Make, codec: str, every: int | None
         assert bundle is not None
         assert [point.step for point in bundle.points] == ([0, 7, 14, 21, 28, 30] if every else [0, 30])
         assert bundle.trace_root == work.contribution.trace_root
-        found = case.judge(plan, work, residuals=before)
+        found = case.judge(plan, work, allowed_residuals=before)
         assert (found.outcome, found.error) == ("measured", 0)
         assert found.gain > 0 or plan.round > 1, "the first round learns something"
         if codec == "fp32":
@@ -99,7 +100,7 @@ def test_honest_work_in_the_other_precision_passes(case: Court) -> None:
             work = case.accused.train(plan)
         found = case.judge(plan, work)
         assert found.outcome == "measured"
-        assert found.error <= 1e6 * CLEAR
+        assert found.error <= 1e6 * NEGLIGIBLE_ERROR
         case.advance(plan, {case.accused.node: work, case.peer.node: case.peer.train(plan)})
 
 
@@ -111,12 +112,12 @@ def test_an_error_is_measured_by_how_far_two_precisions_are_apart(noise: float, 
     before, found, other = torch.zeros(4096), moved, moved + noise * apart
     for near in (found, other):
         assert tolerant_error(before, near, found, other, before) == 0
-        if noise <= MOST_NOISE:
-            assert tolerant_error(before, near + 0.9 * noise * off, found, other, before) <= USUAL
+        if noise <= MAX_NOISE:
+            assert tolerant_error(before, near + 0.9 * noise * off, found, other, before) <= TYPICAL_NOISE
     error = tolerant_error(before, found + lie * off, found, other, before)
     assert error <= lie + 1e-5
-    assert error >= min(lie, abs(lie - noise)) * USUAL / MOST_NOISE - 1e-5, "whatever the noise"
-    if noise <= USUAL:
+    assert error >= min(lie, abs(lie - noise)) * TYPICAL_NOISE / MAX_NOISE - 1e-5, "whatever the noise"
+    if noise <= TYPICAL_NOISE:
         assert error >= min(lie, abs(lie - noise)) - 1e-5
 
 
@@ -177,7 +178,7 @@ def test_a_copied_payload_does_not_follow_from_anything(case: Court) -> None:
     copied = replace(work.contribution, payload_root=other.contribution.payload_root)
     bundle = case.accused.trace_recorder.bundles.bundle(1)  # type: ignore[union-attr]
     assert bundle is not None
-    found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": copied}), bundle)
+    found = case.judge_bundle(plan, type(work)(**{**vars(work), "contribution": copied}), bundle)
     assert found.outcome == "false"
 
 
@@ -186,16 +187,16 @@ def test_garbage_in_the_error_feedback_is_seen(case: Court) -> None:
     assert case.accused.residual is not None
     case.accused.residual.copy_(1e-3 * torch.randn(case.accused.residual.shape))
     work = case.accused.train(plan)
-    assert case.judge(plan, work, residuals=frozenset()).outcome == "false", "it had none before"
-    assert case.judge(plan, work, residuals=frozenset({work.contribution.residual_in})).outcome == "measured"
+    assert case.judge(plan, work, allowed_residuals=frozenset()).outcome == "false", "it had none before"
+    assert case.judge(plan, work, allowed_residuals=frozenset({work.contribution.residual_in})).outcome == "measured"
     bundles, zeros = case.accused.trace_recorder.bundles, torch.zeros_like(case.accused.residual)
     assert bundles is not None
-    bundles.keep(1, zeros.numpy().data)
+    bundles.store(1, zeros.numpy().data)
     for field in ("residual_in", "residual_out"):
         lying = replace(work.contribution, **{field: blob_root(zeros.numpy().data)})
         bundle = bundles.bundle(1)
         assert bundle is not None
-        found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": lying}), bundle)
+        found = case.judge_bundle(plan, type(work)(**{**vars(work), "contribution": lying}), bundle)
         assert found.outcome == "false", field
 
 
@@ -253,17 +254,17 @@ def test_points_and_states_that_cannot_be_are_false(case: Court) -> None:
     assert bundle is not None
     start, end = bundle.points
     for points in ((start,), (end, start), (start, replace(end, step=29)), (replace(start, optimizer=b"x" * 32), end)):
-        assert case.judge_kit(plan, work, AuditBundle(points)).outcome == "false"
+        assert case.judge_bundle(plan, work, AuditBundle(points)).outcome == "false"
     for blob, outcome in ((b"abc", "false"), ((1 << 40).to_bytes(8, "little"), "false"), (None, "unserved")):
-        root = b"y" * 32 if blob is None else bundles.keep(1, blob)
+        root = b"y" * 32 if blob is None else bundles.store(1, blob)
         lying = AuditBundle((replace(start, optimizer=root), end))
         named = replace(work.contribution, trace_root=lying.trace_root)
-        found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": named}), lying)
+        found = case.judge_bundle(plan, type(work)(**{**vars(work), "contribution": named}), lying)
         assert found.outcome == outcome
     broken = torch.full((case.accused.engine.layout.size,), float("nan"))
-    broken_kit = AuditBundle((start, replace(end, parameters=bundles.keep(1, broken.numpy().data))))
+    broken_kit = AuditBundle((start, replace(end, parameters=bundles.store(1, broken.numpy().data))))
     named = replace(work.contribution, trace_root=broken_kit.trace_root)
-    assert case.judge_kit(plan, type(work)(**{**vars(work), "contribution": named}), broken_kit).outcome == "false"
+    assert case.judge_bundle(plan, type(work)(**{**vars(work), "contribution": named}), broken_kit).outcome == "false"
 
 
 def test_an_optimizer_that_is_not_finite_is_as_far_off_as_can_be(case: Court) -> None:
@@ -277,9 +278,9 @@ def test_an_optimizer_that_is_not_finite_is_as_far_off_as_can_be(case: Court) ->
     start, end = bundle.points
     moments = bytearray(bundles.read(2, start.optimizer, 1 << 30))
     moments[:4] = np.float32("inf").tobytes()
-    lying = AuditBundle((replace(start, optimizer=bundles.keep(2, moments)), end))
+    lying = AuditBundle((replace(start, optimizer=bundles.store(2, moments)), end))
     named = replace(work.contribution, trace_root=lying.trace_root)
-    found = case.judge_kit(plan, type(work)(**{**vars(work), "contribution": named}), lying)
+    found = case.judge_bundle(plan, type(work)(**{**vars(work), "contribution": named}), lying)
     assert (found.outcome, found.error) == ("measured", MOST)
 
 
@@ -335,6 +336,6 @@ def test_a_run_without_audits_pays_for_none(make: Make) -> None:
     assert bundles is not None
     assert bundles.rounds == []
     assert work.contribution.residual_in == WITHHELD
-    assert case.accused.trace_recorder.bases == {}
-    with pytest.raises(Unserved):
+    assert case.accused.trace_recorder.theta_proofs == {}
+    with pytest.raises(BlobUnavailable):
         bundles.read(1, b"x" * 32, 10)

@@ -22,7 +22,7 @@ from psyche.data import encoding
 from psyche.data import prepare as module
 
 
-class Ending(NamedTuple):
+class ClosedAudit(NamedTuple):
     """Of a child; root and calls are those of one that lived."""
 
     signal: int
@@ -30,14 +30,14 @@ class Ending(NamedTuple):
     calls: int = 0
 
 
-def endings(data: Data, cache: Path, deaths: Sequence[int], *, fresh: bool = False) -> list[Ending]:
+def endings(data: Data, cache: Path, deaths: Sequence[int], *, fresh: bool = False) -> list[ClosedAudit]:
     """Prepare ``data`` in ``cache`` once for each of ``deaths``, dying at that moment; at 0 it lives.
 
     ``fresh``: whoever is to die begins without what those before it left.
     """
     arguments = [data.model_dump_json(), str(cache), json.dumps(deaths), json.dumps(fresh)]
     said = subprocess.check_output([sys.executable, "-m", __name__, *arguments], text=True)
-    return [Ending(*json.loads(line)) for line in said.splitlines()]
+    return [ClosedAudit(*json.loads(line)) for line in said.splitlines()]
 
 
 def armed(die_at: int) -> Callable[[], int]:
@@ -66,7 +66,7 @@ def in_little_pieces() -> None:
     module.JOURNAL_BYTES = 4096
 
 
-def _child(data: Data, cache: Path, die_at: int) -> Ending:
+def _child(data: Data, cache: Path, die_at: int) -> ClosedAudit:
     reading, writing = os.pipe()
     pid = os.fork()  # there is no thread yet
     if not pid:
@@ -79,7 +79,7 @@ def _child(data: Data, cache: Path, die_at: int) -> Ending:
         said = pipe.read()
     ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert ended <= 0
-    return Ending(-ended, *json.loads(said or "[]"))
+    return ClosedAudit(-ended, *json.loads(said or "[]"))
 
 
 def _main() -> None:

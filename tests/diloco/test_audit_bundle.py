@@ -7,28 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from psyche.diloco.audit_bundle import MAX_KIT, AuditBundle, AuditBundles, Unserved
-from psyche.diloco.trace import Point, Trace, point_steps
+from psyche.diloco.audit_bundle import MAX_BUNDLE_BYTES, AuditBundle, AuditBundleStore, BlobUnavailable
+from psyche.diloco.trace import Trace, TracePoint, trace_point_steps
 from psyche.numerics.digest import CHUNK, blob_root
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.wire import decode
 
-POINT = Point(0, b"p" * 32, b"o" * 32)
+POINT = TracePoint(0, b"p" * 32, b"o" * 32)
 BLOB = bytes(range(256)) * (CHUNK // 200)
 
 
-def full(bundles: AuditBundles, round_number: int) -> bytes:
+def full(bundles: AuditBundleStore, round_number: int) -> bytes:
     bundles.begin(round_number)
-    root = bundles.keep(round_number, BLOB)
+    root = bundles.store(round_number, BLOB)
     bundles.finish(round_number, AuditBundle((POINT,)))
     bundles.bundle(round_number)  # which waits until it is written
     return root
 
 
 def test_what_was_kept_is_served_also_by_the_next_process(tmp_path: Path) -> None:
-    root = full(AuditBundles(tmp_path), 3)
+    root = full(AuditBundleStore(tmp_path), 3)
     assert root == blob_root(BLOB)
-    bundles = AuditBundles(tmp_path)
+    bundles = AuditBundleStore(tmp_path)
     assert bundles.rounds == [3]
     assert bundles.bundle(3) == AuditBundle((POINT,))
     assert bundles.read(3, root, len(BLOB)) == BLOB
@@ -37,16 +37,16 @@ def test_what_was_kept_is_served_also_by_the_next_process(tmp_path: Path) -> Non
     assert served == index.root == root
     assert b"".join(read(number) for number in range(index.chunks)) == BLOB
     for wrong in ((4, root, len(BLOB)), (3, b"x" * 32, len(BLOB)), (3, root, len(BLOB) - 1)):
-        with pytest.raises(Unserved):
+        with pytest.raises(BlobUnavailable):
             bundles.read(*wrong)
 
 
 def test_a_blob_that_was_cut_off_is_not_served(tmp_path: Path) -> None:
-    bundles = AuditBundles(tmp_path)
+    bundles = AuditBundleStore(tmp_path)
     root = full(bundles, 1)
     (path,) = tmp_path.glob("*/" + root.hex())
     path.write_bytes(BLOB[:-1])
-    with pytest.raises(Unserved):
+    with pytest.raises(BlobUnavailable):
         bundles.read(1, root, len(BLOB))
     ((_, load, _),) = bundles.blobs(1)
     with pytest.raises(LookupError):
@@ -54,7 +54,7 @@ def test_a_blob_that_was_cut_off_is_not_served(tmp_path: Path) -> None:
 
 
 def test_rounds_are_forgotten_but_those_that_are_audited(tmp_path: Path) -> None:
-    bundles = AuditBundles(tmp_path)
+    bundles = AuditBundleStore(tmp_path)
     for round_number in range(1, 6):
         full(bundles, round_number)
     assert len({path.stat().st_ino for path in tmp_path.glob("*/" + blob_root(BLOB).hex())}) == 1, "kept once"
@@ -64,26 +64,26 @@ def test_rounds_are_forgotten_but_those_that_are_audited(tmp_path: Path) -> None
 
 
 def test_a_round_that_was_left_half_way_is_gone(tmp_path: Path) -> None:
-    bundles = AuditBundles(tmp_path)
+    bundles = AuditBundleStore(tmp_path)
     bundles.begin(1)
-    bundles.keep(1, BLOB)
+    bundles.store(1, BLOB)
     assert bundles.bundle(1) is None
-    assert AuditBundles(tmp_path).rounds == []
+    assert AuditBundleStore(tmp_path).rounds == []
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_costs_the_proof_and_not_the_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    bundles = AuditBundles(tmp_path, said.append)
+    bundles = AuditBundleStore(tmp_path, said.append)
     earlier = full(bundles, 1)
 
     def refused(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(AuditBundles, "_write", refused)
+        patch.setattr(AuditBundleStore, "_write", refused)
         assert full(bundles, 2) == earlier, "the root is that of the blob all the same"
-        assert bundles.keep(2, b"more") == blob_root(b"more")
+        assert bundles.store(2, b"more") == blob_root(b"more")
     assert bundles.rounds == [1]
     assert len(said) == 1
     assert "No space left" in said[0]
@@ -92,8 +92,8 @@ def test_a_full_disk_costs_the_proof_and_not_the_round(tmp_path: Path, monkeypat
 
 
 def test_kits_are_bounded_and_canonical() -> None:
-    most = AuditBundle(tuple(Point(2**62, b"p" * 32, b"o" * 32) for _ in range(4096)))
-    assert len(most.encode()) <= MAX_KIT
+    most = AuditBundle(tuple(TracePoint(2**62, b"p" * 32, b"o" * 32) for _ in range(4096)))
+    assert len(most.encode()) <= MAX_BUNDLE_BYTES
     assert decode(AuditBundle, most.encode()) == most
     bad = [
         b"",
@@ -108,17 +108,17 @@ def test_kits_are_bounded_and_canonical() -> None:
 
 
 def test_the_points_of_a_round() -> None:
-    assert point_steps(0, 30, None) == [0, 30]
-    assert point_steps(0, 30, 10) == [0, 10, 20, 30]
-    assert point_steps(3, 7, 3) == [3, 6, 7]
-    assert point_steps(4, 4, 2) == [4]
-    assert point_steps(0, 1, 5) == [0, 1]
+    assert trace_point_steps(0, 30, None) == [0, 30]
+    assert trace_point_steps(0, 30, 10) == [0, 10, 20, 30]
+    assert trace_point_steps(3, 7, 3) == [3, 6, 7]
+    assert trace_point_steps(4, 4, 2) == [4]
+    assert trace_point_steps(0, 1, 5) == [0, 1]
 
 
 def test_a_trace_is_of_its_points_in_their_order() -> None:
     traces = [Trace(), Trace(), Trace()]
     for trace, order in zip(traces, ((b"a", b"b"), (b"b", b"a"), (b"a", b"b")), strict=True):
         for step, blob in enumerate(order):
-            trace.mark(step, blob, b"optimizer")
+            trace.record_point(step, blob, b"optimizer")
     assert traces[0].root == traces[2].root != traces[1].root
     assert traces[0].points[0].parameters == blob_root(b"a")

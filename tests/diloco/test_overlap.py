@@ -230,10 +230,10 @@ def test_a_trace_says_where_the_steps_that_are_not_late_begin(tmp_path: Path, la
         plan, expected = plan_for(one), Trace()
         taken = late if number else 0
         start = trained(one) if number else one.outer.theta
-        expected.mark(taken, start.numpy().data, pack_state(one.engine))
+        expected.record_point(taken, start.numpy().data, pack_state(one.engine))
         record = record_of(plan, work := one.train(plan))
         if work.contribution.inner_steps > taken:
-            expected.mark(work.contribution.inner_steps, trained(one).numpy().data, pack_state(one.engine))
+            expected.record_point(work.contribution.inner_steps, trained(one).numpy().data, pack_state(one.engine))
         assert work.contribution.trace_root == expected.root
         while one.overlapped_step(plan):
             pass

@@ -8,7 +8,7 @@ from typing import cast
 
 import msgspec
 
-from psyche.ledger.chain_sync import Certificates, Past
+from psyche.ledger.chain_sync import Certificates, ChainFetcher
 from psyche.network.rpc import Rpc
 from psyche.network.transport import Unreachable
 from psyche.protocol.acceptor import Chain
@@ -42,7 +42,7 @@ def at(link: Link) -> Chain:
 
 
 def after(others: Others, chain: Chain, *asked: str) -> list[int]:
-    found = asyncio.run(Past(MANIFEST, cast(Rpc, others)).after(chain, asked))
+    found = asyncio.run(ChainFetcher(MANIFEST, cast(Rpc, others)).fetch_after(chain, asked))
     return [record.plan.round for record, _ in found]
 
 
@@ -75,8 +75,8 @@ def test_voters_that_nobody_named_are_not_believed() -> None:
 
 def before(others: Others, link: Link, first: int, *asked: str) -> list[int]:
     """Rounds of the records that are believed to lead up to ``link``."""
-    past = Past(MANIFEST, cast(Rpc, others))
-    found = asyncio.run(past.before(link.record, first, asked))
+    fetcher = ChainFetcher(MANIFEST, cast(Rpc, others))
+    found = asyncio.run(fetcher.fetch_before(link.record, first, asked))
     assert all(found[round_number] == CHAIN[round_number - 1].record for round_number in found)
     return sorted(found)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche.numerics.capped_shares import Cap, exact_capped_shares
-from psyche.protocol.credits import BONUS, Books, Change, Deeds, Work, deeds, fold, private_credit
+from psyche.protocol.credits import BONUS, Change, CreditAccounts, RoundWork, Work, fold, private_credit, round_work
 from psyche.protocol.state import AuditRules
 from psyche.protocol.verdicts import Closed, Outcome
 from tests.chains import NAMES, RULES, chain
@@ -31,9 +31,9 @@ def deed(
     closed: tuple[Closed, ...] = (),
     banned: tuple[str, ...] = (),
     payout: bytes = b"",
-) -> Deeds:
+) -> RoundWork:
     done = tuple(Work(node, tokens, node in private, payout) for node, tokens in work)
-    return Deeds(round_number, done, (), dissenters, newcomers, audits, closed, banned)
+    return RoundWork(round_number, done, (), dissenters, newcomers, audits, closed, banned)
 
 
 def ended(
@@ -48,14 +48,14 @@ def ended(
     return Closed(accused, round_number, outcome, paid, lied, gain)
 
 
-def books(*done: Deeds) -> tuple[Books, list[Change]]:
+def books(*done: RoundWork) -> tuple[CreditAccounts, list[Change]]:
     """After ``done``, and all that was settled meanwhile."""
-    kept = Books(TRUST)
+    kept = CreditAccounts(TRUST)
     return kept, [change for one in done for change in kept.enter(one)]
 
 
 def test_tokens_are_pending_for_the_window_and_then_final() -> None:
-    kept = Books(TRUST)
+    kept = CreditAccounts(TRUST)
     kept.enter(deed(1, (A, 100)))
     for round_number in range(2, 1 + WINDOW):
         assert kept.enter(deed(round_number, (B, 7))) == []
@@ -213,7 +213,7 @@ def test_the_same_work_under_many_names_earns_no_more(
     rounds: list[tuple[list[int], int]], private: bool, throwaway: bool
 ) -> None:
     """Of each round the parts, and what others do. ``throwaway``: new names in each round."""
-    whole, parted = Books(TRUST), Books(TRUST)
+    whole, parted = CreditAccounts(TRUST), CreditAccounts(TRUST)
     me, other, names = SPLIT[0], SPLIT[1], SPLIT[2:]
     for round_number, (parts, others) in enumerate(rounds, 1):
         mine = [(names[(at + 4 * throwaway * round_number) % len(names)], tokens) for at, tokens in enumerate(parts)]
@@ -235,7 +235,7 @@ def test_a_bonus_is_bounded_however_work_is_split(
     """A part of some work gains at most what the whole does. Others' gains are on record before."""
 
     def earned(mine: list[tuple[int, int]]) -> int:
-        kept = Books(TRUST)
+        kept = CreditAccounts(TRUST)
         owners = SPLIT[len(mine) :]
         kept.enter(deed(1, audits=tuple((owners[at], 1, tokens) for at, (tokens, _) in enumerate(others))))
         closed = tuple(ended(1, "passed", accused=owners[at], gain=one) for at, (_, one) in enumerate(others))
@@ -284,7 +284,7 @@ SUBSET = st.sets(NODES, max_size=2).map(lambda found: tuple(sorted(found)))
     )
 )  # fmt: skip
 def test_every_credit_has_one_change_and_none_is_made_or_lost(history: list[tuple]) -> None:  # type: ignore[type-arg]
-    kept, settled = Books(TRUST), []
+    kept, settled = CreditAccounts(TRUST), []
     for round_number, (work, private, dissenters, newcomers, audits, closed) in enumerate(history, 1):
         before = {name: one.final for name, one in kept.accounts.items()}
         settled += kept.enter(
@@ -322,7 +322,7 @@ def test_records_are_read_as_they_are_paid() -> None:
     assert {name: account.waiting for name, account in kept.accounts.items()} == {
         name: each * audited[name] for name in NAMES
     }
-    done = deeds(records[0], RULES.probation)
+    done = round_work(records[0], RULES.probation)
     assert [one.node for one in done.excluded] == [NAMES[-1]]
-    (left_out,) = Books(RULES).enter(done)
+    (left_out,) = CreditAccounts(RULES).enter(done)
     assert (left_out.amount, left_out.kind, left_out.node) == (0, "excluded", NAMES[-1])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from psyche.audit.simulated_audits import Judge
+from psyche.audit.simulated_audits import VerdictPolicy
 from psyche.protocol.verdicts import Audit, Finding
 
 FAILED, PASSED, UNSURE = (Finding("measured", error, 0, 0) for error in (900_000, 0, 30_000))
 
 
-def slander(hostile: frozenset[str]) -> Judge:
+def slander(hostile: frozenset[str]) -> VerdictPolicy:
     """They fail whoever is not one of them."""
 
     def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:
@@ -21,7 +21,7 @@ def slander(hostile: frozenset[str]) -> Judge:
     return judge
 
 
-def vouch(hostile: frozenset[str]) -> Judge:
+def vouch(hostile: frozenset[str]) -> VerdictPolicy:
     """They pass each other, and say the truth of everybody else."""
 
     def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:
@@ -30,7 +30,7 @@ def vouch(hostile: frozenset[str]) -> Judge:
     return judge
 
 
-def wave_through(hostile: frozenset[str]) -> Judge:
+def wave_through(hostile: frozenset[str]) -> VerdictPolicy:
     """They pass everybody, and save themselves the work."""
 
     def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:
@@ -39,7 +39,7 @@ def wave_through(hostile: frozenset[str]) -> Judge:
     return judge
 
 
-def shrug(hostile: frozenset[str]) -> Judge:
+def shrug(hostile: frozenset[str]) -> VerdictPolicy:
     """They say of everybody that it is hard to say."""
 
     def judge(node: str, case: Audit, look: Callable[[], Finding]) -> Finding:

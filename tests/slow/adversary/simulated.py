@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from psyche.audit.simulated_audits import Judge, SimulatedAudits, honest
+from psyche.audit.simulated_audits import SimulatedAudits, VerdictPolicy, honest
 from psyche.config import load_config
-from psyche.diloco.audit_bundle import AuditBundles
+from psyche.diloco.audit_bundle import AuditBundleStore
 from psyche.diloco.launch import launch
 from psyche.diloco.reference import play
 from psyche.diloco.replica import Replica
 from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
-from psyche.protocol.credits import Books, fold
+from psyche.protocol.credits import CreditAccounts, fold
 from psyche.protocol.messages import Record
 from psyche.protocol.verdicts import Closed
 from tests.slow.adversary.cheats import Cheat, Honest, Swarm
@@ -36,7 +36,7 @@ class Ran:
     loss: float = 0.0
     """Of the outer parameters on the held-out set, nats a token."""
     hostile: frozenset[str] = frozenset()
-    books: Books | None = None
+    books: CreditAccounts | None = None
     """What everybody is paid in the end, from the records alone."""
 
     @property
@@ -81,7 +81,7 @@ def run(
     hostile: int,
     rounds: int,
     arm: Arm | None = None,
-    judge: Callable[[frozenset[str]], Judge] = lambda hostile: honest,
+    judge: Callable[[frozenset[str]], VerdictPolicy] = lambda hostile: honest,
     from_round: int = 1,
     seed: int = 11,
     **changes: object,
@@ -103,13 +103,13 @@ def run(
         kind = Cheat if identity.peer_id in liars else Honest
         one = replica(manifest, config.node, identity, kind=kind)
         one.swarm = swarm  # type: ignore[attr-defined]
-        one.trace_recorder.bundles = AuditBundles(directory / identity.peer_id / "audits")
+        one.trace_recorder.bundles = AuditBundleStore(directory / identity.peer_id / "audits")
         if arm is not None and isinstance(one, Cheat):
             arm(one)
         replicas[identity.peer_id] = one
     ran = Ran(hostile=liars)
     audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, judge(liars))
-    for record, _ in play(manifest, replicas, hear=audits.hear):
+    for record, _ in play(manifest, replicas, hear=audits.statements_after):
         ran.records.append(record)
     ran.books = fold(rules_of(manifest), ran.records)
     ran.loss = heldout_loss(replicas[identities[0].peer_id])

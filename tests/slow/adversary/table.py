@@ -11,14 +11,14 @@ from statistics import mean, median
 
 import torch
 
-from psyche.audit.simulated_audits import Judge, honest
+from psyche.audit.simulated_audits import VerdictPolicy, honest
 from tests.slow.adversary.cheats import WAYS, Cheat, armed
 from tests.slow.adversary.liars import shrug, slander, vouch, wave_through
 from tests.slow.adversary.simulated import Ran, run
 
 SEEDS = (11, 12, 13)
 NODES, HOSTILE = 8, 2
-LIARS: dict[str, tuple[Callable[[Cheat], None], Callable[[frozenset[str]], Judge]]] = {
+LIARS: dict[str, tuple[Callable[[Cheat], None], Callable[[frozenset[str]], VerdictPolicy]]] = {
     "auditors fail honest work": (armed(), slander),
     "auditors vouch for each other, other data": (WAYS["other data"], vouch),
     "auditors pass everybody, other data": (WAYS["other data"], wave_through),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.audit.evidence_store import EVIDENCE, Evidence
+from psyche.audit.evidence_store import EVIDENCE_DIRECTORY, EvidenceStore
 from psyche.config import MANIFEST, Manifest
 from psyche.ledger.store import NAME, Ledger
 from psyche.ledger.verify import verify_ledger
@@ -67,7 +67,7 @@ def whoever_doubts_it_can_look(run: Path, liar: str) -> None:
     node, round_number = next(
         (node, round_number)
         for node in nodes
-        for name, round_number in Evidence(node / EVIDENCE).cases()
+        for name, round_number in EvidenceStore(node / EVIDENCE_DIRECTORY).cases()
         if name == liar
     )
     assert f"{liar} {round_number}" in psyche("audit", "rerun", str(node)).stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.audit.simulated_audits import Judge
+from psyche.audit.simulated_audits import VerdictPolicy
 from tests.slow.adversary.cheats import WAYS, Cheat, armed, hands_nothing_over, noise, scaled, zero
 from tests.slow.adversary.liars import shrug, slander, vouch, wave_through
 from tests.slow.adversary.simulated import Ran, run
@@ -56,14 +56,14 @@ def test_auditors_that_slander_are_convicted_of_it(tmp_path: Path, cache: Path) 
 
 @pytest.mark.parametrize("judge", [vouch, wave_through])
 def test_auditors_that_pass_a_cheat_go_down_with_it(
-    tmp_path: Path, cache: Path, judge: Callable[[frozenset[str]], Judge]
+    tmp_path: Path, cache: Path, judge: Callable[[frozenset[str]], VerdictPolicy]
 ) -> None:
     check(judge.__name__, run(tmp_path, cache, nodes=8, hostile=2, rounds=20, arm=WAYS["other data"], judge=judge))
 
 
 @pytest.mark.parametrize("judge", [wave_through, shrug])
 def test_auditors_that_do_not_look_are_found_out_where_all_work_is_honest(
-    tmp_path: Path, cache: Path, judge: Callable[[frozenset[str]], Judge]
+    tmp_path: Path, cache: Path, judge: Callable[[frozenset[str]], VerdictPolicy]
 ) -> None:
     check(judge.__name__, run(tmp_path, cache, nodes=8, hostile=2, rounds=30, arm=armed(), judge=judge))
 

@@ -25,7 +25,7 @@ def hands_nothing_over() -> None:
         async def refuse(peer: str, request: bytes) -> bytes:
             raise Refused("no")
 
-        await self._network.rpc.serve("kit", refuse, max_request=8)
+        await self._network.rpc.serve("audit-bundle", refuse, max_request=8)
 
     auditing.Auditor.serve = serve  # type: ignore[method-assign]
 
