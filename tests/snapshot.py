@@ -46,7 +46,7 @@ from psyche.config import load_config
 from psyche.config import manifest as manifests
 from psyche.diloco.audit_bundle import AuditBundleStore
 from psyche.diloco.launch import launch
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
@@ -82,7 +82,9 @@ def run(name: str, directory: Path, cache: Path) -> list[dict[str, str]]:
         one.trace_recorder.bundles = AuditBundleStore(directory / node / "audits")
     overlap_steps = manifest.run.overlap.overlap_steps
     audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, honest)
-    played = play(manifest, replicas, late=lambda _round, _node: overlap_steps, hear=audits.statements_after)
+    played = simulate_rounds(
+        manifest, replicas, overlap_steps=lambda _round, _node: overlap_steps, audit=audits.statements_after
+    )
     return [
         {"state_root": replicas[min(replicas)].chain.state_root.hex(), "record": record.hash.hex()}
         for record, _ in played

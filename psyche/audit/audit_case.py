@@ -10,7 +10,7 @@ from psyche.audit.replay import Blobs, ClaimedWork, ReplayContext, replay
 from psyche.config import Run
 from psyche.data.store import TokenStore
 from psyche.diloco.audit_bundle import AuditBundle, ThetaProof
-from psyche.diloco.batches import DataAssignment
+from psyche.diloco.local_data import DataAssignment
 from psyche.diloco.replica import Replica
 from psyche.numerics.backends.base import Backend
 from psyche.protocol.audits import seed_of
@@ -125,7 +125,7 @@ def replay_context_for(
         engine=engine,
         backend=backend,
         parts=fragments[(case.plan.round - 1) % len(fragments)],
-        batch=partial(DataAssignment(run, store.train, case.node).of_round, case.plan),
+        batch=partial(DataAssignment(run, store.train, case.node).round_batch, case.plan),
         overlap_batch=None if previous is None else _overlap_batch(run, store, previous, case.node),
         heldout=store.heldout,
         by_muon=muon_parameters(run),
@@ -138,4 +138,4 @@ def _overlap_batch(run: Run, store: TokenStore, previous: Plan, node: str) -> Ca
     if member is None:
         return None
     quota = member.inner_steps
-    return lambda step: assignment.of_round(previous, quota + step)
+    return lambda step: assignment.round_batch(previous, quota + step)

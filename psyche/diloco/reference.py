@@ -1,7 +1,7 @@
-"""The whole run in one process, with no network: the definition that a distributed run must match bit for bit.
+"""The whole run in one process, without a network: the definition that a distributed run must match bit for bit.
 
-It is also what ``psyche bench convergence`` runs: the same replicas and the same state machine, handed their
-messages directly.
+The replicas and the coordinator's state machine are those of a distributed run; only the messages are handed over
+directly. ``psyche bench convergence`` runs it, and ``replay_ledger`` checks a finished run's records with it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from itertools import zip_longest
 from types import MappingProxyType
 
 from psyche.config import Manifest
-from psyche.diloco.local_update import Work
 from psyche.diloco.outlier_detector import OutlierDetector
-from psyche.diloco.replica import Replica
+from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.exchange.merge import Merge
 from psyche.exchange.rules import rules_of
 from psyche.numerics.aggregate import reduce_slice
@@ -42,12 +41,12 @@ from psyche.protocol.state import (
 )
 
 
-class Machine:
-    """The coordinator's state machine at a standstill of time: nobody is late here."""
+class SimulatedCoordinator:
+    """The coordinator's state machine with the clock stopped: no node is ever late."""
 
-    def __init__(self, manifest: Manifest, due: Mapping[str, int]) -> None:
+    def __init__(self, manifest: Manifest, quotas: Mapping[str, int]) -> None:
         self.rules = rules_of(manifest)
-        self._state = replace(State.initial(self.rules), done=due)  # where no time passes, quotas stay as they are
+        self._state = replace(State.initial(self.rules), done=quotas)  # without a clock, quotas never change
 
     @property
     def round(self) -> Round:
@@ -57,82 +56,88 @@ class Machine:
 
     @property
     def assignment(self) -> ReducerAssignment:
-        """Who reduces what of it."""
+        """Which node reduces which slices of the round in progress."""
         assert self.round.reduction is not None
         return assignment_of(self.rules, self.round.plan, self.round.reduction)
 
     def promise(self, node: str) -> Promised:
-        """``node`` follows the one leader there is."""
+        """Return ``node``'s promise to follow the only leader there is."""
         return Promised(node, self._state.leading, self._state.rounds)
 
     def send(self, event: Event) -> list[Effect]:
+        """Advance the state machine by one event; return its effects."""
         self._state, effects = tick(self.rules, self._state, event, now=0.0)
         return effects
 
 
-def play(
+def simulate_rounds(
     manifest: Manifest,
     replicas: Mapping[str, Replica],
-    late: Callable[[int, str], int] = lambda round_number, node: 0,
-    due: Mapping[str, int] = MappingProxyType({}),
-    hear: Callable[[Record], Iterable[Said]] | None = None,
-) -> Iterator[tuple[Record, dict[str, Work]]]:
-    """Run to the end; after each round's outer step yield its record and what each member produced.
+    overlap_steps: Callable[[int, str], int] = lambda round_number, node: 0,
+    quotas: Mapping[str, int] = MappingProxyType({}),
+    audit: Callable[[Record], Iterable[Said]] | None = None,
+) -> Iterator[tuple[Record, dict[str, LocalUpdate]]]:
+    """Run to the end. After each round's outer step, yield its record and the update of each member.
 
-    ``replicas`` go by node id, as many as ``rounds.start_members`` or more, all at the genesis state. ``late`` says
-    how many late steps a node takes while a round is on the wire, and ``due`` which quota a node has, if not H: in a
-    distributed run time decides both. ``hear`` gives what auditors say after a record (``audit/simulated_audits.py``);
-    without it nobody does the audits that are drawn.
+    ``replicas`` are by node id, at least ``rounds.start_members`` of them, all at the genesis state. In a distributed
+    run, time decides two things that are arguments here: ``overlap_steps(round, node)`` is the number of inner steps a
+    node takes while a round is exchanged, and ``quotas`` holds the inner steps of nodes whose quota is not H. ``audit``
+    returns the auditors' messages about a record (``audit/simulated_audits.py``); without it no audit is answered.
     """
-    machine = Machine(manifest, due)
+    coordinator = SimulatedCoordinator(manifest, quotas)
     outlier_detector = OutlierDetector(replicas[min(replicas)].codec, manifest.run_id, manifest.run.overlap.fragments)
     effects: list[Effect] = []
     for node in sorted(replicas):
-        effects += machine.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
+        effects += coordinator.send(Arrived(node, replicas[node].chain.state_root, "reference", 0))
     for node in sorted(replicas):
-        effects += machine.send(machine.promise(node))
+        effects += coordinator.send(coordinator.promise(node))
     while plans := [effect.plan for effect in effects if isinstance(effect, Planned)]:
         plan = plans[-1]
-        works = {member.node: replicas[member.node].train(plan) for member in plan.members}
-        record = _certified(machine, plan, replicas, works)
-        payloads = {node: work.payload for node, work in works.items()}
+        updates = {member.node: replicas[member.node].train(plan) for member in plan.members}
+        record = _certify(coordinator, plan, replicas, updates)
+        payloads = {node: update.payload for node, update in updates.items()}
         for node, replica in replicas.items():
-            for _ in range(late(plan.round, node)):
+            for _ in range(overlap_steps(plan.round, node)):
                 replica.overlapped_step(plan)
             replica.apply(record, replica.gradient_of(record, payloads))
-        yield record, works
+        yield record, updates
         counts = [part.stop - part.start for part in replicas[min(replicas)].slices_of(plan.round)]
-        suspects = frozenset(outlier_detector.look(record, counts, payloads, range(len(counts))) if hear else ())
+        suspects = frozenset(outlier_detector.look(record, counts, payloads, range(len(counts))) if audit else ())
         effects = [
             effect
             for node in sorted(set(replicas) - set(record.audit_state.banned))
-            for effect in machine.send(Attested(node, plan.round, replicas[node].chain.state_root, suspects))
+            for effect in coordinator.send(Attested(node, plan.round, replicas[node].chain.state_root, suspects))
         ]
-        for said in hear(record) if hear else ():  # while the next round is trained for
-            machine.send(said)
+        for said in audit(record) if audit else ():  # auditors answer while the next round trains
+            coordinator.send(said)
 
 
-def _certified(machine: Machine, plan: Plan, replicas: Mapping[str, Replica], works: Mapping[str, Work]) -> Record:
-    """The record of a round in which everybody is in time, holds everything and votes."""
-    run_id = machine.rules.run_id
-    for node, work in works.items():
-        digest = work.contribution.commitment(node, run_id, plan.round)
-        machine.send(Committed(node, plan.round, plan.term, digest, b""))
-    for node, work in works.items():
-        machine.send(Opened(node, plan.round, work.contribution, b""))
+def _certify(
+    coordinator: SimulatedCoordinator,
+    plan: Plan,
+    replicas: Mapping[str, Replica],
+    updates: Mapping[str, LocalUpdate],
+) -> Record:
+    """Return the record of a round in which every node is in time, has all payloads and votes."""
+    run_id = coordinator.rules.run_id
+    for node, update in updates.items():
+        digest = update.contribution.commitment(node, run_id, plan.round)
+        coordinator.send(Committed(node, plan.round, plan.term, digest, b""))
+    for node, update in updates.items():
+        coordinator.send(Opened(node, plan.round, update.contribution, b""))
     effects: list[Effect] = []
-    for node in works:
-        effects = machine.send(Held(node, plan.round, frozenset(works)))
-    for node, results in _reduced(machine, plan, replicas, works).items():
-        reduction = machine.round.reduction
+    for node in updates:
+        effects = coordinator.send(Held(node, plan.round, frozenset(updates)))
+    for node, results in _reduce(coordinator, plan, replicas, updates).items():
+        reduction = coordinator.round.reduction
         assert reduction is not None
-        effects += machine.send(Reported(node, plan.round, reduction.term, results))
+        effects += coordinator.send(Reported(node, plan.round, reduction.term, results))
     (proposed,) = (effect for effect in effects if isinstance(effect, Proposed))
     record = proposed.record
     certified = [
         effect
         for node in record.electorate
-        for effect in machine.send(Voted(node, plan.round, proposed.term, record.hash, b""))
+        for effect in coordinator.send(Voted(node, plan.round, proposed.term, record.hash, b""))
         if isinstance(effect, Certified)
     ]
     assert len(certified) == 1
@@ -140,24 +145,24 @@ def _certified(machine: Machine, plan: Plan, replicas: Mapping[str, Replica], wo
 
 
 def replay_ledger(replicas: Mapping[str, Replica], records: Sequence[Record]) -> Iterator[str]:
-    """Do again what ``records`` say was done, from the first round on; the state root after each, in hex.
+    """Repeat what a run's ``records`` say, from the first round on. Yields the state root after each round, in hex.
 
-    What time decided is in them: quotas, steps that were given back, late steps. All the rest must follow. Raises
-    ``ValueError`` where a contribution is not what its node's replica makes, where one was left out, whose steps
-    nobody knows, or where the replicas differ.
+    The records hold what time decided: quotas, early stops, overlap steps. Everything else must follow. Raises
+    ``ValueError`` if a contribution is not the one that its node's replica makes, if the replicas differ, or if a round
+    excluded a node, whose steps no record holds.
     """
     for record, following in zip_longest(records, records[1:]):
         plan, payloads = record.plan, {}
         if record.excluded:
-            raise ValueError(f"round {plan.round} left out {record.excluded[0].node}")
+            raise ValueError(f"round {plan.round} excluded {record.excluded[0].node}")
         for one in record.accepted:
-            work = _done_again(replicas[one.node], plan, one.contribution)
-            if work.contribution != one.contribution:
-                raise ValueError(f"round {plan.round}: {one.node} contributed something else")
-            payloads[one.node] = work.payload
-        late = {one.node: one.contribution.overlap_steps for one in (following.accepted if following else ())}
+            update = _retrain(replicas[one.node], plan, one.contribution)
+            if update.contribution != one.contribution:
+                raise ValueError(f"round {plan.round}: the contribution of {one.node} differs from its replica's")
+            payloads[one.node] = update.payload
+        taken = {one.node: one.contribution.overlap_steps for one in (following.accepted if following else ())}
         for node, replica in replicas.items():
-            for _ in range(late.get(node, 0)):
+            for _ in range(taken.get(node, 0)):
                 replica.overlapped_step(plan)
             replica.apply(record, replica.gradient_of(record, payloads))
         roots = {replica.chain.state_root.hex() for replica in replicas.values()}
@@ -166,25 +171,28 @@ def replay_ledger(replicas: Mapping[str, Replica], records: Sequence[Record]) ->
         yield roots.pop()
 
 
-def _done_again(replica: Replica, plan: Plan, done: Contribution) -> Work:
-    """The round's work, with as many inner steps."""
+def _retrain(replica: Replica, plan: Plan, contribution: Contribution) -> LocalUpdate:
+    """Train the round again with as many inner steps as ``contribution`` has."""
     taken: list[int] = []
     return replica.train(
         plan,
-        progress=lambda step, loss, lr: taken.append(step),
-        enough=lambda: len(taken) >= done.inner_steps - done.overlap_steps,
+        on_step=lambda step, loss, lr: taken.append(step),
+        stop_early=lambda: len(taken) >= contribution.inner_steps - contribution.overlap_steps,
     )
 
 
-def _reduced(
-    machine: Machine, plan: Plan, replicas: Mapping[str, Replica], works: Mapping[str, Work]
+def _reduce(
+    coordinator: SimulatedCoordinator,
+    plan: Plan,
+    replicas: Mapping[str, Replica],
+    updates: Mapping[str, LocalUpdate],
 ) -> dict[str, dict[int, bytes]]:
-    """What each member finds for the groups it reduces, by group; nobody anything where everybody aggregates."""
+    """Return, for each node of a sharded round, the payload roots of the slice groups that it reduces."""
     if not plan.is_sharded:
         return {}
-    replica, assignment = replicas[min(replicas)], machine.assignment
-    given = {node: work.contribution for node, work in works.items()}
-    payloads = {node: work.payload for node, work in works.items()}
+    replica, assignment = replicas[min(replicas)], coordinator.assignment
+    given = {node: update.contribution for node, update in updates.items()}
+    payloads = {node: update.payload for node, update in updates.items()}
     merged = Merge.of(replica.run).gradient(replica.codec, plan, given, payloads)
     counts = [part.stop - part.start for part in replica.slices_of(plan.round)]
     result_codec = replica.backend.codec(replica.run.result_codec)
@@ -195,4 +203,4 @@ def _reduced(
     roots = [
         payload_root([chunk(number) for number in assignment.slices_of(group)]) for group in range(assignment.groups)
     ]
-    return {node: {group: roots[group] for group in assignment.duties(node)} for node in works}
+    return {node: {group: roots[group] for group in assignment.duties(node)} for node in updates}

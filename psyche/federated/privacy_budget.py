@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from psyche.diloco.batches import PrivacyBudgetSpent
+from psyche.diloco.local_data import PrivacyBudgetSpent
 from psyche.durable import close_to_others, disk_errors, write_durably
 from psyche.errors import PsycheError
 

@@ -32,7 +32,7 @@ class Private:
         return self._text.batch(size)
 
     def require_budget(self) -> None:
-        """Raise :class:`~psyche.diloco.batches.PrivacyBudgetSpent` where no round is left in the budget."""
+        """Raise :class:`~psyche.diloco.local_data.PrivacyBudgetSpent` where no round is left in the budget."""
         self._budget.require()
 
     def privatise(self, theta: Tensor, local: Tensor, parts: Sequence[slice]) -> None:

@@ -32,9 +32,9 @@ class Advance:
     async def step(self, record: Record, gradient: Gradient) -> None:
         """The outer step of ``record``."""
         replica, before = self._replica, self._replica.chain.state_root
-        await asyncio.to_thread(replica.step_outer, record, gradient)
-        await self._on_trainer(lambda: replica.apply_outer_update(record.plan.round))
-        await asyncio.to_thread(replica.settle, record)
+        await asyncio.to_thread(replica.outer_step, record.plan.round, gradient)
+        await self._on_trainer(lambda: replica.apply_record_update(record))
+        await asyncio.to_thread(replica.commit_state, record)
         self._enter(record)
         self._serve(before)
 

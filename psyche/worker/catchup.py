@@ -141,7 +141,7 @@ class CatchUp:
         """
         members = [] if record is None else [member.node for member in record.plan.members]
         holders = [*members, *await self._others()]
-        goal = self._replica.place(record, root)
+        goal = self._replica.chain_position(record, root)
         arriving = await self._taken_along(goal, holders)
         try:
             outer = await arriving.fetch(self._transport.network, root, holders)
@@ -185,7 +185,7 @@ class CatchUp:
             exchange = self._exchange(record.plan)
             exchange.others = holders
             gradient = await exchange.prepare(record)
-            await asyncio.to_thread(self._replica.step_on, arriving.outer, record, gradient)
+            await asyncio.to_thread(self._replica.outer_step, record.plan.round, gradient, arriving.outer)
         arriving.moved += len(missing)
         steps = plural(len(missing), "outer step")
         text = f"the state changed while it was fetched: {steps} taken on the {size(arriving.received)} that had come"

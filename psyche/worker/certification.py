@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from psyche.diloco.local_update import Work
+from psyche.diloco.replica import LocalUpdate
 from psyche.exchange.base import Exchange
 from psyche.ledger.certificate_check import verified_proposal
 from psyche.network.transport import FetchError, Refused
@@ -36,7 +36,7 @@ class Certification:
     def __init__(
         self,
         plan: Plan,
-        work: Work | None,
+        work: LocalUpdate | None,
         chain: Chain,
         *,
         voter: Voter,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from psyche.diloco.local_update import Work
+from psyche.diloco.replica import LocalUpdate
 from psyche.network.bandwidth import Traffic
 from psyche.telemetry.events import MemberMetrics
 
@@ -43,7 +43,7 @@ class Meter:
         self,
         round_number: int,
         node: str,
-        work: Work | None,
+        work: LocalUpdate | None,
         heldout: tuple[float, int],
         momentum_norm: float,
         traffic: Traffic,
@@ -76,7 +76,7 @@ class Meter:
         )
 
 
-def _told_loss(work: Work | None) -> float | None:
+def _told_loss(work: LocalUpdate | None) -> float | None:
     if work is None:
         return 0.0
     return None if work.contribution.private else work.loss

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from psyche.diloco.local_update import Work
-from psyche.diloco.replica import Replica
+from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.network.transport import Network, Refused
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.standing import probation_note
@@ -49,7 +48,7 @@ class Reporter:
         if text := probation_note(record, node, self._replica.run.rounds.probation):
             self._log.emit(events.Notice(level="info", text=text))
 
-    async def report(self, plan: Plan, work: Work | None, *, judge: bool = True) -> None:
+    async def report(self, plan: Plan, work: LocalUpdate | None, *, judge: bool = True) -> None:
         """Judge this node's share of the held-out set, unless there is no time, and tell the coordinator what the round
         was like."""
         replica, heldout = self._replica, (0.0, 0)

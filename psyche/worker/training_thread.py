@@ -12,8 +12,7 @@ from typing import TypeVar
 import torch
 
 from psyche.config import Node
-from psyche.diloco.local_update import Work
-from psyche.diloco.replica import Replica
+from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.protocol.messages import Plan, RunStatus
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
@@ -52,7 +51,7 @@ class Trainer:
         """``function`` on the thread, after what it was given before."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
 
-    async def train(self, plan: Plan, stop: Callable[[], bool]) -> Work:
+    async def train(self, plan: Plan, stop: Callable[[], bool]) -> LocalUpdate:
         """The inner steps of a round, and what they are to send. Raises what :meth:`Replica.train` does."""
         return await self.do(self._train, plan, stop)
 
@@ -90,7 +89,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------ on the thread
 
-    def _train(self, plan: Plan, stop: Callable[[], bool]) -> Work:
+    def _train(self, plan: Plan, stop: Callable[[], bool]) -> LocalUpdate:
         started = logged = last = time.monotonic()
         tokens_per_step = self._replica.run.tokens_per_step
 
@@ -103,7 +102,7 @@ class Trainer:
             if now - logged >= STEP_EVENT_SECONDS:
                 logged = now
                 rate = (step + 1) * tokens_per_step / (now - started)
-                done = self._replica.global_step(plan) + step + 1
+                done = self._replica.schedule_step(plan) + step + 1
                 self._log.emit(
                     events.StepDone(
                         round=plan.round, step=step + 1, global_step=done, loss=loss, lr=lr, tokens_per_second=rate
@@ -113,8 +112,8 @@ class Trainer:
         def enough() -> bool:
             return self._graceful_leave.enough() or self._remainder.enough()
 
-        self._remainder.begin(plan, self._replica.due(plan))
-        work = self._replica.train(plan, progress=progress, stop=stop, enough=enough)
+        self._remainder.begin(plan, self._replica.remaining_steps(plan))
+        work = self._replica.train(plan, on_step=progress, cancelled=stop, stop_early=enough)
         self._remainder.encoded()
         return work
 

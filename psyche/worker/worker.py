@@ -17,10 +17,9 @@ from psyche.audit.auditor import Auditor
 from psyche.config import Node
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
-from psyche.diloco.batches import PrivacyBudgetSpent
-from psyche.diloco.local_update import Interrupted, Work
+from psyche.diloco.local_data import PrivacyBudgetSpent
 from psyche.diloco.outlier_detector import OutlierDetector
-from psyche.diloco.replica import Replica
+from psyche.diloco.replica import LocalUpdate, Replica, TrainingCancelled
 from psyche.errors import PsycheError
 from psyche.exchange.base import BlobTransport, Exchange
 from psyche.exchange.gather import Gather
@@ -271,13 +270,13 @@ class Worker:
         except Moved as moved:
             await self._trainer.halt_late()
             if work is not None and not moved.accepted:
-                await self._trainer.do(self.replica.restore_residual, work)
+                await self._trainer.do(self.replica.restore_update, work)
             await self._trainer.do(self.replica.discard_local_steps)
             raise
         await self._advance.step(record, gradient)
         await self._auditor.follow(record)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
-            await self._trainer.do(self.replica.restore_residual, work)
+            await self._trainer.do(self.replica.restore_update, work)
         self._meter.exchanged()
         self._reporter.announce(record)
         if (
@@ -297,7 +296,7 @@ class Worker:
         if not self._auditor.busy:
             await self._saver.save()
 
-    async def _certify(self, plan: Plan, work: Work | None, exchange: Exchange) -> tuple[Record, Gradient]:
+    async def _certify(self, plan: Plan, work: LocalUpdate | None, exchange: Exchange) -> tuple[Record, Gradient]:
         """Exchange payloads and vote. Raises :class:`Moved`."""
         return await Certification(
             plan,
@@ -306,17 +305,17 @@ class Worker:
             voter=self._voter,
             client=self._client,
             exchange=exchange,
-            knows_base=partial(self.replica.shows_base, plan),
+            knows_base=partial(self.replica.verify_base_proof, plan),
             warn=self._warn,
         ).run()
 
-    async def _train(self, plan: Plan) -> Work | None:
+    async def _train(self, plan: Plan) -> LocalUpdate | None:
         """The inner steps, and the commitment to them; None where the round closed before we were done."""
         await self._supply.ready(plan, self.identity.peer_id, lambda: self._closed_to_me(plan))
         self.log.emit(events.PhaseChanged(round=plan.round, phase="training"))
         try:
             work = await self._trainer.train(plan, lambda: self._stopping or self._closed_to_me(plan))
-        except Interrupted:
+        except TrainingCancelled:
             self._warn(f"round {plan.round} closed before this node was done; it follows the others")
             self._graceful_leave.end()
             return None

@@ -15,8 +15,7 @@ from psyche.audit.audit_case import AuditCase, audit
 from psyche.config import Manifest, Node, load_config
 from psyche.diloco.audit_bundle import AuditBundle, AuditBundleStore
 from psyche.diloco.launch import launch
-from psyche.diloco.local_update import Work
-from psyche.diloco.replica import Replica
+from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.network.identity import Identity
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
@@ -56,7 +55,7 @@ class Court:
         seed = round_seed(chain.head)
         return Plan(chain.rounds + 1, 1, chain.head, chain.state_root, seed, chain.position, "gather", 0, members)
 
-    def advance(self, plan: Plan, works: dict[str, Work], audits: tuple[Audit, ...] = ()) -> Record:
+    def advance(self, plan: Plan, works: dict[str, LocalUpdate], audits: tuple[Audit, ...] = ()) -> Record:
         """The round is certified with these contributions, and these audits are open."""
         accepted = tuple(Accepted(node, works[node].contribution) for node in sorted(works))
         nodes = tuple(self.nodes)
@@ -68,7 +67,7 @@ class Court:
     def judge(
         self,
         plan: Plan,
-        work: Work,
+        work: LocalUpdate,
         before: Plan | None = None,
         allowed_residuals: frozenset[bytes] | None = None,
     ) -> Finding:
@@ -86,7 +85,7 @@ class Court:
     def judge_bundle(
         self,
         plan: Plan,
-        work: Work,
+        work: LocalUpdate,
         bundle: AuditBundle,
         before: Plan | None = None,
         allowed_residuals: frozenset[bytes] | None = None,
@@ -116,9 +115,9 @@ def court(directory: Path, cache: Path, **changes: object) -> Court:
     return Court(manifest, config.node, directory, accused, auditor, peer)
 
 
-def cheat(one: Replica, plan: Plan, tamper: Tamper) -> Work:
+def cheat(one: Replica, plan: Plan, tamper: Tamper) -> LocalUpdate:
     """The round's work, tampered with."""
-    return one.train(plan, progress=lambda step, loss, lr: tamper(one, step))
+    return one.train(plan, on_step=lambda step, loss, lr: tamper(one, step))
 
 
 def trained(one: Replica) -> Tensor:
@@ -144,7 +143,7 @@ def matched_noise(one: Replica, moved: Tensor) -> Tensor:
     return noise * (moved.norm() / noise.norm())
 
 
-def train_lazily(one: Replica, plan: Plan, steps: int) -> Work:
+def train_lazily(one: Replica, plan: Plan, steps: int) -> LocalUpdate:
     """Only the first ``steps``, scaled to what all would have moved. Afterwards the engine works again."""
     step, taken = one.engine.step, [0]
 

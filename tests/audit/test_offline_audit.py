@@ -15,7 +15,7 @@ from psyche.audit.evidence_store import MAX_CASES, THETA_PROOF, EvidenceStore
 from psyche.audit.offline_audit import OfflineAudit, describe, replay_from_evidence, select_case
 from psyche.audit.replay import MismatchCode, required_blobs
 from psyche.diloco.audit_bundle import BUNDLE, BlobUnavailable, ThetaProof
-from psyche.diloco.local_update import Work
+from psyche.diloco.replica import LocalUpdate
 from psyche.errors import PsycheError
 from psyche.numerics.digest import CHUNK, blob_root
 from psyche.numerics.outer import OuterState
@@ -39,7 +39,7 @@ def test_theta_is_proven_by_the_chunk_hashes_of_the_state(size: int, seed: int) 
         ThetaProof(base.index[:-1], base.seam).theta_root(index.root)
 
 
-def kept(case: Court, plan: Plan, work: Work) -> AuditCase:
+def kept(case: Court, plan: Plan, work: LocalUpdate) -> AuditCase:
     """The case, and in ``evidence`` what an auditor has of it."""
     opened, bundle, bundles = (
         AuditCase(plan, case.accused.node, work.contribution, None, SEED, None),

@@ -146,7 +146,7 @@ def test_other_data_are_seen_by_what_was_learned_of_them(case: Court) -> None:
 
 
 def test_other_data_are_seen_by_their_digest(case: Court) -> None:
-    case.accused._portion = case.peer._portion
+    case.accused._assignment = case.peer._assignment
     plan = case.plan()
     assert case.judge(plan, case.accused.train(plan)).outcome == "false"
 
@@ -290,7 +290,7 @@ def test_an_audit_leaves_the_auditors_training_as_it_was(make: Make, overlap: di
     case = make(overlap=overlap, rounds={"total": 6, "inner_steps": 6, "start_members": 2})
     everyone = (case.accused, case.auditor, case.peer)
     case.peer._secret, case.peer.node = b"", case.auditor.node  # the auditor's twin, who audits nothing
-    case.peer._portion = case.auditor._portion
+    case.peer._assignment = case.auditor._assignment
     before = None
     for _ in range(3):
         plan = case.plan()

@@ -17,7 +17,7 @@ from psyche.bench.convergence.loss_curve import evaluated_rounds
 from psyche.bench.convergence.trial import CENTRE, Setting, Trial, run_of, run_trial
 from psyche.bench.harness.turns import percent_above
 from psyche.cli.bench_commands import app
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.errors import PsycheError
 from psyche.numerics.codecs.registry import CODECS
 from psyche.tools.costs import costs_of
@@ -89,14 +89,14 @@ def test_entropy_coded_rows_have_the_losses_of_their_trial_and_the_bytes_of_topk
     assert [row.heldout_loss for row in coded] == [row.heldout_loss for row in sparse]
     assert all(row.bytes_sent < fixed.bytes_sent for row, fixed in zip(coded, sparse, strict=True))
     sent: list[int] = []
-    real = play
+    real = simulate_rounds
 
     def watching(manifest, replicas, late, due):  # type: ignore[no-untyped-def]
         for record, works in real(manifest, replicas, late, due):
             sent.append(sum(len(part) for work in works.values() for part in work.payload))
             yield record, works
 
-    monkeypatch.setattr("psyche.bench.convergence.trial.play", watching)
+    monkeypatch.setattr("psyche.bench.convergence.trial.simulate_rounds", watching)
     run_trial(codecs.setting, replace(_trial(codecs, "topk2"), codec="topk2e"))
     # Of four payloads one was coded, and in rounds judged; another codec's manifest deals out the data in other order.
     assert coded[-1].bytes_sent == pytest.approx(sum(sent) * (CENTRE - 1) / CENTRE, rel=0.03)

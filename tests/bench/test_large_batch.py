@@ -32,7 +32,7 @@ from psyche.bench.convergence.large_batch import (
 from psyche.bench.convergence.trial import Setting, Trial, run_of, run_trial
 from psyche.bench.harness.turns import percent_above
 from psyche.config import Outer
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.errors import PsycheError
 from psyche.tools.costs import costs_of
 from tests.processes.swarm import PATIENCE
@@ -78,13 +78,13 @@ def test_int8_and_the_control_are_compared_with_fp32(rows: list[LargeBatchRow]) 
 
 def test_a_nudged_trial_begins_with_other_parameters(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[str, Tensor]] = []
-    real = play
+    real = simulate_rounds
 
     def watching(manifest, replicas, late, due):  # type: ignore[no-untyped-def]
         begun.extend((manifest.resolved.genesis, one.outer.theta.clone()) for one in replicas.values())
         return real(manifest, replicas, late, due)
 
-    monkeypatch.setattr("psyche.bench.convergence.trial.play", watching)
+    monkeypatch.setattr("psyche.bench.convergence.trial.simulate_rounds", watching)
     for nudge in (0.0, NUDGE):
         run_trial(setting, _diloco(nudge=nudge, steps=4))
     (root, plain), _, (nudged_root, nudged), (_, other) = begun
@@ -131,14 +131,14 @@ def test_bytes_per_token_are_those_on_the_wire(large_batch: LargeBatch, rows: li
 def test_the_payload_counted_is_the_payload_sent(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic above against the bytes that replicas really hand each other."""
     sent: list[int] = []
-    real = play
+    real = simulate_rounds
 
     def watching(manifest, replicas, late, due):  # type: ignore[no-untyped-def]
         for record, works in real(manifest, replicas, late, due):
             sent.extend(sum(map(len, work.payload)) for work in works.values())
             yield record, works
 
-    monkeypatch.setattr("psyche.bench.convergence.trial.play", watching)
+    monkeypatch.setattr("psyche.bench.convergence.trial.simulate_rounds", watching)
     outcome = run_trial(setting, _diloco(codec="int8"))
     assert len(sent) == 2 * 2  # rounds × nodes
     assert sum(sent) == outcome.bytes_per_token * outcome.tokens  # each of two nodes sends to one other

@@ -13,10 +13,10 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from psyche.config import load_config
+from psyche.diloco.algorithm import NonFiniteParameter
 from psyche.diloco.launch import launch
-from psyche.diloco.local_update import NonFiniteParameter, Work
-from psyche.diloco.reference import play
-from psyche.diloco.replica import Replica
+from psyche.diloco.reference import simulate_rounds
+from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.diloco.trace import Trace
 from psyche.errors import ConfigError
 from psyche.exchange.rules import rules_of
@@ -49,8 +49,10 @@ def alone(directory: Path, **changes: object) -> Replica:
     return one
 
 
-def rounds(replicas: dict[str, Replica], late: Callable[[int, str], int]) -> Iterator[tuple[Record, dict[str, Work]]]:
-    return play(replicas[min(replicas)].manifest, replicas, late)
+def rounds(
+    replicas: dict[str, Replica], late: Callable[[int, str], int]
+) -> Iterator[tuple[Record, dict[str, LocalUpdate]]]:
+    return simulate_rounds(replicas[min(replicas)].manifest, replicas, late)
 
 
 def plan_for(one: Replica) -> Plan:
@@ -60,7 +62,7 @@ def plan_for(one: Replica) -> Plan:
     return Plan(chain.rounds + 1, 1, chain.head, root, seed, chain.position, "gather", 0, (member,))
 
 
-def record_of(plan: Plan, work: Work) -> Record:
+def record_of(plan: Plan, work: LocalUpdate) -> Record:
     node = plan.members[0].node
     return Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), EMPTY, (), (), ())
 
@@ -214,7 +216,7 @@ def test_work_that_was_not_accepted_is_given_back_to_its_own_fragment(tmp_path: 
     assert one.residual is not None
     second = one.train(plan_for(one))
     kept = one.residual.clone()
-    one.restore_residual(second)
+    one.restore_update(second)
     given, theta, local = one.residual - kept, one.outer.theta, trained(one)
     for part in one.slices_of(2):
         torch.testing.assert_close(one.residual[part], (theta - local)[part], rtol=1e-5, atol=1e-9)

@@ -29,7 +29,7 @@ def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_pat
     work = one.train(plan)
     assert one.residual is not None
     lost = one.residual.clone()
-    one.restore_residual(work)
+    one.restore_update(work)
     local = torch.empty_like(one.outer.theta)
     one.engine.read(local)
     learned = one.outer.theta - local
@@ -60,14 +60,14 @@ def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in
             0,
             (member,),
         )
-        work = there.train(plan, progress=lambda step, loss, lr: lrs["there"].append(lr))
+        work = there.train(plan, on_step=lambda step, loss, lr: lrs["there"].append(lr))
         if round_number == 1:
             node = identity.peer_id
             record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), EMPTY, (), (), ())
             there.apply(record, there.gradient_of(record, {node: work.payload}))
             joined.adopt(there.outer.clone(), record)
         else:
-            joined.train(plan, progress=lambda step, loss, lr: lrs["joined"].append(lr))
+            joined.train(plan, on_step=lambda step, loss, lr: lrs["joined"].append(lr))
     assert lrs["there"] == [0.001, 0.002, *[0.003] * 6]
     assert lrs["joined"] == [0.0015, *[0.003] * 3]
 
@@ -101,7 +101,7 @@ def test_where_the_text_of_a_step_is_not_here_the_steps_before_it_are_handed_in(
     chain, member = some.chain, Member(identity.peer_id, 20, 1)
     plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, "gather", 0, (member,))
     first, second = shards(range(40), store.train.shape, config.run.seed)
-    whole_work = whole.train(plan, enough=iter([False] * 15 + [True]).__next__)
+    whole_work = whole.train(plan, stop_early=iter([False] * 15 + [True]).__next__)
     store.place(store.train.shards[second]).unlink()
     work = some.train(plan)
     assert work.contribution.inner_steps == 16, "32 sequences are in the first shard, 2 in each step"

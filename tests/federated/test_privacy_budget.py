@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche.diloco.batches import PrivacyBudgetSpent
+from psyche.diloco.local_data import PrivacyBudgetSpent
 from psyche.errors import PsycheError
 from psyche.federated.privacy_budget import NAME, Budget, noise_for
 

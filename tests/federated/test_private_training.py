@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from psyche.config import Config, Manifest, PrivateData, load_config
-from psyche.diloco.batches import PrivacyBudgetSpent
 from psyche.diloco.launch import launch
-from psyche.diloco.reference import play
+from psyche.diloco.local_data import PrivacyBudgetSpent
+from psyche.diloco.reference import simulate_rounds
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
 from psyche.exchange.merge import Merge
@@ -175,7 +175,7 @@ def test_a_private_majority_moves_the_model_by_its_share(tmp_path: Path) -> None
     here = world(tmp_path, rounds=rounds, aggregation=aggregation)
     public = here.public("public")
     nodes = [public, here.private("private-1"), here.private("private-2")]
-    for record, works in play(here.manifest, {one.node: one for one in nodes}):
+    for record, works in simulate_rounds(here.manifest, {one.node: one for one in nodes}):
         assert len({one.chain.state_root for one in nodes}) == 1
         given = {one.node: one.contribution for one in record.accepted}
         counts = weights(record.plan, given, Merge.of(here.manifest.run).caps)

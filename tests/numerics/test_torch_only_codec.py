@@ -13,7 +13,7 @@ from typing_extensions import Buffer
 
 from psyche.config import load_config
 from psyche.diloco.launch import launch
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.network.identity import Identity
 from psyche.numerics.backends.base import Backend, TorchBackend
 from psyche.numerics.backends.cuda import CudaBackend
@@ -110,7 +110,7 @@ def test_nodes_with_different_backends_run_it_to_the_same_state(
             for one, backend in zip(identities, used, strict=True)
         }
         found = []
-        for _ in play(manifest, replicas):
+        for _ in simulate_rounds(manifest, replicas):
             (root,) = {one.chain.state_root for one in replicas.values()}
             found.append(root.hex())
         return found

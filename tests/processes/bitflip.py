@@ -7,17 +7,17 @@ import sys
 from psyche.cli import main
 from psyche.diloco.replica import Replica
 from psyche.numerics.aggregate import Gradient
-from psyche.protocol.messages import Record
+from psyche.numerics.outer import OuterState
 
-honest = Replica.step_outer
+honest = Replica.outer_step
 
 
-def step_outer(self: Replica, record: Record, gradient: Gradient) -> None:
-    if record.plan.round == 2:
+def outer_step(self: Replica, round_number: int, gradient: Gradient, outer: OuterState | None = None) -> None:
+    if round_number == 2:
         self.outer.theta[12345] += 1e-3
-    honest(self, record, gradient)
+    honest(self, round_number, gradient, outer)
 
 
-Replica.step_outer = step_outer  # type: ignore[method-assign]
+Replica.outer_step = outer_step  # type: ignore[method-assign]
 sys.argv[0:1] = ["psyche", "join"]
 main()

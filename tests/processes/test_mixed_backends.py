@@ -8,7 +8,7 @@ import pytest
 
 from psyche.config import load_config
 from psyche.diloco.launch import launch
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.network.identity import Identity
 from psyche.numerics.backends.cuda import CudaBackend
 from psyche.numerics.backends.emulated import EmulatedLauncher
@@ -27,7 +27,7 @@ def test_backends_agree_in_one_run(tmp_path: Path, codec: str, emulator_library:
         for identity, backend in zip(identities, backends, strict=True)
     }
     roots = []
-    for _ in play(manifest, replicas):
+    for _ in simulate_rounds(manifest, replicas):
         held = {one.chain.state_root for one in replicas.values()}
         assert len(held) == 1
         roots += held

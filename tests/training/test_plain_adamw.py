@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from psyche.config import CodecSpec, Data, Inner, Manifest, Node, Outer, Resolved, Rounds, Run
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.diloco.replica import Replica
 from psyche.numerics.flat import FlatLayout
 from psyche.numerics.outer import OuterState
@@ -67,7 +67,7 @@ def diloco(model: nn.Module, given: Manifest, store: MemoryStore) -> list[torch.
     theta = torch.zeros(engine.layout.size)
     engine.read(theta)
     replica = Replica(given, engine, store, OuterState.initial(theta), NODE_ID, b"secret")
-    return [replica.outer.theta.clone() for _ in play(given, {NODE_ID: replica})]
+    return [replica.outer.theta.clone() for _ in simulate_rounds(given, {NODE_ID: replica})]
 
 
 def plain(model: nn.Module, given: Manifest, store: MemoryStore) -> list[torch.Tensor]:

@@ -127,7 +127,7 @@ def test_leaving_can_be_hurried(some: Swarm) -> None:
 def test_fewer_inner_steps_than_due_are_a_contribution_all_the_same(tmp_path: Path) -> None:
     one = alone(tmp_path, rounds={"total": 4, "inner_steps": 8, "start_members": 1})
     plan, taken = plan_for(one), []
-    work = one.train(plan, progress=lambda step, loss, lr: taken.append(step), enough=lambda: len(taken) >= 3)
+    work = one.train(plan, on_step=lambda step, loss, lr: taken.append(step), stop_early=lambda: len(taken) >= 3)
     assert taken == [0, 1, 2]
     assert (work.contribution.inner_steps, work.contribution.tokens) == (3, 3 * one.run.tokens_per_step)
     assert contribution_fault(rules_of(one.manifest), plan, plan.members[0], work.contribution) is None
@@ -135,7 +135,7 @@ def test_fewer_inner_steps_than_due_are_a_contribution_all_the_same(tmp_path: Pa
 
 def test_who_has_taken_no_step_takes_one(tmp_path: Path) -> None:
     one = alone(tmp_path)
-    assert one.train(plan_for(one), enough=lambda: True).contribution.inner_steps == 1
+    assert one.train(plan_for(one), stop_early=lambda: True).contribution.inner_steps == 1
 
 
 # ---------------------------------------------------------------------------------- who is signalled

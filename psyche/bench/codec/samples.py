@@ -16,7 +16,7 @@ from psyche.bench.convergence.trial import COORDINATOR, Setting, Trial, run_of
 from psyche.bench.harness.node_runs import llama
 from psyche.config import BpeTokenizer, Config, Data, Inner, Node, Outer
 from psyche.diloco.launch import launch
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.diloco.replica import Replica
 from psyche.numerics.codecs.registry import codec
 from psyche.training.models import build
@@ -86,7 +86,7 @@ def pseudo_gradient(setting: Setting) -> Tensor:
             replicas[name] = Replica(
                 launched.manifest, engine, launched.store, launched.genesis.clone(), name, name.encode()
             )
-        *_, (_, works) = play(launched.manifest, replicas)
+        *_, (_, works) = simulate_rounds(launched.manifest, replicas)
     layout = replicas["node-0"].engine.layout
     delta = torch.zeros(layout.size)
     for part, payload in zip(layout.slices(), works["node-0"].payload, strict=True):

@@ -15,7 +15,8 @@ from psyche.numerics.codecs.topk2e import TopK2e
 from psyche.training.engine import Engine
 
 if TYPE_CHECKING:
-    from psyche.diloco.local_update import Slices, Work
+    from psyche.diloco.algorithm import Slices
+    from psyche.diloco.replica import LocalUpdate
 
 EVALUATED_AT_ONCE = 64
 """Held-out sequences of one forward pass."""
@@ -49,7 +50,7 @@ class Recorder:
         self._rounds = self._not_coded = 0
         self._coded = 0.0
 
-    def record(self, works: Mapping[str, Work], engine: Engine, store: TokenStore) -> None:
+    def record(self, works: Mapping[str, LocalUpdate], engine: Engine, store: TokenStore) -> None:
         """Record a round; ``engine`` holds the outer parameters that ``works`` led to."""
         produced = sum(len(part) for work in works.values() for part in work.payload)
         self._rounds += 1

@@ -35,12 +35,13 @@ from psyche.config import (
 from psyche.config.trust import Audits
 from psyche.data.store import TokenStore
 from psyche.diloco.launch import Launch, launch
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.diloco.replica import Replica
 from psyche.federated.gaussian_mechanism import privatise
 from psyche.federated.private_text import PrivateText
 from psyche.federated.private_training import Private
 from psyche.protocol.assignment import sequences
+from psyche.protocol.messages import Record
 from psyche.telemetry.run_report import ddp_bytes
 from psyche.training.models import build
 from psyche.training.schedules import learning_rate
@@ -267,7 +268,7 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
             replicas[node].private = UnlimitedBudget(trial, store, number)
     replica = replicas["node-0"]
     quotas = dict(zip(sorted(replicas), trial.quotas, strict=True)) if trial.quotas else {}
-    for _, works in play(manifest, replicas, lambda round_number, node: trial.overlap_steps, quotas):
+    for _, works in simulate_rounds(manifest, replicas, lambda round_number, node: trial.overlap_steps, quotas):
         with replica.outer_params():
             recorder.record(works, replica.engine, store)
     replica.engine.write(replica.outer.theta)
@@ -298,8 +299,8 @@ class MixingReplica(Replica):
         super().__init__(*arguments)
         self._alpha = alpha
 
-    def apply_outer_update(self, round_number: int) -> None:
-        local, parts = torch.empty_like(self.outer.theta), self.slices_of(round_number)
+    def apply_record_update(self, record: Record) -> None:
+        local, parts = torch.empty_like(self.outer.theta), self.slices_of(record.plan.round)
         self.engine.read(local)
         self.engine.write(local.lerp_(self.outer.theta, 1 - self._alpha), parts)
 

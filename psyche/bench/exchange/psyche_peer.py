@@ -35,8 +35,7 @@ from psyche.config import CodecSpec, Deadlines, ExchangeSpec, Inner, Manifest, M
 from psyche.config.trust import Audits
 from psyche.coordinator.coordinator import Coordinator
 from psyche.data.store import TokenStore
-from psyche.diloco.local_update import Interrupted, Work
-from psyche.diloco.replica import Replica
+from psyche.diloco.replica import LocalUpdate, Replica, TrainingCancelled
 from psyche.errors import PsycheError
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
@@ -193,21 +192,21 @@ class TimedReplica(Replica):
         self.times = RoundTimes()
         super().__init__(*arguments)
 
-    def train(self, *arguments: Any, **options: Any) -> Work:
+    def train(self, *arguments: Any, **options: Any) -> LocalUpdate:
         work = super().train(*arguments, **options)
         self.times = RoundTimes(encoded=time.monotonic(), payload_bytes=work.contribution.payload_bytes)
         return work
 
-    def step_outer(self, record: Record, gradient: Gradient) -> None:
-        self.times.fetched, self.times.record = time.monotonic(), record
-        super().step_outer(record, gradient)
+    def outer_step(self, round_number: int, gradient: Gradient, outer: OuterState | None = None) -> None:
+        self.times.fetched = time.monotonic()
+        super().outer_step(round_number, gradient, outer)
 
-    def apply_outer_update(self, round_number: int) -> None:
-        super().apply_outer_update(round_number)
-        self.times.applied = time.monotonic()
+    def apply_record_update(self, record: Record) -> None:
+        super().apply_record_update(record)
+        self.times.applied, self.times.record = time.monotonic(), record
 
-    def settle(self, record: Record) -> None:
-        super().settle(record)
+    def commit_state(self, record: Record) -> None:
+        super().commit_state(record)
         self.finished.put(self.times)
 
     def adopt(self, outer: OuterState, record: Record | None) -> None:
@@ -236,7 +235,7 @@ class WaitingEngine:
             self._local[block] -= draw(self._spec.number, block)
         self.waiting.put(None)
         if not self.go.get():
-            raise Interrupted
+            raise TrainingCancelled
         return 0.0
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from psyche.diloco.local_update import Work
-from psyche.diloco.replica import Replica
+from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.protocol.messages import Plan
 from psyche.training.engine import Batch
 
@@ -37,7 +36,7 @@ class Honest(Replica):
 
     swarm: Swarm
 
-    def train(self, plan: Plan, **hooks: object) -> Work:  # type: ignore[override]
+    def train(self, plan: Plan, **hooks: object) -> LocalUpdate:  # type: ignore[override]
         """The round's work."""
         work = super().train(plan, **hooks)  # type: ignore[arg-type]
         self.swarm.moved[self.node] = moved_by(self)
@@ -67,7 +66,7 @@ class Cheat(Replica):
     data: Callable[[Batch], Batch] | None = None
     """What it trains on instead of the sequences it was dealt."""
 
-    def train(self, plan: Plan, **hooks: object) -> Work:  # type: ignore[override]
+    def train(self, plan: Plan, **hooks: object) -> LocalUpdate:  # type: ignore[override]
         """The round's work."""
         if plan.round < self.swarm.from_round:
             return super().train(plan, **hooks)  # type: ignore[arg-type]

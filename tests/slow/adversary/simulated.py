@@ -12,7 +12,7 @@ from psyche.audit.simulated_audits import SimulatedAudits, VerdictPolicy, honest
 from psyche.config import load_config
 from psyche.diloco.audit_bundle import AuditBundleStore
 from psyche.diloco.launch import launch
-from psyche.diloco.reference import play
+from psyche.diloco.reference import simulate_rounds
 from psyche.diloco.replica import Replica
 from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
@@ -109,7 +109,7 @@ def run(
         replicas[identity.peer_id] = one
     ran = Ran(hostile=liars)
     audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, judge(liars))
-    for record, _ in play(manifest, replicas, hear=audits.statements_after):
+    for record, _ in simulate_rounds(manifest, replicas, audit=audits.statements_after):
         ran.records.append(record)
     ran.books = fold(rules_of(manifest), ran.records)
     ran.loss = heldout_loss(replicas[identities[0].peer_id])

@@ -1,5 +1,4 @@
-"""The sequences of the run's text that one node trains on: of a round those that it was dealt, before its first round
-some of those that come next."""
+"""Where one node's training sequences come from: the run's data assignment, or private text in federated mode."""
 
 from __future__ import annotations
 
@@ -18,27 +17,29 @@ from psyche.training.engine import Batch
 
 
 class DataAssignment:
-    """One node's."""
+    """The sequences of the run's training split that are assigned to one node."""
 
     def __init__(self, run: Run, split: Split, node: str) -> None:
         self._run, self._split, self._node = run, split, node
-        self._dealt: tuple[Plan, range] | None = None
-        """Its positions in the round that was asked for last: they take a sort of the members to find."""
+        self._positions: tuple[Plan, range] | None = None
+        """The node's positions in the last round asked for. Finding them sorts the members, so they are kept."""
 
-    def of_round(self, plan: Plan, step: int) -> Batch:
-        """Of inner step ``step`` in round ``plan``. Raises :class:`~psyche.data.store.BadShard`."""
+    def round_batch(self, plan: Plan, step: int) -> Batch:
+        """Return the batch of inner step ``step`` in ``plan``'s round. Raises :class:`~psyche.data.store.BadShard`."""
         size = self._run.inner.batch_size
-        if self._dealt is None or self._dealt[0] is not plan:
-            self._dealt = plan, positions(plan, self._node, size, self._run.overlap.overlap_steps)
-        return self._at(self._dealt[1][step * size : (step + 1) * size])
+        if self._positions is None or self._positions[0] is not plan:
+            self._positions = plan, positions(plan, self._node, size, self._run.overlap.overlap_steps)
+        return self._batch(self._positions[1][step * size : (step + 1) * size])
 
-    def to_warm_up(self, position: int, step: int) -> Batch:
-        """Of step ``step`` before the first round, where the run stands at ``position``: what it trains on next is
-        here already."""
+    def warm_up_batch(self, position: int, step: int) -> Batch:
+        """Return the batch of warm-up step ``step`` for a node that joins a run at ``position`` in the data.
+
+        It is text that the run trains on next, so its shards are here or being fetched.
+        """
         start = position + step * self._run.inner.batch_size
-        return self._at(range(start, start + self._run.inner.batch_size))
+        return self._batch(range(start, start + self._run.inner.batch_size))
 
-    def _at(self, span: range) -> Batch:
+    def _batch(self, span: range) -> Batch:
         return self._split.batch(sequences(span, self._split.shape, self._run.seed))
 
 
