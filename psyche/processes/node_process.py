@@ -227,6 +227,6 @@ def _outer_device(node: Node, device: torch.device) -> torch.device:
 
 def engine_notice(choice: EngineChoice) -> events.Notice:
     """Say which engine was chosen and why; a warning where a setting would improve on it."""
-    if choice.mend:
-        return events.Notice(level="warning", text=f"{choice.why}; {choice.mend}")
-    return events.Notice(level="info", text=choice.why)
+    if choice.remedy:
+        return events.Notice(level="warning", text=f"{choice.reason}; {choice.remedy}")
+    return events.Notice(level="info", text=choice.reason)

@@ -100,7 +100,7 @@ async def _visit(
     except PsycheError as error:
         report(Finding("engine", "fail", "this node's settings do not fit its devices", str(error)))
         return
-    report(Finding("engine", "warn" if choice.mend else "ok", choice.why, choice.mend))
+    report(Finding("engine", "warn" if choice.remedy else "ok", choice.reason, choice.remedy))
     machine = check_machine(manifest, node, choice, directory, found)
     for finding in machine:
         report(finding)

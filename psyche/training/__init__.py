@@ -1,1 +1,1 @@
-"""What trains: models, engines, schedules. Everything else sees only the flat vector (DESIGN §10)."""
+"""Models, engines and schedules. The rest of psyche sees only the flat parameter vector."""

@@ -1,9 +1,9 @@
-"""``torch.compile`` where it pays, which a trial on this machine with this model decides.
+"""``torch.compile`` where a trial on this machine with this model shows that it pays.
 
-The trial runs in a child process before the node joins: no other member waits for it, it can be ended after
-:data:`TRIAL_SECONDS`, and Ctrl-C in a terminal does not reach its compilers. What it measures is remembered on disk; a
-trial that failed is not, because the cause may be gone at the next start. It also leaves Inductor's own cache warm, so
-that the node's process compiles in seconds.
+The trial runs in a child process before the node joins: no other member waits for it, it can be killed after
+:data:`TRIAL_SECONDS`, and Ctrl-C in a terminal does not reach its compilers. Its measurements are cached on disk; a
+failure is not, because its cause may be gone at the next start. The trial also warms Inductor's own cache, so the
+node's process compiles in seconds.
 """
 
 from __future__ import annotations
@@ -34,89 +34,88 @@ from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
 
 WORTH_TRYING = 4 * 3600.0
-"""Seconds of training below which no trial is made: the node joins later by what the trial takes."""
+"""Seconds of training below which there is no trial, because it delays joining."""
 TRIAL_SECONDS = 300.0
-"""A trial is ended after so long. One of a model of 0.1M parameters takes half a minute on one core, most of it for
-imports and the C++ compiler."""
+"""Time limit of a trial in seconds. With 0.1M parameters a trial takes 30 s on one core, mostly for imports and the C++
+compiler."""
 CHILD = (sys.executable, "-P", "-m", "psyche.training.compile_trial")
 MAX_ANSWER = 64 << 10
-"""Bytes of what the child prints."""
+"""Maximum size in bytes of the child's output."""
 
 
 Do = Callable[..., Awaitable[Any]]
-"""Runs a function, with the arguments after it, on the thread that trains: each thread has its own number of PyTorch
-threads."""
+"""Runs a function with arguments on the training thread. PyTorch's number of threads is set per thread."""
 
 
 class TrialFailed(Exception):
-    """There is no measurement; the message says why."""
+    """A trial without a measurement; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Seconds of a forward and backward pass."""
+    """Durations of a forward and backward pass, in seconds."""
 
     eager: float
     compiled: float
     compiling: float
-    """The first compiled pass, which compiles."""
+    """Duration of the first compiled pass, which compiles."""
 
     def pays(self, passes: int) -> bool:
-        """Whether compiling saves time over ``passes`` of them."""
+        """Whether compiling saves time over ``passes`` passes."""
         return (self.eager - self.compiled) * passes > self.compiling
 
 
 async def compile_if_it_pays(
     engine: Engine, run: Run, node: Node, steps: int, *, do: Do, say: Callable[[str], None], begin: Callable[[], None]
 ) -> None:
-    """Have ``engine`` train compiled for ``steps`` inner steps, if that pays or ``node.compile`` is ``on``.
+    """Compile the model of ``engine``, if that pays over ``steps`` inner steps or ``node.compile`` is ``on``.
 
-    ``begin`` is called before anything that takes long, ``say`` with what is done and what came of it. Whatever cannot
-    be compiled is trained as it is: only cancelling raises.
+    Calls ``begin`` before anything that takes long, and ``say`` with progress and result. A model that cannot be
+    compiled is trained eagerly; only cancellation raises.
     """
     if not isinstance(engine, TorchEngine) or node.compile == "off":
         return
     batch = np.zeros((run.inner.batch_size, run.data.sequence_length), np.int64)
     notes = node.cache.expanduser() / "compile"
-    # Inductor's own default is below /tmp: after a reboot a node would compile anew, without the trial's bound.
+    # Inductor's default is in /tmp: after a reboot a node would compile again, without the time limit of a trial
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(notes.absolute() / "inductor"))
     try:
         rows = await do(engine.rows, batch)
         passes = steps * -(-len(batch) // rows)
         path = notes / f"{_key(engine, run, node, rows)}.json"
-        speeds = remembered = _remembered(path)
+        speeds = cached = _cached(path)
         if speeds is None:
             if node.compile == "auto" and passes * rows * await do(engine.pass_seconds, batch[:1], 1) < WORTH_TRYING:
                 return
             begin()
             say(
-                "measuring in a process of its own whether torch.compile makes this model faster here: at most "
-                f"{TRIAL_SECONDS / 60:.0f} minutes, once; the node joins afterwards (node.compile: off skips it)"
+                "measuring whether torch.compile makes this model faster on this machine: once, at most "
+                f"{TRIAL_SECONDS / 60:.0f} minutes; the node joins afterwards (node.compile: off skips this)"
             )
             speeds = await _trial(run, node, rows, await do(torch.get_num_threads), engine.end)
-            _remember(path, speeds)
-        gain = f"a pass takes {speeds.compiled:.3g} s compiled, {speeds.eager:.3g} s otherwise"
+            _cache(path, speeds)
+        gain = f"a pass takes {speeds.compiled:.3g} s compiled and {speeds.eager:.3g} s eager"
         if node.compile == "auto" and not speeds.pays(passes):
-            say(f"training without torch.compile, which does not pay here: {gain}")
+            say(f"training without torch.compile, which is not worth it here: {gain}")
             return
-        if remembered:
+        if cached:
             begin()
         say(f"compiling the model: {gain}")
         await do(engine.use_compiled, batch[:rows])
     except TrialFailed as error:
         say(f"training without torch.compile: {error}")
-    except Exception as error:  # Dynamo, Inductor, Triton and the C++ compiler have each their own
-        say(f"training without torch.compile: {_in_short(error)}")
+    except Exception as error:  # Dynamo, Inductor, Triton and the C++ compiler raise exceptions of their own
+        say(f"training without torch.compile: {_summary(error)}")
 
 
 async def _trial(run: Run, node: Node, rows: int, threads: int, end: int | None = None) -> Speeds:
-    """Speeds as a child process measures them; ``end`` is the engine's. Raises :class:`TrialFailed`."""
+    """Measure speeds in a child process; ``end`` is the engine's. Raises :class:`TrialFailed`."""
     child = await asyncio.create_subprocess_exec(
         *CHILD,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is this process's to handle; and its compilers end with it, see _kill
+        start_new_session=True,  # Ctrl-C goes to this process only, and _kill ends the compilers, too
     )
     assert child.stdin is not None
     assert child.stdout is not None
@@ -151,15 +150,15 @@ async def _trial(run: Run, node: Node, rows: int, threads: int, end: int | None 
 
 
 def _kill(pid: int) -> None:
-    """The child and the compilers it started: it leads a session of its own."""
+    """Kill the child and the compilers that it started: it leads its own session."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def _key(engine: TorchEngine, run: Run, node: Node, rows: int) -> str:
-    """All that the speeds depend on, hashed."""
+    """Hash everything that the speeds depend on."""
     threads = torch.get_num_threads() if node.threads is None else node.threads
-    where = f"{platform.node()}, {threads} threads"  # several machines may share a cache
+    where = f"{platform.node()}, {threads} threads"  # several machines can share a cache
     if engine.device.type == "cuda":
         where = torch.cuda.get_device_name(engine.device)
     what = (run.model.model_dump_json(), run.data.sequence_length, rows, node.precision, engine.checkpoints)
@@ -167,15 +166,15 @@ def _key(engine: TorchEngine, run: Run, node: Node, rows: int) -> str:
     return blake2b(repr((*versions, where, engine.end is None, *what)).encode(), digest_size=16).hexdigest()
 
 
-def _remembered(path: Path) -> Speeds | None:
+def _cached(path: Path) -> Speeds | None:
     try:
         return Speeds(**{name: float(value) for name, value in json.loads(path.read_bytes()).items()})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def _remember(path: Path, speeds: Speeds) -> None:
-    """Several nodes of one machine may do so at once. A disk that does not take it costs another trial."""
+def _cache(path: Path, speeds: Speeds) -> None:
+    """Cache speeds atomically: several nodes may do so at once. A failed write only costs another trial."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -183,7 +182,7 @@ def _remember(path: Path, speeds: Speeds) -> None:
         os.replace(file.name, path)
 
 
-def _in_short(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -191,7 +190,7 @@ def _in_short(error: BaseException) -> str:
 
 
 def measure(engine: TorchEngine, batch: Batch) -> Speeds:
-    """Speeds of passes over ``batch`` as one piece. Raises what the compiler raises."""
+    """Measure passes over ``batch`` as one micro-batch. Passes on the exceptions of the compiler."""
     eager = engine.pass_seconds(batch)
     began = perf_counter()
     engine.use_compiled(batch)
@@ -200,9 +199,9 @@ def measure(engine: TorchEngine, batch: Batch) -> Speeds:
 
 
 def main() -> None:
-    """Measure what the first line of stdin describes, and print it; end with all that was started as stdin closes."""
+    """Measure the task on the first line of stdin and print the result. Kill the process group when stdin closes."""
     output = os.dup(1)
-    os.dup2(2, 1)  # a library that prints must not spoil the answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answer
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -212,12 +211,12 @@ def main() -> None:
         batch = np.zeros((task["rows"], run.data.sequence_length), np.int64)
         answer: dict[str, object] = {"speeds": asdict(measure(engine, batch))}
     except Exception as error:
-        answer = {"fault": _in_short(error)}
+        answer = {"fault": _summary(error)}
     os.write(output, json.dumps(answer).encode())
 
 
 def _end_with_parent() -> None:
-    while os.read(0, 4096):  # not sys.stdin, whose lock a thread that waits would hold when the interpreter ends
+    while os.read(0, 4096):  # not sys.stdin: this thread would hold its lock when the interpreter exits
         pass
     os.killpg(0, signal.SIGKILL)
 

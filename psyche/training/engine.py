@@ -1,4 +1,4 @@
-"""What trains. One interface, so that a laptop and a box with eight GPUs look the same from outside."""
+"""The interface of training engines, and which tokens of a batch they predict."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Engine(Protocol):
 
     layout: FlatLayout
     steps: int
-    """Inner steps behind the optimizer's state; 0 where it has none."""
+    """Inner steps taken by the optimizer; 0 where it has no state."""
 
     def step(self, batch: Batch, lr: float) -> float:
-        """One inner step: forward, backward, clip, AdamW. Returns the mean loss in nats a token."""
+        """Take one inner step: forward, backward, clip, optimizer. Returns the mean loss in nats per token."""
         ...
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """Sum of the loss over the predicted tokens, and their number. Changes nothing."""
+        """Compute the sum of the loss over the predicted tokens, and their number. Changes nothing."""
         ...
 
     def read(self, flat: Tensor) -> None:
@@ -35,8 +35,10 @@ class Engine(Protocol):
         ...
 
     def write(self, flat: Tensor, parts: Sequence[slice] | None = None) -> None:
-        """Set the parameters, or those in the ranges ``parts``, from ``flat``. Inner optimizer state stays as it is
-        (DiLoCo, §3)."""
+        """Set the parameters, or those in the ranges ``parts``, from ``flat``.
+
+        Keeps the state of the inner optimizer (DiLoCo, arXiv 2311.08105, §3).
+        """
         ...
 
     def shift(self, flat: Tensor, parts: Sequence[slice]) -> None:
@@ -44,11 +46,11 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The inner optimizer's tensors by name, for a checkpoint."""
+        """The tensors of the inner optimizer by name, for a checkpoint."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of :meth:`state`. Raises ``ValueError`` where names or shapes differ."""
+        """Load what :meth:`state` returned. Raises ``ValueError`` where names or shapes differ."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Which engine a node trains with, decided from what the machine has and what its settings say, and why."""
+"""The choice of a node's engine, from its hardware and settings, with a reason."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ INSTALL = "pip install 'psyche[deepspeed]'"
 
 @dataclass(frozen=True)
 class Hardware:
-    """What there is to choose from."""
+    """What the machine has."""
 
     deepspeed: bool
-    """Whether it is installed."""
+    """Whether DeepSpeed is installed."""
     memory: int
-    """Bytes free."""
+    """Free RAM in bytes."""
     gpus: tuple[int, ...]
-    """Bytes free on each."""
+    """Free memory of each GPU in bytes."""
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine, and one sentence that says why; ``mend`` is empty where nothing is lost by it."""
+    """An engine and the reason for it."""
 
     devices: tuple[str, ...]
-    """What trains: a rank each, where there is a ``stage``."""
+    """The devices that train; with a ``stage``, one rank on each."""
     stage: Stage | None
-    """Of ZeRO; None is TorchEngine on the one device."""
+    """The stage of ZeRO; None means TorchEngine on a single device."""
     offload: bool
-    why: str
-    mend: str = ""
+    reason: str
+    """One sentence for the log."""
+    remedy: str = ""
+    """How to use the hardware better; empty where nothing is lost."""
     free: int = 0
-    """Bytes that the node may take on each of the devices, at least."""
+    """Bytes of memory that the node may use on each device, at least."""
 
     @property
     def device(self) -> torch.device:
@@ -54,44 +56,44 @@ class EngineChoice:
 
 
 def choose_engine(node: Node, elements: int, optimizer: InnerOptimizer) -> EngineChoice:
-    """The engine for a model of ``elements`` parameters on this machine. Raises :class:`PsycheError`."""
+    """Choose the engine for a model of ``elements`` parameters on this machine. Raises :class:`PsycheError`."""
     there = Hardware(find_spec("deepspeed") is not None, available_memory(), gpu_memory(_gpus()))
     return decide_engine(node, elements, there, optimizer)
 
 
 def decide_engine(node: Node, elements: int, machine: Hardware, optimizer: InnerOptimizer = "adamw") -> EngineChoice:
-    """The same for a machine that somebody has looked at."""
+    """Choose the engine for given hardware. Raises :class:`PsycheError`."""
     devices, asked = _devices(node, len(machine.gpus))
     on_cpu = devices[0] == "cpu"
     free = machine.memory // len(devices) if on_cpu else min(machine.gpus[int(one[5:])] for one in devices)
     if not on_cpu and (limit := memory_limit(node)) is not None:
         free = min(free, limit)
     if node.deepspeed is None and len(devices) == 1:
-        why = f"TorchEngine on {devices[0]}: there is one device to train on"
-        return EngineChoice(devices, None, False, why, free=free)
+        reason = f"TorchEngine on {devices[0]}: there is one device to train on"
+        return EngineChoice(devices, None, False, reason, free=free)
     if optimizer != "adamw":
-        reason = "it looks at whole matrices, and ZeRO cuts them up"
+        because = "it needs whole matrices, which ZeRO partitions"
         if asked:
-            mend = f"leave out node.deepspeed and node.gpus, and train on one device (--device {devices[0]})"
-            raise PsycheError(f"run.inner.optimizer is {optimizer}: {reason}; {mend}")
-        why = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs, with {optimizer}: {reason}"
-        mend = f"a node for each of the others (--device {devices[1]}, another --directory) uses them, too"
-        return EngineChoice(devices[:1], None, False, why, mend, free)
+            remedy = f"remove node.deepspeed and node.gpus and train on one device (--device {devices[0]})"
+            raise PsycheError(f"run.inner.optimizer is {optimizer}: {because}; {remedy}")
+        reason = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs, with {optimizer}: {because}"
+        remedy = f"start one more node per idle GPU (--device {devices[1]}, another --directory)"
+        return EngineChoice(devices[:1], None, False, reason, remedy, free)
     if not machine.deepspeed:
-        mend = f"install DeepSpeed: {INSTALL}"
+        remedy = f"install DeepSpeed: {INSTALL}"
         if asked:
-            raise PsycheError(f"training on {_counted(devices)} needs DeepSpeed, which is not installed; {mend}")
-        why = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs: the others idle without DeepSpeed"
-        return EngineChoice(devices[:1], None, False, why, mend, free)
+            raise PsycheError(f"training on {_counted(devices)} needs DeepSpeed, which is not installed; {remedy}")
+        reason = f"TorchEngine on {devices[0]}, one of {len(devices)} GPUs: without DeepSpeed the others are idle"
+        return EngineChoice(devices[:1], None, False, reason, remedy, free)
     offload = node.deepspeed is not None and node.deepspeed.offload == "cpu"
     stage = None if node.deepspeed is None else node.deepspeed.stage
-    because = "as node.deepspeed.stage says"
+    because = "set by node.deepspeed.stage"
     if stage is None:
         stage = least_stage(elements, len(devices), free, offload=offload)
-        because = "which needs the least memory" if stage == 3 else "the lowest whose tensors fit into what is free"
-    why = f"DeepSpeedEngine on {_counted(devices)}, ZeRO {stage}, {because}"
-    why += "; the optimizer is on the CPU" if offload else ""
-    return EngineChoice(devices, stage, offload, why, free=free)
+        because = "which needs the least memory" if stage == 3 else "the lowest that fits into free memory"
+    reason = f"DeepSpeedEngine on {_counted(devices)}, ZeRO {stage}, {because}"
+    reason += "; the optimizer is offloaded to the CPU" if offload else ""
+    return EngineChoice(devices, stage, offload, reason, free=free)
 
 
 def make_engine(
@@ -102,9 +104,9 @@ def make_engine(
     *,
     end: int | None = None,
 ) -> Engine:
-    """The chosen engine with the run's initial parameters. Ranks' output goes below ``directory``.
+    """Create the chosen engine with the run's initial parameters. The output of ranks goes below ``directory``.
 
-    ``end``: of padded sequences, the token that padding follows. Raises :class:`PsycheError`.
+    ``end`` is the token that precedes padding. Raises :class:`PsycheError`.
     """
     if choice.stage is None:
         one = node.model_copy(update={"device": choice.devices[0]})
@@ -127,7 +129,7 @@ def make_engine(
 
 
 def describe_device(node: Node, optimizer: InnerOptimizer = "adamw") -> str:
-    """What a node trains on, in at most 64 characters: ``8 × NVIDIA H100 80GB HBM3``, or ``CPU, 4 threads``."""
+    """Describe the devices in at most 64 characters: ``8 × NVIDIA H100 80GB HBM3``, or ``CPU, 4 threads``."""
     devices, _ = _devices(node, _gpus())
     if devices[0] == "cpu":
         threads = node.threads or torch.get_num_threads()
@@ -141,28 +143,28 @@ def _gpus() -> int:
 
 
 def _devices(node: Node, gpus: int) -> tuple[tuple[str, ...], bool]:
-    """What is to train, and whether the settings name more than the first of it."""
+    """The devices to train on, and whether the settings ask for more than the first one."""
     ranks = node.deepspeed.ranks if node.deepspeed is not None else None
     if node.device != "auto" and node.gpus != "auto":
-        raise ConfigError(f"node.gpus: node.device is {node.device} already; leave one of them out")
+        raise ConfigError(f"node.gpus and node.device ({node.device}) are both set: remove one")
     if node.device == "cpu" or (gpus == 0 and node.gpus == "auto" and node.device == "auto"):
         return ("cpu",) * (ranks or 1), node.deepspeed is not None
     if ranks is not None:
-        raise ConfigError("node.deepspeed.ranks: for CPUs only; GPUs have one rank each, and --gpus says which")
+        raise ConfigError("node.deepspeed.ranks is for CPUs only: each GPU has one rank, and --gpus selects the GPUs")
     if node.device != "auto":
         named, wanted = f"node.device is {node.device}", [int(node.device.partition(":")[2] or 0)]
     else:
         named, wanted = f"node.gpus is {node.gpus}", _numbers(node.gpus, gpus)
     if not wanted or max(wanted) >= gpus:
         raise PsycheError(
-            f"{named}, but torch sees {gpus} CUDA devices here: install the NVIDIA driver, ask for what is there, "
+            f"{named}, but torch sees {gpus} CUDA devices here: install the NVIDIA driver, ask for fewer, "
             "or use --device cpu"
         )
     return tuple(f"cuda:{number}" for number in wanted), node.gpus != "auto" or node.deepspeed is not None
 
 
 def _numbers(wanted: str, gpus: int) -> list[int]:
-    """Of the GPUs that ``node.gpus`` means."""
+    """The indices of the GPUs that ``node.gpus`` selects."""
     if "," in wanted:
         return list(dict.fromkeys(int(number) for number in wanted.split(",")))
     return list(range(int(wanted) if wanted.isdigit() else gpus))

@@ -1,4 +1,4 @@
-"""Causal language models of ``transformers``, from nothing but their configuration."""
+"""Causal language models of ``transformers``, built from their configuration alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from psyche.errors import ConfigError
 from psyche.numerics.flat import FlatLayout
 
 _IMPORTING = Lock()
-"""transformers loads its modules when they are first asked for, and fails where two threads do that at once."""
+"""transformers imports its modules lazily, and fails if two threads trigger that at once."""
 
 
 def build(spec: config.Model, *, device: str = "cpu", seed: int = 0) -> nn.Module:
-    """The model with freshly initialised fp32 parameters, by ``seed``; ``device="meta"`` allocates nothing.
+    """Build the model with fp32 parameters initialised from ``seed``; ``device="meta"`` allocates nothing.
 
-    Raises :class:`ConfigError` for an architecture that is unknown or settings it does not have.
+    Raises :class:`ConfigError` for an unknown architecture or setting.
     """
     preload()
     from transformers import AutoModelForCausalLM
@@ -31,23 +31,23 @@ def build(spec: config.Model, *, device: str = "cpu", seed: int = 0) -> nn.Modul
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ConfigError(f"run.model: transformers cannot build it: {error}") from None
+            raise ConfigError(f"run.model: transformers cannot build this model: {error}") from None
     return model
 
 
 def preload() -> None:
-    """Import what :func:`build` needs, which takes seconds, while there is something else to wait for."""
+    """Import what :func:`build` needs, which takes seconds, while the caller waits for something else."""
     with _IMPORTING:
         from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 
 def layout(spec: config.Model) -> FlatLayout:
-    """The flat layout of the model, without allocating its parameters."""
+    """Compute the flat layout of the model without allocating its parameters."""
     return FlatLayout.of_model(build(spec, device="meta"))
 
 
 def initial_parameters(spec: config.Model, seed: int) -> tuple[FlatLayout, Tensor]:
-    """Layout and θ before the first round (``[layout.size]`` fp32, padding zero)."""
+    """Compute the layout and θ before the first round (fp32 ``[layout.size]``, padding zero)."""
     model = build(spec, seed=seed)
     flat_layout = FlatLayout.of_model(model)
     flat = torch.zeros(flat_layout.size)
@@ -58,9 +58,10 @@ def initial_parameters(spec: config.Model, seed: int) -> tuple[FlatLayout, Tenso
 
 @torch.no_grad()
 def draws_random_numbers(model: nn.Module, tokens: Tensor) -> bool:
-    """Whether a forward pass of training on ``tokens`` (int64 ``[sequences, length]``) does: dropout, of any kind.
+    """Whether a training forward pass on ``tokens`` (int64 ``[sequences, length]``) draws random numbers, as dropout
+    does.
 
-    Seen by the generators, which have moved on; they are put back.
+    Compares the states of the random number generators before and after, then restores them.
     """
     cuda = [tokens.device] if tokens.device.type == "cuda" else []
 
@@ -84,7 +85,7 @@ def _settings(spec: config.Model) -> Any:
         raise ConfigError(f"run.model.settings.{unknown[0]}: {spec.architecture} has no such setting")
     try:
         return AutoConfig.for_model(spec.architecture, **spec.settings)
-    except Exception as error:  # transformers validates with several libraries' exceptions
+    except Exception as error:  # transformers raises exceptions of several libraries
         raise ConfigError(f"run.model.settings: {' '.join(str(error).split())}") from None
 
 

@@ -1,10 +1,10 @@
-"""The inner learning rate as a function of the run's global inner step, so that a late joiner has the same.
+"""The inner learning rate as a function of the run's global inner step, so a late joiner uses the same one.
 
-But for its first steps: AdamW without state moves every coordinate by the full lr, ±1 in units of lr where β₁ = .9 lets
-noise move it by √((1 − β₁)/(1 + β₁)) = .23 later on, and by 1/√k in its k-th step. A linear warm-up over
-(1 + β₁)/(1 − β₁) = 19 steps keeps every one of them to that, within a sixth. The rule for the beginning of a run,
-2/(1 − β₂) steps (Ma and Yarats, arXiv 1910.04209), is for gradients that change fast, too, which they do no more in the
-middle of one.
+Its first steps are the exception. AdamW without state moves every coordinate by the full lr: noise moves it by ±1 in
+units of lr in the first step and by 1/√k in the k-th, but only by √((1 − β₁)/(1 + β₁)) = 0.23 (β₁ = 0.9) later on. A
+linear warm-up over (1 + β₁)/(1 − β₁) = 19 steps keeps each of them within a sixth of that. The rule for the beginning
+of a run, 2/(1 − β₂) steps (Ma and Yarats, arXiv 1910.04209), also covers gradients that change fast, which they no
+longer do in the middle of a run.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from psyche.config import Inner
 
 
 def learning_rate(inner: Inner, step: int, total: int, taken: int | None = None) -> float:
-    """The lr of global inner step ``step`` (0-based) of ``total``, for an optimizer with ``taken`` steps behind it.
+    """Compute the lr of global inner step ``step`` (0-based) of ``total``, for an optimizer that took ``taken`` steps.
 
-    That of the schedule, and for an optimizer's own first steps no more than their share of it. At the beginning of a
-    run, where ``taken`` is ``step``, the run's warm-up is the longer one, and so nothing else. None: it has many.
+    The schedule is a linear warm-up to ``inner.lr``, then ``cosine``: decay to ``final_lr · lr`` (SGDR, arXiv
+    1608.03983, without restarts); ``wsd``: constant, with linear decay over the last ``decay_fraction`` (MiniCPM, arXiv
+    2404.06395, §4); or ``constant``.
 
-    The schedule: linear warm-up to ``inner.lr``, then: ``cosine`` to ``final_lr · lr`` (SGDR, arXiv 1608.03983, without
-    restarts); ``wsd`` stays and falls linearly over the last ``decay_fraction`` (MiniCPM, arXiv 2404.06395,
-    §4); ``constant`` stays.
+    The first ``fresh_warmup_steps`` of an optimizer are scaled linearly on top (``taken`` None: they are over). At the
+    beginning of a run, where ``taken`` equals ``step``, this has no effect, because the run's warm-up is longer.
     """
     lr = _after_warm_up(inner, step, total)
     fresh = min(inner.fresh_warmup_steps, inner.warmup_steps)
@@ -34,7 +34,7 @@ def learning_rate(inner: Inner, step: int, total: int, taken: int | None = None)
 
 
 def _after_warm_up(inner: Inner, step: int, total: int) -> float:
-    """The schedule without its warm-up: ``inner.lr`` up to there."""
+    """The schedule without its warm-up, during which this is ``inner.lr``."""
     if step < inner.warmup_steps or inner.schedule == "constant":
         return inner.lr
     start = inner.warmup_steps

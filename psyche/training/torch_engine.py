@@ -1,4 +1,4 @@
-"""TorchEngine: one model on one device, its parameters views of one flat tensor."""
+"""TorchEngine: one model on one device, with parameters that are views of one flat tensor."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from psyche.config import Inner, Node
 
 REPEATS = 5
-"""Timed passes: compiled and eager ones differ by a tenth or more where it matters."""
-OUT_OF_MEMORY = "one sequence does not fit into this device's memory: free some of it, or train on a bigger one"
+"""Timed passes. Few are enough: where compiling matters, speeds differ by a tenth or more."""
+OUT_OF_MEMORY = "one sequence does not fit into the memory of this device: free some of it, or use a larger device"
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that are taken at once."""
+    """The sequences of one forward pass, on the device."""
 
     tokens: Tensor
     """int64 ``[sequences, length]``."""
     labels: Tensor
     predicted: int
-    """Tokens that its loss is the mean over."""
+    """The number of tokens that the mean loss covers."""
 
     def first(self, rows: int) -> MicroBatch:
         """So many sequences of it."""
@@ -45,12 +45,12 @@ class MicroBatch:
 class TorchEngine:
     """One model on one device.
 
-    Parameters are views of one flat tensor, so reading and writing them all is one copy. A batch is taken in as few
-    pieces as fit into memory, which is found at the first step unless the node says how many sequences to take.
+    Parameters are views of one flat tensor, so all of them are read or written by one copy. A batch is split into as
+    few micro-batches as fit into memory; their size is found at the first step unless ``node.micro_batch`` sets it.
     """
 
     def __init__(self, model: nn.Module, inner: Inner, node: Node, end: int | None = None) -> None:
-        """``end``: of padded sequences, the token that padding follows."""
+        """``end`` is the token that precedes padding; None: sequences are not padded."""
         self.device = pick_device(node.device)
         limit_memory(memory_limit(node), self.device)
         self.layout = FlatLayout.of_model(model)
@@ -62,13 +62,13 @@ class TorchEngine:
         self._clip = inner.clip
         self.end = end
         self._compiled_rows = 0
-        """Sequences of a piece that ``_forward`` is compiled for."""
+        """The micro-batch size that ``_forward`` is compiled for; 0: it is not compiled."""
         self._max_rows = node.micro_batch
-        """Sequences of a piece, at most; None until it is known how many fit."""
+        """The maximum micro-batch size; None until it has been measured."""
         self._autocast_dtype = pick_precision(node.precision, self.device)
         self._optimizers = Optimizers(self.model, inner)
         self.checkpoints = False
-        """Whether activations are computed again in the backward pass instead of being kept."""
+        """Whether activations are recomputed in the backward pass instead of saved."""
         if node.activation_checkpointing:
             self._checkpoint_activations()
         self.steps = 0
@@ -78,7 +78,7 @@ class TorchEngine:
         loss = None
         while loss is None:
             self._optimizers.zero_grad()
-            with suppress(torch.OutOfMemoryError):  # nothing has been stepped yet, so it can be tried again
+            with suppress(torch.OutOfMemoryError):  # the optimizer has not stepped yet, so the step can be repeated
                 loss = self._backward(batch)
             if loss is None and not self.halve_micro_batch(len(batch)):
                 self.enable_activation_checkpointing()
@@ -127,32 +127,34 @@ class TorchEngine:
         self.steps = self._optimizers.load_state(state)
 
     def rows(self, batch: Batch) -> int:
-        """Sequences of ``batch`` that one forward pass takes."""
+        """The micro-batch size for ``batch``."""
         self._fit_micro_batch(batch)
         return micro_batch_size(len(batch), self._max_rows or len(batch))
 
     def pass_seconds(self, batch: Batch, repeats: int = REPEATS) -> float:
-        """Seconds of a forward and backward pass over ``batch`` in one piece: the median of ``repeats``, after one that
-        warms up. Changes no parameter."""
-        (piece,) = self._micro_batches(batch)
+        """Measure a forward and backward pass over ``batch`` as one micro-batch; changes no parameter.
+
+        Returns the median of ``repeats`` in seconds, after one warm-up pass.
+        """
+        (micro_batch,) = self._micro_batches(batch)
         forward = self._forward if len(batch) == self._compiled_rows else self.model
-        taken = [self._timed(forward, piece) for _ in range(repeats + 1)]
+        taken = [self._timed(forward, micro_batch) for _ in range(repeats + 1)]
         return median(taken[1:])
 
     def use_compiled(self, batch: Batch) -> None:
-        """Compile the model for pieces like ``batch``; other sizes are computed as before. Changes no parameter.
+        """Compile the model for micro-batches of the shape of ``batch``; other shapes stay eager. Changes no parameter.
 
-        Raises whatever the compiler raises, and then changes nothing.
+        Passes on the exceptions of the compiler, without having changed anything.
         """
-        (piece,) = self._micro_batches(batch)
+        (micro_batch,) = self._micro_batches(batch)
         compiled: Callable[..., Any] = torch.compile(self.model, dynamic=False)
-        self._timed(compiled, piece)
+        self._timed(compiled, micro_batch)
         self._forward, self._compiled_rows = compiled, len(batch)
 
-    def _timed(self, forward: Callable[..., Any], piece: MicroBatch) -> float:
+    def _timed(self, forward: Callable[..., Any], micro_batch: MicroBatch) -> float:
         began = perf_counter()
         try:
-            self._loss(forward, piece).backward()  # type: ignore[no-untyped-call]
+            self._loss(forward, micro_batch).backward()  # type: ignore[no-untyped-call]
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         finally:
@@ -161,7 +163,7 @@ class TorchEngine:
 
     @contextmanager
     def other_precision(self) -> Iterator[None]:
-        """Within, steps are in bf16 where they are in fp32 otherwise, and the other way round; nothing is compiled."""
+        """Inside this context, swap bf16 and fp32, and compile nothing."""
         own = self._autocast_dtype, self._forward, self._compiled_rows
         other = torch.bfloat16 if self._autocast_dtype is None else None
         self._autocast_dtype, self._forward, self._compiled_rows = other, self.model, 0
@@ -175,16 +177,16 @@ class TorchEngine:
         """Whether ``torch.compile`` is in use."""
         return self._forward is not self.model
 
-    # ------------------------------------------------------------------------------ one step's parts
+    # ------------------------------------------------------------------------------ the parts of a step
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Accumulate the gradient of the mean loss. Returns that loss, still on the device."""
+        """Accumulate the gradient of the mean loss. Returns the loss as a tensor on the device."""
         total = torch.zeros((), device=self.device)
         tokens = predicted_tokens(target_labels(batch, self.end))
-        for piece in self._micro_batches(batch):
-            compiled = len(piece.tokens) == self._compiled_rows
-            forward = self._forward if compiled else self.model  # another shape would be compiled anew
-            loss = self._loss(forward, piece) * (piece.predicted / tokens)
+        for micro_batch in self._micro_batches(batch):
+            compiled = len(micro_batch.tokens) == self._compiled_rows
+            forward = self._forward if compiled else self.model  # another shape would be recompiled
+            loss = self._loss(forward, micro_batch) * (micro_batch.predicted / tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -192,21 +194,21 @@ class TorchEngine:
     def _eval_loss(self, batch: Batch) -> tuple[float, int]:
         """Sum of the loss over the predicted tokens, and their number."""
         total, tokens = 0.0, 0
-        for piece in self._micro_batches(batch):
-            total += float(self._loss(self.model, piece)) * piece.predicted
-            tokens += piece.predicted
+        for micro_batch in self._micro_batches(batch):
+            total += float(self._loss(self.model, micro_batch)) * micro_batch.predicted
+            tokens += micro_batch.predicted
         return total, tokens
 
-    def _loss(self, forward: Callable[..., Any], piece: MicroBatch) -> Tensor:
+    def _loss(self, forward: Callable[..., Any], micro_batch: MicroBatch) -> Tensor:
         autocast: AbstractContextManager[Any] = nullcontext()
         if self._autocast_dtype is not None:
             autocast = torch.autocast(self.device.type, dtype=self._autocast_dtype)
         with autocast:
-            loss: Tensor = forward(input_ids=piece.tokens, labels=piece.labels, use_cache=False).loss
+            loss: Tensor = forward(input_ids=micro_batch.tokens, labels=micro_batch.labels, use_cache=False).loss
         return loss
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        """``batch`` as it is taken, piece by piece on the device."""
+        """Yield ``batch`` as micro-batches on the device."""
         size = micro_batch_size(len(batch), self._max_rows or len(batch))
         for at in range(0, len(batch), size):
             rows = batch[at : at + size]
@@ -216,20 +218,20 @@ class TorchEngine:
 
     def _moved(self, rows: Batch) -> Tensor:
         tokens = torch.from_numpy(rows)
-        if self.device.type == "cuda":  # from pinned memory the copy runs while the CPU goes on
+        if self.device.type == "cuda":  # a copy from pinned memory is asynchronous
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
         return tokens
 
     # --------------------------------------------------------------------------------------- memory
 
     def _fit_micro_batch(self, batch: Batch) -> None:
-        """Find how many sequences to take at once, by the first one that there is: batches need not be of one size."""
+        """Measure how many sequences fit at once, from the first sequence of ``batch``: batch sizes may vary."""
         if self._max_rows is not None:
             return
 
         def kept(rows: int) -> int:
-            (piece,) = self._micro_batches(batch[:1].repeat(rows, axis=0))
-            return saved_bytes(lambda: self._loss(self.model, piece), [self._flat])
+            (micro_batch,) = self._micro_batches(batch[:1].repeat(rows, axis=0))
+            return saved_bytes(lambda: self._loss(self.model, micro_batch), [self._flat])
 
         try:
             with torch.enable_grad():
@@ -242,8 +244,7 @@ class TorchEngine:
         self._max_rows = max_micro_batch(two - one, free, once=2 * one - two)
 
     def halve_micro_batch(self, rows: int) -> bool:
-        """After a pass over a batch of so many sequences that did not fit: smaller pieces. False where they are of one
-        sequence."""
+        """Halve the micro-batch size after a batch of ``rows`` sequences did not fit. Returns False if it was 1."""
         self._optimizers.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -255,15 +256,17 @@ class TorchEngine:
         return True
 
     def enable_activation_checkpointing(self) -> None:
-        """Activations, instead of keeping them, where one sequence does not fit. Raises :class:`PsycheError` where they
-        are not kept already."""
+        """Recompute activations from now on, because one sequence does not fit.
+
+        Raises :class:`PsycheError` if that is already so.
+        """
         if self.checkpoints:
             raise PsycheError(OUT_OF_MEMORY)
         self._checkpoint_activations()
         self._forward, self._compiled_rows = self.model, 0
 
     def _checkpoint_activations(self) -> None:
-        """Keep each layer's input and compute the rest again (Chen et al., arXiv 1604.06174)."""
+        """Save only the input of each layer and recompute the rest (Chen et al., arXiv 1604.06174)."""
         self.model.activation_checkpointing_enable()  # type: ignore[operator]
         self.checkpoints = True
 

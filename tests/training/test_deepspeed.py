@@ -205,7 +205,7 @@ def test_as_many_are_taken_at_once_as_fit_into_each_ranks_memory(
     monkeypatch.setattr(engine.ranks, "ask", narrow)
     engine._micro_batch = None
     engine.evaluate(SPLIT.batch(range(1)))
-    assert [rows.pieces for rows in engine._rank_rows(SPLIT.batch(range(8)))] == [(2, 2), (2, 2)]
+    assert [rows.micro_batches for rows in engine._rank_rows(SPLIT.batch(range(8)))] == [(2, 2), (2, 2)]
 
 
 @pytest.mark.slow

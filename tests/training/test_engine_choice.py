@@ -30,21 +30,21 @@ def decided(there: int, /, *, installed: bool = True, **node: object) -> EngineC
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_one_device_is_trained_on_by_torch(gpus: int) -> None:
     choice = decided(gpus)
-    assert (choice.devices, choice.stage, choice.mend) == (("cuda:0" if gpus else "cpu",), None, "")
-    assert "one device" in choice.why
+    assert (choice.devices, choice.stage, choice.remedy) == (("cuda:0" if gpus else "cpu",), None, "")
+    assert "one device" in choice.reason
 
 
 def test_several_gpus_are_shared_by_deepspeed() -> None:
     choice = decided(4)
     assert choice.devices == ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
     assert choice.stage == 1
-    assert choice.why.startswith("DeepSpeedEngine on 4 GPUs, ZeRO 1")
+    assert choice.reason.startswith("DeepSpeedEngine on 4 GPUs, ZeRO 1")
 
 
 def test_without_deepspeed_the_first_gpu_trains_and_the_mend_is_said() -> None:
     choice = decided(4, installed=False)
     assert (choice.devices, choice.stage) == (("cuda:0",), None)
-    assert "pip install 'psyche[deepspeed]'" in choice.mend
+    assert "pip install 'psyche[deepspeed]'" in choice.remedy
 
 
 @pytest.mark.parametrize("node", [{"gpus": "all"}, {"gpus": "0,2"}, {"deepspeed": DeepSpeed()}])
@@ -91,7 +91,7 @@ def test_gpus_that_mean_nothing_are_refused(text: str) -> None:
 def test_a_cpu_has_as_many_ranks_as_it_is_told() -> None:
     choice = decide_engine(Node(device="cpu", deepspeed=DeepSpeed(ranks=3, stage=2)), ELEMENTS, machine(4))
     assert (choice.devices, choice.stage) == (("cpu",) * 3, 2)
-    assert "3 CPU ranks" in choice.why
+    assert "3 CPU ranks" in choice.reason
 
 
 def test_the_least_of_what_is_free_counts_where_it_is() -> None:
@@ -104,17 +104,17 @@ def test_the_least_of_what_is_free_counts_where_it_is() -> None:
 def test_one_gpu_with_offload_is_deepspeeds() -> None:
     choice = decide_engine(Node(deepspeed=DeepSpeed(offload="cpu")), ELEMENTS, machine(1))
     assert (choice.devices, choice.offload) == (("cuda:0",), True)
-    assert "optimizer is on the CPU" in choice.why
+    assert "optimizer is offloaded to the CPU" in choice.reason
 
 
 def test_muon_trains_on_one_of_several_gpus_and_says_why_and_what_the_others_can_do() -> None:
-    """ZeRO cuts matrices up, and Muon looks at whole ones."""
+    """ZeRO partitions matrices, and Muon needs whole ones."""
     choice = decide_engine(Node(), ELEMENTS, machine(4), "muon")
     assert (choice.devices, choice.stage) == (("cuda:0",), None)
-    assert "one of 4 GPUs, with muon: it looks at whole matrices" in choice.why
-    assert "--device cuda:1" in choice.mend
+    assert "one of 4 GPUs, with muon: it needs whole matrices" in choice.reason
+    assert "--device cuda:1" in choice.remedy
     alone = decide_engine(Node(), ELEMENTS, machine(1), "muon")
-    assert (alone.devices, alone.stage, alone.mend) == (("cuda:0",), None, "")
+    assert (alone.devices, alone.stage, alone.remedy) == (("cuda:0",), None, "")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_muon_trains_on_one_of_several_gpus_and_says_why_and_what_the_others_can
     ],
 )
 def test_but_who_asked_for_zero_with_muon_is_told(node: Node) -> None:
-    with pytest.raises(PsycheError, match=r"run\.inner\.optimizer is muon: .*leave out node\.deepspeed"):
+    with pytest.raises(PsycheError, match=r"run\.inner\.optimizer is muon: .*remove node\.deepspeed"):
         decide_engine(node, ELEMENTS, machine(4), "muon")
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeedEngine: the many GPUs of one node behind the same interface as one."""
+"""DeepSpeedEngine: several GPUs of one node behind the interface of one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine:
-    """One model over several ranks by ZeRO, trained as TorchEngine trains it, with what tells them apart left to fp32.
+    """One model over several ranks by ZeRO, equal to TorchEngine up to fp32 rounding.
 
-    Ranks are processes of their own (``ranks.py``). Parameters and moments go between them and this one through one
-    flat vector in shared memory, into which each rank writes what it holds and from which it takes what it holds.
+    Each rank is a process (``rank_processes.py``). Parameters and moments go between the ranks and this process through
+    one flat vector in shared memory, from and to which each rank copies the part that it holds.
     """
 
     def __init__(
@@ -46,10 +46,12 @@ class DeepSpeedEngine:
         memory_limit: int | None = None,
         directory: Path,
     ) -> None:
-        """``micro_batch`` are the sequences that a rank takes at once, as many as fit where that is None;
-        ``checkpoints``: activations are computed twice. ``end``: of padded sequences, the token that padding comes
-        after. ``threads`` are each rank's, ``memory_limit`` the bytes that it may take of its GPU; ``directory`` is
-        where their output goes. Raises :class:`PsycheError`."""
+        """Start the ranks and build the model of ``spec`` with initial parameters of ``seed``.
+
+        ``micro_batch``: sequences per forward pass of a rank, None: as many as fit. ``checkpoints``: recompute
+        activations. ``end``: the token that precedes padding. ``threads`` and ``memory_limit`` (bytes of GPU memory)
+        are per rank. The output of the ranks goes below ``directory``. Raises :class:`PsycheError`.
+        """
         self.layout = layout(spec)
         self.steps = 0
         self._micro_batch = micro_batch
@@ -116,45 +118,47 @@ class DeepSpeedEngine:
         self.steps = steps
 
     def close(self) -> None:
-        """End the ranks; without it they end with this object, and with this process."""
+        """End the ranks. They also end when this object is collected and when this process ends."""
         self.ranks.close()
 
     def _checked(self, state: dict[str, Tensor]) -> int:
-        """The number of steps behind a state that fits this model."""
+        """Validate that a state fits this model, and return its number of steps."""
         wanted = {f"{kind}/{span.name}": span.shape for span in self.layout.spans for kind in MOMENTS}
         wanted |= {f"step/{span.name}": () for span in self.layout.spans}
         if unknown := set(state) - set(wanted):
-            raise ValueError(f"the inner optimizer state has {min(unknown)}, which this model has not")
+            raise ValueError(f"the inner optimizer state has {min(unknown)}, which this model does not have")
         if not state:
             return 0
         for name, shape in wanted.items():
             if name not in state or state[name].shape != shape:
-                raise ValueError(f"the inner optimizer state does not fit {name.partition('/')[2]}")
+                raise ValueError(f"the inner optimizer state does not fit the shape of {name.partition('/')[2]}")
         steps = {int(state[f"step/{span.name}"]) for span in self.layout.spans}
         if len(steps) != 1:
-            raise ValueError("the inner optimizer state has tensors of different steps, which ZeRO cannot keep")
+            raise ValueError(
+                "the inner optimizer state has tensors with different step counts, which ZeRO cannot represent"
+            )
         return steps.pop()
 
     def _put(self, flat: Tensor, parts: Sequence[slice] | None) -> tuple[tuple[int, int], ...]:
-        """Copy ranges of ``flat`` to where the ranks see them."""
+        """Copy ranges of ``flat`` to the shared vector, and return them."""
         whole = [slice(0, self.layout.size)] if parts is None else parts
         for part in whole:
             self._flat[part].copy_(flat[part])
         return tuple((part.start, part.stop) for part in whole)
 
     def _rank_rows(self, batch: Batch) -> list[Rows]:
-        """Each rank's sequences, as evenly as they go: all make as many forward passes, some of fewer sequences."""
+        """Distribute a batch evenly over the ranks. All make the same number of passes, some with fewer sequences."""
         ranks = len(self.ranks.pids)
         share = -(-len(batch) // ranks)
         if self._micro_batch is None:
             fits = self.ranks.ask([Fit(batch.shape[1])] * ranks)
             self._micro_batch = min(answer.sequences for answer in fits)
         passes = -(-share // self._micro_batch)
-        pieces = np.array_split(batch, ranks * passes)
-        dealt = [pieces[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
+        parts = np.array_split(batch, ranks * passes)
+        by_rank = [parts[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
         return [
-            Rows(np.concatenate(own).astype(np.int64).tobytes(), batch.shape[1], tuple(len(piece) for piece in own))
-            for own in dealt
+            Rows(np.concatenate(own).astype(np.int64).tobytes(), batch.shape[1], tuple(len(part) for part in own))
+            for own in by_rank
         ]
 
     def _all(self, order: Order) -> None:

@@ -1,6 +1,6 @@
-"""What the leading process and its ranks say to each other: msgpack over a socket pair. Tensors go another way.
+"""The messages between the leading process and its ranks: msgpack over a socket pair.
 
-Every rank answers every order with :class:`OrderDone` or :class:`OrderFailed`.
+Every rank answers every order with :class:`OrderDone` or :class:`OrderFailed`. Tensors go through a ``SharedVector``.
 """
 
 from __future__ import annotations
@@ -10,69 +10,69 @@ from typing import Literal
 import msgspec
 
 Kind = Literal["theta", "exp_avg", "exp_avg_sq"]
-"""What the shared flat vector holds: the parameters, or one of AdamW's two moments of them."""
+"""The contents of the shared vector: the parameters, or one of AdamW's two moments."""
 
 
 class RankMessage(msgspec.Struct, frozen=True, tag=True):
-    """Anything that is said."""
+    """Base of all messages."""
 
 
 class Start(RankMessage, frozen=True):
-    """What a rank builds, and where. Model and inner are JSON, as the configuration writes them."""
+    """Build the model and the optimizer. ``model`` and ``inner`` are parts of the run configuration, as JSON."""
 
     model: str
     inner: str
     precision: str
     stage: Literal[1, 2, 3]
     offload: bool
-    """The optimizer, its state and the master weights lie in the machine's memory."""
+    """Keep the optimizer, its state and the master weights in host memory."""
     threads: int
     checkpoints: bool
-    """Activations are computed twice instead of kept."""
+    """Recompute activations in the backward pass instead of saving them."""
     end: int | None
-    """Of padded sequences, the token that padding follows."""
+    """The token that precedes padding; None: sequences are not padded."""
     memory_limit: int | None
-    """Bytes that a rank may take of its GPU."""
+    """Bytes of GPU memory that a rank may use; None: all of it."""
 
 
 class Rows(msgspec.Struct, frozen=True):
-    """One rank's part of a batch: token ids, int64 ``[sum(pieces), length]``."""
+    """One rank's part of a batch: token ids, int64 ``[sum(micro_batches), length]``."""
 
     tokens: bytes
     length: int
-    pieces: tuple[int, ...]
-    """Sequences of each forward pass: the same number of passes on every rank, a pass of none among them."""
+    micro_batches: tuple[int, ...]
+    """Sequences of each forward pass. Every rank makes the same number of passes, so some may have no sequences."""
 
 
 class Step(RankMessage, frozen=True):
-    """One inner step."""
+    """Take one inner step."""
 
     rows: Rows
     total: int
-    """Tokens predicted in the whole batch."""
+    """Predicted tokens of the whole batch, over all ranks."""
     lr: float
 
 
 class Evaluate(RankMessage, frozen=True):
-    """The loss of the parameters as they are."""
+    """Compute the loss without training."""
 
     rows: Rows
 
 
 class Fit(RankMessage, frozen=True):
-    """Say how many sequences of so many tokens fit into this rank's memory at once."""
+    """Report how many sequences of ``length`` tokens fit into this rank's memory at once."""
 
     length: int
 
 
 class Read(RankMessage, frozen=True):
-    """Copy what this rank holds of it into the shared vector."""
+    """Copy this rank's part of ``kind`` to the shared vector."""
 
     kind: Kind
 
 
 class Write(RankMessage, frozen=True):
-    """Take what this rank holds of the ranges ``parts`` (start, stop) from the shared vector."""
+    """Copy this rank's part of the ranges ``parts`` (start, stop) from the shared vector."""
 
     kind: Kind
     parts: tuple[tuple[int, int], ...]
@@ -85,29 +85,29 @@ class Shift(RankMessage, frozen=True):
 
 
 class Resume(RankMessage, frozen=True):
-    """The optimizer stands after so many steps; after none it has no state."""
+    """Set the optimizer's step count; 0 drops its state."""
 
     steps: int
 
 
 class Stop(RankMessage, frozen=True):
-    """End this process. Not answered."""
+    """Exit. The only message without an answer."""
 
 
 Order = Start | Step | Evaluate | Fit | Read | Write | Shift | Resume | Stop
 
 
 class OrderDone(RankMessage, frozen=True):
-    """The order is carried out. For a batch: this rank's share of the loss, and of the predicted tokens."""
+    """The order was executed. For a batch: this rank's part of the loss and of the predicted tokens."""
 
     loss: float = 0.0
     tokens: int = 0
     sequences: int = 0
-    """That fit at once; the answer to :class:`Fit`."""
+    """The answer to :class:`Fit`."""
 
 
 class OrderFailed(RankMessage, frozen=True):
-    """The order is not carried out, and this rank is of no more use."""
+    """The order failed, and this rank cannot be used any more."""
 
     text: str
     out_of_memory: bool = False

@@ -95,9 +95,8 @@ class Trainer:
         self._engine.eval()
         total, tokens_in_all = 0.0, 0
         for tokens, targets, count in self._micro_batches(rows):
-            loss = float(
-                self._loss(tokens, targets)
-            )  # also on a rank without sequences: others may need its parameters
+            # also on a rank without sequences: the others may need its parameters
+            loss = float(self._loss(tokens, targets))
             total += loss * count
             tokens_in_all += count
         self._engine.train()
@@ -151,10 +150,10 @@ class Trainer:
         tokens = np.frombuffer(rows.tokens, np.int64).reshape(-1, rows.length)
         nothing = np.zeros((1, rows.length), np.int64)
         at = 0
-        for count in rows.pieces:
-            piece = tokens[at : at + count] if count else nothing
-            targets = target_labels(piece, self._end)
-            yield self._moved(piece), self._moved(targets), predicted_tokens(targets) if count else 0
+        for count in rows.micro_batches:
+            part = tokens[at : at + count] if count else nothing
+            targets = target_labels(part, self._end)
+            yield self._moved(part), self._moved(targets), predicted_tokens(targets) if count else 0
             at += count
 
     def _moved(self, rows: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""A flat fp32 vector that several processes see."""
+"""A flat fp32 vector in memory shared by several processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class SharedVector:
-    """``[size]`` fp32 in anonymous shared memory: gone with the last process that has it, whatever ended that one.
+    """fp32 ``[size]`` in anonymous shared memory, freed when the last process that maps it ends, however it ends.
 
-    memfd and not /dev/shm, which containers limit to 64 MB and where a killed process leaves its file behind.
+    Uses memfd instead of /dev/shm, which containers limit to 64 MB and where a killed process leaves its file behind.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
@@ -21,11 +21,11 @@ class SharedVector:
 
     @classmethod
     def create(cls, size: int) -> SharedVector:
-        """Zeros; ``descriptor`` is what other processes inherit; :meth:`close` once they have."""
+        """Create a vector of zeros. Other processes inherit ``descriptor``; call :meth:`close` when they have it."""
         descriptor = os.memfd_create("psyche-flat")
         os.ftruncate(descriptor, 4 * size)
         return cls(descriptor, size)
 
     def close(self) -> None:
-        """No more process is to inherit it. The tensor keeps the memory."""
+        """Close the descriptor. The tensor keeps the memory mapped."""
         os.close(self.descriptor)
