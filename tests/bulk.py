@@ -12,7 +12,7 @@ from pathlib import Path
 
 from psyche.config import MANIFEST, Data, Manifest, Model, Resolved, Rounds, Run
 from psyche.config.manifest import chain_rules
-from psyche.config.trust import Audits
+from psyche.config.run_config import Audits
 from psyche.ledger.schema import audit_rows, member_rows, round_row
 from psyche.ledger.store import NAME, Ledger
 from psyche.network.identity import Identity

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,58 @@ def test_only_processes_construct_the_libp2p_node() -> None:
         inside = path.relative_to(ROOT).as_posix()
         if not inside.startswith(("network/", "processes/", "bench/")) and inside != "tools/doctor.py":
             assert "psyche.network.node" not in path.read_text(), f"{inside} imports the libp2p node"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports at the top of modules; those within functions may point back."""
+    modules = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+    graph = {name.removesuffix(".__init__"): set[str]() for name in modules}
+    for name, path in modules.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            else:
+                continue
+            graph[name.removesuffix(".__init__")] |= names & graph.keys()
+    for name, targets in graph.items():
+        # A package runs before its modules, so "from package import module" within it is no circle.
+        targets -= {name, *(package for package in targets if name.startswith(f"{package}."))}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+SHARED_NAMES = {"__init__", "__main__", "base"}
+NAMES_TO_CHANGE = {"journal", "probes", "sources", "store"}
+"""Names that two modules still have: this set only shrinks."""
+
+
+def test_no_two_modules_have_the_same_name() -> None:
+    names = Counter(path.stem for path in ROOT.rglob("*.py"))
+    assert {name for name, count in names.items() if count > 1} - SHARED_NAMES <= NAMES_TO_CHANGE
+
+
+LARGE_FOLDERS = {
+    "psyche/protocol": 26,
+    "psyche/network": 23,
+    "tests/protocol": 26,
+    "tests/bench": 22,
+    "kernels/cpu": 23,
+}
+"""Folders with more than 20 files, and how many they may have: these numbers only shrink."""
+
+
+def test_no_folder_has_more_than_20_files() -> None:
+    top = ROOT.parent
+    folders = [
+        folder
+        for name in ("psyche", "tests", "configs", "scripts", "kernels")
+        for folder in (top / name, *(top / name).rglob("*"))
+        if folder.is_dir() and not {"__pycache__", "build"} & set(folder.parts)
+    ]
+    for folder in folders:
+        files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".so"]
+        assert len(files) <= LARGE_FOLDERS.get(str(folder.relative_to(top)), 20), folder

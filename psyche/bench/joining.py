@@ -27,7 +27,7 @@ from psyche.bench.harness.rows import Column, Row, percent, run_bench, transpose
 from psyche.bench.harness.shaped_links import Link, Place, congestion_control, shaped
 from psyche.bench.harness.turns import median_of, say
 from psyche.config import BpeTokenizer, CodecSpec, Config, Data, Deadlines, Inner, Node, Rounds, Run, Wandb
-from psyche.config.trust import Audits
+from psyche.config.run_config import Audits
 from psyche.errors import PsycheError
 from psyche.telemetry.events import (
     Downloading,

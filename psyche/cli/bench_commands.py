@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from psyche.errors import PsycheError
-from psyche.rates import bits_per_second
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -47,6 +46,8 @@ def parameters(text: str) -> int:
 
 def rate(text: str) -> int:
     """Parse ``100mbit`` as bit/s. Raises ``typer.BadParameter``."""
+    from psyche.config.units import bits_per_second
+
     try:
         return bits_per_second(text)
     except ValueError as error:

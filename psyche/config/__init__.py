@@ -6,7 +6,7 @@ unknown key is an error that names its path. ``configs/README.md`` documents eve
 """
 
 from psyche.config.base import error_text
-from psyche.config.data import (
+from psyche.config.data_config import (
     BpeTokenizer,
     Data,
     Filter,
@@ -20,15 +20,15 @@ from psyche.config.data import (
 )
 from psyche.config.files import Config, load_config, load_node
 from psyche.config.manifest import MANIFEST, Manifest, Resolved
-from psyche.config.model import Model
-from psyche.config.node import DeepSpeed, Node, PrivateData, Wandb, override_node
-from psyche.config.run import (
+from psyche.config.node_config import DeepSpeed, Node, PrivateData, Wandb, override_node
+from psyche.config.run_config import (
     CodecSpec,
     Deadlines,
     ExchangeSpec,
     Federated,
     Inner,
     InnerOptimizer,
+    Model,
     Outer,
     Overlap,
     Rounds,

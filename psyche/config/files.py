@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from psyche.config.base import Strict, validated
-from psyche.config.node import Node
-from psyche.config.run import Run
+from psyche.config.node_config import Node
+from psyche.config.run_config import Run
 from psyche.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import Field
 
 from psyche.config.base import Count, HexDigest, PeerId, Strict, validated
-from psyche.config.run import Run
+from psyche.config.run_config import Run
 from psyche.errors import ConfigError
 from psyche.numerics.digest import digest
 from psyche.protocol.state import AuditRules, Rules

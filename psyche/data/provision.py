@@ -14,6 +14,7 @@ from typing import TypeVar
 from filelock import AsyncFileLock
 
 from psyche.config import Manifest, Node
+from psyche.config.units import byte_count
 from psyche.data.cache import ShardCache
 from psyche.data.index import MAX_INDEX_BYTES, Shard, TokenizerFile, decode_index
 from psyche.data.shard_sources import ShardSources
@@ -25,7 +26,6 @@ from psyche.network.transport import Network, Refused, Unreachable, Violation
 from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
-from psyche.sizes import byte_count
 
 MAX_MANIFEST = 1 << 20
 CALL_SECONDS = 15.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from psyche.config import HubSource, MixturePart, MixtureSource, Source, StdlibSource, TextSource
-from psyche.config.data import SPLIT, SingleSource
+from psyche.config.data_config import SPLIT, SingleSource
 from psyche.data.filters import passes
 from psyche.data.mixture import Part, interleave
 from psyche.errors import PsycheError

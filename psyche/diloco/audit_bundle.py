@@ -20,7 +20,7 @@ from typing import Annotated
 from msgspec import Meta
 from typing_extensions import Buffer
 
-from psyche.config.trust import MAX_POINTS
+from psyche.config.run_config import MAX_POINTS
 from psyche.diloco.trace import TracePoint, trace_root
 from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
 from psyche.protocol.envelope import MalformedMessage

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from psyche.config import Node
+from psyche.config.units import Hours
 from psyche.durable import disk_errors
-from psyche.hours import Hours
 from psyche.processes.connect import background_tasks
 from psyche.processes.idleness import CALM_SECONDS, IdleDetector, LoadSampler, cores
 from psyche.processes.process_lock import registered

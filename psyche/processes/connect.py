@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from psyche.config import Manifest, Node
+from psyche.config.units import bytes_per_second
 from psyche.durable import disk_errors
 from psyche.network.address import save_port, with_last_port
 from psyche.network.discovery import KINDS
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.peer_book import PeerBook
-from psyche.rates import bytes_per_second
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 

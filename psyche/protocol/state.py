@@ -27,7 +27,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class AuditRules:
-    """``config/trust.py`` says what each is."""
+    """``run.audits`` in configs/README.md explains each."""
 
     rate: float = 0.0
     second: float = 0.0

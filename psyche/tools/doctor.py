@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from psyche.config import Manifest, Node
+from psyche.config.units import bytes_per_second
 from psyche.data.provision import Found, basis_of, fetch_manifest, find_store
 from psyche.errors import PsycheError
 from psyche.network.address import check_port_free, split_address
@@ -23,7 +24,6 @@ from psyche.network.invite import Invite
 from psyche.network.node import NetworkNode
 from psyche.network.peer_book import PEERS, PeerBook
 from psyche.network.transport import FetchError
-from psyche.rates import bytes_per_second
 from psyche.telemetry.formatting import size
 from psyche.tools.checks import Finding, check_disk, check_rate, check_speed, check_versions
 from psyche.tools.preflight import check_connection, check_machine, port_of

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from psyche.config.units import byte_count
 from psyche.errors import PsycheError
-from psyche.sizes import byte_count
 
 if TYPE_CHECKING:
     from psyche.config import Node

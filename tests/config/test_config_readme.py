@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from psyche.config import CodecSpec, Node, Run, load_config
-from psyche.config.data import Filter, MixturePart
+from psyche.config.data_config import Filter, MixturePart
 from psyche.telemetry.formatting import size
 from psyche.tools.costs import SUSTAINED, costs_of
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from psyche.config import override_node
 from psyche.config.ethereum_address import address_bytes, checksummed, keccak256
 from psyche.config.files import load_node
-from psyche.config.node import Node
+from psyche.config.node_config import Node
 from psyche.errors import ConfigError
 
 # The examples of EIP-55.

@@ -169,7 +169,7 @@ def test_settings_are_taken_from_the_command_line_and_checked() -> None:
     changed = override_node(Node(), schedule="22:00-07:00", idle_only=True, max_gpu_memory="6gb")
     assert (changed.schedule, changed.idle_only, changed.max_gpu_memory) == ("22:00-07:00", True, "6gb")
     for wrong, reason in (
-        ({"schedule": "at night"}, "node.schedule|schedule: .*'at night' are no hours"),
+        ({"schedule": "at night"}, "node.schedule|schedule: .*'at night' is not a range of hours"),
         ({"max_gpu_memory": "6g"}, "max_gpu_memory: .*'6g' is not a size"),
     ):
         with pytest.raises(ConfigError, match=reason):

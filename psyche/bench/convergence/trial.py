@@ -32,7 +32,7 @@ from psyche.config import (
     Rounds,
     Run,
 )
-from psyche.config.trust import Audits
+from psyche.config.run_config import Audits
 from psyche.data.store import TokenStore
 from psyche.diloco.launch import Launch, launch
 from psyche.diloco.reference import simulate_rounds

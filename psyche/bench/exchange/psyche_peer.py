@@ -32,7 +32,7 @@ from psyche.bench.exchange.peer_process import (
 )
 from psyche.bench.exchange.vectors import RelativeError, blocks, checked, draw, true_mean
 from psyche.config import CodecSpec, Deadlines, ExchangeSpec, Inner, Manifest, Model, Node, Outer, Resolved, Rounds, Run
-from psyche.config.trust import Audits
+from psyche.config.run_config import Audits
 from psyche.coordinator.coordinator import Coordinator
 from psyche.data.store import TokenStore
 from psyche.diloco.replica import LocalUpdate, Replica, TrainingCancelled

@@ -15,7 +15,7 @@ from psyche.bench.harness.paced_engine import PACE
 from psyche.bench.harness.shaped_links import Place
 from psyche.bench.harness.turns import say
 from psyche.config import BpeTokenizer, Config, Data, Inner, Model, Node, Run, Wandb
-from psyche.config.trust import Audits
+from psyche.config.run_config import Audits
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
 from psyche.telemetry.event_log import LOG_NAME, EventFollower

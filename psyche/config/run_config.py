@@ -2,18 +2,65 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from math import ceil
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
 from psyche.config.base import Count, Fraction, NonNegative, PeerId, Positive, Seconds, Strict
-from psyche.config.data import BpeTokenizer, Data
-from psyche.config.model import Model
-from psyche.config.trust import MAX_POINTS, Aggregation, Audits
+from psyche.config.data_config import BpeTokenizer, Data
 from psyche.numerics.codecs.registry import CODECS
 
 if TYPE_CHECKING:
     from psyche.numerics.outer import OuterSettings
+
+
+MAX_POINTS = 4096
+"""Most trace points of a round: what the message of an audit bundle has room for."""
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Model(Strict):
+    """A causal language model of ``transformers``."""
+
+    architecture: str = "llama"
+    """``model_type`` of a ``transformers`` configuration, such as ``llama``, ``qwen3`` or ``gpt2``. Default:
+    DiLoCo-like models are usually written as Llama."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that architecture's configuration class. ``vocab_size`` is required; the rest defaults to the
+    class."""
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        for name, value in self.settings.items():
+            if not _is_plain(value):
+                raise ValueError(
+                    f"settings.{name}: only numbers, strings, true, false, null, and lists and maps of these"
+                )
+        size = self.settings.get("vocab_size", 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"settings.vocab_size: {size!r} is not a whole number above 0")
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        """The model's vocabulary size; 0 if the settings do not give it."""
+        return int(self.settings.get("vocab_size", 0))
+
+
+def _is_plain(value: object, depth: int = 8) -> bool:
+    """Whether a value has a single encoding in a manifest and bounded depth. Manifests come from other machines."""
+    match value:
+        case None | bool() | float() | str():
+            return True
+        case int():
+            return -(2**63) <= value < 2**63
+        case list():
+            return depth > 0 and all(_is_plain(one, depth - 1) for one in value)
+        case dict():
+            return depth > 0 and all(isinstance(k, str) and _is_plain(one, depth - 1) for k, one in value.items())
+        case _:
+            return False
 
 
 def _default_error_feedback(codec: str) -> float:
@@ -141,6 +188,46 @@ class Overlap(Strict):
     overlap_steps: Annotated[int, Field(ge=0)] = 0
     """Inner steps of a round that a node may take before it knows the previous outer step; at most
     ``rounds.inner_steps``. Default: none."""
+
+
+class Aggregation(Strict):
+    """From many pseudo-gradients to one, where some of them lie."""
+
+    kind: Literal["mean", "norm_clip"] = "norm_clip"
+    """``norm_clip`` clips each payload slice to the median norm: see ``numerics/aggregate.py``."""
+    max_share: Share = 0.25
+    """Of an outer step's weight, the most that one node has; or twice an equal share, where few contribute."""
+
+
+class Audits(Strict):
+    """How contributions are checked: other nodes replay some of them."""
+
+    rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Probability that a contribution is audited; higher for new nodes. 0: no audits. Default: 5 % more computing; with
+    ``window`` it makes cheating unprofitable."""
+    trace_steps: Count | None = None
+    """Inner steps between trace points, the states that a node commits to. Each segment is replayed on its own,
+    which detects smaller deviations, and each point takes 12 bytes of disk per parameter. Default: start and end of
+    a round."""
+    window: Count = 20
+    """Rounds in which a contribution can be challenged and its credit stays pending; at least (1 − rate) / rate, or
+    cheating would pay. Default: that bound for the default rate, rounded up."""
+    pass_error: Positive = 0.02
+    """Largest relative replay error that passes. ``psyche audit calibrate``
+    measures it for a model. Default: for small models."""
+    fail_error: Positive = 0.04
+    """Smallest relative replay error that fails; above ``pass_error``. Default: twice ``pass_error``."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.pass_error >= self.fail_error:
+            raise ValueError(f"pass_error ({self.pass_error}) is not below fail_error ({self.fail_error})")
+        if self.rate and self.window < (needed := ceil((1 - self.rate) / self.rate)):
+            raise ValueError(
+                f"window ({self.window}) is below (1 − rate) / rate: with fewer than {needed} rounds of pending "
+                "credit, cheating pays more than a conviction costs; raise either"
+            )
+        return self
 
 
 class Federated(Strict):

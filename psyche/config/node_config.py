@@ -10,10 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 
 from psyche.config.base import Count, Positive, Strict, validated
 from psyche.config.ethereum_address import address_bytes
+from psyche.config.units import Hours, bits_per_second, byte_count
 from psyche.errors import ConfigError
-from psyche.hours import Hours
-from psyche.rates import bits_per_second
-from psyche.sizes import byte_count
 
 
 class Wandb(Strict):
