@@ -15,9 +15,9 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
 
 from psyche.bench.engine_speed import WARM_UP, Plan
+from psyche.bench.plain_loop import PlainLoop, adamw
 from psyche.config import Config
 from psyche.data.prepare import prepare
 from psyche.data.store import TokenStore
@@ -28,38 +28,26 @@ from psyche.training.torch_engine import TorchEngine
 
 def loop(config: Config, store: TokenStore, steps: int) -> float:
     """Time ``steps`` steps of a plain PyTorch loop."""
-    run, device = config.run, pick_device(config.node.device)
-    model = build(run.model, seed=run.seed).to(device).train()
-    precision = pick_precision(config.node.precision, device)
-    autocast: Callable[[], Any] = contextlib.nullcontext
-    if precision is not None:
-        autocast = lambda: torch.autocast(device.type, dtype=precision)  # noqa: E731
-    optimizer = _adamw(model, config)
-    began = 0.0
-    for step in range(WARM_UP + steps):
-        if step == WARM_UP:
-            began = time.perf_counter()
-        tokens = torch.from_numpy(store.train.batch(_rows(config, step))).to(device)
-        optimizer.zero_grad(set_to_none=True)
-        with autocast():
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        if run.inner.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), run.inner.clip)
-        optimizer.step()
-        float(loss)
-    return time.perf_counter() - began
+    run = config.run
+    model, device = build(run.model, seed=run.seed), pick_device(config.node.device)
+    one = PlainLoop(model, device, run.inner, config.node.precision)
+    return _seconds(steps, lambda step: one.step(torch.from_numpy(store.train.batch(_rows(config, step)))))
 
 
 def engine(config: Config, store: TokenStore, steps: int) -> float:
     """Time psyche's engine outside of a node."""
     run = config.run
     one = TorchEngine(build(run.model, seed=run.seed), run.inner, config.node)
-    began = 0.0
-    for step in range(WARM_UP + steps):
-        if step == WARM_UP:
-            began = time.perf_counter()
-        one.step(store.train.batch(_rows(config, step)), run.inner.lr)
+    return _seconds(steps, lambda step: one.step(store.train.batch(_rows(config, step)), run.inner.lr))
+
+
+def _seconds(steps: int, train: Callable[[int], object]) -> float:
+    """Time ``steps`` steps after the warm-up."""
+    for step in range(WARM_UP):
+        train(step)
+    began = time.perf_counter()
+    for step in range(WARM_UP, WARM_UP + steps):
+        train(step)
     return time.perf_counter() - began
 
 
@@ -98,20 +86,10 @@ def trainer(config: Config, store: TokenStore, steps: int) -> float:
             dataloader_pin_memory=device.type == "cuda",
         )
         model = build(run.model, seed=run.seed)
-        optimizer = _adamw(model.to(device), config)
+        optimizer = adamw(model.to(device), run.inner)
         with contextlib.redirect_stdout(sys.stderr):
             Trainer(model, arguments, train_dataset=Rows(), callbacks=[Clock()], optimizers=(optimizer, None)).train()
     return marks[-1] - marks[WARM_UP - 1]
-
-
-def _adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    inner = config.run.inner
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": inner.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=inner.lr, betas=inner.betas, eps=inner.eps, fused=True)
 
 
 def _rows(config: Config, step: int) -> range:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from rich.console import Console
 from psyche.bench.codec import codec_speed as bench
 from psyche.bench.codec import passes, samples
 from psyche.bench.codec.codec_speed import Plan, against_rival
-from psyche.bench.codec.coders import LR, MOMENTUM, USUAL_CODECS, Coder, PsycheCoder
+from psyche.bench.codec.coders import LR, MOMENTUM, USUAL_CODECS, Coder, psyche_coder
 from psyche.bench.codec.passes import PROBE, CodecRow, bytes_per_parameter
-from psyche.bench.codec.rival_coders import PlainInt8, PlainSgd, PlainTopK, rivals
+from psyche.bench.codec.rival_coders import plain_int8, plain_sgd, plain_topk, rivals
 from psyche.bench.codec.samples import default_setting, loss_of, pseudo_gradient
 from psyche.bench.convergence.trial import Setting
 from psyche.bench.harness.rows import Result, to_json
@@ -177,17 +178,13 @@ def test_an_absent_rival_is_left_out_with_a_word(system: str, monkeypatch: pytes
     assert "pip install -e '.[bench]'" in word
 
 
-class Broken(PlainInt8):
-    """A rival that does not run on this platform."""
-
-    system = "broken"
-
-    def dequantize(self, payload: object) -> torch.Tensor:
-        raise RuntimeError("no kernel for this CPU\nand a page of advice")
+def broken(*arguments: object) -> None:
+    """Fail as a rival does that does not run on this platform."""
+    raise RuntimeError("no kernel for this CPU\nand a page of advice")
 
 
 def test_a_rival_that_fails_is_left_out_with_its_reason(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    others: list[Coder] = [Broken("int8"), PlainInt8("int8-256")]
+    others: list[Coder] = [replace(plain_int8(), system="broken", codec="int8", decode_add=broken), plain_int8()]
     monkeypatch.setattr(bench, "rivals", lambda: (others, []))
     result = bench.measure(Plan(size=PROBE, codecs=["int8"]), setting)
     assert "broken int8 is left out: it fails here (no kernel for this CPU)" in result.notes
@@ -197,9 +194,9 @@ def test_a_rival_that_fails_is_left_out_with_its_reason(setting: Setting, monkey
 def test_plain_rivals_are_written_fairly(gradient: torch.Tensor) -> None:
     """What they lose is what psyche's counterparts lose: a straw man would lose more."""
     backend = TorchBackend()
-    int8, topk = loss_of(PlainInt8("int8-256"), gradient), loss_of(PlainTopK("topk-64"), gradient)
-    assert int8.rel_l2 == pytest.approx(loss_of(PsycheCoder(backend, "int8"), gradient).rel_l2, rel=1e-3)
-    assert topk.rel_l2 <= loss_of(PsycheCoder(backend, "topk2"), gradient).rel_l2
+    int8, topk = loss_of(plain_int8(), gradient), loss_of(plain_topk(), gradient)
+    assert int8.rel_l2 == pytest.approx(loss_of(psyche_coder(backend, "int8"), gradient).rel_l2, rel=1e-3)
+    assert topk.rel_l2 <= loss_of(psyche_coder(backend, "topk2"), gradient).rel_l2
     assert topk.bits == 64 * (16 + 16) / 4096
 
 
@@ -209,7 +206,7 @@ def test_the_outer_step_of_pytorch_is_the_same_step(fused: bool) -> None:
     expected_theta, expected_momentum, local = theta.clone(), momentum.clone(), torch.zeros(4096)
     outer_step(expected_theta, expected_momentum, gradient, OuterSettings(LR, MOMENTUM))
     theta, momentum = theta.clone(), momentum.clone()
-    PlainSgd(fused=fused).bind(theta, momentum, gradient, local)()
+    plain_sgd(fused=fused).bind(theta, momentum, gradient, local)()
     torch.testing.assert_close(momentum, expected_momentum)
     torch.testing.assert_close(theta, expected_theta)
     assert torch.equal(local, theta)

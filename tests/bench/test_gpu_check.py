@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from psyche.bench.gpu import __main__ as command
-from psyche.bench.gpu import check, requirements, system, training
-from psyche.bench.gpu.budget import Budget
+from psyche.bench.gpu import check, environment, training
+from psyche.bench.gpu.environment import Budget
 from psyche.bench.gpu.equality import OUTER, Difference, differences
 from psyche.bench.gpu.machine import Emulated
 from psyche.bench.gpu.report import Report
@@ -133,7 +133,7 @@ def test_nothing_is_begun_that_there_is_no_time_for(tmp_path: Path, monkeypatch:
     report = Report(tmp_path, Budget(60, clock), timed=True)
     one = check.Check(report, report._budget, emulate=True, elements=4096)
     clock.now += 61
-    one.run(requirements.EVERYTHING)
+    one.run(environment.EVERYTHING)
     assert [line.split(":")[0] for line in report.left_out] == [
         *("kernels against the definition", "kernel times", "training with torch.compile", "training speed")
     ]
@@ -209,7 +209,7 @@ def test_missing_packages_are_named_and_the_rest_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replaced(monkeypatch, lambda *_: [])
-    monkeypatch.setattr(requirements, "_installed", lambda module: module not in ("transformers", "cuda.core"))
+    monkeypatch.setattr(environment, "_installed", lambda module: module not in ("transformers", "cuda.core"))
     assert command.main(["--emulate", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().err
     assert "gpu_check: transformers is not installed; left out without it: training speed" in said
@@ -222,21 +222,21 @@ def test_missing_packages_are_named_and_the_rest_is_done(
 
 
 def test_on_a_gpu_training_needs_no_kernels() -> None:
-    assert requirements.parts_without(["cuda.core"], emulate=False) == {"kernels", "times"}
-    assert requirements.parts_without(["cuda.core"], emulate=True) == set()
-    assert requirements.parts_without(["torch"], emulate=True) == set(requirements.EVERYTHING)
+    assert environment.parts_without(["cuda.core"], emulate=False) == {"kernels", "times"}
+    assert environment.parts_without(["cuda.core"], emulate=True) == set()
+    assert environment.parts_without(["torch"], emulate=True) == set(environment.EVERYTHING)
 
 
 def test_without_torch_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(requirements, "_installed", lambda module: module != "torch")
+    monkeypatch.setattr(environment, "_installed", lambda module: module != "torch")
     assert command.main([]) == 2
     assert "torch is not installed" in capsys.readouterr().err
 
 
 def test_what_it_says_to_install_is_what_the_package_needs() -> None:
     wanted = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]["cuda"]
-    assert {requirements.NEEDED["cuda.core"][0], requirements.NEEDED["cuda.bindings"][0]} <= set(wanted)
-    assert requirements.NVRTC in wanted
+    assert {environment.NEEDED["cuda.core"][0], environment.NEEDED["cuda.bindings"][0]} <= set(wanted)
+    assert environment.NVRTC in wanted
 
 
 def test_without_a_gpu_it_says_what_to_do(
@@ -312,8 +312,10 @@ def test_the_card_and_its_driver_are_described(monkeypatch: pytest.MonkeyPatch) 
     card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**37))
-    monkeypatch.setattr(system, "_said", lambda *words: "NVIDIA H200, 580.1" if words[0] == "nvidia-smi" else None)
-    found = system.describe(torch.device("cuda"))
+    monkeypatch.setattr(
+        environment, "_output", lambda *words: "NVIDIA H200, 580.1" if words[0] == "nvidia-smi" else None
+    )
+    found = environment.describe(torch.device("cuda"))
     assert found["compute capability"] == "9.0"
     assert found["memory"] == "64.0 GiB free of 128.0"
     assert found["driver, power limit, clocks"] == "NVIDIA H200, 580.1"

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from psyche.bench.gpu import training
-from psyche.bench.gpu.budget import Budget
+from psyche.bench.gpu.environment import Budget
 from psyche.bench.gpu.report import Report
 from psyche.config import Inner, Node
 from tests.bench.stubs import Clock

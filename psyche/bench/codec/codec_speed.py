@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 from rich.console import Console
 
-from psyche.bench.codec.coders import Coder, PsycheCoder, PsycheStepper, Stepper, backends, codec_names
+from psyche.bench.codec.coders import Coder, Stepper, backends, codec_names, psyche_coder, psyche_stepper
 from psyche.bench.codec.passes import PROBE, CodecRow, Pass, PassBench, gbps_text
 from psyche.bench.codec.rival_coders import rival_steppers, rivals
 from psyche.bench.codec.samples import INNER_STEPS, ROUNDS, default_setting, gaussian, pseudo_gradient
@@ -104,8 +104,8 @@ def _line(row: CodecRow) -> str:
 
 def _planned(plan: Plan) -> tuple[list[Coder], list[Stepper], list[str]]:
     used = backends(plan.backends)
-    coders: list[Coder] = [PsycheCoder(backend, name) for name in codec_names(plan.codecs) for backend in used]
-    steppers: list[Stepper] = [PsycheStepper(backend) for backend in used]
+    coders = [psyche_coder(backend, name) for name in codec_names(plan.codecs) for backend in used]
+    steppers = [psyche_stepper(backend) for backend in used]
     if not plan.rivals:
         return coders, steppers, []
     others, missing = rivals()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,83 +27,68 @@ USUAL_CODECS = tuple(name for name in CODECS if not name.startswith(("topk2-", "
 """The codecs measured by default: all but the sparse ones of further densities."""
 
 
-class Coder(ABC):
+@dataclass(frozen=True)
+class Coder:
     """One way to send a pseudo-gradient. Tensors are contiguous fp32 ``[n]`` on ``device``, n a multiple of 4096."""
 
     system: str
     codec: str
     """Name of the codec in its system."""
     backend: str
-    error_feedback: bool
+    encode: Callable[[Tensor, Tensor, Tensor | None], Any]
+    """Takes base, local and residual; returns the payload of base − local, as the system leaves it."""
+    decode_add: Callable[[Any, float, Tensor], None]
+    """Takes payload, weight and out: ``out += weight · D(payload)``."""
+    payload_bytes: Callable[[Any], int]
+    """Bytes that would be sent."""
+    error_feedback: bool = False
     """Whether ``encode`` also reads and writes a residual."""
     sparse: bool = False
     """Whether ``decode_add`` touches the kept coordinates only."""
     device: str = "cpu"
 
-    @abstractmethod
-    def encode(self, base: Tensor, local: Tensor, residual: Tensor | None) -> Any:
-        """Return the payload of base − local, in the form in which this system leaves it."""
 
-    @abstractmethod
-    def decode_add(self, payload: Any, weight: float, out: Tensor) -> None:
-        """``out += weight · D(payload)``."""
-
-    @abstractmethod
-    def payload_bytes(self, payload: Any) -> int:
-        """Bytes that would be sent."""
-
-
-class PsycheCoder(Coder):
-    """One of psyche's codecs on one backend, with the codec's usual error feedback."""
-
-    system = "psyche"
-
-    def __init__(self, backend: Backend, name: str) -> None:
-        self.codec, self.backend, self.device = name, backend.name, backend.device.type
-        self._codec = backend.codec(name)
-        self._beta = CODECS[name].error_feedback
-        self.error_feedback = self._codec.error_feedback
-        self.sparse = CODECS[name].sparse
-
-    def encode(self, base: Tensor, local: Tensor, residual: Tensor | None) -> Any:
-        return self._codec.encode(base, local, residual, self._beta)
-
-    def decode_add(self, payload: Any, weight: float, out: Tensor) -> None:
-        self._codec.decode_add(payload, weight, out)
-
-    def payload_bytes(self, payload: Any) -> int:
-        return len(payload)
-
-
-class Stepper(ABC):
+@dataclass(frozen=True)
+class Stepper:
     """One implementation of the outer step with the copy of the new θ to the local parameters."""
 
     system: str
     codec: str | None
     """Name in its system. ``None`` for psyche's outer step."""
     backend: str
+    bind: Callable[[Tensor, Tensor, Tensor, Tensor], Work]
+    """Takes θ, momentum, gradient and local parameters, all fp32 ``[n]``; returns the step as repeatable work."""
     device: str = "cpu"
 
-    @abstractmethod
-    def bind(self, theta: Tensor, momentum: Tensor, gradient: Tensor, local: Tensor) -> Work:
-        """Return the step on these tensors, all fp32 ``[n]``, as repeatable work."""
+
+def psyche_coder(backend: Backend, name: str) -> Coder:
+    """One of psyche's codecs on one backend, with the codec's usual error feedback."""
+    codec, beta = backend.codec(name), CODECS[name].error_feedback
+    return Coder(
+        system="psyche",
+        codec=name,
+        backend=backend.name,
+        encode=lambda base, local, residual: codec.encode(base, local, residual, beta),
+        decode_add=codec.decode_add,
+        payload_bytes=len,
+        error_feedback=codec.error_feedback,
+        sparse=name.startswith("topk"),
+        device=backend.device.type,
+    )
 
 
-class PsycheStepper(Stepper):
+def psyche_stepper(backend: Backend) -> Stepper:
     """The outer step of one backend, slice by slice as in a replica."""
 
-    system, codec = "psyche", None
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend, self.device = backend.name, backend.device.type
-        self._step = backend.outer_step
-
-    def bind(self, theta: Tensor, momentum: Tensor, gradient: Tensor, local: Tensor) -> Work:
+    def bind(theta: Tensor, momentum: Tensor, gradient: Tensor, local: Tensor) -> Work:
         def work() -> None:
             for part in parts(theta.numel()):
-                self._step(theta[part], momentum[part], gradient[part], OuterSettings(LR, MOMENTUM), local=local[part])
+                settings = OuterSettings(LR, MOMENTUM)
+                backend.outer_step(theta[part], momentum[part], gradient[part], settings, local=local[part])
 
         return work
+
+    return Stepper("psyche", None, backend.name, bind, backend.device.type)
 
 
 def parts(count: int) -> list[slice]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from threading import Timer
 from typing import TYPE_CHECKING
 
-from psyche.bench.gpu.budget import Budget
-from psyche.bench.gpu.requirements import EVERYTHING, KERNELS, advice, missing_modules, parts_without
+from psyche.bench.gpu.environment import EVERYTHING, KERNELS, Budget, advice, missing_modules, parts_without
 
 if TYPE_CHECKING:
     from psyche.bench.gpu.report import Report
@@ -69,7 +68,7 @@ def _describe(report: Report, emulate: bool) -> bool:
     """Put the machine into the report. Returns whether anything can run on it, and says why where nothing can."""
     import torch
 
-    from psyche.bench.gpu.system import describe
+    from psyche.bench.gpu.environment import describe
     from psyche.numerics.backends.cuda_device import unavailable_reason
 
     if emulate or (torch.version.cuda is not None and torch.cuda.is_available()):

@@ -12,11 +12,19 @@ from itertools import islice
 
 import torch
 
-from psyche.bench.gpu.budget import Budget
+from psyche.bench.gpu.environment import (
+    EMULATED_WITHOUT,
+    KERNELS,
+    NVRTC,
+    PARTS,
+    TIMES,
+    TRAINING,
+    Budget,
+    missing_modules,
+)
 from psyche.bench.gpu.equality import comparisons, differences
 from psyche.bench.gpu.machine import Emulated, Gpu, Machine
 from psyche.bench.gpu.report import Report
-from psyche.bench.gpu.requirements import EMULATED_WITHOUT, KERNELS, NVRTC, PARTS, TIMES, TRAINING, missing_modules
 from psyche.bench.gpu.timing import TIMED, timings
 from psyche.bench.gpu.training import COMPILING, LARGE, SMALL, TINY, Workload, compiled_speed, speeds
 from psyche.numerics.backends.cuda_compile import cubin

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from psyche.bench.gpu.budget import Budget
+from psyche.bench.gpu.environment import Budget
 from psyche.bench.gpu.equality import Difference
 from psyche.bench.gpu.timing import BAR, Timing
 from psyche.bench.gpu.training import LOOP, Speed

@@ -1,10 +1,9 @@
-"""Tokens a second of ``TorchEngine``, beside a plain training loop with the same model, batch and optimizer."""
+"""Tokens/s of ``TorchEngine``, beside a plain loop with the same model, batch and optimizer."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from psyche.bench.plain_loop import PlainLoop
 from psyche.training.devices import pick_precision
 from psyche.training.engine import Batch
 from psyche.training.torch_engine import TorchEngine
@@ -20,7 +20,7 @@ from psyche.training.torch_engine import TorchEngine
 WARM_UP = 3
 ENGINE, LOOP, COMPILED = "TorchEngine", "plain loop", "TorchEngine, compiled"
 COMPILING = 90.0
-"""Seconds that must be left for compiling to be tried: about as long as a minute of it and the steps after it take."""
+"""Seconds that must be left to try compilation, which takes about a minute, and the steps after it."""
 
 PEAKS: Mapping[str, float] = {
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -30,14 +30,13 @@ PEAKS: Mapping[str, float] = {
     "NVIDIA H100 PCIe": 756.5e12,
     "NVIDIA H200": 989.5e12,
 }
-"""Dense bf16 FLOP/s by the name that CUDA gives, from NVIDIA's data sheets of A100, H100 and H200, which for the last
-two state twice as much, with sparsity. Other cards have no utilisation in the report."""
+"""Dense bf16 FLOP/s by CUDA's name of the card, from NVIDIA's data sheets of A100, H100 and H200; the latter two state
+the doubled rate with sparsity. The report has no utilisation of other cards."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``TorchEngine`` reads of ``config.Inner`` and ``config.Node``, with the same defaults: the configuration
-    itself needs pydantic."""
+    """What ``TorchEngine`` reads of ``config.Inner`` and ``config.Node``, with their defaults, without pydantic."""
 
     optimizer: str = "adamw"
     lr: float = 4e-4
@@ -54,20 +53,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Workload:
-    """A Llama model, and what it is trained on."""
+    """A Llama model and its batch."""
 
     name: str
     llama: Mapping[str, Any]
     length: int = 1024
     """Tokens of a sequence."""
     sequences: int = 64
-    """Of a step."""
+    """Sequences of a step."""
     steps: int = 50
     seconds: float = 10.0
-    """After which no further step is begun; two are taken at least."""
+    """Time after which no further step is begun; at least two are taken."""
 
     def batch(self) -> Batch:
-        """Random tokens, always the same."""
+        """Return random tokens, always the same."""
         shape = self.sequences, self.length
         return np.random.default_rng(0).integers(self.llama["vocab_size"], size=shape, dtype=np.int64)
 
@@ -94,7 +93,7 @@ def _llama(vocab: int, hidden: int, layers: int, heads: int, head_dim: int, inte
 
 SMALL = Workload("30M", _llama(8192, 512, 8, 8, 64, 1408))
 LARGE = Workload("150M", _llama(32000, 896, 12, 16, 64, 2432))
-"""That of configs/150m.yaml."""
+"""The model of configs/150m.yaml."""
 TINY = Workload("tiny", _llama(128, 32, 2, 2, 16, 64), length=64, sequences=4, steps=2)
 
 
@@ -112,13 +111,13 @@ class Speed:
     steps: int
     seconds: float
     first_loss: float
-    """Of the untrained model: the same for every way, up to rounding."""
+    """Loss of the untrained model: equal for all ways up to rounding."""
     last_loss: float
-    """Of the same batch, after ``WARM_UP`` + ``steps`` - 1 steps on it."""
+    """Loss of the same batch after ``WARM_UP`` + ``steps`` - 1 steps on it."""
     peak_bytes: int | None = field(default=None)
-    """The most memory that torch had allocated; None on a CPU."""
+    """Peak memory allocated by torch. ``None`` on a CPU."""
     utilisation: float | None = field(default=None)
-    """Share of the card's peak; None where that is unknown or precision is not bf16."""
+    """Share of the card's peak FLOP/s. ``None`` if that is unknown or the precision is not bf16."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -126,14 +125,14 @@ class Speed:
 
 
 def speeds(workload: Workload, device: torch.device, clock: Callable[[], float]) -> Iterator[Speed]:
-    """The engine, then the loop with the engine's micro-batch."""
+    """Measure the engine, then the loop with the engine's micro-batch."""
     engine = engine_speed(workload, device, clock)
     yield engine
     yield loop_speed(workload, device, clock, engine.micro_batch)
 
 
 def engine_speed(workload: Workload, device: torch.device, clock: Callable[[], float]) -> Speed:
-    """``TorchEngine`` as a node uses it, uncompiled. It chooses the micro-batch."""
+    """Measure ``TorchEngine`` as a node uses it, uncompiled. It chooses the micro-batch."""
     _begin(device)
     settings: Any = Settings(device=str(device))
     engine, batch = TorchEngine(_model(workload), settings, settings), workload.batch()
@@ -142,7 +141,7 @@ def engine_speed(workload: Workload, device: torch.device, clock: Callable[[], f
 
 
 def compiled_speed(workload: Workload, device: torch.device, clock: Callable[[], float], micro_batch: int) -> Speed:
-    """The same with a compiled model."""
+    """Measure ``TorchEngine`` with a compiled model."""
     _begin(device)
     settings: Any = Settings(device=str(device), micro_batch=micro_batch)
     engine, batch = TorchEngine(_model(workload), settings, settings), workload.batch()
@@ -152,36 +151,12 @@ def compiled_speed(workload: Workload, device: torch.device, clock: Callable[[],
 
 
 def loop_speed(workload: Workload, device: torch.device, clock: Callable[[], float], micro_batch: int) -> Speed:
-    """What one would write by hand."""
+    """Measure the plain loop."""
     _begin(device)
-    settings = Settings()
-    model, batch = _model(workload).to(device).train(), torch.from_numpy(workload.batch())
-    precision = pick_precision("auto", device)
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if precision is not None:
-        autocast = lambda: torch.autocast(device.type, dtype=precision)  # noqa: E731
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device)
-        for rows in batch.split(micro_batch):  # type: ignore[no-untyped-call]
-            tokens = rows.to(device)
-            with autocast():
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss * (len(rows) / len(batch))
-            loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(parameters, settings.clip or 0.0)
-        optimizer.step()
-        return float(total)
-
-    measured = _measured(workload, device, clock, step)
-    return _speed(workload, device, LOOP, sum(p.numel() for p in parameters), micro_batch, measured)
+    loop, batch = PlainLoop(_model(workload), device, Settings()), torch.from_numpy(workload.batch())
+    measured = _measured(workload, device, clock, lambda: loop.step(batch, micro_batch))
+    parameters = sum(p.numel() for p in loop.model.parameters())
+    return _speed(workload, device, LOOP, parameters, micro_batch, measured)
 
 
 def _model(workload: Workload) -> nn.Module:
@@ -194,7 +169,7 @@ def _model(workload: Workload) -> nn.Module:
 
 
 def _begin(device: torch.device) -> None:
-    """Free what the measurement before this one held, and count peak memory from here."""
+    """Free the memory of the measurement before, and reset the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
