@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from psyche import config
-from psyche.training.models import build
+if TYPE_CHECKING:  # scripts/gpu_check.sh trains without pydantic
+    from psyche import config
 
 OVERHEAD = 1.5
 """Memory of a backward pass relative to its saved activations: gradients in flight and allocator waste. An estimate:
@@ -87,6 +88,8 @@ def activation_bytes(spec: config.Model, length: int, *, recompute: bool) -> int
     weights alone grow with the square of the length, and they are not counted. (By shape they cannot be told from other
     saved tensors that are as wide as the sequence is long.) Within a tenth of what the demo's model saves on a CPU.
     """
+    from psyche.training.models import build  # needs pydantic
+
     model = build(spec, device="meta").to(torch.bfloat16).train()
     if recompute:
         model.activation_checkpointing_enable()  # type: ignore[operator]
