@@ -22,7 +22,7 @@ from psyche.bench.harness.shaped_links import Link, congestion_control, shaped
 from psyche.bench.harness.turns import say
 from psyche.config import Config, Overlap, Rounds, Run, load_config
 from psyche.errors import PsycheError
-from psyche.exchange.cost import Shapes, sharded_from
+from psyche.exchange.cost import ExchangeSizes, sharded_from
 from psyche.numerics.codecs.registry import codec
 from psyche.telemetry.event_log import read_events
 from psyche.telemetry.events import MemberMetrics, RoundSummary
@@ -139,7 +139,7 @@ def with_modes(plan: Plan, names: Sequence[str]) -> Plan:
 def exchange_bytes(run: Run, peers: int) -> int:
     """Bytes that a peer sends, and receives, when the whole model is exchanged at once."""
     whole = layout(run.model).fragments(1)
-    shapes = Shapes.of(codec(run.codec.name), codec(run.result_codec), [p.stop - p.start for p in whole[0]])
+    shapes = ExchangeSizes.of(codec(run.codec.name), codec(run.result_codec), [p.stop - p.start for p in whole[0]])
     first = sharded_from(run, whole)
     sharded = first is not None and peers >= first
     return (shapes.sharded(peers, run.exchange.reducers) if sharded else shapes.gather(peers)).up

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from psyche.config import Manifest
 from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.diloco.replica import LocalUpdate, Replica
-from psyche.exchange.merge import Merge
+from psyche.exchange.aggregation import Aggregation
 from psyche.exchange.rules import rules_of
 from psyche.numerics.aggregate import reduce_slice
 from psyche.numerics.digest import payload_root
@@ -193,7 +193,7 @@ def _reduce(
     replica, assignment = replicas[min(replicas)], coordinator.assignment
     given = {node: update.contribution for node, update in updates.items()}
     payloads = {node: update.payload for node, update in updates.items()}
-    merged = Merge.of(replica.run).gradient(replica.codec, plan, given, payloads)
+    merged = Aggregation.of(replica.run).gradient(replica.codec, plan, given, payloads)
     counts = [part.stop - part.start for part in replica.slices_of(plan.round)]
     result_codec = replica.backend.codec(replica.run.result_codec)
 

@@ -17,7 +17,7 @@ from psyche.diloco.algorithm import DiLoCo, Slices
 from psyche.diloco.local_data import DataAssignment, PrivateData
 from psyche.diloco.trace import PrivateTrace, Trace
 from psyche.diloco.trace_recorder import TraceRecorder
-from psyche.exchange.merge import Merge
+from psyche.exchange.aggregation import Aggregation
 from psyche.numerics.aggregate import Gradient, reduce_slice, result_gradient
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.backends.selection import fastest_backend
@@ -194,7 +194,7 @@ class Replica(DiLoCo):
         """Aggregate the payloads that ``record`` accepted into the outer gradient; in a sharded round, as every node
         decodes it from the reducers' encoded result."""
         given = {one.node: one.contribution for one in record.accepted}
-        merge = Merge.of(self.run)
+        merge = Aggregation.of(self.run)
         merged = self.aggregate(payloads, weights(record.plan, given, merge.caps), merge.rule)
         if not record.plan.is_sharded:
             return merged

@@ -1,1 +1,1 @@
-"""How payloads reach everyone who needs them (DESIGN §7)."""
+"""How a round's payloads are exchanged and become an outer gradient: gather or sharded (README.md)."""

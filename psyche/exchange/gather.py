@@ -1,4 +1,4 @@
-"""gather: every node fetches every payload. Nothing to trust; the cost grows with the number of peers."""
+"""gather: every node fetches every payload. It trusts no reducer; its cost grows with the number of peers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from psyche.protocol.messages import Contribution, Record
 
 
 class Gather(Exchange):
-    """Everybody aggregates everything. A payload is on disk soon after it is here: the others are still coming."""
+    """Every node aggregates everything. A payload is persisted on arrival, while the others are still in transit."""
 
-    def part(self) -> Sequence[int]:
-        return range(len(self.shape.counts))
+    def needed_slices(self) -> Sequence[int]:
+        return range(len(self.layout.counts))
 
-    async def offer(self, payload: Sequence[bytes]) -> None:
-        await super().offer(payload)
-        await self.wire.keep(self.plan.round, self.payloads[self.wire.me])
+    async def publish(self, payload: Sequence[bytes]) -> None:
+        await super().publish(payload)
+        await self.store.persist(self.plan.round, self.payloads[self.me])
 
-    async def collect(self, author: str, given: Contribution) -> None:
-        await super().collect(author, given)
-        await self.wire.keep(self.plan.round, self.payloads[author])
+    async def fetch_payload(self, author: str, contribution: Contribution) -> None:
+        await super().fetch_payload(author, contribution)
+        await self.store.persist(self.plan.round, self.payloads[author])
 
-    async def prepare(self, record: Record) -> Gradient:
-        await asyncio.gather(*(self.collect(one.node, one.contribution) for one in record.accepted))
-        given = {one.node: one.contribution for one in record.accepted}
-        return self.merge.gradient(self.shape.codec, self.plan, given, self.payloads)
+    async def outer_gradient(self, record: Record) -> Gradient:
+        await asyncio.gather(*(self.fetch_payload(one.node, one.contribution) for one in record.accepted))
+        contributions = {one.node: one.contribution for one in record.accepted}
+        return self.aggregation.gradient(self.layout.codec, self.plan, contributions, self.payloads)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from psyche.config import Run
-from psyche.exchange.cost import Cost, Shapes, sharded_from
+from psyche.exchange.cost import Cost, ExchangeSizes, sharded_from
 from psyche.exchange.rules import fragments_of
 from psyche.numerics.codecs.registry import codec
 from psyche.telemetry.formatting import number, size
@@ -123,7 +123,7 @@ def costs_of(run: Run) -> Costs:
     whole = sum(encoder.expected_bytes(count) for one in counts for count in one)
     payload = round(whole / len(fragments))
     members, reducers = run.rounds.start_members, run.exchange.reducers
-    shapes = [Shapes.of(encoder, result, one) for one in counts]
+    shapes = [ExchangeSizes.of(encoder, result, one) for one in counts]
     outer_copies = 3 + encoder.error_feedback  # θ, m, the local copy; and the residual where there is error feedback
     inner_copies = 4 if run.inner.optimizer == "adamw" else 3  # model, gradient, and two moments or (most) one
     per_round = members * run.rounds.inner_steps * run.tokens_per_step

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from psyche.config import Node
 from psyche.diloco.replica import Replica
-from psyche.exchange.base import BlobTransport, Exchange, taken
+from psyche.exchange.base import Exchange, applied_blobs
+from psyche.exchange.payload_store import PayloadStore
 from psyche.ledger.chain_sync import CertifiedRecord, ChainFetcher, verified_successors
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.transport import FetchError
@@ -37,7 +38,7 @@ class CatchUp:
         self,
         replica: Replica,
         settings: Node,
-        wire: BlobTransport,
+        payload_store: PayloadStore,
         *,
         voter: Voter,
         client: CoordinatorClient,
@@ -46,9 +47,9 @@ class CatchUp:
         log: EventLog,
         warn: Callable[[str], None],
     ) -> None:
-        self._replica, self._transport, self._voter, self._client = replica, wire, voter, client
+        self._replica, self._payload_store, self._voter, self._client = replica, payload_store, voter, client
         self._advance, self._exchange, self._log, self._warn = advance, exchange, log, warn
-        self._chain_fetcher = ChainFetcher(replica.manifest, wire.network.rpc)
+        self._chain_fetcher = ChainFetcher(replica.manifest, payload_store.network.rpc)
         self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
         """Rounds. Others keep what their steps took for about as long; of longer ones not even the records are asked
         for."""
@@ -62,7 +63,7 @@ class CatchUp:
         mine = await asyncio.to_thread(verified_successors, self._replica.manifest, encoded, self._replica.chain)
         try:
             for record, certificate in mine:
-                if not all(root in self._transport.journal for root in taken(record)):
+                if not all(root in self._payload_store.journal for root in applied_blobs(record)):
                     break
                 if not await self._retake(record, certificate):
                     break
@@ -76,7 +77,9 @@ class CatchUp:
         chain = self._replica.chain
         if status.rounds == chain.rounds and chain.rounds:
             expected, found = status.state_root.hex(), chain.state_root.hex()
-            self._log.emit(events.Diverged(peer=self._transport.me, round=chain.rounds, expected=expected, found=found))
+            self._log.emit(
+                events.Diverged(peer=self._payload_store.peer_id, round=chain.rounds, expected=expected, found=found)
+            )
         elif 0 < status.rounds - chain.rounds <= self._replayed_at_most and await self._replay(sparingly=True):
             return
         record = None
@@ -128,8 +131,8 @@ class CatchUp:
         if plan_fault(record.plan, self._replica.chain) is not None:
             return False
         exchange = self._exchange(record.plan)
-        exchange.others = others
-        gradient = await exchange.prepare(record)
+        exchange.followers = others
+        gradient = await exchange.outer_gradient(record)
         self._voter.certificate = certificate
         await self._advance.step(record, gradient)
         return True
@@ -144,7 +147,7 @@ class CatchUp:
         goal = self._replica.chain_position(record, root)
         arriving = await self._taken_along(goal, holders)
         try:
-            outer = await arriving.fetch(self._transport.network, root, holders)
+            outer = await arriving.fetch(self._payload_store.network, root, holders)
         except FetchError:
             self._arriving = arriving, goal
             raise
@@ -183,8 +186,8 @@ class CatchUp:
             return False
         for record, _ in missing:
             exchange = self._exchange(record.plan)
-            exchange.others = holders
-            gradient = await exchange.prepare(record)
+            exchange.followers = holders
+            gradient = await exchange.outer_gradient(record)
             await asyncio.to_thread(self._replica.outer_step, record.plan.round, gradient, arriving.outer)
         arriving.moved += len(missing)
         steps = plural(len(missing), "outer step")
@@ -194,12 +197,12 @@ class CatchUp:
 
     def _bytes_of(self, missing: list[CertifiedRecord]) -> int:
         """That the outer steps of ``missing`` take, and that are not on this disk, about."""
-        there = self._transport.journal
-        return sum(size for record, _ in missing for root, size in taken(record).items() if root not in there)
+        there = self._payload_store.journal
+        return sum(size for record, _ in missing for root, size in applied_blobs(record).items() if root not in there)
 
     async def _others(self) -> list[str]:
         """Whom to ask for what is past: those who are connected first."""
-        return await self._transport.network.sources(self._replica.manifest.resolved.coordinators)
+        return await self._payload_store.network.sources(self._replica.manifest.resolved.coordinators)
 
     def _shown_by(self, status: RunStatus) -> Record | None:
         """The last certified record, if the board proves it."""

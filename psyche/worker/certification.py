@@ -46,7 +46,7 @@ class Certification:
         warn: Callable[[str], None],
     ) -> None:
         """``knows_base`` says whether a node's contribution proves that it was made from the state of ``plan``."""
-        self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.wire.me
+        self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.me
         self._voter, self._client, self._exchange, self._warn = voter, client, exchange, warn
         self._knows_base, self._baseless = knows_base, set[str]()
         self._openings = voter.follows(plan)
@@ -87,17 +87,17 @@ class Certification:
         """Show the contribution that was committed to, and serve its payload."""
         if self._work is None or status.plan != self._plan:
             return
-        await self._exchange.offer(self._work.payload)
+        await self._exchange.publish(self._work.payload)
         with contextlib.suppress(Refused):  # it was not committed to in time; the record will say so
             await self._client.submit(self._work.contribution, self._plan.round)
 
     async def _take_part(self, status: RunStatus) -> None:
         """Fetch what is shown, say what is here, reduce, and vote."""
         if status.reducing is not None:
-            self._exchange.drawn(status.reducing)
+            self._exchange.set_reducers(status.reducing)
         for node, given in self._openings.contributions.items():
             if node not in self._exchange.held and self._based(node, given):
-                self._start(node, partial(self._exchange.collect, node, given))
+                self._start(node, partial(self._exchange.fetch_payload, node, given))
         held = self._exchange.held & frozenset(self._openings.contributions)
         if held != self._told and self._member:
             self._told = held
@@ -120,14 +120,14 @@ class Certification:
             found = await self._exchange.reduce(reducing, self._openings.contributions)
             await self._submit(Reduced(reducing.term, tuple(Result(group, found[group]) for group in sorted(found))))
 
-        if self._exchange.due(reducing):
+        if self._exchange.groups_due(reducing):
             self._start(("reduce", reducing.term), reduce)
 
     def _prepare(self, record: Record) -> None:
         """Start getting what the outer step of ``record`` takes."""
 
         async def prepare() -> None:
-            self._gradients[record.hash] = await self._exchange.prepare(record)
+            self._gradients[record.hash] = await self._exchange.outer_gradient(record)
 
         if record.hash not in self._gradients:
             self._start(record.hash, prepare)

@@ -9,7 +9,7 @@ from pathlib import Path
 from psyche.config import Node
 from psyche.diloco.checkpoint import Checkpoint, save
 from psyche.diloco.replica import Replica
-from psyche.exchange.base import BlobTransport
+from psyche.exchange.payload_store import PayloadStore
 from psyche.network.transport import Network
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
@@ -27,13 +27,13 @@ class Saver:
         directory: Path,
         *,
         network: Network,
-        wire: BlobTransport,
+        payload_store: PayloadStore,
         voter: Voter,
         on_trainer: Callable[[Callable[[], Path]], Awaitable[Path]],
         log: EventLog,
     ) -> None:
         self._replica, self._settings, self._directory = replica, settings, directory / "checkpoints"
-        self._transport, self._voter, self._on_trainer, self._log = wire, voter, on_trainer, log
+        self._payload_store, self._voter, self._on_trainer, self._log = payload_store, voter, on_trainer, log
         self._snapshots = Snapshots(network, settings.checkpoints_kept)
         self._saved = replica.chain.rounds
 
@@ -60,5 +60,5 @@ class Saver:
         self._saved = chain.rounds
         await asyncio.to_thread(self._snapshots.add, chain.rounds, self._replica.index, path)
         if self._snapshots.oldest:
-            await asyncio.to_thread(self._transport.forget, self._snapshots.oldest + 1)
+            await asyncio.to_thread(self._payload_store.discard_before, self._snapshots.oldest + 1)
         self._log.emit(events.Checkpointed(round=chain.rounds, path=str(path)))

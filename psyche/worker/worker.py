@@ -21,15 +21,14 @@ from psyche.diloco.local_data import PrivacyBudgetSpent
 from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.diloco.replica import LocalUpdate, Replica, TrainingCancelled
 from psyche.errors import PsycheError
-from psyche.exchange.base import BlobTransport, Exchange
+from psyche.exchange.aggregation import Aggregation
+from psyche.exchange.base import Exchange
 from psyche.exchange.gather import Gather
-from psyche.exchange.journal import DIRECTORY as JOURNAL
-from psyche.exchange.journal import Journal
-from psyche.exchange.merge import Merge
+from psyche.exchange.payload_journal import DIRECTORY as JOURNAL
+from psyche.exchange.payload_journal import PayloadJournal
+from psyche.exchange.payload_store import BlobRetention, PayloadLayout, PayloadStore
 from psyche.exchange.rules import rules_of
-from psyche.exchange.shape import Shape
 from psyche.exchange.sharded import Sharded
-from psyche.exchange.shelf import BlobRetention
 from psyche.ledger.chain_sync import serve_chain
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import Identity
@@ -94,8 +93,8 @@ class Worker:
         self._graceful_leave = GracefulLeave(
             leave_request or LeaveRequest(), self._client, deadlines, identity.peer_id, log
         )
-        journal = Journal(directory / JOURNAL, self._warn)
-        self._transport = BlobTransport(network, BlobRetention(network), journal, identity.peer_id, self._name_liar)
+        journal = PayloadJournal(directory / JOURNAL, self._warn)
+        self._payload_store = PayloadStore(network, BlobRetention(network.blobs), journal, self._report_violation)
         self._meter = Meter()
         self._trainer = Trainer(
             replica,
@@ -109,7 +108,7 @@ class Worker:
         self._catch_up = CatchUp(
             replica,
             settings,
-            self._transport,
+            self._payload_store,
             voter=self._voter,
             client=self._client,
             advance=self._advance,
@@ -124,7 +123,7 @@ class Worker:
             settings,
             directory,
             network=network,
-            wire=self._transport,
+            payload_store=self._payload_store,
             voter=self._voter,
             on_trainer=self._trainer.do,
             log=log,
@@ -153,8 +152,8 @@ class Worker:
         """
         backend = self.replica.backend
         self.log.emit(events.Notice(level="info", text=f"codecs are computed by {backend.name} ({backend.detail})"))
-        for index in self._transport.journal.blobs:
-            self._transport.serve(index)
+        for index in self._payload_store.journal.blobs:
+            self._payload_store.serve(index)
         await self._catch_up.recover(self.ledger)
         await serve_chain(self.network, self.ledger)
         await self._auditor.serve()
@@ -246,7 +245,7 @@ class Worker:
         and so is in step when the next round is planned.
         """
         self._meter.start()
-        self._transport.shelf.next_round()
+        self._payload_store.retention.next_round()
         self._voter.follows(plan)  # from here on: who takes over while members train goes on with the round, too
         work = None
         if (quota := plan.member(self.identity.peer_id)) is not None:
@@ -343,7 +342,7 @@ class Worker:
         """Whose contribution stands out, and so is to be audited, if anybody's is."""
         if self._outlier_detector is None:
             return ()
-        counts, seen = exchange.shape.counts, exchange.part()
+        counts, seen = exchange.layout.counts, exchange.needed_slices()
         held = {node: exchange.payloads[node] for node in exchange.held if node in exchange.payloads}
         found = await asyncio.to_thread(self._outlier_detector.look, record, counts, held, seen)
         for node, check in found.items():
@@ -363,12 +362,12 @@ class Worker:
     def _exchange(self, plan: Plan) -> Exchange:
         """This node's part in exchanging the round's payloads."""
         counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
-        shape = Shape(self.replica.codec, counts)
+        layout = PayloadLayout(self.replica.codec, counts)
         run = self.manifest.run
-        merge = Merge.of(run)
+        aggregation = Aggregation.of(run)
         if plan.is_sharded:
-            return Sharded(self._transport, plan, shape, merge, self.replica.backend.codec(run.result_codec))
-        return Gather(self._transport, plan, shape, merge)
+            return Sharded(self._payload_store, plan, layout, aggregation, self.replica.backend.codec(run.result_codec))
+        return Gather(self._payload_store, plan, layout, aggregation)
 
     # -------------------------------------------------------------------------------------- helpers
 
@@ -382,7 +381,7 @@ class Worker:
             return False
         return status.plan != plan or status.phase == Phase.CERTIFYING
 
-    def _name_liar(self, peer_id: str, what: str) -> None:
+    def _report_violation(self, peer_id: str, what: str) -> None:
         self.log.emit(events.Rejected(peer=peer_id, reason=what, what="blob"))
 
     def _finished(self) -> bool:

@@ -20,7 +20,7 @@ from psyche.data.journal import load_journal
 from psyche.data.prepare import prepare
 from psyche.diloco.checkpoint import load_latest, save
 from psyche.durable import write_durably
-from psyche.exchange.journal import Journal
+from psyche.exchange.payload_journal import PayloadJournal
 from psyche.federated.privacy_budget import NAME as PRIVACY
 from psyche.federated.privacy_budget import Budget
 from psyche.ledger.signing_record import Ballot, keep, recall
@@ -156,7 +156,7 @@ def parts(number: int) -> list[bytes]:
 
 
 def take(folder: Path, number: int) -> None:
-    Journal(folder, pytest.fail).put(number, Spool(folder).put(parts(number)))
+    PayloadJournal(folder, pytest.fail).put(number, Spool(folder).put(parts(number)))
 
 
 def copy(folder: Path, number: int) -> None:
@@ -171,7 +171,7 @@ def _refuse(*arguments: object, **options: object) -> None:
 
 
 def taken(folder: Path) -> int:
-    journal = Journal(folder, pytest.fail)
+    journal = PayloadJournal(folder, pytest.fail)
     roots = [index_chunks(parts(number)).root for number in (1, 2)]
     there = [root in journal for root in roots]
     assert all(journal.blob(root) is not None for root in roots if root in journal)

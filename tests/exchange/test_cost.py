@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from psyche.config import Overlap, load_config
-from psyche.exchange.base import BlobTransport
-from psyche.exchange.cost import Shapes
+from psyche.exchange.cost import ExchangeSizes
 from psyche.exchange.gather import Gather
-from psyche.exchange.journal import Journal
-from psyche.exchange.shape import Shape
+from psyche.exchange.payload_journal import PayloadJournal
+from psyche.exchange.payload_store import BlobRetention, PayloadLayout, PayloadStore
 from psyche.exchange.sharded import Sharded
-from psyche.exchange.shelf import BlobRetention
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.numerics.backends.selection import fastest_backend
@@ -25,7 +23,7 @@ from psyche.protocol.messages import Accepted, Member, Plan, Record, Reducing
 from psyche.protocol.reduction import reducer_order
 from psyche.protocol.verdicts import EMPTY
 from psyche.tools.costs import costs_of
-from tests.exchange.plain import MERGE
+from tests.exchange.plain_mean import PLAIN_MEAN
 from tests.protocol.players import contribution
 from tests.tiny import write_config
 
@@ -64,15 +62,16 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         reducers,
         tuple(Member(n.peer_id, 1, 1) for n in nodes),
     )
-    wires = [
-        BlobTransport(
-            node, BlobRetention(node), Journal(directory / node.peer_id, pytest.fail), node.peer_id, on_violation
+    stores = [
+        PayloadStore(
+            node, BlobRetention(node.blobs), PayloadJournal(directory / node.peer_id, pytest.fail), on_violation
         )
         for node in nodes
     ]
-    shape = Shape(used, COUNTS)
+    layout = PayloadLayout(used, COUNTS)
     sides = [
-        Sharded(wire, plan, shape, MERGE, result) if reducers else Gather(wire, plan, shape, MERGE) for wire in wires
+        Sharded(store, plan, layout, PLAIN_MEAN, result) if reducers else Gather(store, plan, layout, PLAIN_MEAN)
+        for store in stores
     ]
     payloads = [
         [used.encode(torch.randn(count), torch.zeros(count), None, 0.0) for count in COUNTS] for _ in range(PEERS)
@@ -91,10 +90,10 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
     order = reducer_order(plan.seed, given) if reducers else ()
     reducing = Reducing(1, order, (), (), tuple(sorted(given)))
     for side, payload in zip(sides, payloads, strict=True):
-        await side.offer(payload)
+        await side.publish(payload)
         if isinstance(side, Sharded):
-            side.drawn(reducing)
-    await asyncio.gather(*(side.collect(node, given[node]) for side in sides for node in given))
+            side.set_reducers(reducing)
+    await asyncio.gather(*(side.fetch_payload(node, given[node]) for side in sides for node in given))
     assert all(side.held == set(given) for side in sides)
     results: dict[int, bytes] = {}
     for side in sides:
@@ -114,7 +113,7 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         (),
     )
     gradients = []
-    for gradient in await asyncio.gather(*(side.prepare(record) for side in sides)):
+    for gradient in await asyncio.gather(*(side.outer_gradient(record) for side in sides)):
         out = [torch.empty(count) for count in COUNTS]
         for number, part in enumerate(out):
             gradient(number, part)
@@ -132,7 +131,7 @@ def test_the_model_is_what_is_measured(tmp_path: Path, name: str, reducers: int)
             for node in nodes:
                 await node.close()
         assert all(torch.equal(one, gradients[0]) for one in gradients), "the same bits everywhere"
-        shapes = Shapes.of(codec(name), codec("int8"), COUNTS)
+        shapes = ExchangeSizes.of(codec(name), codec("int8"), COUNTS)
         cost = shapes.sharded(PEERS, reducers) if reducers else shapes.gather(PEERS)
         down = sum(node.traffic.bytes_down for node in nodes) / PEERS
         up = sum(node.traffic.bytes_up for node in nodes) / PEERS
@@ -143,7 +142,7 @@ def test_the_model_is_what_is_measured(tmp_path: Path, name: str, reducers: int)
 
 
 def test_gather_grows_with_the_peers_and_sharded_hardly_does() -> None:
-    shapes = Shapes.of(codec("int8"), codec("int8"), (1 << 18,) * 96)
+    shapes = ExchangeSizes.of(codec("int8"), codec("int8"), (1 << 18,) * 96)
     assert shapes.gather(16).up == 5 * shapes.gather(4).up
     one = [shapes.sharded(peers, 1).up for peers in (4, 8, 16, 64)]
     assert one[2] / one[0] == pytest.approx(1.25, abs=0.02), "2(n−1)/n: from few to many it cannot be flat"
@@ -161,7 +160,7 @@ def test_every_codec_has_a_result_codec_that_is_no_coarser() -> None:
 
 
 def test_more_reducers_than_peers_are_as_many_as_there_are() -> None:
-    shapes = Shapes.of(codec("int8"), codec("int8"), (1 << 18,) * 8)
+    shapes = ExchangeSizes.of(codec("int8"), codec("int8"), (1 << 18,) * 8)
     assert shapes.sharded(2, 5) == shapes.sharded(2, 2)
     assert shapes.sharded(1, 2).up == shapes.gather(1).up == 0
 

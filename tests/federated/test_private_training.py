@@ -19,7 +19,7 @@ from psyche.diloco.local_data import PrivacyBudgetSpent
 from psyche.diloco.reference import simulate_rounds
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
-from psyche.exchange.merge import Merge
+from psyche.exchange.aggregation import Aggregation
 from psyche.exchange.rules import rules_of
 from psyche.federated.gaussian_mechanism import shrinkage
 from psyche.federated.privacy_budget import Budget
@@ -178,7 +178,7 @@ def test_a_private_majority_moves_the_model_by_its_share(tmp_path: Path) -> None
     for record, works in simulate_rounds(here.manifest, {one.node: one for one in nodes}):
         assert len({one.chain.state_root for one in nodes}) == 1
         given = {one.node: one.contribution for one in record.accepted}
-        counts = weights(record.plan, given, Merge.of(here.manifest.run).caps)
+        counts = weights(record.plan, given, Aggregation.of(here.manifest.run).caps)
         assert {node: counts[node] for node, work in works.items() if not work.contribution.private} == {
             public.node: 0.75
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from psyche.coordinator.cosigner import SIGNED_STATE
-from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.exchange.payload_journal import DIRECTORY as JOURNAL
 from psyche.ledger.store import NAME, Ledger, LedgerError
 from psyche.ledger.writer import LedgerWriter, backfill, writing
 from psyche.protocol.acceptor import Chain

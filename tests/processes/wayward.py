@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing_extensions import Buffer
 
 from psyche.cli import main
+from psyche.exchange.payload_store import BlobRetention
 from psyche.exchange.sharded import Sharded
-from psyche.exchange.shelf import BlobRetention
 from psyche.network.spool import Blob
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.messages import Contribution, Reducing
 
 FIRST = 3
-add_up, put = Sharded._add_up, BlobRetention.put
+add_up, put = Sharded._reduce_slices, BlobRetention.put
 
 
 def turn(fault: str) -> None:
@@ -42,7 +42,7 @@ def turn(fault: str) -> None:
     async def unserved(self: BlobRetention, parts: Sequence[Buffer]) -> Blob:
         blob = await put(self, parts)
         if adding:
-            self._network.blobs.remove(blob.index.root)
+            self._blobs.remove(blob.index.root)
         return blob
 
     async def reduce(self: Sharded, reducing: Reducing, given: Mapping[str, Contribution]) -> Mapping[int, bytes]:
@@ -54,7 +54,7 @@ def turn(fault: str) -> None:
 
     adding: list[int] = []
     honest = Sharded.reduce
-    Sharded._add_up = wayward  # type: ignore[method-assign]
+    Sharded._reduce_slices = wayward  # type: ignore[method-assign]
     if fault == "withhold":
         Sharded.reduce, BlobRetention.put = reduce, unserved  # type: ignore[method-assign]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from psyche.config import MANIFEST, Manifest, load_config
-from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.exchange.payload_journal import DIRECTORY as JOURNAL
 from psyche.ledger.store import NAME as LEDGER
 from psyche.network.identity import IDENTITY
 from psyche.processes.local_run import run_locally

@@ -12,8 +12,8 @@ import msgspec
 
 from psyche.config import Manifest, Node
 from psyche.diloco.replica import Replica
-from psyche.exchange.journal import Journal
-from psyche.exchange.merge import Merge
+from psyche.exchange.aggregation import Aggregation
+from psyche.exchange.payload_journal import PayloadJournal
 from psyche.ledger.store import Ledger
 from psyche.network.identity import Identity
 from psyche.network.spool import Blob
@@ -64,7 +64,7 @@ class Reference:
 
         ``payloads`` is a folder with all that any node's journal ever held.
         """
-        journal = Journal(payloads, warn=_fail)
+        journal = PayloadJournal(payloads, warn=_fail)
         taker = next(iter(self.replicas().values()))
         roots = []
         for record in records:
@@ -106,11 +106,11 @@ def _dealt(plan: Plan, deal: int) -> Plan:
     return msgspec.structs.replace(plan, seed=digest("deal", plan.seed, bytes([deal]))) if deal else plan
 
 
-def _gradient(taker: Replica, record: Record, journal: Journal) -> Gradient:
+def _gradient(taker: Replica, record: Record, journal: PayloadJournal) -> Gradient:
     if not record.results:
         given = {one.node: one.contribution for one in record.accepted}
         payloads = {one.node: _blob(record, one.contribution.payload_root, journal) for one in record.accepted}
-        return Merge.of(taker.run).gradient(taker.codec, record.plan, given, payloads)
+        return Aggregation.of(taker.run).gradient(taker.codec, record.plan, given, payloads)
     results = [_blob(record, root, journal) for root in record.results]
 
     def encoded(number: int) -> bytes:
@@ -120,7 +120,7 @@ def _gradient(taker: Replica, record: Record, journal: Journal) -> Gradient:
     return result_gradient(taker.backend.codec(taker.run.result_codec), encoded)
 
 
-def _blob(record: Record, root: bytes, journal: Journal) -> Blob:
+def _blob(record: Record, root: bytes, journal: PayloadJournal) -> Blob:
     blob = journal.blob(root)
     assert blob is not None, f"what round {record.plan.round} took was in nobody's journal: {root.hex()}"
     return blob

@@ -17,7 +17,7 @@ from typing import BinaryIO, Self
 
 import msgspec
 
-from psyche.exchange.journal import DIRECTORY as JOURNAL
+from psyche.exchange.payload_journal import DIRECTORY as JOURNAL
 from psyche.telemetry.event_log import LOG_NAME
 from psyche.telemetry.events import AnyEvent, RoundCertified
 from tests.processes.swarm import alive, descendants

@@ -1,4 +1,4 @@
-"""From a round's payloads to its outer gradient, as the manifest has it: who counts how much, and how all is added."""
+"""From a round's payloads to its outer gradient: the weight of each contribution and the rule that combines them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ new ones counts at most as much as one established node may (the default of ``ag
 
 
 @dataclass(frozen=True)
-class Merge:
-    """The same on all nodes of a run."""
+class Aggregation:
+    """The run's aggregation settings, the same on all nodes."""
 
     caps: Caps
     rule: AggregationRule
 
     @classmethod
-    def of(cls, run: Run) -> Merge:
-        """What ``run.aggregation`` says. Its shares are taken as the fp64 values that they are."""
+    def of(cls, run: Run) -> Aggregation:
+        """The settings in ``run.aggregation``. Shares are converted from fp64 exactly."""
         spec = run.aggregation
         caps = Caps(Fraction(spec.max_share), NEWCOMERS_SHARE, Fraction(run.private_share))
         return cls(caps, spec.kind)
 
     def gradient(
-        self, codec: Codec, plan: Plan, given: Mapping[str, Contribution], payloads: Mapping[str, PayloadSlices]
+        self, codec: Codec, plan: Plan, contributions: Mapping[str, Contribution], payloads: Mapping[str, PayloadSlices]
     ) -> Gradient:
-        """The outer gradient of ``plan``'s round from all ``given`` contributions, slice by slice.
+        """The outer gradient of ``plan``'s round over ``contributions``, computed slice by slice on demand.
 
-        ``payloads`` has, of each of them, the slices that will be asked for.
+        ``payloads`` holds, for each contribution, the slices that will be requested.
         """
-        return payload_gradient(codec, weights(plan, given, self.caps), payloads, self.rule)
+        return payload_gradient(codec, weights(plan, contributions, self.caps), payloads, self.rule)

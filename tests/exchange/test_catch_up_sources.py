@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from psyche.exchange.base import BlobTransport, Exchange
+from psyche.exchange.base import Exchange
 from psyche.exchange.gather import Gather
-from psyche.exchange.journal import Journal
-from psyche.exchange.shape import Shape
+from psyche.exchange.payload_journal import PayloadJournal
+from psyche.exchange.payload_store import BlobRetention, PayloadLayout, PayloadStore
 from psyche.exchange.sharded import Sharded
-from psyche.exchange.shelf import BlobRetention
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
 from psyche.network.transport import FetchError
@@ -21,12 +20,12 @@ from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record
 from psyche.protocol.verdicts import EMPTY
-from tests.exchange.plain import MERGE
+from tests.exchange.plain_mean import PLAIN_MEAN
 
 INT8, COUNT = codec("int8"), 4096
 
 
-async def joined(directory: Path, name: str, *known: NetworkNode) -> tuple[NetworkNode, BlobTransport]:
+async def joined(directory: Path, name: str, *known: NetworkNode) -> tuple[NetworkNode, PayloadStore]:
     node = await NetworkNode.create(
         Identity.load_or_create(directory / f"{name}.key"),
         run_id=bytes(32),
@@ -34,12 +33,12 @@ async def joined(directory: Path, name: str, *known: NetworkNode) -> tuple[Netwo
         listen=["/ip4/127.0.0.1/tcp/0"],
         bootstrap=[address for other in known for address in await other.addresses()],
     )
-    return node, BlobTransport(
-        node, BlobRetention(node), Journal(directory / name, pytest.fail), node.peer_id, _no_liar
+    return node, PayloadStore(
+        node, BlobRetention(node.blobs), PayloadJournal(directory / name, pytest.fail), _no_violation
     )
 
 
-def _no_liar(peer: str, what: str) -> None:
+def _no_violation(peer: str, what: str) -> None:
     pytest.fail(f"{peer}: {what}")
 
 
@@ -70,20 +69,22 @@ def test_what_a_round_took_is_had_from_who_followed_it_when_its_only_member_is_g
             plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, (), EMPTY, reducer_order, results, ()
         )
 
-        def side(wire: BlobTransport) -> Exchange:
-            shape = Shape(INT8, (COUNT,))
-            return Sharded(wire, plan, shape, MERGE, INT8) if reducers else Gather(wire, plan, shape, MERGE)
+        def side(store: PayloadStore) -> Exchange:
+            layout = PayloadLayout(INT8, (COUNT,))
+            return (
+                Sharded(store, plan, layout, PLAIN_MEAN, INT8) if reducers else Gather(store, plan, layout, PLAIN_MEAN)
+            )
 
-        await side(of_author).offer(payload)
-        await side(of_follower).prepare(record)
+        await side(of_author).publish(payload)
+        await side(of_follower).outer_gradient(record)
         await author.close()
         late, of_late = await joined(tmp_path, "late", follower)
         try:
             with pytest.raises(FetchError):
-                await side(of_late).prepare(record)
+                await side(of_late).outer_gradient(record)
             behind = side(of_late)
-            behind.others = [follower.peer_id]
-            gradient, found, expected = await behind.prepare(record), torch.empty(COUNT), torch.zeros(COUNT)
+            behind.followers = [follower.peer_id]
+            gradient, found, expected = await behind.outer_gradient(record), torch.empty(COUNT), torch.zeros(COUNT)
             gradient(0, found)
             INT8.decode_add(payload[0], 1.0, expected)
             assert torch.equal(found, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from psyche.exchange.merge import Merge
+from psyche.exchange.aggregation import Aggregation
 from psyche.protocol.weights import Caps
 
-MERGE = Merge(Caps(Fraction(1), Fraction(1), Fraction(1)), "mean")
+PLAIN_MEAN = Aggregation(Caps(Fraction(1), Fraction(1), Fraction(1)), "mean")

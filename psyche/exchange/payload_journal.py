@@ -1,7 +1,7 @@
-"""What the outer steps of the last rounds took, on disk: a node that was killed takes them again, others fetch them.
+"""Blobs applied by the outer steps of recent rounds, on disk: a restarted node re-applies them, late nodes fetch them.
 
-A file for each blob: its chunks, its index, and how many chunks that has. It gets its name, which holds the round and
-the blob's root, once it is on disk whole; what is read from it is checked against the root all the same.
+One file per blob: its chunks, its index, and the number of chunks. The file gets its name (round number and root) once
+it is on disk completely; its content is checked against the root whenever it is read all the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from psyche.numerics.digest import INDEX_BYTES, BlobIndex
 DIRECTORY = "journal"
 _NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.blob")
 _COUNT_BYTES = 4
-MAX_CHUNKS = 1 << 20
+_MAX_CHUNKS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class _Entry:
     read: ReadChunk
 
 
-class Journal:
-    """Blobs by root, each with the latest round that took it. Safe to use from several threads, one writer a blob."""
+class PayloadJournal:
+    """Blobs by root, each with the latest round that applied it. Thread-safe with one writer per blob."""
 
     def __init__(self, directory: Path, warn: Callable[[str], None]) -> None:
-        """Take up what is in ``directory``, which is made. Raises ``PsycheError`` where that cannot be."""
+        """Open or create ``directory``. Deletes damaged files with a warning. Raises ``PsycheError`` on disk errors."""
         self._directory = directory
-        self._there: dict[bytes, _Entry] = {}
+        self._entries: dict[bytes, _Entry] = {}
         with disk_errors(directory, "--directory"):
             directory.mkdir(parents=True, exist_ok=True)
             for path in sorted(directory.iterdir()):
@@ -49,46 +49,46 @@ class Journal:
                 try:
                     index = _index_of(path)
                     if index.root.hex() != match[2]:
-                        raise ValueError("its index is another blob's")
+                        raise ValueError("its name and its index have different roots")
                 except (OSError, ValueError) as error:
-                    warn(f"{path.name} in the journal cannot be read ({error}): what it held is fetched again")
+                    warn(f"deleted the damaged file {path} ({error}): its content will be fetched again if needed")
                     path.unlink(missing_ok=True)
                     continue
-                self._there[index.root] = _Entry(int(match[1]), index, partial(self._read, index.root))
+                self._entries[index.root] = _Entry(int(match[1]), index, partial(self._read, index.root))
 
     def __contains__(self, root: bytes) -> bool:
-        return root in self._there
+        return root in self._entries
 
     @property
     def blobs(self) -> list[BlobIndex]:
-        """All that are there."""
-        return [entry.index for entry in list(self._there.values())]
+        """The index of every blob."""
+        return [entry.index for entry in list(self._entries.values())]
 
     def reader(self, root: bytes) -> ReadChunk:
-        """Gives the chunks of a blob that is there, always the same for the same blob. They are not checked.
+        """Return a function that reads the blob's chunks, unchecked; the same function for the same blob.
 
-        It raises ``LookupError`` or ``OSError`` where they are not there any more.
+        It raises ``LookupError`` or ``OSError`` once they are gone.
         """
-        return self._there[root].read
+        return self._entries[root].read
 
     def put(self, round_number: int, blob: Blob) -> bool:
-        """Keep a whole blob that the outer step of ``round`` takes; on disk when this returns. False: it was there.
+        """Write a complete blob that the outer step of ``round_number`` applies; it is on disk when this returns.
 
-        Raises ``PsycheError`` where the disk is full.
+        Returns False if it was there before. Raises ``PsycheError`` where the disk is full.
         """
         index = blob.index
-        if index.root in self._there:
+        if index.root in self._entries:
             return False
         path = self._path(round_number, index.root)
         with disk_errors(path, "--directory"):
             blob.link(path, index.encode() + index.chunks.to_bytes(_COUNT_BYTES, "little"))
             sync_directory(self._directory)
         entry = _Entry(round_number, index, partial(self._read, index.root))
-        return self._there.setdefault(index.root, entry) is entry  # another thread may have been as fast
+        return self._entries.setdefault(index.root, entry) is entry  # another thread may have been faster
 
     def blob(self, root: bytes) -> Blob | None:
-        """A blob, every chunk of it checked; None where it is not there. What the disk has spoilt is dropped."""
-        entry = self._there.get(root)
+        """Return a blob with every chunk checked, or None. A blob that the disk has corrupted is dropped."""
+        entry = self._entries.get(root)
         if entry is None:
             return None
         index = entry.index
@@ -103,16 +103,16 @@ class Journal:
         return None
 
     def drop(self, root: bytes) -> None:
-        """Forget a blob."""
-        if (entry := self._there.pop(root, None)) is not None:
+        """Delete a blob."""
+        if (entry := self._entries.pop(root, None)) is not None:
             self._path(entry.round, root).unlink(missing_ok=True)
 
     def before(self, first: int) -> list[bytes]:
-        """Roots of what only rounds before ``first`` took."""
-        return [root for root, entry in list(self._there.items()) if entry.round < first]
+        """Roots of blobs that only rounds before ``first`` applied."""
+        return [root for root, entry in list(self._entries.items()) if entry.round < first]
 
     def _read(self, root: bytes, number: int) -> bytes:
-        entry = self._there[root]
+        entry = self._entries[root]
         with self._path(entry.round, root).open("rb") as file:
             return os.pread(file.fileno(), entry.index.sizes[number], entry.index.offsets[number])
 
@@ -121,15 +121,15 @@ class Journal:
 
 
 def _index_of(path: Path) -> BlobIndex:
-    """The index at the end of a file. Raises ``ValueError`` where there is none."""
+    """Read the index at the end of a file. Raises ``ValueError`` if the file is incomplete."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         tail = os.pread(file.fileno(), _COUNT_BYTES, max(0, size - _COUNT_BYTES))
         chunks = int.from_bytes(tail, "little")
         length = chunks * INDEX_BYTES
-        if len(tail) < _COUNT_BYTES or not 0 < chunks <= MAX_CHUNKS or length > size - _COUNT_BYTES:
-            raise ValueError("it was cut off")
+        if len(tail) < _COUNT_BYTES or not 0 < chunks <= _MAX_CHUNKS or length > size - _COUNT_BYTES:
+            raise ValueError("it is truncated")
         index = BlobIndex.decode(os.pread(file.fileno(), length, size - _COUNT_BYTES - length))
     if index.size + length + _COUNT_BYTES != size:
-        raise ValueError("it was cut off")
+        raise ValueError("it is truncated")
     return index
