@@ -33,7 +33,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.standing import newly_audited, standing_after
-from psyche.protocol.state import Rules, Said
+from psyche.protocol.state import Rules, StatementReceived
 from psyche.protocol.verdicts import EMPTY, AuditState, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body
 from tests.protocol.players import contribution
@@ -102,7 +102,9 @@ def bulk_chain(
         head, root = record.hash, digest("root", record.hash)
 
 
-def _heard(audit_state: AuditState, round_number: int, owners: Mapping[str, Identity], rules: Rules) -> Iterator[Said]:
+def _heard(
+    audit_state: AuditState, round_number: int, owners: Mapping[str, Identity], rules: Rules
+) -> Iterator[StatementReceived]:
     """What auditors say at once who are asked, and honest: they seal that it passes, and show it a round later."""
     for audit in audit_state.audits:
         verdict = Verdict(audit.accused, audit.round, Finding("measured", 0, 0, 100 + audit.round), bytes(32))
@@ -113,7 +115,7 @@ def _heard(audit_state: AuditState, round_number: int, owners: Mapping[str, Iden
             sealed = SealedVerdict(audit.accused, audit.round, verdict.digest)
             body = verdict if node in spoken else sealed
             proof = owners[node].seal(body.DOMAIN, rules.run_id, audit.round, body.encode())
-            yield Said(node, body, envelopes.encode(proof))
+            yield StatementReceived(node, body, envelopes.encode(proof))
 
 
 def _certify(record: Record, voters: list[Identity], rules: Rules) -> bytes:

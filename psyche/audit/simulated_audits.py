@@ -15,7 +15,7 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.audits import asked
 from psyche.protocol.envelope import Envelope
 from psyche.protocol.messages import Record
-from psyche.protocol.state import AuditRules, Said
+from psyche.protocol.state import AuditRules, StatementReceived
 from psyche.protocol.verdicts import JURY, Audit, Finding, SealedVerdict, Verdict
 
 VerdictPolicy = Callable[[str, Audit, Callable[[], Finding]], Finding | None]
@@ -38,7 +38,7 @@ class SimulatedAudits:
         self._records: dict[int, Record] = {}
         self._verdicts: dict[tuple[str, str, int], Verdict] = {}
 
-    def statements_after(self, record: Record) -> Iterator[Said]:
+    def statements_after(self, record: Record) -> Iterator[StatementReceived]:
         """Yield the auditors' statements after ``record``, once all have taken its outer step.
 
         Audit bundles that no open audit needs are deleted.
@@ -53,7 +53,7 @@ class SimulatedAudits:
                 if node in self._replicas and node not in record.audit_state.banned:
                     yield from self._statements(node, case, record.plan.round + 1)
 
-    def _statements(self, node: str, case: Audit, round_number: int) -> Iterator[Said]:
+    def _statements(self, node: str, case: Audit, round_number: int) -> Iterator[StatementReceived]:
         mine = next((one for one in case.opinions if one.auditor == node), None)
         key = node, case.accused, case.round
         if mine is None and node in asked(case, round_number, self._rules) and key not in self._verdicts:
@@ -65,7 +65,7 @@ class SimulatedAudits:
             return
         body = SealedVerdict(case.accused, case.round, verdict.digest) if mine is None else verdict
         envelope = Envelope(body.DOMAIN, self._run_id, case.round, node, body.encode(), bytes(64))
-        yield Said(node, body, envelopes.encode(envelope))
+        yield StatementReceived(node, body, envelopes.encode(envelope))
 
     def audit(self, node: str, case: Audit) -> Finding:
         """Have ``node`` replay the contribution under audit."""

@@ -34,16 +34,16 @@ from psyche.protocol.messages import (
     Certificate,
     Commitment,
     Contribution,
+    Have,
     Heartbeat,
-    Holding,
+    Hello,
     Leave,
     Metrics,
-    Present,
     Promise,
     Proposal,
     Reconfiguration,
     Record,
-    Reduced,
+    ReductionReport,
     Seal,
     Vote,
 )
@@ -92,7 +92,7 @@ class Coordinator:
         """Gathers signatures under what the machine has decided last; members see it when they are there."""
         self._signed: dict[tuple[int, int], tuple[bytes, ...]] = {}
         """Rosters in force, by round and number."""
-        self._hindrance: protocol.Overruled | protocol.Unsigned | None = None
+        self._hindrance: protocol.SignatureConflict | protocol.CosignersUnreachable | None = None
         """Why what is to be signed is not, for the machine to hear with its next tick."""
         self._claim = b""
         self._proposal: bytes | None = None
@@ -140,17 +140,17 @@ class Coordinator:
             self._first()
         self.state = State.initial(self.rules, await self._cosigner.term(max(self._succession.later, used)))
         self._leads, self._proposal, self._certificate, self._hindrance = True, None, None, None
-        self._claim = self._succession.claim(self.state.leading)
+        self._claim = self._succession.claim(self.state.lead_term)
         await self._publish()
         if len(self.manifest.resolved.coordinators) > 1:
-            self.log.emit(events.Notice(level="info", text=f"leading, in term {self.state.leading}"))
+            self.log.emit(events.Notice(level="info", text=f"leading, in term {self.state.lead_term}"))
         while self.state.phase is not Phase.FINISHED or self.state.peers:
             hindrance, self._hindrance = self._hindrance, None
             await self._dispatch(hindrance or protocol.Tick())
             self.ledger.check()
             if self._signing is not None and self._signing.done():
                 self._signing.result()  # a disk that is full, say
-            if self._succession.later > self.state.term or self._succession.rival > self.state.leading:
+            if self._succession.later > self.state.term or self._succession.rival > self.state.lead_term:
                 self._leads = False
                 self._stop_signing()
                 return False
@@ -159,7 +159,7 @@ class Coordinator:
 
     def _heartbeat(self) -> Heartbeat:
         finished = self.state.phase is Phase.FINISHED or self._succession.finished
-        return Heartbeat(self.state.leading if self._leads else 0, self.state.term, finished)
+        return Heartbeat(self.state.lead_term if self._leads else 0, self.state.term, finished)
 
     # ---------------------------------------------------------------------------- what members ask
 
@@ -198,7 +198,7 @@ class Coordinator:
     async def _take(self, envelope: Envelope, body: Body, proof: bytes) -> None:
         node, round_number = envelope.author, envelope.round
         match body:
-            case Present():
+            case Hello():
                 await self._greet(node, body)
             case Promise():
                 promise = self._promises.check(node, body)
@@ -216,10 +216,10 @@ class Coordinator:
             case Commitment():
                 await self._dispatch(protocol.Committed(node, round_number, body.term, body.digest, proof))
             case Contribution():
-                await self._dispatch(protocol.Opened(node, round_number, body, proof))
-            case Holding():
-                await self._dispatch(protocol.Held(node, round_number, frozenset(body.nodes)))
-            case Reduced():
+                await self._dispatch(protocol.Revealed(node, round_number, body, proof))
+            case Have():
+                await self._dispatch(protocol.Fetched(node, round_number, frozenset(body.nodes)))
+            case ReductionReport():
                 results = {result.group: result.root for result in body.results}
                 await self._dispatch(protocol.Reported(node, round_number, body.term, results))
             case Vote():
@@ -228,7 +228,7 @@ class Coordinator:
                 await self._dispatch(protocol.Attested(node, round_number, body.state_root, frozenset(body.suspects)))
                 self.log.emit(events.Attested(round=round_number, peer=node, state_root=body.state_root.hex()))
 
-    async def _greet(self, node: str, body: Present) -> None:
+    async def _greet(self, node: str, body: Hello) -> None:
         self._succession.hear(body.claim)
         if body.certificate is not None and body.rounds > self.state.rounds:
             record = certified_record(self.manifest, body.certificate)
@@ -281,7 +281,7 @@ class Coordinator:
                 assert self._proposal is not None
                 self._certified = effect
                 self._sign(self._certify(record, self._proposal, votes))
-            case protocol.Settled(round_number, state_root):
+            case protocol.StateAgreed(round_number, state_root):
                 self._report_round(round_number, state_root)
             case protocol.Diverged(node, round_number, expected, found):
                 self.log.emit(
@@ -333,9 +333,9 @@ class Coordinator:
         def hear(perjury: ConflictingSignature | None) -> None:
             if perjury is not None:
                 sealed = b"" if perjury.reconfiguration else perjury.sealed
-                self._hindrance = protocol.Overruled(record.hash, perjury.reconfiguration, sealed)
+                self._hindrance = protocol.SignatureConflict(record.hash, perjury.reconfiguration, sealed)
             else:
-                self._hindrance = protocol.Unsigned(record.hash)
+                self._hindrance = protocol.CosignersUnreachable(record.hash)
             reason = str(perjury or "too few of the coordinators that would have to sign can be reached")
             if reason not in told:
                 told.add(reason)

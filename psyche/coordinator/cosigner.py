@@ -14,8 +14,8 @@ from psyche.network.rpc import Rpc
 from psyche.network.transport import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Objection, Reconfiguration, Seal
-from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_roster
+from psyche.protocol.messages import Reconfiguration, Seal, SigningRefused
+from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_reconfiguration
 from psyche.protocol.wire import decode
 
 SIGNED_STATE = "signed.msgpack"
@@ -101,7 +101,7 @@ class Cosigner:
     async def _sign(self, body: Reconfiguration | Seal, round_number: int) -> bytes:
         if isinstance(body, Reconfiguration):
             await self._persist(
-                lambda signed_state: sign_roster(
+                lambda signed_state: sign_reconfiguration(
                     signed_state, round_number, body.previous, body.number, body.electorate
                 )
             )
@@ -111,7 +111,7 @@ class Cosigner:
             )
         return self._sealed(body, round_number)
 
-    def _sealed(self, body: Reconfiguration | Seal | Objection, round_number: int) -> bytes:
+    def _sealed(self, body: Reconfiguration | Seal | SigningRefused, round_number: int) -> bytes:
         return envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
 
     async def _persist(self, step: Callable[[SignedState], SignedState]) -> None:
@@ -145,8 +145,8 @@ class Cosigner:
             open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id, round_number=round_number)
             if envelope.author != peer:
                 raise WrongContext(f"{peer} answers with what {envelope.author} signed")
-            if envelope.domain == Objection.DOMAIN:
-                against = decode(Objection, envelope.body)
+            if envelope.domain == SigningRefused.DOMAIN:
+                against = decode(SigningRefused, envelope.body)
                 return ConflictingSignature(
                     against.reason, reconfiguration=against.reconfiguration, sealed=against.sealed or b""
                 )
@@ -169,5 +169,5 @@ class Cosigner:
         try:
             return await self._sign(body, envelope.round)
         except ConflictingSignature as reason:
-            against = Objection(str(reason)[:200], reason.reconfiguration, reason.sealed or None)
+            against = SigningRefused(str(reason)[:200], reason.reconfiguration, reason.sealed or None)
             return self._sealed(against, envelope.round)

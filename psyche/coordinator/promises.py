@@ -38,7 +38,7 @@ class Promises:
             term=body.term,
             rounds=body.rounds,
             accepted=proposal.record if proposal else None,
-            accepted_in=proposal.term if proposal else 0,
+            accepted_term=proposal.term if proposal else 0,
             reconfiguration=proposal.reconfiguration if proposal else (),
             plan=body.plan,
             commitments={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from psyche.protocol.messages import Certificate, Reducing, RunStatus
+from psyche.protocol.messages import Certificate, ReductionStatus, RunStatus
 from psyche.protocol.proposals import mostly_done
 from psyche.protocol.state import Phase, Reduction, Stage, State
 
@@ -15,9 +15,9 @@ def status_of(
     closed = current is not None and current.stage is not Stage.COMMITTING
     return RunStatus(
         version=version,
-        term=state.leading,
+        term=state.lead_term,
         claim=claim,
-        phase=(state.phase if state.taken_up or state.phase is Phase.FINISHED else Phase.ELECTING).value,
+        phase=(state.phase if state.resumed or state.phase is Phase.FINISHED else Phase.ELECTING).value,
         rounds=state.rounds,
         state_root=state.state_root or bytes(32),
         plan=current.plan if current else None,
@@ -35,7 +35,7 @@ def status_of(
 def visible(state: State) -> tuple[object, ...]:
     """What of the state members can see: a change in it is worth a new board, at once."""
     current = state.round
-    seen: tuple[object, ...] = (state.phase, state.rounds, state.note, state.taken_up, state.state_root)
+    seen: tuple[object, ...] = (state.phase, state.rounds, state.note, state.resumed, state.state_root)
     if current is None:
         return seen
     drawn = (current.reduction.failed, current.reduction.reassigned) if current.reduction else ()
@@ -49,8 +49,8 @@ def opened(state: State) -> int:
     return len(state.round.contributions) if state.round else 0
 
 
-def _reducing(reduction: Reduction) -> Reducing:
-    return Reducing(
+def _reducing(reduction: Reduction) -> ReductionStatus:
+    return ReductionStatus(
         term=reduction.term,
         reducer_order=reduction.reducer_order,
         failed=tuple(sorted(reduction.failed)),

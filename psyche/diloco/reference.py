@@ -28,15 +28,15 @@ from psyche.protocol.state import (
     Committed,
     Effect,
     Event,
-    Held,
-    Opened,
+    Fetched,
     Planned,
     Promised,
     Proposed,
     Reported,
+    Revealed,
     Round,
-    Said,
     State,
+    StatementReceived,
     Voted,
 )
 
@@ -46,7 +46,7 @@ class SimulatedCoordinator:
 
     def __init__(self, manifest: Manifest, quotas: Mapping[str, int]) -> None:
         self.rules = rules_of(manifest)
-        self._state = replace(State.initial(self.rules), done=quotas)  # without a clock, quotas never change
+        self._state = replace(State.initial(self.rules), last_steps=quotas)  # without a clock, quotas never change
 
     @property
     def round(self) -> Round:
@@ -62,7 +62,7 @@ class SimulatedCoordinator:
 
     def promise(self, node: str) -> Promised:
         """Return ``node``'s promise to follow the only leader there is."""
-        return Promised(node, self._state.leading, self._state.rounds)
+        return Promised(node, self._state.lead_term, self._state.rounds)
 
     def send(self, event: Event) -> list[Effect]:
         """Advance the state machine by one event; return its effects."""
@@ -75,7 +75,7 @@ def simulate_rounds(
     replicas: Mapping[str, Replica],
     overlap_steps: Callable[[int, str], int] = lambda round_number, node: 0,
     quotas: Mapping[str, int] = MappingProxyType({}),
-    audit: Callable[[Record], Iterable[Said]] | None = None,
+    audit: Callable[[Record], Iterable[StatementReceived]] | None = None,
 ) -> Iterator[tuple[Record, dict[str, LocalUpdate]]]:
     """Run to the end. After each round's outer step, yield its record and the update of each member.
 
@@ -124,10 +124,10 @@ def _certify(
         digest = update.contribution.commitment(node, run_id, plan.round)
         coordinator.send(Committed(node, plan.round, plan.term, digest, b""))
     for node, update in updates.items():
-        coordinator.send(Opened(node, plan.round, update.contribution, b""))
+        coordinator.send(Revealed(node, plan.round, update.contribution, b""))
     effects: list[Effect] = []
     for node in updates:
-        effects = coordinator.send(Held(node, plan.round, frozenset(updates)))
+        effects = coordinator.send(Fetched(node, plan.round, frozenset(updates)))
     for node, results in _reduce(coordinator, plan, replicas, updates).items():
         reduction = coordinator.round.reduction
         assert reduction is not None

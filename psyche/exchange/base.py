@@ -10,7 +10,7 @@ from psyche.exchange.payload_store import PayloadLayout, PayloadStore
 from psyche.network.spool import Blob
 from psyche.network.transport import FetchError
 from psyche.numerics.aggregate import Gradient
-from psyche.protocol.messages import Contribution, Plan, Record, Reducing
+from psyche.protocol.messages import Contribution, Plan, Record, ReductionStatus
 
 
 def applied_blobs(record: Record) -> Mapping[bytes, int]:
@@ -72,15 +72,15 @@ class Exchange(ABC):
             if not needed or (author in self.payloads and all(map(self.payloads[author].present, needed)))
         )
 
-    def set_reducers(self, reducing: Reducing) -> None:
+    def set_reducers(self, reducing: ReductionStatus) -> None:
         """Adopt the current assignment of reducers. Gather has none."""
         return
 
-    def groups_due(self, reducing: Reducing) -> Sequence[int]:
+    def groups_due(self, reducing: ReductionStatus) -> Sequence[int]:
         """Groups that this node is to reduce, has not reduced yet, and holds all inputs of."""
         return ()
 
-    async def reduce(self, reducing: Reducing, contributions: Mapping[str, Contribution]) -> Mapping[int, bytes]:
+    async def reduce(self, reducing: ReductionStatus, contributions: Mapping[str, Contribution]) -> Mapping[int, bytes]:
         """Reduce :meth:`groups_due` over the selected contributions; return the root of each group's result."""
         return {}
 

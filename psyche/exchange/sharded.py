@@ -17,7 +17,7 @@ from psyche.exchange.payload_store import PayloadLayout, PayloadStore
 from psyche.network.spool import Blob
 from psyche.numerics.aggregate import Gradient, reduce_slice, result_gradient
 from psyche.numerics.codecs.base import Codec
-from psyche.protocol.messages import Contribution, Plan, Record, Reducing
+from psyche.protocol.messages import Contribution, Plan, Record, ReductionStatus
 from psyche.protocol.reduction import ReducerAssignment
 
 
@@ -33,7 +33,7 @@ class Sharded(Exchange):
         self._reduced_in: dict[int, int] = {}
         self._results: dict[bytes, Blob] = {}
 
-    def set_reducers(self, reducing: Reducing) -> None:
+    def set_reducers(self, reducing: ReductionStatus) -> None:
         self._assignment = ReducerAssignment(
             reducing.reducer_order,
             frozenset(reducing.failed),
@@ -48,13 +48,13 @@ class Sharded(Exchange):
             return ()
         return sorted(number for group in assignment.duties(self.me) for number in assignment.slices_of(group))
 
-    def groups_due(self, reducing: Reducing) -> Sequence[int]:
+    def groups_due(self, reducing: ReductionStatus) -> Sequence[int]:
         assert self._assignment is not None
         if not reducing.selected or not set(reducing.selected) <= self.held:
             return []
         return [group for group in self._assignment.duties(self.me) if self._reduced_in.get(group) != reducing.term]
 
-    async def reduce(self, reducing: Reducing, contributions: Mapping[str, Contribution]) -> Mapping[int, bytes]:
+    async def reduce(self, reducing: ReductionStatus, contributions: Mapping[str, Contribution]) -> Mapping[int, bytes]:
         assignment, groups = self._assignment, self.groups_due(reducing)
         assert assignment is not None
         selected = {node: contributions[node] for node in reducing.selected}

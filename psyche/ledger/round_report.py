@@ -149,7 +149,7 @@ def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[Audit
         for _, node, votes, _, tokens, steps, payload_bytes, private, reason, dissenters, _ in member_rows(record)
     ]
     root = None if entry.state_root is None else entry.state_root.hex()
-    for said in record.audit_state.said:
+    for said in record.audit_state.statements:
         _hear(said, entry.round, words)
     audits = [
         ClosedAudit(

@@ -22,28 +22,28 @@ from psyche.protocol.state import (
     Arrived,
     Attested,
     Committed,
+    CosignersUnreachable,
     Departed,
     Effect,
     Event,
-    Held,
+    Fetched,
     Left,
-    Opened,
-    Overruled,
     Peer,
     Phase,
     Promised,
     Rejected,
     Reported,
     Restored,
+    Revealed,
     Round,
     Rules,
-    Said,
     Seen,
+    SignatureConflict,
     Stage,
     State,
+    StatementReceived,
     Submission,
     Tick,
-    Unsigned,
     Voted,
 )
 from psyche.protocol.verdicts import AuditState
@@ -55,7 +55,7 @@ BANNED = "this node was convicted of cheating and is banned from this run; psych
 V = TypeVar("V")
 
 
-def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
+def apply_event(rules: Rules, state: State, event: Event, now: float) -> Step:
     """The state after ``event``, before anything that follows from it is done."""
     match event:
         case Tick():
@@ -63,19 +63,19 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
         case Seen(node):
             peer = state.peers.get(node)
             return (state, []) if peer is None else (with_peer(state, node, replace(peer, seen=now)), [])
-        case Arrived(node) | Said(node) if node in state.audit_state.banned:
+        case Arrived(node) | StatementReceived(node) if node in state.audit_state.banned:
             return state, [Rejected(node, RefusalCode.BANNED, BANNED)]
-        case Said():
+        case StatementReceived():
             return _hear(rules, state, event)
         case Arrived(node, state_root, device, rounds):
             if node not in state.peers:
-                state = replace(state, arrived=now)
-            state = replace(state, goodbyes=state.goodbyes - {node})
+                state = replace(state, last_arrival=now)
+            state = replace(state, left_voters=state.left_voters - {node})
             return with_peer(state, node, Peer(now, state_root, device[:64], rounds)), []
         case Left(node, reason) if node in state.peers:
             proposal = state.round.proposal if state.round else None
             if node in state.electorate or (proposal and node in proposal.voters):
-                state = replace(state, goodbyes=state.goodbyes | {node})
+                state = replace(state, left_voters=state.left_voters | {node})
             return without_peer(state, node), [Departed(node, reason)]
         case Left():
             return state, []
@@ -83,7 +83,7 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             return _promise(state, event)
         case Restored(record):
             return _restore(rules, state, record)
-        case Overruled() | Unsigned():
+        case SignatureConflict() | CosignersUnreachable():
             return state, []  # rounds.py
         case _:
             if refusal := _refusal(rules, state, event):
@@ -91,7 +91,7 @@ def absorb(rules: Rules, state: State, event: Event, now: float) -> Step:
             return _accept(state, event, now), []
 
 
-def _hear(rules: Rules, state: State, event: Said) -> Step:
+def _hear(rules: Rules, state: State, event: StatementReceived) -> Step:
     """Keep a statement of an auditor until it is on record. One on an audit that has ended is not needed any more.
 
     A member that has taken the outer step of a certified round speaks from that round's record, which may be a moment
@@ -106,7 +106,7 @@ def _hear(rules: Rules, state: State, event: Said) -> Step:
         reason = f"verdict on {event.body.accused[-6:]}, round {event.body.round}: this node has no audit of it open"
         return state, [Rejected(event.node, RefusalCode.NO_OPEN_AUDIT, reason)]
     name = event.node, *event.key, event.body.DOMAIN
-    return replace(state, said={**state.said, name: event}), []
+    return replace(state, audit_statements={**state.audit_statements, name: event}), []
 
 
 def _refusal(rules: Rules, state: State, event: Submission) -> Refusal | None:
@@ -130,7 +130,7 @@ def _refusal(rules: Rules, state: State, event: Submission) -> Refusal | None:
     if current.stage is Stage.COMMITTING:
         return RefusalCode.TOO_EARLY, f"commitments of round {event.round} are not closed yet"
     match event:
-        case Opened():
+        case Revealed():
             return _bad_opening(rules, current, event)
         case Attested() if not current.certified:
             return RefusalCode.TOO_EARLY, f"round {event.round} is not certified yet"
@@ -158,7 +158,7 @@ def _bad_report(rules: Rules, current: Round, event: Reported) -> Refusal | None
     return None
 
 
-def _bad_opening(rules: Rules, current: Round, event: Opened) -> Refusal | None:
+def _bad_opening(rules: Rules, current: Round, event: Revealed) -> Refusal | None:
     given, plan = event.contribution, current.plan
     member = plan.member(event.node)
     assert member is not None
@@ -210,11 +210,11 @@ def _accept(state: State, event: Submission, now: float) -> State:
                 if current.begun_here:
                     current = replace(current, committed_at=_put(current.committed_at, node, now))
             current = replace(current, commitments=_put(current.commitments, node, (event.digest, event.proof)))
-        case Opened():
+        case Revealed():
             current = replace(
                 current, contributions=_put(current.contributions, node, (event.contribution, event.proof))
             )
-        case Held():
+        case Fetched():
             held = event.nodes & {member.node for member in current.plan.members}
             if held != current.holdings.get(node):
                 current = replace(
@@ -254,7 +254,7 @@ def _accept(state: State, event: Submission, now: float) -> State:
 
 def _promise(state: State, event: Promised) -> Step:
     """A voter that is ahead of this coordinator proves it first: what it voted for belongs to a round unknown here."""
-    if event.term != state.leading:
+    if event.term != state.lead_term:
         return state, [
             Rejected(event.node, RefusalCode.WRONG_TERM, f"this coordinator does not lead in term {event.term}")
         ]
@@ -278,7 +278,7 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
         if current.certified or record.plan.round < current.plan.round:
             return state, []
         effects.append(Abandoned(current.plan.round, f"round {record.plan.round} was certified before a restart"))
-    restored = replace(state, phase=Phase.PAUSED, term=max(state.term, record.plan.term), taken_up=False)
+    restored = replace(state, phase=Phase.PAUSED, term=max(state.term, record.plan.term), resumed=False)
     return after_record(rules, restored, record, b""), effects
 
 
@@ -298,23 +298,25 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
         electorate=record.voters,
         standing=record.standing,
         audit_state=record.audit_state,
-        said={name: one for name, one in state.said.items() if _still_wanted(one, record.audit_state)},
+        audit_statements={
+            name: one for name, one in state.audit_statements.items() if _still_wanted(one, record.audit_state)
+        },
         suspects=suspects_of(current, record),
-        goodbyes=state.goodbyes & set(record.voters),
+        left_voters=state.left_voters & set(record.voters),
         reconfiguration=0,
-        used=0,
+        last_reconfiguration=0,
         replaced=None,
-        bound=b"",
+        maybe_certified=b"",
         round=None,
-        done=done_in(record),
-        gathering=False,
+        last_steps=done_in(record),
+        force_gather=False,
     )
 
 
-def _still_wanted(statement: Said, audit_state: AuditState) -> bool:
+def _still_wanted(statement: StatementReceived, audit_state: AuditState) -> bool:
     """Whether a later record can hold it: it is not on record, and its audit is open."""
     open_audits = {(audit.accused, audit.round) for audit in audit_state.audits}
-    return statement.key in open_audits and statement.proof not in audit_state.said
+    return statement.key in open_audits and statement.proof not in audit_state.statements
 
 
 def suspects_of(current: Round | None, record: Record) -> frozenset[str]:

@@ -22,7 +22,7 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import Judgement, decide
 from psyche.protocol.messages import Accepted, Plan, Record, Standing
-from psyche.protocol.state import AuditRules, Rules, Said
+from psyche.protocol.state import AuditRules, Rules, StatementReceived
 from psyche.protocol.verdicts import (
     EMPTY,
     JURY,
@@ -57,7 +57,9 @@ def asked(audit: Audit, round_number: int, rules: AuditRules) -> tuple[str, ...]
     return audit.able[: audit.looks + (round_number - audit.since) // rules.patience]
 
 
-def busy(audit_state: AuditState, round_number: int, rules: AuditRules, pending: Iterable[Said] = ()) -> frozenset[str]:
+def busy(
+    audit_state: AuditState, round_number: int, rules: AuditRules, pending: Iterable[StatementReceived] = ()
+) -> frozenset[str]:
     """Nodes that are asked to audit while ``round`` is under way and have neither sealed a verdict nor declined, be it
     on record or ``pending``."""
     answered = {(one.key, one.node) for one in pending}
@@ -154,7 +156,7 @@ def chance(hash: bytes, probability: float) -> bool:
 def audits_after(
     before: AuditState,
     standing: Sequence[Standing],
-    said: Sequence[Said],
+    said: Sequence[StatementReceived],
     *,
     plan: Plan,
     accepted: Sequence[Accepted],
@@ -185,7 +187,7 @@ def audits_after(
         *opened(pool, now, now, by_chance(pool, now, standing, rules), asked_from, banned),
     ]
     return AuditState(
-        said=tuple(one.proof for one in said),
+        statements=tuple(one.proof for one in said),
         audits=tuple(sorted((*still, *new), key=lambda one: (one.round, one.accused))),
         closed=tuple(sorted(closed, key=lambda one: (one.round, one.accused))),
         suspects=tuple(sorted(suspects)),
@@ -194,7 +196,7 @@ def audits_after(
     )
 
 
-def _heard(audit: Audit, said: Said, round_number: int, rules: AuditRules) -> Audit:
+def _heard(audit: Audit, said: StatementReceived, round_number: int, rules: AuditRules) -> Audit:
     """``audit`` with another word on it."""
     author, body = said.node, said.body
     mine = next((one for one in audit.opinions if one.auditor == author), None)
@@ -241,7 +243,7 @@ def _judged(audit: Audit, plan: Plan, before: AuditState, rules: AuditRules, *, 
 # ----------------------------------------------------------------------------- of records and messages
 
 
-def statement(proof: bytes) -> Said:
+def statement(proof: bytes) -> StatementReceived:
     """What an envelope says of an audit, its signature not checked. Raises ``MalformedMessage``."""
     envelope = envelopes.decode(proof)
     kinds: Mapping[str, type[AuditStatement]] = {kind.DOMAIN: kind for kind in get_args(AuditStatement)}
@@ -250,15 +252,17 @@ def statement(proof: bytes) -> Said:
     body = decode(kind, envelope.body)
     if body.round != envelope.round:
         raise MalformedMessage(f"it speaks of round {body.round}, and is signed for round {envelope.round}")
-    return Said(envelope.author, body, proof)
+    return StatementReceived(envelope.author, body, proof)
 
 
-def statements(audit_state: AuditState) -> list[Said]:
+def statements(audit_state: AuditState) -> list[StatementReceived]:
     """What came on record in ``audit_state``, no signature checked. Raises ``MalformedMessage``."""
-    return [statement(proof) for proof in audit_state.said]
+    return [statement(proof) for proof in audit_state.statements]
 
 
-def admissible(audit_state: AuditState, said: Iterable[Said], round_number: int, rules: AuditRules) -> Iterator[Said]:
+def admissible(
+    audit_state: AuditState, said: Iterable[StatementReceived], round_number: int, rules: AuditRules
+) -> Iterator[StatementReceived]:
     """Those of ``said`` that can come on record in ``round``, one of each author on each audit."""
     audits = {(audit.accused, audit.round): audit for audit in audit_state.audits}
     taken: set[tuple[tuple[str, int], str]] = set()

@@ -14,7 +14,7 @@ from typing import Protocol
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import Certificate, Proposal, Reconfiguration, Record, Seal, Vote
-from psyche.protocol.proposals import carries_quorum
+from psyche.protocol.proposals import has_quorum
 from psyche.protocol.wire import Body, decode
 
 
@@ -96,7 +96,7 @@ def check_proposal(
 
 def _check_statements(record: Record, run_id: bytes, open_envelope: Open) -> None:
     """What auditors are said to have said."""
-    for item in record.audit_state.said:
+    for item in record.audit_state.statements:
         envelope = envelopes.decode(item)
         _open(open_envelope, envelope, envelope.domain, run_id, envelope.round)
 
@@ -111,7 +111,7 @@ def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open
             decode(Vote, envelope.body)  # raises where it is none at all
             raise BadCertificate(f"the vote of {envelope.author} is for something else")
         voters.add(envelope.author)
-    if not carries_quorum(voters, record.electorate):
+    if not has_quorum(voters, record.electorate):
         counted = len(voters & set(record.electorate))
         raise BadCertificate(f"{counted} votes are not more than two thirds of {len(record.electorate)}")
 

@@ -192,7 +192,7 @@ class Reconfiguration(Body, frozen=True):
     once it has sealed a record of the round.
     """
 
-    DOMAIN = "roster"
+    DOMAIN = "reconfiguration"
 
     previous: Hash
     """Hash of the record before the round."""
@@ -211,10 +211,10 @@ class Seal(Body, frozen=True):
     record: Hash
 
 
-class Objection(Body, frozen=True):
+class SigningRefused(Body, frozen=True):
     """Why a coordinator does not sign a roster or a seal: what it has signed of the round before."""
 
-    DOMAIN = "objection"
+    DOMAIN = "signing-refused"
 
     reason: Reason
     reconfiguration: Natural
@@ -233,10 +233,10 @@ class Certificate(Body, frozen=True):
     seals: Annotated[tuple[Signed, ...], Meta(max_length=MAX_COORDINATORS)]
 
 
-class Present(Body, frozen=True):
+class Hello(Body, frozen=True):
     """I am here, with this state. Sent on joining and after every resynchronisation."""
 
-    DOMAIN = "present"
+    DOMAIN = "hello"
 
     rounds: Natural
     """Certified rounds this node has applied."""
@@ -258,10 +258,10 @@ class Commitment(Body, frozen=True):
     """Of the plan: a round that is tried again takes no commitment to the work of the first attempt."""
 
 
-class Holding(Body, frozen=True):
+class Have(Body, frozen=True):
     """Whose payloads of this round the sender has fetched, checked, and serves to others."""
 
-    DOMAIN = "holding"
+    DOMAIN = "have"
 
     nodes: Nodes
 
@@ -273,10 +273,10 @@ class Result(Message, frozen=True):
     root: Hash
 
 
-class Reduced(Body, frozen=True):
+class ReductionReport(Body, frozen=True):
     """What the sender found for groups that it reduces, from the contributions selected in ``term``."""
 
-    DOMAIN = "reduced"
+    DOMAIN = "reduction-report"
 
     term: Positive
     results: Annotated[tuple[Result, ...], Meta(max_length=MAX_MEMBERS)]
@@ -366,7 +366,7 @@ class Proposal(Body, frozen=True):
     """Signatures under the roster that the record names."""
 
 
-class Reducing(Message, frozen=True):
+class ReductionStatus(Message, frozen=True):
     """Who reduces what of a sharded round, and, once that is known, which contributions."""
 
     term: Natural
@@ -380,7 +380,7 @@ class Reducing(Message, frozen=True):
 class RunStatus(Body, frozen=True):
     """All that a member needs to know of the run now. Members ask for it; nothing is pushed to them."""
 
-    DOMAIN = "board"
+    DOMAIN = "run-status"
 
     version: Natural
     term: Positive
@@ -399,7 +399,7 @@ class RunStatus(Body, frozen=True):
     """Who has not committed yet holds up more than half of the others."""
     commitments: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
     contributions: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
-    reducing: Reducing | None
+    reducing: ReductionStatus | None
     proposal: Signed | None
     certificate: Certificate | None
     """Of round ``rounds``."""
@@ -410,12 +410,12 @@ class RunStatus(Body, frozen=True):
 SUBMISSIONS: dict[str, type[Body]] = {
     kind.DOMAIN: kind
     for kind in (
-        Present,
+        Hello,
         Promise,
         Commitment,
         Contribution,
-        Holding,
-        Reduced,
+        Have,
+        ReductionReport,
         Vote,
         Attestation,
         *get_args(AuditStatement),

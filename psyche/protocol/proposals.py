@@ -42,7 +42,7 @@ def close_commitments(rules: Rules, state: State, current: Round, now: float) ->
         current,
         stage=Stage.REVEALING,
         closed=now,
-        deadline=now + allowed(rules, state.exchange_seconds),
+        deadline=now + exchange_allowance(rules, state.exchange_seconds),
         reduction=Reduction(reducer_order(plan.seed, current.commitments)) if plan.is_sharded else None,
     )
 
@@ -63,13 +63,13 @@ def propose(
     say that it was not.
     """
     plan = current.plan
-    if (electorate is not None and set(electorate) != set(state.electorate)) or state.bound:
-        state = reconfigured(state, state.electorate if electorate is None else electorate)
+    if (electorate is not None and set(electorate) != set(state.electorate)) or state.maybe_certified:
+        state = with_electorate(state, state.electorate if electorate is None else electorate)
     given = tuple(Accepted(node, current.contributions[node][0]) for node in sorted(accepted))
     audit_state = audits_after(
         state.audit_state,
         state.standing,
-        list(admissible(state.audit_state, state.said.values(), plan.round, rules.audits)),
+        list(admissible(state.audit_state, state.audit_statements.values(), plan.round, rules.audits)),
         plan=plan,
         accepted=given,
         electorate=state.electorate,
@@ -89,30 +89,25 @@ def propose(
         for member in plan.members
         if member.node not in accepted
     )
+    may_vote = accepted | set(present_members(state, current)) | auditing_voters(rules, state, plan)
+    may_vote -= set(audit_state.banned)
     record = Record(
         plan=plan,
         accepted=given,
         excluded=excluded,
         reconfiguration=state.reconfiguration,
         electorate=state.electorate,
-        voters=tuple(
-            voting(
-                (accepted | set(living(state, current)) | excused(rules, state, plan)) - set(audit_state.banned),
-                standing=standing,
-                electorate=state.electorate,
-                probation=rules.probation,
-            )
-        ),
+        voters=tuple(voting(may_vote, standing=standing, electorate=state.electorate, probation=rules.probation)),
         standing=standing,
         audit_state=audit_state,
         reducer_order=current.reduction.reducer_order if current.reduction else (),
         results=results,
         dissenters=tuple(sorted(dissenters)),
     )
-    return put_to_the_vote(rules, state, current, record, now)
+    return open_ballot(rules, state, current, record, now)
 
 
-def put_to_the_vote(rules: Rules, state: State, current: Round, record: Record, now: float) -> Step:
+def open_ballot(rules: Rules, state: State, current: Round, record: Record, now: float) -> Step:
     """``record`` in a term of its own."""
     term = state.term + rules.coordinators
     proposed = replace(
@@ -121,30 +116,37 @@ def put_to_the_vote(rules: Rules, state: State, current: Round, record: Record, 
         term=term,
         ballot=Ballot(record, since=now),
         ballots=current.ballots + 1,
-        deadline=now + allowed(rules, state.result_seconds if record.results else state.exchange_seconds),
+        deadline=now + exchange_allowance(rules, state.result_seconds if record.results else state.exchange_seconds),
     )
     return replace(state, term=term, round=proposed, note=""), [Proposed(term, record)]
 
 
-def reconfigured(state: State, electorate: Sequence[str]) -> State:
+def with_electorate(state: State, electorate: Sequence[str]) -> State:
     """``electorate`` votes in the round from now on; nothing that another one voted for can be certified any more."""
-    before = None if state.bound or not state.electorate else (state.electorate, state.reconfiguration)
-    number = max(state.reconfiguration, state.used) + 1
+    before = None if state.maybe_certified or not state.electorate else (state.electorate, state.reconfiguration)
+    number = max(state.reconfiguration, state.last_reconfiguration) + 1
     voters = tuple(sorted(electorate))
-    return replace(state, electorate=voters, reconfiguration=number, used=number, replaced=before, bound=b"")
+    return replace(
+        state,
+        electorate=voters,
+        reconfiguration=number,
+        last_reconfiguration=number,
+        replaced=before,
+        maybe_certified=b"",
+    )
 
 
-def with_vote(rules: Rules, state: State, nodes: Iterable[str]) -> list[str]:
+def eligible_voters(rules: Rules, state: State, nodes: Iterable[str]) -> list[str]:
     """Those of ``nodes`` who may be given a vote in the round to come, in ascending order."""
     return voting(nodes, standing=state.standing, electorate=state.electorate, probation=rules.probation)
 
 
-def electors(rules: Rules, state: State, nodes: Sequence[str]) -> tuple[str, ...]:
+def reconfiguration_electorate(rules: Rules, state: State, nodes: Sequence[str]) -> tuple[str, ...]:
     """Whom of ``nodes`` a roster names: who is on probation only where nobody else is there to go on with."""
-    return tuple(with_vote(rules, state, nodes) or sorted(nodes))
+    return tuple(eligible_voters(rules, state, nodes) or sorted(nodes))
 
 
-def held_in_common(
+def common_payloads(
     current: Round, candidates: frozenset[str], among: Sequence[str], enough: Callable[[int, int], bool]
 ) -> tuple[frozenset[str], list[str]]:
     """Contributions that ``enough`` of the members ``among`` hold every one of, and those members.
@@ -163,34 +165,34 @@ def held_in_common(
     return frozenset(), []
 
 
-def half(yes: int, total: int) -> bool:
+def at_least_half(yes: int, total: int) -> bool:
     return total > 0 and 2 * yes >= total
 
 
-def seated(rules: Rules, state: State, ready: Sequence[str]) -> list[str]:
+def draw_seats(rules: Rules, state: State, ready: Sequence[str]) -> list[str]:
     """As many of ``ready`` as a plan has room for, in ascending order: who has a vote, then the others, each drawn by
     the round's seed."""
     if len(ready) <= MAX_MEMBERS:
         return list(ready)
     seed = round_seed(state.head)
-    first = set(with_vote(rules, state, ready))
+    first = set(eligible_voters(rules, state, ready))
     drawn = sorted(ready, key=lambda node: (node not in first, digest("seat", seed, node.encode())))
     return sorted(drawn[:MAX_MEMBERS])
 
 
-def training(rules: Rules, state: State, seats: Sequence[str]) -> list[str]:
+def members_in_training(rules: Rules, state: State, seats: Sequence[str]) -> list[str]:
     """Who of ``seats`` trains in the round to come: who has somebody's work to do again does that instead.
 
     So nobody waits for an audit. But no more than half of them at a time, drawn by the round's seed, and never so many
     that fewer train than a round needs.
     """
     seed, least = round_seed(state.head), max(rules.min_members, (len(seats) + 1) // 2)
-    auditing = busy(state.audit_state, state.rounds + 1, rules.audits, state.said.values()) & set(seats)
+    auditing = busy(state.audit_state, state.rounds + 1, rules.audits, state.audit_statements.values()) & set(seats)
     away = sorted(auditing, key=lambda node: digest("seat", seed, node.encode()))[: max(0, len(seats) - least)]
     return [node for node in seats if node not in away]
 
 
-def excused(rules: Rules, state: State, plan: Plan) -> frozenset[str]:
+def auditing_voters(rules: Rules, state: State, plan: Plan) -> frozenset[str]:
     """Voters that are here and audit while ``plan``'s members train: they keep their vote."""
     auditing = busy(state.audit_state, plan.round, rules.audits) & set(state.electorate)
     return frozenset(
@@ -215,23 +217,28 @@ def abandon(state: State, current: Round, reason: str) -> Step:
 
     A sharded one is tried again without reducers, for those of the next attempt would be drawn as these were.
     """
-    if state.bound:
-        state = reconfigured(state, state.electorate)
+    if state.maybe_certified:
+        state = with_electorate(state, state.electorate)
     waiting = replace(
-        state, phase=Phase.WAITING, round=None, note=reason, commit_seconds=(), gathering=current.reduction is not None
+        state,
+        phase=Phase.WAITING,
+        round=None,
+        note=reason,
+        commit_seconds=(),
+        force_gather=current.reduction is not None,
     )
     if current.stage is not Stage.COMMITTING:
         waiting = replace(waiting, exchange_seconds=(), reduce_seconds=(), result_seconds=())
     return waiting, [Abandoned(current.plan.round, reason)]
 
 
-def allowed(rules: Rules, seconds: Sequence[float]) -> float:
+def exchange_allowance(rules: Rules, seconds: Sequence[float]) -> float:
     """How long a stage of the exchange may take that has taken ``seconds`` before."""
     least, most = rules.exchange_bounds
     return adaptive(seconds, least=least, most=most, deviation=LEAST_DEVIATION)
 
 
-def living(state: State, current: Round) -> list[str]:
+def present_members(state: State, current: Round) -> list[str]:
     """Members that are here and can still take part: one that came back without the base state cannot."""
     return [
         member.node
@@ -243,25 +250,25 @@ def living(state: State, current: Round) -> list[str]:
 
 def mostly_done(state: State, current: Round) -> bool:
     """Whether who has not committed yet holds up more than half of the other members."""
-    here = living(state, current)
+    here = present_members(state, current)
     return 2 * sum(node in current.commitments for node in here) > len(here) - 1
 
 
-def allowed_for_training(rules: Rules, state: State) -> float:
+def training_allowance(rules: Rules, state: State) -> float:
     """How long the members have until their commitments are in, after what they took before."""
     least, most = rules.round_bounds
     deviation = LEAST_DEVIATION_OF_TRAINING
     return adaptive(state.commit_seconds, least=least, most=most, deviation=deviation)
 
 
-def carries_quorum(voters: Iterable[str], electorate: Sequence[str]) -> bool:
+def has_quorum(voters: Iterable[str], electorate: Sequence[str]) -> bool:
     """Whether ``voters`` carry more than two thirds of the electorate's voting weight."""
     return quorum(len(set(voters) & set(electorate)), len(electorate))
 
 
-def having(mapping: Mapping[str, bytes], value: bytes) -> list[str]:
+def nodes_reporting(mapping: Mapping[str, bytes], value: bytes) -> list[str]:
     return [key for key, found in mapping.items() if found == value]
 
 
-def names(nodes: Iterable[str]) -> str:
+def short_names(nodes: Iterable[str]) -> str:
     return ", ".join(node[-6:] for node in sorted(nodes))

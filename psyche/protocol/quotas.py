@@ -94,7 +94,7 @@ def done_in(record: Record) -> dict[str, int]:
 def planned(rules: Rules, state: State, seats: Sequence[str], voters: Collection[str]) -> tuple[Member, ...]:
     """The members of the next plan, in the order of ``seats``."""
     exchange = median(state.exchange_seconds or [0.0])
-    owed = quotas(rules.inner_steps, seats, voters, state.speeds, state.done, exchange)
+    owed = quotas(rules.inner_steps, seats, voters, state.speeds, state.last_steps, exchange)
     return tuple(Member(node, owed[node], int(node in voters)) for node in seats)
 
 

@@ -18,7 +18,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from psyche.protocol.admission import Step, observed
-from psyche.protocol.proposals import abandon, allowed, electors, half, living, propose
+from psyche.protocol.proposals import (
+    abandon,
+    at_least_half,
+    exchange_allowance,
+    present_members,
+    propose,
+    reconfiguration_electorate,
+)
 from psyche.protocol.reduction import ReducerAssignment, assignment_of, dissenters, verdict
 from psyche.protocol.state import Ballot, Reduction, Round, Rules, Stage, State
 
@@ -35,7 +42,7 @@ def select(
     """Have the ``selected`` contributions reduced without the nodes ``failed``, in a new term."""
     if not selected:
         return abandon(state, current, "no payload can be reduced")
-    reducers, here = set(before.reducer_order), set(living(state, current))
+    reducers, here = set(before.reducer_order), set(present_members(state, current))
     failed = frozenset(failed)
     if failed >= reducers:  # nobody was ready: ask all once more
         failed = frozenset(reducers - here)
@@ -53,7 +60,7 @@ def collect_results(rules: Rules, state: State, current: Round, now: float) -> S
     """Wait for the reports; propose the record once every group has a result to believe."""
     reduction = current.reduction
     assert reduction is not None
-    here = set(living(state, current))
+    here = set(present_members(state, current))
     assignment = assignment_of(rules, current.plan, reduction)
     silent = frozenset(node for group in range(assignment.groups) for node in _unreported(assignment, reduction, group))
     if gone := silent - here:
@@ -70,15 +77,15 @@ def vote_anew(rules: Rules, state: State, current: Round, ballot: Ballot, now: f
 
     A voter has all results and serves them. Where fewer voted, all are asked once more: lines may have been slow.
     """
-    record, here = ballot.record, living(state, current)
+    record, here = ballot.record, present_members(state, current)
     voted = [node for node in here if node in ballot.votes]
     late = (now - ballot.since for node in here if node in record.electorate and node not in ballot.votes)
     state = replace(state, result_seconds=observed(state.result_seconds, *late))
     votes = {member.node: member.votes for member in current.plan.members}
-    enough = half(sum(votes[node] for node in voted), sum(votes[node] for node in here))
+    enough = at_least_half(sum(votes[node] for node in voted), sum(votes[node] for node in here))
     if not enough and current.ballots > 1:
         return abandon(state, current, "the results did not reach half of the members")
-    electorate = electors(rules, state, voted if enough else here)
+    electorate = reconfiguration_electorate(rules, state, voted if enough else here)
     accepted = frozenset(one.node for one in record.accepted)
     return propose(rules, state, current, accepted, electorate, now, record.results, record.dissenters)
 
@@ -87,7 +94,7 @@ def reduce_anew(rules: Rules, state: State, current: Round, results: Sequence[by
     """Reduce groups again whose result is lost, because all nodes that had it are gone; None where none is lost."""
     reduction = current.reduction
     assert reduction is not None
-    here = set(living(state, current))
+    here = set(present_members(state, current))
     believed = {
         group: {node for node, found in reduction.reports[group].items() if found == root}
         for group, root in enumerate(results)
@@ -106,7 +113,7 @@ def reduce_anew(rules: Rules, state: State, current: Round, results: Sequence[by
 
 def _reduce(rules: Rules, state: State, current: Round, reduction: Reduction, now: float) -> Step:
     """Begin, or begin anew, to wait for the reports of ``reduction``."""
-    deadline = now + allowed(rules, state.reduce_seconds)
+    deadline = now + exchange_allowance(rules, state.reduce_seconds)
     reducing = replace(current, stage=Stage.REDUCING, deadline=deadline, reduction=replace(reduction, since=now))
     return replace(state, round=reducing), []
 
@@ -115,7 +122,7 @@ def _decide(rules: Rules, state: State, current: Round, reduction: Reduction, no
     """Every group has all the reports it will get: believe those that agree, ask one more node where they do not."""
     assignment = assignment_of(rules, current.plan, reduction)
     reports = [reduction.reports.get(group, {}) for group in range(assignment.groups)]
-    least = min(assignment.reducers, len(set(assignment.reducer_order) & set(living(state, current))))
+    least = min(assignment.reducers, len(set(assignment.reducer_order) & set(present_members(state, current))))
     if any(len(found) < least for found in reports):
         return abandon(state, current, "too few reducers reported to be believed")
     roots = [verdict(found) for found in reports]
@@ -147,9 +154,9 @@ def _after_deadline(
     if not lost:
         return _replace_failed(rules, state, current, reduction, silent, now)
     # Reducers that failed for want of just these contributions may help again.
-    lacked = {node: _lacked_by(reduction, node) for node in reduction.failed & set(living(state, current))}
-    excused = {node for node, missing in lacked.items() if missing and missing <= lost}
-    return select(rules, state, current, reduction, reduction.selected - lost, reduction.failed - excused, now)
+    lacked = {node: _lacked_by(reduction, node) for node in reduction.failed & set(present_members(state, current))}
+    auditing_voters = {node for node, missing in lacked.items() if missing and missing <= lost}
+    return select(rules, state, current, reduction, reduction.selected - lost, reduction.failed - auditing_voters, now)
 
 
 def _is_withheld(reduction: Reduction, group: int, one: str) -> bool:

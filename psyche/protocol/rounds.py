@@ -10,48 +10,55 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psyche.protocol.admission import Step, absorb, after_record, observed, without_peer
+from psyche.protocol.admission import Step, after_record, apply_event, observed, without_peer
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.proposals import (
     abandon,
-    allowed,
-    allowed_for_training,
-    carries_quorum,
+    at_least_half,
     close_commitments,
-    electors,
-    half,
-    having,
-    held_in_common,
-    living,
-    names,
+    common_payloads,
+    draw_seats,
+    eligible_voters,
+    exchange_allowance,
+    has_quorum,
+    members_in_training,
+    nodes_reporting,
+    present_members,
     propose,
     quorum,
-    reconfigured,
+    reconfiguration_electorate,
     round_seed,
-    seated,
-    training,
-    with_vote,
+    short_names,
+    training_allowance,
+    with_electorate,
 )
 from psyche.protocol.quotas import planned
 from psyche.protocol.reducing import collect_results, reduce_anew, select, vote_anew
 from psyche.protocol.state import (
     Certified,
+    CosignersUnreachable,
     Departed,
     Diverged,
     Effect,
     Event,
     Finished,
-    Overruled,
     Phase,
     Planned,
     Round,
     Rules,
-    Settled,
+    SignatureConflict,
     Stage,
     State,
-    Unsigned,
+    StateAgreed,
 )
-from psyche.protocol.succession import agree_on_restart, alone, ready_members, said, take_up, vote_on_the_sealed
+from psyche.protocol.succession import (
+    agree_on_state,
+    is_overdue,
+    ready_members,
+    resume_round,
+    vote_on_sealed_record,
+    with_note,
+)
 
 GRACE = 0.1
 """How long the others wait for who was too slow in the exchange, over what the round's training took. Without it the
@@ -60,12 +67,12 @@ next round loses the work of one; this is what waiting may cost all."""
 
 def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
     """Absorb one event at time ``now`` (seconds, any monotonic origin) and advance as far as possible."""
-    if isinstance(event, Overruled):
+    if isinstance(event, SignatureConflict):
         state, effects = _overrule(rules, state, event, now)
-    elif isinstance(event, Unsigned):
+    elif isinstance(event, CosignersUnreachable):
         state, effects = _fall_back(rules, state, event, now)
     else:
-        state, effects = absorb(rules, state, event, now)
+        state, effects = apply_event(rules, state, event, now)
     while True:
         after, more = _advance(rules, state, now)
         effects += more
@@ -107,7 +114,7 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
             Finished(state.rounds)
         ]
     if not state.state_root:
-        return agree_on_restart(rules, state, now)
+        return agree_on_state(rules, state, now)
     ready = ready_members(state)
     needed = rules.min_members if state.rounds else rules.start_members
     if len(ready) < needed:
@@ -116,17 +123,17 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         note = f"waiting for members: {len(ready)} of {needed} are ready" + (
             f", {syncing} synchronising" * bool(syncing)
         )
-        return said(state, phase, note)
-    if not carries_quorum(ready, state.electorate):
-        missing = set(state.electorate) - set(ready) - state.goodbyes
-        if missing and not alone(rules, state, now):
-            return said(state, Phase.PAUSED, f"waiting for votes of {names(missing)}")
-        state = reconfigured(state, electors(rules, state, seated(rules, state, ready)))
-    if not state.taken_up:
-        return take_up(rules, state, ready, now)
-    seats = training(rules, state, seated(rules, state, ready))
-    voters = set(with_vote(rules, state, seats))
-    reducers = 0 if state.gathering else rules.reducers_for(len(seats))
+        return with_note(state, phase, note)
+    if not has_quorum(ready, state.electorate):
+        missing = set(state.electorate) - set(ready) - state.left_voters
+        if missing and not is_overdue(rules, state, now):
+            return with_note(state, Phase.PAUSED, f"waiting for votes of {short_names(missing)}")
+        state = with_electorate(state, reconfiguration_electorate(rules, state, draw_seats(rules, state, ready)))
+    if not state.resumed:
+        return resume_round(rules, state, ready, now)
+    seats = members_in_training(rules, state, draw_seats(rules, state, ready))
+    voters = set(eligible_voters(rules, state, seats))
+    reducers = 0 if state.force_gather else rules.reducers_for(len(seats))
     plan = Plan(
         round=state.rounds + 1,
         term=state.term + rules.coordinators,
@@ -138,14 +145,14 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         reducers=reducers,
         members=planned(rules, state, seats, voters),
     )
-    opened = Round(plan, opened=now, deadline=now + allowed_for_training(rules, state), term=plan.term)
+    opened = Round(plan, opened=now, deadline=now + training_allowance(rules, state), term=plan.term)
     return replace(state, phase=Phase.TRAINING, term=plan.term, round=opened, note=""), [Planned(plan)]
 
 
 def _collect_commitments(rules: Rules, state: State, current: Round, now: float) -> Step:
-    missing = {node for node in living(state, current) if node not in current.commitments}
+    missing = {node for node in present_members(state, current) if node not in current.commitments}
     if now - current.opened < rules.silence:  # a quorum has found the new leader; the others are about to
-        missing |= current.awaited - set(state.peers) - state.goodbyes
+        missing |= current.awaited - set(state.peers) - state.left_voters
     if missing and now < current.deadline:
         if state.phase is Phase.TRAINING and current.commitments:
             return replace(state, phase=Phase.COMMITTING), []
@@ -165,16 +172,16 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
 
 
 def _collect_contributions(rules: Rules, state: State, current: Round, now: float) -> Step:
-    here = living(state, current)
+    here = present_members(state, current)
     opened = frozenset(current.contributions)
     unopened = [node for node in here if node in current.commitments and node not in opened]
     lacking = [node for node in here if not opened <= current.holdings.get(node, frozenset())]
     if (unopened or lacking) and now < current.deadline:
         return state, []
     # All must be able to vote for the record, so it is about what they hold in common.
-    accepted, holders = held_in_common(current, opened, here, quorum)
+    accepted, holders = common_payloads(current, opened, here, quorum)
     if not accepted:
-        accepted, holders = held_in_common(current, opened, here, half)
+        accepted, holders = common_payloads(current, opened, here, at_least_half)
     if not accepted:
         return abandon(state, current, "no payload reached half of the members")
     done = (current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now for node in here)
@@ -189,8 +196,8 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
 def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> Step:
     assert current.ballot is not None
     record, votes = current.ballot.record, current.ballot.votes
-    if carries_quorum(votes, record.electorate):
-        deadline = now + allowed(rules, state.exchange_seconds)
+    if has_quorum(votes, record.electorate):
+        deadline = now + exchange_allowance(rules, state.exchange_seconds)
         certified = replace(current, stage=Stage.ATTESTING, certified_at=now, deadline=deadline)
         seconds = now - current.opened
         return replace(state, round=certified), [Certified(record, tuple(votes[n] for n in sorted(votes)), seconds)]
@@ -198,10 +205,10 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
         return step
     if now < current.deadline:
         return state, []
-    here = living(state, current)
+    here = present_members(state, current)
     if not here:
-        note = f"round {current.plan.round} waits for votes of {names(set(record.electorate) - set(votes))}"
-        return said(state, state.phase, note)
+        note = f"round {current.plan.round} waits for votes of {short_names(set(record.electorate) - set(votes))}"
+        return with_note(state, state.phase, note)
     if record.results:
         return vote_anew(rules, state, current, current.ballot, now)
     # Who was asked for a vote and gave none is not waited for twice, whatever it says it holds; nor does it get to
@@ -209,27 +216,29 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
     asked = [node for node in here if node in votes or node not in record.electorate]
     if not asked and current.ballots == 1:
         asked = here
-    accepted, holders = held_in_common(current, frozenset(one.node for one in record.accepted), asked, half)
+    accepted, holders = common_payloads(current, frozenset(one.node for one in record.accepted), asked, at_least_half)
     if not accepted:
         return abandon(state, current, "nobody voted" if not asked else "the voters hold no payload in common")
-    return propose(rules, state, current, accepted, electors(rules, state, holders), now)
+    return propose(rules, state, current, accepted, reconfiguration_electorate(rules, state, holders), now)
 
 
-def _overrule(rules: Rules, state: State, event: Overruled, now: float) -> Step:
+def _overrule(rules: Rules, state: State, event: SignatureConflict, now: float) -> Step:
     """Put the same to the vote again, under a roster that nothing stands in the way of; or what was sealed."""
     current = state.round
     if current is None or current.proposal is None or current.proposal.hash != event.record:
         return state, []
     if event.sealed:
-        return vote_on_the_sealed(rules, state, event.sealed, now)
+        return vote_on_sealed_record(rules, state, event.sealed, now)
     record = current.proposal
-    state = replace(state, reconfiguration=max(state.reconfiguration, event.reconfiguration), bound=record.hash)
+    state = replace(
+        state, reconfiguration=max(state.reconfiguration, event.reconfiguration), maybe_certified=record.hash
+    )
     uncertified = replace(current, attestations={})
     accepted = frozenset(one.node for one in record.accepted)
     return propose(rules, state, uncertified, accepted, None, now, record.results, record.dissenters)
 
 
-def _fall_back(rules: Rules, state: State, event: Unsigned, now: float) -> Step:
+def _fall_back(rules: Rules, state: State, event: CosignersUnreachable, now: float) -> Step:
     """Put the same to the vote again under the electorate that the roster was to replace: some may only be slow.
 
     The leader has shown nothing under that roster, and none of its votes can come any more.
@@ -271,23 +280,23 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     # electorate is no shortcut; who only followed the round does not. Where so many have gone since they voted that no
     # half is left, those who are here must all have found the same.
     votes = {member.node: member.votes for member in current.plan.members} | dict.fromkeys(record.electorate, 1)
-    electors = {member.node for member in current.plan.members} & set(record.electorate) - gone
-    total = sum(votes.get(node, 0) for node in electors | set(current.attestations))
+    reconfiguration_electorate = {member.node for member in current.plan.members} & set(record.electorate) - gone
+    total = sum(votes.get(node, 0) for node in reconfiguration_electorate | set(current.attestations))
     weights = {
-        root: sum(votes.get(node, 0) for node in having(current.attestations, root))
+        root: sum(votes.get(node, 0) for node in nodes_reporting(current.attestations, root))
         for root in set(current.attestations.values())
     }
     agreed = [root for root, weight in weights.items() if 2 * weight > total]
-    silent = electors & set(state.peers) - set(current.attestations)
+    silent = reconfiguration_electorate & set(state.peers) - set(current.attestations)
     if not agreed and not silent and len(unanimous := [root for root, weight in weights.items() if weight]) == 1:
         agreed = unanimous
     if not agreed:
         note = f"no half of the members agrees on the state after round {current.plan.round}" + (
-            f"; waiting for {names(silent)}" if silent else ""
+            f"; waiting for {short_names(silent)}" if silent else ""
         )
-        return said(state, Phase.PAUSED, note)
+        return with_note(state, Phase.PAUSED, note)
     root = agreed[0]
-    effects: list[Effect] = [Settled(current.plan.round, root)]
+    effects: list[Effect] = [StateAgreed(current.plan.round, root)]
     for node, other in sorted(current.attestations.items()):
         if other != root:
             effects.append(Diverged(node, current.plan.round, root, other))

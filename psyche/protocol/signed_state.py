@@ -51,7 +51,7 @@ def lead(signed_state: SignedState, place: int, coordinators: int, above: int) -
     return replace(signed_state, term=term + (place - term) % coordinators)
 
 
-def sign_roster(
+def sign_reconfiguration(
     signed_state: SignedState, round_number: int, previous: bytes, number: int, electorate: tuple[str, ...]
 ) -> SignedState:
     """After signing roster ``number`` of ``round``. Raises :class:`ConflictingSignature`."""

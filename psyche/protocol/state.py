@@ -211,7 +211,7 @@ class Promised:
     """It has applied."""
     accepted: Record | None = None
     """What it voted for last, and in which term."""
-    accepted_in: int = 0
+    accepted_term: int = 0
     reconfiguration: tuple[bytes, ...] = ()
     """Signatures under the roster that ``accepted`` names."""
     plan: Plan | None = None
@@ -223,7 +223,7 @@ class Promised:
 
 @dataclass(frozen=True)
 class State:
-    """``leading`` is the term in which this coordinator began to lead; its plans and proposals have later ones."""
+    """``lead_term`` is the term in which this coordinator began to lead; its plans and proposals have later ones."""
 
     phase: Phase
     rounds: int
@@ -234,10 +234,10 @@ class State:
     """What members must hold now. Empty after a restart, until two thirds of the electorate are back and agree."""
     position: int
     term: int
-    leading: int = 1
+    lead_term: int = 1
     promises: Mapping[str, Promised] = field(default_factory=dict)
-    """Of the term ``leading``."""
-    taken_up: bool = False
+    """Of the term ``lead_term``."""
+    resumed: bool = False
     """What the members voted for, or were in the middle of, under the leader before has been gone on with."""
     electorate: tuple[str, ...] = ()
     """Who votes in the round that comes: the last record's ``voters``, or who the last roster names."""
@@ -245,22 +245,22 @@ class State:
     """Of the last record."""
     audit_state: AuditState = EMPTY
     """Of the last record."""
-    said: Mapping[tuple[str, str, int, str], Said] = field(default_factory=dict)
+    audit_statements: Mapping[tuple[str, str, int, str], StatementReceived] = field(default_factory=dict)
     """Of audits, what is not on record yet: by author, accused, round and kind."""
     suspects: frozenset[str] = frozenset()
     """Whose contribution to the last round stood out."""
     reconfiguration: int = 0
     """Number of that roster; 0: none."""
-    used: int = 0
+    last_reconfiguration: int = 0
     """Highest number of a roster of this round; each is used once."""
     replaced: tuple[tuple[str, ...], int] | None = None
     """The electorate, and the number of its roster, that the last roster takes the place of."""
-    bound: bytes = b""
+    maybe_certified: bytes = b""
     """Hash of a record that may have been certified under an earlier leader. Another one takes another roster."""
-    arrived: float | None = None
+    last_arrival: float | None = None
     """When somebody was last seen for the first time."""
     peers: Mapping[str, Peer] = field(default_factory=dict)
-    goodbyes: frozenset[str] = frozenset()
+    left_voters: frozenset[str] = frozenset()
     """Of the electorate, who has said that it leaves, and has not come back: nobody waits for their votes."""
     round: Round | None = None
     commit_seconds: tuple[float, ...] = ()
@@ -271,15 +271,15 @@ class State:
     """From the results' proposal to a vote: in between they are fetched."""
     speeds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Measured ones, of who is here or was in the last round: see ``quotas.py``."""
-    done: Mapping[str, int] = field(default_factory=dict)
+    last_steps: Mapping[str, int] = field(default_factory=dict)
     """Inner steps of each member of the last round."""
-    gathering: bool = False
+    force_gather: bool = False
     """This round was to be sharded and came to nothing: the next attempt at it needs no reducers."""
     note: str = ""
 
     @classmethod
-    def initial(cls, rules: Rules, leading: int = 1) -> State:
-        return cls(Phase.WAITING, 0, rules.run_id, rules.genesis, 0, term=leading, leading=leading)
+    def initial(cls, rules: Rules, lead_term: int = 1) -> State:
+        return cls(Phase.WAITING, 0, rules.run_id, rules.genesis, 0, term=lead_term, lead_term=lead_term)
 
 
 # --------------------------------------------------------------------------------------- events
@@ -321,7 +321,7 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Opened:
+class Revealed:
     node: str
     round: int
     contribution: Contribution
@@ -329,7 +329,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Held:
+class Fetched:
     node: str
     round: int
     nodes: frozenset[str]
@@ -361,7 +361,7 @@ class Attested:
 
 
 @dataclass(frozen=True)
-class Said:
+class StatementReceived:
     """An auditor's word on a contribution of any round; ``proof`` is its signed envelope."""
 
     node: str
@@ -382,7 +382,7 @@ class Restored:
 
 
 @dataclass(frozen=True)
-class Overruled:
+class SignatureConflict:
     """A coordinator does not sign for ``record``, because of what it has signed before.
 
     Either it was a later roster than the one that the record is under, or the seal of another record.
@@ -396,16 +396,27 @@ class Overruled:
 
 
 @dataclass(frozen=True)
-class Unsigned:
+class CosignersUnreachable:
     """Too few coordinators can be reached to sign the roster of ``record``; this one has not signed it either."""
 
     record: bytes
     """Its hash."""
 
 
-Submission = Committed | Opened | Held | Reported | Voted | Attested
+Submission = Committed | Revealed | Fetched | Reported | Voted | Attested
 """What a member says of a round it is in."""
-Event = Tick | Overruled | Unsigned | Arrived | Seen | Left | Promised | Submission | Said | Restored
+Event = (
+    Tick
+    | SignatureConflict
+    | CosignersUnreachable
+    | Arrived
+    | Seen
+    | Left
+    | Promised
+    | Submission
+    | StatementReceived
+    | Restored
+)
 
 
 # -------------------------------------------------------------------------------------- effects
@@ -447,7 +458,7 @@ class Certified:
 
 
 @dataclass(frozen=True)
-class Settled:
+class StateAgreed:
     """More than half of the members attested the same state after round ``round``."""
 
     round: int
@@ -473,4 +484,4 @@ class Finished:
     rounds: int
 
 
-Effect = Rejected | Planned | Abandoned | Proposed | Certified | Settled | Diverged | Departed | Finished
+Effect = Rejected | Planned | Abandoned | Proposed | Certified | StateAgreed | Diverged | Departed | Finished

@@ -17,14 +17,14 @@ from dataclasses import replace
 from psyche.protocol.admission import Step
 from psyche.protocol.messages import Plan, Record
 from psyche.protocol.proposals import (
-    allowed_for_training,
-    carries_quorum,
     close_commitments,
-    having,
-    names,
-    put_to_the_vote,
+    has_quorum,
+    nodes_reporting,
+    open_ballot,
     quorum,
     round_seed,
+    short_names,
+    training_allowance,
 )
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.state import Phase, Planned, Promised, Reduction, Round, Rules, State
@@ -41,17 +41,17 @@ def ready_members(state: State) -> list[str]:
     )
 
 
-def said(state: State, phase: Phase, note: str) -> Step:
+def with_note(state: State, phase: Phase, note: str) -> Step:
     """The same state, with what is waited for."""
     return (state, []) if (state.phase, state.note) == (phase, note) else (replace(state, phase=phase, note=note), [])
 
 
-def alone(rules: Rules, state: State, now: float) -> bool:
+def is_overdue(rules: Rules, state: State, now: float) -> bool:
     """Whether who is missing had time to come back."""
-    return state.arrived is not None and now - state.arrived > rules.silence
+    return state.last_arrival is not None and now - state.last_arrival > rules.silence
 
 
-def agree_on_restart(rules: Rules, state: State, now: float) -> Step:
+def agree_on_state(rules: Rules, state: State, now: float) -> Step:
     """Believe the state of more than two thirds of the electorate; or of who has it, where the others stay away.
 
     Only those count who have applied the last record: who has not is behind, however many they are.
@@ -59,27 +59,27 @@ def agree_on_restart(rules: Rules, state: State, now: float) -> Step:
     back = {node: peer.state_root for node, peer in state.peers.items() if peer.rounds == state.rounds}
     voters = {node: root for node, root in back.items() if node in state.electorate}
     for root in sorted(set(voters.values())):
-        if quorum(len(having(voters, root)), len(state.electorate)):
+        if quorum(len(nodes_reporting(voters, root)), len(state.electorate)):
             return replace(state, state_root=root), []
-    if alone(rules, state, now):
+    if is_overdue(rules, state, now):
         for root in sorted(set(back.values())):
-            if quorum(len(having(back, root)), len(back)):
+            if quorum(len(nodes_reporting(back, root)), len(back)):
                 return replace(state, state_root=root), []
     missing = set(state.electorate) - set(voters)
     behind = missing & set(state.peers)
-    note = f"restarted after round {state.rounds}; waiting for members of that round: {names(missing or voters)}"
+    note = f"restarted after round {state.rounds}; waiting for members of that round: {short_names(missing or voters)}"
     if behind:
-        note += f"; its state is not known to {names(behind)}, who are behind"
-    return said(state, Phase.PAUSED, note)
+        note += f"; its state is not known to {short_names(behind)}, who are behind"
+    return with_note(state, Phase.PAUSED, note)
 
 
-def take_up(rules: Rules, state: State, ready: Sequence[str], now: float) -> Step:
+def resume_round(rules: Rules, state: State, ready: Sequence[str], now: float) -> Step:
     """The round that is to come, as far as the members had got with it under another leader."""
-    state = replace(state, taken_up=True)
+    state = replace(state, resumed=True)
     promises = [promise for promise in state.promises.values() if promise.rounds == state.rounds]
     voted = [promise for promise in promises if promise.accepted and promise.accepted.plan.round == state.rounds + 1]
     if voted:
-        last = max(voted, key=lambda promise: promise.accepted_in)
+        last = max(voted, key=lambda promise: promise.accepted_term)
         assert last.accepted is not None
         return _vote_again(rules, state, last, last.accepted, ready, now)
     plans = Counter(
@@ -92,8 +92,8 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
     """Put ``record`` to the vote: more than two thirds may have voted for it already, and it cannot be known."""
     if record.reconfiguration > state.reconfiguration:
         state = replace(state, reconfiguration=record.reconfiguration, electorate=record.electorate)
-        if not carries_quorum(ready, record.electorate):
-            return replace(state, taken_up=False), []  # those whom that roster names are waited for
+        if not has_quorum(ready, record.electorate):
+            return replace(state, resumed=False), []  # those whom that roster names are waited for
     elif record.reconfiguration < state.reconfiguration:
         return state, []  # it can no more be certified: a later roster was needed to get here
     resumed = Round(
@@ -105,11 +105,11 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
         contributions=last.contributions,
         reduction=Reduction(record.reducer_order) if record.plan.is_sharded else None,
     )
-    state = replace(state, phase=Phase.CERTIFYING, bound=record.hash)
-    return put_to_the_vote(rules, state, resumed, record, now)
+    state = replace(state, phase=Phase.CERTIFYING, maybe_certified=record.hash)
+    return open_ballot(rules, state, resumed, record, now)
 
 
-def vote_on_the_sealed(rules: Rules, state: State, sealed: bytes, now: float) -> Step:
+def vote_on_sealed_record(rules: Rules, state: State, sealed: bytes, now: float) -> Step:
     """Put a record to the vote that a coordinator has sealed under another leader, if a member told of it."""
     for promise in state.promises.values():
         if promise.accepted is not None and promise.accepted.hash == sealed:
@@ -128,7 +128,7 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
             commitments = {**promise.commitments, **commitments}
     while state.term <= plan.term:  # a plan has a later term than the last vote, which is all that a leader hears of
         state = replace(state, term=state.term + rules.coordinators)
-    deadline = now + allowed_for_training(rules, state)
+    deadline = now + training_allowance(rules, state)
     awaited = frozenset(member.node for member in plan.members) - set(state.peers)
     resumed = Round(plan, opened=now, deadline=deadline, term=state.term, awaited=awaited, commitments=commitments)
     if commitments:

@@ -151,7 +151,7 @@ class Pool(Message, frozen=True):
 class AuditState(Message, frozen=True):
     """The audits of a run, as a record leaves them. What is said is the coordinator's choice; what follows is not."""
 
-    said: Annotated[tuple[Signed, ...], Meta(max_length=MAX_AUDITS)]
+    statements: Annotated[tuple[Signed, ...], Meta(max_length=MAX_AUDITS)]
     """Signed statements (:data:`AuditStatement`) that came on record here."""
     audits: Annotated[tuple[Audit, ...], Meta(max_length=MAX_AUDITS)]
     """Open ones, those drawn from this record among them, ascending by round and accused."""

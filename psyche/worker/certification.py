@@ -15,7 +15,17 @@ from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.certificates import BadCertificate
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Contribution, Holding, Plan, Record, Reduced, Reducing, Result, RunStatus, Vote
+from psyche.protocol.messages import (
+    Contribution,
+    Have,
+    Plan,
+    Record,
+    ReductionReport,
+    ReductionStatus,
+    Result,
+    RunStatus,
+    Vote,
+)
 from psyche.protocol.state import Phase
 from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.voter import Voter
@@ -101,7 +111,7 @@ class Certification:
         held = self._exchange.held & frozenset(self._openings.contributions)
         if held != self._told and self._member:
             self._told = held
-            await self._submit(Holding(tuple(sorted(held))))
+            await self._submit(Have(tuple(sorted(held))))
         if status.reducing is not None:
             self._reduce(status.reducing)
         await self._vote(status)
@@ -113,12 +123,14 @@ class Certification:
             self._warn(f"{node[-6:]} does not have the state that round {self._plan.round} starts from: left out")
         return node not in self._baseless
 
-    def _reduce(self, reducing: Reducing) -> None:
+    def _reduce(self, reducing: ReductionStatus) -> None:
         """Start adding up what this node has to, once everything for it is here."""
 
         async def reduce() -> None:
             found = await self._exchange.reduce(reducing, self._openings.contributions)
-            await self._submit(Reduced(reducing.term, tuple(Result(group, found[group]) for group in sorted(found))))
+            await self._submit(
+                ReductionReport(reducing.term, tuple(Result(group, found[group]) for group in sorted(found)))
+            )
 
         if self._exchange.groups_due(reducing):
             self._start(("reduce", reducing.term), reduce)
@@ -194,7 +206,7 @@ class Certification:
         finally:
             changed.cancel()
 
-    async def _submit(self, body: Holding | Reduced | Vote) -> None:
+    async def _submit(self, body: Have | ReductionReport | Vote) -> None:
         try:
             await self._client.submit(body, self._plan.round)
         except Refused as refusal:

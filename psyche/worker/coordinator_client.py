@@ -22,13 +22,13 @@ from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Refusal
 from psyche.protocol.calls import MAX_STATUS, WATCH_SECONDS, RefusalCode
 from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.messages import Commitment, Contribution, Holding, Leave, Present, Promise, RunStatus
+from psyche.protocol.messages import Commitment, Contribution, Have, Hello, Leave, Promise, RunStatus
 from psyche.protocol.state import Phase
 from psyche.protocol.wire import Body, decode
 
 CALL_SECONDS = 15.0
 RETRY_SECONDS = 1.0
-REPEATED = (Commitment.DOMAIN, Contribution.DOMAIN, Holding.DOMAIN)
+REPEATED = (Commitment.DOMAIN, Contribution.DOMAIN, Have.DOMAIN)
 """What is said once more to a new leader, in this order. Votes and reports belong to a term."""
 PATIENCE_SECONDS = 600.0
 """How long a member keeps its work and waits for a coordinator that does not answer."""
@@ -42,7 +42,7 @@ class Follower(Protocol):
         """Of the leader it follows."""
         ...
 
-    def introduce(self) -> Present:
+    def introduce(self) -> Hello:
         """What it says of itself."""
         ...
 

@@ -35,7 +35,7 @@ from psyche.network.identity import Identity
 from psyche.network.transport import Network, Refused
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, plan_fault
-from psyche.protocol.messages import Attestation, Certificate, Commitment, Plan, Present, Promise, Record, RunStatus
+from psyche.protocol.messages import Attestation, Certificate, Commitment, Hello, Plan, Promise, Record, RunStatus
 from psyche.protocol.quotas import quota_fault
 from psyche.protocol.state import Phase, Rules
 from psyche.protocol.wire import decode
@@ -224,13 +224,13 @@ class Worker:
         """Of the leader this node follows."""
         return self._voter.term
 
-    def introduce(self) -> Present:
+    def introduce(self) -> Hello:
         """What this node says of itself to a coordinator that does not know it."""
         chain = self.replica.chain
         seen = self._voter.certificate
         certificate = None if seen is None else decode(Certificate, seen)
         device = describe_device(self.settings, self.manifest.run.inner.optimizer)
-        return Present(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
+        return Hello(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
 
     async def promise(self, term: int, claim: bytes) -> Promise:
         """Follow the leader of ``term``."""

@@ -19,7 +19,7 @@ from psyche.network.node import NetworkNode
 from psyche.numerics.backends.selection import fastest_backend
 from psyche.numerics.codecs.registry import CODECS, codec
 from psyche.numerics.digest import payload_root
-from psyche.protocol.messages import Accepted, Member, Plan, Record, Reducing
+from psyche.protocol.messages import Accepted, Member, Plan, Record, ReductionStatus
 from psyche.protocol.reduction import reducer_order
 from psyche.protocol.verdicts import EMPTY
 from psyche.tools.costs import costs_of
@@ -88,7 +88,7 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         for node, payload in zip(nodes, payloads, strict=True)
     }
     order = reducer_order(plan.seed, given) if reducers else ()
-    reducing = Reducing(1, order, (), (), tuple(sorted(given)))
+    reducing = ReductionStatus(1, order, (), (), tuple(sorted(given)))
     for side, payload in zip(sides, payloads, strict=True):
         await side.publish(payload)
         if isinstance(side, Sharded):

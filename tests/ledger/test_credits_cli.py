@@ -42,7 +42,7 @@ def judged(record: Record) -> Record:
             for auditor, one in zip(MEMBERS[1:3], found, strict=True)
         )
         ended = Closed(A, 2, "convicted", (B, C), (), 0)
-        audit_state = msgspec.structs.replace(EMPTY, said=said, closed=(ended,), banned=(A,))
+        audit_state = msgspec.structs.replace(EMPTY, statements=said, closed=(ended,), banned=(A,))
         return msgspec.structs.replace(record, audit_state=audit_state)
     if plan.round > 4:
         return msgspec.structs.replace(record, audit_state=msgspec.structs.replace(EMPTY, banned=(A,)))

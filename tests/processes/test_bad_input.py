@@ -24,7 +24,7 @@ from psyche.network.invite import Invite
 from psyche.network.node import NetworkNode
 from psyche.network.transport import Refused, Unreachable, Violation
 from psyche.protocol import envelope as envelopes
-from psyche.protocol.messages import Attestation, Commitment, Leave, Present, Vote
+from psyche.protocol.messages import Attestation, Commitment, Hello, Leave, Vote
 from psyche.protocol.verdicts import EMPTY
 from psyche.telemetry.events import (
     Checkpointed,
@@ -208,11 +208,11 @@ async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
     run = invite.run_id
     vote, attested = Vote(1, bytes(32)).encode(), Attestation(bytes(32), ()).encode()
     forged = me.seal("vote", run, 1, vote)
-    history = Present(5, bytes(32), bytes(32), "CPU", claim=None, certificate=_forged_certificate(me, run))
+    history = Hello(5, bytes(32), bytes(32), "CPU", claim=None, certificate=_forged_certificate(me, run))
     messages = {
         "noise": b"\xff" * 100,
         "oversized": bytes((1 << 20) + 1),
-        "unknown domain": envelopes.encode(me.seal("board", run, 1, b"")),
+        "unknown domain": envelopes.encode(me.seal("run-status", run, 1, b"")),
         "another run": envelopes.encode(me.seal("commitment", bytes(32), 1, Commitment(bytes(32), 1).encode())),
         "wrongly signed": envelopes.encode(
             envelopes.Envelope(forged.domain, run, 1, forged.author, forged.body, bytes(64))
@@ -221,7 +221,7 @@ async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
         "malformed body": envelopes.encode(me.seal("vote", run, 1, b"\x93\x01\x02\x03")),
         "another round": envelopes.encode(me.seal("commitment", run, 7, Commitment(bytes(32), 1).encode())),
         "a stranger's attestation": envelopes.encode(me.seal("attestation", run, 1, attested)),
-        "a forged history": envelopes.encode(me.seal("present", run, 5, history.encode())),
+        "a forged history": envelopes.encode(me.seal("hello", run, 5, history.encode())),
     }
     answers = {}
     coordinator = split_address(invite.addresses[0])[1]

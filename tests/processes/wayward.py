@@ -18,7 +18,7 @@ from psyche.exchange.payload_store import BlobRetention
 from psyche.exchange.sharded import Sharded
 from psyche.network.spool import Blob
 from psyche.numerics.aggregate import Gradient
-from psyche.protocol.messages import Contribution, Reducing
+from psyche.protocol.messages import Contribution, ReductionStatus
 
 FIRST = 3
 add_up, put = Sharded._reduce_slices, BlobRetention.put
@@ -45,7 +45,9 @@ def turn(fault: str) -> None:
             self._blobs.remove(blob.index.root)
         return blob
 
-    async def reduce(self: Sharded, reducing: Reducing, given: Mapping[str, Contribution]) -> Mapping[int, bytes]:
+    async def reduce(
+        self: Sharded, reducing: ReductionStatus, given: Mapping[str, Contribution]
+    ) -> Mapping[int, bytes]:
         adding.append(reducing.term)
         try:
             return await honest(self, reducing, given)

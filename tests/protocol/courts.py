@@ -12,7 +12,7 @@ from psyche.protocol.envelope import Envelope
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.standing import newly_audited, standing_after
-from psyche.protocol.state import Rules, Said
+from psyche.protocol.state import Rules, StatementReceived
 from psyche.protocol.verdicts import EMPTY, Audit, AuditState, AuditStatement, Closed, Finding, SealedVerdict, Verdict
 from psyche.protocol.wire import Body
 from tests.protocol.players import GENESIS, RUN_ID, contribution
@@ -36,8 +36,8 @@ def verdict(node: str, audit: Audit, finding: Finding) -> Verdict:
     return Verdict(audit.accused, audit.round, finding, digest("salt", node.encode(), audit.accused.encode()))
 
 
-def said(node: str, body: AuditStatement) -> Said:
-    return Said(node, body, signed(node, body.round, body))
+def said(node: str, body: AuditStatement) -> StatementReceived:
+    return StatementReceived(node, body, signed(node, body.round, body))
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Court:
         members = tuple(Member(node, self.rules.inner_steps, 1) for node in self.members)
         return Plan(self.round + 1, self.round + 1, self.head, GENESIS, round_seed(self.head), 0, "gather", 0, members)
 
-    def next(self, statements: Sequence[Said], private: Sequence[str] = ()) -> AuditState:
+    def next(self, statements: Sequence[StatementReceived], private: Sequence[str] = ()) -> AuditState:
         """One round. Raises ``InvalidAudits``."""
         plan = self.plan()
         given = tuple(Accepted(node, self._work(node, plan, node in private)) for node in self.members)
@@ -86,7 +86,7 @@ class Court:
             audited=newly_audited(after, plan.round),
             rules=self.rules,
         )
-        self.round, self.head = plan.round, digest("court", self.head, *after.said)
+        self.round, self.head = plan.round, digest("court", self.head, *after.statements)
         self.audit_state = after
         self.closed += after.closed
         self.opened += [audit for audit in after.audits if audit.since == plan.round and not audit.opinions]

@@ -14,27 +14,27 @@ from psyche.protocol.assignment import next_position
 from psyche.protocol.certificates import seals_needed, signatures_needed
 from psyche.protocol.messages import Contribution, Plan, Proposal, Record
 from psyche.protocol.rounds import tick
-from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_roster
+from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_reconfiguration
 from psyche.protocol.state import (
     Abandoned,
     Arrived,
     Attested,
     Certified,
     Committed,
+    CosignersUnreachable,
     Event,
-    Held,
-    Opened,
-    Overruled,
+    Fetched,
     Planned,
     Promised,
     Proposed,
     Restored,
+    Revealed,
     Rules,
     Seen,
+    SignatureConflict,
     Stage,
     State,
     Tick,
-    Unsigned,
     Voted,
 )
 from tests.protocol.players import GENESIS, RUN_ID, contribution, root_after
@@ -77,8 +77,8 @@ class Seat:
         self.unsigned: tuple[int, Record] | None = None
         self.unsealed: Record | None = None
         self.certificate: Record | None = None
-        self.overruled: Overruled | None = None
-        self.unsigned_by_enough: Unsigned | None = None
+        self.overruled: SignatureConflict | None = None
+        self.unsigned_by_enough: CosignersUnreachable | None = None
 
     def begin(self) -> None:
         self.up = self.leads = True
@@ -143,12 +143,14 @@ class Parliament:
         needed = signatures_needed(self.rules.coordinators)
         seat.unsigned_by_enough = None
         if len(self.reached(seat)) < needed:  # so it does not sign itself, either
-            seat.unsigned_by_enough = Unsigned(record.hash)
+            seat.unsigned_by_enough = CosignersUnreachable(record.hash)
             return False
         signed = self.gather(
             seat,
             record,
-            lambda signed_state: sign_roster(signed_state, number, previous, record.reconfiguration, record.electorate),
+            lambda signed_state: sign_reconfiguration(
+                signed_state, number, previous, record.reconfiguration, record.electorate
+            ),
         )
         if signed >= needed:
             self.rosters.add(key)
@@ -177,7 +179,7 @@ class Parliament:
             except ConflictingSignature as reason:
                 known = seat.overruled.reconfiguration if seat.overruled else 0
                 if seat.overruled is None or reason.reconfiguration > known:
-                    seat.overruled = Overruled(
+                    seat.overruled = SignatureConflict(
                         record.hash, reason.reconfiguration, b"" if reason.reconfiguration else reason.sealed
                     )
         return signed
@@ -190,7 +192,7 @@ class Parliament:
             return
         state = seat.state
         try:
-            acceptor = promise(voter.acceptor, state.leading)
+            acceptor = promise(voter.acceptor, state.lead_term)
         except Refusal:
             seat.later = max(seat.later, voter.acceptor.promised, voter.acceptor.term)
             return
@@ -203,7 +205,7 @@ class Parliament:
         seat.send(Seen(voter.node))
         if voter.node not in seat.state.promises:
             voter.acceptor = acceptor
-            seat.send(self.promised(voter, seat.state.leading))
+            seat.send(self.promised(voter, seat.state.lead_term))
         if seat.certificate is not None and seat.certificate.plan.round > voter.chain.rounds:
             self.apply(voter, seat, seat.certificate)
         elif (known := seat.state.round) is None or known.plan.previous == voter.chain.head:
@@ -219,7 +221,7 @@ class Parliament:
             term=term,
             rounds=voter.chain.rounds,
             accepted=accepted.record if accepted else None,
-            accepted_in=accepted.term if accepted else 0,
+            accepted_term=accepted.term if accepted else 0,
             plan=None if recent else plan,
             commitments=evidence[0] if recent or plan else {},
             contributions=evidence[1] if recent or plan else {},
@@ -259,9 +261,9 @@ class Parliament:
             voter.shown = dict(current.commitments)
         voter.opened |= {one: shown for one, shown in current.contributions.items() if one in voter.shown}
         if node in current.commitments and node not in current.contributions:
-            seat.send(Opened(node, plan.round, given, b""))
+            seat.send(Revealed(node, plan.round, given, b""))
         elif member and (current.proposal is None or not current.holdings.get(node)):
-            seat.send(Held(node, plan.round, frozenset(current.contributions)))
+            seat.send(Fetched(node, plan.round, frozenset(current.contributions)))
         if seat.proposal is not None and seat.state.round is not None and not seat.state.round.certified:
             self.vote(voter, seat, seat.proposal)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from psyche.numerics.digest import digest
 from psyche.protocol.audits import audits_fault, busy
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.proposals import carries_quorum
+from psyche.protocol.proposals import has_quorum
 from psyche.protocol.reduction import reducer_order_fault
 from psyche.protocol.rounds import tick
 from psyche.protocol.standing import standing_fault
@@ -22,19 +22,19 @@ from psyche.protocol.state import (
     Committed,
     Effect,
     Event,
-    Held,
+    Fetched,
     Left,
-    Opened,
     Phase,
     Planned,
     Promised,
     Proposed,
     Rejected,
+    Revealed,
     Rules,
     Seen,
-    Settled,
     Stage,
     State,
+    StateAgreed,
     Tick,
     Voted,
 )
@@ -130,7 +130,7 @@ class Table:
         self.state = state
         self.effects += effects
         if isinstance(event, Arrived) and self.promising:  # whoever comes follows the leader
-            effects = effects + self.send(Promised(event.node, state.leading, state.rounds))
+            effects = effects + self.send(Promised(event.node, state.lead_term, state.rounds))
         return effects
 
     def wait(self, seconds: float, alive: Iterable[str] | None = None, step: float = 1.0) -> list[Effect]:
@@ -157,10 +157,10 @@ class Table:
     def open(self, node: str, **changes: object) -> list[Effect]:
         plan = self.plan
         given = contribution(node, plan, self.rules, **changes)
-        return self.send(Opened(node, plan.round, given, f"opening {node}".encode()))
+        return self.send(Revealed(node, plan.round, given, f"opening {node}".encode()))
 
     def hold(self, node: str, held: Iterable[str]) -> list[Effect]:
-        return self.send(Held(node, self.plan.round, frozenset(held)))
+        return self.send(Fetched(node, self.plan.round, frozenset(held)))
 
     def vote(self, node: str) -> list[Effect]:
         current = self.state.round
@@ -234,7 +234,7 @@ class Table:
                     assert plan.base_root == after.state_root
                 case Certified(record, votes):
                     self._inspect_certified(before, event, record, votes)
-                case Settled(round_number, _):
+                case StateAgreed(round_number, _):
                     assert round_number in self.certified
                     assert after.rounds == round_number
                     assert after.head == self.certified[round_number].hash
@@ -310,7 +310,7 @@ class Table:
             voters.add(event.node)
         assert len(votes) == len(voters)
         assert 3 * len(voters & set(record.electorate)) > 2 * len(record.electorate)
-        assert carries_quorum(voters, record.electorate)
+        assert has_quorum(voters, record.electorate)
 
 
 def rejected(effects: list[Effect]) -> str:

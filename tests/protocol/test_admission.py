@@ -7,9 +7,9 @@ import pytest
 from psyche.protocol.state import (
     Attested,
     Committed,
-    Held,
+    Fetched,
     Left,
-    Opened,
+    Revealed,
     Seen,
     Tick,
     Voted,
@@ -83,7 +83,7 @@ def test_the_contribution_of_another_is_refused() -> None:
     stolen = contribution(members[1], table.plan).commitment(members[1], RUN_ID, 1)
     table.send(Committed(members[0], 1, table.plan.term, stolen, b""))
     table.close(members[1:])
-    opened = Opened(members[0], 1, contribution(members[1], table.plan), b"")
+    opened = Revealed(members[0], 1, contribution(members[1], table.plan), b"")
     assert "not the one committed to" in rejected(table.send(opened))
 
 
@@ -109,7 +109,7 @@ def test_a_word_from_somebody_unknown_is_nothing() -> None:
     assert table.send(Left(peer_id(99), "bye")) == []
     assert peer_id(99) not in table.state.peers
     assert table.send(Tick()) == []
-    assert rejected(table.send(Held(peer_id(99), 1, frozenset())))
+    assert rejected(table.send(Fetched(peer_id(99), 1, frozenset())))
 
 
 def test_a_round_that_is_begun_again_takes_no_commitment_to_the_first_attempt() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from psyche.protocol.audits import busy
-from psyche.protocol.state import Rejected, Settled
+from psyche.protocol.state import Rejected, StateAgreed
 from psyche.protocol.verdicts import Audit, DeclinedAudit, SealedVerdict
 from psyche.protocol.wire import Body
 from tests.protocol.courts import PASS, said, verdict
@@ -52,7 +52,7 @@ def settle(table: Table) -> None:
     effects = [
         effect for node in list(table.state.peers) for effect in table.attest(node, root) if table.state.rounds < number
     ]
-    assert Settled(number, root) in [*effects, *table.effects]
+    assert StateAgreed(number, root) in [*effects, *table.effects]
 
 
 def test_a_verdict_may_be_shown_as_soon_as_the_record_that_seals_it_is_certified(table: Table) -> None:
@@ -90,10 +90,10 @@ def test_who_declines_before_the_round_is_planned_is_a_member_of_it(table: Table
 def test_nothing_is_kept_of_what_no_record_can_hold(table: Table) -> None:
     node, audits = auditor_of(table)
     say(table, node, [DeclinedAudit(audit.accused, audit.round) for audit in audits])
-    assert len(table.state.said) == len(audits)
+    assert len(table.state.audit_statements) == len(audits)
     until_certified(table)
     settle(table)
-    assert not table.state.said
+    assert not table.state.audit_statements
 
 
 def test_a_statement_on_an_audit_that_has_ended_is_forgotten(table: Table) -> None:
@@ -101,7 +101,7 @@ def test_a_statement_on_an_audit_that_has_ended_is_forgotten(table: Table) -> No
     node, audits = auditor_of(table)
     late = said(node, DeclinedAudit(audits[0].accused, 9))
     name = node, *late.key, late.body.DOMAIN
-    table.state = replace(table.state, said={name: late})
+    table.state = replace(table.state, audit_statements={name: late})
     until_certified(table)
     settle(table)
-    assert not table.state.said
+    assert not table.state.audit_statements

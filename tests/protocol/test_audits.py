@@ -15,7 +15,7 @@ from psyche.protocol.audits import InvalidAudits, asked, busy, statement
 from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.judgement import unlike
 from psyche.protocol.messages import Leave
-from psyche.protocol.state import AuditRules, Said
+from psyche.protocol.state import AuditRules, StatementReceived
 from psyche.protocol.verdicts import Audit, DeclinedAudit, Finding, SealedVerdict
 from tests.protocol.courts import FAIL, FALSE, PASS, UNSERVED, UNSURE, Court, said, signed, verdict
 from tests.protocol.players import RULES, nodes
@@ -388,7 +388,7 @@ def test_a_jury_is_decided_by_those_who_have_not_declined() -> None:
     trial.rules = replace(trial.rules, audits=replace(ALWAYS, rate=0.0, patience=100, window=100))
     accused, unable = trial.audit_state.audits[0].accused, trial.audit_state.audits[0].candidates[-2:]
 
-    def words() -> list[Said]:
+    def words() -> list[StatementReceived]:
         found = []
         for audit in trial.audit_state.audits:
             for node in asked(audit, trial.round + 1, trial.rules.audits):

@@ -143,7 +143,7 @@ def test_a_proposal_must_be_signed_for_this_run_and_round() -> None:
         sealed(COORDINATOR, body, round_number=2),
         with_broken_signature(sealed(COORDINATOR, body)),
         in_the_name_of(sealed(STRANGER, body), COORDINATOR.peer_id),
-        sealed(COORDINATOR, body, domain="board"),
+        sealed(COORDINATOR, body, domain="run-status"),
         sealed(COORDINATOR, Commitment(b"c" * 32, 3), domain="proposal"),
         b"",
     ):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from psyche.protocol.deadlines import WINDOW, adaptive
-from psyche.protocol.proposals import allowed
+from psyche.protocol.proposals import exchange_allowance
 from psyche.protocol.state import (
     Abandoned,
     Departed,
@@ -36,7 +36,7 @@ def test_a_deadline_is_median_plus_spread_times_mad(observed: tuple[float, ...],
 
 
 def test_exchanges_that_took_the_same_are_no_reason_to_cut_the_next_one_short() -> None:
-    assert allowed(replace(RULES, exchange_bounds=(1.0, 600.0)), (12.0,) * 8) == pytest.approx(18.0)
+    assert exchange_allowance(replace(RULES, exchange_bounds=(1.0, 600.0)), (12.0,) * 8) == pytest.approx(18.0)
 
 
 def test_only_recent_observations_count() -> None:

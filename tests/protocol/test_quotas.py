@@ -290,7 +290,7 @@ def test_who_leaves_is_forgotten_and_memory_is_bounded() -> None:
     for _ in range(2):
         swarm.round(away=gone)
     assert set(swarm.table.state.speeds) == set(EVERYBODY[:3])
-    assert set(swarm.table.state.done) == set(EVERYBODY[:3])
+    assert set(swarm.table.state.last_steps) == set(EVERYBODY[:3])
 
 
 def test_a_new_leader_begins_with_what_the_last_record_says() -> None:
@@ -305,7 +305,7 @@ def test_a_new_leader_begins_with_what_the_last_record_says() -> None:
     for node in record.voters:
         new.send(Arrived(node, root_after(record), "cpu", 2))
     for node in record.voters:
-        new.send(Promised(node, new.state.leading, 2))
+        new.send(Promised(node, new.state.lead_term, 2))
     assert {member.node: member.inner_steps for member in new.plan.members} == swarm.due()
     assert list(swarm.due().values()) == [25, 50, 100]
 

@@ -19,7 +19,7 @@ from psyche.protocol.reduction import (
     reducer_order_fault,
     verdict,
 )
-from psyche.protocol.state import Abandoned, Certified, Effect, Left, Phase, Reported, Settled, Stage
+from psyche.protocol.state import Abandoned, Certified, Effect, Left, Phase, Reported, Stage, StateAgreed
 from tests.protocol.players import Table, nodes, rejected, started
 
 LIMITS = settings(max_examples=150, deadline=None)
@@ -60,7 +60,7 @@ def finish(table: Table, members: Iterable[str]) -> None:
     members = list(members)
     table.certify(members)
     effects = [effect for node in members for effect in table.attest(node)]
-    assert any(isinstance(effect, Settled) for effect in effects)
+    assert any(isinstance(effect, StateAgreed) for effect in effects)
 
 
 def test_a_sharded_round_from_plan_to_record() -> None:

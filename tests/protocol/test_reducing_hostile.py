@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from psyche.protocol.state import Arrived, Attested, Certified, Held, Left, Phase, Planned, Reported, Restored, Stage
+from psyche.protocol.state import Arrived, Attested, Certified, Fetched, Left, Phase, Planned, Reported, Restored, Stage
 from tests.protocol.players import GENESIS, RULES, Table, root_after, started
 from tests.protocol.sharders import WRONG, Honest, assignment, reduction_of, report, right, right_results, round_of
 
@@ -60,7 +60,7 @@ class Hostile:
     def say(self, held: Iterable[str]) -> None:
         current, nodes = round_of(self.table), frozenset(held)
         if current.holdings.get(self.me) != nodes:
-            self.table.send(Held(self.me, current.plan.round, nodes))
+            self.table.send(Fetched(self.me, current.plan.round, nodes))
 
     def reduce(self) -> None:
         report(self.table, self.me)

@@ -15,6 +15,7 @@ from psyche.protocol.state import (
     Attested,
     Certified,
     Committed,
+    CosignersUnreachable,
     Departed,
     Diverged,
     Finished,
@@ -23,9 +24,8 @@ from psyche.protocol.state import (
     Planned,
     Proposed,
     Seen,
-    Settled,
     Stage,
-    Unsigned,
+    StateAgreed,
 )
 from tests.protocol.players import (
     GENESIS,
@@ -68,7 +68,7 @@ def test_a_run_from_the_first_member_to_the_last_round() -> None:
             assert table.plan.position == next_position(previous, RULES.batch_size, 0)
             previous = table.plan
     assert table.state.phase is Phase.FINISHED
-    assert kinds(table.effects) == [Planned, Proposed, Certified, Settled] * 3 + [Finished]
+    assert kinds(table.effects) == [Planned, Proposed, Certified, StateAgreed] * 3 + [Finished]
     assert table.wait(500, alive=[]) == [Departed(node, "not heard from for 15 s") for node in members]
     assert table.state.phase is Phase.FINISHED
 
@@ -285,7 +285,7 @@ def test_a_divergent_member_is_named_and_left_out_until_it_holds_the_state() -> 
     for node in members[:3]:
         table.attest(node, right)
     (settled, diverged, planned) = table.attest(members[3], b"w" * 32)
-    assert settled == Settled(1, right)
+    assert settled == StateAgreed(1, right)
     assert diverged == Diverged(members[3], 1, right, b"w" * 32)
     assert [m.node for m in planned.plan.members] == members[:3]
     table.send(Seen(members[3]))
@@ -356,9 +356,9 @@ def test_a_roster_that_cannot_be_signed_gives_way_to_those_it_was_to_replace() -
     table.wait(200, alive=members[:3])
     unsigned, before = table.proposal, table.state.replaced
     assert len(unsigned.electorate) < len(first.electorate)
-    table.send(Unsigned(first.hash))
+    table.send(CosignersUnreachable(first.hash))
     assert table.proposal == unsigned, "that is not the one in question"
-    table.send(Unsigned(unsigned.hash))
+    table.send(CosignersUnreachable(unsigned.hash))
     assert (table.proposal.electorate, table.proposal.reconfiguration) == before
     assert table.proposal.accepted == unsigned.accepted
 
@@ -375,7 +375,7 @@ def test_what_has_its_votes_gives_way_to_nothing_but_another_seal() -> None:
             table.vote(node)
     record = table.certified[1]
     assert table.state.replaced is not None
-    assert table.send(Unsigned(record.hash)) == []
+    assert table.send(CosignersUnreachable(record.hash)) == []
     assert table.proposal == record
 
 

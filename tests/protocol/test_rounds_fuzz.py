@@ -16,12 +16,12 @@ from psyche.protocol.state import (
     Arrived,
     Attested,
     Committed,
-    Held,
+    Fetched,
     Left,
-    Opened,
     Phase,
     Reported,
     Restored,
+    Revealed,
     Seen,
     Stage,
     Tick,
@@ -90,7 +90,7 @@ def happen(table: Table, verb: str, who: int, what: int) -> None:
         case "bad commit":
             table.send(Committed(node, number + what % 2, table.state.term, bytes([what]) * 32, b""))
         case "bad hold":
-            table.send(Held(node, number, frozenset(EVERYBODY[what % 3 : what])))
+            table.send(Fetched(node, number, frozenset(EVERYBODY[what % 3 : what])))
         case "bad attest":
             table.send(Attested(node, number, bytes([what]) * 32))
         case "bad vote":
@@ -105,7 +105,7 @@ def happen(table: Table, verb: str, who: int, what: int) -> None:
             report(table, node, bytes([what]) * 32)
         case "bad open":
             given_ = contribution(EVERYBODY[what % 6], current.plan, tokens=200 + what)
-            table.send(Opened(node, number, given_, b""))
+            table.send(Revealed(node, number, given_, b""))
 
 
 @settings(max_examples=100, deadline=None)

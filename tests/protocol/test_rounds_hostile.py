@@ -10,14 +10,14 @@ from psyche.protocol.state import (
     Abandoned,
     Arrived,
     Attested,
-    Held,
+    Fetched,
     Left,
     Phase,
     Planned,
     Promised,
     Restored,
-    Settled,
     Stage,
+    StateAgreed,
 )
 from psyche.protocol.wire import MAX_MEMBERS
 from tests.protocol.players import GENESIS, RULES, Table, nodes, peer_id, rejected, root_after, started
@@ -150,7 +150,7 @@ def test_one_hostile_member_does_not_stop_a_run(count: int, behaviour) -> None:
     for record in table.certified.values():
         accepted = {one.node for one in record.accepted}
         assert accepted >= set(honest) & {m.node for m in record.plan.members}
-    settled = [effect for effect in table.effects if isinstance(effect, Settled)]
+    settled = [effect for effect in table.effects if isinstance(effect, StateAgreed)]
     assert [s.state_root for s in settled] == [root_after(table.certified[s.round]) for s in settled]
 
 
@@ -232,7 +232,7 @@ def test_those_who_left_hold_nothing() -> None:
 def test_holdings_are_kept_for_members_only() -> None:
     table, members = started()
     table.close(members)
-    table.send(Held(members[0], 1, frozenset(peer_id(n) for n in range(100, 400))))
+    table.send(Fetched(members[0], 1, frozenset(peer_id(n) for n in range(100, 400))))
     assert table.state.round.holdings[members[0]] <= set(members)
 
 
@@ -243,7 +243,7 @@ def test_a_crowd_does_not_make_a_plan_too_large_to_send() -> None:
 
     state = table.state
     peers = {node: tick(RULES, state, Arrived(node, GENESIS, "cpu", 0), 0.0)[0].peers[node] for node in crowd}
-    promises = {node: Promised(node, state.leading, 0) for node in crowd}
+    promises = {node: Promised(node, state.lead_term, 0) for node in crowd}
     state = replace(state, peers=peers, promises=promises)
     _, effects = tick(replace(table.rules, start_members=1), state, Arrived(crowd[0], GENESIS, "cpu", 0), 0.0)
     (planned,) = (effect for effect in effects if isinstance(effect, Planned))

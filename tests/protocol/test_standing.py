@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche.protocol.messages import Standing
-from psyche.protocol.proposals import seated
+from psyche.protocol.proposals import draw_seats
 from psyche.protocol.standing import probation_note, standing_after, voting
 from psyche.protocol.state import State
 from psyche.protocol.wire import MAX_MEMBERS
@@ -196,7 +196,7 @@ def test_a_crowd_of_newcomers_takes_no_voters_seat() -> None:
     many = nodes(MAX_MEMBERS + 60)
     voters = many[::140]
     state = replace(State.initial(RUN), electorate=tuple(voters))
-    seats = seated(RUN, state, many)
+    seats = draw_seats(RUN, state, many)
     assert len(seats) == MAX_MEMBERS
     assert set(voters) <= set(seats)
     assert seats == sorted(seats)

@@ -14,7 +14,7 @@ from psyche.network.identity import Identity
 from psyche.network.transport import Refused, Unreachable
 from psyche.protocol import envelope as envelopes
 from psyche.protocol.calls import RefusalCode
-from psyche.protocol.messages import Present, Promise, RunStatus
+from psyche.protocol.messages import Hello, Promise, RunStatus
 from psyche.protocol.state import Phase
 from psyche.worker import coordinator_client as module
 from psyche.worker.coordinator_client import CoordinatorClient
@@ -40,8 +40,8 @@ class Line:
 class Newcomer:
     term = 0
 
-    def introduce(self) -> Present:
-        return Present(0, bytes(32), bytes(32), "CPU", None, None)
+    def introduce(self) -> Hello:
+        return Hello(0, bytes(32), bytes(32), "CPU", None, None)
 
     async def promise(self, term: int, claim: bytes) -> Promise:
         return Promise(term, 0, None, None, (), ())
