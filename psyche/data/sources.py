@@ -21,7 +21,7 @@ from psyche.errors import PsycheError
 MAX_FILE_BYTES = 64 << 20
 """A document is in memory whole while it is encoded."""
 
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize", "python-config")
 
 
