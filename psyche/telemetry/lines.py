@@ -1,4 +1,8 @@
-"""Events as lines of a log file: plain text, one line each, understandable on its own."""
+"""Sentences for people, made from events and codes: each is one line of a log that needs no other line.
+
+A *member* takes part in a round, its work in the round is its *contribution*, and a round that the members have voted
+for is *certified*. The terminal views and the plain output both take their sentences from here.
+"""
 
 from __future__ import annotations
 
@@ -35,60 +39,72 @@ from psyche.telemetry.formatting import amount, clean, donor_name, number, peer_
 from psyche.telemetry.view_state import ViewState
 
 PHASES = {
-    "joining": "fetching what the run needs, then waiting for the next round",
-    "compiling": "compiling the model so that it trains faster; this machine joins when that is done",
-    "warming": "warming up until the next round begins",
+    "joining": "joining: fetching the model and the training data",
+    "compiling": "compiling the model for faster training; this node joins when that is done",
+    "warming": "warming up the optimizer until the next round starts",
     "waiting": "waiting for enough members to start",
-    "following": "waiting for the next round; the other members train this one",
-    "auditing": "auditing: repeating another member's work to check it, for the same credit as training",
-    "training": "training on this machine",
-    "committing": "sealing this round's work",
-    "exchanging": "exchanging work with the other members",
-    "certifying": "waiting for the members to agree on the round",
-    "paused": "paused: too few members are left, waiting for more",
+    "following": "not training in this round; waiting for the next one",
+    "auditing": "auditing: re-running another member's training to check it (earns the same credit as training)",
+    "training": "training",
+    "committing": "committing: publishing the hash of this round's contribution",
+    "exchanging": "exchanging contributions with the other members",
+    "certifying": "waiting for the members to certify the round",
+    "paused": "paused: too few members; waiting for more",
     "finished": "finished",
 }
-"""What a node's phase means to the person who owns the machine."""
+"""What a node does in each phase."""
 
 
 GRADES = {
-    "pass": "it is what was asked for",
-    "fail": "it is not what was asked for",
-    "unsure": "too close to say",
-    "unserved": "what it rests on was not handed over",
+    "pass": "passed, the re-run gives the same contribution",
+    "fail": "failed, the re-run gives a different contribution",
+    "unsure": "inconclusive, the difference is between the thresholds for pass and fail",
+    "unserved": "impossible, the audited node did not provide the states it trained from",
 }
-"""What an audit found, in words."""
+"""What this node found in an audit."""
+
+OUTCOMES = {
+    "passed": "passed: re-running the training gave the same contribution",
+    "inconclusive": "ended without a result: the auditors' findings do not settle it, so nothing follows from it",
+    "dropped": "was dropped: no auditor could do it in time, so nothing follows from it",
+    "unserved": "was impossible: the node did not provide the states it trained from; it earns nothing for the round",
+    "convicted": "failed: auditors re-ran the training and got a different contribution; the node is banned",
+}
+"""How an audit ended, by the members' records."""
 
 EXCLUSIONS = {
     ExclusionReason.NO_COMMITMENT: (
-        "no commitment before the deadline",
-        "this machine was not done when the round closed",
+        "it did not finish before the deadline",
+        "this node did not finish its steps before the deadline",
     ),
     ExclusionReason.NOT_REVEALED: (
-        "the commitment was not revealed in time",
-        "this machine committed its work but did not reveal it in time",
+        "it committed to a contribution but did not reveal it in time",
+        "this node committed to its contribution but did not reveal it in time",
     ),
     ExclusionReason.NOT_HELD: (
-        "the payload reached too few members in time",
-        "it did not reach enough members in time; the upload may be too slow",
+        "its payload reached too few members in time",
+        "the payload reached too few members in time; the upload may be too slow",
     ),
     ExclusionReason.LOST_CONTACT: (
         "the coordinator lost contact with it",
-        "the coordinator lost contact with this machine",
+        "the coordinator lost contact with this node",
     ),
 }
-"""Why a member's work was not used: the sentence for others, and the one for the owner of the machine."""
+"""Why a contribution was excluded from a round: the sentence for others, and the one for the node's owner."""
+
+KEPT = "; kept as error feedback for the next round"
+"""True of every codec but fp32, which has no error feedback."""
 
 
 def round_of(state: ViewState, number: int | None) -> str:
-    """``round 3/16``; empty before the first."""
+    """``round 3/16``; empty before the first round."""
     if not number:
         return ""
     return f"round {number}/{state.run.rounds}" if state.run else f"round {number}"
 
 
 def exclusion_sentence(reason: str, *, own: bool = False) -> str:
-    """Say why work was not used, to others or to the owner of the machine. Codes not known here stay as they are."""
+    """Say why a contribution was excluded, to others or to the node's owner. Unknown codes stay as they are."""
     for code, sentences in EXCLUSIONS.items():
         if reason == code:
             return sentences[own]
@@ -96,28 +112,30 @@ def exclusion_sentence(reason: str, *, own: bool = False) -> str:
 
 
 def swarm_line(state: ViewState, event: Event) -> str:
-    """``event`` for somebody who watches the run; ``state`` already includes it. Empty: not worth a line."""
+    """``event`` as seen by somebody who watches the run; ``state`` includes it already. Empty: no line."""
+    where = round_of(state, getattr(event, "round", None))
     match event:
         case GenesisJudged():
-            return f"before training  held-out {number(event.heldout_loss)}"
+            return f"held-out loss before training: {number(event.heldout_loss)}"
         case RoundStarted() if state.certified is None:
-            return f"{round_of(state, event.round)}  started with {plural(len(event.members), 'member')}"
+            return f"{where}  started with {plural(len(event.members), 'member')}"
         case RoundCertified() if event.excluded:
-            out = ", ".join(f"{peer_name(peer)} ({exclusion_sentence(reason)})" for peer, reason in event.excluded)
-            return f"{round_of(state, event.round)}  left out: {out}"
+            out = "; ".join(f"{peer_name(peer)}, {exclusion_sentence(reason)}" for peer, reason in event.excluded)
+            return f"{where}  certified without the contribution of {out}"
         case RoundSummary():
             return (
-                f"{round_of(state, event.round)}  held-out {number(event.heldout_loss)}  "
-                f"train {number(event.train_loss)}  {rate(event.tokens_per_second)}  "
-                f"{plural(event.members, 'member')}  sent {size(event.bytes_up)}  state {root_name(event.state_root)}"
+                f"{where}  held-out loss {number(event.heldout_loss)}, training loss {number(event.train_loss)}, "
+                f"{rate(event.tokens_per_second)}, {plural(event.members, 'contribution')}, "
+                f"{size(event.bytes_up)} sent, state root {root_name(event.state_root)}"
             )
         case PeerJoined() | PeerLeft():
             present = sum(not peer.gone for peer in state.peers.values())
-            return f"{message(event)}, {plural(present, 'member')} now"
+            return f"{message(event)}; {plural(present, 'member')} now"
         case RunStarted():
-            invite = f"  join with: psyche join {clean(event.invite, 4096)}" if event.invite else ""
-            waiting = f"starts with {plural(event.peers, 'member')}"
-            return f"{_run(event)}, {waiting}{invite}"
+            invite = f"\njoin with: psyche join {clean(event.invite, 4096)}" if event.invite else ""
+            return f"{_run(event)}; training starts when {plural(event.peers, 'member')} are ready{invite}"
+        case AuditEnded() if not state.shows(event):
+            return ""
         case StepDone() | PhaseChanged() | Downloading() | MemberMetrics() | Attested():
             return ""
         case _:
@@ -125,76 +143,78 @@ def swarm_line(state: ViewState, event: Event) -> str:
 
 
 def contributor_line(state: ViewState, event: Event) -> str:
-    """``event`` for somebody whose machine takes part; ``state`` already includes it. Empty: not worth a line."""
+    """``event`` as seen by the owner of a node that takes part; ``state`` includes it already. Empty: no line."""
+    where = round_of(state, getattr(event, "round", None))
     match event:
         case RunStarted():
-            return f"{_run(event)}; this machine is {peer_name(state.me)}"
+            return f"{_run(event)}; this node is {peer_name(state.me)}"
         case PhaseChanged():
-            where = round_of(state, event.round)
             return f"{where}  {PHASES[event.phase]}" if where else PHASES[event.phase]
         case AuditStarted():
-            what = f"repeating {peer_name(event.peer)}'s work in round {event.round} to check it"
-            return f"{round_of(state, event.during)}  auditing: {what}, for the same credit as training"
+            whose = f"{peer_name(event.peer)}'s contribution to round {event.round}"
+            what = f"auditing {whose}: re-running it as a check (earns the same credit as training)"
+            return f"{round_of(state, event.during)}  {what}"
         case StepDone():
-            return (
-                f"{round_of(state, event.round)}  step {event.step}/{state.inner_steps}  "
-                f"loss {number(event.loss)}  {rate(event.tokens_per_second)}"
-            )
+            speed = rate(event.tokens_per_second)
+            return f"{where}  step {event.step}/{state.inner_steps}, loss {number(event.loss)}, {speed}"
         case Downloading():
             return f"fetching {clean(event.what)}: {size(event.received)} of {size(event.total)}"
         case RoundCertified():
-            return f"{round_of(state, event.round)}  {_verdict(state, event)}"
+            return f"{where}  {_own_contribution(state, event)}"
         case MemberMetrics() if event.peer == state.me:
-            return f"{round_of(state, event.round)}  sent {size(event.bytes_up)}, received {size(event.bytes_down)}"
+            return f"{where}  {size(event.bytes_up)} sent, {size(event.bytes_down)} received"
         case PeerJoined() | PeerLeft() | Attested() | MemberMetrics() | GenesisJudged() | RoundStarted():
+            return ""
+        case AuditEnded() if not state.shows(event):
             return ""
         case _:
             return message_for(state, event)
 
 
 def message_for(state: ViewState, event: Event) -> str:
-    """As :func:`message`, but events about the viewer's own machine say so."""
+    """As :func:`message`, but an event about the viewer's own node says so."""
     match event:
         case Rejected() if state.is_mine(event.peer):
-            return f"refused: this machine's {clean(event.what)} ({clean(event.reason)})"
+            return f"this node's {clean(event.what)} was refused: {clean(event.reason)}"
         case Diverged() if state.is_mine(event.peer):
-            return f"this machine's model is not the others' {_moment(event.round)}; fetching theirs"
+            return f"this node's model differs from the certified one {_moment(event.round)}; fetching that"
         case _:
             return message(event)
 
 
 def message(event: Event) -> str:
-    """``event`` as one line that needs nothing else to be understood; empty for those that have no such line."""
+    """``event`` as a sentence; empty for events that have none."""
     match event:
         case PeerJoined():
             return f"{peer_name(event.peer)} joined ({clean(event.device, 60)})"
         case PeerLeft():
             return f"{peer_name(event.peer)} left ({clean(event.reason)})"
         case Rejected():
-            return f"refused: {clean(event.what)} from {peer_name(event.peer)} ({clean(event.reason)})"
+            return f"refused a {clean(event.what)} from {peer_name(event.peer)}: {clean(event.reason)}"
         case Diverged():
-            held = f"holds {root_name(event.found)}, the others {root_name(event.expected)}"
-            return f"diverged: {peer_name(event.peer)} {held} {_moment(event.round)}"
+            roots = f"state root {root_name(event.found)} instead of {root_name(event.expected)}"
+            return f"{peer_name(event.peer)} holds a different model {_moment(event.round)} ({roots})"
         case Resynchronised():
             return f"model restored to the state {_moment(event.round)}, fetched from {donor_name(event.donor)}"
         case CaughtUp():
-            return f"caught up: took the outer steps of {plural(event.rounds, 'round')}, up to round {event.round}"
+            return f"caught up: applied {plural(event.rounds, 'missed round')}, up to round {event.round}"
         case Checkpointed():
             return f"checkpoint {_moment(event.round)}: {clean(event.path, 400)}"
         case RoundSummary():
-            return f"{_moment(event.round)} the model's held-out loss is {number(event.heldout_loss)}"
+            return f"held-out loss {_moment(event.round)}: {number(event.heldout_loss)}"
         case Audited():
-            whose = f"{peer_name(event.peer)}'s work in round {event.round}"
-            return f"audited {whose}: {GRADES[event.grade]}" + (
-                f" (relative error {event.error:.4f})" if event.outcome == "measured" else ""
-            )
+            error = f" (relative error {event.error:.4f})" if event.outcome == "measured" else ""
+            whose = f"{peer_name(event.peer)}'s contribution to round {event.round}"
+            return f"audit of {whose}: {GRADES[event.grade]}{error}"
         case AuditEnded():
-            return _ended(event)
+            lied = [f"; auditor {peer_name(one)} reported a false result and is banned" for one in event.lied]
+            whose = f"{peer_name(event.peer)}'s contribution to round {event.round}"
+            return f"audit of {whose} {OUTCOMES[event.outcome]}{''.join(lied)}"
         case PrivacySpent():
-            spent = f"ε {event.epsilon:.3g} of {event.budget:g} at δ {event.delta:g}"
-            return f"privacy spent {_moment(event.round)}: {spent}; {plural(event.rounds_left, 'round')} left in it"
+            spent = f"ε = {event.epsilon:.3g} of {event.budget:g} at δ = {event.delta:g}"
+            return f"privacy budget {_moment(event.round)}: {spent}; {plural(event.rounds_left, 'round')} left"
         case Leaving():
-            bound = f" (at most {event.seconds:.0f} s)" if event.seconds else ""
+            bound = f" (up to {event.seconds:.0f} s)" if event.seconds else ""
             return f"leaving{bound}: {clean(event.what)}"
         case Left():
             return f"left the run: {clean(event.outcome)}"
@@ -210,32 +230,23 @@ def message(event: Event) -> str:
             return ""
 
 
-def _ended(event: AuditEnded) -> str:
-    """Nothing of an audit that came to nothing, as most do."""
-    said = [f"{peer_name(one)} was convicted of what it said of {peer_name(event.peer)}" for one in event.lied]
-    if event.outcome == "convicted":
-        said.append(f"{peer_name(event.peer)} was convicted of its work in round {event.round}")
-    elif event.outcome == "unserved":
-        said.append(f"{peer_name(event.peer)} did not show its work in round {event.round}, and is not paid for it")
-    return "; ".join(said)
-
-
 def _moment(number: int) -> str:
     return f"after round {number}" if number else "before round 1"
 
 
 def _run(event: RunStarted) -> str:
-    shape = f"{plural(event.rounds, 'round')} of {plural(event.inner_steps, 'step')}"
-    return f"run {clean(event.name)}: {amount(event.parameters)} parameters, {shape}, codec {clean(event.codec, 40)}"
+    length = f"{plural(event.rounds, 'round')} of {plural(event.inner_steps, 'inner step')}"
+    return f"run {clean(event.name)}: {amount(event.parameters)} parameters, {length}, codec {clean(event.codec, 40)}"
 
 
-def _verdict(state: ViewState, event: RoundCertified) -> str:
+def _own_contribution(state: ViewState, event: RoundCertified) -> str:
+    root = f"state root {root_name(event.state_root)}"
     reason = dict(event.excluded).get(state.me)
     if reason is not None:
-        return f"your work was not used: {exclusion_sentence(reason, own=True)}"
+        kept = "" if state.run is not None and state.run.codec == "fp32" else KEPT
+        return f"contribution not accepted: {exclusion_sentence(reason, own=True)}{kept}"
     if state.me in event.accepted:
-        so_far = f"{plural(state.rounds_accepted, 'round')} so far"
-        return f"your work was accepted ({so_far}), state {root_name(event.state_root)}"
+        return f"contribution accepted ({state.rounds_accepted:,} so far); {root}"
     if (audit := state.audit) is not None and audit.during == event.round:
-        return f"this machine audited {peer_name(audit.peer)} instead of training, state {root_name(event.state_root)}"
-    return f"certified without work of this machine, state {root_name(event.state_root)}"
+        return f"certified; this node audited {peer_name(audit.peer)} instead of training; {root}"
+    return f"certified without a contribution of this node; {root}"

@@ -1,6 +1,6 @@
-"""The terminal: what a contributor sees of their own machine, and what a run looks like as a whole.
+"""Terminal views: a contributor's own node, and a run as a whole.
 
-A view is a listener of events. :func:`live` draws it in place on a terminal, and prints lines elsewhere::
+A view listens to events. :func:`live` redraws it in place on a terminal and prints lines elsewhere::
 
     view = ContributorView(me=peer_id)
     with live(view) as listener:
@@ -38,30 +38,30 @@ from psyche.telemetry.lines import (
 from psyche.telemetry.view_state import Member, ViewState
 
 REFRESH = 4
-"""Frames a second on a terminal."""
+"""Frames per second on a terminal."""
 PROGRESS_EVERY = 30.0
-"""Seconds between lines about steps or downloads where there is no terminal."""
+"""Seconds between lines about steps or downloads where output is not a terminal."""
 ROWS = 16
-"""Members shown in the swarm's table."""
+"""Members shown in the table of a run."""
 
 Rows = list[tuple[str, RenderableType]]
 """Label and content of each line of a view."""
 
 
 class View(Protocol):
-    """What :func:`live` needs."""
+    """The interface that :func:`live` needs."""
 
     state: ViewState
 
     def render(self) -> RenderableType:
-        """The view as it is now."""
+        """Draw the current state."""
 
     def line(self, event: Event) -> str:
-        """The event just applied, as a line of a log; empty where it deserves none."""
+        """Describe the event just applied in one line of a log; empty if it needs none."""
 
 
 class ContributorView:
-    """For ``psyche join``: what is my machine doing, and does it count? ``me`` is the node's PeerID."""
+    """The view of ``psyche join``: what this node does and what it has contributed. ``me`` is its PeerID."""
 
     def __init__(self, me: str) -> None:
         self.state = ViewState(me=me)
@@ -78,24 +78,24 @@ class ContributorView:
             step = state.step
             learning = f"loss {number(step.loss)}, learning rate {step.lr:.1e}, {rate(step.tokens_per_second)}"
             rows.append(("training", learning))
-        left_out = f", {state.rounds_excluded} not used" if state.rounds_excluded else ""
-        counted = f"{plural(state.rounds_accepted, 'round')} accepted{left_out}, {amount(state.tokens_accepted)} tokens"
-        rows.append(("your work", counted))
+        excluded = f", {state.rounds_excluded:,} not accepted" if state.rounds_excluded else ""
+        accepted = f"{plural(state.rounds_accepted, 'contribution')} accepted{excluded}"
+        rows.append(("this node", f"{accepted}, {amount(state.tokens_accepted)} tokens"))
         if state.left_out is not None:
             which, reason = state.left_out
-            rows.append(("last not used", f"round {which}: {exclusion_sentence(reason, own=True)}"))
+            rows.append(("last excluded", f"round {which}: {exclusion_sentence(reason, own=True)}"))
         traffic = f"{size(state.bytes_up)} sent, {size(state.bytes_down)} received"
         rows.append(("network", f"{plural(len(state.members), 'member')}, {traffic}"))
         if state.certified is not None:
-            agreed = f"state {root_name(state.certified.state_root)} after round {state.certified.round}"
-            rows.append(("model", f"{agreed}, certified by the members"))
+            root = f"state root {root_name(state.certified.state_root)} after round {state.certified.round}"
+            rows.append(("model", f"{root}, certified by the members"))
         if state.heldout:
-            rows.append(("run's loss", f"{number(state.heldout[-1])} held-out  {sparkline(state.heldout)}"))
+            rows.append(("held-out loss", f"{number(state.heldout[-1])}  {sparkline(state.heldout)}"))
         return _panel(state, Group(_grid(rows), *_messages(state)))
 
 
 class SwarmView:
-    """For ``psyche demo`` and ``psyche run``: the members, the loss, the wire, and whether all hold the same model."""
+    """The view of ``psyche demo`` and ``psyche run``: members, loss, traffic, and whether all hold the same model."""
 
     def __init__(self) -> None:
         self.state = ViewState()
@@ -110,29 +110,29 @@ class SwarmView:
         rows: Rows = []
         if state.run is not None:
             model = f"{amount(state.run.parameters)} parameters, codec {clean(state.run.codec, 40)}"
-            rows.append(("model", f"{model}, {plural(state.inner_steps, 'inner step')} a round"))
+            rows.append(("model", f"{model}, {plural(state.inner_steps, 'inner step')} per round"))
             if state.run.invite and state.summary is None:
                 rows.append(("join with", f"psyche join {clean(state.run.invite, 4096)}"))
         if state.heldout:
             rows.append(("held-out loss", f"{number(state.heldout[-1])}  {sparkline(state.heldout)}"))
         if state.summary is not None:
             done = state.summary
-            busy = f"{number(done.compute_utilisation, '.0%')} of the time training"
+            busy = f"members train {number(done.compute_utilisation, '.0%')} of the time"
             total = f"{amount(done.tokens_total)} tokens so far"
             rows.append(("speed", f"{rate(done.tokens_per_second)}, {total}, {busy}"))
             ratio = f"payloads {number(done.payload_ratio, '.1f')}× smaller than fp32"
             per_token = f"{number(done.bytes_per_token, '.1f')} bytes sent per token"
-            rows.append(("wire", f"{size(done.bytes_up_total)} sent, {ratio}, {per_token}"))
-        rows.append(("same model?", _agreement(state)))
+            rows.append(("traffic", f"{size(done.bytes_up_total)} sent, {ratio}, {per_token}"))
+        rows.append(("state root", _agreement(state)))
         return _panel(state, Group(_grid(rows), _members(state), *_messages(state)))
 
 
 @contextmanager
 def live(view: View, console: Console | None = None) -> Iterator[Listener]:
-    """Show ``view`` while the block runs; the listener it gives feeds the view.
+    """Show ``view`` while the block runs; yields the listener that feeds the view.
 
-    On a terminal the view is redrawn in place. Elsewhere each event worth it is one plain line without control
-    codes; lines about progress come at most every ``PROGRESS_EVERY`` seconds of the events' own time.
+    On a terminal the view is redrawn in place. Elsewhere it is plain lines without control codes; lines about progress
+    come at most every ``PROGRESS_EVERY`` seconds of the events' own time.
     """
     screen = console or Console()
     if not screen.is_terminal:
@@ -140,7 +140,7 @@ def live(view: View, console: Console | None = None) -> Iterator[Listener]:
         return
 
     def listener(event: Event) -> None:
-        view.state = view.state.apply(event)  # one assignment: the drawing thread sees the old state or the new one
+        view.state = view.state.apply(event)  # one assignment: the drawing thread sees the old or the new state
 
     with Live(get_renderable=view.render, console=screen, refresh_per_second=REFRESH):
         yield listener
@@ -157,7 +157,7 @@ def _printer(view: View, screen: Console) -> Callable[[Event], None]:
             shown[type(event)] = event.time
         line = view.line(event)
         if line:
-            # Straight to the file: rich would wrap and may colour where a variable in the environment says so.
+            # Written to the file directly: rich would wrap lines, and may colour them if the environment says so.
             print(line, file=screen.file, flush=True)
 
     return listener
@@ -174,7 +174,7 @@ def _grid(rows: Rows) -> Table:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(ratio=1, overflow="fold")
     for label, value in rows:
-        # A bare string would be read as markup, and part of it comes from peers.
+        # rich would parse a bare string as markup, and part of it comes from peers.
         grid.add_row(label, Text(value) if isinstance(value, str) else value)
     return grid
 
@@ -202,20 +202,20 @@ def _agreement(state: ViewState) -> Text:
     same, attested = state.agreeing()
     if state.certified is None:
         return Text("no round is certified yet")
-    root = f"state {root_name(state.certified.state_root)} after round {state.certified.round}"
+    root = f"{root_name(state.certified.state_root)} after round {state.certified.round}"
     if not attested:
         return Text(f"{root}, certified by the members")
     if same == attested:
-        ever = f"; {plural(state.diverged, 'divergence')} mended" if state.diverged else ""
-        return Text(f"✓ {root}, attested by {plural(attested, 'member')}{ever}", style="green")
+        ever = f"; {plural(state.diverged, 'divergence')} repaired" if state.diverged else ""
+        return Text(f"✓ {root}, the same on {plural(attested, 'member')}{ever}", style="green")
     return Text(f"✗ {root}, but only {same} of {attested} members hold it", style="red")
 
 
 def _members(state: ViewState) -> RenderableType:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in ("member", "device", "now", "rounds", "tok/s", "loss", "sent", "received", "same"):
-        right = title in ("rounds", "tok/s", "loss", "sent", "received")
-        table.add_column(title, justify="right" if right else "left", no_wrap=title != "now")
+    for title in ("member", "device", "status", "accepted", "tok/s", "loss", "sent", "received", "root"):
+        right = title in ("accepted", "tok/s", "loss", "sent", "received")
+        table.add_column(title, justify="right" if right else "left", no_wrap=title != "status")
     shown = sorted(state.peers.items(), key=lambda item: (item[1].gone, item[0]))
     for name, peer in shown[:ROWS]:
         table.add_row(*_member_row(state, name, peer), style="dim" if peer.gone else "")
@@ -225,19 +225,15 @@ def _members(state: ViewState) -> RenderableType:
 
 
 def _member_row(state: ViewState, name: str, peer: Member) -> list[Text]:
-    told = peer.metrics
     numbers = ("", "", "", "")
-    if told is not None:
-        numbers = (
-            number(told.tokens_per_second, ".0f"),
-            number(told.train_loss),
-            size(told.bytes_up),
-            size(told.bytes_down),
-        )
+    if (metrics := peer.metrics) is not None:
+        speed = number(metrics.tokens_per_second, ".0f")
+        numbers = (speed, number(metrics.train_loss), size(metrics.bytes_up), size(metrics.bytes_down))
     same = ""
     if state.certified is not None and peer.root_round == state.certified.round:
         same = "✓" if peer.root == state.certified.state_root else "✗"
-    cells = (peer_name(name), clean(peer.device, 20), clean(peer.status, 40), str(peer.accepted), *numbers, same)
+    status = f"excluded: {exclusion_sentence(peer.excluded)}" if peer.status == "excluded" else peer.status
+    cells = (peer_name(name), clean(peer.device, 20), clean(status, 60), str(peer.accepted), *numbers, same)
     return [Text(cell) for cell in cells]
 
 

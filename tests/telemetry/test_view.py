@@ -68,7 +68,7 @@ class TestReducer:
         for event in pair if metrics_first else pair[::-1]:
             state = state.apply(event)
         assert (state.rounds_accepted, state.rounds_excluded, state.tokens_accepted) == (1, 1, 100)
-        assert state.unjudged == state.verdicts == {}
+        assert state.uncertified == state.without_metrics == {}
 
     def test_apply_changes_nothing_in_place(self) -> None:
         first = after(list(story(1)))
@@ -95,7 +95,7 @@ class TestPlain:
         events = [
             *list(story(2))[:-1],
             PeerLeft(OTHER, "silent for 15 s", 3),
-            certified(3, PEERS[:1], excluded=((ME, "arrived after the deadline"),)),
+            certified(3, PEERS[:1], excluded=((ME, ExclusionReason.NOT_HELD),)),
             Rejected(ME, "scale is not finite", "payload"),
             Diverged(OTHER, 3, "7c1f" * 16, "aaaa" * 16),
             AuditEnded(OTHER, 2, "passed", ()),
@@ -104,21 +104,26 @@ class TestPlain:
             RunFinished(3, "all rounds done"),
         ]
         assert plain(SwarmView(), events) == [
-            "run demo: 1.9M parameters, 16 rounds of 20 steps, codec int8, starts with 4 members"
-            "  join with: psyche join psyche1abc",
-            "before training  held-out 8.317",
-            "…AAAAAA joined (cpu), 1 member now",
-            "…BBBBBB joined (cpu), 2 members now",
-            "…CCCCCC joined (cpu), 3 members now",
-            "…DDDDDD joined (cpu), 4 members now",
+            "run demo: 1.9M parameters, 16 rounds of 20 inner steps, codec int8; "
+            "training starts when 4 members are ready",
+            "join with: psyche join psyche1abc",
+            "held-out loss before training: 8.317",
+            "…AAAAAA joined (cpu); 1 member now",
+            "…BBBBBB joined (cpu); 2 members now",
+            "…CCCCCC joined (cpu); 3 members now",
+            "…DDDDDD joined (cpu); 4 members now",
             "round 1/16  started with 4 members",
-            "round 1/16  held-out 8.300  train 8.400  8192 tok/s  4 members  sent 23.2 MB  state 1000…",
-            "round 2/16  held-out 7.557  train 7.657  8192 tok/s  4 members  sent 23.2 MB  state 2000…",
-            "…CCCCCC left (silent for 15 s), 3 members now",
-            "round 3/16  left out: …BBBBBB (arrived after the deadline)",
-            "refused: payload from …BBBBBB (scale is not finite)",
-            "diverged: …CCCCCC holds aaaa…, the others 7c1f… after round 3",
-            "…BBBBBB was convicted of what it said of …CCCCCC; …CCCCCC was convicted of its work in round 2",
+            "round 1/16  held-out loss 8.300, training loss 8.400, 8192 tok/s, 4 contributions, 23.2 MB sent, "
+            "state root 1000…",
+            "round 2/16  held-out loss 7.557, training loss 7.657, 8192 tok/s, 4 contributions, 23.2 MB sent, "
+            "state root 2000…",
+            "…CCCCCC left (silent for 15 s); 3 members now",
+            "round 3/16  certified without the contribution of …BBBBBB, its payload reached too few members in time",
+            "refused a payload from …BBBBBB: scale is not finite",
+            "…CCCCCC holds a different model after round 3 (state root aaaa… instead of 7c1f…)",
+            "audit of …CCCCCC's contribution to round 2 passed: re-running the training gave the same contribution",
+            "audit of …CCCCCC's contribution to round 2 failed: auditors re-ran the training and got a different "
+            "contribution; the node is banned; auditor …BBBBBB reported a false result and is banned",
             "checkpoint after round 3: runs/demo/3",
             "run finished after 3 rounds: all rounds done",
         ]
@@ -136,7 +141,7 @@ class TestPlain:
             metrics(1, OTHER),
             metrics(1, ME),
             certified(1),
-            certified(2, PEERS[:1], excluded=((ME, "arrived after the deadline"),)),
+            certified(2, PEERS[:1], excluded=((ME, "a-code-of-a-newer-version"),)),
             certified(3, PEERS[:1], excluded=((ME, ExclusionReason.NO_COMMITMENT),)),
             Rejected(ME, "scale is not finite", "payload"),
             Diverged(ME, 3, "7c1f" * 16, "aaaa" * 16),
@@ -144,18 +149,20 @@ class TestPlain:
             Notice("warning", "your upload is slow"),
         ]
         assert plain(ContributorView(ME), events) == [
-            "fetching what the run needs, then waiting for the next round",
-            "run demo: 1.9M parameters, 16 rounds of 20 steps, codec int8; this machine is …BBBBBB",
+            "joining: fetching the model and the training data",
+            "run demo: 1.9M parameters, 16 rounds of 20 inner steps, codec int8; this node is …BBBBBB",
             "fetching the model: 3.0 MB of 15.2 MB",
-            "round 1/16  training on this machine",
-            "round 1/16  step 1/20  loss 8.300  512 tok/s",
-            "round 1/16  step 12/20  loss –  512 tok/s",
-            "round 1/16  sent 5.8 MB, received 5.8 MB",
-            "round 1/16  your work was accepted (1 round so far), state 1000…",
-            "round 2/16  your work was not used: arrived after the deadline",
-            "round 3/16  your work was not used: this machine was not done when the round closed",
-            "refused: this machine's payload (scale is not finite)",
-            "this machine's model is not the others' after round 3; fetching theirs",
+            "round 1/16  training",
+            "round 1/16  step 1/20, loss 8.300, 512 tok/s",
+            "round 1/16  step 12/20, loss –, 512 tok/s",
+            "round 1/16  5.8 MB sent, 5.8 MB received",
+            "round 1/16  contribution accepted (1 so far); state root 1000…",
+            "round 2/16  contribution not accepted: a-code-of-a-newer-version; "
+            "kept as error feedback for the next round",
+            "round 3/16  contribution not accepted: this node did not finish its steps before the deadline; "
+            "kept as error feedback for the next round",
+            "this node's payload was refused: scale is not finite",
+            "this node's model differs from the certified one after round 3; fetching that",
             "model restored to the state after round 3, fetched from the members",
             "warning: your upload is slow",
         ]
@@ -170,13 +177,14 @@ class TestPlain:
             certified(3, (OTHER,)),
         ]
         assert plain(ContributorView(ME), events)[1:] == [
-            "round 2/16  auditing: repeating …CCCCCC's work in round 1 to check it, for the same credit as training",
-            "round 2/16  waiting for the next round; the other members train this one",
-            "round 2/16  this machine audited …CCCCCC instead of training, state 2000…",
-            "round 3/16  waiting for the next round; the other members train this one",
-            "round 3/16  certified without work of this machine, state 3000…",
+            "round 2/16  auditing …CCCCCC's contribution to round 1: re-running it as a check "
+            "(earns the same credit as training)",
+            "round 2/16  not training in this round; waiting for the next one",
+            "round 2/16  certified; this node audited …CCCCCC instead of training; state root 2000…",
+            "round 3/16  not training in this round; waiting for the next one",
+            "round 3/16  certified without a contribution of this node; state root 3000…",
         ]
-        assert "auditing: repeating another member's work" in drawn(ContributorView(ME), events[:2])
+        assert "auditing: re-running another member's training" in drawn(ContributorView(ME), events[:2])
 
     def test_what_peers_send_cannot_steer_the_terminal(self) -> None:
         hostile = "\x1b[2J\x1b]0;owned\x07\n[bold red]round 9/9[/]" + "x" * 10_000
@@ -199,7 +207,8 @@ class TestPlain:
         assert set(EXCLUSIONS) == set(ExclusionReason)
         (line,) = plain(ContributorView(ME), [certified(1, (OTHER,), excluded=((ME, ExclusionReason.NOT_HELD),))])
         assert line == (
-            "round 1  your work was not used: it did not reach enough members in time; the upload may be too slow"
+            "round 1  contribution not accepted: the payload reached too few members in time; "
+            "the upload may be too slow; kept as error feedback for the next round"
         )
 
 
@@ -207,7 +216,7 @@ class TestDrawn:
     def test_contributor(self) -> None:
         events = [*list(story(3))[:-1], RoundStarted(4, PEERS, STEPS), StepDone(4, 12, 72, 6.1, 4e-4, 512.0)]
         picture = drawn(ContributorView(ME), events)
-        for words in ("demo, round 4/16", "step 12 of 20", "3 rounds accepted", "122.9k tokens", "512 tok/s"):
+        for words in ("demo, round 4/16", "step 12 of 20", "3 contributions accepted", "122.9k tokens", "512 tok/s"):
             assert words in picture
 
     def test_contributor_sees_what_became_of_their_own_work(self) -> None:
@@ -215,28 +224,28 @@ class TestDrawn:
         rejections = [Rejected(ME, "scale is not finite", "payload"), Rejected(OTHER, "too long", "payload")]
         picture = drawn(ContributorView(ME), [started(), certified(1), out, *rejections])
         for words in (
-            "1 round accepted, 1 not used",
-            "round 2: this machine was not done when the round closed",
-            "refused: this machine's payload (scale is not finite)",
-            "refused: payload from …CCCCCC (too long)",
+            "1 contribution accepted, 1 not accepted",
+            "round 2: this node did not finish its steps before the deadline",
+            "this node's payload was refused: scale is not finite",
+            "refused a payload from …CCCCCC: too long",
         ):
             assert words in picture
 
     def test_swarm(self) -> None:
         picture = drawn(SwarmView(), list(story(3)))
-        for words in ("✓ state 3000… after round 3, attested by 4 members", "payloads 3.9×", "…DDDDDD", "6.948"):
+        for words in ("✓ 3000… after round 3, the same on 4 members", "payloads 3.9×", "…DDDDDD", "6.948"):
             assert words in picture
 
     def test_swarm_says_so_when_roots_differ(self) -> None:
         picture = drawn(SwarmView(), [*story(3), Attested(3, OTHER, root(9))])
-        assert "✗ state 3000… after round 3, but only 3 of 4 members hold it" in picture
+        assert "✗ 3000… after round 3, but only 3 of 4 members hold it" in picture
 
     def test_live_on_a_terminal(self) -> None:
         out = io.StringIO()
         with live(SwarmView(), Console(file=out, force_terminal=True, width=100)) as listener:
             for event in story(2):
                 listener(event)
-        assert "attested by 4 members" in out.getvalue()
+        assert "the same on 4 members" in out.getvalue()
 
     def test_nothing_known_yet(self) -> None:
         assert "waiting for enough members" in drawn(ContributorView(ME), [])
