@@ -1,7 +1,7 @@
-# Everything runs from .venv, which the first target that needs it makes.
-#   make demo                 a coordinator and four nodes train a small language model, here
-#   make run CONFIG=file      launch a run: coordinator, and PEERS local nodes (default 1)
-#   make join INVITE=psyche1… join somebody's run with this machine
+# Everything runs from .venv, which is created on first use.
+#   make demo                 train a small language model with a coordinator and four nodes on this machine
+#   make run CONFIG=file      launch a run with a coordinator and PEERS local nodes (default 1)
+#   make join INVITE=psyche1… join a run with this machine
 #   make bench                loss against the large batch's; make bench-codec: speed and error of the codecs;
 #                             make bench-engine: speed of a node beside PyTorch and transformers.Trainer
 #   make test | test-slow | test-hostile | lint | clean
@@ -12,13 +12,13 @@ PIP    := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.
 
 .PHONY: demo run join test test-slow test-hostile lint bench bench-codec bench-engine clean
 
-# What is compiled into psyche._native.
+# Sources of psyche._native.
 NATIVE := kernels/build/CMakeLists.txt $(wildcard kernels/cpu/* kernels/include/*)
 
-# Stamps make set-up idempotent: nothing is installed again until the pins or the C++ sources change.
+# Stamps: nothing is installed again until the pinned versions or the C++ sources change.
 .venv/run.stamp: pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing psyche into .venv (torch is large; the first time takes a minute or more)"
+	@echo "installing psyche into .venv (the first time takes a minute or more, because torch is large)"
 	@$(PIP) torch==2.13.0 && $(PIP) -e .
 	@touch $@
 
@@ -26,7 +26,7 @@ NATIVE := kernels/build/CMakeLists.txt $(wildcard kernels/cpu/* kernels/include/
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-# Rivals lie beside the environment: transformers imports torchao wherever it finds it, and every command would pay.
+# Rivals are kept outside the environment: transformers imports torchao wherever it is installed, which is slow.
 .venv/rivals: .venv/run.stamp
 	@$(PIP) --no-deps --upgrade --target $@ bitsandbytes torchao accelerate
 	@touch $@
@@ -39,7 +39,7 @@ run: .venv/run.stamp
 	@$(BIN)/psyche run $(CONFIG) --peers $(PEERS) $(ARGS)
 
 join: .venv/run.stamp
-	@test -n "$(INVITE)" || { echo "make join needs INVITE=psyche1…, the string the operator gave you"; exit 2; }
+	@test -n "$(INVITE)" || { echo "make join needs INVITE=psyche1…, which the operator of the run gives you"; exit 2; }
 	@$(BIN)/psyche join $(INVITE) $(ARGS)
 
 FAST = $(BIN)/pytest -m 'not slow' -n 2 --dist worksteal
@@ -49,8 +49,8 @@ test: .venv/dev.stamp
 test-slow: .venv/dev.stamp
 	@$(BIN)/pytest -m slow --timeout=3600 $(ARGS)
 
-# The tests of `make test`, three times: on what their outcome must not depend. Kernels of other CPUs and another order;
-# no compiled codecs; a machine that is busy with something else.
+# The tests of `make test` under three conditions that must not change their outcome: kernels of other CPUs and another
+# order; no compiled codecs; a busy machine.
 SEED ?= 1
 test-hostile: .venv/dev.stamp
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(FAST) --shuffle $(SEED) --hypothesis-profile thorough $(ARGS)

@@ -1,17 +1,17 @@
-"""The one exception type a person is meant to read."""
+"""Exceptions whose message is meant for people."""
 
 
 class PsycheError(Exception):
-    """Something a person can mend: the message is one sentence naming the cause and the mend.
+    """A problem that a person can fix; the message is one sentence with the cause and the fix.
 
-    The command line prints it without a traceback and exits with ``exit_code``. Anything else
-    that escapes is a bug and keeps its traceback.
+    The command line prints it without a traceback and exits with ``exit_code``. Any other exception that reaches it is
+    a bug and keeps its traceback.
     """
 
     exit_code = 1
 
 
 class ConfigError(PsycheError):
-    """A configuration was refused; the message names the field's path and the reason."""
+    """An invalid configuration; the message names the key and the reason."""
 
     exit_code = 2

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Damaged payloads against the native decoders, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Fuzz the native decoders with damaged payloads, under AddressSanitizer and UndefinedBehaviorSanitizer.
 #   scripts/fuzz_native.sh [cases, default 10 million] [seed]
-# Needs g++ or clang++ (CXX; options of yours in CXXFLAGS) with both. Exits with 0 where nothing was found.
+# Needs g++ or clang++ (CXX, CXXFLAGS) with both sanitizers. Exit status 0: nothing was found.
 set -euo pipefail
 cpu="$(cd "$(dirname "$0")/../kernels/cpu" && pwd)"
 build="$(mktemp -d)"

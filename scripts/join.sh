@@ -1,17 +1,17 @@
 #!/bin/sh
-# Join a run with a bare Debian or Ubuntu machine: installs psyche into a folder of its own, then joins. Run again, it
-# just joins.
+# Install psyche into a folder of its own on Debian or Ubuntu, then join a run. Run the same command to rejoin; nothing is
+# installed again unless the source has changed.
 #
 #   scripts/join.sh [--dry-run] [--install-deps] INVITE [options of psyche join]
 #
-#   --dry-run       say what would be done, and change nothing
-#   --install-deps  as root: install what is missing with apt-get; without it the command is only named
+#   --dry-run       print what would be done, and change nothing
+#   --install-deps  as root: install missing packages with apt-get; otherwise the command is only printed
 #
-# PSYCHE_HOME    where the installation goes (~/.psyche); removing that folder removes it
-# PSYCHE_SOURCE  what is installed: a checkout, or anything pip takes (the checkout that this script lies in)
+# PSYCHE_HOME    folder of the installation (default ~/.psyche); delete it to uninstall
+# PSYCHE_SOURCE  what to install: a checkout, or anything that pip takes (default: the checkout of this script)
 # PYTHON         the Python to use, 3.11 or newer
 #
-# pip looks where it always does: PIP_EXTRA_INDEX_URL names an index with the CPU build of torch, which is much smaller.
+# pip uses its usual settings: PIP_EXTRA_INDEX_URL can name an index with the CPU build of torch, which is much smaller.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -27,7 +27,7 @@ die() {
     printf 'join.sh: %s\n' "$*" >&2
     exit 1
 }
-# Do a step, or only show it.
+# Run a command, or only print it.
 step() {
     if [ "$dry" = yes ]; then printf '  would run: %s\n' "$*"; else "$@"; fi
 }
@@ -51,12 +51,12 @@ invite=$1
 shift
 case $invite in
 psyche[0-9]* | @*) ;;
-*) die "'$invite' is not an invite: invites start with psyche1; copy the whole string" ;;
+*) die "'$invite' is not an invite: an invite starts with psyche1; copy all of it" ;;
 esac
 
-# ------------------------------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------------------------------ detection
 
-# Whether $1 is a Python that is new enough and can make environments.
+# Whether $1 is Python 3.11 or newer that can create virtual environments.
 usable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
@@ -68,7 +68,7 @@ find_python() {
     done
 }
 
-# What apt has to install: the distribution's own Python where that is new enough, 3.11 beside it otherwise.
+# Packages for apt: the distribution's Python if it is new enough, else 3.11 beside it.
 packages() {
     if command -v python3 >/dev/null && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         echo python3.11 python3.11-venv
@@ -77,14 +77,14 @@ packages() {
     fi
 }
 
-# The GPU build where the driver works, and what several GPUs train one model with.
+# Extras: cuda if the NVIDIA driver works, deepspeed if there are several GPUs.
 flavour=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     flavour=cuda
     if [ "$(nvidia-smi --list-gpus | grep -c '^GPU')" -gt 1 ]; then flavour=cuda,deepspeed; fi
 fi
 
-# What would be installed: another text than the stamp's means that it has to be, again.
+# Identifies what would be installed. If it differs from the stamp, psyche is installed again.
 wanted() {
     if [ -d "$source" ]; then
         sum=$(cd "$source" && find psyche kernels pyproject.toml constraints.txt -type f \
@@ -97,16 +97,16 @@ wanted() {
     fi
 }
 
-# ---------------------------------------------------------------------------------------------- installing
+# ---------------------------------------------------------------------------------------------- installation
 
-# torch takes most of it: 1 GB for CPUs; several with CUDA's libraries.
+# GB of disk; torch takes most of it.
 check_room() {
     if [ "$flavour" = cpu ]; then need=3; else need=10; fi
     place=$home
     while [ ! -d "$place" ]; do place=$(dirname -- "$place"); done
     free=$(df -Pk "$place" | awk 'NR == 2 { print int($4 / 1048576) }')
     if [ "$free" -lt "$need" ]; then
-        die "$free GB free at $place, $need GB needed: free some, or set PSYCHE_HOME to a larger disk"
+        die "$free GB free at $place, $need GB needed: free some space, or set PSYCHE_HOME to another disk"
     fi
 }
 
@@ -119,7 +119,7 @@ ensure_python() {
         # shellcheck disable=SC2086 # several packages
         step apt-get install --yes --no-install-recommends $missing
         python=$(find_python)
-        [ -n "$python" ] || [ "$dry" = yes ] || die "apt-get installed $missing, and still there is no Python 3.11 or newer"
+        [ -n "$python" ] || [ "$dry" = yes ] || die "apt-get installed $missing, but there is still no Python 3.11 or newer: set PYTHON"
         python=${python:-python3}
     elif [ "$dry" = yes ]; then
         say "Python 3.11 or newer with venv is missing; first run: sudo apt-get install $missing"
@@ -132,14 +132,14 @@ ensure_python() {
 pip_install() { step "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
 
 install() {
-    [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || die "psyche runs on Linux on x86-64, and this is $(uname -s) $(uname -m)"
+    [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || die "psyche needs Linux on x86-64; this is $(uname -s) $(uname -m)"
     ensure_python
     check_room
-    command -v c++ >/dev/null || say "no C++ compiler: codecs will be computed by PyTorch, more slowly (apt-get install g++)"
-    say "installing into $home; torch is large, this takes minutes the first time"
+    command -v c++ >/dev/null || say "no C++ compiler: codecs will use PyTorch, which is slower (apt-get install g++)"
+    say "installing into $home; the first time takes minutes, because torch is large"
     step mkdir -p "$home"
     step rm -f "$stamp"
-    # One that was interrupted, or whose Python is gone, is made anew.
+    # Recreate an environment that is incomplete or whose Python is gone.
     if ! { [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
         step "$python" -m venv --clear "$venv"
     fi

@@ -1,9 +1,9 @@
-"""Compile the CUDA kernels ahead of time, for all architectures or those named: no GPU and no driver needed.
+"""Compile the CUDA kernels ahead of time, for all architectures or those given. Needs no GPU and no driver.
 
     python scripts/pack_cubins.py [--into DIRECTORY] [75 80 86 89 90 120]
 
-Without --into they go to kernels/cuda/cubins, where the loader looks first, and from where a wheel takes them. A cubin
-whose sources or options have changed since has another name: it is not used, and removed here.
+The default directory is kernels/cuda/cubins, where the loader looks first and which a wheel includes. The name of a
+cubin contains a hash of its sources and options; outdated ones are deleted.
 """
 
 from __future__ import annotations

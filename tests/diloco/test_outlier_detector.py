@@ -83,7 +83,7 @@ def test_nobody_takes_the_work_of_who_does_not_have_the_state_it_starts_from(tmp
         run.coordinator()
         for number in (1, 2, 3):
             run.node(f"node-{number}")
-        run.node("baseless", module="tests.processes.baseless")
+        run.node("baseless", module="tests.processes.invalid_base_proof")
         run.wait("coordinator", RunFinished)
         assert run.join("node-1") == 0
         liar = Identity.load_or_create(tmp_path / "run" / "baseless" / IDENTITY).peer_id

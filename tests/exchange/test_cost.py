@@ -168,17 +168,15 @@ def test_more_reducers_than_peers_are_as_many_as_there_are() -> None:
 @pytest.mark.parametrize(
     ("kind", "members", "taken"), [("gather", 64, "gather"), ("sharded", 2, "sharded"), ("auto", 2, "gather")]
 )
-def test_what_a_run_costs_is_what_its_way_of_exchange_costs(
-    tmp_path: Path, kind: str, members: int, taken: str
-) -> None:
+def test_a_run_costs_what_its_exchange_costs(tmp_path: Path, kind: str, members: int, taken: str) -> None:
     run = load_config(write_config(tmp_path, members=members, exchange={"kind": kind})).run
     costs = costs_of(run)
     assert costs.exchange == (costs.sharded if taken == "sharded" else costs.gather)
     assert costs.bytes_per_token == members * costs.exchange.up / costs.tokens_per_round
     told = dict(costs.lines())
-    assert told["exchange taken"].startswith(taken)
+    assert told["exchange used"].startswith(taken)
     assert "100 Mbit/s" in told["exchange by gather"]
-    assert "1 Gbit/s" in told["by 2 reducers a slice"]
+    assert "1 Gbit/s" in told["sharded, 2 reducers a slice"]
 
 
 def test_auto_shards_from_where_the_configuration_check_says(tmp_path: Path) -> None:
@@ -200,7 +198,7 @@ def test_utilisation_is_what_the_line_leaves_of_a_round(tmp_path: Path) -> None:
     assert costs.utilisation(1e6, 1e9) == pytest.approx(training / (training + wire))
     assert costs.utilisation(1e15, 1e9) == pytest.approx(1.0)
     hidden = costs_of(run.model_copy(update={"overlap": Overlap(overlap_steps=run.rounds.inner_steps)}))
-    assert hidden.late_share == 1.0
+    assert hidden.overlap_share == 1.0
     assert hidden.utilisation(1e6, costs.round_flops / wire) == pytest.approx(1.0), (
         "it all fits behind the next round's steps"
     )

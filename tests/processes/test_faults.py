@@ -128,7 +128,7 @@ def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> No
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
         run.node("node-1")
-        run.node("node-2", module="tests.processes.stranger", config=elsewhere)
+        run.node("node-2", module="tests.processes.other_initial_state", config=elsewhere)
         for name in ("node-1", "node-2", "coordinator"):
             assert run.join(name) == 0, run.output(name)
         assert [event.round for event in run.events("node-2", Resynchronised)] == [0]

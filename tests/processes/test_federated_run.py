@@ -58,7 +58,7 @@ def test_nothing_of_the_private_text_is_in_what_was_sent_or_logged(tmp_path: Pat
             options = ["--private-data", str(files[0].parent), "--epsilon", "8"]
             if name == "node-4":  # noise for fewer rounds than the run has
                 options += ["--noise-multiplier", "1.0"]
-            run.node(name, str(tmp_path / "tap" / name), *options, module="tests.processes.tapped")
+            run.node(name, str(tmp_path / "tap" / name), *options, module="tests.processes.socket_recorder")
         run.wait("coordinator", RunFinished)
         for name in [*corpora, "coordinator"]:
             assert run.join(name) == 0, run.output(name)[-2000:]

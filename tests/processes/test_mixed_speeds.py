@@ -15,7 +15,7 @@ from psyche.ledger.store import Ledger
 from psyche.protocol.ledger import claimed
 from psyche.protocol.messages import Record
 from psyche.telemetry.events import Leaving, PeerJoined, PeerLeft, RoundCertified, RoundStarted, RunFinished, StepDone
-from tests.processes.napping import IN_USE
+from tests.processes.busy_machine import IN_USE
 from tests.processes.swarm import Swarm, swarm
 from tests.tiny import certified_roots, load_config, reference_roots, write_config
 
@@ -105,7 +105,7 @@ def test_a_node_whose_machine_is_wanted_hands_in_leaves_and_comes_back(paced: Pa
     paced.seconds["node-3"] = 1.0
     for name in ("node-1", "node-2"):
         paced.node(name, module=PACED)
-    paced.node("node-3", module="tests.processes.napping")
+    paced.node("node-3", module="tests.processes.busy_machine")
     paced.wait("node-3", StepDone, lambda event: event.round == 1 and event.step > 1)
     flag = paced.directory / "in use"
     flag.touch()

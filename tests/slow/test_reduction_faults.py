@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from psyche.telemetry.events import PeerLeft, Rejected, RoundCertified
+from tests.processes.faulty_reducer import FIRST
 from tests.processes.swarm import swarm
 from tests.processes.test_faults import QUICK, ROUNDS, stop_and_compare
-from tests.processes.wayward import FIRST
 from tests.tiny import LARGER, write_config
 
 HONEST = ["node-1", "node-2", "node-3", "node-4"]
@@ -32,7 +32,7 @@ def test_the_round_of_a_wayward_reducer_is_finished_by_the_others(tmp_path: Path
         run.coordinator()
         for name in HONEST:
             run.node(name)
-        run.node("node-5", fault, module="tests.processes.wayward")
+        run.node("node-5", fault, module="tests.processes.faulty_reducer")
         run.wait("coordinator", RoundCertified, lambda event: event.round == FIRST + 2)
         if fault == "kill":
             assert run.join("node-5") == -signal.SIGKILL
