@@ -104,8 +104,7 @@ def codec(
         typer.Option(help="One of psyche's codecs; repeatable. Default: all but the sparse ones of other densities."),
     ] = None,
     backend: Annotated[
-        list[str] | None,
-        typer.Option(help="One of psyche's backends; repeatable. Default: all that work here."),
+        list[str] | None, typer.Option(help="One of psyche's backends; repeatable. Default: all that work here.")
     ] = None,
     size: Annotated[
         int,
@@ -150,8 +149,7 @@ def exchange(
     exchange: Annotated[list[str] | None, typer.Option(help="gather, sharded or auto; repeatable.")] = None,
     reducers: Annotated[int, typer.Option(help="Reducers of each slice in a sharded exchange.", min=1)] = 2,
     rate: Annotated[
-        int | None,
-        typer.Option(parser=rate, metavar="RATE", help="Rate of each link, such as 100mbit; needs root."),
+        int | None, typer.Option(parser=rate, metavar="RATE", help="Rate of each link, such as 100mbit; needs root.")
     ] = None,
     up: Annotated[
         int | None, typer.Option(parser=rate, metavar="RATE", help="Upload rate of each link, if it differs.")
@@ -213,8 +211,7 @@ def utilisation(
 def join(
     peers: Annotated[int, typer.Option(help="Donors, each behind its own link.", min=1)] = 4,
     params: Annotated[
-        int,
-        typer.Option(parser=parameters, metavar="COUNT", help="Approximate parameters, of 8 bytes in the state."),
+        int, typer.Option(parser=parameters, metavar="COUNT", help="Approximate parameters, of 8 bytes in the state.")
     ] = "15M",  # type: ignore[assignment]  # typer parses defaults, too
     rate: Annotated[int, typer.Option(parser=rate, metavar="RATE", help="Rate of each link.")] = "100mbit",  # type: ignore[assignment]
     at: Annotated[

@@ -68,11 +68,7 @@ class UnequalSteps(Section[UnequalRow]):
     def equal_trial(self, seed: int) -> Trial:
         """The trial that the others of the same seed are compared with."""
         return Trial(  # fp32: a codec's own loss would hide the smaller difference measured here
-            nodes=len(self.mixed),
-            steps=self.equal * self.rounds,
-            outer=self.outer,
-            inner_steps=self.equal,
-            seed=seed,
+            nodes=len(self.mixed), steps=self.equal * self.rounds, outer=self.outer, inner_steps=self.equal, seed=seed
         )
 
     def rows(self, items: Sequence[Item], outcomes: Outcomes) -> list[UnequalRow]:

@@ -1,4 +1,4 @@
-"""Checks psyche on a GPU within minutes: scripts/gpu_check.sh runs it, and says how.
+"""Check psyche on a GPU within minutes: ``scripts/gpu_check.sh`` runs it and explains it.
 
-It imports nothing but torch, numpy, transformers and cuda.core, so that it runs where psyche is not installed.
+It imports only torch, numpy, transformers and cuda.core, so that it runs where psyche is not installed.
 """

@@ -1,7 +1,7 @@
 """``python -m psyche.bench.gpu``: see scripts/gpu_check.sh.
 
-Exit status: 0 where every bit is as defined; 1 where one is not, or something failed; 2 where kernels could not be
-compared, or not all in the time that there was; 130 after Ctrl-C.
+Exit status: 0 if every bit is as defined; 1 if one is not, or something failed; 2 if kernels could not be compared, or
+not all in the available time; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _check(chosen: argparse.Namespace, lacking: Sequence[str], budget: Budget) -
 
 
 def _describe(report: Report, emulate: bool) -> bool:
-    """Put the machine into the report. Returns whether anything can run on it, and says why where nothing can."""
+    """Describe the machine in the report. Returns whether anything can run on it; if nothing can, prints why."""
     import torch
 
     from psyche.bench.gpu.environment import describe
@@ -87,7 +87,7 @@ def _status(report: Report, wanted: Sequence[str]) -> int:
 
 
 def _give_up(report: Report, leave: Callable[[int], object] = os._exit) -> None:
-    """End the process when the time is up, whatever it does: a kernel that never ends cannot be interrupted."""
+    """End the process when the time is up: a kernel that never ends cannot be interrupted."""
     report.stopped = f"the time was up during {report.running}"
     print(f"\ngpu_check: {report.stopped}; the report has the results up to there", flush=True)
     try:
@@ -99,10 +99,10 @@ def _give_up(report: Report, leave: Callable[[int], object] = os._exit) -> None:
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description="Check and time psyche on this machine's GPU.")
     parser.add_argument("--emulate", action="store_true", help="run the check itself without a GPU, on tiny tensors")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time that all of it may take (default: 8)")
-    parser.add_argument("--only", nargs="+", choices=EVERYTHING, default=EVERYTHING, help="leave the other parts out")
-    parser.add_argument("--elements", type=int, default=1 << 26, help="fp32 values that are timed (default: 2^26)")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="directory of the tables")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit for the whole check (default: 8)")
+    parser.add_argument("--only", nargs="+", choices=EVERYTHING, default=EVERYTHING, help="run only these parts")
+    parser.add_argument("--elements", type=int, default=1 << 26, help="fp32 values to time on (default: 2^26)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="directory for the report")
     chosen = parser.parse_args(arguments)
     if chosen.elements <= 0 or chosen.elements % 4096 != 0:
         parser.error("--elements must be a multiple of 4096")
@@ -112,6 +112,6 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C, also of a shell's background job, which ignores it
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT by default
         signal.signal(number, signal.default_int_handler)
     sys.exit(main())

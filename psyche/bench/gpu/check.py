@@ -1,4 +1,4 @@
-"""The parts of the check, one after the other, within the time that there is."""
+"""The parts of the check, one after another, within the time limit."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from psyche.bench.gpu.training import COMPILING, LARGE, SMALL, TINY, Workload, c
 from psyche.numerics.backends.cuda_compile import cubin
 
 COLLECTED = 10
-"""Differences of one comparison that are collected: more would say the same."""
+"""Differences collected for one comparison; more would add nothing."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something that takes seconds, and after which the report is written."""
+    """A step of seconds, after which the report is written."""
 
     name: str
     run: Callable[[], str]
-    """Adds to the report, and returns what is printed."""
+    """Adds to the report, and returns the text to print."""
     needs: float = 0.0
-    """Seconds that must be left for it to be begun."""
+    """Seconds that must be left for it to start."""
 
 
 class Check:
@@ -53,7 +53,7 @@ class Check:
         self._micro_batches: dict[str, int] = {}
 
     def run(self, parts: Collection[str]) -> None:
-        """The named parts. What fails is reported, and does not keep the rest from being done."""
+        """Run the named parts. A failure is reported, and the rest goes on."""
         if KERNELS in parts or TIMES in parts:
             machine = self._build()
             if machine is None:
@@ -68,16 +68,14 @@ class Check:
             self._part(TRAINING, self._trainings())
         self._report.running = None
 
-    # ------------------------------------------------------------------------------------- the parts
-
     def _build(self) -> Machine | None:
-        """Where the kernels run, once they are built or loaded."""
+        """Build or load the kernels, and return the device that runs them."""
         self._report.running = "building the kernels"
         self._report.save()
         began = time.perf_counter()
         try:
             machine: Machine = Emulated() if self._emulate else Gpu(self._elements)
-        except Exception as error:  # of the C++ compiler, NVRTC, cuda.core or the driver
+        except Exception as error:  # from the C++ compiler, NVRTC, cuda.core or the driver
             hint = "" if "nvrtc" not in str(error).lower() else f"; NVRTC comes with python -m pip install '{NVRTC}'"
             self._failed("building the kernels", error, hint)
             return None
@@ -87,7 +85,7 @@ class Check:
         return machine
 
     def _compile_unused(self) -> None:
-        """Try the compiler that a GPU would need, without one."""
+        """Try the compiler that a GPU would need."""
         if set(missing_modules()) & set(EMULATED_WITHOUT):
             return  # the report says so already
         began = time.perf_counter()
@@ -150,14 +148,12 @@ class Check:
         self._report.speeds.append(speed)
         return f"{speed.tokens_per_second:,.0f} tokens/s"
 
-    # ------------------------------------------------------------------------------------ how they run
-
     @property
     def _device(self) -> torch.device:
         return torch.device("cpu" if self._emulate else "cuda:0")
 
     def _usable(self) -> bool:
-        """Whether the GPU still answers: a kernel that fails can leave it unusable in this process."""
+        """Whether the GPU still works: a kernel that fails can make it unusable in this process."""
         if self._emulate:
             return True
         try:

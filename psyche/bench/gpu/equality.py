@@ -1,4 +1,4 @@
-"""Every kernel against the definition, bit for bit, on data that kernels get wrong."""
+"""Compare every kernel with its definition in PyTorch, bit for bit, on difficult data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUTER = "outer step"
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a kernel and the definition part."""
+    """A result in which a kernel and the definition differ."""
 
     what: str
     sample: str
@@ -38,7 +38,7 @@ class Difference:
 
 
 def samples(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Names, values to send and residuals before, fp32 ``[count]``, on the CPU; always the same."""
+    """Yield names, values to send and residuals, fp32 ``[count]`` on the CPU; always the same."""
     generator = torch.Generator().manual_seed(count)
     normal = torch.randn(count, generator=generator)
     exponents = torch.randint(-149, 100, (count // 256, 1), generator=generator).double()
@@ -57,17 +57,17 @@ def samples(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def comparisons(machine: Machine) -> list[tuple[str, int]]:
-    """What is compared, at how many elements: everything at the smallest size first."""
+    """List what is compared and at how many elements: everything at the smallest size first."""
     return [
         (name, chunks * ALIGNMENT)
         for number, chunks in enumerate(machine.chunks)
         for name in (*CODECS, OUTER)
-        if number < 2 or not name.startswith("topk2e")  # whose coder is plain Python
+        if number < 2 or not name.startswith("topk2e")  # its entropy coder is plain Python, and slow
     ]
 
 
 def differences(machine: Machine, name: str, count: int) -> Iterator[Difference]:
-    """What the codec ``name``, or the outer step, gets wrong on ``count`` elements."""
+    """Compare codec ``name``, or the outer step, on ``count`` elements, and yield the differences."""
     if name == OUTER:
         yield from _outer_differences(machine, count)
         return

@@ -1,4 +1,4 @@
-"""What the check runs on: a GPU, or the emulator so that the check itself is checked where there is none."""
+"""The devices that run kernels: a GPU, or the emulator, which tests the check itself."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class Machine(Protocol):
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Sizes at which bits are compared, in chunks of 4096."""
+        """Sizes for the comparison of bits, in chunks of 4096."""
 
     @property
     def elements(self) -> int:
-        """Size at which kernels are timed."""
+        """Size for timing."""
 
     @property
     def timed(self) -> bool:
-        """Whether times say something about the kernels."""
+        """Whether times are meaningful."""
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Median time that the device spends on one ``run``."""
+        """Median time of the device for one ``run``."""
 
     def other_stream(self) -> AbstractContextManager[object]:
-        """Within it, torch's current stream is not the default one."""
+        """Within the context, torch's current stream is not the default one."""
 
 
 class Gpu:
-    """Times with CUDA events, on tensors too large for its caches."""
+    """A GPU, timed with CUDA events on tensors larger than its caches."""
 
     chunks = (1, 9, 257)
     timed = True
@@ -72,7 +72,7 @@ def _event() -> torch.cuda.Event:
 
 
 class Emulated:
-    """Times with the wall clock, which says nothing about a GPU."""
+    """The emulator, timed with the wall clock."""
 
     chunks = (1, 3)
     elements = 8 * 4096

@@ -1,4 +1,4 @@
-"""What was found, as tables for people and JSON for programs, on disk as soon as it is known."""
+"""The report, as Markdown for people and JSON for programs, saved after every result."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class Report:
     """``gpu_check.md`` and ``gpu_check.json`` in a directory. Every change is followed by :meth:`save`."""
 
     def __init__(self, directory: Path, budget: Budget, *, timed: bool) -> None:
-        """``timed``: whether times say something about a GPU; else the Markdown leaves them out."""
+        """Without ``timed``, the Markdown leaves out times, which say nothing about a GPU."""
         self._directory, self._budget, self._timed = directory, budget, timed
         self._saving = Lock()
         self.system: dict[str, str] = {}
         self.expected: dict[str, int] = {}
-        """Comparisons that are planned, by codec."""
+        """Number of planned comparisons, by codec."""
         self.compared: dict[str, list[int]] = {}
-        """Elements at which a codec, or the outer step, was compared."""
+        """Sizes at which a codec, or the outer step, was compared."""
         self.differences: dict[str, list[Difference]] = {}
         self.timings: list[Timing] = []
         self.speeds: list[Speed] = []
         self.left_out: list[str] = []
         self.failures: list[str] = []
         self.running: str | None = "starting"
-        """What would be lost if the check were killed now; None when it is done."""
+        """The running step. ``None`` when the check is done."""
         self.stopped: str | None = None
-        """Why it ended early."""
+        """Why the check ended early."""
 
     @property
     def all_compared(self) -> bool:
@@ -45,8 +45,8 @@ class Report:
         )
 
     def save(self) -> str:
-        """Write both files, each in one step. Returns the Markdown."""
-        with self._saving:  # the main thread, and the one that watches the time
+        """Write both files atomically. Returns the Markdown."""
+        with self._saving:  # the thread that watches the time saves, too
             text = "\n".join(self._lines()).rstrip() + "\n"
             self._directory.mkdir(parents=True, exist_ok=True)
             content = json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
@@ -55,7 +55,7 @@ class Report:
             return text
 
     def verdict(self) -> str:
-        """On the kernels' bits, in a sentence."""
+        """Summarise the comparisons in a sentence."""
         if any(self.differences.values()):
             return "Some bits differ from the definition."
         done, planned = sum(map(len, self.compared.values())), sum(self.expected.values())
@@ -131,34 +131,38 @@ class Report:
         if self._timed:
             best = max(timing.copy_gbps for timing in self.timings)
             yield from (f"The fastest device-to-device copy reads and writes {best:,.0f} GB/s.", "")
-        yield "| codec | pass | bits | ms | GB/s of fp32 | share of copy |"
-        yield "|---|---|---|---:|---:|---:|"
+        yield from _head("codec", "pass", "bits", "ms", "GB/s of fp32", "share of copy", left=3)
         for timing in self.timings:
-            times = f"{timing.seconds * 1e3:.3f} | {timing.gbps:.1f} | {_share(timing)}" if self._timed else "– | – | –"
-            yield f"| {timing.codec} | {timing.step} | {self.bits(timing.codec)} | {times} |"
+            times = [f"{timing.seconds * 1e3:.3f}", f"{timing.gbps:.1f}", _share(timing)] if self._timed else ["–"] * 3
+            yield _line(timing.codec, timing.step, self.bits(timing.codec), *times)
         yield ""
 
     def _speed_lines(self) -> Iterator[str]:
         loops = {speed.model: speed.tokens_per_second for speed in self.speeds if speed.way == LOOP}
+        headings = ("model", "way", "parameters", "precision", "batch", "micro-batch", "tokens/s", "of the loop")
         yield from ("## Training speed", "")
-        yield "| model | parameters | way | precision | batch | micro-batch | tokens/s | of the loop | ms a step |"
-        yield "|---|---:|---|---|---:|---:|---:|---:|---:|"
+        yield from _head(*headings, "ms per step", "peak memory", "FLOP utilisation", "first loss", "last loss", left=2)
         for one in self.speeds:
-            times = "– | – | –"
+            times = ["–"] * 3
             if self._timed:
                 loop = loops.get(one.model)
                 ratio = f"{one.tokens_per_second / loop:.2f}×" if loop else "–"
-                times = f"{one.tokens_per_second:,.0f} | {ratio} | {one.seconds / one.steps * 1e3:.1f}"
-            batch = f"{one.sequences} × {one.length}"
-            settings = f"{one.precision} | {batch} | {one.micro_batch}"
-            yield f"| {one.model} | {one.parameters:,} | {one.way} | {settings} | {times} |"
-        yield from ("", "| model | way | peak memory | FLOP utilisation | first loss | last loss |")
-        yield "|---|---|---:|---:|---:|---:|"
-        for one in self.speeds:
+                times = [f"{one.tokens_per_second:,.0f}", ratio, f"{one.seconds / one.steps * 1e3:.1f}"]
+            batch, parameters = f"{one.sequences} × {one.length}", f"{one.parameters:,}"
             peak = "–" if one.peak_bytes is None else f"{one.peak_bytes / 2**30:.2f} GiB"
             used = "–" if one.utilisation is None else f"{one.utilisation:.1%}"
-            yield f"| {one.model} | {one.way} | {peak} | {used} | {one.first_loss:.4f} | {one.last_loss:.4f} |"
+            settings = [one.model, one.way, parameters, one.precision, batch, str(one.micro_batch)]
+            yield _line(*settings, *times, peak, used, f"{one.first_loss:.4f}", f"{one.last_loss:.4f}")
         yield ""
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _head(*headings: str, left: int) -> list[str]:
+    """The first two lines of a table; the first ``left`` columns are text."""
+    return [_line(*headings), _line(*["---"] * left, *["---:"] * (len(headings) - left))]
 
 
 def _list(title: str, entries: list[str]) -> Iterator[str]:

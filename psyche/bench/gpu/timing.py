@@ -1,4 +1,4 @@
-"""Every kernel's time against a copy, on the same device, of as many bytes as it moves."""
+"""Time every kernel against a device copy of as many bytes as it moves."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from psyche.numerics.flat import ALIGNMENT
 from psyche.numerics.outer import OuterSettings
 
 BAR = 0.85
-"""Share of copy bandwidth that a kernel is meant to reach."""
+"""Share of the copy's bandwidth that a kernel should reach."""
 
 SECTOR = 32
-"""Bytes that a scattered access moves at least, on all of NVIDIA's cards since 2012."""
+"""Least bytes of a scattered access, on all of NVIDIA's cards since 2012."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,24 @@ class Timing:
     """One kernel at one size."""
 
     codec: str
-    """Or ``outer step``."""
+    """Name of the codec, or ``outer step``."""
     step: str
     """``encode``, ``check`` or ``decode_add``; ``step`` of the outer step."""
     elements: int
     bytes_moved: int
-    """Read and written, if every value is moved once."""
+    """Bytes read and written if every value is moved once."""
     seconds: float
     copy_seconds: float
-    """Of a device-to-device copy that reads and writes as many bytes."""
+    """Time of a device-to-device copy that reads and writes as many bytes."""
 
     @property
     def gbps(self) -> float:
-        """fp32 input, GB a second."""
+        """fp32 input, GB/s."""
         return 4 * self.elements / self.seconds / 1e9
 
     @property
     def copy_gbps(self) -> float:
-        """What the copy reads and writes, GB a second."""
+        """Bytes that the copy reads and writes, GB/s."""
         return self.bytes_moved / self.copy_seconds / 1e9
 
     @property
@@ -55,11 +55,11 @@ class Timing:
 
 
 TIMED = (*(name for name in CODECS if not name.startswith("topk2e")), OUTER)
-"""What has kernels of its own."""
+"""Everything that has kernels of its own."""
 
 
 def timings(machine: Machine, name: str) -> Iterator[Timing]:
-    """The kernels of a codec, or of the outer step."""
+    """Time the kernels of a codec, or of the outer step."""
     backend = CudaBackend(machine.launcher)
     if name == OUTER:
         yield _of_outer_step(machine, backend)
@@ -97,14 +97,14 @@ def _of_outer_step(machine: Machine, backend: CudaBackend) -> Timing:
 
 
 def _checked_bytes(codec: CudaCodec, count: int) -> int:
-    """Scales or levels; all of the payload where codes can be wrong, too."""
+    """Bytes checked: scales or levels; the whole payload if codes can be invalid, too."""
     size = codec.payload_bytes(count)
     codes = {"int4": count // 2, "int4-32": count // 2, "int2": count // 4}
     return size - codes.get(codec.name, 0)
 
 
 def _accumulated_bytes(codec: CudaCodec, count: int) -> int:
-    """Read and written of the sum: all of it, or a sector for each kept value."""
+    """Bytes of the sum read and written: all of it, or a sector for each kept value."""
     defined = definition(codec.name)
     if not isinstance(defined, TopK2):
         return 8 * count

@@ -91,11 +91,7 @@ def _column(hint: Any) -> Column | None:
 
 
 def table(
-    title: str,
-    rows: Sequence[R],
-    *,
-    group: Callable[[R], Any] | None = None,
-    section: Callable[[R], Any] | None = None,
+    title: str, rows: Sequence[R], *, group: Callable[[R], Any] | None = None, section: Callable[[R], Any] | None = None
 ) -> Table:
     """Return a table with one line for each row, or for each run of neighbours whose ``group`` is equal.
 
