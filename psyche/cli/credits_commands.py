@@ -20,7 +20,9 @@ from psyche.cli.options import (
 if TYPE_CHECKING:  # see cli/ledger_commands.py
     from rich.table import Table
 
-    from psyche.ledger.credit_report import CreditReport, NodeCredit
+    from psyche.config import Run
+    from psyche.ledger.credit_report import CreditHistory, CreditReport, NodeCredit
+    from psyche.protocol.credits import Change
 
 NodeId = Annotated[str, typer.Argument(help="The node's PeerID or the end of it.", show_default=False)]
 
@@ -43,17 +45,17 @@ def credits_command(
 
     file = ledger_file(path)
     with Ledger.read(file) as ledger:
-        story = credit_report(ledger, read_manifest(manifest, file), node)
+        report = credit_report(ledger, read_manifest(manifest, file), node)
     if json:
         import msgspec
 
-        typer.echo(msgspec.json.encode(story))
+        typer.echo(msgspec.json.encode(report))
         return
     from rich.console import Console
 
     console = Console()
-    console.print(_table(story))
-    if missing := round_ranges(story.missing):
+    console.print(_table(report))
+    if missing := round_ranges(report.missing):
         console.print(f"missing here and not counted: {missing}", markup=False, highlight=False)
 
 
@@ -64,7 +66,7 @@ def why_command(
     json: Json = False,
 ) -> None:
     """Print every change of a node's credit, with its round and reason."""
-    from psyche.ledger.credit_report import credit_history, in_words
+    from psyche.ledger.credit_report import credit_history
     from psyche.ledger.store import Ledger
 
     file = ledger_file(path)
@@ -79,8 +81,8 @@ def why_command(
     from psyche.telemetry.formatting import clean
 
     for change in history.changes:
-        typer.echo(f"round {change.round:,}: {clean(in_words(change, terms.run), 500)}")
-    typer.echo(_sentence(history.credit) + (f"; {history.held}" if history.held else ""))
+        typer.echo(f"round {change.round:,}: {clean(_describe_change(change, terms.run), 500)}")
+    typer.echo(_sentence(history.credit) + _describe_hold(history, terms.run))
 
 
 def claims_command(
@@ -103,7 +105,7 @@ def claims_command(
     terms = read_manifest(manifest, file)
     summary = verified(file, terms)
     require_whole(summary, file)
-    accounts, where = summary.books.accounts.values(), (terms.run_id, summary.last)
+    accounts, where = summary.credits.accounts.values(), (terms.run_id, summary.last)
     owed = payable(accounts)
     content = claims_file(owed, *where) if format == "merkle" else weights_file(accounts, *where)
     with disk_errors(out, "--out"):
@@ -136,18 +138,18 @@ def _root(content: bytes) -> str:
     return str(msgspec.json.decode(content)["tree"][0])
 
 
-def _table(story: CreditReport) -> Table:
+def _table(report: CreditReport) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from psyche.telemetry.formatting import peer_name
 
-    table = Table(box=SIMPLE_HEAD, title=f"credits after round {story.round:,}", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, title=f"credits after round {report.round:,}", title_justify="left")
     table.add_column("node", no_wrap=True)
     for heading in ("final", "pending", "forfeited", "passed", "audits"):
         table.add_column(heading, justify="right")
     table.add_column("remarks")
-    for one in story.credits:
+    for one in report.credits:
         counts = (f"{one.final:,}", f"{one.pending:,}", f"{one.forfeited:,}" if one.forfeited else "")
         passed = f"{one.passed}/{one.audited}" if one.audited else ""
         table.add_row(peer_name(one.node), *counts, passed, f"{one.audits}" if one.audits else "", _remarks(one))
@@ -163,6 +165,28 @@ def _remarks(one: NodeCredit) -> str:
     if one.private:
         found.append(f"private data, unaudited: {one.private:,} tokens")
     return "; ".join(found)
+
+
+def _describe_change(change: Change, run: Run) -> str:
+    from psyche.telemetry.lines import exclusion_sentence
+
+    if change.kind == "excluded":
+        return f"nothing: {exclusion_sentence(change.reason)}"
+    earned = f"{change.amount:,} earned: {change.reason}"
+    if change.status == "final":
+        return f"{earned}; final since round {change.settled:,}"
+    if change.status == "pending":
+        return f"{earned}; pending until round {min(change.round + run.audits.window, run.rounds.total):,}"
+    when = "at once" if change.settled == change.round else f"in round {change.settled:,}"
+    return f"{earned}; forfeited {when}, because {change.because}"
+
+
+def _describe_hold(history: CreditHistory, run: Run) -> str:
+    if history.held == "banned":
+        return f"; convicted in round {history.credit.banned:,}: it earns nothing any more"
+    if history.held == "probation":
+        return f"; on probation: nothing becomes final before {run.rounds.probation} contributions are accepted"
+    return ""
 
 
 def _sentence(one: NodeCredit) -> str:

@@ -43,18 +43,18 @@ def show_command(
     from psyche.ledger.store import Ledger
 
     with Ledger.read(ledger_file(path)) as ledger:
-        story = ledger_report(ledger, last=last, node=node)
+        report = ledger_report(ledger, last=last, node=node)
     if json:
         import msgspec
 
-        typer.echo(msgspec.json.encode(story))
+        typer.echo(msgspec.json.encode(report))
         return
     from rich.console import Console
 
     console = Console()
-    console.print(_rounds_table(story))
-    console.print(_totals_table(story))
-    for line in _notes(story):
+    console.print(_rounds_table(report))
+    console.print(_totals_table(report))
+    for line in _notes(report):
         console.print(line, markup=False, highlight=False)
 
 
@@ -74,8 +74,8 @@ def verify_command(path: LedgerPath, manifest: ManifestPath = None) -> None:
         f"of {len(found.tokens):,} nodes, {found.reconfigurations:,} reconfigurations; "
         + (f"missing here: {missing}" if missing else "no round is missing")
     )
-    final, pending, forfeited = credit_totals(found.books)
-    convicted = sum(account.banned > 0 for account in found.books.accounts.values())
+    final, pending, forfeited = credit_totals(found.credits)
+    convicted = sum(account.banned > 0 for account in found.credits.accounts.values())
     typer.echo(f"credits: {final:,} final, {pending:,} pending, {forfeited:,} forfeited; {convicted:,} nodes convicted")
 
 
@@ -88,17 +88,17 @@ app.command("proof")(proof_command)
 # ------------------------------------------------------------------------------------- the tables
 
 
-def _rounds_table(story: LedgerReport) -> Table:
+def _rounds_table(report: LedgerReport) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, title=f"run {story.run_id[:16]}…", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, title=f"run {report.run_id[:16]}…", title_justify="left")
     for heading in ("round", "accepted", "tokens"):
         table.add_column(heading, justify="right")
     table.add_column("record", no_wrap=True)
     table.add_column("state root", no_wrap=True)
     table.add_column("remarks")
-    for ledger_round in story.rounds:
+    for ledger_round in report.rounds:
         accepted = [part.tokens for part in ledger_round.members if part.tokens is not None]
         table.add_row(
             f"{ledger_round.round:,}",
@@ -122,48 +122,57 @@ def _remarks(ledger_round: LedgerRound) -> str:
     lines += [
         f"{peer_name(p.node)}: {exclusion_sentence(p.reason or '')}" for p in ledger_round.members if p.tokens is None
     ]
-    lines += [f"{peer_name(part.node)}: outvoted on a result" for part in ledger_round.members if part.dissenters]
+    lines += [f"{peer_name(part.node)}: outvoted on a result" for part in ledger_round.members if part.dissenter]
     if private := [peer_name(part.node) for part in ledger_round.members if part.private]:
         lines.append(f"private data, unaudited: {', '.join(private)}")
-    lines += [_ending(one) for one in ledger_round.audits if one.lied or one.outcome in ("convicted", "unserved")]
+    lines += [
+        _closed_audit(one)
+        for one in ledger_round.audits
+        if one.false_auditors or one.outcome in ("convicted", "unserved")
+    ]
     return escape("\n".join(lines))
 
 
-def _ending(one: ClosedAudit) -> str:
-    """Describe an audit that ended against a node, with its evidence."""
+def _closed_audit(one: ClosedAudit) -> str:
+    """Describe an audit that closed against a node, with the auditors' findings."""
     from psyche.telemetry.formatting import peer_name
 
-    what = {"convicted": "convicted", "unserved": "not handed over"}.get(one.outcome, one.outcome)
-    heard = [
-        f"{peer_name(word.auditor)} found "
-        + (f"{word.error:.4f} off in segment {word.segment}" if word.outcome == "measured" else f"it {word.outcome}")
-        for word in one.evidence
+    outcome = {"convicted": "convicted", "unserved": "did not serve its audit data"}.get(one.outcome, one.outcome)
+    findings = [
+        f"{peer_name(found.auditor)}: "
+        + (
+            f"relative error {found.error:.4f} in segment {found.segment}"
+            if found.outcome == "measured"
+            else found.outcome
+        )
+        for found in one.findings
     ]
-    lied = f"; lied: {', '.join(map(peer_name, one.lied))}" if one.lied else ""
-    return f"{peer_name(one.accused)}, work of round {one.work:,}: {what} ({'; '.join(heard) or 'no evidence'}){lied}"
+    convicted = f"; false finding by {', '.join(map(peer_name, one.false_auditors))}" if one.false_auditors else ""
+    text = "; ".join(findings) or "no finding on record"
+    return f"{peer_name(one.accused)}, round {one.audited_round:,}: {outcome} ({text}){convicted}"
 
 
-def _totals_table(story: LedgerReport) -> Table:
+def _totals_table(report: LedgerReport) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from psyche.telemetry.formatting import peer_name, size
 
-    title = f"totals of {story.held:,} rounds"
+    title = f"totals of {report.held:,} rounds"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("node", no_wrap=True)
     for heading in ("accepted", "tokens", "unaudited", "payloads"):
         table.add_column(heading, justify="right")
-    for node, total in story.totals.items():
+    for node, total in report.totals.items():
         unaudited = f"{total.unaudited:,}" if total.unaudited else ""
         rounds = f"{total.accepted:,}/{total.rounds:,}"
         table.add_row(peer_name(node), rounds, f"{total.tokens:,}", unaudited, size(total.payload_bytes))
     return table
 
 
-def _notes(story: LedgerReport) -> Iterable[str]:
-    if story.missing:
-        yield f"missing here: {round_ranges(story.missing)}"
-    if story.superseded:
-        again = ", ".join(f"{number:,}" for number in sorted(set(story.superseded)))
+def _notes(report: LedgerReport) -> Iterable[str]:
+    if report.missing:
+        yield f"missing here: {round_ranges(report.missing)}"
+    if report.superseded:
+        again = ", ".join(f"{number:,}" for number in sorted(set(report.superseded)))
         yield f"certified twice, an earlier record was superseded: round {again}"

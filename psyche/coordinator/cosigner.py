@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from psyche.config import Manifest
-from psyche.ledger.signing_record import keep, recall
+from psyche.ledger.signing_record import load_signed, save_signed
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.rpc import Rpc
 from psyche.network.transport import Refused, Unreachable, Violation
@@ -30,7 +30,7 @@ class Cosigner:
     def __init__(self, manifest: Manifest, identity: Identity, rpc: Rpc, directory: Path) -> None:
         self._manifest, self._identity, self._rpc = manifest, identity, rpc
         self._path = directory / SIGNED_STATE
-        self._signed_state = recall(self._path, manifest.run_id, SignedState())
+        self._signed_state = load_signed(self._path, manifest.run_id, SignedState())
         self._coordinators = manifest.resolved.coordinators
         self._lock = asyncio.Lock()
 
@@ -118,7 +118,7 @@ class Cosigner:
         async with self._lock:
             signed_state = step(self._signed_state)
             if signed_state != self._signed_state:
-                await asyncio.to_thread(keep, self._path, self._manifest.run_id, signed_state)
+                await asyncio.to_thread(save_signed, self._path, self._manifest.run_id, signed_state)
                 self._signed_state = signed_state
 
     async def _ask(

@@ -1,1 +1,1 @@
-"""The chain of certified rounds: storage, verification, views, and the credits that follow from it."""
+"""The chain of certified rounds on disk: storage, verification, reports, and exchange between nodes."""

@@ -1,4 +1,4 @@
-"""Signed things of a run, checked against its manifest."""
+"""Verify certificates and proposals against a run's manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from psyche.protocol.messages import Certificate, Proposal, Record
 
 
 def certified_record(manifest: Manifest, certificate: Certificate) -> Record:
-    """The record that ``certificate`` makes final. Raises ``BadCertificate``."""
+    """Verify ``certificate`` and return the record that it makes final. Raises ``BadCertificate``."""
     return check_certificate(
         certificate,
         run_id=manifest.run_id,
@@ -20,7 +20,7 @@ def certified_record(manifest: Manifest, certificate: Certificate) -> Record:
 
 
 def verified_proposal(manifest: Manifest, signed: bytes, round_number: int | None = None) -> Proposal:
-    """The proposal in an encoded envelope, for ``round`` where that is given.
+    """Verify an encoded, signed proposal and return it; it must be for ``round_number`` if that is given.
 
     Raises ``BadCertificate`` or ``MalformedMessage``.
     """

@@ -1,17 +1,17 @@
-"""What a ledger says of its nodes' credit, as plain values: for tables, for sentences, or as JSON."""
+"""What a ledger records about its nodes' credits, as plain values for tables and JSON. No signature is verified."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
-from psyche.config import Manifest, Run
+from psyche.config import Manifest
 from psyche.config.manifest import chain_rules
 from psyche.ledger.round_report import decode_record, match_node
 from psyche.ledger.store import Ledger
 from psyche.protocol.credits import Account, Change, CreditAccounts, round_work
-from psyche.telemetry.lines import exclusion_sentence
 
 
 class NodeCredit(msgspec.Struct):
@@ -22,97 +22,85 @@ class NodeCredit(msgspec.Struct):
     pending: int
     forfeited: int
     private: int
-    """Tokens from private data among its accepted ones: unaudited."""
+    """Accepted tokens of private data, which cannot be audited."""
     audited: int
-    """Audits of its work that have ended, and"""
+    """Closed audits of its contributions."""
     passed: int
-    """those among them that it passed."""
+    """Audits among ``audited`` that passed."""
     audits: int
-    """Audits of others' work that it was paid for."""
+    """Audits of other nodes that it was paid for."""
     probation: bool
     banned: int | None
-    """Round in which it was convicted."""
+    """Round in which it was convicted; None if it never was."""
     payout: str | None
-    """Address that it wants to be paid at."""
+    """Payout address that it named; None if it named none."""
 
 
 class CreditReport(msgspec.Struct):
-    """All that ``psyche ledger credits`` shows."""
+    """The output of ``psyche ledger credits``."""
 
     run_id: str
     round: int
-    """The last one that counts."""
+    """The last round that is counted."""
     missing: list[tuple[int, int]]
-    """First and last round of each gap: what was earned there is not counted."""
+    """First and last round of each gap; credit earned there is not counted."""
     credits: list[NodeCredit]
-    """Most final credit first."""
+    """By final credit, descending."""
 
 
 class CreditHistory(msgspec.Struct):
-    """All that ``psyche ledger why`` tells: each credit that a node earned, in order, and where that leaves it."""
+    """The output of ``psyche ledger why``: every change of a node's credit in order, and the result."""
 
     credit: NodeCredit
     changes: list[Change]
-    held: str | None
-    """Why what is pending does not become final as usual, if so."""
+    held: Literal["banned", "probation"] | None
+    """Why pending credit does not become final as usual; None if it does."""
 
 
 def credit_report(ledger: Ledger, manifest: Manifest, node: str | None = None) -> CreditReport:
-    """The credit of all nodes, or of the one whose PeerID ends in ``node``. No signature is checked.
+    """Report the credit of all nodes, or of the one whose PeerID ends in ``node``.
 
-    Raises :class:`~psyche.ledger.store.LedgerError` for what cannot be decoded, and where ``node`` is not exactly one.
+    Raises :class:`~psyche.ledger.store.LedgerError` if a certificate cannot be decoded, or if ``node`` does not match
+    exactly one node.
     """
-    books, _ = read_accounts(ledger, manifest)
-    return report_accounts(ledger, books, node)
-
-
-def report_accounts(ledger: Ledger, books: CreditAccounts, node: str | None = None) -> CreditReport:
-    """The same of books that were read before."""
-    credits = sorted(map(_credit, books.accounts.values()), key=lambda one: (-one.final, -one.pending, one.node))
+    credits, _ = read_credits(ledger, manifest)
+    rows = sorted(map(_row, credits.accounts.values()), key=lambda one: (-one.final, -one.pending, one.node))
     if node is not None:
-        me = match_node(ledger, books.accounts, node)
-        credits = [one for one in credits if one.node == me]
+        matched = match_node(ledger, credits.accounts, node)
+        rows = [one for one in rows if one.node == matched]
     missing = [(gap.start, gap.stop - 1) for gap in ledger.missing()]
-    return CreditReport(ledger.run_id.hex(), books.round, missing, credits)
+    return CreditReport(ledger.run_id.hex(), credits.round, missing, rows)
 
 
 def credit_history(ledger: Ledger, manifest: Manifest, node: str) -> CreditHistory:
-    """Why the credit of the one node whose PeerID ends in ``node`` is what it is. Raises as :func:`credit_report`."""
-    end = node.removeprefix("…")
-    books, settled = read_accounts(ledger, manifest, lambda change: change.node.endswith(end))
-    account = books.accounts[match_node(ledger, books.accounts, node)]
+    """Report every change of the credit of the node whose PeerID ends in ``node``. Raises as :func:`credit_report`."""
+    suffix = node.removeprefix("…")
+    credits, settled = read_credits(ledger, manifest, lambda change: change.node.endswith(suffix))
+    account = credits.accounts[match_node(ledger, credits.accounts, node)]
     changes = sorted((*settled, *account.pending), key=lambda change: change.round)
-    return CreditHistory(_credit(account), changes, _held(account, manifest))
+    held: Literal["banned", "probation"] | None = None
+    if account.banned:
+        held = "banned"
+    elif account.newcomer and account.pending:
+        held = "probation"
+    return CreditHistory(_row(account), changes, held)
 
 
-def read_accounts(
+def read_credits(
     ledger: Ledger, manifest: Manifest, wanted: Callable[[Change], bool] = lambda change: False
 ) -> tuple[CreditAccounts, list[Change]]:
-    """The accounts after all rounds that are there, and what was settled on the way, if ``wanted``."""
+    """Compute the accounts over all rounds in the ledger, and collect the settled changes that are ``wanted``."""
     rules = chain_rules(manifest)
-    books = CreditAccounts(rules)
+    credits = CreditAccounts(rules)
     settled: list[Change] = []
     for entry in ledger.entries():
-        settled += filter(wanted, books.enter(round_work(decode_record(ledger, entry), rules.probation)))
-    return books, settled
+        settled += filter(wanted, credits.enter(round_work(decode_record(ledger, entry), rules.probation)))
+    return credits, settled
 
 
-def in_words(change: Change, run: Run) -> str:
-    """A change as its owner is told of it."""
-    if change.kind == "excluded":
-        return f"nothing: {exclusion_sentence(change.reason)}"
-    what = f"{change.amount:,} earned: {change.reason}"
-    if change.status == "final":
-        return f"{what}; final since round {change.settled:,}"
-    if change.status == "pending":
-        return f"{what}; pending until round {min(change.round + run.audits.window, run.rounds.total):,}"
-    when = "at once" if change.settled == change.round else f"in round {change.settled:,}"
-    return f"{what}; forfeited {when}, because {change.because}"
-
-
-def credit_totals(books: CreditAccounts) -> tuple[int, int, int]:
-    """Final, pending and forfeited credit of all together."""
-    accounts = books.accounts.values()
+def credit_totals(credits: CreditAccounts) -> tuple[int, int, int]:
+    """Return final, pending and forfeited credit of all accounts together."""
+    accounts = credits.accounts.values()
     return (
         sum(one.final for one in accounts),
         sum(one.waiting for one in accounts),
@@ -120,7 +108,7 @@ def credit_totals(books: CreditAccounts) -> tuple[int, int, int]:
     )
 
 
-def _credit(account: Account) -> NodeCredit:
+def _row(account: Account) -> NodeCredit:
     return NodeCredit(
         node=account.node,
         final=account.final,
@@ -134,11 +122,3 @@ def _credit(account: Account) -> NodeCredit:
         banned=account.banned or None,
         payout=f"0x{account.payout.hex()}" if account.payout else None,
     )
-
-
-def _held(account: Account, manifest: Manifest) -> str | None:
-    if account.banned:
-        return f"convicted in round {account.banned:,}: nothing is earned any more"
-    if account.newcomer and account.pending:
-        return f"on probation: nothing becomes final before {manifest.run.rounds.probation} contributions are accepted"
-    return None

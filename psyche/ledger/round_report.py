@@ -1,4 +1,4 @@
-"""What a ledger tells its reader, as plain values: for a table, or as JSON."""
+"""What a ledger records about its rounds and members, as plain values for tables and JSON. No signature is verified."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psyche.protocol.wire import decode
 
 
 class MemberReport(msgspec.Struct):
-    """A member's part in a round. ``tokens`` and what goes with it are None where it was left out."""
+    """One member in one round. The counts are None if its contribution was excluded."""
 
     node: str
     votes: int
@@ -26,35 +26,39 @@ class MemberReport(msgspec.Struct):
     inner_steps: int | None
     payload_bytes: int | None
     private: bool
-    """Trained on data of its own, which nobody can audit."""
+    """Trained on private data, which cannot be audited."""
     reason: str | None
-    dissenters: bool
+    """Code of the exclusion."""
+    dissenter: bool
+    """As a reducer it reported another result than the accepted one."""
 
 
 class AuditorFinding(msgspec.Struct):
-    """What an auditor found, signed by it: the evidence."""
+    """A finding signed by an auditor."""
 
     auditor: str
-    said: int
-    """Round whose record holds it."""
+    recorded: int
+    """Round whose record contains it."""
     outcome: str
     error: float
-    """Of the replay, relative."""
+    """Relative error of the replay."""
     segment: int
+    """Number of the segment with the largest error."""
 
 
 class ClosedAudit(msgspec.Struct):
-    """An audit that ended with a round."""
+    """An audit that closed in a round."""
 
     accused: str
-    work: int
+    audited_round: int
     """Round of the contribution."""
     outcome: str
     gain: float
-    """Of held-out loss, nats a token."""
-    paid: list[str]
-    lied: list[str]
-    evidence: list[AuditorFinding]
+    """Reduction of the held-out loss, in nats a token."""
+    paid_auditors: list[str]
+    false_auditors: list[str]
+    """Auditors convicted for a false finding."""
+    findings: list[AuditorFinding]
 
 
 class LedgerRound(msgspec.Struct):
@@ -63,64 +67,59 @@ class LedgerRound(msgspec.Struct):
     round: int
     record: str
     state_root: str | None
-    """After the round."""
+    """The state root after the round; None if it is not known here."""
     is_reconfiguration: bool
     members: list[MemberReport]
     audits: list[ClosedAudit]
 
 
 class NodeTotal(msgspec.Struct):
-    """What a node has done in all rounds that are there."""
+    """A node's sums over all rounds in the ledger."""
 
     rounds: int = 0
-    """That it was a member of."""
+    """Rounds that it was a member of."""
     accepted: int = 0
-    """Rounds that took its contribution."""
+    """Rounds in which its contribution was accepted."""
     tokens: int = 0
     unaudited: int = 0
-    """Those among the tokens that were private data."""
+    """Tokens of private data among ``tokens``."""
     payload_bytes: int = 0
 
 
 class LedgerReport(msgspec.Struct):
-    """All that ``psyche ledger show`` shows."""
+    """The output of ``psyche ledger show``."""
 
     run_id: str
     rounds: list[LedgerRound]
     held: int
-    """Rounds that are there, shown or not."""
+    """Rounds in the ledger, whether listed in ``rounds`` or not."""
     missing: list[tuple[int, int]]
     """First and last round of each gap."""
     superseded: list[int]
-    """Rounds of which another record was certified before."""
+    """Rounds for which an earlier certified record was superseded."""
     totals: dict[str, NodeTotal]
 
 
 def ledger_report(ledger: Ledger, *, last: int | None = None, node: str | None = None) -> LedgerReport:
-    """What ``ledger`` says: its ``last`` rounds or all, and totals over all; of the member whose PeerID ends in
-    ``node``, or of all.
+    """Report the ``last`` rounds or all, and totals over all rounds.
 
-    Its certificates are decoded and not checked. Raises :class:`LedgerError` for what cannot be decoded, and where
-    ``node`` is not exactly one member.
+    With ``node``, the end of a PeerID, report only that member. Raises :class:`LedgerError` if a certificate cannot be
+    decoded, or if ``node`` does not match exactly one member.
     """
     totals: dict[str, NodeTotal] = {}
     rounds: deque[LedgerRound] = deque(maxlen=None if node is not None else last)
-    words: dict[tuple[str, int], list[AuditorFinding]] = {}
+    findings: dict[tuple[str, int], list[AuditorFinding]] = {}
     held = 0
     for entry in ledger.entries():
         held += 1
-        ledger_round = _round(entry, decode_record(ledger, entry), words)
+        ledger_round = _round(entry, decode_record(ledger, entry), findings)
         _add(totals, ledger_round)
         rounds.append(ledger_round)
     shown = list(rounds)
     if node is not None:
-        me = match_node(ledger, totals, node)
-        totals = {me: totals[me]}
-        shown = [
-            ledger_round
-            for ledger_round in (_part_of(one, me) for one in rounds)
-            if ledger_round.members or ledger_round.audits
-        ]
+        matched = match_node(ledger, totals, node)
+        totals = {matched: totals[matched]}
+        shown = [one for one in (_only_node(each, matched) for each in rounds) if one.members or one.audits]
         shown = shown[-last:] if last is not None else shown
     return LedgerReport(
         run_id=ledger.run_id.hex(),
@@ -133,75 +132,77 @@ def ledger_report(ledger: Ledger, *, last: int | None = None, node: str | None =
 
 
 def decode_record(ledger: Ledger, entry: Entry) -> Record:
-    """What an entry of ``ledger`` says, no signature checked. Raises :class:`LedgerError`."""
+    """Decode the record of an entry of ``ledger``. Raises :class:`LedgerError`."""
     try:
         return claimed(entry.certificate).record
     except MalformedMessage as error:
         raise LedgerError(
-            f"{ledger.path} is damaged: the certificate of round {entry.round} is {error}; take another node's copy"
+            f"{ledger.path} is damaged: the certificate of round {entry.round} is {error}; copy another node's ledger"
         ) from None
 
 
-def _round(entry: Entry, record: Record, words: dict[tuple[str, int], list[AuditorFinding]]) -> LedgerRound:
-    """``words``: of audits that are open, what was said so far."""
+def match_node(ledger: Ledger, nodes: Iterable[str], suffix: str) -> str:
+    """Return the one of ``nodes`` that ends in ``suffix``. Raises :class:`LedgerError` if there is none or several."""
+    found = [node for node in nodes if node.endswith(suffix.removeprefix("…"))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise LedgerError(f"{len(found)} members in {ledger.path} have a PeerID that ends in {suffix}: give more of it")
+    raise LedgerError(
+        f"no member in {ledger.path} has a PeerID that ends in {suffix}: `psyche ledger show` lists the members"
+    )
+
+
+def _round(entry: Entry, record: Record, findings: dict[tuple[str, int], list[AuditorFinding]]) -> LedgerRound:
+    """Report one round. ``findings`` collects those of open audits, by accused and round."""
     members = [
-        MemberReport(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(dissenters))
-        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, dissenters, _ in member_rows(record)
+        MemberReport(node, votes, tokens, steps, payload_bytes, bool(private), reason, bool(dissenter))
+        for _, node, votes, _, tokens, steps, payload_bytes, private, reason, dissenter, _ in member_rows(record)
     ]
     root = None if entry.state_root is None else entry.state_root.hex()
-    for said in record.audit_state.statements:
-        _hear(said, entry.round, words)
+    for statement in record.audit_state.statements:
+        _add_finding(statement, entry.round, findings)
     audits = [
         ClosedAudit(
             accused=one.accused,
-            work=one.round,
+            audited_round=one.round,
             outcome=one.outcome,
             gain=one.gain / 1e6,
-            paid=list(one.paid),
-            lied=list(one.lied),
-            evidence=words.pop((one.accused, one.round), []),
+            paid_auditors=list(one.paid),
+            false_auditors=list(one.lied),
+            findings=findings.pop((one.accused, one.round), []),
         )
         for one in record.audit_state.closed
     ]
     return LedgerRound(entry.round, record.hash.hex(), root, record.is_reconfiguration, members, audits)
 
 
-def _hear(said: bytes, round_number: int, words: dict[tuple[str, int], list[AuditorFinding]]) -> None:
-    """Add a verdict to what was said; digests of verdicts say nothing, and neither does what cannot be read."""
+def _add_finding(statement: bytes, round_number: int, findings: dict[tuple[str, int], list[AuditorFinding]]) -> None:
+    """Add the finding of a revealed verdict. Sealed verdicts and undecodable statements are skipped."""
     try:
-        envelope = envelopes.decode(said)
+        envelope = envelopes.decode(statement)
         if envelope.domain != Verdict.DOMAIN:
             return
         verdict = decode(Verdict, envelope.body)
     except MalformedMessage:
         return
     found = verdict.finding
-    word = AuditorFinding(envelope.author, round_number, found.outcome, found.error / 1e6, found.segment)
-    words.setdefault((verdict.accused, verdict.round), []).append(word)
+    finding = AuditorFinding(envelope.author, round_number, found.outcome, found.error / 1e6, found.segment)
+    findings.setdefault((verdict.accused, verdict.round), []).append(finding)
 
 
 def _add(totals: dict[str, NodeTotal], ledger_round: LedgerRound) -> None:
-    for part in ledger_round.members:
-        total = totals.setdefault(part.node, NodeTotal())
+    for member in ledger_round.members:
+        total = totals.setdefault(member.node, NodeTotal())
         total.rounds += 1
-        if part.tokens is not None:
+        if member.tokens is not None:
             total.accepted += 1
-            total.tokens += part.tokens
-            total.unaudited += part.tokens * part.private
-            total.payload_bytes += part.payload_bytes or 0
+            total.tokens += member.tokens
+            total.unaudited += member.tokens * member.private
+            total.payload_bytes += member.payload_bytes or 0
 
 
-def match_node(ledger: Ledger, names: Iterable[str], node: str) -> str:
-    """The one of ``names`` that ends in ``node``. Raises :class:`LedgerError` where it is none or several."""
-    found = [name for name in names if name.endswith(node.removeprefix("…"))]
-    if len(found) == 1:
-        return found[0]
-    what = "no member" if not found else f"{len(found)} members"
-    mend = "look at `psyche ledger show` for who is in it" if not found else "give more of it"
-    raise LedgerError(f"the PeerID of {what} in {ledger.path} ends in {node}: {mend}")
-
-
-def _part_of(ledger_round: LedgerRound, node: str) -> LedgerRound:
-    members = [part for part in ledger_round.members if part.node == node]
-    audits = [one for one in ledger_round.audits if node in (one.accused, *one.paid, *one.lied)]
+def _only_node(ledger_round: LedgerRound, node: str) -> LedgerRound:
+    members = [member for member in ledger_round.members if member.node == node]
+    audits = [one for one in ledger_round.audits if node in (one.accused, *one.paid_auditors, *one.false_auditors)]
     return msgspec.structs.replace(ledger_round, members=members, audits=audits)

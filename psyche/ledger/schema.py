@@ -1,48 +1,48 @@
-"""The tables of a ledger file, and what they say of a record."""
+"""The tables of a ledger file, and the rows that follow from a record."""
 
 from __future__ import annotations
 
 from psyche.protocol.messages import Record
 
-VERSION = 3
+VERSION = 4
 APPLICATION = int.from_bytes(b"psyc", "big")
-"""SQLite keeps both in the file's header."""
+"""Stored in the header of the SQLite file, like ``VERSION``."""
 
 _TABLES = """
 CREATE TABLE run (run_id BLOB NOT NULL);
 CREATE TABLE rounds (
     round INTEGER PRIMARY KEY,
     record_hash BLOB NOT NULL,
-    previous BLOB NOT NULL,        -- hash of the record before
+    previous BLOB NOT NULL,        -- hash of the record of the round before
     base_root BLOB NOT NULL,       -- state_root before the round
-    state_root BLOB,               -- after it; NULL: not known here
+    state_root BLOB,               -- state_root after the round; NULL: not known here
     reconfiguration INTEGER NOT NULL,
-    certificate BLOB NOT NULL      -- the proof
+    certificate BLOB NOT NULL      -- encoded; proves the row
 );
 CREATE TABLE members (
     round INTEGER NOT NULL,
     node TEXT NOT NULL,
-    votes INTEGER NOT NULL,        -- voting weight
-    due_steps INTEGER NOT NULL,    -- inner steps the plan gave it
-    tokens INTEGER,                -- accepted: what it counts for; NULL: not accepted
+    votes INTEGER NOT NULL,           -- voting weight
+    quota_steps INTEGER NOT NULL,     -- inner steps assigned by the plan
+    tokens INTEGER,                   -- tokens credited; NULL: the contribution was excluded
     inner_steps INTEGER,
     payload_bytes INTEGER,
-    private INTEGER,               -- trained on data of its own: unaudited, its weight capped
-    reason TEXT,                   -- excluded: code of protocol ExclusionReason
-    minority INTEGER NOT NULL,     -- it reported another result than the one believed
-    payout BLOB,                   -- address that it wants to be paid at; empty: it named none
+    private INTEGER,                  -- trained on private data: not auditable, weight capped
+    reason TEXT,                      -- excluded: code of protocol ExclusionReason
+    dissenter INTEGER NOT NULL,       -- as a reducer, reported another result than the accepted one
+    payout BLOB,                      -- payout address; empty: none named
     PRIMARY KEY (round, node)
 ) WITHOUT ROWID;
-CREATE TABLE audits (              -- those that ended
-    round INTEGER NOT NULL,        -- whose record says so
-    place INTEGER NOT NULL,        -- in that record
+CREATE TABLE audits (                 -- closed audits
+    round INTEGER NOT NULL,           -- round whose record closes the audit
+    position INTEGER NOT NULL,        -- order within that record
     accused TEXT NOT NULL,
-    work INTEGER NOT NULL,         -- round of the contribution that was done again
+    audited_round INTEGER NOT NULL,   -- round of the audited contribution
     outcome TEXT NOT NULL,
-    gain INTEGER NOT NULL,         -- of held-out loss, in millionths of a nat a token
-    paid TEXT NOT NULL,            -- auditors whose word agrees with it, with spaces between them
-    lied TEXT NOT NULL,            -- and those who said the opposite
-    PRIMARY KEY (round, place)
+    gain INTEGER NOT NULL,            -- reduction of the held-out loss, in 1e-6 nats a token
+    paid_auditors TEXT NOT NULL,      -- auditors whose finding agrees with the outcome, separated by spaces
+    false_auditors TEXT NOT NULL,     -- auditors convicted for a false finding
+    PRIMARY KEY (round, position)
 ) WITHOUT ROWID;
 CREATE TABLE superseded (
     record_hash BLOB PRIMARY KEY,
@@ -57,24 +57,24 @@ SCHEMA = (
     f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )
-"""The statements that make an empty ledger, in one transaction."""
+"""The statements that create an empty ledger, in one transaction."""
 
 MemberRow = tuple[int, str, int, int, int | None, int | None, int | None, int | None, str | None, int, bytes | None]
 """A row of ``members``."""
 AuditRow = tuple[int, int, str, int, str, int, str, str]
 """A row of ``audits``."""
 RoundRow = tuple[int, bytes, bytes, bytes, int]
-"""Of a row of ``rounds`` what its certificate says: round, record_hash, previous, base_root, reconfiguration."""
+"""Columns of ``rounds`` that follow from the certificate: round, record_hash, previous, base_root, reconfiguration."""
 
 
 def round_row(record: Record) -> RoundRow:
-    """What ``rounds`` says of a record."""
+    """Return the row of ``rounds`` for a record."""
     plan = record.plan
     return plan.round, record.hash, plan.previous, plan.base_root, int(record.is_reconfiguration)
 
 
 def member_rows(record: Record) -> list[MemberRow]:
-    """What ``members`` says of a record, ascending by node."""
+    """Return the rows of ``members`` for a record, ascending by node."""
     given = {one.node: one.contribution for one in record.accepted}
     reasons = {one.node: one.reason for one in record.excluded}
     rows: list[MemberRow] = []
@@ -90,11 +90,11 @@ def member_rows(record: Record) -> list[MemberRow]:
 
 
 def audit_rows(record: Record) -> list[AuditRow]:
-    """What ``audits`` says of a record, in its order."""
+    """Return the rows of ``audits`` for a record, in its order."""
     return [
         (
             record.plan.round,
-            place,
+            position,
             one.accused,
             one.round,
             one.outcome,
@@ -102,5 +102,5 @@ def audit_rows(record: Record) -> list[AuditRow]:
             " ".join(one.paid),
             " ".join(one.lied),
         )
-        for place, one in enumerate(record.audit_state.closed)
+        for position, one in enumerate(record.audit_state.closed)
     ]

@@ -1,7 +1,7 @@
-"""What a process promised and signed, on disk before anybody hears of it: an acceptor's ballot, a coordinator's oath.
+"""What a process has signed, on disk before the signature is sent: a voter's ballot, a coordinator's signed state.
 
-Small files, replaced in one step. One that cannot be read is no reason to begin anew: who forgets what it signed can
-sign the contrary.
+The files are small and replaced atomically. An unreadable file is an error, never a fresh start: a process that forgets
+what it signed may sign a contradiction.
 """
 
 from __future__ import annotations
@@ -25,38 +25,40 @@ T = TypeVar("T", "Ballot", SignedState)
 
 @dataclass(frozen=True)
 class Ballot:
-    """How a member voted last, with what a new leader needs to have it voted on again."""
+    """A member's last vote, with what a new leader needs to put the same proposal to the vote again."""
 
     acceptor: Acceptor = field(default_factory=Acceptor)
     claim: bytes | None = None
-    """Signed by the leader that the acceptor follows."""
+    """The leadership claim that the acceptor follows, signed by the leader."""
     round: int = 0
-    """It voted in."""
+    """The round of the vote."""
     proposal: bytes | None = None
-    """Signed. The commitments and contributions it is about are, too."""
+    """The signed proposal that was voted for."""
     commitments: tuple[bytes, ...] = ()
+    """Signed commitments that the proposal refers to."""
     contributions: tuple[bytes, ...] = ()
+    """Signed contributions that the proposal refers to."""
 
 
-def keep(path: Path, run_id: bytes, pledge: Ballot | SignedState) -> None:
-    """Write ``pledge`` durably. Raises :class:`PsycheError` where the disk is full: then nothing may be said."""
-    content = msgspec.msgpack.encode(pledge)
+def save_signed(path: Path, run_id: bytes, signed: Ballot | SignedState) -> None:
+    """Write ``signed`` durably. Raises :class:`PsycheError` (disk full): then the signature must not be sent."""
+    content = msgspec.msgpack.encode(signed)
     with disk_errors(path, "--directory"):
         write_durably(path, digest("pledge", run_id, content) + content)
 
 
-def recall(path: Path, run_id: bytes, fresh: T) -> T:
-    """What was kept at ``path``, or ``fresh`` where nothing ever was. Raises :class:`PsycheError`."""
+def load_signed(path: Path, run_id: bytes, fresh: T) -> T:
+    """Read what was saved at ``path``, or return ``fresh`` if there is no file. Raises :class:`PsycheError`."""
     if not path.exists():
         return fresh
     data = path.read_bytes()
     content = data[HASH_BYTES:]
     try:
         if data[:HASH_BYTES] != digest("pledge", run_id, content):
-            raise ValueError("its content does not have the hash in its head, or belongs to another run")
+            raise ValueError("its hash does not match its content, or it belongs to another run")
         return msgspec.msgpack.decode(content, type=type(fresh))
     except (ValueError, msgspec.MsgspecError) as error:
         raise PsycheError(
-            f"{path} cannot be read ({error}): it holds what this node signed, which it must not contradict; "
-            "join with another identity (--directory) instead"
+            f"{path} cannot be read ({error}). It records what this node has signed and must not contradict: "
+            "restore it from a backup, or join with a new identity (another --directory)"
         ) from None

@@ -34,28 +34,28 @@ from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.wire import Message
 
 STRETCH = 64
-"""Rounds that are checked in one go. With a hundred nodes they take a core half a second, and 6 MB of memory."""
+"""Rounds checked as one unit of work: half a second on one core and 6 MB of memory with a hundred nodes."""
 ALONE = 4 * STRETCH
-"""A ledger of no more rounds is checked by this process alone: another one takes half a second to start."""
+"""Ledgers up to this many rounds are checked in this process: starting another takes half a second."""
 MAX_WORKERS = 16
-"""Each takes 60 MB."""
+"""Each takes 60 MB of memory."""
 
 Progress = Callable[[int, int], None]
-"""Called with the rounds that are checked, and how many there are."""
+"""Called with the number of rounds checked so far and in all."""
 
 
 class Checked(Message, frozen=True):
-    """A stretch that holds up, as far as it is asked about."""
+    """What a valid stretch contributes to the summary."""
 
     round_work: tuple[RoundWork, ...]
     missing: tuple[tuple[int, int], ...]
-    """Of each gap the first round, and the one after its last."""
+    """First round of each gap, and the round after its last."""
     reconfigurations: int
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """``count`` rounds that are there, the first of them ``first``; ``before`` them is that one, or none."""
+    """``count`` rounds of the ledger from ``first`` on; ``before`` is the ledger's round before them, or None."""
 
     first: int
     count: int
@@ -64,18 +64,18 @@ class Stretch:
 
 @dataclass
 class Summary:
-    """What a sound ledger holds."""
+    """What a valid ledger contains."""
 
-    books: CreditAccounts
-    """All credits, as they follow from the chain alone."""
+    credits: CreditAccounts
+    """All credits, computed from the chain alone."""
     settled: list[Change] = field(default_factory=list)
-    """What became of them, in order, if it was asked for: there are as many as contributions."""
+    """Settled changes that the caller wanted, in order."""
     rounds: int = 0
     last: int = 0
     missing: list[range] = field(default_factory=list)
-    """Rounds before the last one that are not there."""
+    """Gaps: rounds before the last one that are not in the ledger."""
     tokens: Counter[str] = field(default_factory=Counter)
-    """Of each node, over all its accepted contributions that are there."""
+    """Accepted tokens by node, over all rounds in the ledger."""
     reconfigurations: int = 0
 
 
@@ -87,27 +87,27 @@ def verify_ledger(
     wanted: Callable[[Change], bool] = lambda change: False,
     workers: int | None = None,
 ) -> Summary:
-    """Check a ledger file against nothing but the run's manifest.
+    """Verify a ledger file against the run's manifest alone.
 
-    Of settled credits those ``wanted`` are kept. ``workers`` processes check it; as many as there are cores by default.
-    Raises :class:`LedgerError` where the file cannot be read, is damaged, or is another run's, and :class:`BadLedger`,
-    which names the first round at fault, where what it says is not what the run's members have certified.
+    Settled changes that are ``wanted`` are collected. ``workers`` is the number of processes, by default one a core.
+    Raises :class:`LedgerError` if the file is unreadable, damaged or of another run, and :class:`BadLedger`, which
+    names the first bad round, if its content is not what the run's members certified.
     """
     with Ledger.read(path) as ledger:
         if ledger.run_id != manifest.run_id:
             raise LedgerError(
-                f"{path} is the ledger of run {ledger.run_id.hex()[:16]}…, and the manifest that of "
+                f"{path} is the ledger of run {ledger.run_id.hex()[:16]}…, but the manifest is of run "
                 f"{manifest.run_id.hex()[:16]}…: give the right one with --manifest"
             )
         rounds = ledger.rounds()
         summary = Summary(CreditAccounts(chain_rules(manifest)))
         with _checking(ledger, manifest, _stretches(rounds), workers) as found:
-            ledger.check_pages()  # while other processes are at work already
+            ledger.check_pages()  # the worker processes run meanwhile
             for checked in found:
                 _add(summary, checked, wanted)
                 progress(summary.rounds, len(rounds))
         for stray in ledger.strays():
-            raise BadLedger(stray, "members or audits are listed for it, and it is not there")
+            raise BadLedger(stray, "it has members or audits but no certificate")
         _verify_superseded(ledger, manifest)
     return summary
 
@@ -119,7 +119,7 @@ def _stretches(rounds: Sequence[int]) -> list[Stretch]:
 
 def _add(summary: Summary, checked: Checked, wanted: Callable[[Change], bool]) -> None:
     for done in checked.round_work:
-        summary.settled += filter(wanted, summary.books.enter(done))
+        summary.settled += filter(wanted, summary.credits.enter(done))
         summary.tokens.update({one.node: one.tokens for one in done.work})
         summary.rounds, summary.last = summary.rounds + 1, done.round
     summary.missing += [range(start, stop) for start, stop in checked.missing]
@@ -130,10 +130,10 @@ def _add(summary: Summary, checked: Checked, wanted: Callable[[Change], bool]) -
 
 
 def check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch) -> Checked:
-    """What a stretch says, once every signature, vote, link and row in it is proven. Raises :class:`BadLedger`.
+    """Verify every signature, vote, hash link and row of a stretch. Raises :class:`BadLedger`.
 
-    Its signatures are checked together, if this build can do that; where something is wrong each on its own, to find
-    out what is wrong first.
+    Signatures are verified as a batch if this build supports it; if the batch fails, one by one to name the first
+    error.
     """
     if signatures.available():
         batch = signatures.Batch()
@@ -162,24 +162,26 @@ def _check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch, open_en
         missing += [(verified.missing.start, verified.missing.stop)] if verified.missing else []
         reconfigurations += verified.record.is_reconfiguration
     if len(done) < stretch.count or (before is None) != (stretch.before is None):
-        raise LedgerError(f"{ledger.path} was changed while it was checked: the run went back; try again")
+        raise LedgerError(
+            f"{ledger.path} was changed while it was being verified, because the run went back: run the command again"
+        )
     return Checked(tuple(done), tuple(missing), reconfigurations)
 
 
 def _compare(ledger: Ledger, verified: Verified) -> None:
-    """What the file says for those who ask it in SQL is what the certificate says."""
+    """Compare the columns and tables for SQL with the certificate they derive from."""
     record = verified.record
     round_number = record.plan.round
     if ledger.row(round_number) != round_row(record):
-        raise BadLedger(round_number, "its row does not say what its certificate says")
+        raise BadLedger(round_number, "its row does not match its certificate")
     if ledger.member_rows(round_number) != member_rows(record):
-        raise BadLedger(round_number, "its members are not listed as its certificate says")
+        raise BadLedger(round_number, "its rows in members do not match its certificate")
     if ledger.audit_rows(round_number) != audit_rows(record):
-        raise BadLedger(round_number, "its audits are not listed as its certificate says")
+        raise BadLedger(round_number, "its rows in audits do not match its certificate")
 
 
 def _verify_superseded(ledger: Ledger, manifest: Manifest) -> None:
-    """A second certified record of a round is a fault of the run, proven by this file."""
+    """A superseded record that differs from the round's record proves that the run certified a round twice."""
     for entry in ledger.superseded():
         record = prove(
             entry,
@@ -202,14 +204,14 @@ def _verify_superseded(ledger: Ledger, manifest: Manifest) -> None:
 def _checking(
     ledger: Ledger, manifest: Manifest, stretches: Sequence[Stretch], workers: int | None
 ) -> Iterator[Iterator[Checked]]:
-    """Each stretch as it was checked, in order; by other processes where that pays."""
+    """Yield the results of all stretches in order, from worker processes if the ledger is long enough."""
     if workers is None:
         workers = 1 if len(stretches) * STRETCH <= ALONE else os.cpu_count() or 1
     workers = min(workers, len(stretches), MAX_WORKERS)
     if workers <= 1:
         yield (check_stretch(ledger, manifest, one) for one in stretches)
         return
-    # spawn: whoever calls may have threads, and a forked child would inherit their locks
+    # spawn: a forked child would inherit the locks of this process's threads
     context = multiprocessing.get_context("spawn")
     start = (ledger.path, manifest.encode())
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=start)
@@ -224,15 +226,17 @@ def _results(futures: Sequence[Future[bytes]], path: Path) -> Iterator[Checked]:
         try:
             yield msgspec.msgpack.decode(future.result(), type=Checked)
         except BrokenProcessPool:
-            raise LedgerError(f"a process that checked {path} was killed: is there memory left? Try again") from None
+            raise LedgerError(
+                f"a process that verified {path} was killed, probably for lack of memory: free memory and try again"
+            ) from None
 
 
 _work: tuple[Ledger, Manifest]
-"""Of a process that checks."""
+"""Ledger and manifest of a worker process."""
 
 
 def _begin(path: Path, manifest: bytes) -> None:
-    """In a new process: open the file, and end when the parent does, which is the one to hear a Ctrl-C."""
+    """Initialise a worker process: open the file, and exit with the parent, which alone handles Ctrl-C."""
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""The ledger at work: a thread that writes it beside the event loop."""
+"""Write the ledger from an asyncio process, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from psyche.protocol.wire import decode
 
 @contextlib.asynccontextmanager
 async def writing(ledger: Ledger, warn: Callable[[str], None]) -> AsyncIterator[LedgerWriter]:
-    """A writer of ``ledger``. When the block is left all is on disk, or the :class:`LedgerError` is raised."""
+    """Open a writer of ``ledger``. When the block ends, all entries are on disk or :class:`LedgerError` is raised."""
     writer = LedgerWriter(ledger, warn)
     try:
         yield writer
@@ -29,10 +29,10 @@ async def writing(ledger: Ledger, warn: Callable[[str], None]) -> AsyncIterator[
 
 
 class LedgerWriter:
-    """Writes a ledger on a thread of its own: a flush of the disk never holds up a round.
+    """Writes a ledger on a thread, so that a disk flush never delays a round.
 
-    What was entered last may be lost with the process; that is harmless, for a node that starts again goes on from a
-    checkpoint, and is shown the certificate of the round it then finds the run in.
+    A crash may lose the last entries. That is harmless: a node restarts from a checkpoint and receives the certificate
+    of the round that the run is in.
     """
 
     def __init__(self, ledger: Ledger, warn: Callable[[str], None]) -> None:
@@ -41,16 +41,18 @@ class LedgerWriter:
         self._failure: Exception | None = None
 
     def enter(self, certificate: bytes, record: Record, state_root: bytes | None) -> None:
-        """Append a certified round, soon. Where the run went back on rounds that are in, it is followed, and said."""
+        """Queue a certified round. If the run went back, the contradicting rounds are superseded, with a warning."""
         self._thread.submit(self._enter, certificate, record, state_root)
 
     async def certificates(self, first: int, most: int) -> list[bytes]:
-        """Of the rounds from ``first`` on, one after the other without a gap, as many as ``most`` bytes hold."""
+        """Return certificates of consecutive rounds from ``first`` on, up to ``most`` bytes but at least one."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._certificates, first, most)
 
     async def held(self, rounds: range, most: int) -> list[bytes]:
-        """Certificates of those of ``rounds`` that are here, ascending: a node that joined late, or was away, lacks
-        some. At most ``most`` bytes, or the last one; the latest rounds come first where they are more."""
+        """Return certificates of those ``rounds`` that are in the ledger, ascending.
+
+        At most ``most`` bytes, but at least one; the latest rounds take precedence.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._held, rounds, most)
 
     def _certificates(self, first: int, most: int) -> list[bytes]:
@@ -74,12 +76,12 @@ class LedgerWriter:
         return found[::-1]
 
     def check(self) -> None:
-        """Raise what a round could not be written for (:class:`LedgerError`: the disk is full, say), if anything."""
+        """Raise the error that an entry failed with, if any (:class:`LedgerError`, for example on a full disk)."""
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """Wait for what is under way, and close the file."""
+        """Finish all queued writes and close the file."""
         self._thread.shutdown()
         self._ledger.close()
 
@@ -89,18 +91,17 @@ class LedgerWriter:
                 self._ledger.append(certificate, record, state_root)
             except Forked as fork:
                 moved = self._ledger.supersede(certificate, record, state_root)
-                self._warn(f"{fork}; the run goes on from the latter, {moved} rounds of the ledger are superseded")
-        except Exception as error:  # a bug, too, is the event loop's to see: check()
+                self._warn(f"{fork}; the run continues from the latter; {moved} rounds of this ledger are superseded")
+        except Exception as error:  # of any type, so that check() raises bugs too
             self._failure = error
 
 
 def backfill(
     ledger: Ledger, manifest: Manifest, chain: Chain, certificates: Iterable[bytes], warn: Callable[[str], None]
 ) -> None:
-    """Enter what a checkpoint at ``chain`` proves and the ledger lacks.
+    """Enter the rounds that a checkpoint's ``certificates`` prove and the ledger lacks. Raises :class:`LedgerError`.
 
-    Checkpoints of earlier versions held the whole chain, and a ledger may be younger than its node. Raises
-    :class:`LedgerError`.
+    The checkpoint is at ``chain``.
     """
     there = set(ledger.rounds())
     for encoded in certificates:
@@ -108,10 +109,10 @@ def backfill(
             certificate = decode(Certificate, encoded)
             record = certified_record(manifest, certificate)
         except (MalformedMessage, BadCertificate) as error:
-            warn(f"a certificate in the checkpoint proves nothing, and is not entered in the ledger: {error}")
+            warn(f"invalid certificate in the checkpoint, not entered in the ledger: {error}")
             continue
         if record.plan.round not in there:
             try:
                 ledger.append(encoded, record, chain.state_root if record.hash == chain.head else None)
             except Forked as fork:
-                warn(f"{fork}; the checkpoint's is not entered")
+                warn(f"{fork}; the record of the checkpoint is not entered")

@@ -39,7 +39,7 @@ def require_whole(summary: Summary, path: Path) -> None:
             f"{path} lacks {count:,} rounds, so that what was earned there is not known: take the ledger of a node or "
             "coordinator that was there from the start"
         )
-    if not any(account.final for account in summary.books.accounts.values()):
+    if not any(account.final for account in summary.credits.accounts.values()):
         raise PsycheError(f"no credit in {path} is final yet: `psyche ledger credits` says what is pending")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from psyche.config import Manifest
 from psyche.ledger.certificate_check import certified_record
-from psyche.ledger.signing_record import Ballot, keep, recall
+from psyche.ledger.signing_record import Ballot, load_signed, save_signed
 from psyche.protocol.acceptor import Chain, consider, promise
 from psyche.protocol.messages import Certificate, Plan, Promise, Proposal, Record
 from psyche.protocol.state import Rules
@@ -25,7 +25,7 @@ class Voter:
         self.manifest, self.rules = manifest, rules
         self.certificate = certificate
         self._path = directory / BALLOT
-        self._ballot = recall(self._path, manifest.run_id, Ballot())
+        self._ballot = load_signed(self._path, manifest.run_id, Ballot())
         self._lock = asyncio.Lock()
         self._checked: tuple[bytes, Record] | None = None
         self._round: tuple[Plan, Reveals] | None = None
@@ -96,5 +96,5 @@ class Voter:
 
     async def _keep(self, ballot: Ballot) -> None:
         if ballot != self._ballot:
-            await asyncio.to_thread(keep, self._path, self.manifest.run_id, ballot)
+            await asyncio.to_thread(save_signed, self._path, self.manifest.run_id, ballot)
             self._ballot = ballot

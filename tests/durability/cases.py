@@ -23,7 +23,7 @@ from psyche.durable import write_durably
 from psyche.exchange.payload_journal import PayloadJournal
 from psyche.federated.privacy_budget import NAME as PRIVACY
 from psyche.federated.privacy_budget import Budget
-from psyche.ledger.signing_record import Ballot, keep, recall
+from psyche.ledger.signing_record import Ballot, load_signed, save_signed
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.network.identity import IDENTITY, Identity
@@ -43,7 +43,7 @@ CHAIN, OTHER = chain(2), chain(2, flavour=b"other")
 
 
 @dataclass(frozen=True)
-class AuditCase:
+class DurabilityCase:
     """Something on disk with a value that is replaced or added to."""
 
     name: str
@@ -66,21 +66,23 @@ def which(found: object, *values: object) -> int:
 # ------------------------------------------------------------------------------------- whole files
 
 
-def whole_file(name: str) -> AuditCase:
+def whole_file(name: str) -> DurabilityCase:
     values = {1: b"one" * 50, 2: b"and another" * 7000}
 
     def read(folder: Path) -> int:
         path = folder / name
         return which(path.read_bytes() if path.exists() else b"", b"", *values.values())
 
-    return AuditCase(name, lambda folder, number: write_durably(folder / name, values[number]), read)
+    return DurabilityCase(name, lambda folder, number: write_durably(folder / name, values[number]), read)
 
 
-def pledge(name: str, first: Ballot | SignedState, second: Ballot | SignedState) -> AuditCase:
+def pledge(name: str, first: Ballot | SignedState, second: Ballot | SignedState) -> DurabilityCase:
     def read(folder: Path) -> int:
-        return which(recall(folder / name, RUN, type(first)()), type(first)(), first, second)
+        return which(load_signed(folder / name, RUN, type(first)()), type(first)(), first, second)
 
-    return AuditCase(name, lambda folder, number: keep(folder / name, RUN, (first, second)[number - 1]), read)
+    return DurabilityCase(
+        name, lambda folder, number: save_signed(folder / name, RUN, (first, second)[number - 1]), read
+    )
 
 
 BALLOT_OF_ONE = Ballot(Acceptor(1, 2, bytes(32)), b"claim", 3, b"proposal" * 100, (b"a" * 500,), (b"b" * 900,))
@@ -258,16 +260,16 @@ CASES = [
     *(whole_file(name) for name in (MANIFEST, GENESIS, INVITE)),
     pledge(BALLOT, BALLOT_OF_ONE, replace(BALLOT_OF_ONE, round=4)),
     pledge(SIGNED_STATE, OATH_OF_ONE, replace(OATH_OF_ONE, term=9)),
-    AuditCase(PEERS, know, known),
-    AuditCase(IDENTITY, identify, identified, last=1),
-    AuditCase("checkpoint", hold, held),
-    AuditCase("privacy budget", pay, paid),
-    AuditCase("ledger", certify, certified),
-    AuditCase("ledger that goes back", go_back, gone_back),
-    AuditCase("journal", take, taken),
-    AuditCase("journal of copies", copy, taken),
-    AuditCase("shard cache", shelve, shelved),
-    AuditCase("events", tell, told, durable=False),
-    AuditCase("preparation", note, noted),
-    AuditCase("token store", encode, encoded, durable=False, last=1),  # its folder may go, and is made again
+    DurabilityCase(PEERS, know, known),
+    DurabilityCase(IDENTITY, identify, identified, last=1),
+    DurabilityCase("checkpoint", hold, held),
+    DurabilityCase("privacy budget", pay, paid),
+    DurabilityCase("ledger", certify, certified),
+    DurabilityCase("ledger that goes back", go_back, gone_back),
+    DurabilityCase("journal", take, taken),
+    DurabilityCase("journal of copies", copy, taken),
+    DurabilityCase("shard cache", shelve, shelved),
+    DurabilityCase("events", tell, told, durable=False),
+    DurabilityCase("preparation", note, noted),
+    DurabilityCase("token store", encode, encoded, durable=False, last=1),  # its folder may go, and is made again
 ]

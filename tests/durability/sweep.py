@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.durability.cases import CASES, AuditCase
+from tests.durability.cases import CASES, DurabilityCase
 
 MANNERS = ("killed", "torn", "lost")
 DIED, UNSYNCED = 77, 3
 
 
-def sweep(case: AuditCase, value: int, place: Path) -> None:
+def sweep(case: DurabilityCase, value: int, place: Path) -> None:
     """Let the writer of ``value`` die at each of its calls. Folders below ``place`` are named by call and manner."""
     origin = place / "origin"
     origin.mkdir(parents=True)
@@ -38,7 +38,7 @@ def sweep(case: AuditCase, value: int, place: Path) -> None:
     (place / "endings.json").write_text(json.dumps(endings))
 
 
-def _armed(case: AuditCase, value: int, folder: Path, call: int, manner: int) -> int:
+def _armed(case: DurabilityCase, value: int, folder: Path, call: int, manner: int) -> int:
     preloaded = ctypes.CDLL(None)
     preloaded.armed(call, manner, os.fsencode(folder))
     case.write(folder, value)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from psyche.processes.coordinator_process import GENESIS, INVITE
-from tests.durability.cases import CASES, AuditCase
+from tests.durability.cases import CASES, DurabilityCase
 from tests.durability.sweep import DIED
 
 SLOW = {"token store", GENESIS, INVITE, "ledger that goes back", "journal of copies"}
@@ -47,20 +47,20 @@ def run(place: Path, preload: Path, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in SLOW], ids=lambda case: case.name)
-def test_what_is_left_is_the_old_value_or_the_new_one(case: AuditCase, left: Path) -> None:
+def test_what_is_left_is_the_old_value_or_the_new_one(case: DurabilityCase, left: Path) -> None:
     for value in range(1, case.last + 1):
         judge(case, value, left / case.name / str(value))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in SLOW], ids=lambda case: case.name)
-def test_what_takes_longer_is_so_too(case: AuditCase, tmp_path: Path, preload: Path) -> None:
+def test_what_takes_longer_is_so_too(case: DurabilityCase, tmp_path: Path, preload: Path) -> None:
     run(tmp_path, preload, [case.name])
     for value in range(1, case.last + 1):
         judge(case, value, tmp_path / case.name / str(value))
 
 
-def judge(case: AuditCase, value: int, place: Path) -> None:
+def judge(case: DurabilityCase, value: int, place: Path) -> None:
     """Look at all that the writer of ``value`` left where it died, and write it once more there."""
     endings: dict[str, int] = json.loads((place / "endings.json").read_text())
     assert sum(code == DIED for code in endings.values()) >= 3, "nothing was written"

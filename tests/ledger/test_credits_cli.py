@@ -99,7 +99,7 @@ def test_why_gives_each_change_with_its_reason(directory: Path) -> None:
     assert lines[4].startswith(f"round 5: {EACH:,} earned: ")
     assert lines[4].endswith("forfeited at once, because it was convicted in round 4")
     assert lines[-1].startswith(f"0 final, 0 pending, {6 * EACH:,} forfeited; no payout address")
-    assert lines[-1].endswith("convicted in round 4: nothing is earned any more")
+    assert lines[-1].endswith("convicted in round 4: it earns nothing any more")
     others = psyche_ledger("why", directory, B).stdout
     assert f"round 4: {EACH:,} earned: it did the work of {SHORT[0]} in round 2 again; pending until round 10" in others
     left_out = psyche_ledger("why", directory, D).stdout.splitlines()
@@ -116,11 +116,11 @@ def test_why_as_json(directory: Path) -> None:
 def test_show_says_who_was_convicted_and_on_what_evidence(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     shown = words("show", directory)
-    evidence = f"{SHORT[1]} found 0.3100 off in segment 1; {SHORT[2]} found it false"
-    assert f"{SHORT[0]}, work of round 2: convicted ({evidence})" in shown
+    evidence = f"{SHORT[1]}: relative error 0.3100 in segment 1; {SHORT[2]}: false"
+    assert f"{SHORT[0]}, round 2: convicted ({evidence})" in shown
     story = json.loads(psyche_ledger("show", directory, "--json", "--node", B).stdout)
     (ending,) = story["rounds"][3]["audits"]
-    assert [one["auditor"] for one in ending["evidence"]] == [B, C]
+    assert [one["auditor"] for one in ending["findings"]] == [B, C]
 
 
 # ------------------------------------------------------------------------------------------- claims
@@ -210,7 +210,7 @@ def test_a_long_ledger_is_checked_by_several_processes(tmp_path: Path) -> None:
     assert seen == [(STRETCH, rounds), (2 * STRETCH, rounds), (rounds, rounds)]
     assert (found.rounds, found.tokens) == (alone.rounds, alone.tokens) == (rounds, found.tokens)
     records = [record for _, record, _ in bulk.bulk_chain(manifest, 2)]
-    assert found.books.accounts == alone.books.accounts == fold(chain_rules(manifest), records).accounts
+    assert found.credits.accounts == alone.credits.accounts == fold(chain_rules(manifest), records).accounts
     for bad in (STRETCH, STRETCH + 1, rounds):
         good = (tmp_path / NAME).read_bytes()
         change(tmp_path / NAME, "UPDATE rounds SET base_root = x'00' WHERE round = ?", bad)

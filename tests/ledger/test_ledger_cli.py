@@ -46,12 +46,12 @@ def test_verify_names_the_round_and_the_reason(directory: Path) -> None:
     change(directory / NAME, "UPDATE members SET tokens = tokens + 1 WHERE round = 5")
     result = psyche_ledger("verify", directory)
     assert isinstance(result.exception, PsycheError)
-    assert "round 5: its members are not listed as its certificate says" in str(result.exception)
+    assert "round 5: its rows in members do not match its certificate" in str(result.exception)
 
 
 def test_verify_says_what_it_needs(directory: Path) -> None:
     (directory / "manifest.msgpack").write_bytes(manifest("another").encode())
-    assert "and the manifest that of" in str(psyche_ledger("verify", directory).exception)
+    assert "but the manifest is of" in str(psyche_ledger("verify", directory).exception)
     (directory / "manifest.msgpack").unlink()
     assert "give its path with --manifest" in str(psyche_ledger("verify", directory).exception)
     assert "there is no ledger at" in str(psyche_ledger("show", directory / "nowhere").exception)
@@ -109,7 +109,7 @@ def test_show_as_json_and_of_one_node(directory: Path) -> None:
         "payload_bytes": None,
         "private": False,
         "reason": REASON,
-        "dissenters": False,
+        "dissenter": False,
     }
     assert story["rounds"][1]["members"][0]["tokens"] == EACH
     assert list(story["totals"]) == [NAMES[-1]]

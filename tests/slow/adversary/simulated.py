@@ -36,7 +36,7 @@ class Ran:
     loss: float = 0.0
     """Of the outer parameters on the held-out set, nats a token."""
     hostile: frozenset[str] = frozenset()
-    books: CreditAccounts | None = None
+    credits: CreditAccounts | None = None
     """What everybody is paid in the end, from the records alone."""
 
     @property
@@ -49,8 +49,8 @@ class Ran:
 
     def paid(self, nodes: Iterable[str]) -> int:
         """Credits of ``nodes`` that are final."""
-        assert self.books is not None
-        return sum(self.books.account(node).final for node in nodes)
+        assert self.credits is not None
+        return sum(self.credits.account(node).final for node in nodes)
 
     def named_in(self) -> dict[str, int]:
         """Round whose payload of each stood out first."""
@@ -111,7 +111,7 @@ def run(
     audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, judge(liars))
     for record, _ in simulate_rounds(manifest, replicas, audit=audits.statements_after):
         ran.records.append(record)
-    ran.books = fold(rules_of(manifest), ran.records)
+    ran.credits = fold(rules_of(manifest), ran.records)
     ran.loss = heldout_loss(replicas[identities[0].peer_id])
     return ran
 

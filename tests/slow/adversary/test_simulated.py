@@ -74,9 +74,9 @@ def test_who_hands_nothing_over_is_paid_nothing_for_what_was_audited(tmp_path: P
     assert lost
     assert {one.accused for one in lost} <= ran.hostile
     assert not ran.banned
-    assert ran.books is not None
+    assert ran.credits is not None
     for one in lost:
-        assert ran.books.account(one.accused).forfeited > 0
+        assert ran.credits.account(one.accused).forfeited > 0
 
 
 def test_no_honest_node_is_ever_convicted(tmp_path: Path, cache: Path) -> None:
