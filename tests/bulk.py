@@ -17,8 +17,8 @@ from psyche.ledger.schema import audit_rows, member_rows, round_row
 from psyche.ledger.store import NAME, Ledger
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
-from psyche.protocol import envelope as envelopes
 from psyche.protocol.assignment import next_position
+from psyche.protocol.audit_messages import EMPTY, AuditState, Finding, SealedVerdict, Verdict
 from psyche.protocol.audits import asked, audits_after
 from psyche.protocol.messages import (
     Accepted,
@@ -32,10 +32,9 @@ from psyche.protocol.messages import (
     Vote,
 )
 from psyche.protocol.proposals import round_seed
+from psyche.protocol.round_state import Rules, StatementReceived
 from psyche.protocol.standing import newly_audited, standing_after
-from psyche.protocol.state import Rules, StatementReceived
-from psyche.protocol.verdicts import EMPTY, AuditState, Finding, SealedVerdict, Verdict
-from psyche.protocol.wire import Body
+from psyche.protocol.wire import Body, encode_envelope
 from tests.protocol.players import contribution
 
 COORDINATOR = Identity(bytes(31) + b"c", Path("unused"))
@@ -115,14 +114,14 @@ def _heard(
             sealed = SealedVerdict(audit.accused, audit.round, verdict.digest)
             body = verdict if node in spoken else sealed
             proof = owners[node].seal(body.DOMAIN, rules.run_id, audit.round, body.encode())
-            yield StatementReceived(node, body, envelopes.encode(proof))
+            yield StatementReceived(node, body, encode_envelope(proof))
 
 
 def _certify(record: Record, voters: list[Identity], rules: Rules) -> bytes:
     round_number, term, own, previous = record.plan.round, record.plan.term + 1, record.hash, record.plan.previous
 
     def sealed(author: Identity, body: Body) -> bytes:
-        return envelopes.encode(author.seal(body.DOMAIN, rules.run_id, round_number, body.encode()))
+        return encode_envelope(author.seal(body.DOMAIN, rules.run_id, round_number, body.encode()))
 
     vote, reconfiguration = Vote(term, own), Reconfiguration(previous, record.reconfiguration, record.electorate)
     signed = (sealed(COORDINATOR, reconfiguration),) if record.reconfiguration else ()

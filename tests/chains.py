@@ -12,10 +12,10 @@ from psyche.config import Data, Manifest, Model, Resolved, Rounds, Run
 from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity, open_envelope
 from psyche.numerics.digest import digest
-from psyche.protocol import envelope as envelopes
 from psyche.protocol.assignment import next_position
+from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.audits import audits_after
-from psyche.protocol.ledger import Entry, Verified, verify_chain
+from psyche.protocol.chain import Entry, Verified, verify_chain
 from psyche.protocol.messages import (
     Accepted,
     Certificate,
@@ -30,10 +30,9 @@ from psyche.protocol.messages import (
     Vote,
 )
 from psyche.protocol.proposals import round_seed
+from psyche.protocol.round_state import Rules
 from psyche.protocol.standing import newly_audited, standing_after
-from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import EMPTY
-from psyche.protocol.wire import Body
+from psyche.protocol.wire import Body, encode_envelope
 from tests.protocol.players import contribution
 
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
@@ -153,7 +152,7 @@ def certify(record: Record, voters: int = len(NAMES)) -> bytes:
 
 
 def sealed(author: Identity, body: Body, round_number: int) -> bytes:
-    return envelopes.encode(author.seal(body.DOMAIN, RULES.run_id, round_number, body.encode()))
+    return encode_envelope(author.seal(body.DOMAIN, RULES.run_id, round_number, body.encode()))
 
 
 def with_plan(**changes: object) -> Callable[[Record], Record]:

@@ -19,7 +19,7 @@ from psyche.ledger.store import Ledger
 from psyche.network.identity import IDENTITY, Identity
 from psyche.numerics.backends.base import Backend
 from psyche.numerics.outer import OuterState
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.telemetry.event_log import LOG_NAME, read_events
 from psyche.telemetry.events import RoundCertified
 from psyche.training.models import build

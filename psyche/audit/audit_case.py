@@ -13,9 +13,9 @@ from psyche.diloco.audit_bundle import AuditBundle, ThetaProof
 from psyche.diloco.local_data import DataAssignment
 from psyche.diloco.replica import Replica
 from psyche.numerics.backends.base import Backend
+from psyche.protocol.audit_messages import Finding
 from psyche.protocol.audits import seed_of
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.verdicts import Finding
 from psyche.training.engine import Batch
 from psyche.training.optimizer_state import muon_parameters
 from psyche.training.torch_engine import TorchEngine

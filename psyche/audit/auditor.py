@@ -31,13 +31,12 @@ from psyche.errors import PsycheError
 from psyche.ledger.chain_sync import ChainFetcher
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.transport import BadBlob, FetchError, Network, Refused, Unreachable, Violation
+from psyche.protocol.audit_messages import JURY, Audit, AuditStatement, DeclinedAudit, Finding, SealedVerdict, Verdict
+from psyche.protocol.audit_outcome import grade
 from psyche.protocol.audits import asked
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.judgement import grade
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Record
-from psyche.protocol.verdicts import JURY, Audit, AuditStatement, DeclinedAudit, Finding, SealedVerdict, Verdict
-from psyche.protocol.wire import Body, decode
+from psyche.protocol.wire import Body, MalformedMessage, decode
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 from psyche.diloco.audit_bundle import BUNDLE, AuditBundle, BlobUnavailable, ThetaProof, read_blob
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.wire import B, decode
+from psyche.protocol.wire import B, MalformedMessage, decode
 
 EVIDENCE_DIRECTORY = "evidence"
 """Directory in a node's directory."""

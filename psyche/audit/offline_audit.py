@@ -20,12 +20,11 @@ from psyche.errors import PsycheError
 from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.store import Ledger
 from psyche.numerics.backends.selection import backend_on
+from psyche.protocol.audit_messages import Finding
+from psyche.protocol.audit_outcome import Grade, grade
 from psyche.protocol.certificates import BadCertificate
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.judgement import Grade, grade
 from psyche.protocol.messages import Certificate
-from psyche.protocol.verdicts import Finding
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode
 from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine
 

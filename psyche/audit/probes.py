@@ -3,7 +3,7 @@
 An auditor that passes everything without replaying saves its work, and is mostly right (the verifier's dilemma: Luu et
 al., "Demystifying Incentives in the Consensus Computer", CCS 2015). So a finding carries a sketch: the displacement of
 a few parameters at steps in the middle of segments. All auditors of a contribution measure the same probes, and two who
-passed it with different sketches are detected (``protocol/judgement.py``).
+passed it with different sketches are detected (``protocol/audit_outcome.py``).
 
 Steps are drawn between a quarter and half of a segment. There the straight line between the segment's ends, which
 anybody can interpolate, is off by 0.34 to 1.5 of the displacement in the demo's first five rounds; 11 of 15 such
@@ -25,7 +25,7 @@ from psyche.diloco.trace import TracePoint
 from psyche.numerics.digest import digest
 from psyche.numerics.flat import FlatLayout
 from psyche.protocol.assignment import permute
-from psyche.protocol.verdicts import MOST, SKETCH
+from psyche.protocol.audit_messages import MOST, SKETCH
 
 MAX_SEGMENTS = 4
 """Segments of a contribution that get a probe, at most."""

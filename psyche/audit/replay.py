@@ -40,8 +40,8 @@ from psyche.numerics.backends.base import Backend
 from psyche.numerics.codecs.base import Codec, NonFinite
 from psyche.numerics.digest import blob_root, digest, payload_root
 from psyche.protocol.assignment import permute
+from psyche.protocol.audit_messages import MOST, Finding
 from psyche.protocol.messages import WITHHELD, Contribution, Plan
-from psyche.protocol.verdicts import MOST, Finding
 from psyche.training.engine import Batch, Engine
 from psyche.training.optimizer_state import Moments, packed_state_bytes
 from psyche.training.schedules import learning_rate

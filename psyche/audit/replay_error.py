@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from psyche.config import Inner
 from psyche.numerics.flat import FlatLayout
-from psyche.protocol.verdicts import MOST
+from psyche.protocol.audit_messages import MOST
 from psyche.training.optimizer_state import Moments
 from psyche.training.optimizers import adamw, muon
 

@@ -11,12 +11,11 @@ from functools import partial
 from psyche.audit.audit_case import audit, open_case
 from psyche.diloco.replica import Replica
 from psyche.numerics.digest import digest
-from psyche.protocol import envelope as envelopes
+from psyche.protocol.audit_messages import JURY, Audit, Finding, SealedVerdict, Verdict
 from psyche.protocol.audits import asked
-from psyche.protocol.envelope import Envelope
 from psyche.protocol.messages import Record
-from psyche.protocol.state import AuditRules, StatementReceived
-from psyche.protocol.verdicts import JURY, Audit, Finding, SealedVerdict, Verdict
+from psyche.protocol.round_state import AuditRules, StatementReceived
+from psyche.protocol.wire import Envelope, encode_envelope
 
 VerdictPolicy = Callable[[str, Audit, Callable[[], Finding]], Finding | None]
 """Returns what an auditor reports, given the audit and a function that does it honestly; None: nothing."""
@@ -65,7 +64,7 @@ class SimulatedAudits:
             return
         body = SealedVerdict(case.accused, case.round, verdict.digest) if mine is None else verdict
         envelope = Envelope(body.DOMAIN, self._run_id, case.round, node, body.encode(), bytes(64))
-        yield StatementReceived(node, body, envelopes.encode(envelope))
+        yield StatementReceived(node, body, encode_envelope(envelope))
 
     def audit(self, node: str, case: Audit) -> Finding:
         """Have ``node`` replay the contribution under audit."""

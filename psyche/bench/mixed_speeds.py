@@ -22,7 +22,7 @@ from psyche.bench.utilisation import counted_metrics, train_and_round_seconds
 from psyche.config import Config, Rounds
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Record
 from psyche.telemetry.event_log import read_events
 from psyche.telemetry.events import PhaseChanged, RoundStarted

@@ -70,7 +70,7 @@ def verified(ledger: Path, manifest: Manifest) -> Summary:
 
     from psyche.errors import PsycheError
     from psyche.ledger.verify import verify_ledger
-    from psyche.protocol.ledger import BadLedger
+    from psyche.protocol.chain import BadLedger
 
     console = Console(stderr=True)
     columns = (TextColumn("rounds verified"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

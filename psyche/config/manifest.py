@@ -12,7 +12,7 @@ from psyche.config.base import Count, HexDigest, PeerId, Strict, validated
 from psyche.config.run_config import Run
 from psyche.errors import ConfigError
 from psyche.numerics.digest import digest
-from psyche.protocol.state import AuditRules, Rules
+from psyche.protocol.round_state import AuditRules, Rules
 
 MANIFEST = "manifest.msgpack"
 """File of the run manifest in the directory of each process."""

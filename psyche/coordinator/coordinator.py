@@ -2,7 +2,7 @@
 
 Members submit signed messages and watch the board; the pure state machine of ``protocol/rounds.py`` decides;
 this module checks signatures, keeps time, and turns effects into bytes and events. Of several one leads, and the
-others stand by (``succession.py`` says when one begins, ``protocol/succession.py`` how it goes on).
+others stand by (``succession.py`` says when one begins, ``protocol/takeover.py`` how it goes on).
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.transport import Network, Refused
-from psyche.protocol import envelope as envelopes
-from psyche.protocol import state as protocol
+from psyche.protocol import round_state as protocol
+from psyche.protocol.audit_messages import DeclinedAudit, SealedVerdict, Verdict
 from psyche.protocol.audits import statement
-from psyche.protocol.calls import MAX_SUBMISSION, WATCH_SECONDS, RefusalCode
-from psyche.protocol.certificates import BadCertificate, seals_needed, signatures_needed
-from psyche.protocol.envelope import Envelope, MalformedMessage
+from psyche.protocol.certificates import BadCertificate, ConflictingSignature, seals_needed, signatures_needed
 from psyche.protocol.messages import (
     SUBMISSIONS,
     Attestation,
@@ -47,11 +45,19 @@ from psyche.protocol.messages import (
     Seal,
     Vote,
 )
+from psyche.protocol.round_state import Phase, State
 from psyche.protocol.rounds import tick
-from psyche.protocol.signed_state import ConflictingSignature
-from psyche.protocol.state import Phase, State
-from psyche.protocol.verdicts import DeclinedAudit, SealedVerdict, Verdict
-from psyche.protocol.wire import Body, decode
+from psyche.protocol.wire import (
+    MAX_SUBMISSION,
+    WATCH_SECONDS,
+    Body,
+    Envelope,
+    MalformedMessage,
+    RefusalCode,
+    decode,
+    decode_envelope,
+    encode_envelope,
+)
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.metrics import metrics_event
@@ -183,7 +189,7 @@ class Coordinator:
         if not self._leads:
             raise Refused("this coordinator does not lead", RefusalCode.NOT_LEADING)
         try:
-            envelope = envelopes.decode(request, MAX_SUBMISSION)
+            envelope = decode_envelope(request, MAX_SUBMISSION)
             kind = SUBMISSIONS.get(envelope.domain)
             if kind is None:
                 raise WrongContext(f"{envelope.domain!r} is nothing a member submits")
@@ -393,4 +399,4 @@ class Coordinator:
             await self._publish()
 
     def _seal(self, body: Body, round_number: int) -> bytes:
-        return envelopes.encode(self.identity.seal(body.DOMAIN, self.manifest.run_id, round_number, body.encode()))
+        return encode_envelope(self.identity.seal(body.DOMAIN, self.manifest.run_id, round_number, body.encode()))

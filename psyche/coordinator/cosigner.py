@@ -12,11 +12,9 @@ from psyche.ledger.signing_record import load_signed, save_signed
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.rpc import Rpc
 from psyche.network.transport import Refused, Unreachable, Violation
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.certificates import ConflictingSignature, SignedState, lead, seal, sign_reconfiguration
 from psyche.protocol.messages import Reconfiguration, Seal, SigningRefused
-from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_reconfiguration
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode, decode_envelope, encode_envelope
 
 SIGNED_STATE = "signed.msgpack"
 MAX_REQUEST = 1 << 20
@@ -112,7 +110,7 @@ class Cosigner:
         return self._sealed(body, round_number)
 
     def _sealed(self, body: Reconfiguration | Seal | SigningRefused, round_number: int) -> bytes:
-        return envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
+        return encode_envelope(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
 
     async def _persist(self, step: Callable[[SignedState], SignedState]) -> None:
         async with self._lock:
@@ -141,7 +139,7 @@ class Cosigner:
             reply = await self._rpc.call(
                 peer, "sign", self._sealed(body, round_number), timeout=CALL_SECONDS, max_reply=MAX_REQUEST
             )
-            envelope = envelopes.decode(reply)
+            envelope = decode_envelope(reply)
             open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id, round_number=round_number)
             if envelope.author != peer:
                 raise WrongContext(f"{peer} answers with what {envelope.author} signed")
@@ -158,7 +156,7 @@ class Cosigner:
         if peer not in self._coordinators:
             raise Refused("only the run's coordinators sign for each other")
         try:
-            envelope = envelopes.decode(request, MAX_REQUEST)
+            envelope = decode_envelope(request, MAX_REQUEST)
             open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
             if envelope.author != peer or envelope.domain not in (Reconfiguration.DOMAIN, Seal.DOMAIN):
                 raise WrongContext("that is not the caller's roster or seal")

@@ -15,10 +15,8 @@ from psyche.config import Manifest
 from psyche.network.identity import BadSignature, Identity, open_envelope
 from psyche.network.rpc import Rpc
 from psyche.network.transport import Refused, Unreachable, Violation
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Heartbeat, Proposal
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode, decode_envelope, encode_envelope
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 
@@ -64,7 +62,7 @@ class Succession:
     def claim(self, term: int) -> bytes:
         """This coordinator's word that it leads in ``term``, for members to pass on."""
         beat = Heartbeat(term, term)
-        return envelopes.encode(self._identity.seal(beat.DOMAIN, self._manifest.run_id, 0, beat.encode()))
+        return encode_envelope(self._identity.seal(beat.DOMAIN, self._manifest.run_id, 0, beat.encode()))
 
     def hear(self, claim: bytes | None) -> None:
         """A member took part in something of ``claim``'s term. Raises like ``open_envelope`` where no coordinator did.
@@ -74,7 +72,7 @@ class Succession:
         """
         if claim is None:
             return
-        envelope = envelopes.decode(claim)
+        envelope = decode_envelope(claim)
         open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
         if envelope.author not in self._manifest.resolved.coordinators:
             raise BadSignature(f"{envelope.author} is no coordinator of this run")

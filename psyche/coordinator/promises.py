@@ -8,10 +8,9 @@ from typing import TypeVar
 from psyche.config import Manifest
 from psyche.ledger.certificate_check import verified_proposal
 from psyche.network.identity import open_envelope
-from psyche.protocol import envelope as envelopes
 from psyche.protocol.messages import Commitment, Contribution, Plan, Promise
-from psyche.protocol.state import Promised
-from psyche.protocol.wire import MAX_MEMBERS, Body, decode
+from psyche.protocol.round_state import Promised
+from psyche.protocol.wire import MAX_MEMBERS, Body, decode, decode_envelope
 
 MAX_REMEMBERED = 2 * MAX_MEMBERS
 """Signed items of a round: a commitment and a contribution of each member."""
@@ -59,7 +58,7 @@ class Promises:
             self._round, self._opened = plan.round, {}
         for item in items:
             if item not in self._opened:
-                envelope = envelopes.decode(item)
+                envelope = decode_envelope(item)
                 open_envelope(envelope, domain=kind.DOMAIN, run_id=self._manifest.run_id, round_number=plan.round)
                 self._opened[item] = envelope.author, decode(kind, envelope.body)
             author, body = self._opened[item]

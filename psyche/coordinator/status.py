@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psyche.protocol.messages import Certificate, ReductionStatus, RunStatus
 from psyche.protocol.proposals import mostly_done
-from psyche.protocol.state import Phase, Reduction, Stage, State
+from psyche.protocol.round_state import Phase, Reduction, Stage, State
 
 
 def status_of(

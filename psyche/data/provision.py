@@ -24,8 +24,7 @@ from psyche.errors import PsycheError
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.transport import Network, Refused, Unreachable, Violation
 from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.wire import MalformedMessage, decode_envelope, encode_envelope
 
 MAX_MANIFEST = 1 << 20
 CALL_SECONDS = 15.0
@@ -83,7 +82,7 @@ async def serve_manifest(network: Network, manifest: bytes) -> None:
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> bytes:
     """The manifest as it travels: in an envelope signed by one of its coordinators."""
-    return envelopes.encode(identity.seal(DOMAIN, manifest.run_id, 0, manifest.encode()))
+    return encode_envelope(identity.seal(DOMAIN, manifest.run_id, 0, manifest.encode()))
 
 
 async def fetch_manifest(network: Network, run_id: bytes, sources: Sequence[str]) -> tuple[Manifest, bytes]:
@@ -101,7 +100,7 @@ async def fetch_manifest(network: Network, run_id: bytes, sources: Sequence[str]
 
 def check_manifest(data: bytes, run_id: bytes) -> Manifest:
     """The manifest in an envelope. Raises where it is not that of the run, or not signed by a coordinator of it."""
-    envelope = envelopes.decode(data, MAX_MANIFEST)
+    envelope = decode_envelope(data, MAX_MANIFEST)
     manifest = Manifest.decode(envelope.body)
     if manifest.run_id != run_id:
         raise WrongContext("its hash is not that of the invite: this is another run's manifest, or a forged one")

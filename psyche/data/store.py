@@ -16,7 +16,7 @@ from psyche.data.index import DTYPES, FORMAT, MAX_INDEX_BYTES, Index, Shard, Tok
 from psyche.data.sources import absolute, meant_here
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root, digest
-from psyche.protocol.assignment import Shape
+from psyche.protocol.assignment import ShardLayout
 
 INDEX = "index.json"
 TOKENIZER = "tokenizer"
@@ -53,7 +53,7 @@ class Split:
 
     def __init__(self, index: Index, shards: tuple[Shard, ...], places: Sequence[Place]) -> None:
         self.shards = shards
-        self.shape = Shape(sum(shard.sequences for shard in shards), shards[0].sequences if shards else 1)
+        self.shape = ShardLayout(sum(shard.sequences for shard in shards), shards[0].sequences if shards else 1)
         self._index = index
         self._places = places
         self._opened: dict[int, NDArray[np.unsignedinteger]] = {}

@@ -23,8 +23,7 @@ from typing_extensions import Buffer
 from psyche.config.run_config import MAX_POINTS
 from psyche.diloco.trace import TracePoint, trace_root
 from psyche.numerics.digest import CHUNK, BlobIndex, index_blob
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.wire import Body, decode
+from psyche.protocol.wire import Body, MalformedMessage, decode
 
 MAX_BUNDLE_BYTES = MAX_POINTS * 80 + 16
 """Maximum size of an encoded :class:`AuditBundle`."""

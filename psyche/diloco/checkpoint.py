@@ -24,8 +24,8 @@ from torch import Tensor
 from psyche.durable import sync_directory
 from psyche.errors import PsycheError
 from psyche.protocol.acceptor import Chain
+from psyche.protocol.audit_messages import EMPTY, AuditState
 from psyche.protocol.messages import Standing
-from psyche.protocol.verdicts import EMPTY, AuditState
 
 FORMAT = 2
 _NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")

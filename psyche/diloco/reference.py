@@ -18,10 +18,9 @@ from psyche.exchange.aggregation import Aggregation
 from psyche.exchange.rules import rules_of
 from psyche.numerics.aggregate import reduce_slice
 from psyche.numerics.digest import payload_root
+from psyche.protocol.assignment import ReducerAssignment, assignment_of
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.reduction import ReducerAssignment, assignment_of
-from psyche.protocol.rounds import tick
-from psyche.protocol.state import (
+from psyche.protocol.round_state import (
     Arrived,
     Attested,
     Certified,
@@ -39,6 +38,7 @@ from psyche.protocol.state import (
     StatementReceived,
     Voted,
 )
+from psyche.protocol.rounds import tick
 
 
 class SimulatedCoordinator:

@@ -25,9 +25,8 @@ from psyche.numerics.digest import CHUNK, BlobIndex, digest, payload_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.assignment import next_position
-from psyche.protocol.challenge import base_proof
+from psyche.protocol.contributions import base_proof, weights
 from psyche.protocol.messages import Contribution, Plan, Record
-from psyche.protocol.weights import weights
 from psyche.training.engine import Batch, Engine
 from psyche.training.schedules import learning_rate
 

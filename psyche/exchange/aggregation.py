@@ -9,8 +9,8 @@ from fractions import Fraction
 from psyche.config import Run
 from psyche.numerics.aggregate import AggregationRule, Gradient, PayloadSlices, payload_gradient
 from psyche.numerics.codecs.base import Codec
+from psyche.protocol.contributions import Caps, weights
 from psyche.protocol.messages import Contribution, Plan
-from psyche.protocol.weights import Caps, weights
 
 NEWCOMERS_SHARE = Fraction(1, 4)
 """Largest share of an outer step's weight that all nodes on probation have together. Keys are free, so any number of

@@ -10,7 +10,7 @@ from psyche.errors import ConfigError
 from psyche.exchange.cost import sharded_from
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.flat import FlatLayout
-from psyche.protocol.state import Rules
+from psyche.protocol.round_state import Rules
 from psyche.training.models import layout
 
 

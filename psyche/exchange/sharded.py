@@ -17,8 +17,8 @@ from psyche.exchange.payload_store import PayloadLayout, PayloadStore
 from psyche.network.spool import Blob
 from psyche.numerics.aggregate import Gradient, reduce_slice, result_gradient
 from psyche.numerics.codecs.base import Codec
+from psyche.protocol.assignment import ReducerAssignment
 from psyche.protocol.messages import Contribution, Plan, Record, ReductionStatus
-from psyche.protocol.reduction import ReducerAssignment
 
 
 class Sharded(Exchange):

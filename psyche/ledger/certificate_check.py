@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from psyche.config import Manifest
 from psyche.network.identity import open_envelope
-from psyche.protocol import envelope as envelopes
 from psyche.protocol.certificates import check_certificate, check_proposal
 from psyche.protocol.messages import Certificate, Proposal, Record
+from psyche.protocol.wire import decode_envelope
 
 
 def certified_record(manifest: Manifest, certificate: Certificate) -> Record:
@@ -25,7 +25,7 @@ def verified_proposal(manifest: Manifest, signed: bytes, round_number: int | Non
     Raises ``BadCertificate`` or ``MalformedMessage``.
     """
     return check_proposal(
-        envelopes.decode(signed),
+        decode_envelope(signed),
         run_id=manifest.run_id,
         coordinators=manifest.resolved.coordinators,
         open_envelope=open_envelope,

@@ -16,10 +16,9 @@ from psyche.network.rpc import Rpc
 from psyche.network.transport import Network, Refused, Unreachable, Violation
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Certificate, Record
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode
 
 MAX_REPLY_BYTES = 4 << 20
 """Certificates in one reply; a single certificate may be larger."""

@@ -9,12 +9,10 @@ import msgspec
 
 from psyche.ledger.schema import member_rows
 from psyche.ledger.store import Ledger, LedgerError
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.ledger import Entry, claimed
+from psyche.protocol.audit_messages import Verdict
+from psyche.protocol.chain import Entry, claimed
 from psyche.protocol.messages import Record
-from psyche.protocol.verdicts import Verdict
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode
 
 
 class MemberReport(msgspec.Struct):

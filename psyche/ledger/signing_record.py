@@ -16,7 +16,7 @@ from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
 from psyche.numerics.digest import digest
 from psyche.protocol.acceptor import Acceptor
-from psyche.protocol.signed_state import SignedState
+from psyche.protocol.certificates import SignedState
 
 HASH_BYTES = 32
 

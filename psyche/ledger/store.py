@@ -27,7 +27,7 @@ from psyche.ledger.schema import (
     member_rows,
     round_row,
 )
-from psyche.protocol.ledger import Entry, claimed, missing_rounds
+from psyche.protocol.chain import Entry, claimed, missing_rounds
 from psyche.protocol.messages import Record
 
 NAME = "ledger.sqlite"

@@ -29,8 +29,8 @@ from psyche.ledger.store import Ledger, LedgerError
 from psyche.network import signatures
 from psyche.network.identity import open_envelope
 from psyche.protocol.certificates import Open
+from psyche.protocol.chain import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.credits import Change, CreditAccounts, RoundWork, round_work
-from psyche.protocol.ledger import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.wire import Message
 
 STRETCH = 64

@@ -12,9 +12,8 @@ from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.store import Forked, Ledger
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.certificates import BadCertificate
-from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Certificate, Record
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode
 
 
 @contextlib.asynccontextmanager

@@ -21,7 +21,7 @@ from psyche.network.records import (
     record_key,
     sign_record,
 )
-from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.wire import MalformedMessage
 
 KINDS = ("coordinator", "member")
 TTL_SECONDS = 120.0

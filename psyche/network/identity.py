@@ -23,7 +23,7 @@ from psyche.durable import sync_directory
 from psyche.errors import PsycheError
 from psyche.network.address import PEER_ID
 from psyche.numerics.digest import digest
-from psyche.protocol.envelope import Envelope, signing_bytes
+from psyche.protocol.wire import Envelope, signing_bytes
 
 # libp2p's protobufs, which for Ed25519 have one fixed form: field 1 is the key type (1), field 2 the key.
 _PRIVATE_HEADER = bytes((0x08, 0x01, 0x12, 64))  # PrivateKey{Ed25519, private ‖ public}

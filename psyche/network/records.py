@@ -20,7 +20,7 @@ from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
-from psyche.protocol.envelope import Envelope, MalformedMessage, decode, encode
+from psyche.protocol.wire import Envelope, MalformedMessage, decode_envelope, encode_envelope
 
 DOMAIN = "announce"
 MAX_BODY = 1024
@@ -48,7 +48,7 @@ def record_key(run_id: bytes, kind: str) -> str:
 
 def sign_record(identity: Identity, run_id: bytes, announcement: Announcement) -> bytes:
     """The value to store under ``record_key``, subkey PeerID."""
-    return encode(identity.seal(DOMAIN, run_id, 0, msgspec.msgpack.encode(announcement)))
+    return encode_envelope(identity.seal(DOMAIN, run_id, 0, msgspec.msgpack.encode(announcement)))
 
 
 def open_record(run_id: bytes, data: bytes) -> tuple[str, Announcement]:
@@ -56,7 +56,7 @@ def open_record(run_id: bytes, data: bytes) -> tuple[str, Announcement]:
 
     Raises MalformedMessage, WrongContext or BadSignature: a record is whole, of this run, and its author's.
     """
-    envelope = decode(data, MAX_RECORD)
+    envelope = decode_envelope(data, MAX_RECORD)
     open_envelope(envelope, domain=DOMAIN, run_id=run_id, round_number=0)
     return envelope.author, _announcement(envelope)
 

@@ -17,7 +17,7 @@ import secrets
 from collections import Counter
 
 from psyche.network.identity import BadSignature, check_context, public_key
-from psyche.protocol.envelope import Envelope, signing_bytes
+from psyche.protocol.wire import Envelope, signing_bytes
 
 try:
     from psyche._native import vanishes

@@ -1,7 +1,7 @@
 """Aggregation: from many payloads to one outer gradient, with the same bits on every node.
 
 Aggregation works slice by slice, so a reducer that holds one slice of every payload computes what a node that holds all
-of them does. The weights w (``protocol/weights.py``) sum to at most 1. Two rules:
+of them does. The weights w (``protocol/contributions.py``) sum to at most 1. Two rules:
 
 - ``mean``: Σ w·x. A single dishonest node can move it anywhere.
 - ``norm_clip``: Σ w·min(1, M/‖x‖)·x, where M is the weighted lower median of the norms. While less than half of the

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from psyche.protocol.admission import contribution_fault
+from psyche.protocol.assignment import ReducerAssignment, reducer_order_fault
+from psyche.protocol.audit_messages import EMPTY, AuditState
 from psyche.protocol.audits import audits_fault
+from psyche.protocol.contributions import contribution_fault
 from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Standing
+from psyche.protocol.pacing import quota_fault
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.quotas import quota_fault
-from psyche.protocol.reduction import ReducerAssignment, reducer_order_fault
+from psyche.protocol.round_state import Rules
 from psyche.protocol.standing import standing_fault, votes_fault
-from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import EMPTY, AuditState
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from psyche.protocol.assignment import next_position
+from psyche.protocol.assignment import assignment_of, next_position
+from psyche.protocol.audit_messages import AuditState
 from psyche.protocol.audits import admissible
-from psyche.protocol.calls import RefusalCode
-from psyche.protocol.deadlines import WINDOW
-from psyche.protocol.messages import WITHHELD, Contribution, Member, Plan, Record
-from psyche.protocol.quotas import done_in, measured
-from psyche.protocol.reduction import assignment_of
-from psyche.protocol.state import (
+from psyche.protocol.contributions import contribution_fault
+from psyche.protocol.messages import Record
+from psyche.protocol.pacing import done_in, measured, observed
+from psyche.protocol.round_state import (
     Abandoned,
     Arrived,
     Attested,
@@ -46,7 +45,7 @@ from psyche.protocol.state import (
     Tick,
     Voted,
 )
-from psyche.protocol.verdicts import AuditState
+from psyche.protocol.wire import RefusalCode
 
 Step = tuple[State, list[Effect]]
 Refusal = tuple[RefusalCode, str]
@@ -169,34 +168,6 @@ def _bad_opening(rules: Rules, current: Round, event: Revealed) -> Refusal | Non
         return RefusalCode.INVALID, "the contribution is not the one committed to"
     fault = contribution_fault(rules, plan, member, given)
     return None if fault is None else (RefusalCode.INVALID, fault)
-
-
-def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribution) -> str | None:
-    """What is wrong with a contribution by the plan alone, or None. Nobody sets their own weight."""
-    if given.base_root != plan.base_root:
-        return "trained from another base state"
-    if given.overlap_steps > min(rules.overlap_steps, given.inner_steps):
-        return f"{given.overlap_steps} late steps claimed where {rules.overlap_steps} are allowed"
-    # Late steps were taken before anybody knew how few would be due.
-    if given.inner_steps > max(member.inner_steps, given.overlap_steps):
-        return f"{given.inner_steps} inner steps claimed where {member.inner_steps} were due"
-    if given.tokens != given.inner_steps * rules.tokens_per_step:
-        return "the tokens claimed are not those of the inner steps claimed"
-    if given.payload_bytes > rules.payload_bytes:
-        return "the payload is larger than the codec can make it"
-    if len(given.payout) not in (0, 20):
-        return "its payout address is not one of 20 bytes"
-    return _private_fault(rules, given)
-
-
-def _private_fault(rules: Rules, given: Contribution) -> str | None:
-    """Why a contribution's label cannot be right, or None: who shows no hashes cannot be audited, and is capped."""
-    shown = given.data_digest, given.trace_root
-    if not given.private:
-        return "it names no data or no trace, and is not labelled as private" if WITHHELD in shown else None
-    if not rules.private_share:
-        return "this run takes no contributions from private data"
-    return "it is from private data, and shows more of them than it may" if {*shown} != {WITHHELD} else None
 
 
 def _accept(state: State, event: Submission, now: float) -> State:
@@ -346,8 +317,3 @@ def without_peer(state: State, node: str) -> State:
 
 def _put(mapping: Mapping[str, V], key: str, value: V) -> dict[str, V]:
     return {**mapping, key: value}
-
-
-def observed(values: tuple[float, ...], *more: float) -> tuple[float, ...]:
-    """``values`` with ``more`` seconds behind them, as many as deadlines rest on."""
-    return (*values, *more)[-WINDOW:]

@@ -1,24 +1,29 @@
-"""Which sequences a member trains on: O(1) to compute, O(1) to check, disjoint between members.
+"""What the round's seed assigns: data to members, and in a sharded round groups of slices to reducers. Pure.
 
-The run has one endless order of sequences, an epoch of all of them after the other. An epoch takes the shards in an
-order keyed by (seed, epoch), and the sequences of a shard, all before those of the next, in an order keyed by (seed,
-epoch, shard). So neighbours in the order are of one shard or two, and a member needs few of them at a time; that they
-are no neighbours in the corpus is the store's business, which is shuffled when it is made.
+**Data.** The run has one endless order of sequences, epoch after epoch. An epoch takes the shards in an order keyed by
+(seed, epoch), and within each shard its sequences in an order keyed by (seed, epoch, shard), so that a member needs few
+shards at a time. A round takes the next stretch of positions and cuts it into one piece for each member, in an order
+drawn from the round's seed: nobody chooses data by choosing a name. The position of a sequence takes O(1) to compute.
 
-A round takes the next stretch of positions and cuts it into one piece for each member, in an order drawn from the
-round's seed, so that nobody can choose data by choosing a name.
+**Reducers.** The slices of a round are dealt into as many *groups* as there are reducers: the members that committed in
+time, in an order drawn from the round's seed (the *reducer order*). Group g is reduced by the k reducers from place g
+on, leaving out those that have *failed*: gone, silent, or without the payloads they need. So every reducer reduces k
+groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psyche.numerics.digest import digest
 from psyche.protocol.messages import Plan
+from psyche.protocol.round_state import Reduction, Rules
 
 _FEISTEL_ROUNDS = 4
 """As many as Luby and Rackoff (1988) need for a strong pseudo-random permutation."""
@@ -46,7 +51,7 @@ def next_position(plan: Plan, batch_size: int, overlap_steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ShardLayout:
     """How the sequences of a split lie in shards."""
 
     sequences: int
@@ -59,7 +64,7 @@ class Shape:
         return self.sequences // self.per_shard
 
 
-def sequences(span: range, shape: Shape, seed: int) -> NDArray[np.int64]:
+def sequences(span: range, shape: ShardLayout, seed: int) -> NDArray[np.int64]:
     """The sequence indices, in ``[0, shape.sequences)``, at the positions of ``span``."""
     result = np.empty(len(span), np.int64)
     done = 0
@@ -71,12 +76,12 @@ def sequences(span: range, shape: Shape, seed: int) -> NDArray[np.int64]:
     return result
 
 
-def shards(span: range, shape: Shape, seed: int) -> list[int]:
+def shards(span: range, shape: ShardLayout, seed: int) -> list[int]:
     """The numbers of the shards that hold the sequences of ``span``, each once, in the order they are needed."""
     return list(dict.fromkeys(shard for _, shard, _ in _stretches(span, shape, seed)))
 
 
-def _stretches(span: range, shape: Shape, seed: int) -> Iterator[tuple[int, int, range]]:
+def _stretches(span: range, shape: ShardLayout, seed: int) -> Iterator[tuple[int, int, range]]:
     """``span`` cut where a shard ends: epoch, shard, and which of the shard's places in that epoch's order.
 
     A shard that is not full comes last in each epoch. Were it drawn like the others, all after it would be shifted.
@@ -128,3 +133,71 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def reducer_order(seed: bytes, nodes: Iterable[str]) -> tuple[str, ...]:
+    """``nodes`` in the order that the round's seed draws: nobody chooses what they reduce by choosing a name."""
+    return tuple(sorted(nodes, key=lambda node: digest("ring", seed, node.encode())))
+
+
+def slices_in(group: int, groups: int, slices: int) -> range:
+    """The slices of one group. They are dealt round and round, so that groups differ by one slice at most."""
+    return range(group, slices, groups)
+
+
+@dataclass(frozen=True)
+class ReducerAssignment:
+    """Who reduces what."""
+
+    reducer_order: tuple[str, ...]
+    failed: frozenset[str]
+    reassigned: tuple[int, ...]
+    """Groups whose reducers contradict each other; each time one stands here, one more node reduces it."""
+    reducers: int
+    """k"""
+    slices: int
+
+    @property
+    def groups(self) -> int:
+        return min(len(self.reducer_order), self.slices)
+
+    def reducers_of(self, group: int) -> tuple[str, ...]:
+        """The nodes that reduce a group; fewer than k where no more are left."""
+        around = (self.reducer_order[place] for place in chain(range(group, len(self.reducer_order)), range(group)))
+        wanted = self.reducers + self.reassigned.count(group)
+        return tuple(islice((node for node in around if node not in self.failed), wanted))
+
+    def duties(self, node: str) -> tuple[int, ...]:
+        """The groups that ``node`` reduces."""
+        return tuple(group for group in range(self.groups) if node in self.reducers_of(group))
+
+    def slices_of(self, group: int) -> range:
+        """The slices of a group, which are the chunks of its result, in order."""
+        return slices_in(group, self.groups, self.slices)
+
+
+def assignment_of(rules: Rules, plan: Plan, reduction: Reduction) -> ReducerAssignment:
+    """Return who reduces what in the round of ``plan`` now."""
+    return ReducerAssignment(
+        reduction.reducer_order, reduction.failed, reduction.reassigned, plan.reducers, rules.slices_in(plan.round)
+    )
+
+
+def verdict(reports: Mapping[str, bytes]) -> bytes | None:
+    """The result that more than half of those who reported agree on, or None."""
+    if not reports:
+        return None
+    (root, count), *_ = Counter(reports.values()).most_common(1)
+    return root if 2 * count > len(reports) else None
+
+
+def dissenters(reports: Mapping[str, bytes], root: bytes) -> frozenset[str]:
+    """Who reported another result than the one that is believed."""
+    return frozenset(node for node, found in reports.items() if found != root)
+
+
+def reducer_order_fault(seed: bytes, order: tuple[str, ...], members: Collection[str]) -> str | None:
+    """What is wrong with a ring that a coordinator shows, or None."""
+    if not set(order) <= set(members) or order != reducer_order(seed, set(order)):
+        return "the ring is not members of the round in the order of its seed"
+    return None

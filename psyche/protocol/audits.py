@@ -18,12 +18,7 @@ from typing import get_args
 import msgspec
 
 from psyche.numerics.digest import digest
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.judgement import Judgement, decide
-from psyche.protocol.messages import Accepted, Plan, Record, Standing
-from psyche.protocol.state import AuditRules, Rules, StatementReceived
-from psyche.protocol.verdicts import (
+from psyche.protocol.audit_messages import (
     EMPTY,
     JURY,
     Audit,
@@ -36,7 +31,10 @@ from psyche.protocol.verdicts import (
     Pool,
     Verdict,
 )
-from psyche.protocol.wire import decode
+from psyche.protocol.audit_outcome import Judgement, decide
+from psyche.protocol.messages import Accepted, Plan, Record, Standing
+from psyche.protocol.round_state import AuditRules, Rules, StatementReceived
+from psyche.protocol.wire import MalformedMessage, decode, decode_envelope
 
 NEW = 2
 """Added to the risk of who is on probation: an identity costs nothing, and has nothing to lose yet."""
@@ -245,7 +243,7 @@ def _judged(audit: Audit, plan: Plan, before: AuditState, rules: AuditRules, *, 
 
 def statement(proof: bytes) -> StatementReceived:
     """What an envelope says of an audit, its signature not checked. Raises ``MalformedMessage``."""
-    envelope = envelopes.decode(proof)
+    envelope = decode_envelope(proof)
     kinds: Mapping[str, type[AuditStatement]] = {kind.DOMAIN: kind for kind in get_args(AuditStatement)}
     if (kind := kinds.get(envelope.domain)) is None:
         raise MalformedMessage(f"{envelope.domain!r} says nothing of an audit")

@@ -4,18 +4,20 @@ Seals keep reconfigurations safe, in which those who vote have nothing to do wit
 coordinators more than half sign a roster, and ``seals_needed(n)`` a certificate, so that one of them is asked for both;
 and no coordinator gives both, unless the roster was first and the certificate is of its electorate. With one or two
 coordinators a single one can go on certifying; a reconfiguration takes one, or both.
+
+:class:`SignedState` is what a coordinator has signed. It is on the coordinator's disk before anybody sees a signature:
+the only thing that a coordinator must not forget; everything else it reads from the members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import Certificate, Proposal, Reconfiguration, Record, Seal, Vote
 from psyche.protocol.proposals import has_quorum
-from psyche.protocol.wire import Body, decode
+from psyche.protocol.wire import Body, Envelope, MalformedMessage, decode, decode_envelope
 
 
 class Open(Protocol):
@@ -51,7 +53,7 @@ def check_certificate(
 def certified(certificate: Certificate, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open) -> Proposal:
     """The same with the term that it was proposed in."""
     try:
-        signed = envelopes.decode(certificate.proposal)
+        signed = decode_envelope(certificate.proposal)
         proposal = check_proposal(signed, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope)
         _check_votes(certificate.votes, proposal, run_id, open_envelope)
         _check_seals(certificate.seals, proposal.record, run_id, coordinators, open_envelope)
@@ -97,7 +99,7 @@ def check_proposal(
 def _check_statements(record: Record, run_id: bytes, open_envelope: Open) -> None:
     """What auditors are said to have said."""
     for item in record.audit_state.statements:
-        envelope = envelopes.decode(item)
+        envelope = decode_envelope(item)
         _open(open_envelope, envelope, envelope.domain, run_id, envelope.round)
 
 
@@ -105,7 +107,7 @@ def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open
     record, voters = proposal.record, set()
     vote = Vote(proposal.term, record.hash).encode()
     for item in votes:
-        envelope = envelopes.decode(item)
+        envelope = decode_envelope(item)
         _open(open_envelope, envelope, Vote.DOMAIN, run_id, record.plan.round)
         if envelope.body != vote:
             decode(Vote, envelope.body)  # raises where it is none at all
@@ -137,7 +139,7 @@ def _signers(
     """Coordinators whose signature under exactly ``body`` is among ``items``."""
     signers = set()
     for item in items:
-        envelope = envelopes.decode(item)
+        envelope = decode_envelope(item)
         _open(open_envelope, envelope, body.DOMAIN, run_id, round_number)
         if envelope.author not in coordinators:
             raise BadCertificate(f"a {body.DOMAIN} signed by {envelope.author}, who is no coordinator of this run")
@@ -152,3 +154,95 @@ def _open(open_envelope: Open, envelope: Envelope, domain: str, run_id: bytes, r
         open_envelope(envelope, domain=domain, run_id=run_id, round_number=round_number)
     except Exception as error:  # whatever the reason, it proves nothing
         raise BadCertificate(f"the {domain} of {envelope.author} cannot be believed: {error}") from None
+
+
+KEPT_ROUNDS = 64
+"""Of which a coordinator remembers what it signed. Nobody asks about older ones, and who does is refused."""
+
+
+@dataclass(frozen=True)
+class SignedInRound:
+    """What was signed of one round."""
+
+    reconfiguration: int = 0
+    """The highest number of a roster."""
+    electorate: tuple[str, ...] = ()
+    """That it named."""
+    sealed: bytes = b""
+    """Hash of the record that was sealed."""
+
+
+@dataclass(frozen=True)
+class SignedState:
+    """What a coordinator has signed, by hash of the record before the round; and the last term it began to lead in."""
+
+    term: int = 0
+    rounds: Mapping[bytes, tuple[int, SignedInRound]] = field(default_factory=dict)
+    """Number of the round, and what was signed of it."""
+
+
+class ConflictingSignature(ValueError):
+    """Why a signature is refused: it would stand against an earlier one."""
+
+    def __init__(self, reason: str, *, reconfiguration: int = 0, sealed: bytes = b"") -> None:
+        super().__init__(reason)
+        self.reconfiguration = reconfiguration
+        """Number of a roster that stands in the way; a later one would not. 0: there is none."""
+        self.sealed = sealed
+        """Hash of a record that does."""
+
+
+def lead(signed_state: SignedState, place: int, coordinators: int, above: int) -> SignedState:
+    """The oath with a term to lead in: the first of this coordinator's own above ``above`` and all it had before."""
+    term = max(signed_state.term, above) + 1
+    return replace(signed_state, term=term + (place - term) % coordinators)
+
+
+def sign_reconfiguration(
+    signed_state: SignedState, round_number: int, previous: bytes, number: int, electorate: tuple[str, ...]
+) -> SignedState:
+    """After signing roster ``number`` of ``round``. Raises :class:`ConflictingSignature`."""
+    signed = _signed(signed_state, round_number, previous)
+    if signed.sealed:
+        raise ConflictingSignature(
+            f"a record of round {round_number} was sealed: its electorate cannot change", sealed=signed.sealed
+        )
+    if (number, electorate) == (signed.reconfiguration, signed.electorate):
+        return signed_state
+    if number <= signed.reconfiguration:
+        raise ConflictingSignature(
+            f"roster {signed.reconfiguration} of round {round_number} was signed before",
+            reconfiguration=signed.reconfiguration,
+        )
+    return _with(signed_state, round_number, previous, replace(signed, reconfiguration=number, electorate=electorate))
+
+
+def seal(
+    signed_state: SignedState, round_number: int, previous: bytes, reconfiguration: int, record: bytes
+) -> SignedState:
+    """After sealing ``record`` of ``round``. Raises :class:`ConflictingSignature`."""
+    signed = _signed(signed_state, round_number, previous)
+    if signed.sealed not in (b"", record):
+        raise ConflictingSignature(f"another record of round {round_number} was sealed before", sealed=signed.sealed)
+    if reconfiguration < signed.reconfiguration:
+        raise ConflictingSignature(
+            f"roster {signed.reconfiguration} of round {round_number} was signed, after {reconfiguration}",
+            reconfiguration=signed.reconfiguration,
+        )
+    return _with(signed_state, round_number, previous, replace(signed, sealed=record))
+
+
+def _signed(signed_state: SignedState, round_number: int, previous: bytes) -> SignedInRound:
+    if previous in signed_state.rounds:
+        return signed_state.rounds[previous][1]
+    newest = max((number for number, _ in signed_state.rounds.values()), default=0)
+    if round_number <= newest - KEPT_ROUNDS:
+        raise ConflictingSignature(f"round {round_number} is too long ago")
+    if any(number == round_number for number, _ in signed_state.rounds.values()):
+        raise ConflictingSignature(f"something else was signed before round {round_number}")
+    return SignedInRound()
+
+
+def _with(signed_state: SignedState, round_number: int, previous: bytes, signed: SignedInRound) -> SignedState:
+    rounds = {key: value for key, value in signed_state.rounds.items() if value[0] > round_number - KEPT_ROUNDS}
+    return replace(signed_state, rounds=rounds | {previous: (round_number, signed)})

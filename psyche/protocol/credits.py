@@ -4,7 +4,7 @@ One credit is paid for one token of verified work. Pay is linear in tokens, and 
 into it, so that who comes under many names earns no more than under one:
 
 - An accepted contribution earns its tokens; one from private data, which nobody can audit, the part of them that
-  ``protocol/weights.py`` lets count (:func:`private_credit`).
+  ``protocol/contributions.py`` lets count (:func:`private_credit`).
 - An auditor whose word agrees with how an audit ended earns the tokens of the contribution, for it has done the work.
 - A contribution that passed its audit earns up to a tenth more (:data:`BONUS`), by how far it alone lowers the held-out
   loss.
@@ -30,9 +30,9 @@ from typing import Literal
 
 from msgspec.structs import replace
 
+from psyche.protocol.audit_messages import Closed
 from psyche.protocol.messages import Excluded, Record
-from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import Closed
+from psyche.protocol.round_state import Rules
 from psyche.protocol.wire import Message
 
 BONUS = 10

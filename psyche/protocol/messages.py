@@ -1,6 +1,6 @@
 """Everything nodes say to each other, as bounded, typed, canonical msgpack.
 
-A message travels as the ``body`` of a signed envelope (``protocol/envelope.py``), which carries the run id,
+A message travels as the ``body`` of a signed envelope (``protocol/wire.py``), which carries the run id,
 the round and the author; the envelope's domain is the message's ``DOMAIN``. Bounds here are part of the
 format: what does not fit is refused while decoding.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Literal, get_args
 from msgspec import Meta
 
 from psyche.numerics.digest import digest
-from psyche.protocol.verdicts import AuditState, AuditStatement
+from psyche.protocol.audit_messages import AuditState, AuditStatement
 from psyche.protocol.wire import (
     MAX_COORDINATORS,
     MAX_MEMBERS,
@@ -82,7 +82,7 @@ class Contribution(Body, frozen=True):
     data_digest: Hash
     """Of the sequences trained on; :data:`WITHHELD` where ``private``."""
     base_proof: Hash
-    """That the base state is at hand, which its root alone does not say: ``protocol/challenge.py``."""
+    """That the base state is at hand, which its root alone does not say: ``protocol/contributions.py``."""
     trace_root: Hash
     """Of parameters and inner optimizer at the trace points; :data:`WITHHELD` where ``private``."""
     residual_in: Hash
@@ -98,7 +98,7 @@ class Contribution(Body, frozen=True):
     """How many of the inner steps were taken before the outer step of the round before was known."""
     tokens: Positive
     private: bool
-    """Trained on the node's own data, which nobody can check: its weight is capped (``protocol/weights.py``)."""
+    """Trained on the node's own data, which nobody can check: its weight is capped (``protocol/contributions.py``)."""
     payout: Annotated[bytes, Meta(max_length=20)]
     """Address that the node's credits are to be paid to, 20 bytes as on Ethereum; empty: none was given."""
     salt: Hash

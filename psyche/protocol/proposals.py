@@ -7,22 +7,13 @@ from dataclasses import replace
 
 from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
+from psyche.protocol.assignment import reducer_order
 from psyche.protocol.audits import admissible, audits_after, busy
-from psyche.protocol.deadlines import adaptive
 from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Plan, Record
-from psyche.protocol.reduction import reducer_order
+from psyche.protocol.pacing import exchange_allowance
+from psyche.protocol.round_state import Abandoned, Ballot, Phase, Proposed, Reduction, Round, Rules, Stage, State
 from psyche.protocol.standing import newly_audited, standing_after, voting
-from psyche.protocol.state import Abandoned, Ballot, Phase, Proposed, Reduction, Round, Rules, Stage, State
 from psyche.protocol.wire import MAX_MEMBERS
-
-LEAST_DEVIATION = 0.1
-"""Of exchanges, over their median: a few on quiet lines agree to the tenth of a second and say nothing of the next. At
-20 Mbit/s up a third took 14.1 s after 11.5 and 11.8 s, and half of the payloads were left out."""
-
-
-LEAST_DEVIATION_OF_TRAINING = 0.05
-"""A machine's own steps are more regular than its line: 30 rounds that took 30.0 s say nothing against one of 31 s, in
-which a newcomer fetches the state."""
 
 
 def quorum(yes: int, total: int) -> bool:
@@ -232,12 +223,6 @@ def abandon(state: State, current: Round, reason: str) -> Step:
     return waiting, [Abandoned(current.plan.round, reason)]
 
 
-def exchange_allowance(rules: Rules, seconds: Sequence[float]) -> float:
-    """How long a stage of the exchange may take that has taken ``seconds`` before."""
-    least, most = rules.exchange_bounds
-    return adaptive(seconds, least=least, most=most, deviation=LEAST_DEVIATION)
-
-
 def present_members(state: State, current: Round) -> list[str]:
     """Members that are here and can still take part: one that came back without the base state cannot."""
     return [
@@ -252,13 +237,6 @@ def mostly_done(state: State, current: Round) -> bool:
     """Whether who has not committed yet holds up more than half of the other members."""
     here = present_members(state, current)
     return 2 * sum(node in current.commitments for node in here) > len(here) - 1
-
-
-def training_allowance(rules: Rules, state: State) -> float:
-    """How long the members have until their commitments are in, after what they took before."""
-    least, most = rules.round_bounds
-    deviation = LEAST_DEVIATION_OF_TRAINING
-    return adaptive(state.commit_seconds, least=least, most=most, deviation=deviation)
 
 
 def has_quorum(voters: Iterable[str], electorate: Sequence[str]) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psyche.protocol.admission import Step, after_record, apply_event, observed, without_peer
+from psyche.protocol.admission import Step, after_record, apply_event, without_peer
 from psyche.protocol.messages import Plan, Record
+from psyche.protocol.pacing import exchange_allowance, observed, planned, training_allowance
 from psyche.protocol.proposals import (
     abandon,
     at_least_half,
@@ -19,7 +20,6 @@ from psyche.protocol.proposals import (
     common_payloads,
     draw_seats,
     eligible_voters,
-    exchange_allowance,
     has_quorum,
     members_in_training,
     nodes_reporting,
@@ -29,12 +29,10 @@ from psyche.protocol.proposals import (
     reconfiguration_electorate,
     round_seed,
     short_names,
-    training_allowance,
     with_electorate,
 )
-from psyche.protocol.quotas import planned
-from psyche.protocol.reducing import collect_results, reduce_anew, select, vote_anew
-from psyche.protocol.state import (
+from psyche.protocol.reduction import collect_results, reduce_anew, select, vote_anew
+from psyche.protocol.round_state import (
     Certified,
     CosignersUnreachable,
     Departed,
@@ -51,7 +49,7 @@ from psyche.protocol.state import (
     State,
     StateAgreed,
 )
-from psyche.protocol.succession import (
+from psyche.protocol.takeover import (
     agree_on_state,
     is_overdue,
     ready_members,

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from psyche.protocol.audit_messages import AuditState
 from psyche.protocol.audits import busy
 from psyche.protocol.messages import Record, Standing
-from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import AuditState
+from psyche.protocol.round_state import Rules
 from psyche.protocol.wire import MAX_MEMBERS
 
 
@@ -65,7 +65,7 @@ def probation_note(record: Record, node: str, probation: int) -> str | None:
 
 def votes_fault(record: Record, *, standing: Sequence[Standing], voters: Collection[str], probation: int) -> str | None:
     """What is wrong with whom the plan of ``record`` gives a vote, or None: who has none is a newcomer, whose weight is
-    capped (``protocol/weights.py``).
+    capped (``protocol/contributions.py``).
 
     ``standing`` and ``voters``: what the record before says. A roster may give a vote to those it names.
     """

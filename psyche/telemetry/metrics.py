@@ -13,8 +13,8 @@ from typing import Literal
 import msgspec
 
 from psyche.config import Run
-from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Metrics
+from psyche.protocol.wire import MalformedMessage
 from psyche.telemetry.events import Event, GenesisJudged, MemberMetrics, RoundSummary, StepDone
 
 LOSS_MAX = 1e4

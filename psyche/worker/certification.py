@@ -14,7 +14,6 @@ from psyche.network.transport import FetchError, Refused
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.certificates import BadCertificate
-from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import (
     Contribution,
     Have,
@@ -26,7 +25,8 @@ from psyche.protocol.messages import (
     RunStatus,
     Vote,
 )
-from psyche.protocol.state import Phase
+from psyche.protocol.round_state import Phase
+from psyche.protocol.wire import MalformedMessage
 from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.voter import Voter
 

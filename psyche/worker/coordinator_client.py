@@ -18,13 +18,19 @@ from psyche.errors import PsycheError
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
 from psyche.network.rpc import Rpc
 from psyche.network.transport import Refused, Unreachable, Violation
-from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Refusal
-from psyche.protocol.calls import MAX_STATUS, WATCH_SECONDS, RefusalCode
-from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Commitment, Contribution, Have, Hello, Leave, Promise, RunStatus
-from psyche.protocol.state import Phase
-from psyche.protocol.wire import Body, decode
+from psyche.protocol.round_state import Phase
+from psyche.protocol.wire import (
+    MAX_STATUS,
+    WATCH_SECONDS,
+    Body,
+    MalformedMessage,
+    RefusalCode,
+    decode,
+    decode_envelope,
+    encode_envelope,
+)
 
 CALL_SECONDS = 15.0
 RETRY_SECONDS = 1.0
@@ -149,7 +155,7 @@ class CoordinatorClient:
             await self._send(self._sealed(body, body.rounds))
 
     def _sealed(self, body: Body, round_number: int) -> bytes:
-        data = envelopes.encode(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
+        data = encode_envelope(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
         if body.DOMAIN in REPEATED:
             self._said[body.DOMAIN] = round_number, data
         return data
@@ -167,7 +173,7 @@ class CoordinatorClient:
             timeout=WATCH_SECONDS + CALL_SECONDS,
             max_reply=MAX_STATUS,
         )
-        envelope = envelopes.decode(data, MAX_STATUS)
+        envelope = decode_envelope(data, MAX_STATUS)
         open_envelope(envelope, domain=RunStatus.DOMAIN, run_id=self._manifest.run_id)
         status = decode(RunStatus, envelope.body)
         if self._coordinators[status.term % len(self._coordinators)] != envelope.author:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from statistics import median
 
 from psyche.protocol.messages import Plan, RunStatus
-from psyche.protocol.state import Phase
+from psyche.protocol.round_state import Phase
 
 PATIENCE = 1.1
 """How long others wait, over what most of them took. A tenth is also what quotas leave between nodes that owe H."""

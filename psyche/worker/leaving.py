@@ -12,7 +12,7 @@ import time
 
 from psyche.config import Deadlines
 from psyche.protocol.messages import Plan, Record
-from psyche.protocol.state import Phase
+from psyche.protocol.round_state import Phase
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.worker.coordinator_client import CoordinatorClient

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from psyche.network.identity import BadSignature, WrongContext, open_envelope
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.envelope import Envelope, MalformedMessage
 from psyche.protocol.messages import Commitment, Contribution, Plan, RunStatus
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import Envelope, MalformedMessage, decode, decode_envelope
 
 
 class Reveals:
@@ -48,7 +46,7 @@ class Reveals:
                 continue
             self._seen.add(item)
             try:
-                envelope = envelopes.decode(item)
+                envelope = decode_envelope(item)
                 open_envelope(envelope, domain=domain, run_id=self._run_id, round_number=self._plan.round)
             except (MalformedMessage, BadSignature, WrongContext):
                 continue

@@ -12,7 +12,7 @@ from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.signing_record import Ballot, load_signed, save_signed
 from psyche.protocol.acceptor import Chain, consider, promise
 from psyche.protocol.messages import Certificate, Plan, Promise, Proposal, Record
-from psyche.protocol.state import Rules
+from psyche.protocol.round_state import Rules
 from psyche.worker.reveals import Reveals
 
 BALLOT = "ballot.msgpack"

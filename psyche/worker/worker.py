@@ -36,8 +36,8 @@ from psyche.network.transport import Network, Refused
 from psyche.numerics.aggregate import Gradient
 from psyche.protocol.acceptor import Chain, plan_fault
 from psyche.protocol.messages import Attestation, Certificate, Commitment, Hello, Plan, Promise, Record, RunStatus
-from psyche.protocol.quotas import quota_fault
-from psyche.protocol.state import Phase, Rules
+from psyche.protocol.pacing import quota_fault
+from psyche.protocol.round_state import Phase, Rules
 from psyche.protocol.wire import decode
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog

@@ -17,9 +17,9 @@ from psyche.diloco.audit_bundle import AuditBundle, AuditBundleStore
 from psyche.diloco.launch import launch
 from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.network.identity import Identity
+from psyche.protocol.audit_messages import EMPTY, Audit, Finding
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.verdicts import EMPTY, Audit, Finding
 from tests.tiny import replica, write_config
 
 STEPS = 30

@@ -16,8 +16,8 @@ from psyche.audit.evidence_store import EVIDENCE_DIRECTORY, EvidenceStore
 from psyche.data.shard_prefetch import Supply
 from psyche.data.store import BadShard
 from psyche.network.transport import Refused
+from psyche.protocol.audit_messages import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
 from psyche.protocol.messages import Record
-from psyche.protocol.verdicts import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
 from psyche.protocol.wire import Body
 from psyche.telemetry.event_log import EventLog
 from tests.audit.audited import Court, court, train_lazily

@@ -14,9 +14,9 @@ from psyche.audit.probes import Probe, draw_probes
 from psyche.diloco.trace import TracePoint
 from psyche.numerics.digest import digest
 from psyche.numerics.flat import FlatLayout
-from psyche.protocol.judgement import unlike
+from psyche.protocol.audit_messages import MOST, SKETCH, Finding
+from psyche.protocol.audit_outcome import unlike
 from psyche.protocol.messages import Plan
-from psyche.protocol.verdicts import MOST, SKETCH, Finding
 from tests.audit.audited import SEED, Court, Make, at_the_end, cheat
 
 LAYOUT = FlatLayout.of([("a", (5, 3)), ("b", (4097,)), ("c", (2,))])

@@ -13,8 +13,8 @@ from psyche.audit.audit_case import can_audit
 from psyche.audit.replay_error import MAX_NOISE, NEGLIGIBLE_ERROR, TYPICAL_NOISE, tolerant_error
 from psyche.diloco.audit_bundle import AuditBundle, BlobUnavailable
 from psyche.numerics.digest import blob_root
+from psyche.protocol.audit_messages import MOST
 from psyche.protocol.messages import WITHHELD
-from psyche.protocol.verdicts import MOST
 from tests.audit.audited import STEPS, Court, Make, at_the_end, cheat, matched_noise, train_lazily, trained
 
 PASS, FAIL = 20_000, 40_000

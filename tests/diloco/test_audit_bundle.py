@@ -10,8 +10,7 @@ import pytest
 from psyche.diloco.audit_bundle import MAX_BUNDLE_BYTES, AuditBundle, AuditBundleStore, BlobUnavailable
 from psyche.diloco.trace import Trace, TracePoint, trace_point_steps
 from psyche.numerics.digest import CHUNK, blob_root
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode
 
 POINT = TracePoint(0, b"p" * 32, b"o" * 32)
 BLOB = bytes(range(256)) * (CHUNK // 200)

@@ -12,8 +12,8 @@ from torch import Tensor
 from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.network.identity import IDENTITY, Identity
 from psyche.numerics.backends.selection import fastest_backend
+from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Plan, Record
-from psyche.protocol.verdicts import EMPTY
 from psyche.telemetry.events import Notice, RoundCertified, RunFinished
 from tests.processes.swarm import swarm
 from tests.protocol.players import contribution

@@ -23,11 +23,11 @@ from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.capped_shares import fp32_quotient
 from psyche.protocol.acceptor import plan_fault
-from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position, positions
+from psyche.protocol.audit_messages import EMPTY
+from psyche.protocol.contributions import contribution_fault
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.verdicts import EMPTY
 from psyche.tools.costs import costs_of
 from psyche.training.optimizer_state import pack_state
 from tests.protocol.players import nodes

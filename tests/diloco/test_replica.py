@@ -13,9 +13,9 @@ from psyche.data.store import BadShard
 from psyche.diloco.launch import launch
 from psyche.network.identity import Identity
 from psyche.protocol.assignment import shards
+from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.verdicts import EMPTY
 from tests.tiny import replica, write_config
 
 

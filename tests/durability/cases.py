@@ -32,7 +32,7 @@ from psyche.network.spool import Spool
 from psyche.numerics.digest import blob_root, index_chunks
 from psyche.processes.coordinator_process import GENESIS, INVITE
 from psyche.protocol.acceptor import Acceptor
-from psyche.protocol.signed_state import Signed, SignedState
+from psyche.protocol.certificates import Signed, SignedState
 from psyche.telemetry.event_log import LOG_NAME, EventLog, read_events
 from psyche.telemetry.events import Notice
 from psyche.worker.voter import BALLOT

@@ -5,6 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 
 from psyche.exchange.aggregation import Aggregation
-from psyche.protocol.weights import Caps
+from psyche.protocol.contributions import Caps
 
 PLAIN_MEAN = Aggregation(Caps(Fraction(1), Fraction(1), Fraction(1)), "mean")

@@ -18,8 +18,8 @@ from psyche.network.node import NetworkNode
 from psyche.network.transport import FetchError
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.digest import payload_root
+from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Record
-from psyche.protocol.verdicts import EMPTY
 from tests.exchange.plain_mean import PLAIN_MEAN
 
 INT8, COUNT = codec("int8"), 4096

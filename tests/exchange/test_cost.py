@@ -19,9 +19,9 @@ from psyche.network.node import NetworkNode
 from psyche.numerics.backends.selection import fastest_backend
 from psyche.numerics.codecs.registry import CODECS, codec
 from psyche.numerics.digest import payload_root
+from psyche.protocol.assignment import reducer_order
+from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Member, Plan, Record, ReductionStatus
-from psyche.protocol.reduction import reducer_order
-from psyche.protocol.verdicts import EMPTY
 from psyche.tools.costs import costs_of
 from tests.exchange.plain_mean import PLAIN_MEAN
 from tests.protocol.players import contribution

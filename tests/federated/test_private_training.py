@@ -27,10 +27,9 @@ from psyche.federated.private_text import PrivateText
 from psyche.federated.private_training import Private, check_private
 from psyche.network.bandwidth import Traffic
 from psyche.network.identity import Identity
-from psyche.protocol.admission import contribution_fault
+from psyche.protocol.contributions import contribution_fault, weights
 from psyche.protocol.messages import WITHHELD, Member, Plan
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.weights import weights
 from psyche.telemetry.metrics import signed_metrics
 from psyche.worker.meter import Meter
 from tests.tiny import replica, write_config

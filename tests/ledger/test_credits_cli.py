@@ -16,10 +16,10 @@ from psyche.ledger.store import NAME
 from psyche.ledger.verify import STRETCH, verify_ledger
 from psyche.numerics.digest import digest
 from psyche.payouts.merkle_tree import Claim, proves
+from psyche.protocol.audit_messages import EMPTY, Audit, Closed, Finding, Verdict
+from psyche.protocol.chain import BadLedger
 from psyche.protocol.credits import fold
-from psyche.protocol.ledger import BadLedger
 from psyche.protocol.messages import Record
-from psyche.protocol.verdicts import EMPTY, Audit, Closed, Finding, Verdict
 from psyche.telemetry.lines import exclusion_sentence
 from tests import bulk, chains
 from tests.chains import MEMBERS, NAMES, REASON, chain

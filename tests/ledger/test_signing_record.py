@@ -15,10 +15,10 @@ from psyche.errors import PsycheError
 from psyche.network.identity import Identity
 from psyche.network.rpc import Rpc
 from psyche.network.transport import Unreachable
-from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Chain, Refusal
+from psyche.protocol.certificates import ConflictingSignature
 from psyche.protocol.messages import Proposal, Reconfiguration, Record, Seal
-from psyche.protocol.signed_state import ConflictingSignature
+from psyche.protocol.wire import decode_envelope
 from psyche.worker.reveals import Reveals
 from psyche.worker.voter import BALLOT, Voter
 from tests.chains import COORDINATOR, MANIFEST, NAMES, RULES, STRANGER, chain
@@ -79,7 +79,7 @@ class Line:
     async def call(self, peer: str, name: str, request: bytes, *, timeout: float, max_reply: int) -> bytes:  # noqa: ASYNC109
         if peer not in self.there:
             raise Unreachable(peer, "is away")
-        return await self.there[peer]._sign_for(envelopes.decode(request).author, request)
+        return await self.there[peer]._sign_for(decode_envelope(request).author, request)
 
 
 def notary(identity: Identity, directory: Path, line: Line | None = None) -> Cosigner:
@@ -132,7 +132,7 @@ def test_two_coordinators_sign_for_each_other_and_say_why_not(tmp_path: Path) ->
     line = Line()
     one, two = notary(COORDINATOR, tmp_path / "one", line), notary(STRANGER, tmp_path / "two", line)
     line.there[STRANGER.peer_id] = two
-    authors = [envelopes.decode(item).author for item in asyncio.run(one.gather(ROSTER, 1, 2, unhindered))]
+    authors = [decode_envelope(item).author for item in asyncio.run(one.gather(ROSTER, 1, 2, unhindered))]
     assert sorted(authors) == sorted((COORDINATOR.peer_id, STRANGER.peer_id))
     perjury = asyncio.run(hindered(lambda hear: one.gather(SEAL, 1, 2, hear)))
     assert perjury is not None

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from psyche.ledger.schema import member_rows, round_row
 from psyche.ledger.store import Forked, Ledger, LedgerError
-from psyche.protocol.ledger import Entry
+from psyche.protocol.chain import Entry
 from tests.chains import NAMES, REASON, RULES, Link, chain, link, verified
 
 CHAIN = chain(6)

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from psyche.ledger.store import NAME, Ledger, LedgerError
 from psyche.ledger.verify import verify_ledger
 from psyche.network.identity import Identity
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.ledger import BadLedger
+from psyche.protocol.audit_messages import Closed
+from psyche.protocol.chain import BadLedger
 from psyche.protocol.messages import Certificate, Excluded, ExclusionReason, Record
-from psyche.protocol.verdicts import Closed
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import decode, decode_envelope, encode_envelope
 from tests.chains import COORDINATOR, MANIFEST, MEMBERS, NAMES, RULES, STRANGER, certify, chain
 from tests.ledgers import CHAIN, EACH, OTHER, change, fill
 
@@ -210,8 +209,8 @@ def signed_again(certificate: bytes, what: str, number: int, by: Identity) -> by
 
 
 def forged(envelope: bytes, by: Identity) -> bytes:
-    old = envelopes.decode(envelope)
-    return envelopes.encode(by.seal(old.domain, old.run_id, old.round, old.body))
+    old = decode_envelope(envelope)
+    return encode_envelope(by.seal(old.domain, old.run_id, old.round, old.body))
 
 
 @given(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche.protocol.envelope import Envelope, MalformedMessage, decode, encode, signing_bytes
+from psyche.protocol.wire import Envelope, MalformedMessage, decode_envelope, encode_envelope, signing_bytes
 
 AUTHOR = "12D3KooWFSX9rPxi5p8zYYzETNrXG8a7d7bHTxcQW3SGSkKiB9Qh"
 ENVELOPE = Envelope("commit", bytes(32), 7, AUTHOR, b"body", bytes(64))
@@ -26,26 +26,26 @@ envelopes = st.builds(
 
 @given(envelopes)
 def test_what_is_encoded_is_decoded(envelope: Envelope) -> None:
-    assert decode(encode(envelope)) == envelope
+    assert decode_envelope(encode_envelope(envelope)) == envelope
 
 
 @given(st.binary(max_size=400) | trees.map(msgspec.msgpack.encode))
 def test_any_bytes_are_an_envelope_or_malformed(data: bytes) -> None:
     with contextlib.suppress(MalformedMessage):
-        assert encode(decode(data)) == data
+        assert encode_envelope(decode_envelope(data)) == data
 
 
 @given(envelopes, st.data())
 def test_a_changed_byte_is_another_envelope_or_malformed(envelope: Envelope, data: st.DataObject) -> None:
-    raw = bytearray(encode(envelope))
+    raw = bytearray(encode_envelope(envelope))
     raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
     with contextlib.suppress(MalformedMessage):
-        assert decode(bytes(raw)) != envelope
+        assert decode_envelope(bytes(raw)) != envelope
 
 
 def test_bytes_are_bounded_before_they_are_decoded() -> None:
     with pytest.raises(MalformedMessage, match="over the limit"):
-        decode(bytes(101), max_bytes=100)
+        decode_envelope(bytes(101), max_bytes=100)
 
 
 @pytest.mark.parametrize(
@@ -66,22 +66,22 @@ def test_bytes_are_bounded_before_they_are_decoded() -> None:
 )
 def test_fields_out_of_bounds_are_refused(fields: tuple[object, ...]) -> None:
     with pytest.raises(MalformedMessage):
-        decode(msgspec.msgpack.encode(fields))
+        decode_envelope(msgspec.msgpack.encode(fields))
 
 
 def test_a_second_form_of_the_same_message_is_refused() -> None:
-    canonical = encode(ENVELOPE)
+    canonical = encode_envelope(ENVELOPE)
     at = canonical.index(bytes(32) + b"\x07") + 32
     longer = canonical[:at] + b"\xcc\x07" + canonical[at + 1 :]
     with pytest.raises(MalformedMessage, match="canonical"):
-        decode(longer)
+        decode_envelope(longer)
     with pytest.raises(MalformedMessage):
-        decode(canonical + b"\x00")
+        decode_envelope(canonical + b"\x00")
 
 
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(MalformedMessage):
-        decode(b"\x91" * 100_000)
+        decode_envelope(b"\x91" * 100_000)
 
 
 def test_everything_but_the_signature_is_signed() -> None:

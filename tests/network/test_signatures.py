@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from psyche.network import signatures
 from psyche.network.identity import BadSignature, Identity, WrongContext, verify
 from psyche.network.signatures import ORDER, Batch
-from psyche.protocol.envelope import Envelope, signing_bytes
+from psyche.protocol.wire import Envelope, signing_bytes
 
 pytestmark = pytest.mark.skipif(not signatures.available(), reason="the C++ extension is not there")
 

@@ -23,9 +23,9 @@ from psyche.network.identity import Identity
 from psyche.network.invite import Invite
 from psyche.network.node import NetworkNode
 from psyche.network.transport import Refused, Unreachable, Violation
-from psyche.protocol import envelope as envelopes
+from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Attestation, Commitment, Hello, Leave, Vote
-from psyche.protocol.verdicts import EMPTY
+from psyche.protocol.wire import Envelope, encode_envelope
 from psyche.telemetry.events import (
     Checkpointed,
     Notice,
@@ -212,16 +212,14 @@ async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
     messages = {
         "noise": b"\xff" * 100,
         "oversized": bytes((1 << 20) + 1),
-        "unknown domain": envelopes.encode(me.seal("run-status", run, 1, b"")),
-        "another run": envelopes.encode(me.seal("commitment", bytes(32), 1, Commitment(bytes(32), 1).encode())),
-        "wrongly signed": envelopes.encode(
-            envelopes.Envelope(forged.domain, run, 1, forged.author, forged.body, bytes(64))
-        ),
-        "somebody else's": envelopes.encode(other.seal("leave", run, 1, Leave("bye").encode())),
-        "malformed body": envelopes.encode(me.seal("vote", run, 1, b"\x93\x01\x02\x03")),
-        "another round": envelopes.encode(me.seal("commitment", run, 7, Commitment(bytes(32), 1).encode())),
-        "a stranger's attestation": envelopes.encode(me.seal("attestation", run, 1, attested)),
-        "a forged history": envelopes.encode(me.seal("hello", run, 5, history.encode())),
+        "unknown domain": encode_envelope(me.seal("run-status", run, 1, b"")),
+        "another run": encode_envelope(me.seal("commitment", bytes(32), 1, Commitment(bytes(32), 1).encode())),
+        "wrongly signed": encode_envelope(Envelope(forged.domain, run, 1, forged.author, forged.body, bytes(64))),
+        "somebody else's": encode_envelope(other.seal("leave", run, 1, Leave("bye").encode())),
+        "malformed body": encode_envelope(me.seal("vote", run, 1, b"\x93\x01\x02\x03")),
+        "another round": encode_envelope(me.seal("commitment", run, 7, Commitment(bytes(32), 1).encode())),
+        "a stranger's attestation": encode_envelope(me.seal("attestation", run, 1, attested)),
+        "a forged history": encode_envelope(me.seal("hello", run, 5, history.encode())),
     }
     answers = {}
     coordinator = split_address(invite.addresses[0])[1]
@@ -245,7 +243,7 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
     record = Record(plan, (Accepted(me.peer_id, contribution),), (), 1, alone, alone, (), EMPTY, (), (), ())
     proposal = me.seal("proposal", run, 5, Proposal(2, record, ()).encode())
     vote = me.seal("vote", run, 5, Vote(2, record.hash).encode())
-    return Certificate(envelopes.encode(proposal), (envelopes.encode(vote),), ())
+    return Certificate(encode_envelope(proposal), (encode_envelope(vote),), ())
 
 
 async def _join_a_liar(directory: Path, manifest: Manifest) -> str:

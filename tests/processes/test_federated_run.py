@@ -21,7 +21,7 @@ from psyche.federated.private_training import DIRECTORY
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.numerics.digest import blob_root
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import WITHHELD
 from psyche.telemetry.event_log import LOG_NAME, read_events
 from psyche.telemetry.events import MemberMetrics, PrivacySpent, RoundCertified, RunFinished

@@ -12,7 +12,7 @@ import pytest
 from psyche.bench.harness.paced_engine import PACE
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Record
 from psyche.telemetry.events import Leaving, PeerJoined, PeerLeft, RoundCertified, RoundStarted, RunFinished, StepDone
 from tests.processes.busy_machine import IN_USE

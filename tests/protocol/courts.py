@@ -6,15 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from psyche.numerics.digest import digest
-from psyche.protocol import envelope as envelopes
+from psyche.protocol.audit_messages import (
+    EMPTY,
+    Audit,
+    AuditState,
+    AuditStatement,
+    Closed,
+    Finding,
+    SealedVerdict,
+    Verdict,
+)
 from psyche.protocol.audits import admissible, asked, audits_after
-from psyche.protocol.envelope import Envelope
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Standing
 from psyche.protocol.proposals import round_seed
+from psyche.protocol.round_state import Rules, StatementReceived
 from psyche.protocol.standing import newly_audited, standing_after
-from psyche.protocol.state import Rules, StatementReceived
-from psyche.protocol.verdicts import EMPTY, Audit, AuditState, AuditStatement, Closed, Finding, SealedVerdict, Verdict
-from psyche.protocol.wire import Body
+from psyche.protocol.wire import Body, Envelope, encode_envelope
 from tests.protocol.players import GENESIS, RUN_ID, contribution
 
 PASS = Finding("measured", 1_000, 0, 5)
@@ -29,7 +36,7 @@ Says = Callable[[str, Audit], Finding | None]
 
 def signed(node: str, round_number: int, body: Body) -> bytes:
     """An envelope with no true signature."""
-    return envelopes.encode(Envelope(body.DOMAIN, RUN_ID, round_number, node, body.encode(), bytes(64)))
+    return encode_envelope(Envelope(body.DOMAIN, RUN_ID, round_number, node, body.encode(), bytes(64)))
 
 
 def verdict(node: str, audit: Audit, finding: Finding) -> Verdict:

@@ -11,11 +11,17 @@ from dataclasses import dataclass, field, replace
 
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, promise
 from psyche.protocol.assignment import next_position
-from psyche.protocol.certificates import seals_needed, signatures_needed
+from psyche.protocol.certificates import (
+    ConflictingSignature,
+    SignedState,
+    lead,
+    seal,
+    seals_needed,
+    sign_reconfiguration,
+    signatures_needed,
+)
 from psyche.protocol.messages import Contribution, Plan, Proposal, Record
-from psyche.protocol.rounds import tick
-from psyche.protocol.signed_state import ConflictingSignature, SignedState, lead, seal, sign_reconfiguration
-from psyche.protocol.state import (
+from psyche.protocol.round_state import (
     Abandoned,
     Arrived,
     Attested,
@@ -37,6 +43,7 @@ from psyche.protocol.state import (
     Tick,
     Voted,
 )
+from psyche.protocol.rounds import tick
 from tests.protocol.players import GENESIS, RUN_ID, contribution, root_after
 
 

@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from psyche.numerics.digest import digest
+from psyche.protocol.assignment import reducer_order_fault
 from psyche.protocol.audits import audits_fault, busy
 from psyche.protocol.messages import Contribution, Plan, Record
 from psyche.protocol.proposals import has_quorum
-from psyche.protocol.reduction import reducer_order_fault
-from psyche.protocol.rounds import tick
-from psyche.protocol.standing import standing_fault
-from psyche.protocol.state import (
+from psyche.protocol.round_state import (
     Arrived,
     Attested,
     AuditRules,
@@ -38,6 +36,8 @@ from psyche.protocol.state import (
     Tick,
     Voted,
 )
+from psyche.protocol.rounds import tick
+from psyche.protocol.standing import standing_fault
 
 ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 RUN_ID = b"r" * 32

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 
 from psyche.numerics.digest import digest
+from psyche.protocol.assignment import ReducerAssignment, assignment_of
 from psyche.protocol.messages import Record
-from psyche.protocol.reduction import ReducerAssignment, assignment_of
-from psyche.protocol.state import Phase, Reduction, Reported, Round, Stage
+from psyche.protocol.round_state import Phase, Reduction, Reported, Round, Stage
 from tests.protocol.players import Table, root_after
 
 WRONG = b"w" * 32

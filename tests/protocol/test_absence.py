@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psyche.protocol.state import Left, Phase
+from psyche.protocol.round_state import Left, Phase
 from tests.protocol.players import RULES, Table, root_after, started
 
 

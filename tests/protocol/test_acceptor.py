@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault, promise
+from psyche.protocol.assignment import reducer_order
+from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Member, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
-from psyche.protocol.reduction import reducer_order
-from psyche.protocol.verdicts import EMPTY
 from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
 
 A, B, C, D = nodes(4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psyche.protocol.state import (
+from psyche.protocol.round_state import (
     Attested,
     Committed,
     Fetched,

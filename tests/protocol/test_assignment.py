@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.numerics.digest import digest
-from psyche.protocol.assignment import Shape, next_position, permute, positions, sequences, shards
+from psyche.protocol.assignment import ShardLayout, next_position, permute, positions, sequences, shards
 from psyche.protocol.messages import Member, Plan
 from tests.protocol.players import nodes
 
@@ -55,7 +55,7 @@ def test_large_counts_stay_in_range(count: int, value: st.DataObject, seed: int)
     assert 0 <= int(permute(np.array([at], np.uint64), count, key)[0]) < count
 
 
-SHAPES = st.builds(Shape, st.integers(1, 300), st.integers(1, 400).map(lambda n: min(n, 300)))
+SHAPES = st.builds(ShardLayout, st.integers(1, 300), st.integers(1, 400).map(lambda n: min(n, 300)))
 
 
 @LIMITS
@@ -66,7 +66,9 @@ SHAPES = st.builds(Shape, st.integers(1, 300), st.integers(1, 400).map(lambda n:
     cut=st.floats(0, 1),
     seed=st.integers(0, 9),
 )
-def test_a_piece_of_a_longer_range_is_the_same(shape: Shape, start: int, length: int, cut: float, seed: int) -> None:
+def test_a_piece_of_a_longer_range_is_the_same(
+    shape: ShardLayout, start: int, length: int, cut: float, seed: int
+) -> None:
     whole = sequences(range(start, start + length), shape, seed)
     middle = start + int(length * cut)
     pieces = [sequences(range(start, middle), shape, seed), sequences(range(middle, start + length), shape, seed)]
@@ -77,7 +79,7 @@ def test_a_piece_of_a_longer_range_is_the_same(shape: Shape, start: int, length:
 
 @LIMITS
 @given(shape=SHAPES, seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**20))
-def test_an_epoch_has_every_sequence_once(shape: Shape, seed: int, epoch: int) -> None:
+def test_an_epoch_has_every_sequence_once(shape: ShardLayout, seed: int, epoch: int) -> None:
     first = epoch * shape.sequences
     got = sequences(range(first, first + shape.sequences), shape, seed).tolist()
     assert sorted(got) == list(range(shape.sequences))
@@ -86,7 +88,7 @@ def test_an_epoch_has_every_sequence_once(shape: Shape, seed: int, epoch: int) -
 @LIMITS
 @given(shape=SHAPES, start=st.integers(0, 2000), length=st.integers(0, 700), seed=st.integers(0, 9))
 def test_the_shards_of_a_stretch_are_those_of_its_sequences_in_order(
-    shape: Shape, start: int, length: int, seed: int
+    shape: ShardLayout, start: int, length: int, seed: int
 ) -> None:
     span = range(start, start + length)
     needed = [int(one) // shape.per_shard for one in sequences(span, shape, seed)]
@@ -95,18 +97,18 @@ def test_the_shards_of_a_stretch_are_those_of_its_sequences_in_order(
 
 @LIMITS
 @given(shape=SHAPES, seed=st.integers(0, 9))
-def test_an_epoch_is_done_with_a_shard_before_it_takes_up_the_next(shape: Shape, seed: int) -> None:
+def test_an_epoch_is_done_with_a_shard_before_it_takes_up_the_next(shape: ShardLayout, seed: int) -> None:
     needed = sequences(range(shape.sequences), shape, seed) // shape.per_shard
     assert np.count_nonzero(np.diff(needed)) == -(-shape.sequences // shape.per_shard) - 1
 
 
 def test_a_stretch_no_longer_than_a_shard_is_in_two_of_them() -> None:
-    shape = Shape(40 * 64, 64)
+    shape = ShardLayout(40 * 64, 64)
     assert max(len(shards(range(at, at + 64), shape, 3)) for at in range(6000)) == 2
 
 
 def test_each_epoch_has_another_order_of_shards_and_in_each_shard_another() -> None:
-    shape = Shape(64 * 16, 64)
+    shape = ShardLayout(64 * 16, 64)
     epochs = [sequences(range(n * 1024, (n + 1) * 1024), shape, 5).reshape(16, 64) for n in range(2)]
     assert (epochs[0][:, 0] // 64).tolist() != (epochs[1][:, 0] // 64).tolist()
     within = {tuple((row % 64).tolist()) for epoch in epochs for row in epoch}
@@ -115,7 +117,7 @@ def test_each_epoch_has_another_order_of_shards_and_in_each_shard_another() -> N
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 100])
 def test_epochs_follow_each_other(count: int) -> None:
-    got = sequences(range(3 * count), Shape(count, 40), 5).tolist()
+    got = sequences(range(3 * count), ShardLayout(count, 40), 5).tolist()
     for epoch in range(3):
         assert sorted(got[epoch * count : (epoch + 1) * count]) == list(range(count))
     if count >= 64:
@@ -147,7 +149,7 @@ def test_members_share_out_the_stretch_without_overlap(
 def test_within_an_epoch_no_sequence_goes_to_two_members() -> None:
     members = nodes(8)
     plan = plan_of(dict.fromkeys(members, 5), position=1000)
-    got = [sequences(positions(plan, node, 4, 0), Shape(4096, 100), 3).tolist() for node in members]
+    got = [sequences(positions(plan, node, 4, 0), ShardLayout(4096, 100), 3).tolist() for node in members]
     assert len({one for piece in got for one in piece}) == 8 * 5 * 4
 
 

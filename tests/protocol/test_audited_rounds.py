@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from psyche.protocol.audit_messages import Audit, DeclinedAudit, SealedVerdict
 from psyche.protocol.audits import busy
-from psyche.protocol.state import Rejected, StateAgreed
-from psyche.protocol.verdicts import Audit, DeclinedAudit, SealedVerdict
+from psyche.protocol.round_state import Rejected, StateAgreed
 from psyche.protocol.wire import Body
 from tests.protocol.courts import PASS, said, verdict
 from tests.protocol.players import Table, root_after, started

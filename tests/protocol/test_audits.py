@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.numerics.digest import digest
+from psyche.protocol.audit_messages import Audit, DeclinedAudit, Finding, SealedVerdict
+from psyche.protocol.audit_outcome import unlike
 from psyche.protocol.audits import InvalidAudits, asked, busy, statement
-from psyche.protocol.envelope import MalformedMessage
-from psyche.protocol.judgement import unlike
 from psyche.protocol.messages import Leave
-from psyche.protocol.state import AuditRules, StatementReceived
-from psyche.protocol.verdicts import Audit, DeclinedAudit, Finding, SealedVerdict
+from psyche.protocol.round_state import AuditRules, StatementReceived
+from psyche.protocol.wire import MalformedMessage
 from tests.protocol.courts import FAIL, FALSE, PASS, UNSERVED, UNSURE, Court, said, signed, verdict
 from tests.protocol.players import RULES, nodes
 

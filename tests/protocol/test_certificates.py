@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from psyche.network.identity import Identity, open_envelope
-from psyche.protocol import envelope as envelopes
+from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.certificates import BadCertificate, check_certificate, seals_needed, signatures_needed
 from psyche.protocol.messages import (
     Accepted,
@@ -25,8 +25,7 @@ from psyche.protocol.messages import (
     Seal,
 )
 from psyche.protocol.messages import Vote as Ballot
-from psyche.protocol.verdicts import EMPTY
-from psyche.protocol.wire import Body
+from psyche.protocol.wire import Body, decode_envelope, encode_envelope
 from tests.protocol.players import GENESIS, RUN_ID, contribution
 
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
@@ -52,7 +51,7 @@ TERM = 2
 def sealed(
     author: Identity, body: Body, *, run_id: bytes = RUN_ID, round_number: int = 1, domain: str | None = None
 ) -> bytes:
-    return envelopes.encode(author.seal(domain or body.DOMAIN, run_id, round_number, body.encode()))
+    return encode_envelope(author.seal(domain or body.DOMAIN, run_id, round_number, body.encode()))
 
 
 def ballot(author: Identity, record: Record = RECORD, *, term: int = TERM, run_id: bytes = RUN_ID) -> bytes:
@@ -91,13 +90,13 @@ def test_a_certificate_survives_the_wire() -> None:
 
 
 def with_broken_signature(item: bytes) -> bytes:
-    envelope = envelopes.decode(item)
+    envelope = decode_envelope(item)
     signature = bytes([envelope.signature[0] ^ 1]) + envelope.signature[1:]
-    return envelopes.encode(msgspec.structs.replace(envelope, signature=signature))
+    return encode_envelope(msgspec.structs.replace(envelope, signature=signature))
 
 
 def in_the_name_of(item: bytes, name: str) -> bytes:
-    return envelopes.encode(msgspec.structs.replace(envelopes.decode(item), author=name))
+    return encode_envelope(msgspec.structs.replace(decode_envelope(item), author=name))
 
 
 TWO = [ballot(member) for member in MEMBERS[:2]]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from psyche.protocol.acceptor import Acceptor
 from psyche.protocol.messages import Plan
-from psyche.protocol.state import Seen, Stage
+from psyche.protocol.round_state import Seen, Stage
 from tests.protocol.parliament import Parliament, Seat, Voter, with_coordinators
 from tests.protocol.players import RULES, nodes
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche.numerics.capped_shares import Cap, exact_capped_shares
+from psyche.protocol.audit_messages import Closed, Outcome
 from psyche.protocol.credits import BONUS, Change, CreditAccounts, RoundWork, Work, fold, private_credit, round_work
-from psyche.protocol.state import AuditRules
-from psyche.protocol.verdicts import Closed, Outcome
+from psyche.protocol.round_state import AuditRules
 from tests.chains import NAMES, RULES, chain
 from tests.protocol.players import nodes
 

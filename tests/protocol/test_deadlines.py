@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from psyche.protocol.deadlines import WINDOW, adaptive
-from psyche.protocol.proposals import exchange_allowance
-from psyche.protocol.state import (
+from psyche.protocol.pacing import WINDOW, adaptive, exchange_allowance
+from psyche.protocol.round_state import (
     Abandoned,
     Departed,
     Seen,

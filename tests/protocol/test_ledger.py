@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.ledger import BadLedger, Entry, claimed, missing_rounds
+from psyche.protocol.chain import BadLedger, Entry, claimed, missing_rounds
 from psyche.protocol.messages import Accepted, Certificate, Excluded, ExclusionReason, Record
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import decode, decode_envelope, encode_envelope
 from tests.chains import NAMES, RULES, STRANGER, Link, certify, chain, link, verified, with_plan
 
 CHAIN = chain(6)
@@ -89,9 +88,9 @@ def test_another_state_root_is_contradicted_by_the_next_round(at: int, root: byt
 
 def test_a_vote_passed_off_as_another_members() -> None:
     certificate = decode(Certificate, CHAIN[2].certificate)
-    votes = [envelopes.decode(vote) for vote in certificate.votes]
+    votes = [decode_envelope(vote) for vote in certificate.votes]
     votes[1] = msgspec.structs.replace(votes[1], author=NAMES[3])
-    changed = msgspec.structs.replace(certificate, votes=tuple(envelopes.encode(vote) for vote in votes)).encode()
+    changed = msgspec.structs.replace(certificate, votes=tuple(encode_envelope(vote) for vote in votes)).encode()
     found = fault([*ENTRIES[:2], replace(ENTRIES[2], certificate=changed)])
     assert found.round == 3
     assert "cannot be believed" in found.reason

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche.protocol import envelope as envelopes
-from psyche.protocol import messages, verdicts
-from psyche.protocol.envelope import Envelope, MalformedMessage
+from psyche.protocol import audit_messages as verdicts
+from psyche.protocol import messages
+from psyche.protocol.audit_messages import EMPTY, DeclinedAudit, Finding, SealedVerdict, Verdict
 from psyche.protocol.messages import (
     Accepted,
     Attestation,
@@ -39,8 +39,16 @@ from psyche.protocol.messages import (
     Standing,
     Vote,
 )
-from psyche.protocol.verdicts import EMPTY, DeclinedAudit, Finding, SealedVerdict, Verdict
-from psyche.protocol.wire import Body, decode
+from psyche.protocol.wire import (
+    MAX_ENVELOPE,
+    Body,
+    Envelope,
+    MalformedMessage,
+    decode,
+    decode_envelope,
+    encode_envelope,
+    signing_bytes,
+)
 from tests.protocol.players import contribution, nodes
 
 A, B, C = nodes(3)
@@ -220,7 +228,7 @@ def test_well_formed_msgpack_of_the_wrong_shape(kind: type[Body], tree: list[obj
 )
 def test_bytes_that_claim_the_earth(kind: type, data: bytes) -> None:
     with pytest.raises(MalformedMessage):
-        envelopes.decode(data) if kind is Envelope else decode(kind, data)
+        decode_envelope(data) if kind is Envelope else decode(kind, data)
 
 
 @pytest.mark.parametrize(
@@ -299,37 +307,37 @@ def test_commitments_bind_node_run_round_and_every_field() -> None:
 
 
 def test_envelope_round_trip() -> None:
-    data = envelopes.encode(ENVELOPE)
-    assert envelopes.decode(data) == ENVELOPE
+    data = encode_envelope(ENVELOPE)
+    assert decode_envelope(data) == ENVELOPE
 
 
 def test_oversize_envelopes_are_refused_before_they_are_read() -> None:
-    data = envelopes.encode(msgspec.structs.replace(ENVELOPE, body=bytes(1000)))
-    assert envelopes.decode(data, len(data)).body == bytes(1000)
+    data = encode_envelope(msgspec.structs.replace(ENVELOPE, body=bytes(1000)))
+    assert decode_envelope(data, len(data)).body == bytes(1000)
     with pytest.raises(MalformedMessage, match="over the limit"):
-        envelopes.decode(data, len(data) - 1)
+        decode_envelope(data, len(data) - 1)
     with pytest.raises(MalformedMessage, match="over the limit"):
-        envelopes.decode(bytes(envelopes.MAX_ENVELOPE + 1))
+        decode_envelope(bytes(MAX_ENVELOPE + 1))
 
 
 @LIMITS
 @given(data=st.binary(max_size=300))
 def test_arbitrary_bytes_as_envelope(data: bytes) -> None:
     with pytest.raises(MalformedMessage):
-        envelopes.decode(data)
+        decode_envelope(data)
 
 
 @settings(max_examples=300, deadline=None)
-@given(at=st.integers(0, len(envelopes.encode(ENVELOPE)) - 1), value=st.integers(0, 255))
+@given(at=st.integers(0, len(encode_envelope(ENVELOPE)) - 1), value=st.integers(0, 255))
 def test_a_mutated_envelope_is_refused_or_says_something_else(at: int, value: int) -> None:
-    data = bytearray(envelopes.encode(ENVELOPE))
+    data = bytearray(encode_envelope(ENVELOPE))
     data[at] = value
     try:
-        found = envelopes.decode(bytes(data))
+        found = decode_envelope(bytes(data))
     except MalformedMessage:
         return
-    assert envelopes.encode(found) == bytes(data)
-    same = bytes(data) == envelopes.encode(ENVELOPE)
+    assert encode_envelope(found) == bytes(data)
+    same = bytes(data) == encode_envelope(ENVELOPE)
     assert (found == ENVELOPE) is same
 
 
@@ -344,10 +352,9 @@ def test_the_signature_covers_everything_else() -> None:
     }
     assert set(changes) == set(ENVELOPE.__struct_fields__)
     signed = {
-        name: envelopes.signing_bytes(msgspec.structs.replace(ENVELOPE, **{name: value}))
-        for name, value in changes.items()
+        name: signing_bytes(msgspec.structs.replace(ENVELOPE, **{name: value})) for name, value in changes.items()
     }
-    base = envelopes.signing_bytes(ENVELOPE)
+    base = signing_bytes(ENVELOPE)
     assert signed.pop("signature") == base
     assert base not in signed.values()
     assert len(set(signed.values())) == len(signed)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from psyche.coordinator.status import status_of
 from psyche.protocol.acceptor import Refusal
-from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position, positions
+from psyche.protocol.contributions import contribution_fault
 from psyche.protocol.messages import Member
+from psyche.protocol.pacing import ALIKE, EXCHANGES, WINDOW, quota_fault, quotas
 from psyche.protocol.proposals import mostly_done
-from psyche.protocol.quotas import ALIKE, EXCHANGES, WINDOW, quota_fault, quotas
-from psyche.protocol.state import Arrived, Left, Promised, Restored, Stage
+from psyche.protocol.round_state import Arrived, Left, Promised, Restored, Stage
 from tests.protocol.players import GENESIS, RULES, Table, contribution, nodes, root_after
 from tests.protocol.test_acceptor import PLAN, RECORD, changed, vote
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.numerics.digest import digest
-from psyche.protocol.reduction import (
+from psyche.protocol.assignment import (
     ReducerAssignment,
     assignment_of,
     dissenters,
@@ -19,7 +19,7 @@ from psyche.protocol.reduction import (
     reducer_order_fault,
     verdict,
 )
-from psyche.protocol.state import Abandoned, Certified, Effect, Left, Phase, Reported, Stage, StateAgreed
+from psyche.protocol.round_state import Abandoned, Certified, Effect, Left, Phase, Reported, Stage, StateAgreed
 from tests.protocol.players import Table, nodes, rejected, started
 
 LIMITS = settings(max_examples=150, deadline=None)

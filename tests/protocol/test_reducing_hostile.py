@@ -6,7 +6,18 @@ from collections.abc import Iterable
 
 import pytest
 
-from psyche.protocol.state import Arrived, Attested, Certified, Fetched, Left, Phase, Planned, Reported, Restored, Stage
+from psyche.protocol.round_state import (
+    Arrived,
+    Attested,
+    Certified,
+    Fetched,
+    Left,
+    Phase,
+    Planned,
+    Reported,
+    Restored,
+    Stage,
+)
 from tests.protocol.players import GENESIS, RULES, Table, root_after, started
 from tests.protocol.sharders import WRONG, Honest, assignment, reduction_of, report, right, right_results, round_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from psyche.protocol.state import (
+from psyche.protocol.round_state import (
     Arrived,
     Finished,
     Restored,

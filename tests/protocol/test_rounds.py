@@ -9,7 +9,7 @@ import pytest
 from psyche.protocol.assignment import next_position
 from psyche.protocol.messages import ExclusionReason
 from psyche.protocol.proposals import quorum, round_seed
-from psyche.protocol.state import (
+from psyche.protocol.round_state import (
     Abandoned,
     Arrived,
     Attested,

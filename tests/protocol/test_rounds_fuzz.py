@@ -12,7 +12,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche.protocol.state import (
+from psyche.protocol.round_state import (
     Arrived,
     Attested,
     Committed,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from psyche.protocol.state import (
+from psyche.protocol.round_state import (
     Abandoned,
     Arrived,
     Attested,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from psyche.protocol.messages import Standing
 from psyche.protocol.proposals import draw_seats
+from psyche.protocol.round_state import State
 from psyche.protocol.standing import probation_note, standing_after, voting
-from psyche.protocol.state import State
 from psyche.protocol.wire import MAX_MEMBERS
 from tests.protocol.players import RULES, Table, nodes, rejected, root_after
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psyche.protocol.contributions import Caps, weights
 from psyche.protocol.messages import Contribution, Member, Plan
-from psyche.protocol.weights import Caps, weights
 
 CAPS = Caps(Fraction(1, 4), Fraction(1, 4), Fraction(1, 4))
 ROUNDING = Fraction(1, 2**24)

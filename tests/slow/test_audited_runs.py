@@ -10,7 +10,7 @@ import pytest
 
 from psyche.ledger.store import NAME, Ledger
 from psyche.network.identity import IDENTITY, Identity
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Record
 from psyche.telemetry.events import (
     Audited,

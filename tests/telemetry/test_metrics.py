@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from psyche.protocol.envelope import MalformedMessage
 from psyche.protocol.messages import Metrics
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode
 from psyche.telemetry.events import Event, MemberMetrics, RoundSummary
 from psyche.telemetry.metrics import MEASUREMENTS, metrics_event, signed_metrics
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from psyche import config
-from psyche.protocol.assignment import Shape
+from psyche.protocol.assignment import ShardLayout
 from psyche.training.engine import Engine
 from psyche.training.models import build
 
@@ -47,7 +47,7 @@ class Sequences:
         # Skewed, so that there is something to learn.
         draws = np.random.default_rng(seed).geometric(0.02, (count, LENGTH))
         self._tokens = np.minimum(draws, VOCABULARY - 1).astype(np.int64)
-        self.shape = Shape(count, count)
+        self.shape = ShardLayout(count, count)
 
     def __len__(self) -> int:
         return len(self._tokens)

@@ -12,10 +12,9 @@ from psyche.config import Manifest, load_config
 from psyche.diloco.launch import launch
 from psyche.network.identity import Identity
 from psyche.network.transport import Refused, Unreachable
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.calls import RefusalCode
 from psyche.protocol.messages import Hello, Promise, RunStatus
-from psyche.protocol.state import Phase
+from psyche.protocol.round_state import Phase
+from psyche.protocol.wire import RefusalCode, encode_envelope
 from psyche.worker import coordinator_client as module
 from psyche.worker.coordinator_client import CoordinatorClient
 from tests.tiny import write_config
@@ -67,7 +66,7 @@ def leading(identity: Identity, manifest: Manifest, term: int) -> Answer:
     def answer(name: str) -> bytes:
         if name == "submit":
             return b""
-        return envelopes.encode(identity.seal(RunStatus.DOMAIN, manifest.run_id, 0, status.encode()))
+        return encode_envelope(identity.seal(RunStatus.DOMAIN, manifest.run_id, 0, status.encode()))
 
     return answer
 

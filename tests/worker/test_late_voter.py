@@ -11,10 +11,9 @@ import pytest
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.network.identity import IDENTITY, Identity
-from psyche.protocol import envelope as envelopes
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Certificate
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import decode, decode_envelope
 from psyche.telemetry.events import RoundCertified, RoundStarted
 from tests.processes.swarm import swarm
 from tests.tiny import write_config
@@ -43,7 +42,7 @@ def test_a_voter_outside_the_plan_votes(tmp_path: Path) -> None:
     with Ledger.read(run.directory / "coordinator" / LEDGER) as ledger:
         entry = next(entry for entry in ledger.entries() if entry.round == without + 1)
     record = claimed(entry.certificate).record
-    voted = {envelopes.decode(vote).author for vote in decode(Certificate, entry.certificate).votes}
+    voted = {decode_envelope(vote).author for vote in decode(Certificate, entry.certificate).votes}
     assert record.plan.member(late) is None
     assert not record.reconfiguration
     assert late in voted

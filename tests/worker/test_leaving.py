@@ -20,8 +20,8 @@ from psyche.exchange.rules import rules_of
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.processes.process_lock import LOCK, process_of, registered
-from psyche.protocol.admission import contribution_fault
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
+from psyche.protocol.contributions import contribution_fault
 from psyche.protocol.messages import Contribution
 from psyche.telemetry.events import Leaving, Left, PeerLeft, PhaseChanged, RoundCertified, RoundStarted, StepDone
 from tests.diloco.test_overlap import alone, plan_for

@@ -10,7 +10,7 @@ from psyche.config import load_config
 from psyche.diloco.launch import launch
 from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
-from psyche.protocol.admission import contribution_fault
+from psyche.protocol.contributions import contribution_fault
 from psyche.protocol.messages import Member, Plan
 from psyche.protocol.proposals import round_seed
 from tests.tiny import replica, write_config

@@ -46,7 +46,7 @@ from psyche.network.node import NetworkNode
 from psyche.numerics.aggregate import Gradient
 from psyche.numerics.flat import ALIGNMENT, FlatLayout
 from psyche.numerics.outer import OuterState
-from psyche.protocol.assignment import Shape
+from psyche.protocol.assignment import ShardLayout
 from psyche.protocol.messages import Record
 from psyche.telemetry.event_log import LOG_NAME, EventLog
 from psyche.training.engine import Batch
@@ -263,7 +263,7 @@ class _NoText:
 
     def __init__(self) -> None:
         self.train = self.heldout = self
-        self.shape = Shape(1, 1)
+        self.shape = ShardLayout(1, 1)
 
     def __len__(self) -> int:
         return 1

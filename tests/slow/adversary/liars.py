@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from psyche.audit.simulated_audits import VerdictPolicy
-from psyche.protocol.verdicts import Audit, Finding
+from psyche.protocol.audit_messages import Audit, Finding
 
 FAILED, PASSED, UNSURE = (Finding("measured", error, 0, 0) for error in (900_000, 0, 30_000))
 

@@ -17,9 +17,9 @@ from psyche.diloco.replica import Replica
 from psyche.exchange.rules import rules_of
 from psyche.network.identity import Identity
 from psyche.numerics.digest import digest
+from psyche.protocol.audit_messages import Closed
 from psyche.protocol.credits import CreditAccounts, fold
 from psyche.protocol.messages import Record
-from psyche.protocol.verdicts import Closed
 from tests.slow.adversary.cheats import Cheat, Honest, Swarm
 from tests.tiny import replica, write_config
 

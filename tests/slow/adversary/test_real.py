@@ -11,7 +11,7 @@ from psyche.config import MANIFEST, Manifest
 from psyche.ledger.store import NAME, Ledger
 from psyche.ledger.verify import verify_ledger
 from psyche.network.identity import IDENTITY, Identity
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Record
 from psyche.telemetry.events import RunFinished
 from tests.processes.swarm import swarm

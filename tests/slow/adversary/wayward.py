@@ -9,7 +9,7 @@ import psyche.audit.auditor as auditing
 import psyche.processes.node_process as processes
 from psyche.cli import main
 from psyche.network.transport import Refused
-from psyche.protocol.verdicts import Finding
+from psyche.protocol.audit_messages import Finding
 from tests.slow.adversary.cheats import Cheat, Swarm, noise, other_data, scaled, zero
 
 

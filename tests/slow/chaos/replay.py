@@ -19,7 +19,7 @@ from psyche.network.identity import Identity
 from psyche.network.spool import Blob
 from psyche.numerics.aggregate import Gradient, result_gradient
 from psyche.numerics.digest import digest
-from psyche.protocol.ledger import claimed
+from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Plan, Record
 from tests.tiny import replica
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from psyche.protocol.calls import RefusalCode
+from psyche.protocol.audit_messages import EMPTY, AuditState, AuditStatement
 from psyche.protocol.messages import Contribution, Plan, Record, Standing
-from psyche.protocol.verdicts import EMPTY, AuditState, AuditStatement
+from psyche.protocol.wire import RefusalCode
 
 
 class Phase(StrEnum):

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from psyche.protocol.admission import Step
 from psyche.protocol.messages import Plan, Record
+from psyche.protocol.pacing import quota_fault, training_allowance
 from psyche.protocol.proposals import (
     close_commitments,
     has_quorum,
@@ -24,10 +25,8 @@ from psyche.protocol.proposals import (
     quorum,
     round_seed,
     short_names,
-    training_allowance,
 )
-from psyche.protocol.quotas import quota_fault
-from psyche.protocol.state import Phase, Planned, Promised, Reduction, Round, Rules, State
+from psyche.protocol.round_state import Phase, Planned, Promised, Reduction, Round, Rules, State
 
 PLANNED_SINCE = 16
 """Plans that the leader before can have made since the last vote, for all one believes: a plan carries no signature,

@@ -20,8 +20,8 @@ from itertools import combinations
 from statistics import median_low
 from typing import Literal
 
-from psyche.protocol.state import AuditRules
-from psyche.protocol.verdicts import JURY, Audit, Finding, Outcome
+from psyche.protocol.audit_messages import JURY, Audit, Finding, Outcome
+from psyche.protocol.round_state import AuditRules
 
 MORE = 3
 """Auditors who ask for what its author did not hand over to the first, before that counts; and who fail a contribution

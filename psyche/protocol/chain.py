@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from psyche.protocol import envelope as envelopes
 from psyche.protocol.acceptor import Chain, plan_fault
-from psyche.protocol.admission import contribution_fault
 from psyche.protocol.assignment import next_position
+from psyche.protocol.audit_messages import EMPTY, AuditState
 from psyche.protocol.audits import audits_fault
 from psyche.protocol.certificates import BadCertificate, Open, certified
-from psyche.protocol.envelope import MalformedMessage
+from psyche.protocol.contributions import contribution_fault
 from psyche.protocol.messages import Certificate, Plan, Proposal, Record, Standing
-from psyche.protocol.quotas import quota_fault
+from psyche.protocol.pacing import quota_fault
+from psyche.protocol.round_state import Rules
 from psyche.protocol.standing import standing_fault
-from psyche.protocol.state import Rules
-from psyche.protocol.verdicts import EMPTY, AuditState
-from psyche.protocol.wire import decode
+from psyche.protocol.wire import MalformedMessage, decode, decode_envelope
 
 
 class BadLedger(ValueError):
@@ -61,7 +59,7 @@ class Verified:
 
 def claimed(certificate: bytes) -> Proposal:
     """What a certificate says, with no signature checked. Raises :class:`MalformedMessage`."""
-    return decode(Proposal, envelopes.decode(decode(Certificate, certificate).proposal).body)
+    return decode(Proposal, decode_envelope(decode(Certificate, certificate).proposal).body)
 
 
 def verify_chain(
