@@ -32,7 +32,7 @@ from psyche.network.spool import Spool
 from psyche.numerics.digest import blob_root, index_chunks
 from psyche.processes.coordinator_process import GENESIS, INVITE
 from psyche.protocol.acceptor import Acceptor
-from psyche.protocol.certificates import Signed, SignedState
+from psyche.protocol.certificates import SignedInRound, SignedState
 from psyche.telemetry.event_log import LOG_NAME, EventLog, read_events
 from psyche.telemetry.events import Notice
 from psyche.worker.voter import BALLOT
@@ -86,7 +86,7 @@ def pledge(name: str, first: Ballot | SignedState, second: Ballot | SignedState)
 
 
 BALLOT_OF_ONE = Ballot(Acceptor(1, 2, bytes(32)), b"claim", 3, b"proposal" * 100, (b"a" * 500,), (b"b" * 900,))
-OATH_OF_ONE = SignedState(4, {bytes(32): (3, Signed(1, ("me", "you"), b""))})
+OATH_OF_ONE = SignedState(4, {bytes(32): (3, SignedInRound(1, ("me", "you"), b""))})
 
 
 def know(folder: Path, number: int) -> None:
