@@ -12,7 +12,7 @@ from psyche.ledger.store import Ledger, LedgerError
 from psyche.protocol.audit_messages import Verdict
 from psyche.protocol.chain import Entry, claimed
 from psyche.protocol.messages import Record
-from psyche.protocol.wire import MalformedMessage, decode
+from psyche.protocol.wire import MalformedMessage, decode, decode_envelope
 
 
 class MemberReport(msgspec.Struct):
@@ -178,7 +178,7 @@ def _round(entry: Entry, record: Record, findings: dict[tuple[str, int], list[Au
 def _add_finding(statement: bytes, round_number: int, findings: dict[tuple[str, int], list[AuditorFinding]]) -> None:
     """Add the finding of a revealed verdict. Sealed verdicts and undecodable statements are skipped."""
     try:
-        envelope = envelopes.decode(statement)
+        envelope = decode_envelope(statement)
         if envelope.domain != Verdict.DOMAIN:
             return
         verdict = decode(Verdict, envelope.body)
