@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from psyche.config.units import byte_count
 from psyche.errors import PsycheError
 
 if TYPE_CHECKING:
@@ -34,7 +33,11 @@ def pick_device(wanted: str) -> torch.device:
 
 def memory_limit(node: Node) -> int | None:
     """Bytes of GPU memory that a process of this node may use; None: all of it."""
-    return None if node.max_gpu_memory is None else byte_count(node.max_gpu_memory)
+    if node.max_gpu_memory is None:
+        return None
+    from psyche.config.units import byte_count  # scripts/gpu_check.sh trains without pydantic
+
+    return byte_count(node.max_gpu_memory)
 
 
 def limit_memory(limit: int | None, device: torch.device) -> None:
