@@ -23,8 +23,8 @@ from psyche.protocol.messages import Plan, Record, RunStatus
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.formatting import plural, size
-from psyche.worker.apply_round import Advance
 from psyche.worker.coordinator_client import RETRY_SECONDS, CoordinatorClient
+from psyche.worker.node_state import NodeState
 from psyche.worker.state_transfer import Arriving
 from psyche.worker.voter import Voter
 
@@ -42,13 +42,13 @@ class CatchUp:
         *,
         voter: Voter,
         client: CoordinatorClient,
-        advance: Advance,
+        state: NodeState,
         exchange: Callable[[Plan], Exchange],
         log: EventLog,
         warn: Callable[[str], None],
     ) -> None:
         self._replica, self._payload_store, self._voter, self._client = replica, payload_store, voter, client
-        self._advance, self._exchange, self._log, self._warn = advance, exchange, log, warn
+        self._state, self._exchange, self._log, self._warn = state, exchange, log, warn
         self._chain_fetcher = ChainFetcher(replica.manifest, payload_store.network.rpc)
         self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
         """Rounds. Others keep what their steps took for about as long; of longer ones not even the records are asked
@@ -134,7 +134,7 @@ class CatchUp:
         exchange.followers = others
         gradient = await exchange.outer_gradient(record)
         self._voter.certificate = certificate
-        await self._advance.step(record, gradient)
+        await self._state.apply(record, gradient)
         return True
 
     async def _fetch(self, record: Record | None, root: bytes) -> None:
@@ -152,7 +152,7 @@ class CatchUp:
             self._arriving = arriving, goal
             raise
         seconds = arriving.seconds
-        await self._advance.take_over(outer, record)
+        await self._state.adopt(outer, record)
         self._log.emit(
             events.Resynchronised(
                 round=goal.rounds,

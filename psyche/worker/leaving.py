@@ -110,7 +110,7 @@ class GracefulLeave:
             self._outcome = f"round {self._plan.round} is certified, {'with' if used else 'without'} this node's work"
         self._plan = None
 
-    def enough(self) -> bool:
+    def should_stop_training(self) -> bool:
         """Whether the inner steps done so far are to be handed in as they are: nobody would wait for more of them."""
         plan, status = self._plan, self._client.status
         if self._farewell.resting:
@@ -161,7 +161,7 @@ class GracefulLeave:
         if plan is None:
             return "nothing is to be handed in", 0.0
         if self.quickly:
-            if self._sealed or self.enough():
+            if self._sealed or self.should_stop_training():
                 return f"for round {plan.round} to be certified with this node's work", QUICK_SECONDS
             return f"the other members still train round {plan.round}, and this node does not wait for them", 0.0
         exchange = self._deadlines.exchange_max

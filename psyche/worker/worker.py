@@ -42,17 +42,14 @@ from psyche.protocol.wire import decode
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.training.engine_choice import describe_device
-from psyche.worker.apply_round import Advance
 from psyche.worker.catchup import CatchUp, behind
-from psyche.worker.certification import Certification, Moved
-from psyche.worker.checkpointing import Saver
 from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.leaving import GracefulLeave, LeaveRequest
-from psyche.worker.meter import Meter
-from psyche.worker.reporting import Reporter
-from psyche.worker.training_thread import Trainer
+from psyche.worker.node_state import NodeState
+from psyche.worker.round_exchange import RoundClosed, RoundExchange
+from psyche.worker.round_metrics import RoundReporter
+from psyche.worker.training_thread import TrainingThread
 from psyche.worker.voter import Voter
-from psyche.worker.warmup import WarmUp
 
 
 def concerns(status: RunStatus, chain: Chain, rules: Rules) -> bool:
@@ -95,38 +92,32 @@ class Worker:
         )
         journal = PayloadJournal(directory / JOURNAL, self._warn)
         self._payload_store = PayloadStore(network, BlobRetention(network.blobs), journal, self._report_violation)
-        self._meter = Meter()
-        self._trainer = Trainer(
+        self._supply = supply or Supply()
+        self._trainer = TrainingThread(
+            replica, settings.threads, self._graceful_leave, lambda: self._client.status, self._supply, log
+        )
+        self._state = NodeState(
             replica,
-            settings.threads,
-            meter=self._meter,
-            departure=self._graceful_leave,
-            status=lambda: self._client.status,
+            settings,
+            directory,
+            network=network,
+            ledger=ledger,
+            payload_store=self._payload_store,
+            voter=self._voter,
+            trainer=self._trainer,
+            update_local=self._update_local,
             log=log,
         )
-        self._advance = Advance(replica, network, ledger, self._voter, self._on_trainer)
         self._catch_up = CatchUp(
             replica,
             settings,
             self._payload_store,
             voter=self._voter,
             client=self._client,
-            advance=self._advance,
+            state=self._state,
             exchange=self._exchange,
             log=log,
             warn=self._warn,
-        )
-        self._supply = supply or Supply()
-        self._warm_up = WarmUp(replica, self._supply, self._trainer.do, log)
-        self._saver = Saver(
-            replica,
-            settings,
-            directory,
-            network=network,
-            payload_store=self._payload_store,
-            voter=self._voter,
-            on_trainer=self._trainer.do,
-            log=log,
         )
         run = self.manifest.run
         self._outlier_detector = (
@@ -143,7 +134,7 @@ class Worker:
             log=log,
             warn=self._warn,
         )
-        self._reporter = Reporter(replica, network, self._client, self._trainer, self._meter, log)
+        self._reporter = RoundReporter(replica, network, self._client, self._trainer, log)
 
     async def run(self) -> None:
         """Take part until the run is finished, or this node is asked to leave and has handed in what it can.
@@ -173,14 +164,14 @@ class Worker:
             for task in (leaving, watching, working):
                 task.cancel()
             await asyncio.gather(leaving, watching, working, return_exceptions=True)
-            for halt in (self._trainer.halt_late, self._warm_up.halt):
+            for stop in (self._trainer.stop_overlap, self._trainer.stop_warm_up):
                 with contextlib.suppress(PsycheError):  # of an engine that is gone, which is known by now
-                    await halt()
+                    await stop()
             await self._auditor.close()
             await self._supply.close()
             await self._graceful_leave.goodbye(self.replica.chain.rounds, finished=self._finished())
             self._graceful_leave.tell()
-            await self._trainer.end()
+            await self._trainer.close()
 
     async def _present(self) -> None:
         """Present this node and follow the run. No round waits for what is done before that."""
@@ -197,22 +188,22 @@ class Worker:
             if not self._finished():
                 self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             status = await self._client.until(lambda status: concerns(status, replica.chain, self._voter.rules))
-            await self._trainer.halt_late()
+            await self._trainer.stop_overlap()
             self._auditor.check()
             if behind(status, replica.chain):
                 await self._auditor.interrupt()
                 await self._catch_up.synchronise(status)
                 self._supply.begin(replica.chain.position)
                 if replica.chain.rounds and not behind(status, replica.chain):
-                    self._warm_up.start()
+                    self._trainer.start_warm_up()
             elif status.phase == Phase.FINISHED:
                 break
             elif status.plan is not None:
-                with contextlib.suppress(Moved):
+                with contextlib.suppress(RoundClosed):
                     await self._take_part(status.plan)
                 self._graceful_leave.end()
         await self._auditor.interrupt()
-        await self._saver.save(force=not self._graceful_leave.quickly)
+        await self._state.save(force=not self._graceful_leave.quickly)
         if not self._finished():
             return
         self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
@@ -239,12 +230,12 @@ class Worker:
     # ------------------------------------------------------------------------------------- a round
 
     async def _take_part(self, plan: Plan) -> None:
-        """One round, from the plan to the attestation. Raises :class:`Moved` where it ended without us.
+        """One round, from the plan to the attestation. Raises :class:`RoundClosed` where it ended without us.
 
         A node that came too late to be a member follows all the same: it takes the outer step with the others,
         and so is in step when the next round is planned.
         """
-        self._meter.start()
+        self._trainer.timer.start_round()
         self._payload_store.retention.next_round()
         self._voter.follows(plan)  # from here on: who takes over while members train goes on with the round, too
         work = None
@@ -252,10 +243,10 @@ class Worker:
             members = tuple(member.node for member in plan.members)
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
             self._graceful_leave.begin(plan)
-            await self._warm_up.halt()
+            await self._trainer.stop_warm_up()
             await self._auditor.interrupt()
             work = await self._train(plan)
-            self._meter.exchanging()
+            self._trainer.timer.start_exchange()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
         else:
             self._supply.expect(plan)
@@ -263,26 +254,26 @@ class Worker:
                 self.log.emit(events.PhaseChanged(round=plan.round, phase="following"))
         try:
             if work is not None and self.manifest.run.overlap.overlap_steps:
-                self._trainer.begin_late(plan)
+                self._trainer.start_overlap(plan)
             exchange = self._exchange(plan)
             record, gradient = await self._certify(plan, work, exchange)
-        except Moved as moved:
-            await self._trainer.halt_late()
-            if work is not None and not moved.accepted:
+        except RoundClosed as closed:
+            await self._trainer.stop_overlap()
+            if work is not None and not closed.accepted:
                 await self._trainer.do(self.replica.restore_update, work)
             await self._trainer.do(self.replica.discard_local_steps)
             raise
-        await self._advance.step(record, gradient)
+        await self._state.apply(record, gradient)
         await self._auditor.follow(record)
         if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
             await self._trainer.do(self.replica.restore_update, work)
-        self._meter.exchanged()
+        self._trainer.timer.end_exchange()
         self._reporter.announce(record)
         if (
             leaves := self._graceful_leave.asked
         ):  # said before the last attestation, after which the next round is planned
             if quota is not None:
-                await self._reporter.report(plan, work, judge=False)
+                await self._reporter.report(plan, work, evaluate=False)
             await self._graceful_leave.goodbye(plan.round, finished=self._finished())
         suspects = await self._suspects(record, exchange)
         try:
@@ -293,18 +284,18 @@ class Worker:
         if quota is not None and not leaves:
             await self._reporter.report(plan, work)
         if not self._auditor.busy:
-            await self._saver.save()
+            await self._state.save()
 
     async def _certify(self, plan: Plan, work: LocalUpdate | None, exchange: Exchange) -> tuple[Record, Gradient]:
-        """Exchange payloads and vote. Raises :class:`Moved`."""
-        return await Certification(
+        """Exchange payloads and vote. Raises :class:`RoundClosed`."""
+        return await RoundExchange(
             plan,
             work,
             self.replica.chain,
             voter=self._voter,
             client=self._client,
             exchange=exchange,
-            knows_base=partial(self.replica.verify_base_proof, plan),
+            has_base=partial(self.replica.verify_base_proof, plan),
             warn=self._warn,
         ).run()
 
@@ -333,7 +324,7 @@ class Worker:
         try:
             await self._client.submit(Commitment(digest, plan.term), plan.round)
         except Refused as refusal:
-            self._warn(f"this round's work was not taken: {refusal}; it is kept for the next one")
+            self._warn(f"contribution rejected: {refusal}; it is kept as error feedback for the next round")
             self._graceful_leave.end()
         self._graceful_leave.sealed()
         return work
@@ -371,7 +362,7 @@ class Worker:
 
     # -------------------------------------------------------------------------------------- helpers
 
-    async def _on_trainer(self, function: Callable[[], None]) -> None:
+    async def _update_local(self, function: Callable[[], None]) -> None:
         """Where what trains is somebody else's work, an outer step has nothing to move there, and does not wait."""
         await (asyncio.to_thread(function) if self._auditor.busy else self._trainer.do(function))
 

@@ -31,7 +31,7 @@ from psyche.protocol.contributions import contribution_fault, weights
 from psyche.protocol.messages import WITHHELD, Member, Plan
 from psyche.protocol.proposals import round_seed
 from psyche.telemetry.metrics import signed_metrics
-from psyche.worker.meter import Meter
+from psyche.worker.round_metrics import RoundTimer
 from tests.tiny import replica, write_config
 
 CLIP, LOTS = 0.05, 1e15
@@ -89,7 +89,7 @@ def test_a_private_contribution_is_clipped_labelled_and_says_nothing_else(tmp_pa
     assert public.train(plan_for(public)).norm > 2 * CLIP, "there was something to clip"
     rules = rules_of(here.manifest)
     assert contribution_fault(rules, plan, plan.members[0], given) is None
-    reported = Meter().metrics(1, one.node, work, (1.0, 1), 0.0, Traffic())
+    reported = RoundTimer().metrics(1, one.node, work, (1.0, 1), 0.0, Traffic())
     assert "train_loss" not in signed_metrics(reported).values
 
 

@@ -19,8 +19,7 @@ from psyche.protocol.acceptor import Chain, Refusal
 from psyche.protocol.certificates import ConflictingSignature
 from psyche.protocol.messages import Proposal, Reconfiguration, Record, Seal
 from psyche.protocol.wire import decode_envelope
-from psyche.worker.reveals import Reveals
-from psyche.worker.voter import BALLOT, Voter
+from psyche.worker.voter import BALLOT, Reveals, Voter
 from tests.chains import COORDINATOR, MANIFEST, NAMES, RULES, STRANGER, chain
 
 RECORD = chain(1)[0].record

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from psyche.protocol.messages import RunStatus
-from psyche.worker.early_stop import PATIENCE, EarlyStop
+from psyche.worker.training_thread import PATIENCE, EarlyStop
 from tests.protocol.test_acceptor import PLAN
 
 TRAINING = RunStatus(1, 1, b"", "training", 0, PLAN.base_root, PLAN, 1e6, False, (), (), None, None, None, "")
@@ -33,14 +33,14 @@ class Node:
         self.status, began = TRAINING, self.now
         self.remainder.begin(PLAN, steps)
         taken = 0
-        while taken < steps and not (taken and self.remainder.enough()):
+        while taken < steps and not (taken and self.remainder.should_stop()):
             self.now += seconds
             if self.now - began >= done:
                 self.status = status
-            self.remainder.stepped()
+            self.remainder.record_step()
             taken += 1
         self.now += encode
-        self.remainder.encoded()
+        self.remainder.record_encoded()
         return taken
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from psyche.protocol.messages import Commitment, RunStatus
-from psyche.worker.reveals import Reveals
+from psyche.worker.voter import Reveals
 from tests.protocol.players import RUN_ID, contribution
 from tests.protocol.test_certificates import MEMBERS, NAMES, PLAN, STRANGER, sealed
 

@@ -31,7 +31,7 @@ from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.voter import Voter
 
 
-class Moved(Exception):
+class RoundClosed(Exception):
     """The run went on without this node; it must look at the board again."""
 
     def __init__(self, *, accepted: bool = False) -> None:
@@ -40,7 +40,7 @@ class Moved(Exception):
         """Whether this node's own work is in the round's record all the same."""
 
 
-class Certification:
+class RoundExchange:
     """One round of one node. ``work`` is None for a node that has nothing to hand in and only follows."""
 
     def __init__(
@@ -52,13 +52,13 @@ class Certification:
         voter: Voter,
         client: CoordinatorClient,
         exchange: Exchange,
-        knows_base: Callable[[str, Contribution], bool],
+        has_base: Callable[[str, Contribution], bool],
         warn: Callable[[str], None],
     ) -> None:
-        """``knows_base`` says whether a node's contribution proves that it was made from the state of ``plan``."""
+        """``has_base`` says whether a node's contribution proves that it was made from the state of ``plan``."""
         self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.me
         self._voter, self._client, self._exchange, self._warn = voter, client, exchange, warn
-        self._knows_base, self._baseless = knows_base, set[str]()
+        self._has_base, self._without_base = has_base, set[str]()
         self._openings = voter.follows(plan)
         self._tasks: dict[object, asyncio.Task[None]] = {}
         self._failed: set[object] = set()
@@ -70,7 +70,7 @@ class Certification:
         self._voted = 0
 
     async def run(self) -> tuple[Record, Gradient]:
-        """The certified record, and the outer gradient that follows from it. Raises :class:`Moved`."""
+        """The certified record, and the outer gradient that follows from it. Raises :class:`RoundClosed`."""
         status = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or self._over(b))
         try:
             await self._open(status)
@@ -82,7 +82,7 @@ class Certification:
                 if self._over(status) and (record is None or record.hash in self._failed):
                     # Either the round came to nothing, or what it accepted is not to be had any more.
                     accepted = record is not None and any(one.node == self._me for one in record.accepted)
-                    raise Moved(accepted=accepted)
+                    raise RoundClosed(accepted=accepted)
                 if record is not None:
                     self._prepare(record)
                 elif self._takes_part and status.plan == self._plan:
@@ -118,10 +118,10 @@ class Certification:
 
     def _based(self, node: str, given: Contribution) -> bool:
         """Whether it is worth fetching: what was made from another state is held, and so accepted, by nobody."""
-        if node not in self._baseless and not self._knows_base(node, given):
-            self._baseless.add(node)
+        if node not in self._without_base and not self._has_base(node, given):
+            self._without_base.add(node)
             self._warn(f"{node[-6:]} does not have the state that round {self._plan.round} starts from: left out")
-        return node not in self._baseless
+        return node not in self._without_base
 
     def _reduce(self, reducing: ReductionStatus) -> None:
         """Start adding up what this node has to, once everything for it is here."""
