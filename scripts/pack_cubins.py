@@ -11,8 +11,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from psyche.numerics.backends.cuda_compile import ARCHITECTURES, compile_for, packed_directory, packed_name, write
-from psyche.numerics.backends.sources import kernels_directory
+from psyche.numerics.backends.cuda_compile import (
+    ARCHITECTURES,
+    compile_for,
+    kernels_directory,
+    packed_directory,
+    packed_name,
+    write,
+)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psyche.numerics.aggregate import PayloadSlices
 from psyche.numerics.codecs.base import Codec
-from psyche.numerics.outliers import REMEMBERED, Sample, outliers, sketch
+from psyche.numerics.outliers import REMEMBERED, Sample, find_outliers, sketch
 from psyche.protocol.messages import Record
 
 
@@ -37,6 +37,6 @@ class OutlierDetector:
         sample = Sample.drawn(self._secret, {number: counts[number] for number in seen})
         sketches = {node: sketch(self._codec, payloads[node][sample.slice], sample) for node in steps}
         fragment = record.plan.round % self._fragments
-        found = outliers(sketches, steps, [signs for *where, signs in self._seen if where == [fragment, sample]])
+        found = find_outliers(sketches, steps, [signs for *where, signs in self._seen if where == [fragment, sample]])
         self._seen.append((fragment, sample, {node: one.signs for node, one in sketches.items()}))
         return found

@@ -1,1 +1,1 @@
-"""What every node must compute to the same bits: layout, codecs, aggregation, outer step, digests."""
+"""Everything that all nodes must compute with the same bits: layout, codecs, aggregation, outer step, digests."""

@@ -1,10 +1,9 @@
-"""Content addresses: one way to hash a payload, a shard, or the outer state.
+"""Content addresses: one way to hash payloads, shards and the outer state.
 
-A *blob* is a byte string cut into chunks. Its address (*root*) is the BLAKE3 hash of its chunks' sizes and BLAKE3
-hashes, so that whoever fetches it can check the sizes before the first byte and every chunk before it is used. A
-payload has a chunk for each slice, everything else chunks of ``CHUNK`` bytes. The outer state is a blob too (θ then m,
-little-endian fp32): its root is the run's ``state_root`` (DESIGN §5), and a joiner verifies it chunk by chunk with
-no further machinery.
+A *blob* is a byte string split into chunks. Its address, the *root*, is the BLAKE3 hash of the sizes and BLAKE3 hashes
+of its chunks, so a receiver can check the sizes before the first byte and each chunk before it uses it. A payload has
+one chunk per slice; all other blobs have chunks of ``CHUNK`` bytes. The outer state is a blob, too (θ then m,
+little-endian fp32): its root is the run's ``state_root``, and a joining node verifies it chunk by chunk.
 """
 
 from __future__ import annotations
@@ -24,18 +23,19 @@ if TYPE_CHECKING:
     from blake3 import blake3
 
 CHUNK = 1 << 20
-"""Bytes of one chunk where the content does not say otherwise. 1 MiB keeps the index of a 56 GB state (7B parameters,
-θ and m) under 2 MB."""
+"""Bytes per chunk of blobs other than payloads. 1 MiB keeps the index of a 56 GB state (7B parameters, θ and m) under 2
+MB."""
 
 MAX_CHUNK = 1 << 26
-"""The most bytes a chunk may have: what a reader has to hold before it can check anything."""
+"""Maximum bytes of a chunk, which a receiver must hold before it can verify them."""
 
 HASH_BYTES = 32
 
 
 def digest(domain: str, *parts: bytes) -> bytes:
-    """BLAKE3 of length-prefixed ``parts`` under a domain name, so that no two uses can collide. 32 bytes."""
-    hasher = _begun(domain).copy()
+    """Hash length-prefixed ``parts`` with BLAKE3 under a domain name, so that different uses cannot collide. 32
+    bytes."""
+    hasher = _hasher(domain).copy()
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))
         hasher.update(part)
@@ -43,16 +43,17 @@ def digest(domain: str, *parts: bytes) -> bytes:
 
 
 @lru_cache
-def _begun(domain: str) -> blake3:
-    """A hasher that knows its domain: there are a few dozen, and to take one in costs as much as a short message."""
-    from blake3 import blake3  # here: codecs and kernels are imported where it is not installed (scripts/gpu_check.sh)
+def _hasher(domain: str) -> blake3:
+    """A cached hasher for a domain: there are a few dozen, and absorbing one costs as much as hashing a short
+    message."""
+    from blake3 import blake3  # imported late: scripts/gpu_check.sh uses codecs where it is not installed
 
     return blake3(derive_key_context=f"psyche 1 {domain}")
 
 
 @dataclass(frozen=True)
 class BlobIndex:
-    """A blob's chunks: their sizes in bytes, and their 32-byte hashes one after the other."""
+    """The chunks of a blob: their sizes in bytes, and their concatenated 32-byte hashes."""
 
     sizes: tuple[int, ...]
     hashes: bytes
@@ -64,12 +65,12 @@ class BlobIndex:
 
     @cached_property
     def size(self) -> int:
-        """Bytes of the whole blob."""
+        """Size of the blob in bytes."""
         return sum(self.sizes)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each chunk starts."""
+        """The byte offset of each chunk."""
         return (0, *accumulate(self.sizes))[:-1]
 
     @property
@@ -77,34 +78,34 @@ class BlobIndex:
         return len(self.sizes)
 
     def encode(self) -> bytes:
-        """``INDEX_BYTES`` for each chunk: all sizes (u32), then all hashes."""
+        """Encode the index: all sizes (u32), then all hashes; ``INDEX_BYTES`` per chunk."""
         return self._packed_sizes + self.hashes
 
     @classmethod
     def decode(cls, data: Buffer) -> BlobIndex:
-        """Inverse of :meth:`encode`. Raises ``ValueError`` on what no blob has."""
+        """Invert :meth:`encode`. Raises ``ValueError`` for an invalid index."""
         view = memoryview(data).cast("B")
         chunks, rest = divmod(view.nbytes, INDEX_BYTES)
         if rest:
-            raise ValueError("an index that is cut off")
+            raise ValueError("a truncated index")
         sizes = struct.unpack_from(f"<{chunks}I", view)
         if any(not 0 < size <= MAX_CHUNK for size in sizes):
-            raise ValueError("a chunk of no bytes, or of too many")
+            raise ValueError("an index with an empty or too large chunk")
         return cls(sizes, bytes(view[4 * chunks :]))
 
     def head(self, whole: int, rest: Buffer) -> BlobIndex:
-        """The index of a blob of which this one's first ``whole`` chunks, and then the bytes ``rest`` are all."""
+        """The index of a blob that consists of the first ``whole`` chunks of this one, then the bytes ``rest``."""
         tail = index_blob(rest)
         return BlobIndex(self.sizes[:whole] + tail.sizes, self.hashes[: whole * HASH_BYTES] + tail.hashes)
 
     def matches(self, number: int, chunk: Buffer) -> bool:
-        """Whether ``chunk`` is the blob's chunk ``number``, to the bit."""
+        """Whether ``chunk`` equals chunk ``number`` of the blob."""
         if not 0 <= number < self.chunks or memoryview(chunk).nbytes != self.sizes[number]:
             return False
         return _hash(chunk) == self.hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
 
     def shared(self, other: BlobIndex) -> list[bool]:
-        """Of each chunk, whether ``other`` has the same one in the same place; of blobs cut alike, that is."""
+        """For each chunk, whether ``other`` has an equal one at the same index. All False if chunk sizes differ."""
         if self.sizes != other.sizes:
             return [False] * self.chunks
         ends = range(HASH_BYTES, len(self.hashes) + 1, HASH_BYTES)
@@ -116,24 +117,24 @@ class BlobIndex:
 
 
 INDEX_BYTES = 4 + HASH_BYTES
-"""Of an encoded index, for each chunk."""
+"""Bytes per chunk of an encoded index."""
 
 
 def index_chunks(parts: Iterable[Buffer]) -> BlobIndex:
-    """The index of a blob with one chunk for each part, none of them empty."""
-    pieces = [memoryview(part) for part in parts]
-    return BlobIndex(tuple(piece.nbytes for piece in pieces), b"".join(_POOL.map(_hash, pieces)))
+    """Hash a blob with one chunk per part. Parts must not be empty."""
+    views = [memoryview(part) for part in parts]
+    return BlobIndex(tuple(view.nbytes for view in views), b"".join(_POOL.map(_hash, views)))
 
 
 def index_blob(data: Buffer) -> BlobIndex:
-    """Hash any contiguous buffer, without copying it, as a blob with chunks of ``CHUNK`` bytes."""
+    """Hash a contiguous buffer, without copying it, as a blob with chunks of ``CHUNK`` bytes."""
     return index_chunks(chunked(data))
 
 
 def rehash(index: BlobIndex, data: Buffer, changed: Sequence[int]) -> BlobIndex:
-    """The index of ``data``, of which chunks other than ``changed`` are those of ``index``."""
-    pieces, hashes = list(chunked(data)), bytearray(index.hashes)
-    for number, found in zip(changed, _POOL.map(_hash, (pieces[number] for number in changed)), strict=True):
+    """Compute the index of ``data``, which differs from the blob of ``index`` only in the chunks ``changed``."""
+    chunks, hashes = list(chunked(data)), bytearray(index.hashes)
+    for number, found in zip(changed, _POOL.map(_hash, (chunks[number] for number in changed)), strict=True):
         hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES] = found
     return BlobIndex(index.sizes, bytes(hashes))
 
@@ -145,25 +146,25 @@ def _hash(chunk: Buffer) -> bytes:
 
 
 _POOL = ThreadPoolExecutor(os.cpu_count(), "hash")
-"""BLAKE3 lets go of the interpreter while it hashes."""
+"""BLAKE3 releases the GIL while it hashes."""
 
 
 def chunked(data: Buffer) -> Iterator[memoryview]:
-    """``data`` in pieces of ``CHUNK`` bytes, the last one shorter."""
+    """Split ``data`` into chunks of ``CHUNK`` bytes; the last one may be shorter."""
     view = memoryview(data).cast("B")
     return (view[at : at + CHUNK] for at in range(0, view.nbytes, CHUNK))
 
 
 def blob_root(data: Buffer) -> bytes:
-    """The 32-byte address of a byte string."""
+    """Compute the 32-byte address of a byte string."""
     return index_blob(data).root
 
 
 def chunk_count(size: int) -> int:
-    """How many chunks a byte string of ``size`` has."""
+    """The number of chunks of a byte string of ``size`` bytes."""
     return -(-size // CHUNK)
 
 
 def payload_root(slices: Sequence[Buffer]) -> bytes:
-    """The 32-byte address of a payload: a chunk for each encoded slice."""
+    """Compute the 32-byte address of a payload, with one chunk per encoded slice."""
     return index_chunks(slices).root

@@ -1,4 +1,4 @@
-"""The flat space: all trained parameters as ranges of one fp32 vector (DESIGN §4)."""
+"""The flat space: all trained parameters as ranges of one fp32 vector."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 from psyche.numerics.digest import digest
 
 ALIGNMENT = 4096
-"""Parameters. Every tensor starts on a multiple of it, so that a codec's chunk never crosses a tensor."""
+"""Every tensor starts at a multiple of this many parameters, so that a codec's chunk never crosses a tensor."""
 
 SLICE = 1 << 18
-"""Parameters of one slice of a payload, at least: 1 MiB of fp32, so that while payloads are added up their sum stays in
-a core's cache (on 2 cores aggregation and outer step take half the time they take with 2^22)."""
+"""Minimum parameters of a payload slice: 1 MiB of fp32, so that the sum stays in a core's cache while payloads are
+added (on 2 cores, aggregation and outer step take half the time that they take with 2^22)."""
 MAX_SLICES = 2048
-"""Of a model; a larger one has larger slices."""
+"""Maximum slices of a model; a larger model has larger slices."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-"""Where the number of a layer stands in a parameter's name, in the models of ``transformers``."""
+"""The layer number in a parameter name of ``transformers``."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where one tensor lies: ``flat[start:stop]`` holds its elements; zeros follow up to the next multiple."""
+    """The range of one tensor: ``flat[start:stop]`` holds its elements; zeros pad it to a multiple of ``ALIGNMENT``."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,13 +42,13 @@ class Span:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Names to ranges of the flat vector, in the model's own parameter order. Its hash is in the manifest."""
+    """The mapping of parameter names to ranges of the flat vector, in model order. Its hash is in the manifest."""
 
     spans: tuple[Span, ...]
 
     @classmethod
     def of(cls, shapes: Iterable[tuple[str, Sequence[int]]]) -> FlatLayout:
-        """Lay out named tensors in the order given. Raises ``ValueError`` on a name that repeats."""
+        """Lay out named tensors in the order given. Raises ``ValueError`` for a repeated name."""
         spans: list[Span] = []
         start = 0
         for name, shape in shapes:
@@ -61,44 +61,44 @@ class FlatLayout:
 
     @classmethod
     def of_model(cls, model: torch.nn.Module) -> FlatLayout:
-        """The layout of a module's trained parameters. Tied weights appear once; buffers do not appear."""
+        """Lay out the trained parameters of a module. Tied weights appear once, buffers not at all."""
         return cls.of((name, p.shape) for name, p in model.named_parameters() if p.requires_grad)
 
     @cached_property
     def size(self) -> int:
-        """Elements of the flat vector, padding included."""
+        """Elements of the flat vector, including padding."""
         return _aligned(self.spans[-1].stop) if self.spans else 0
 
     @cached_property
     def parameters(self) -> int:
-        """Trained parameters, padding not included."""
+        """Trained parameters, excluding padding."""
         return sum(prod(span.shape) for span in self.spans)
 
     @cached_property
     def digest(self) -> bytes:
-        """32 bytes that two layouts share only if every name, shape and position is the same."""
-        import msgspec  # here: a layout is used where it is not installed (scripts/gpu_check.sh)
+        """A 32-byte hash of all names, shapes and positions."""
+        import msgspec  # imported late: scripts/gpu_check.sh uses layouts where it is not installed
 
         return digest("layout", msgspec.msgpack.encode([(s.name, s.shape, s.start) for s in self.spans]))
 
     def slices(self) -> tuple[slice, ...]:
-        """The ranges that payload slices cover, in order, where everything is exchanged at once."""
+        """The ranges of payload slices, in order, where the whole model is exchanged at once."""
         return self.fragments(1)[0]
 
     def fragments(self, count: int) -> tuple[tuple[slice, ...], ...]:
         """The slices of each of ``count`` fragments: strided groups of layers (Streaming DiLoCo, arXiv 2501.18512, §2).
 
-        Units are what comes before the layers, each layer, and what comes after them; unit i belongs to fragment
-        i mod ``count``. Raises ``ValueError`` where there are fewer units than fragments.
+        Units are each layer, and the parameters before and after the layers; unit i belongs to fragment i mod
+        ``count``. Raises ``ValueError`` where there are fewer units than fragments.
         """
         units = self._units()
         if not 0 < count <= max(1, len(units)):
-            raise ValueError(f"{count} fragments; this model can be cut into at most {len(units)}")
+            raise ValueError(f"{count} fragments: this model can be split into at most {len(units)}")
         length = slice_length(self.size)
         return tuple(tuple(_cut(_joined(units[number::count]), length)) for number in range(count))
 
     def _units(self) -> list[range]:
-        """Ranges of whole layers, and of what stands between them, in order."""
+        """The ranges of whole layers and of the parameters between them, in order."""
         units: list[tuple[str | None, range]] = []
         for span in self.spans:
             found = _LAYER.search(span.name)
@@ -110,7 +110,7 @@ class FlatLayout:
         return [unit for _, unit in units]
 
     def within(self, part: slice) -> Iterator[slice]:
-        """The ranges of ``part`` that hold parameters: without the padding."""
+        """Yield the ranges of ``part`` without padding."""
         first = bisect_right(self.spans, part.start, key=lambda span: span.start) - 1
         for span in self.spans[max(0, first) :]:
             if span.start >= part.stop:
@@ -120,7 +120,7 @@ class FlatLayout:
                 yield slice(start, stop)
 
     def name_at(self, position: int) -> str:
-        """The tensor that position ``position`` of the flat vector belongs to."""
+        """The name of the tensor at a position of the flat vector."""
         return self.spans[bisect_right(self.spans, position, key=lambda span: span.start) - 1].name
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
@@ -128,13 +128,13 @@ class FlatLayout:
         return {span.name: flat[span.start : span.stop].view(span.shape) for span in self.spans}
 
     def gather(self, tensors: Mapping[str, Tensor], flat: Tensor) -> None:
-        """Copy named tensors into ``flat`` (``[size]``, fp32). Padding is left as it is."""
+        """Copy named tensors into ``flat`` (fp32 ``[size]``). Leaves padding unchanged."""
         for name, view in self.views(flat).items():
             view.copy_(tensors[name])
 
 
 def slice_length(size: int) -> int:
-    """Parameters of a slice of a model of ``size``: a power of two."""
+    """Parameters per slice of a model of ``size`` parameters: a power of two."""
     length = SLICE
     while length * MAX_SLICES < size:
         length *= 2
@@ -142,7 +142,7 @@ def slice_length(size: int) -> int:
 
 
 def _joined(units: Sequence[range]) -> Iterator[range]:
-    """Units that touch become one."""
+    """Merge adjacent units."""
     start = stop = 0
     for unit in units:
         if unit.start != stop:

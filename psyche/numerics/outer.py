@@ -33,19 +33,19 @@ class OuterSettings:
 
 
 class OuterState:
-    """θ and m of a run (DESIGN §2): one contiguous fp32 tensor ``[2, n]``.
+    """The outer state of a run, θ and m: one contiguous fp32 tensor ``[2, n]``.
 
-    Being contiguous makes it, on the CPU, a blob as it lies in memory: its address is the ``state_root``.
+    On the CPU its memory is a blob, whose address is the ``state_root``.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         if tensor.dtype != torch.float32 or tensor.dim() != 2 or tensor.shape[0] != 2 or not tensor.is_contiguous():
-            raise ValueError("the outer state is one contiguous fp32 tensor [2, n]")
+            raise ValueError("the outer state must be one contiguous fp32 tensor [2, n]")
         self.tensor = tensor
 
     @classmethod
     def initial(cls, theta: Tensor) -> OuterState:
-        """θ as given (``[n]`` fp32, copied) and no momentum."""
+        """Create the state before the first round from θ (fp32 ``[n]``, copied), with zero momentum."""
         return cls(torch.stack([theta, torch.zeros_like(theta)]))
 
     @property
@@ -60,19 +60,19 @@ class OuterState:
 
     @property
     def buffer(self) -> memoryview:
-        """The bytes of a state on the CPU, θ then m, without a copy; writable."""
+        """The writable bytes of a state on the CPU, θ then m, without a copy."""
         return self.tensor.numpy().data.cast("B")
 
     def to(self, device: torch.device) -> OuterState:
-        """This state if it lies on ``device``, a copy there if it does not."""
+        """This state if it is on ``device``, else a copy on it."""
         return self if self.tensor.device == device else OuterState(self.tensor.to(device))
 
     def index(self) -> BlobIndex:
-        """The state, on the CPU, as a blob; ``index().root`` is the state_root."""
+        """Hash the state, which must be on the CPU, as a blob; ``index().root`` is the state_root."""
         return index_blob(self.buffer)
 
     def reindex(self, index: BlobIndex, changed: Sequence[slice]) -> BlobIndex:
-        """:meth:`index`, where ``index`` is that of a state that differs only in the ranges ``changed`` of θ and m."""
+        """Compute :meth:`index` from that of a state that differs only in the ranges ``changed`` of θ and m."""
         size = self.tensor.shape[1]
         chunks = {
             number
@@ -87,10 +87,10 @@ class OuterState:
 
 
 def outer_step(theta: Tensor, momentum: Tensor, gradient: Tensor, settings: OuterSettings) -> None:
-    """SGD with Nesterov momentum, in place: m ← μm + g; θ ← θ − η(g + μm) (DiLoCo, arXiv 2311.08105, §3).
+    """Apply SGD with Nesterov momentum in place: m ← μm + g; θ ← θ − η(g + μm) (DiLoCo, arXiv 2311.08105, §3).
 
-    All ``[n]`` fp32. Each operation is a separate tensor operation, hence rounded on its own: no
-    ``alpha=``, no ``addcmul``, which may contract to a fused multiply-add on some hardware.
+    All tensors are fp32 ``[n]``. Each operation is a separate tensor operation, so each result is rounded: ``alpha=``
+    and ``addcmul`` could become a fused multiply-add on some hardware.
     """
     momentum.mul_(settings.momentum).add_(gradient)
     theta.sub_(momentum.mul(settings.momentum).add_(gradient).mul_(settings.lr))

@@ -24,8 +24,8 @@ from psyche.bench.gpu.machine import Emulated
 from psyche.bench.gpu.report import Report
 from psyche.bench.gpu.timing import TIMED, Timing, timings
 from psyche.numerics.backends import emulated
+from psyche.numerics.backends.cuda_compile import kernels_directory
 from psyche.numerics.backends.emulated import EmulatedLauncher
-from psyche.numerics.backends.sources import kernels_directory
 from psyche.numerics.codecs.registry import CODECS
 from tests.bench.stubs import Clock
 from tests.bench.test_gpu_training import speed

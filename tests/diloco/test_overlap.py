@@ -311,7 +311,7 @@ def test_more_fragments_than_the_model_has_parts_are_refused_in_words(tmp_path: 
         lambda: costs_of(config.run),
     ):
         with pytest.raises(
-            ConfigError, match=r"^run.overlap.fragments: 5 fragments; this model can be cut into at most 4"
+            ConfigError, match=r"^run.overlap.fragments: 5 fragments: this model can be split into at most 4"
         ):
             refuse()
 

@@ -118,8 +118,8 @@ LIES: dict[str, Callable[[BlobIndex], bytes]] = {
     "a chunk that does not match its hash": lambda index: index.encode(),
     "an index of over 4 chunks": lambda index: index.encode() * 1000,
     "an index that does not match the root": lambda index: BlobIndex((*index.sizes[:-1], 18), index.hashes).encode(),
-    "an index that is cut off": lambda index: index.encode()[:-1],
-    "a chunk of no bytes, or of too many": lambda index: bytes(4) + index.encode()[4:],
+    "a truncated index": lambda index: index.encode()[:-1],
+    "an index with an empty or too large chunk": lambda index: bytes(4) + index.encode()[4:],
 }
 
 

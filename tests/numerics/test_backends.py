@@ -9,8 +9,8 @@ import sys
 import pytest
 
 import psyche
+from psyche.numerics.backends.cuda_compile import kernels_directory
 from psyche.numerics.backends.selection import available_backends, fastest_backend
-from psyche.numerics.backends.sources import kernels_directory
 from psyche.numerics.codecs.registry import CODECS
 
 

@@ -16,11 +16,11 @@ from psyche.numerics.backends.cuda_compile import (
     ARCHITECTURES,
     CompilationFailed,
     cubin,
+    kernels_directory,
     packed_directory,
     packed_name,
     write,
 )
-from psyche.numerics.backends.sources import kernels_directory
 from tests.numerics.sass import instructions, local_memory
 
 DENSE = ("fp32", "int8", "int4", "int4_32", "int2")

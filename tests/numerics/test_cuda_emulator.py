@@ -16,8 +16,8 @@ from torch import Tensor
 from psyche.numerics.backends import emulated
 from psyche.numerics.backends.base import TorchBackend
 from psyche.numerics.backends.cuda import CudaBackend
+from psyche.numerics.backends.cuda_compile import kernels_directory
 from psyche.numerics.backends.emulated import BACKWARDS, FORWARDS, EmulatedLauncher, EmulationError
-from psyche.numerics.backends.sources import kernels_directory
 from psyche.numerics.codecs.registry import codec as definition
 from psyche.numerics.outer import OuterSettings
 from tests.numerics.samples import CHUNK, bits

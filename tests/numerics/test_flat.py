@@ -172,7 +172,7 @@ def test_fragments_partition_the_vector_into_aligned_bounded_slices(
     flat = _transformer(layers, sizes, tail)
     units = 1 + layers + (tail > 0)
     if count > units:
-        with pytest.raises(ValueError, match=f"{count} fragments; this model can be cut into at most {units}"):
+        with pytest.raises(ValueError, match=f"{count} fragments: this model can be split into at most {units}"):
             flat.fragments(count)
         return
     fragments = flat.fragments(count)

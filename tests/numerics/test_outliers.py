@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psyche.numerics.backends.selection import fastest_backend
-from psyche.numerics.outliers import CHUNKS, Sample, Sketch, outliers, sketch
+from psyche.numerics.outliers import CHUNKS, Sample, Sketch, find_outliers, sketch
 
 SIZE = 1 << 17
 NODES = ("a", "b", "c", "d", "e", "f")
@@ -42,7 +42,7 @@ def signs(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("codec", ["fp32", "int8", "topk2"])
 def test_honest_payloads_do_not_stand_out(codec: str) -> None:
     earlier = [{node: one.signs for node, one in sketched(honest(seed), codec).items()} for seed in (1, 2)]
-    assert outliers(sketched(honest(), codec), EQUAL, earlier) == {}
+    assert find_outliers(sketched(honest(), codec), EQUAL, earlier) == {}
 
 
 CHANGES = {
@@ -62,7 +62,7 @@ def test_one_that_lies_stands_out(how: str) -> None:
     torch.manual_seed(3)
     values = honest()
     values["f"] = change(values["f"], values)
-    found = outliers(sketched(values), EQUAL, [])
+    found = find_outliers(sketched(values), EQUAL, [])
     assert found.pop("f") in checks
     assert set(found) <= ({"a"} if "copy" in checks else set()), "of copies nobody can say which is the first"
 
@@ -71,35 +71,35 @@ def test_a_third_that_lies_stands_out() -> None:
     values = honest()
     for node in ("e", "f"):
         values[node] = -values[node]
-    assert outliers(sketched(values), EQUAL, []) == dict.fromkeys(("e", "f"), "direction")
+    assert find_outliers(sketched(values), EQUAL, []) == dict.fromkeys(("e", "f"), "direction")
 
 
 def test_an_earlier_round_over_again_stands_out() -> None:
     earlier, values = honest(1), honest()
     values["f"], values["e"] = earlier["f"], earlier["d"]
-    found = outliers(sketched(values), EQUAL, [signs(earlier), signs(honest(2))])
+    found = find_outliers(sketched(values), EQUAL, [signs(earlier), signs(honest(2))])
     assert found == {"e": "copy", "f": "stale"}
 
 
 def test_who_took_fewer_steps_has_a_smaller_norm() -> None:
     values = honest()
     values["f"] = values["f"] * 0.25**0.75
-    assert outliers(sketched(values), EQUAL | {"f": 2}, []) == {}
-    assert outliers(sketched(values), EQUAL, []) == {"f": "norm"}
+    assert find_outliers(sketched(values), EQUAL | {"f": 2}, []) == {}
+    assert find_outliers(sketched(values), EQUAL, []) == {"f": "norm"}
 
 
 def test_of_two_nobody_can_say_who_is_the_odd_one() -> None:
     values = {node: value for node, value in honest().items() if node in "ab"}
     values["b"] = -5 * values["b"]
-    assert outliers(sketched(values), EQUAL, []) == {}
+    assert find_outliers(sketched(values), EQUAL, []) == {}
     values["b"] = values["a"]
-    assert set(outliers(sketched(values), EQUAL, [])) == {"a", "b"}
+    assert set(find_outliers(sketched(values), EQUAL, [])) == {"a", "b"}
 
 
 def test_nothing_at_all() -> None:
-    assert outliers({}, {}, []) == {}
+    assert find_outliers({}, {}, []) == {}
     nothing = {node: torch.zeros(SIZE) for node in NODES}
-    assert set(outliers(sketched(nothing), EQUAL, [])) <= set(NODES)
+    assert set(find_outliers(sketched(nothing), EQUAL, [])) <= set(NODES)
 
 
 @given(secret=st.binary(min_size=1, max_size=8), counts=st.lists(st.integers(1, 64), min_size=1, max_size=9))

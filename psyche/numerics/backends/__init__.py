@@ -1,1 +1,1 @@
-"""Who computes the codecs and the outer step: PyTorch (the definition), native CPU code, CUDA. The same bits all."""
+"""Backends for codecs and outer step, all with the same bits: PyTorch (the definition), native CPU code, CUDA."""

@@ -1,4 +1,4 @@
-"""Kernels on a GPU, through ``cuda.core`` and torch's current stream."""
+"""Kernel launches on a GPU, through ``cuda.core`` and torch's current stream."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from psyche.numerics.backends.cuda_compile import cubin
-from psyche.numerics.backends.launcher import THREADS, Argument, packed
+from psyche.numerics.backends.launcher import THREADS, Argument, as_ctype
 
 
 def unavailable_reason() -> str | None:
-    """Why kernels cannot run on a GPU here, with what to do about it, in a sentence; ``None`` where they can.
+    """Why kernels cannot run on a GPU here and how to fix it; ``None`` where they can.
 
-    Cheap: loads neither cuda.core nor a kernel.
+    Loads neither cuda.core nor a kernel.
     """
     if torch.version.cuda is None:
-        return "torch is a CPU build: install one for CUDA (pip install --force-reinstall 'torch==2.13.0')"
+        return "torch is a CPU build: install the CUDA build (pip install --force-reinstall 'torch==2.13.0')"
     if not torch.cuda.is_available():
-        return "torch sees no GPU: install or start NVIDIA's driver (nvidia-smi must list a card)"
+        return "torch sees no GPU: install or start NVIDIA's driver (nvidia-smi must list a GPU)"
     if find_spec("cuda") is None or not all(find_spec(f"cuda.{part}") for part in ("core", "bindings")):
         return "cuda.core or cuda.bindings is not installed: pip install 'psyche[cuda]'"
     return None
@@ -31,13 +31,13 @@ class DeviceLauncher:
     """Launches on torch's current stream of one GPU; neither copies nor synchronises."""
 
     def __init__(self, device: torch.device) -> None:
-        """Compile or load the kernels for ``device``. Raises what :func:`cuda_compile.cubin` raises."""
+        """Load or compile the kernels for ``device``. Raises what :func:`cuda_compile.cubin` raises."""
         from cuda.core import Device, ObjectCode
 
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._core = Device(self.device.index)
         with torch.cuda.device(self.device):
-            torch.cuda.current_stream()  # the device's primary context is torch's, and now exists
+            torch.cuda.current_stream()  # creates torch's primary context of the device
             self._core.set_current()
             self._code = ObjectCode.from_cubin(cubin(self._core.arch), name="psyche")
         self._kernels: dict[str, Any] = {}
@@ -46,7 +46,7 @@ class DeviceLauncher:
     def launch(self, kernel: str, blocks: int, *arguments: Argument) -> None:
         from cuda.core import LaunchConfig, launch
 
-        # A context is current per thread. This makes it so here, and puts another device back afterwards.
+        # contexts are per thread: make this one current, and restore the previous device afterwards
         with torch.cuda.device(self.device):
             self._core.set_current()
             if kernel not in self._kernels:
@@ -58,7 +58,7 @@ class DeviceLauncher:
 
 @dataclass(frozen=True)
 class _Stream:
-    """A stream of torch as cuda.core takes it. torch's own class follows the protocol, but not yet in 2.8."""
+    """A torch stream for cuda.core. torch's own class does not implement the protocol up to 2.8."""
 
     handle: int
 
@@ -67,7 +67,7 @@ class _Stream:
 
 
 def _argument(argument: Argument) -> Any:
-    """cuda.core takes integers for pointers, and ctypes scalars for what they are."""
+    """Convert an argument for cuda.core, which takes pointers as integers and scalars as ctypes values."""
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    return 0 if argument is None else packed(argument)
+    return 0 if argument is None else as_ctype(argument)

@@ -1,6 +1,6 @@
-"""Kernels on a CPU: g++ compiles them against kernels/emulator, which makes each CUDA thread a fibre.
+"""CUDA kernels on a CPU, for tests: g++ compiles them against kernels/emulator, which runs each CUDA thread as a fibre.
 
-Slow, and for tests only: it runs the kernels' own source and finds what a GPU would hide (see cuda_emulator.h).
+It is slow, but runs the kernels' own source and detects errors that a GPU hides (see cuda_emulator.h).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-from psyche.numerics.backends.cuda_compile import cache_directory
-from psyche.numerics.backends.launcher import THREADS, Argument, packed
-from psyche.numerics.backends.sources import cache_key, kernels_directory
+from psyche.numerics.backends.cuda_compile import cache_directory, cache_key, kernels_directory
+from psyche.numerics.backends.launcher import THREADS, Argument, as_ctype
 
 FORWARDS, BACKWARDS = 0, 1
-"""Orders in which fibres run. Any other number is the seed of a shuffled one."""
+"""Orders in which fibres run. Any other number is the seed of a shuffled order."""
 
 _FLAGS = (
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"),
@@ -28,11 +27,11 @@ _SANITIZED = ("-O1", "-fsanitize=address,alignment,bounds,shift", "-fno-sanitize
 
 
 class EmulationError(RuntimeError):
-    """A kernel did what no kernel may: a barrier not all threads reach, a misaligned wide access."""
+    """A kernel did something invalid, such as a barrier that not all threads reach or a misaligned wide access."""
 
 
 class EmulatedLauncher:
-    """Runs kernels at once, on CPU tensors."""
+    """Runs kernels synchronously on CPU tensors."""
 
     device = torch.device("cpu")
     detail = "emulated on the CPU"
@@ -42,8 +41,8 @@ class EmulatedLauncher:
         self._emulate = ctypes.CDLL(str(library)).psyche_emulate
 
     def launch(self, kernel: str, blocks: int, *arguments: Argument) -> None:
-        """Raises :class:`EmulationError` with the reason."""
-        values = [packed(argument) for argument in arguments]
+        """Run a kernel. Raises :class:`EmulationError`."""
+        values = [as_ctype(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         error = ctypes.create_string_buffer(512)
         failed = self._emulate(
@@ -61,9 +60,9 @@ class EmulatedLauncher:
 
 
 def build(kernels: Path | None = None, *, sanitized: bool = False, cache: Path | None = None) -> Path:
-    """The emulator's shared library, compiled unless ``cache`` has it. ``kernels`` is a directory like ours.
+    """Compile the emulator's shared library, unless ``cache`` has it. ``kernels`` is a directory like ``kernels/``.
 
-    Raises ``FileNotFoundError`` without a C++ compiler, ``RuntimeError`` with the compiler's words.
+    Raises ``FileNotFoundError`` without a C++ compiler, ``RuntimeError`` with the compiler's output.
     """
     kernels = kernels or kernels_directory()
     directories = [kernels / name for name in ("include", "cuda", "emulator")]
@@ -81,8 +80,8 @@ def build(kernels: Path | None = None, *, sanitized: bool = False, cache: Path |
         include = [f"-I{directory}" for directory in directories]
         inputs = [str(kernels / "emulator" / name) for name in ("emulator.cpp", "kernels.cpp")]
         command = [compiler, *flags, *include, *inputs, "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{compiler} failed:\n{done.stderr}")
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise RuntimeError(f"{compiler} failed:\n{result.stderr}")
         built.replace(library)
     return library

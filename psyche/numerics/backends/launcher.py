@@ -1,4 +1,4 @@
-"""What runs a kernel: a GPU, or the emulator. All that the CUDA backend knows of either."""
+"""The interface of a kernel launcher, which a GPU and the emulator implement."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 THREADS = 256
-"""Of every block of every kernel (kernels/cuda/lanes.cuh)."""
+"""Threads per block in every kernel (kernels/cuda/lanes.cuh)."""
 
 Argument = Tensor | int | float | None
-"""A pointer to a tensor's data (``None``: null), a 64-bit integer, or an fp32 value."""
+"""A kernel argument: a pointer to a tensor's data (``None``: null), a 64-bit integer, or an fp32 value."""
 
 
 class Launcher(Protocol):
@@ -23,7 +23,7 @@ class Launcher(Protocol):
 
     @property
     def detail(self) -> str:
-        """What the kernels run on, for people."""
+        """The hardware that the kernels run on, for log lines."""
 
     def launch(self, kernel: str, blocks: int, *arguments: Argument) -> None:
         """Start ``blocks`` ≥ 1 blocks of ``THREADS`` threads; need not wait for them.
@@ -32,8 +32,8 @@ class Launcher(Protocol):
         """
 
 
-def packed(argument: Argument) -> ctypes.c_void_p | ctypes.c_uint64 | ctypes.c_float:
-    """An argument as C has it."""
+def as_ctype(argument: Argument) -> ctypes.c_void_p | ctypes.c_uint64 | ctypes.c_float:
+    """Convert a kernel argument to a ctypes value."""
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if argument is None:

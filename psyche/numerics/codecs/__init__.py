@@ -1,1 +1,1 @@
-"""Codecs: pure pairs of functions between flat fp32 ranges and payload bytes (DESIGN §5)."""
+"""Codecs: pure pairs of functions between flat fp32 ranges and payload bytes."""
