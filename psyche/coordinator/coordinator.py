@@ -14,7 +14,7 @@ from pathlib import Path
 
 from psyche.config import Manifest
 from psyche.coordinator.cosigner import Cosigner
-from psyche.coordinator.leadership import Succession
+from psyche.coordinator.leadership import Leadership
 from psyche.coordinator.promises import Promises
 from psyche.coordinator.status import opened, status_of, visible
 from psyche.exchange.rules import rules_of
@@ -92,7 +92,7 @@ class Coordinator:
         self.state = State.initial(self.rules)
         self._promises = Promises(manifest)
         self._cosigner = Cosigner(manifest, identity, network.rpc, directory)
-        self._succession = Succession(manifest, identity, network.rpc)
+        self._leadership = Leadership(manifest, identity, network.rpc)
         self._first, self._leads = leads, False
         self._signing: asyncio.Task[None] | None = None
         """Gathers signatures under what the machine has decided last; members see it when they are there."""
@@ -115,18 +115,18 @@ class Coordinator:
     async def run(self) -> None:
         """Serve until the run is finished and its members have said goodbye (or gone silent)."""
         await self._cosigner.serve()
-        await self._succession.serve(self._heartbeat)
+        await self._leadership.serve(self._heartbeat)
         await self.network.rpc.serve("watch", self._watch, max_request=16)
         await self.network.rpc.serve("submit", self._submit, max_request=MAX_SUBMISSION)
         try:
-            while await self._succession.turn(self.log):
+            while await self._leadership.turn(self.log):
                 if await self._lead():
                     break
                 text = "another coordinator leads, or has led, in a later term"
                 self.log.emit(events.Notice(level="warning", text=text))
-            await self._succession.ask_all()  # those that stand by hear of the end
+            await self._leadership.ask_all()  # those that stand by hear of the end
         finally:
-            self._succession.close()
+            self._leadership.close()
             self._stop_signing()
             if self._later is not None:
                 self._later.cancel()
@@ -144,9 +144,9 @@ class Coordinator:
             used = self.state.term
         else:
             self._first()
-        self.state = State.initial(self.rules, await self._cosigner.term(max(self._succession.later, used)))
+        self.state = State.initial(self.rules, await self._cosigner.term(max(self._leadership.later, used)))
         self._leads, self._proposal, self._certificate, self._hindrance = True, None, None, None
-        self._claim = self._succession.claim(self.state.lead_term)
+        self._claim = self._leadership.claim(self.state.lead_term)
         await self._publish()
         if len(self.manifest.resolved.coordinators) > 1:
             self.log.emit(events.Notice(level="info", text=f"leading, in term {self.state.lead_term}"))
@@ -156,7 +156,7 @@ class Coordinator:
             self.ledger.check()
             if self._signing is not None and self._signing.done():
                 self._signing.result()  # a disk that is full, say
-            if self._succession.later > self.state.term or self._succession.rival > self.state.lead_term:
+            if self._leadership.later > self.state.term or self._leadership.rival > self.state.lead_term:
                 self._leads = False
                 self._stop_signing()
                 return False
@@ -164,7 +164,7 @@ class Coordinator:
         return True
 
     def _heartbeat(self) -> Heartbeat:
-        finished = self.state.phase is Phase.FINISHED or self._succession.finished
+        finished = self.state.phase is Phase.FINISHED or self._leadership.finished
         return Heartbeat(self.state.lead_term if self._leads else 0, self.state.term, finished)
 
     # ---------------------------------------------------------------------------- what members ask
@@ -235,7 +235,7 @@ class Coordinator:
                 self.log.emit(events.Attested(round=round_number, peer=node, state_root=body.state_root.hex()))
 
     async def _greet(self, node: str, body: Hello) -> None:
-        self._succession.hear(body.claim)
+        self._leadership.hear(body.claim)
         if body.certificate is not None and body.rounds > self.state.rounds:
             record = certified_record(self.manifest, body.certificate)
             await self._dispatch(protocol.Restored(record))

@@ -24,7 +24,7 @@ ASKS_A_LEASE = 4
 MAX_HEARTBEAT = 64
 
 
-class Succession:
+class Leadership:
     """One coordinator's view of who leads."""
 
     def __init__(self, manifest: Manifest, identity: Identity, rpc: Rpc) -> None:
