@@ -1,1 +1,1 @@
-"""What closes rounds: it leads or stands by, signs, and publishes the state of the run."""
+"""The coordinator: leads or stands by, closes rounds, signs, and publishes the run status (README.md)."""

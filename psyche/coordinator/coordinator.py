@@ -1,6 +1,6 @@
-"""The coordinator: it closes rounds. It holds no tensors and no secret but its key, and pushes nothing.
+"""The coordinator closes rounds. It holds no tensors and no secret but its key, and pushes nothing.
 
-Members submit signed messages and watch the board; the pure state machine of ``protocol/rounds.py`` decides;
+Members submit signed messages and watch the run status; the pure state machine of ``protocol/rounds.py`` decides;
 this module checks signatures, keeps time, and turns effects into bytes and events. Of several one leads, and the
 others stand by (``succession.py`` says when one begins, ``protocol/takeover.py`` how it goes on).
 """
@@ -16,7 +16,7 @@ from psyche.config import Manifest
 from psyche.coordinator.cosigner import Cosigner
 from psyche.coordinator.leadership import Leadership
 from psyche.coordinator.promises import Promises
-from psyche.coordinator.status import opened, status_of, visible
+from psyche.coordinator.status import revealed_count, status_of, visible
 from psyche.exchange.rules import rules_of
 from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.writer import LedgerWriter
@@ -64,8 +64,8 @@ from psyche.telemetry.metrics import metrics_event
 
 TICK_SECONDS = 0.2
 BURST_SECONDS = 0.02
-"""What is shown of many contributions at once: each board goes to every member, so that one a contribution would cost
-the square of the members."""
+"""How long revealed contributions are collected before a new run status. Every status goes to every member, so one for
+each contribution would cost the square of the number of members."""
 
 
 class Coordinator:
@@ -82,7 +82,7 @@ class Coordinator:
         leads: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``directory`` keeps what this coordinator has signed. It must not be lost while the run goes on.
+        """``directory`` keeps what this coordinator has signed; it must not be lost before the run ends.
 
         ``leads`` is called once, when this coordinator begins to lead.
         """
@@ -95,11 +95,11 @@ class Coordinator:
         self._leadership = Leadership(manifest, identity, network.rpc)
         self._first, self._leads = leads, False
         self._signing: asyncio.Task[None] | None = None
-        """Gathers signatures under what the machine has decided last; members see it when they are there."""
+        """Collects signatures for what the state machine decided last; it is published when they are complete."""
         self._signed: dict[tuple[int, int], tuple[bytes, ...]] = {}
-        """Rosters in force, by round and number."""
+        """Signatures of reconfigurations in force, by round and number."""
         self._hindrance: protocol.SignatureConflict | protocol.CosignersUnreachable | None = None
-        """Why what is to be signed is not, for the machine to hear with its next tick."""
+        """Why signatures are missing; the state machine receives it in place of its next tick."""
         self._claim = b""
         self._proposal: bytes | None = None
         self._certificate: Certificate | None = None
@@ -107,13 +107,13 @@ class Coordinator:
         self._version = 0
         self._board = b""
         self._changed = asyncio.Condition()
-        self._shown = 0
-        """Contributions on the board."""
+        self._checked = 0
+        """Contributions in the published run status."""
         self._later: asyncio.Task[None] | None = None
-        """Will show more of them in a moment."""
+        """Publishes more of them after ``BURST_SECONDS``."""
 
     async def run(self) -> None:
-        """Serve until the run is finished and its members have said goodbye (or gone silent)."""
+        """Serve until the run is finished and its members have left or gone silent."""
         await self._cosigner.serve()
         await self._leadership.serve(self._heartbeat)
         await self.network.rpc.serve("watch", self._watch, max_request=16)
@@ -122,22 +122,22 @@ class Coordinator:
             while await self._leadership.turn(self.log):
                 if await self._lead():
                     break
-                text = "another coordinator leads, or has led, in a later term"
+                text = "stopped leading: members follow another coordinator in a later term"
                 self.log.emit(events.Notice(level="warning", text=text))
-            await self._leadership.ask_all()  # those that stand by hear of the end
+            await self._leadership.ask_all()  # standby coordinators learn that the run has ended
         finally:
             self._leadership.close()
             self._stop_signing()
             if self._later is not None:
                 self._later.cancel()
-        # Said last, when the members' reports of the last round are in: whoever follows the log can stop here.
+        # The last event: the members' reports of the last round are in, and readers of the log stop here.
         self.log.emit(events.RunFinished(rounds=self.state.rounds, reason="all rounds are done"))
 
     async def _lead(self) -> bool:
-        """Lead: to the end of the run (True), or until members follow another coordinator.
+        """Lead to the end of the run (True), or until members follow another coordinator (False).
 
-        That one may be gone again, and our own term far above its: members that promised themselves to it while they
-        were parted from us hear us only once we begin anew.
+        The other coordinator may be gone again, and this one's term far above its term; members that promised to
+        follow it listen to this coordinator only after it begins to lead anew, in a new term.
         """
         used = 0
         if self._claim:  # it has led before
@@ -155,7 +155,7 @@ class Coordinator:
             await self._dispatch(hindrance or protocol.Tick())
             self.ledger.check()
             if self._signing is not None and self._signing.done():
-                self._signing.result()  # a disk that is full, say
+                self._signing.result()  # raises, for example if the disk is full
             if self._leadership.later > self.state.term or self._leadership.rival > self.state.lead_term:
                 self._leads = False
                 self._stop_signing()
@@ -170,7 +170,7 @@ class Coordinator:
     # ---------------------------------------------------------------------------- what members ask
 
     async def _watch(self, peer: str, request: bytes) -> bytes:
-        """The board, as soon as its version is not the one the caller has seen. Asking is a sign of life."""
+        """Return the run status once its version differs from the caller's. The call shows that the caller is alive."""
         if not self._leads:
             raise Refused("this coordinator does not lead", RefusalCode.NOT_LEADING)
         if peer not in self.state.peers:
@@ -192,7 +192,7 @@ class Coordinator:
             envelope = decode_envelope(request, MAX_SUBMISSION)
             kind = SUBMISSIONS.get(envelope.domain)
             if kind is None:
-                raise WrongContext(f"{envelope.domain!r} is nothing a member submits")
+                raise WrongContext(f"{envelope.domain!r} is not a message that members submit")
             open_envelope(envelope, domain=envelope.domain, run_id=self.manifest.run_id)
             if envelope.author != peer:
                 raise BadSignature(f"signed by {envelope.author}, sent by {peer}")
@@ -205,7 +205,7 @@ class Coordinator:
         node, round_number = envelope.author, envelope.round
         match body:
             case Hello():
-                await self._greet(node, body)
+                await self._receive_hello(node, body)
             case Promise():
                 promise = self._promises.check(node, body)
                 if promise.accepted is not None and promise.reconfiguration:
@@ -234,8 +234,8 @@ class Coordinator:
                 await self._dispatch(protocol.Attested(node, round_number, body.state_root, frozenset(body.suspects)))
                 self.log.emit(events.Attested(round=round_number, peer=node, state_root=body.state_root.hex()))
 
-    async def _greet(self, node: str, body: Hello) -> None:
-        self._leadership.hear(body.claim)
+    async def _receive_hello(self, node: str, body: Hello) -> None:
+        self._leadership.observe_claim(body.claim)
         if body.certificate is not None and body.rounds > self.state.rounds:
             record = certified_record(self.manifest, body.certificate)
             await self._dispatch(protocol.Restored(record))
@@ -247,7 +247,7 @@ class Coordinator:
         await self._dispatch(protocol.Arrived(node, body.state_root, body.device, body.rounds))
 
     def _report_metrics(self, node: str, round_number: int, body: Metrics) -> None:
-        """Metrics are for people: taken from who is here, of the round that is ending or has just ended."""
+        """Log a member's metrics of the round that is ending or has just ended."""
         if node not in self.state.peers or round_number not in (self.state.rounds, self.state.rounds + 1):
             self._refuse(node, RefusalCode.WRONG_ROUND, f"metrics of round {round_number} are not taken now")
         self.log.emit(metrics_event(node, round_number, body))
@@ -255,17 +255,17 @@ class Coordinator:
     # ------------------------------------------------------------------------ the machine's effects
 
     async def _dispatch(self, event: protocol.Event) -> None:
-        """Feed the machine; publish where something changed; raise Refused where the sender was refused."""
+        """Apply ``event``; publish if something visible changed. Raises ``Refused`` if the event was rejected."""
         before = self.state
         self.state, effects = tick(self.rules, before, event, self._clock())
         refusals = [effect for effect in effects if isinstance(effect, protocol.Rejected)]
         for effect in effects:
             self._perform(effect)
         if self.state.note not in ("", before.note) and self.state.phase is not Phase.FINISHED:
-            self.log.emit(events.Notice(level="info", text=self.state.note))  # what is waited for, and for whom
+            self.log.emit(events.Notice(level="info", text=self.state.note))
         if effects or visible(before) != visible(self.state):
             await self._publish()
-        elif opened(self.state) != self._shown and self._later is None:
+        elif revealed_count(self.state) != self._checked and self._later is None:
             self._later = asyncio.create_task(self._publish_later())
         for refusal in refusals:
             self._refuse(refusal.node, refusal.code, refusal.reason)
@@ -301,7 +301,7 @@ class Coordinator:
     # ------------------------------------------------------------------------------ what takes signatures
 
     def _sign(self, work: Coroutine[None, None, None]) -> None:
-        """Do ``work`` in place of what was to be signed before, which has been decided over."""
+        """Start ``work``, which replaces what was to be signed before."""
         self._stop_signing()
         self._signing = asyncio.create_task(work)
 
@@ -311,13 +311,13 @@ class Coordinator:
             self._signing = None
 
     async def _propose(self, term: int, record: Record) -> None:
-        """Show a proposal, once the roster that it names is in force."""
+        """Publish a proposal once the reconfiguration that it names is in force."""
         plan, count = record.plan, len(self.manifest.resolved.coordinators)
         signed = self._signed.get((plan.round, record.reconfiguration), ()) if record.reconfiguration else ()
         if record.reconfiguration and not signed:
             reconfiguration = Reconfiguration(plan.previous, record.reconfiguration, record.electorate)
             signed = await self._cosigner.gather(
-                reconfiguration, plan.round, signatures_needed(count), self._hinder(record)
+                reconfiguration, plan.round, signatures_needed(count), self._on_missing_signatures(record)
             )
             self._signed = {key: value for key, value in self._signed.items() if key[0] >= plan.round}
             self._signed[plan.round, record.reconfiguration] = signed
@@ -325,30 +325,30 @@ class Coordinator:
         await self._publish()
 
     async def _certify(self, record: Record, proposal: bytes, votes: tuple[bytes, ...]) -> None:
-        """Show a certificate, once it is sealed."""
+        """Publish a certificate once enough coordinators have sealed it."""
         seal = Seal(record.plan.previous, record.reconfiguration, record.hash)
         needed = seals_needed(len(self.manifest.resolved.coordinators))
-        seals = await self._cosigner.gather(seal, record.plan.round, needed, self._hinder(record))
+        seals = await self._cosigner.gather(seal, record.plan.round, needed, self._on_missing_signatures(record))
         self._certificate = Certificate(proposal, votes, seals)
         await self._publish()
 
-    def _hinder(self, record: Record) -> Callable[[ConflictingSignature | None], None]:
-        """Hears why ``record`` is not signed, says so once, and has the machine hear it."""
+    def _on_missing_signatures(self, record: Record) -> Callable[[ConflictingSignature | None], None]:
+        """Return a callback for missing signatures of ``record``: it warns once, and tells the state machine."""
         told: set[str] = set()
 
-        def hear(perjury: ConflictingSignature | None) -> None:
-            if perjury is not None:
-                sealed = b"" if perjury.reconfiguration else perjury.sealed
-                self._hindrance = protocol.SignatureConflict(record.hash, perjury.reconfiguration, sealed)
+        def report(conflict: ConflictingSignature | None) -> None:
+            if conflict is not None:
+                sealed = b"" if conflict.reconfiguration else conflict.sealed
+                self._hindrance = protocol.SignatureConflict(record.hash, conflict.reconfiguration, sealed)
             else:
                 self._hindrance = protocol.CosignersUnreachable(record.hash)
-            reason = str(perjury or "too few of the coordinators that would have to sign can be reached")
+            reason = str(conflict or "too few coordinators answer to sign it")
             if reason not in told:
                 told.add(reason)
-                text = f"round {record.plan.round} cannot be decided as it stands: {reason}"
+                text = f"round {record.plan.round} cannot be certified yet: {reason}"
                 self.log.emit(events.Notice(level="warning", text=text))
 
-        return hear
+        return report
 
     def _report_round(self, round_number: int, state_root: bytes) -> None:
         assert self._certified is not None
@@ -381,7 +381,7 @@ class Coordinator:
     async def _publish(self) -> None:
         async with self._changed:
             self._version += 1
-            self._shown = opened(self.state)
+            self._checked = revealed_count(self.state)
             status = status_of(
                 self.state,
                 version=self._version,
@@ -395,7 +395,7 @@ class Coordinator:
     async def _publish_later(self) -> None:
         await asyncio.sleep(BURST_SECONDS)
         self._later = None
-        if opened(self.state) != self._shown:
+        if revealed_count(self.state) != self._checked:
             await self._publish()
 
     def _seal(self, body: Body, round_number: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Coordinators' signatures: each keeps its oath on disk, and asks the others for theirs."""
+"""Coordinators' signatures: each persists what it has signed, and asks the others for their signatures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RETRY_SECONDS = 1.0
 
 
 class Cosigner:
-    """Signs rosters and seals for this coordinator, and gathers those of others."""
+    """Signs reconfigurations and seals for this coordinator, and collects those of the others."""
 
     def __init__(self, manifest: Manifest, identity: Identity, rpc: Rpc, directory: Path) -> None:
         self._manifest, self._identity, self._rpc = manifest, identity, rpc
@@ -33,11 +33,11 @@ class Cosigner:
         self._lock = asyncio.Lock()
 
     async def serve(self) -> None:
-        """Sign for the other coordinators, too."""
+        """Answer the other coordinators' requests for signatures."""
         await self._rpc.serve("sign", self._sign_for, max_request=MAX_REQUEST)
 
     async def term(self, above: int) -> int:
-        """A term to begin to lead in, above any that this coordinator had, and ``above``."""
+        """Return and persist a new term to lead in, above ``above`` and every term this coordinator has used."""
         place = self._coordinators.index(self._identity.peer_id)
         await self._persist(lambda signed_state: lead(signed_state, place, len(self._coordinators), above))
         return self._signed_state.term
@@ -49,10 +49,10 @@ class Cosigner:
         needed: int,
         hinder: Callable[[ConflictingSignature | None], None],
     ) -> tuple[bytes, ...]:
-        """Signatures of any ``needed`` coordinators under ``body``; waits for as long as it takes.
+        """Collect the signatures of ``needed`` coordinators for ``body``, however long it takes.
 
-        ``hinder`` hears, each time that all were asked and too few signed, of the refusal that says most; of None where
-        nobody refuses, but too few answer.
+        ``hinder`` is called each time all were asked and too few signed: with the conflict of the highest number, or
+        with None where nobody refuses and too few answer.
         """
         found: dict[str, bytes] = {}
         me = self._identity.peer_id
@@ -60,7 +60,7 @@ class Cosigner:
         while True:
             refused: list[ConflictingSignature] = []
             if isinstance(body, Reconfiguration):
-                # It binds who signs it, whether it gets into force or not: this coordinator is the last to sign.
+                # A signature binds its coordinator even if the reconfiguration never comes into force: sign last here.
                 await self._ask_all(others, body, round_number, needed - 1, found, refused)
                 if len(found) >= needed - 1:
                     await self._ask_all([me], body, round_number, needed, found, refused)
@@ -69,7 +69,7 @@ class Cosigner:
                 await self._ask_all(others, body, round_number, needed, found, refused)
             if len(found) >= needed:
                 return tuple(found.values())
-            hinder(max(refused, key=lambda perjury: (perjury.reconfiguration, perjury.sealed), default=None))
+            hinder(max(refused, key=lambda conflict: (conflict.reconfiguration, conflict.sealed), default=None))
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask_all(
@@ -81,8 +81,7 @@ class Cosigner:
         found: dict[str, bytes],
         refused: list[ConflictingSignature],
     ) -> None:
-        """Ask those of ``peers`` that are not in ``found`` yet, until ``enough`` are: who is not needed, or does not
-        answer, holds up nobody."""
+        """Ask ``peers`` that are not in ``found`` yet until ``enough`` are found; the rest is not waited for."""
         waiting = {asyncio.create_task(self._ask(peer, body, round_number)) for peer in peers if peer not in found}
         try:
             while waiting and len(found) < enough:
@@ -122,7 +121,7 @@ class Cosigner:
     async def _ask(
         self, peer: str, body: Reconfiguration | Seal, round_number: int
     ) -> tuple[str, bytes | ConflictingSignature | None]:
-        """``peer``, and its signature, or why it does not give it; None where it does not answer now."""
+        """Return ``peer`` and its signature, or the conflict it names; None where it does not answer."""
         if peer != self._identity.peer_id:
             return peer, await self._call(peer, body, round_number)
         try:
@@ -154,12 +153,12 @@ class Cosigner:
 
     async def _sign_for(self, peer: str, request: bytes) -> bytes:
         if peer not in self._coordinators:
-            raise Refused("only the run's coordinators sign for each other")
+            raise Refused("only coordinators of this run may ask for signatures")
         try:
             envelope = decode_envelope(request, MAX_REQUEST)
             open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
             if envelope.author != peer or envelope.domain not in (Reconfiguration.DOMAIN, Seal.DOMAIN):
-                raise WrongContext("that is not the caller's roster or seal")
+                raise WrongContext("the request is not the caller's own reconfiguration or seal")
             reconfiguration = envelope.domain == Reconfiguration.DOMAIN
             body = decode(Reconfiguration, envelope.body) if reconfiguration else decode(Seal, envelope.body)
         except (MalformedMessage, BadSignature, WrongContext) as error:

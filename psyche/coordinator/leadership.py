@@ -1,7 +1,7 @@
-"""When a coordinator begins to lead: while no other does. Only a heuristic; that two lead at once harms nothing.
+"""When a coordinator begins to lead: while no other does. This is a heuristic; two leaders at once are safe.
 
-Coordinators ask each other whether they lead. One that hears of no leader for the length of a lease begins, the first
-on the manifest's list first; one that hears of a later term than its own stops.
+Coordinators exchange heartbeats. One that hears of no leader for the length of a lease begins to lead, the first in the
+manifest first; one that hears of a later term than its own stops.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ class Leadership:
         self._lease = manifest.run.deadlines.lease
         self._asking: asyncio.Task[None] | None = None
         self._led = time.monotonic()
-        """When a leader was last heard of; before that, when this coordinator came."""
+        """When a leader was last heard of; initially, when this coordinator started."""
         self.later = 0
-        """The highest term that anybody follows, as far as is known here."""
+        """The highest term known to be in use."""
         self.rival = 0
         """The highest term of another coordinator that a member is known to follow."""
         self.finished = False
-        """Whether another has seen the run's end."""
+        """Whether another coordinator has seen the end of the run."""
         self._own: Callable[[], Heartbeat] = lambda: Heartbeat(0, 0)
 
     async def serve(self, own: Callable[[], Heartbeat]) -> None:
-        """Exchange words with the others: each that asks says its own, and hears ``own()``."""
+        """Answer heartbeats of the other coordinators with ``own()``."""
         self._own = own
 
         async def answer(peer: str, request: bytes) -> bytes:
             if peer not in self._others:
-                raise Refused("only the run's coordinators ask each other who leads")
+                raise Refused("only coordinators of this run may send heartbeats")
             try:
-                self._heard(decode(Heartbeat, request))
+                self._note_heartbeat(decode(Heartbeat, request))
             except MalformedMessage as error:
                 raise Refused(str(error)) from None
             return own().encode()
@@ -60,15 +60,15 @@ class Leadership:
         await self._rpc.serve("heartbeat", answer, max_request=MAX_HEARTBEAT)
 
     def claim(self, term: int) -> bytes:
-        """This coordinator's word that it leads in ``term``, for members to pass on."""
+        """Return a signed heartbeat for ``term``, which members pass on as proof that this coordinator leads."""
         beat = Heartbeat(term, term)
         return encode_envelope(self._identity.seal(beat.DOMAIN, self._manifest.run_id, 0, beat.encode()))
 
-    def hear(self, claim: bytes | None) -> None:
-        """A member took part in something of ``claim``'s term. Raises like ``open_envelope`` where no coordinator did.
+    def observe_claim(self, claim: bytes | None) -> None:
+        """Note the term of a coordinator's signed ``claim`` that a member passes on. Raises as ``open_envelope`` does.
 
-        Only what a coordinator signed counts: a member's own word must not cost anybody the lead. Raising terms does
-        not win back a member that has promised itself to another's: it has to be asked for a new promise.
+        Only a coordinator's signature counts: a member alone must not end a leadership. A higher term does not win back
+        a member that follows another leader; it has to be asked for a new promise.
         """
         if claim is None:
             return
@@ -86,21 +86,20 @@ class Leadership:
             self.rival = max(self.rival, term)
 
     async def turn(self, log: EventLog) -> bool:
-        """Wait until it is this coordinator's turn; False where the run has ended meanwhile.
+        """Wait until it is this coordinator's turn to lead; return False if the run has ended meanwhile.
 
-        Who led, and had to stop because members had taken part in a later term, is not made to wait again unless
-        somebody leads in that term.
+        A coordinator that had to stop leading because of a later term waits again only if another leads in that term.
         """
         patience = self._lease * (1 + self._place / ASKS_A_LEASE) if self._others else 0.0
         if self._asking is None:
             if self._place == 0:
-                self._led -= patience  # first on the list, it has nobody to wait for; but it asks
+                self._led -= patience  # the first coordinator waits for nobody, but asks
             await self.ask_all()
             self._asking = asyncio.create_task(self._ask_on())
         said = False
         while not self.finished and (left := self._led + patience - time.monotonic()) > 0:
             if not said:
-                text = f"standing by: another coordinator leads; takes over after {patience:.0f} s without one"
+                text = f"standing by; takes over after {patience:.0f} s without a leading coordinator"
                 log.emit(events.Notice(level="info", text=text))
                 said = True
             await asyncio.sleep(min(left, self._lease / ASKS_A_LEASE))
@@ -112,7 +111,7 @@ class Leadership:
             await self.ask_all()
 
     async def ask_all(self) -> None:
-        """Tell all that can be reached, and hear them."""
+        """Exchange heartbeats with all coordinators that can be reached."""
         await asyncio.gather(*(self._ask(peer) for peer in self._others))
 
     def close(self) -> None:
@@ -123,9 +122,9 @@ class Leadership:
         with contextlib.suppress(Unreachable, Refused, Violation, MalformedMessage, TimeoutError):
             beat = self._own().encode()
             reply = await self._rpc.call(peer, "heartbeat", beat, timeout=self._lease / 2, max_reply=MAX_HEARTBEAT)
-            self._heard(decode(Heartbeat, reply))
+            self._note_heartbeat(decode(Heartbeat, reply))
 
-    def _heard(self, beat: Heartbeat) -> None:
+    def _note_heartbeat(self, beat: Heartbeat) -> None:
         self.later = max(self.later, beat.latest)
         self.finished |= beat.finished
         if beat.term:

@@ -1,4 +1,4 @@
-"""Members' promises as the state machine takes them: every signature in them checked first."""
+"""Checks every signature in a member's promise and decodes it for the state machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ B = TypeVar("B", bound=Body)
 
 
 class Promises:
-    """Checks promises. Members were shown the same commitments and contributions, and each of those is checked once."""
+    """Checks promises. Members send the same commitments and contributions, so each item is checked only once."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -42,16 +42,16 @@ class Promises:
             plan=body.plan,
             commitments={
                 author: (made.digest, item)
-                for author, made, item in self._shown(body.commitments, Commitment, plan)
+                for author, made, item in self._checked(body.commitments, Commitment, plan)
                 if plan is not None and made.term == plan.term
             },
             contributions={
-                author: (given, item) for author, given, item in self._shown(body.contributions, Contribution, plan)
+                author: (given, item) for author, given, item in self._checked(body.contributions, Contribution, plan)
             },
         )
 
-    def _shown(self, items: tuple[bytes, ...], kind: type[B], plan: Plan | None) -> Iterator[tuple[str, B, bytes]]:
-        """What members of ``plan`` signed in its round: author, content, and the signed item."""
+    def _checked(self, items: tuple[bytes, ...], kind: type[B], plan: Plan | None) -> Iterator[tuple[str, B, bytes]]:
+        """Yield what members of ``plan`` signed in its round: author, content, and the signed item."""
         if plan is None:
             return
         if plan.round != self._round or len(self._opened) > MAX_REMEMBERED:

@@ -1,4 +1,4 @@
-"""What members see of a coordinator's state, and when that is worth a new board."""
+"""The run status: what members see of a coordinator's state, and which changes are published at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from psyche.protocol.round_state import Phase, Reduction, Stage, State
 def status_of(
     state: State, *, version: int, claim: bytes, proposal: bytes | None, certificate: Certificate | None
 ) -> RunStatus:
-    """The board. ``proposal`` and ``certificate`` are those that have all their signatures."""
+    """Build the run status. ``proposal`` and ``certificate`` have all their signatures."""
     current = state.round
     closed = current is not None and current.stage is not Stage.COMMITTING
     return RunStatus(
@@ -33,7 +33,7 @@ def status_of(
 
 
 def visible(state: State) -> tuple[object, ...]:
-    """What of the state members can see: a change in it is worth a new board, at once."""
+    """Return the part of the state that members see. A change here is published immediately."""
     current = state.round
     seen: tuple[object, ...] = (state.phase, state.rounds, state.note, state.resumed, state.state_root)
     if current is None:
@@ -44,8 +44,8 @@ def visible(state: State) -> tuple[object, ...]:
     return (*seen, current.plan, training, current.closed, complete, drawn, current.term, current.certified)
 
 
-def opened(state: State) -> int:
-    """Members see these, too, some of them a moment later."""
+def revealed_count(state: State) -> int:
+    """Return how many contributions are revealed. Members see them too, up to ``BURST_SECONDS`` later."""
     return len(state.round.contributions) if state.round else 0
 
 

@@ -1,1 +1,1 @@
-"""The rules of a run, pure: no clock, no socket, no file, no torch (DESIGN §6)."""
+"""The rules of a run, pure: no clock, no socket, no file, no torch (README.md)."""

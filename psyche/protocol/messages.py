@@ -44,7 +44,7 @@ ExchangeKind = Literal["gather", "sharded"]
 
 
 class Plan(Message, frozen=True):
-    """What round ``round`` is to be. ``position`` is the first sequence of the data order it consumes."""
+    """The plan of round ``round``: members, base state, data and exchange. ``position`` is its first data position."""
 
     round: Positive
     term: Positive
@@ -70,37 +70,40 @@ class Plan(Message, frozen=True):
 
 
 WITHHELD = digest("withheld")
-"""In place of a hash that would say something of private data: who guesses a text could compare hashes."""
+"""Stands for a hash of private data, which would let anyone who guesses a text compare hashes."""
 
 
 class Contribution(Body, frozen=True):
-    """A node's work in one round. Its hash is committed before it is shown (DESIGN §6)."""
+    """A node's work in one round. The node commits to its hash before it reveals the contribution."""
 
     DOMAIN = "contribution"
 
     base_root: Hash
     data_digest: Hash
-    """Of the sequences trained on; :data:`WITHHELD` where ``private``."""
+    """Digest of the sequences trained on; :data:`WITHHELD` where ``private``."""
     base_proof: Hash
-    """That the base state is at hand, which its root alone does not say: ``protocol/contributions.py``."""
+    """Proof that the author holds the base state, which its root alone does not show (``base_proof``)."""
     trace_root: Hash
-    """Of parameters and inner optimizer at the trace points; :data:`WITHHELD` where ``private``."""
+    """Root of parameters and inner optimizer at the trace points; :data:`WITHHELD` where ``private``."""
     residual_in: Hash
-    """Address of the error-feedback buffer before it was encoded (the range of the round's fragment), and"""
+    """Address of the error-feedback buffer before encoding, in the range of the round's fragment.
+
+    :data:`WITHHELD` where the codec has no error feedback, and where ``private``.
+    """
     residual_out: Hash
-    """after. The codec has none, or it is ``private``: :data:`WITHHELD`."""
+    """The same after encoding."""
     payload_root: Hash
     """Address of the payload: a blob with a chunk for each slice, so that this message has one size for any model."""
     payload_bytes: Positive
-    """All slices together."""
+    """Bytes of all slices."""
     inner_steps: Positive
     overlap_steps: Natural
-    """How many of the inner steps were taken before the outer step of the round before was known."""
+    """Inner steps that were taken before the outer step of the previous round was known."""
     tokens: Positive
     private: bool
     """Trained on the node's own data, which nobody can check: its weight is capped (``protocol/contributions.py``)."""
     payout: Annotated[bytes, Meta(max_length=20)]
-    """Address that the node's credits are to be paid to, 20 bytes as on Ethereum; empty: none was given."""
+    """Address to pay the node's credits to: 20 bytes as on Ethereum, or empty."""
     salt: Hash
 
     def commitment(self, node: str, run_id: bytes, round_number: int) -> bytes:
@@ -136,15 +139,15 @@ class Excluded(Message, frozen=True):
 
 
 class Standing(Message, frozen=True):
-    """How far a node is past its probation, and how long its work has gone unchecked."""
+    """A node's progress through probation, and when its work was last drawn for an audit."""
 
     node: NodeId
     rounds: Positive
-    """In which its contribution was accepted; counted no further than the probation."""
+    """Rounds in which its contribution was accepted, counted up to the probation."""
     last: Positive
-    """Of them."""
+    """The last of those rounds."""
     audited: Natural
-    """The last of them whose contribution an audit was drawn for; 0: none was."""
+    """The last round whose contribution was drawn for an audit; 0: none yet."""
 
 
 class Record(Body, frozen=True, dict=True):
@@ -156,21 +159,21 @@ class Record(Body, frozen=True, dict=True):
     accepted: Annotated[tuple[Accepted, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
     excluded: Annotated[tuple[Excluded, ...], Meta(max_length=MAX_MEMBERS)]
     reconfiguration: Natural
-    """0: the electorate is the ``voters`` of the record before. Otherwise a reconfiguration: the number of the roster
-    that named the electorate, the first of the run's first round being one, too."""
+    """0: the electorate is the ``voters`` of the previous record. Otherwise the number of the reconfiguration that
+    named the electorate. The first round of a run always has one."""
     electorate: Nodes
-    """Whose votes are counted."""
+    """The nodes whose votes are counted."""
     voters: Nodes
     """The electorate of the next round."""
     standing: Annotated[tuple[Standing, ...], Meta(max_length=MAX_MEMBERS)]
-    """Of who has contributed to this round or an earlier one; nobody's where there is neither probation nor audits."""
+    """Standing of all nodes that have contributed so far; empty where the run has neither probation nor audits."""
     audit_state: AuditState
     reducer_order: Nodes
-    """Who reduced, in the order of ``protocol/reduction.py``; nobody where everybody aggregates."""
+    """The reducers in their drawn order (``protocol/assignment.py``); empty in a gathered round."""
     results: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]
-    """Of each group on the ring the address of its encoded aggregate: a blob with a chunk for each of its slices."""
+    """For each group, the address of its encoded aggregate: a blob with a chunk for each slice."""
     dissenters: Nodes
-    """Reducers that reported another result than the one believed."""
+    """Reducers that reported another result than the majority."""
 
     @cached_property
     def hash(self) -> bytes:
@@ -178,7 +181,7 @@ class Record(Body, frozen=True, dict=True):
 
     @property
     def is_reconfiguration(self) -> bool:
-        """Whether others voted than those whom the record before named. The first round's voters replace nobody."""
+        """Whether the voters are not those that the previous record named. False in the first round, which has none."""
         return self.reconfiguration > 0 and self.plan.round > 1
 
 
@@ -186,10 +189,10 @@ class Record(Body, frozen=True, dict=True):
 
 
 class Reconfiguration(Body, frozen=True):
-    """A reconfiguration: who votes in a round from now on, whatever was said of its electorate before.
+    """A new electorate for a round, replacing any named before.
 
-    In force once more than half of the coordinators have signed it; each signs one of a number, and none any more
-    once it has sealed a record of the round.
+    In force once more than half of the coordinators have signed it. A coordinator signs one reconfiguration of each
+    number, and none after it has sealed a record of the round.
     """
 
     DOMAIN = "reconfiguration"
@@ -197,12 +200,12 @@ class Reconfiguration(Body, frozen=True):
     previous: Hash
     """Hash of the record before the round."""
     number: Positive
-    """Counts the rosters of a round."""
+    """Counts the reconfigurations of a round."""
     electorate: Annotated[Nodes, Meta(min_length=1)]
 
 
 class Seal(Body, frozen=True):
-    """A coordinator's word that it takes ``record`` for the one of its round, and will sign no later roster."""
+    """A coordinator's commit seal for ``record``: it will sign no later reconfiguration of the round."""
 
     DOMAIN = "seal"
 
@@ -212,15 +215,15 @@ class Seal(Body, frozen=True):
 
 
 class SigningRefused(Body, frozen=True):
-    """Why a coordinator does not sign a roster or a seal: what it has signed of the round before."""
+    """Why a coordinator does not sign a reconfiguration or a seal: it has signed something that conflicts."""
 
     DOMAIN = "signing-refused"
 
     reason: Reason
     reconfiguration: Natural
-    """Number of a roster that stands in the way; a later one would not. 0: there is none."""
+    """Number of the conflicting reconfiguration; a later number would not conflict. 0: there is none."""
     sealed: Hash | None
-    """Of a record that does."""
+    """Hash of the conflicting record."""
 
 
 class Certificate(Body, frozen=True):
@@ -234,7 +237,7 @@ class Certificate(Body, frozen=True):
 
 
 class Hello(Body, frozen=True):
-    """I am here, with this state. Sent on joining and after every resynchronisation."""
+    """Introduces a node and the state it holds. Sent on joining and after every resynchronisation."""
 
     DOMAIN = "hello"
 
@@ -244,10 +247,10 @@ class Hello(Body, frozen=True):
     state_root: Hash
     device: Annotated[str, Meta(max_length=64)]
     claim: Signed | None
-    """A coordinator's signed heartbeat or proposal of the latest term that this node took part in: one that begins to
-    lead in an earlier term learns that it is not heard."""
+    """Signed heartbeat or proposal of the latest term this node took part in. A coordinator that leads in an earlier
+    term learns from it that members no longer follow it."""
     certificate: Certificate | None
-    """That of the last round applied, for a coordinator that starts again; none before the first."""
+    """Certificate of the last round applied, for a coordinator that has restarted; None before the first."""
 
 
 class Commitment(Body, frozen=True):
@@ -255,11 +258,11 @@ class Commitment(Body, frozen=True):
 
     digest: Hash
     term: Positive
-    """Of the plan: a round that is tried again takes no commitment to the work of the first attempt."""
+    """Term of the plan: a round that is planned again takes no commitments to the first attempt."""
 
 
 class Have(Body, frozen=True):
-    """Whose payloads of this round the sender has fetched, checked, and serves to others."""
+    """The nodes whose payloads of this round the sender has fetched, checked, and serves to others."""
 
     DOMAIN = "have"
 
@@ -274,7 +277,7 @@ class Result(Message, frozen=True):
 
 
 class ReductionReport(Body, frozen=True):
-    """What the sender found for groups that it reduces, from the contributions selected in ``term``."""
+    """The sender's results for groups that it reduces, from the contributions selected in ``term``."""
 
     DOMAIN = "reduction-report"
 
@@ -290,7 +293,7 @@ class Vote(Body, frozen=True):
 
 
 class Heartbeat(Body, frozen=True):
-    """A coordinator's word whether it leads, and in which term; 0: it does not."""
+    """Whether a coordinator leads, and in which term; 0: it does not lead."""
 
     DOMAIN = "heartbeat"
 
@@ -298,13 +301,13 @@ class Heartbeat(Body, frozen=True):
     latest: Natural
     """The highest term it has used or heard of."""
     finished: bool = False
-    """It has seen the last round certified: there is nothing to lead any more."""
+    """The coordinator has seen the last round certified: the run is over."""
 
 
 class Promise(Body, frozen=True):
-    """The sender takes part in nothing that was begun before ``term``; and what it last voted for, if anything.
+    """Paxos promise: the sender takes part in nothing of a term before ``term``.
 
-    With what a new leader needs to go on with the round that the sender is in.
+    Carries what the sender last voted for, and what a new leader needs to resume the round that the sender is in.
     """
 
     DOMAIN = "promise"
@@ -315,9 +318,9 @@ class Promise(Body, frozen=True):
     accepted: Signed | None
     """The proposal it voted for in the highest term so far."""
     plan: Plan | None
-    """Of the round it is in."""
+    """Plan of the round it is in."""
     commitments: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
-    """As it was shown them when commitments were closed; none before."""
+    """The commitments of the round as published when they closed; empty before."""
     contributions: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
 
 
@@ -328,7 +331,7 @@ class Attestation(Body, frozen=True):
 
     state_root: Hash
     suspects: Nodes
-    """Whose payloads stood out, as far as the sender has seen them (``numerics/outliers.py``), ascending."""
+    """Nodes whose payloads are outliers among those the sender has seen (``numerics/outliers.py``), ascending."""
 
 
 class Leave(Body, frozen=True):
@@ -363,48 +366,48 @@ class Proposal(Body, frozen=True):
     term: Positive
     record: Record
     reconfiguration: Annotated[tuple[Signed, ...], Meta(max_length=MAX_COORDINATORS)]
-    """Signatures under the roster that the record names."""
+    """Signatures of the reconfiguration that the record names."""
 
 
 class ReductionStatus(Message, frozen=True):
-    """Who reduces what of a sharded round, and, once that is known, which contributions."""
+    """Who reduces what in a sharded round, and which contributions once they are selected."""
 
     term: Natural
     reducer_order: Nodes
     failed: Nodes
     reassigned: Annotated[tuple[Natural, ...], Meta(max_length=MAX_MEMBERS)]
     selected: Nodes
-    """None until it is known whose payloads are there; then ``term`` is above 0."""
+    """Empty until contributions are selected; ``term`` is above 0 from then on."""
 
 
 class RunStatus(Body, frozen=True):
-    """All that a member needs to know of the run now. Members ask for it; nothing is pushed to them."""
+    """The state of the run as its leader publishes it. Members poll for it with ``watch``; nothing is pushed."""
 
     DOMAIN = "run-status"
 
     version: Natural
     term: Positive
-    """In which its author leads. Who follows it takes part in nothing of an earlier term any more."""
+    """Term in which the author leads. A member that follows it takes part in nothing of an earlier term."""
     claim: Signed
-    """That it does: a heartbeat."""
+    """The author's signed heartbeat for that term."""
     phase: Annotated[str, Meta(max_length=16)]
     rounds: Natural
-    """Certified so far."""
+    """Rounds certified so far."""
     state_root: Hash
-    """What a node must hold after those rounds; the genesis root before the first."""
+    """State root after those rounds; the genesis root before the first."""
     plan: Plan | None
     allowed: Annotated[float, Meta(ge=0)]
-    """Seconds from the plan to the deadline for commitments, if nobody asks for more; 0 where none are taken."""
+    """Seconds from the plan to the deadline for commitments; 0 where none are taken."""
     mostly_done: bool
-    """Who has not committed yet holds up more than half of the others."""
+    """More than half of the other members wait for those that have not committed yet."""
     commitments: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
     contributions: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
     reducing: ReductionStatus | None
     proposal: Signed | None
     certificate: Certificate | None
-    """Of round ``rounds``."""
+    """Certificate of round ``rounds``."""
     note: Annotated[str, Meta(max_length=500)]
-    """What is waited for, or why the run is paused or finished, in words."""
+    """A sentence for people: what the run waits for, or why it is paused or finished."""
 
 
 SUBMISSIONS: dict[str, type[Body]] = {

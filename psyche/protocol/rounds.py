@@ -1,9 +1,11 @@
 """The rounds of a run as a pure state machine: ``tick(rules, state, event, now) -> (state, effects)``.
 
-    WAITING -> TRAINING -> COMMITTING -> CERTIFYING -> WAITING ...      PAUSED, FINISHED     (DESIGN §6)
+    WAITING -> TRAINING -> COMMITTING -> CERTIFYING -> WAITING ...      PAUSED, FINISHED
 
-An event is absorbed (``admission.py``), then the state moves on as far as it can (``_advance``). Time is an
-argument; nothing here reads a clock, so every rule can be tested by replaying events.
+    stages of a round: COMMITTING -> REVEALING -> [REDUCING] -> VOTING -> ATTESTING     (README.md)
+
+An event is applied (``admission.py``), then the state advances as far as it can (``_advance``). Time is an argument;
+nothing here reads a clock, so every rule can be tested by replaying events.
 """
 
 from __future__ import annotations
@@ -59,12 +61,12 @@ from psyche.protocol.takeover import (
 )
 
 GRACE = 0.1
-"""How long the others wait for who was too slow in the exchange, over what the round's training took. Without it the
-next round loses the work of one; this is what waiting may cost all."""
+"""Share of the round's training time that the others wait for a member that was too slow in the exchange. Without it
+the next round loses that member's work; this is what waiting may cost all."""
 
 
 def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
-    """Absorb one event at time ``now`` (seconds, any monotonic origin) and advance as far as possible."""
+    """Apply one event at time ``now`` (seconds, any monotonic origin) and advance as far as possible."""
     if isinstance(event, SignatureConflict):
         state, effects = _overrule(rules, state, event, now)
     elif isinstance(event, CosignersUnreachable):
@@ -83,7 +85,7 @@ def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
 
 
 def _advance(rules: Rules, state: State, now: float) -> Step:
-    """One transition, if one is due; the same state object if none is."""
+    """Make one transition if one is due; return the same state object if none is."""
     for node, peer in state.peers.items():
         if now - peer.seen > rules.silence:
             gone = f"not heard from for {rules.silence:g} s"
@@ -156,11 +158,11 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
             return replace(state, phase=Phase.COMMITTING), []
         return state, []
     if missing and not current.commitments and now < current.opened + rules.round_bounds[1]:
-        # There is nobody to go on with. Beginning again would throw away what all of them have done.
+        # Nobody has finished yet. Planning the round again would throw away the work of all members.
         later = min(now + (now - current.opened), current.opened + rules.round_bounds[1])
-        note = f"round {current.plan.round} takes longer than those before; nobody has finished it yet"
+        note = f"round {current.plan.round} takes longer than the previous ones; no member has finished yet"
         return replace(state, note=note, round=replace(current, deadline=later)), []
-    # Who is here and did not make it took at least this long; without them a deadline could only ever shrink.
+    # Members that missed the deadline took at least this long; without them deadlines could only shrink.
     late = (now - current.opened for _ in missing)
     state = replace(state, commit_seconds=observed(state.commit_seconds, *late))
     if not current.commitments:
@@ -176,12 +178,12 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
     lacking = [node for node in here if not opened <= current.holdings.get(node, frozenset())]
     if (unopened or lacking) and now < current.deadline:
         return state, []
-    # All must be able to vote for the record, so it is about what they hold in common.
+    # All members must be able to vote for the record, so it holds what they have in common.
     accepted, holders = common_payloads(current, opened, here, quorum)
     if not accepted:
         accepted, holders = common_payloads(current, opened, here, at_least_half)
     if not accepted:
-        return abandon(state, current, "no payload reached half of the members")
+        return abandon(state, current, "no payload reached half of the members before the deadline")
     done = (current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now for node in here)
     seconds = observed(state.exchange_seconds, *(at - current.closed for at in done))
     state = replace(state, exchange_seconds=seconds)
@@ -209,8 +211,8 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
         return with_note(state, state.phase, note)
     if record.results:
         return vote_anew(rules, state, current, current.ballot, now)
-    # Who was asked for a vote and gave none is not waited for twice, whatever it says it holds; nor does it get to
-    # say what the others vote on. Where nobody voted there is nobody to go on with, and all are asked once more.
+    # A member that was asked for a vote and gave none is not waited for twice, whatever it claims to have, nor does it
+    # influence what the others vote on. Where nobody voted, all are asked once more.
     asked = [node for node in here if node in votes or node not in record.electorate]
     if not asked and current.ballots == 1:
         asked = here
@@ -221,7 +223,7 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
 
 
 def _overrule(rules: Rules, state: State, event: SignatureConflict, now: float) -> Step:
-    """Put the same to the vote again, under a roster that nothing stands in the way of; or what was sealed."""
+    """Open a ballot on the same record under a reconfiguration that conflicts with nothing, or on the sealed record."""
     current = state.round
     if current is None or current.proposal is None or current.proposal.hash != event.record:
         return state, []
@@ -237,9 +239,9 @@ def _overrule(rules: Rules, state: State, event: SignatureConflict, now: float) 
 
 
 def _fall_back(rules: Rules, state: State, event: CosignersUnreachable, now: float) -> Step:
-    """Put the same to the vote again under the electorate that the roster was to replace: some may only be slow.
+    """Open a ballot on the same record under the electorate that was to be replaced: its members may only be slow.
 
-    The leader has shown nothing under that roster, and none of its votes can come any more.
+    The leader has published nothing under the new electorate, so no votes of it exist.
     """
     current = state.round
     if current is None or current.proposal is None or current.proposal.hash != event.record:
@@ -253,9 +255,9 @@ def _fall_back(rules: Rules, state: State, event: CosignersUnreachable, now: flo
 
 
 def _left_behind(current: Round, record: Record) -> set[str]:
-    """Members that the exchange's deadline has passed without what the outer step takes: they were waited for once.
+    """Return the members that lacked payloads of the record when the exchange's deadline passed: all waited for them.
 
-    A newcomer, who could not begin to fetch before the record was known, is none of them.
+    Newcomers outside the plan are not among them; they could not fetch before the record was known.
     """
     if record.results:
         return set()
@@ -274,9 +276,9 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     if waiting and now < until:
         return state, []
     # The state after a round is computed, not chosen: where fewer than half of the members lie, a root that more than
-    # half of them found is the right one. Members that attest count, in the electorate or not, so that a small
-    # electorate is no shortcut; who only followed the round does not. Where so many have gone since they voted that no
-    # half is left, those who are here must all have found the same.
+    # half of them report is right. Attesting members count whether they are in the electorate or not, so that a small
+    # electorate is no shortcut; nodes that only followed the round do not. Where so many members have gone since the
+    # vote that no half is left, those that are here must all report the same root.
     votes = {member.node: member.votes for member in current.plan.members} | dict.fromkeys(record.electorate, 1)
     reconfiguration_electorate = {member.node for member in current.plan.members} & set(record.electorate) - gone
     total = sum(votes.get(node, 0) for node in reconfiguration_electorate | set(current.attestations))

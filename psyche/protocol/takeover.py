@@ -1,11 +1,11 @@
-"""How a coordinator that begins to lead goes on with what the one before it left: Paxos' first phase (DESIGN §6).
+"""How a new leader resumes the round of the leader before it: phase 1 of Paxos (Lamport, *Paxos Made Simple*, §2.2).
 
-It knows nothing but what members tell it. It leads once more than two thirds of the electorate have promised to take
-part in nothing of an earlier term. What one of them voted for may have been certified, and is put to the vote again;
-a round that they are in the middle of goes on, with the commitments that they were shown.
+The new leader knows only what members tell it. It leads once more than two thirds of the electorate have promised to
+take part in nothing of an earlier term. A record that one of them voted for may have been certified, so a ballot is
+opened on it again; a round in progress goes on, with the commitments that were published.
 
-(Lamport, Paxos Made Simple, 2001, §2.2. One leader's later proposals need no new promises: it alone makes certificates
-of its proposals, and none any more of those that it has replaced.)
+A leader's later proposals need no new promises: only the leader makes certificates of its proposals, and it makes none
+of a proposal that it has replaced.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from psyche.protocol.proposals import (
 from psyche.protocol.round_state import Phase, Planned, Promised, Reduction, Round, Rules, State
 
 PLANNED_SINCE = 16
-"""Plans that the leader before can have made since the last vote, for all one believes: a plan carries no signature,
-and no member is to drive terms up."""
+"""The most plans that the previous leader is assumed to have made since the last vote. A plan carries no signature, so
+without a bound a member could drive terms up."""
 
 
 def ready_members(state: State) -> list[str]:
-    """Who is here with the run's state, and follows this leader."""
+    """Return the nodes that are here, hold the run's state and follow this leader."""
     return sorted(
         node for node, peer in state.peers.items() if peer.state_root == state.state_root and node in state.promises
     )
 
 
 def with_note(state: State, phase: Phase, note: str) -> Step:
-    """The same state, with what is waited for."""
+    """Return the state with a note of what the run waits for."""
     return (state, []) if (state.phase, state.note) == (phase, note) else (replace(state, phase=phase, note=note), [])
 
 
 def is_overdue(rules: Rules, state: State, now: float) -> bool:
-    """Whether who is missing had time to come back."""
+    """Whether missing voters have had time to come back."""
     return state.last_arrival is not None and now - state.last_arrival > rules.silence
 
 
 def agree_on_state(rules: Rules, state: State, now: float) -> Step:
-    """Believe the state of more than two thirds of the electorate; or of who has it, where the others stay away.
+    """Take the state that more than two thirds of the electorate hold; of the nodes that are here if voters stay away.
 
-    Only those count who have applied the last record: who has not is behind, however many they are.
+    Only nodes that have applied the last record count; the others are behind, however many they are.
     """
     back = {node: peer.state_root for node, peer in state.peers.items() if peer.rounds == state.rounds}
     voters = {node: root for node, root in back.items() if node in state.electorate}
@@ -73,7 +73,7 @@ def agree_on_state(rules: Rules, state: State, now: float) -> Step:
 
 
 def resume_round(rules: Rules, state: State, ready: Sequence[str], now: float) -> Step:
-    """The round that is to come, as far as the members had got with it under another leader."""
+    """Resume the next round from where the members had got with it under another leader."""
     state = replace(state, resumed=True)
     promises = [promise for promise in state.promises.values() if promise.rounds == state.rounds]
     voted = [promise for promise in promises if promise.accepted and promise.accepted.plan.round == state.rounds + 1]
@@ -88,7 +88,7 @@ def resume_round(rules: Rules, state: State, ready: Sequence[str], now: float) -
 
 
 def _vote_again(rules: Rules, state: State, last: Promised, record: Record, ready: Sequence[str], now: float) -> Step:
-    """Put ``record`` to the vote: more than two thirds may have voted for it already, and it cannot be known."""
+    """Open a ballot on ``record``: more than two thirds may have voted for it already, which nobody here can know."""
     if record.reconfiguration > state.reconfiguration:
         state = replace(state, reconfiguration=record.reconfiguration, electorate=record.electorate)
         if not has_quorum(ready, record.electorate):
@@ -109,7 +109,7 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
 
 
 def vote_on_sealed_record(rules: Rules, state: State, sealed: bytes, now: float) -> Step:
-    """Put a record to the vote that a coordinator has sealed under another leader, if a member told of it."""
+    """Open a ballot on the record that a coordinator sealed under another leader, if a promise contains it."""
     for promise in state.promises.values():
         if promise.accepted is not None and promise.accepted.hash == sealed:
             under = replace(
@@ -120,7 +120,7 @@ def vote_on_sealed_record(rules: Rules, state: State, sealed: bytes, now: float)
 
 
 def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised], now: float) -> Step:
-    """``plan`` as it stands; its deadlines begin anew, for nobody knows when it was begun."""
+    """Go on with ``plan``. Its deadlines begin anew, because nobody knows when it was begun."""
     commitments: dict[str, tuple[bytes, bytes]] = {}
     for promise in promises:
         if promise.plan == plan:
@@ -137,7 +137,7 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
 
 
 def _follows(rules: Rules, state: State, plan: Plan, ready: Sequence[str]) -> bool:
-    """Whether a plan is one for the round to come, with somebody here to carry it out."""
+    """Whether ``plan`` is valid for the next round, and one of its members is here."""
     return (
         (plan.round, plan.previous, plan.base_root) == (state.rounds + 1, state.head, state.state_root)
         and plan.position == state.position

@@ -190,7 +190,7 @@ class TestMessages:
 EXPECTED = {
     "noise": "not an envelope",
     "oversized": "over the limit",
-    "unknown domain": "nothing a member submits",
+    "unknown domain": "not a message that members submit",
     "another run": "expected",
     "wrongly signed": "not signed by",
     "somebody else's": "sent by",
