@@ -1,7 +1,7 @@
-"""What a node has spent of its privacy budget, on disk before anything is said that costs some.
+"""The privacy budget that a node has spent, on disk before each release.
 
-How much that is, Opacus' accountant says (Rényi DP of the Gaussian mechanism, arXiv 1702.07476, turned into (ε, δ) by
-Balle et al., arXiv 1905.09982, Theorem 21): an upper bound in closed form for any noise and any number of rounds.
+Opacus' accountant computes it: Rényi DP of the Gaussian mechanism (arXiv 1702.07476), converted to (ε, δ) by Balle et
+al. (arXiv 1905.09982, Theorem 21). It is a closed-form upper bound for any noise and any number of rounds.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from psyche.durable import close_to_others, disk_errors, write_durably
 from psyche.errors import PsycheError
 
 NAME = "privacy.json"
-"""In a node's directory. Where it is, the node has trained on private text."""
+"""File in a node's directory. If it exists, the node has trained on private data."""
 
 
 class Charge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """So many releases with that noise."""
+    """A number of releases with the same noise multiplier."""
 
     noise_multiplier: Annotated[float, Meta(gt=0)]
     releases: Annotated[int, Meta(ge=1)]
 
 
 class Budget:
-    """The budget (ε, δ) of one node in one run, of which every release of a round takes some."""
+    """The privacy budget (ε, δ) of one node in one run. Each round's release is charged to it."""
 
     def __init__(self, directory: Path, epsilon: float, delta: float, noise_multiplier: float) -> None:
-        """Take up what was spent in ``directory`` before, whatever the budget and the noise were then.
+        """Continue from what was spent in ``directory`` before, whatever budget and noise were configured then.
 
-        From here on ``directory`` is that of a private node, and closed to other users of the machine: its checkpoints
-        keep the inner optimizer's moments, which remember the text. Raises :class:`PsycheError` where it cannot be
-        closed, what was spent cannot be read, or Opacus is not installed.
+        ``directory`` is closed to other users of the machine: checkpoints hold the inner optimizer's moments, which can
+        reveal the text. Raises :class:`PsycheError` if it cannot be closed, if the file cannot be read, or if Opacus is
+        not installed.
         """
         self.epsilon, self.delta, self.noise_multiplier = epsilon, delta, noise_multiplier
         self._path = directory / NAME
@@ -50,11 +50,11 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """ε so far."""
+        """ε spent so far."""
         return epsilon_of(self._charges, self.delta)
 
     def rounds_left(self, most: int) -> int:
-        """How many more releases the budget allows, up to ``most``."""
+        """Return how many more releases the budget allows, up to ``most``."""
 
         def after(releases: int) -> float:
             return epsilon_of(_with(self._charges, self.noise_multiplier, releases), self.delta)
@@ -62,7 +62,7 @@ class Budget:
         return max(0, bisect_right(range(most + 1), self.epsilon, key=after) - 1)
 
     def require(self) -> None:
-        """Raise :class:`PrivacyBudgetSpent` where the budget has no release left."""
+        """Raise :class:`PrivacyBudgetSpent` if the budget allows no further release."""
         if not self.rounds_left(1):
             raise PrivacyBudgetSpent(
                 f"the privacy budget is spent: ε is {self.spent:.3g} of {self.epsilon:g} at δ = {self.delta:g}, and "
@@ -70,9 +70,9 @@ class Budget:
             )
 
     def charge(self) -> None:
-        """Take one release from the budget. On disk when this returns: a crash afterwards gives nothing back.
+        """Charge one release. It is on disk when this returns: a crash afterwards refunds nothing.
 
-        Raises :class:`PrivacyBudgetSpent` where there is none left.
+        Raises :class:`PrivacyBudgetSpent` if the budget allows no further release.
         """
         self.require()
         self._charges = _with(self._charges, self.noise_multiplier, 1)
@@ -84,19 +84,19 @@ class Budget:
 
 
 def epsilon_of(charges: list[Charge], delta: float) -> float:
-    """ε of all ``charges`` together, at ``delta``: what Opacus' RDP accountant says of them."""
+    """Return ε of all ``charges`` together at ``delta``, by Opacus' RDP accountant."""
     if not charges:
         return 0.0
     accountant = _accountant()
     accountant.history = [(charge.noise_multiplier, 1.0, charge.releases) for charge in charges]
     with warnings.catch_warnings():
-        # At the ends of its range of orders the bound is less tight than it could be, and a bound all the same.
+        # At the ends of the range of orders the bound is looser but still valid.
         warnings.filterwarnings("ignore", "Optimal order")
         return float(accountant.get_epsilon(delta))
 
 
 def noise_for(epsilon: float, delta: float, releases: int) -> float:
-    """The noise multiplier with which so many releases spend ``epsilon``, to 0.01 or a thousandth and not above."""
+    """Return the noise multiplier with which ``releases`` spend at most ``epsilon``, to within min(0.01, ε / 1000)."""
     _accountant()
     from opacus.accountants.utils import get_noise_multiplier
 
@@ -114,16 +114,16 @@ def noise_for(epsilon: float, delta: float, releases: int) -> float:
                     epsilon_tolerance=tolerance,
                 )
             )
-        except ValueError as error:  # what it says of a budget that no noise can keep
+        except ValueError as error:  # raised if no noise can keep the budget
             raise PsycheError(f"a privacy budget of ε = {epsilon:g} at δ = {delta:g} is too low: {error}") from None
 
 
 def _accountant() -> Any:
-    try:  # here, where it is used: it takes a second or two to import
+    try:  # imported here because it takes a second or two
         from opacus.accountants import RDPAccountant
     except ImportError as error:
         raise PsycheError(
-            f"training on private data needs the privacy accountant of Opacus ({error}): pip install 'psyche[private]'"
+            f"training on private data needs Opacus for privacy accounting ({error}): pip install 'psyche[private]'"
         ) from None
     return RDPAccountant()
 
@@ -143,6 +143,6 @@ def _read(path: Path) -> list[Charge] | None:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PsycheError(
-            f"what this node has spent of its privacy budget cannot be read from {path} ({error}): restore that file "
-            "from a backup, or keep away from this run with this text"
+            f"cannot read the spent privacy budget from {path} ({error}): restore the file from a backup, or do not "
+            "train on this text in this run again"
         ) from None

@@ -1,4 +1,4 @@
-"""A node's own text, as tokens on its own disk: no blob, index or hash of it is to be had from outside."""
+"""A node's private text as tokens on its own disk. No blob, index or hash of it is served."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from psyche.errors import PsycheError
 TOKENS = "tokens.bin"
 DESCRIPTION = "private.json"
 MAX_DOCUMENT_BYTES = 16 << 20
-"""A document is encoded in one piece, which takes a hundred times its size in memory."""
+"""Maximum size of a document: it is tokenised as one piece, which takes a hundred times its size in memory."""
 
 
 class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of what the tokens were made: while this is as it was, they are not made again."""
+    """The inputs of the tokenised text. It is tokenised again if they change."""
 
     tokenizer: tuple[str, ...]
-    """Hashes of its files."""
+    """Hashes of the tokenizer's files."""
     sequence_length: int
     packing: str
     files: tuple[tuple[str, int, int], ...]
-    """Path, bytes and modification time in ns of each."""
+    """Path, size in bytes and modification time in ns of each source file."""
 
 
 class _Line(msgspec.Struct):
-    """Of a ``.jsonl`` file; other fields are allowed and not read."""
+    """A line of a ``.jsonl`` file. Other fields are ignored."""
 
     text: str
 
 
 class PrivateText:
-    """Sequences of the run's length, of text that stays here."""
+    """Private sequences of the run's sequence length."""
 
     def __init__(self, sequences: NDArray[np.unsignedinteger], random: np.random.Generator | None = None) -> None:
-        """``sequences`` is ``[count, sequence_length]``; their order is ``random``, by default the system's."""
+        """``sequences`` is ``[count, sequence_length]``; ``random`` shuffles them, by default seeded by the system."""
         self._sequences = sequences
         self._random = np.random.default_rng(secrets.randbits(256)) if random is None else random
         self._order = np.empty(0, np.int64)
@@ -55,7 +55,7 @@ class PrivateText:
         return len(self._sequences)
 
     def batch(self, size: int) -> NDArray[np.int64]:
-        """The next ``size`` sequences, ``[size, sequence_length]``: each comes once before any comes again."""
+        """The next ``size`` sequences, ``[size, sequence_length]``: each is used once before any repeats."""
         while len(self._order) < size:
             self._order = np.concatenate([self._order, self._random.permutation(len(self))])
         chosen, self._order = self._order[:size], self._order[size:]
@@ -63,12 +63,11 @@ class PrivateText:
 
 
 def prepare_private(source: Path, directory: Path, index: Index, tokenizer: Path) -> PrivateText:
-    """The text below ``source`` as sequences, encoded by the run's tokenizer into ``directory``, which is closed to
-    other users of the machine.
+    """Tokenise the text below ``source`` with the run's tokenizer into ``directory``, closed to other users.
 
-    ``source`` holds UTF-8 text files, each a document, and ``.jsonl`` files, each line one by its field ``text``;
-    hidden files are left out. Documents become sequences as the run's own did. Raises :class:`PsycheError` where there
-    are none, one cannot be read, or they do not fill one sequence. No message quotes any of the text.
+    ``source`` holds UTF-8 text files, one document each, and ``.jsonl`` files with a document in the field ``text`` of
+    each line; hidden files are skipped. Documents are packed as in the run's data. Raises :class:`PsycheError` if there
+    is no file, one cannot be read, or the text does not fill one sequence. No error message quotes the text.
     """
     files = _files(source)
     described = _Description(
@@ -97,7 +96,7 @@ def prepare_private(source: Path, directory: Path, index: Index, tokenizer: Path
 
 
 def _encode(files: list[Path], target: Path, index: Index, encoder: Encoder) -> None:
-    """Replace ``target`` by the sequences of all ``files``."""
+    """Replace ``target`` with the sequences of all ``files``."""
     temporary = target.with_suffix(".tmp")
     writer = SplitWriter(temporary, DTYPES[index.dtype], index.sequence_length, index.packing, SplitState())
     with closing(writer):
@@ -111,14 +110,14 @@ def _encode(files: list[Path], target: Path, index: Index, encoder: Encoder) -> 
 def _files(source: Path) -> list[Path]:
     source = source.expanduser().absolute()
     if not source.is_dir():
-        raise PsycheError(f"{source} is not a directory: --private-data names the one that holds the text")
+        raise PsycheError(f"{source} is not a directory: --private-data takes the directory of the text")
     found = [
         path
         for path in sorted(source.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)
     ]
     if not found:
-        raise PsycheError(f"there is no file in {source}: --private-data names the directory that holds the text")
+        raise PsycheError(f"{source} contains no file: --private-data takes the directory of the text")
     return found
 
 
@@ -135,6 +134,6 @@ def _documents(path: Path) -> Iterator[str]:
     except OSError as error:
         raise PsycheError(f"cannot read {path}: {error.strerror}") from None
     except msgspec.DecodeError:
-        raise PsycheError(f'line {number} of {path} is not {{"text": "…"}}: correct it, or take it away') from None
+        raise PsycheError(f'line {number} of {path} is not {{"text": "…"}}: correct or remove it') from None
     except UnicodeDecodeError as error:
-        raise PsycheError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or take it away") from None
+        raise PsycheError(f"{path} is not UTF-8 text (byte {error.start}): convert or remove it") from None

@@ -1,4 +1,4 @@
-"""Final credits for somebody else to pay: who owns which, and the files that say so."""
+"""Write final credits by payout address to files that a third party can pay from, and look up single claims."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from psyche.payouts.merkle_tree import FORMAT, LEAF_ENCODING, Claim, claim_tree,
 from psyche.protocol.credits import Account
 
 MAX_CLAIMS_FILE = 256 << 20
-"""Bytes of a file of claims that is read: a million claims."""
+"""Maximum size of a claims file that is read: about a million claims."""
 
 
 @dataclass(frozen=True)
 class Payable:
-    """Final credit by who owns it."""
+    """Final credit by payout address."""
 
     claims: tuple[Claim, ...]
-    """Of each address, ascending; one that several nodes named has their sum."""
+    """One claim per address, ascending; an address that several nodes named has their sum."""
     nodes: dict[bytes, list[str]]
-    """Who named it."""
+    """The nodes that named each address."""
     unclaimed: dict[str, int]
-    """Of nodes that named none."""
+    """Final credit of nodes that named no address."""
 
 
 def require_whole(summary: Summary, path: Path) -> None:
-    """Raise where rounds are missing: two people would make two different lists of claims."""
+    """Raise :class:`PsycheError` if rounds are missing: different ledgers would give different claims."""
     if summary.missing:
         count = sum(map(len, summary.missing))
         raise PsycheError(
-            f"{path} lacks {count:,} rounds, so that what was earned there is not known: take the ledger of a node or "
-            "coordinator that was there from the start"
+            f"{path} lacks {count:,} rounds, so the credit earned in them is unknown: use the ledger of a node or "
+            "coordinator that was present from the start"
         )
     if not any(account.final for account in summary.credits.accounts.values()):
-        raise PsycheError(f"no credit in {path} is final yet: `psyche ledger credits` says what is pending")
+        raise PsycheError(f"no credit in {path} is final yet: `psyche ledger credits` shows what is pending")
 
 
 def payable(accounts: Iterable[Account]) -> Payable:
-    """Of each account its final credit."""
+    """Group the final credit of all accounts by payout address."""
     amounts: dict[bytes, int] = {}
     nodes: dict[bytes, list[str]] = {}
     unclaimed: dict[str, int] = {}
@@ -60,13 +60,12 @@ def payable(accounts: Iterable[Account]) -> Payable:
 
 
 def claims_file(found: Payable, run_id: bytes, round_number: int) -> bytes:
-    """The tree as StandardMerkleTree dumps it. Who loads it there ignores the key ``psyche``: proofs, and what is
-    nobody's.
+    """Encode the tree in the dump format of StandardMerkleTree, which ignores the added key ``psyche``.
 
-    Raises :class:`PsycheError` where there is no claim.
+    That key holds each claim's proof and the unclaimed credit. Raises :class:`PsycheError` if there is no claim.
     """
     if not found.claims:
-        raise PsycheError("no node with final credit has named an address: they do with `psyche join --payout 0x…`")
+        raise PsycheError("no node with final credit has named a payout address (`psyche join --payout 0x…`)")
     tree = claim_tree(found.claims)
     values = [
         {"value": [checksummed(claim.address), str(claim.amount)], "treeIndex": place}
@@ -100,7 +99,7 @@ def claims_file(found: Payable, run_id: bytes, round_number: int) -> bytes:
 
 
 def weights_file(accounts: Iterable[Account], run_id: bytes, round_number: int) -> bytes:
-    """Final credit by node as a weight vector, in ascending order of node; uids are for whoever submits it to add."""
+    """Encode final credit by node, ascending, as a u16 weight vector. The submitter has to add the uids."""
     paid = sorted((account.node, account.final) for account in accounts if account.final)
     weights = weights_u16([amount for _, amount in paid])
     nodes = [{"node": node, "weight": weight} for (node, _), weight in zip(paid, weights, strict=True)]
@@ -111,7 +110,7 @@ def weights_file(accounts: Iterable[Account], run_id: bytes, round_number: int) 
 
 
 class ClaimEntry(msgspec.Struct):
-    """A claim as a file has it."""
+    """A claim in the file."""
 
     address: str
     amount: str
@@ -129,25 +128,26 @@ class _File(msgspec.Struct):
 
 
 def proof_of(path: Path, who: str) -> tuple[str, ClaimEntry]:
-    """The root of a file of claims, and the claim of an address or of the node whose PeerID ends in ``who``, proven.
+    """Look up the claim of an address, or of the node whose PeerID ends in ``who``, and verify its proof.
 
-    Raises :class:`PsycheError` where the file cannot be read, ``who`` is not exactly one, or the proof fails.
+    Returns the root and the claim. Raises :class:`PsycheError` if the file cannot be read, if ``who`` does not match
+    exactly one claim, or if the proof fails.
     """
     try:
         if path.stat().st_size > MAX_CLAIMS_FILE:
-            raise PsycheError(f"{path} is too large for a file of claims")
+            raise PsycheError(f"{path} is too large for a claims file")
         own = msgspec.json.decode(path.read_bytes(), type=_File).psyche
     except OSError as error:
         raise PsycheError(f"cannot read {path}: {error.strerror}") from None
     except msgspec.MsgspecError as error:
-        raise PsycheError(f"{path} is no file that `psyche ledger claims` wrote: {str(error)[:120]}") from None
+        raise PsycheError(f"{path} was not written by `psyche ledger claims`: {str(error)[:120]}") from None
     end = who.removeprefix("…")
     found = [
         one for one in own.claims if one.address.lower() == who.lower() or any(name.endswith(end) for name in one.nodes)
     ]
     if len(found) != 1:
         what = "no claim" if not found else f"{len(found)} claims"
-        raise PsycheError(f"{what} in {path} for {who}: give a whole address, or enough of the end of a PeerID")
+        raise PsycheError(f"{what} in {path} for {who}: give a whole address, or more of the end of a PeerID")
     (entry,) = found
     try:
         claim = Claim(_bytes(entry.address, ADDRESS_BYTES), int(entry.amount))
@@ -155,14 +155,14 @@ def proof_of(path: Path, who: str) -> tuple[str, ClaimEntry]:
     except (ValueError, OverflowError):
         holds = False
     if not holds:
-        raise PsycheError(f"the claim of {entry.address} in {path} does not lead to its root: the file was changed")
+        raise PsycheError(f"the proof of {entry.address} in {path} does not lead to the root: the file was changed")
     return own.root, entry
 
 
 def _bytes(text: str, size: int) -> bytes:
     found = bytes.fromhex(text.removeprefix("0x"))
     if len(found) != size:
-        raise ValueError(f"{len(found)} bytes where {size} are due")
+        raise ValueError(f"{len(found)} bytes instead of {size}")
     return found
 
 

@@ -1,10 +1,9 @@
-"""Final credits as a Merkle tree that contracts on Ethereum can check claims against, one by one.
+"""A Merkle tree of final credits, against which an Ethereum contract can check single claims.
 
-The layout is that of OpenZeppelin's StandardMerkleTree, which distributors already read (``MerkleProof.verify``). A
-leaf is keccak256(keccak256(abi.encode(address, uint256))), so that no inner node is ever taken for a leaf. Leaves are
-sorted, and a node hashes its two children, the lesser first, so that a proof needs no left and right. The tree is a
-list: its root comes first, the children of i are 2i + 1 and 2i + 2, and the sorted leaves stand at its end, the least
-last.
+The layout is that of OpenZeppelin's StandardMerkleTree, for ``MerkleProof.verify``. A leaf is
+keccak256(keccak256(abi.encode(address, uint256))), so that no inner node can pass for a leaf. Leaves are sorted, and a
+node hashes its two children, the smaller first, so that proofs need no positions. The tree is a list: the root is
+first, the children of i are 2i + 1 and 2i + 2, and the leaves are at the end in descending order.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ LEAF_ENCODING = ("address", "uint256")
 
 @dataclass(frozen=True)
 class Claim:
-    """What an address is to be paid, in credits."""
+    """The credits to pay to an address."""
 
     address: bytes
     amount: int
@@ -32,7 +31,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class ClaimTree:
-    """All claims, and where the leaf of each stands in the list of hashes."""
+    """All claims, the list of hashes, and the position of each claim's leaf in it."""
 
     claims: tuple[Claim, ...]
     hashes: tuple[bytes, ...]
@@ -43,7 +42,7 @@ class ClaimTree:
         return self.hashes[0]
 
     def proof(self, number: int) -> list[bytes]:
-        """The hashes that lead from claim ``number`` to the root."""
+        """Return the sibling hashes from claim ``number`` up to the root."""
         at, found = self.places[number], []
         while at:
             found.append(self.hashes[at + 1 if at % 2 else at - 1])
@@ -52,7 +51,7 @@ class ClaimTree:
 
 
 def claim_tree(claims: Sequence[Claim]) -> ClaimTree:
-    """The tree over ``claims``, of which there is at least one, with one address each."""
+    """Build the tree over at least one claim, with distinct addresses."""
     leaves = [claim.leaf for claim in claims]
     order = sorted(range(len(leaves)), key=leaves.__getitem__)
     last = 2 * len(leaves) - 2
@@ -65,7 +64,7 @@ def claim_tree(claims: Sequence[Claim]) -> ClaimTree:
 
 
 def proves(root: bytes, claim: Claim, proof: Sequence[bytes]) -> bool:
-    """Whether ``proof`` leads from ``claim`` to ``root``: what a distributor asks before it pays."""
+    """Whether ``proof`` leads from ``claim`` to ``root``, as a distributor contract checks before it pays."""
     found = claim.leaf
     for sibling in proof:
         found = _pair(found, sibling)
@@ -80,6 +79,6 @@ U16 = 65535
 
 
 def weights_u16(amounts: Sequence[int]) -> list[int]:
-    """``amounts`` as Bittensor's validators set weights: u16, the largest 65535, rounded to the nearest."""
+    """Scale ``amounts`` to u16 weights as Bittensor's validators set them: the largest is 65535, rounded to nearest."""
     most = max(amounts, default=0)
     return [(2 * amount * U16 + most) // (2 * most) if most else 0 for amount in amounts]

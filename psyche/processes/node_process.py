@@ -19,7 +19,7 @@ from psyche.diloco.checkpoint import load_latest
 from psyche.diloco.replica import Replica
 from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
-from psyche.federated.private_training import check_private, open_private
+from psyche.federated.private_training import open_privacy_budget, open_private_training
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.ledger.writer import backfill, writing
@@ -142,7 +142,7 @@ async def _run_worker(
     choice = await asyncio.to_thread(choose_engine, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
     log.emit(engine_notice(choice))
     found = await find_store(network, manifest, node, hosts)
-    budget = await asyncio.to_thread(check_private, manifest, node, directory)
+    budget = await asyncio.to_thread(open_privacy_budget, manifest, node, directory)
     report_findings(check_machine(manifest, node, choice, directory, found), warn)
     with disk_errors(directory, "--directory"):
         write_durably(directory / MANIFEST, manifest.encode())
@@ -164,7 +164,7 @@ async def _run_worker(
         replica.payout = address_bytes(node.payout)
     if budget is not None:
         supply = Supply()  # it trains on its own data only
-        replica.private = await asyncio.to_thread(open_private, manifest, node, directory, found.store, budget)
+        replica.private = await asyncio.to_thread(open_private_training, manifest, node, directory, found.store, budget)
         log.emit(replica.private.account(replica.chain.rounds))
     wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
     if wandb is not None:

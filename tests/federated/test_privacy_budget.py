@@ -106,5 +106,5 @@ def test_where_others_cannot_be_kept_out_it_is_refused(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("content", [b"", b"[", b"{}", b'[{"noise_multiplier":0,"releases":1}]', b"\xff"])
 def test_a_record_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(PsycheError, match="cannot be read"):
+    with pytest.raises(PsycheError, match="cannot read the spent"):
         Budget(tmp_path, 1.0, DELTA, 1.0)

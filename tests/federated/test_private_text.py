@@ -101,7 +101,7 @@ def test_each_sequence_comes_once_before_any_comes_again_in_an_order_of_its_own(
         ("a.jsonl", b'{"text": "fine, a secret"}\n{"text": secret}\n', "line 2 of "),
         ("a.jsonl", b'{"content": "secret"}\n', "line 1 of "),
         ("a.txt", b"secret", "does not fill one sequence"),
-        (".a.txt", b"secret", "there is no file"),
+        (".a.txt", b"secret", "contains no file"),
     ],
 )
 def test_what_cannot_be_read_is_named_and_not_quoted(

@@ -24,7 +24,7 @@ from psyche.exchange.rules import rules_of
 from psyche.federated.gaussian_mechanism import shrinkage
 from psyche.federated.privacy_budget import Budget
 from psyche.federated.private_text import PrivateText
-from psyche.federated.private_training import Private, check_private
+from psyche.federated.private_training import PrivateTraining, open_privacy_budget
 from psyche.network.bandwidth import Traffic
 from psyche.network.identity import Identity
 from psyche.protocol.contributions import contribution_fault, weights
@@ -54,7 +54,7 @@ class World:
         one = self.public(name)
         text = PrivateText(one.store.train.batch(range(20)).astype(np.uint16))
         budget = Budget(self.directory / name, releases, 1e-6, noise)
-        one.private = Private(text, budget, CLIP, self.config.run.rounds.total)
+        one.private = PrivateTraining(text, budget, CLIP, self.config.run.rounds.total)
         return one
 
 
@@ -165,7 +165,7 @@ def test_a_run_that_does_not_allow_it_takes_no_private_contribution(tmp_path: Pa
     one = here.private("private")
     plan = plan_for(one)
     fault = contribution_fault(rules_of(here.manifest), plan, plan.members[0], one.train(plan).contribution)
-    assert fault == "this run takes no contributions from private data"
+    assert fault == "this run does not accept contributions from private data"
 
 
 def test_a_private_majority_moves_the_model_by_its_share(tmp_path: Path) -> None:
@@ -191,14 +191,14 @@ def test_a_directory_that_was_private_stays_private(tmp_path: Path) -> None:
     """The moments of its AdamW remember the text, and would say so without noise."""
     here, directory = world(tmp_path), tmp_path / "node"
     own = here.config.node.model_copy(update={"private": PrivateData(path=tmp_path, epsilon=8.0)})
-    assert check_private(here.manifest, here.config.node, directory) is None
-    assert check_private(here.manifest, own, directory) is not None
+    assert open_privacy_budget(here.manifest, here.config.node, directory) is None
+    assert open_privacy_budget(here.manifest, own, directory) is not None
     with pytest.raises(PsycheError, match="has trained on private data"):
-        check_private(here.manifest, here.config.node, directory)
+        open_privacy_budget(here.manifest, here.config.node, directory)
 
 
 def test_a_node_with_private_data_does_not_begin_where_they_are_not_taken(tmp_path: Path) -> None:
     here = world(tmp_path, federated=None)
     own = here.config.node.model_copy(update={"private": PrivateData(path=tmp_path, epsilon=8.0)})
-    with pytest.raises(PsycheError, match="takes no contributions from private data"):
-        check_private(here.manifest, own, tmp_path / "node")
+    with pytest.raises(PsycheError, match="does not accept contributions from private data"):
+        open_privacy_budget(here.manifest, own, tmp_path / "node")

@@ -174,7 +174,7 @@ def test_a_proof_is_checked_offline(finished: Path, tmp_path: Path) -> None:
     out.write_text(json.dumps(content))
     assert "the file was changed" in str(psyche_ledger("proof", out, one["address"]).exception)
     out.write_text("{}")
-    assert "is no file that" in str(psyche_ledger("proof", out, one["address"]).exception)
+    assert "was not written by" in str(psyche_ledger("proof", out, one["address"]).exception)
 
 
 def test_weights_are_by_node(finished: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from psyche.diloco.reference import simulate_rounds
 from psyche.diloco.replica import Replica
 from psyche.federated.gaussian_mechanism import privatise
 from psyche.federated.private_text import PrivateText
-from psyche.federated.private_training import Private
+from psyche.federated.private_training import PrivateTraining
 from psyche.protocol.assignment import sequences
 from psyche.protocol.messages import Record
 from psyche.telemetry.run_report import ddp_bytes
@@ -275,7 +275,7 @@ def _diloco(setting: Setting, trial: Trial, launched: Launch, recorder: Recorder
     return heldout_loss(replica.engine, store, range(setting.heldout_sequences))
 
 
-class UnlimitedBudget(Private):
+class UnlimitedBudget(PrivateTraining):
     """A node's own part of the corpus, in the order of ``trial.seed``, without a privacy budget."""
 
     def __init__(self, trial: Trial, store: TokenStore, number: int) -> None:
