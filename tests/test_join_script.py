@@ -50,7 +50,7 @@ def test_a_dry_run_shows_each_step_and_changes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_again_it_just_joins_with_the_same_options(tmp_path: Path) -> None:
+def test_a_second_start_only_joins_with_the_same_options(tmp_path: Path) -> None:
     prepare(tmp_path, target(tmp_path))
     result = join_sh(tmp_path, INVITE, "--directory", "a b")
     assert result.returncode == 0, result.stderr
@@ -71,7 +71,7 @@ def test_another_version_is_installed_again(tmp_path: Path) -> None:
     assert "would write" in join_sh(home, "--dry-run", INVITE, PSYCHE_SOURCE=str(source)).stdout
 
 
-def test_what_is_missing_is_named_with_the_command(tmp_path: Path) -> None:
+def test_a_missing_python_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
     result = join_sh(tmp_path, INVITE, PYTHON="no-such-python")
     assert result.returncode == 1
     assert "apt-get install" in result.stderr
@@ -79,7 +79,7 @@ def test_what_is_missing_is_named_with_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("gpus", "extra"), [(0, ""), (1, "[cuda]"), (2, "[cuda,deepspeed]")])
-def test_what_is_installed_follows_the_gpus(tmp_path: Path, gpus: int, extra: str) -> None:
+def test_installed_extras_follow_the_gpus(tmp_path: Path, gpus: int, extra: str) -> None:
     programs = tmp_path / "programs"
     programs.mkdir()
     listed = "".join(f"GPU {number}: NVIDIA H100 80GB HBM3 (UUID: GPU-{number})\n" for number in range(gpus))
@@ -90,7 +90,7 @@ def test_what_is_installed_follows_the_gpus(tmp_path: Path, gpus: int, extra: st
     assert re.search(rf" {re.escape(str(ROOT) + extra)}\n", said.stdout), said.stdout + said.stderr
 
 
-def test_only_an_invite_is_joined(tmp_path: Path) -> None:
+def test_an_argument_that_is_not_an_invite_is_rejected(tmp_path: Path) -> None:
     assert "is not an invite" in join_sh(tmp_path, "garbage").stderr
     assert join_sh(tmp_path).returncode == 2
     assert "--dry-run" in join_sh(tmp_path, "--help").stdout

@@ -66,7 +66,7 @@ def test_the_demo_loads() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_configuration_we_ship_loads(path: Path) -> None:
+def test_every_shipped_configuration_loads(path: Path) -> None:
     load_config(path)
 
 
@@ -142,7 +142,7 @@ WRONG: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("path", "value", "reason"), WRONG, ids=[f"{p}={v}"[:60] for p, v, _ in WRONG])
-def test_what_is_wrong_is_refused_by_its_path(path: str, value: Any, reason: str, tmp_path: Path) -> None:
+def test_a_wrong_value_is_rejected_with_its_path(path: str, value: Any, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load(with_value(path, value), tmp_path)
     text = str(error.value)
@@ -162,7 +162,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "path", "reason"), CONTRADICTIONS, ids=[reason for *_, reason in CONTRADICTIONS])
-def test_contradictions_are_refused(changes: dict[str, Any], path: str, reason: str, tmp_path: Path) -> None:
+def test_contradictions_are_rejected(changes: dict[str, Any], path: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load({"run": GOOD["run"] | changes}, tmp_path)
     assert f"{path}: " in str(error.value)
@@ -181,12 +181,12 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "just words", "a: [", "\t", "run: {name: x", "&a [*a]", "!!python/object:x"]
 )
-def test_files_that_are_no_configuration(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_configuration_is_rejected(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         load(text, tmp_path)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="cannot read"):
@@ -196,7 +196,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
 
 
-def test_a_nodes_own_part(tmp_path: Path) -> None:
+def test_the_node_section_is_read_alone(tmp_path: Path) -> None:
     assert load_node(None) == Node()
     path = tmp_path / "node.yaml"
     path.write_text("node: {threads: 3}\nrun: {whatever: 1}\n")
@@ -220,7 +220,7 @@ def test_the_command_line_overrides_the_file() -> None:
         override_node(node, threads=0)
 
 
-def test_a_configuration_does_not_change() -> None:
+def test_a_configuration_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config(DEMO).run.seed = 3  # type: ignore[misc]
 
@@ -228,14 +228,14 @@ def test_a_configuration_does_not_change() -> None:
 # ---------------------------------------------------------------------------------------- manifest
 
 
-def test_a_manifest_survives_the_wire_in_one_form() -> None:
+def test_a_manifest_is_encoded_canonically() -> None:
     given = manifest()
     assert Manifest.decode(given.encode()) == given
     assert Manifest.decode(given.encode()).run_id == given.run_id
     assert given.encode() == manifest().encode()
 
 
-def test_defaults_written_out_or_not_are_the_same_run() -> None:
+def test_explicit_defaults_give_the_same_run_id() -> None:
     spelled = GOOD["run"] | {"seed": 0, "rounds": {"total": 100}, "inner": {"lr": 4e-4}}
     assert Manifest.model_validate({"run": spelled, "resolved": RESOLVED}).run_id == manifest().run_id
 
@@ -304,7 +304,7 @@ TREE = msgspec.msgpack.decode(manifest().encode())
     ],
     ids=range(14),
 )
-def test_bytes_that_are_no_manifest(data: bytes) -> None:
+def test_bytes_that_are_not_a_manifest_are_rejected(data: bytes) -> None:
     with pytest.raises(ConfigError, match="the run manifest"):
         Manifest.decode(data)
 
@@ -314,7 +314,7 @@ def test_bytes_that_are_no_manifest(data: bytes) -> None:
     [b"\xff\xfe", b"text", {"a": b"\xff"}, [[b"\xff"]], float("nan"), {"deep": [[[[1]]]]}, 2**64 - 1],
     ids=str,
 )
-def test_a_hostile_manifest_is_refused_in_words(value: object) -> None:
+def test_a_hostile_manifest_is_rejected_with_a_message(value: object) -> None:
     """``model.settings`` is free-form: nothing in it gets past, or breaks, the check of canonical form."""
     tree = deepcopy(TREE)
     tree["run"]["model"]["settings"]["surprise"] = value
@@ -325,7 +325,7 @@ def test_a_hostile_manifest_is_refused_in_words(value: object) -> None:
     assert found.encode() == msgspec.msgpack.encode(tree, order="sorted")
 
 
-def test_a_very_deep_manifest_is_refused() -> None:
+def test_a_very_deep_manifest_is_rejected() -> None:
     tree = deepcopy(TREE)
     deep: list[Any] = []
     for _ in range(400):
@@ -337,7 +337,7 @@ def test_a_very_deep_manifest_is_refused() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_mutated_manifests(data: st.DataObject) -> None:
+def test_mutated_manifests_are_rejected_or_canonical(data: st.DataObject) -> None:
     changed = bytearray(manifest().encode())
     for _ in range(data.draw(st.integers(1, 3))):
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
@@ -360,14 +360,14 @@ def test_mutated_manifests(data: st.DataObject) -> None:
         ("flat_size", 0),
     ],
 )
-def test_what_a_launch_resolves_is_checked_too(field: str, value: Any) -> None:
+def test_resolved_fields_are_validated(field: str, value: Any) -> None:
     tree = deepcopy(TREE)
     tree["resolved"][field] = value
     with pytest.raises(ConfigError, match=f"resolved.{field}"):
         Manifest.decode(msgspec.msgpack.encode(tree, order="sorted"))
 
 
-def test_floats_may_be_written_as_researchers_write_them(tmp_path: Path) -> None:
+def test_floats_may_be_written_in_scientific_notation(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("run: {name: a, model: {settings: {vocab_size: 4096}}, inner: {lr: 4e-4, eps: 1E-8}}\n")
     inner = load_config(path).run.inner
@@ -377,7 +377,7 @@ def test_floats_may_be_written_as_researchers_write_them(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------ private data
 
 
-def test_private_data_need_a_budget_and_a_budget_needs_data() -> None:
+def test_private_data_needs_a_budget_and_a_budget_needs_data() -> None:
     for told in ({"path": Path("own")}, {"epsilon": 8.0}):
         with pytest.raises(ConfigError, match="--private-data DIR needs --epsilon"):
             override_node(Node(), private=told)
@@ -389,7 +389,7 @@ def test_private_data_need_a_budget_and_a_budget_needs_data() -> None:
     assert override_node(node, private={"path": None}) == node
 
 
-def test_losses_on_private_data_do_not_go_to_wandb() -> None:
+def test_losses_on_private_data_are_not_sent_to_wandb() -> None:
     with pytest.raises(ConfigError, match="losses on private data"):
         override_node(Node(wandb=Wandb(own_run=True)), private={"path": Path("own"), "epsilon": 1.0})
 
@@ -402,6 +402,6 @@ def test_federated_needs_a_clip_and_a_share(federated: dict[str, float], tmp_pat
         load(with_value("run.federated", federated), tmp_path)
 
 
-def test_a_run_that_says_nothing_takes_no_private_data(tmp_path: Path) -> None:
+def test_a_run_accepts_no_private_data_by_default(tmp_path: Path) -> None:
     assert load(GOOD, tmp_path).run.private_share == 0.0
     assert load(with_value("run.federated", {"clip": 2.0}), tmp_path).run.private_share == 0.25

@@ -151,7 +151,7 @@ def between(name: str) -> re.Pattern[str]:
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_the_tables_are_those_of_this_commit(name: str) -> None:
+def test_the_generated_tables_are_up_to_date(name: str) -> None:
     found = between(name).search(README.read_text(encoding="utf-8"))
     assert found is not None
     assert found[0] == GENERATED[name](), "run python -m tests.config.test_config_readme"

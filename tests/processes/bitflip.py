@@ -1,4 +1,4 @@
-"""A node whose memory flips one bit of θ during the outer step of its second round; otherwise ``psyche join``."""
+"""``psyche join`` of a node whose θ changes in one place during the outer step of round 2."""
 
 from __future__ import annotations
 

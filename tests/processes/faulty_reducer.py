@@ -1,7 +1,7 @@
-"""A node that in a sharded round fails as its first argument says, from round 3 on; otherwise ``psyche join``.
+"""``psyche join`` of a node that fails as a reducer from round 3 on; the first argument says how.
 
-``kill`` and ``freeze``: the process does that to itself while it adds up. ``lie``: its results are others than it
-found. ``withhold``: it reports its results and serves them to nobody.
+``kill``, ``freeze``: the process kills or stops itself while reducing. ``lie``: it reports wrong results. ``withhold``:
+it reports its results but does not serve them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``psyche join`` of a node that proves to have the state of another round than the one it trains in."""
+"""``psyche join`` of a node whose proof of the base state is invalid."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from psyche.processes import node_process as processes
 from psyche.protocol.messages import Plan
 
 
-class Baseless(Replica):
+class InvalidBaseProof(Replica):
     def base_proof(self, plan: Plan, node: str) -> bytes:
         proof = super().base_proof(plan, node)
         return bytes(len(proof)) if node == self.node else proof
 
 
 if __name__ == "__main__":
-    processes.Replica = Baseless  # type: ignore[misc]
+    processes.Replica = InvalidBaseProof  # type: ignore[misc]
     sys.argv[0:1] = ["psyche", "join"]
     main()

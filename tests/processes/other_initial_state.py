@@ -1,4 +1,4 @@
-"""``psyche join`` on a machine whose random numbers are not the launcher's: it starts from other parameters."""
+"""``psyche join`` on a machine whose random numbers, and so initial parameters, differ from the launcher's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from psyche.training import engine_choice
 build = engine_choice.build
 
 
-def build_otherwise(spec: config.Model, *, seed: int) -> torch.nn.Module:
+def build_with_another_seed(spec: config.Model, *, seed: int) -> torch.nn.Module:
     return build(spec, seed=seed + 1)
 
 
-engine_choice.build = build_otherwise  # type: ignore[assignment]
+engine_choice.build = build_with_another_seed  # type: ignore[assignment]
 sys.argv[0:1] = ["psyche", "join"]
 main()

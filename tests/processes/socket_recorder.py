@@ -1,8 +1,7 @@
-"""``psyche join`` that writes down, in the clear, every byte that its process gives to a socket.
+"""``psyche join`` that records every byte which its process writes to a socket, before encryption.
 
-The libp2p daemon encrypts what it is given by our process over sockets of this machine; that is where this listens.
-Each socket's bytes go to a file of their own below the directory that the first argument names, in the order sent, so
-that nothing is missed because it was sent in two pieces.
+The libp2p daemon encrypts what this process gives it over local sockets. The bytes of each socket go to one file, in
+the order sent, in the directory of the first argument; a text sent in two pieces is therefore found.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def test_a_node_asked_to_leave_does_not_come_back(tmp_path: Path) -> None:
     assert stays == [1]
 
 
-def test_without_limits_nothing_is_checked_at(tmp_path: Path) -> None:
+def test_without_limits_nothing_is_checked(tmp_path: Path) -> None:
     assert not Availability(Node()).limited
     assert Availability(Node(idle_only=True)).limited
     assert Availability(Node(schedule="22:00-07:00")).limited

@@ -1,4 +1,4 @@
-"""Whatever is wrong ends in one clear sentence and a non-zero exit, or a counted refusal; never in a changed state."""
+"""Bad input ends in one sentence and a non-zero exit code, or in a counted rejection; it never changes state."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FOREVER = {"total": 500, "inner_steps": 40, "start_members": 1}
 
 
 def psyche(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a person would."""
+    """Run the command line in a process of its own."""
     root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-m", "psyche", *arguments],
@@ -52,7 +52,7 @@ def psyche(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
 
 
 def said(result: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence of a failed command."""
+    """Return the one sentence that a failed command printed."""
     assert result.returncode not in (0, None)
     assert "Traceback" not in result.stderr + result.stdout, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("psyche: ")]
@@ -61,16 +61,16 @@ def said(result: subprocess.CompletedProcess[str]) -> str:
 
 
 class TestJoining:
-    def test_garbage_is_no_invite(self) -> None:
+    def test_garbage_is_not_an_invite(self) -> None:
         assert "this is not an invite" in said(psyche("join", "garbage"))
 
-    def test_a_mistyped_invite(self) -> None:
+    def test_a_mistyped_invite_is_rejected(self) -> None:
         good = Invite(bytes(32), ("/ip4/127.0.0.1/tcp/1/p2p/12D3KooWGZcT2tqGoMmSTDp7KqRwJJ63mDHvFBGKt5FTcPTJGdvA",))
         text = good.encode()
         swapped = text[:20] + ("A" if text[20] != "A" else "B") + text[21:]
         assert "cut off or mistyped" in said(psyche("join", swapped))
 
-    def test_nobody_answers_at_the_invites_address(self, tmp_path: Path) -> None:
+    def test_no_peer_answers_at_the_invites_address(self, tmp_path: Path) -> None:
         peer = Identity.load_or_create(tmp_path / "other.key").peer_id
         invite = Invite(bytes(32), (f"/ip4/127.0.0.1/tcp/9/p2p/{peer}",)).encode()
         words = said(psyche("join", invite, "--directory", str(tmp_path / "node")))
@@ -78,8 +78,8 @@ class TestJoining:
         assert "invite" in words
 
     @pytest.mark.slow
-    def test_the_manifest_has_another_hash(self, tmp_path: Path) -> None:
-        """Whoever answers at the invite's address gives out the manifest of another run."""
+    def test_a_manifest_with_another_hash_is_rejected(self, tmp_path: Path) -> None:
+        """The host at the invite's address serves the manifest of another run."""
         config = write_config(tmp_path, members=1, rounds=FOREVER)
         with swarm(tmp_path / "run", config) as run:
             run.coordinator()
@@ -87,7 +87,7 @@ class TestJoining:
             manifest = Manifest.decode((run.directory / "coordinator" / MANIFEST).read_bytes())
             assert "not that of the invite" in asyncio.run(_join_a_liar(tmp_path, manifest))
 
-    def test_a_port_in_use(self, tmp_path: Path) -> None:
+    def test_a_port_in_use_is_named(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=1)
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
@@ -100,7 +100,7 @@ class TestJoining:
 
 class TestDisks:
     @pytest.mark.slow  # what the check finds is tested with the doctor's
-    def test_too_little_room_for_checkpoints_is_said_before_anything_is_trained(
+    def test_too_little_disk_for_checkpoints_is_reported_before_training(
         self, tmp_path: Path, small_disk: Path
     ) -> None:
         config = write_config(tmp_path, members=1, rounds=FOREVER)
@@ -115,7 +115,7 @@ class TestDisks:
             assert not run.events("node-1", RoundCertified)
 
     @pytest.mark.slow
-    def test_a_disk_that_fills_up_meanwhile(self, tmp_path: Path, large_disk: Path) -> None:
+    def test_a_disk_that_fills_up_during_the_run_is_reported(self, tmp_path: Path, large_disk: Path) -> None:
         config = write_config(tmp_path, members=1, rounds=FOREVER)
         with swarm(tmp_path / "run", config) as run:
             run.coordinator()
@@ -127,7 +127,7 @@ class TestDisks:
             assert re.search(r"psyche: cannot write a checkpoint to .*free some space", run.output("node-1"))
             assert "Traceback" not in run.output("node-1")
 
-    def test_no_room_for_the_token_store(self, tmp_path: Path, small_disk: Path) -> None:
+    def test_too_little_disk_for_the_token_store_is_reported(self, tmp_path: Path, small_disk: Path) -> None:
         config = write_config(tmp_path, members=1)
         (small_disk / "filler").write_bytes(bytes(900_000))
         config.write_text(config.read_text().replace(str(tmp_path / "cache"), str(small_disk)))
@@ -135,7 +135,7 @@ class TestDisks:
         assert "no space left" in words
 
     @pytest.mark.slow
-    def test_a_corrupt_shard_that_nobody_has_whole(self, tmp_path: Path) -> None:
+    def test_a_corrupt_shard_without_a_good_copy_is_reported(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=1, rounds=FOREVER)
         with swarm(tmp_path / "run", config) as run:
             run.coordinator()
@@ -150,7 +150,7 @@ class TestDisks:
             assert not run.events("node-1", RoundCertified)
 
     @pytest.mark.slow
-    def test_a_corrupt_checkpoint_is_named_and_passed_over(self, tmp_path: Path) -> None:
+    def test_a_corrupt_checkpoint_is_named_and_skipped(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=2, rounds=FOREVER | {"start_members": 2})
         with swarm(tmp_path / "run", config) as run:
             run.coordinator()
@@ -167,7 +167,7 @@ class TestDisks:
 
 
 class TestMessages:
-    def test_each_bad_message_is_refused_and_counted_and_changes_nothing(self, tmp_path: Path) -> None:
+    def test_bad_messages_are_rejected_and_counted_and_change_nothing(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=1, rounds=FOREVER | {"total": 3, "inner_steps": 3})
         with swarm(tmp_path / "run", config) as run:
             run.coordinator()
@@ -202,7 +202,7 @@ EXPECTED = {
 
 
 async def _send_bad_messages(directory: Path, invite: Invite) -> dict[str, str]:
-    """What the coordinator answers to each."""
+    """Return the coordinator's answer to each message."""
     me = Identity.load_or_create(directory / "attacker.key")
     other = Identity.load_or_create(directory / "other.key")
     run = invite.run_id
@@ -247,7 +247,7 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
 
 
 async def _join_a_liar(directory: Path, manifest: Manifest) -> str:
-    """What ``psyche join`` says of a host that serves ``manifest`` under an invite to something else."""
+    """Return what ``psyche join`` prints if the host serves ``manifest`` under an invite to another run."""
     from psyche.data.provision import local_store
 
     identity = Identity.load_or_create(directory / "liar.key")
@@ -280,13 +280,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def large_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system on which a tiny run has room."""
+    """A file system large enough for a tiny run."""
     with _disk(tmp_path / "large", "64m") as place:
         yield place
 
 
 def leave_room(disk: Path, room: int) -> None:
-    """Fill a disk but for ``room`` bytes: enough for logs, not for a checkpoint."""
+    """Fill a disk except for ``room`` bytes: enough for logs, not for a checkpoint."""
     with (disk / "filler").open("wb", buffering=0) as filler:
         filler.write(bytes(shutil.disk_usage(disk).free - room))
 

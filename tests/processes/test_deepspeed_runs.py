@@ -20,7 +20,7 @@ DEADLINES = {"round_min": 20.0, "round_max": 90.0, "exchange_min": 5.0, "exchang
 
 
 def ranked(config: Path, **deepspeed: object) -> Path:
-    """The same configuration with a node of two ranks."""
+    """Write the same configuration for a node with two ranks."""
     tree = yaml.safe_load(config.read_text())
     tree["node"]["deepspeed"] = {"ranks": 2} | deepspeed
     path = config.with_name("ranked.yaml")
@@ -43,7 +43,7 @@ def ranks_below(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("overlap", [{}, {"fragments": 2, "overlap_steps": 2}], ids=["plain", "overlapping"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_node_of_two_ranks_and_one_of_none_hold_the_same_bits(
+def test_a_node_with_two_ranks_and_one_without_hold_the_same_state(
     tmp_path: Path, stage: int, overlap: dict[str, int]
 ) -> None:
     config = write_config(tmp_path, members=2, deadlines=DEADLINES, overlap=overlap)
@@ -67,7 +67,7 @@ def test_a_node_of_two_ranks_and_one_of_none_hold_the_same_bits(
 
 @pytest.fixture
 def training(tmp_path: Path) -> Iterator[Swarm]:
-    """Three nodes after round 1, of which node-3 has two ranks and is at its inner steps."""
+    """Three nodes in round 2; node-3 has two ranks and is training."""
     rounds = {"inner_steps": 600, "total": 500, "start_members": 3, "min_members": 1}
     config = write_config(tmp_path, members=3, rounds=rounds, deadlines=DEADLINES)
     with swarm(tmp_path / "run", config) as run:
@@ -106,5 +106,5 @@ def test_a_node_that_is_killed_leaves_no_ranks(training: Swarm) -> None:
 
 
 def engine_of(run: Swarm, name: str) -> str:
-    """What a node says of its engine."""
+    """Return what a node's log says about its engine."""
     return next(event.text for event in run.events(name, Notice) if "Engine on" in event.text)

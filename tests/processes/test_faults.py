@@ -25,12 +25,12 @@ from tests.processes.swarm import PATIENCE, Swarm, alive, descendants, swarm
 from tests.tiny import certified_roots, write_config
 
 ROUNDS = {"inner_steps": 40, "min_members": 1}
-"""Rounds of a second or so: a node that comes back must find the run still going."""
+"""Rounds of about a second, enough of them that a node that comes back finds the run still going."""
 QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
 
 
 @pytest.mark.slow
-def test_a_killed_node_is_left_out_and_comes_back(tmp_path: Path) -> None:
+def test_rounds_close_without_a_killed_node_and_it_rejoins(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=4, rounds=ROUNDS | {"total": 500, "start_members": 4}, deadlines=QUICK)
     names = [f"node-{number}" for number in range(1, 5)]
     with swarm(tmp_path / "run", config) as run:
@@ -49,7 +49,7 @@ def test_a_killed_node_is_left_out_and_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_half_of_two_nodes_dies_and_the_survivor_goes_on(tmp_path: Path) -> None:
+def test_one_of_two_nodes_dies_and_the_other_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 8, "start_members": 2}, deadlines=QUICK)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
@@ -81,7 +81,7 @@ def test_a_stopped_node_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_coordinator_takes_the_run_up_again(tmp_path: Path) -> None:
+def test_a_restarted_coordinator_resumes_the_run(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 12, "start_members": 2}, deadlines=QUICK)
     text = config.read_text().replace("/ip4/127.0.0.1/tcp/0", f"/ip4/127.0.0.1/tcp/{_free_port()}")
     fixed = tmp_path / "coordinator.yaml"
@@ -104,7 +104,7 @@ def test_a_killed_coordinator_takes_the_run_up_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_with_other_bits_is_told_and_resynchronises(tmp_path: Path) -> None:
+def test_a_node_with_a_wrong_state_is_told_and_resynchronises(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=4, rounds=ROUNDS | {"total": 500, "start_members": 4}, deadlines=QUICK)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
@@ -120,8 +120,8 @@ def test_a_node_with_other_bits_is_told_and_resynchronises(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> None:
-    """Another cache, so no token store; other random numbers, so another initial state."""
+def test_a_node_with_another_initial_state_fetches_data_and_state(tmp_path: Path) -> None:
+    """The node has an empty cache, so no token store, and other random numbers, so another initial state."""
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 4, "start_members": 2})
     elsewhere = tmp_path / "elsewhere.yaml"
     elsewhere.write_text(config.read_text().replace(str(tmp_path / "cache"), str(tmp_path / "other-cache")))
@@ -138,8 +138,8 @@ def test_a_stranger_fetches_text_and_state_from_the_others(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_nothing_is_left_behind_when_the_launcher_is_stopped(tmp_path: Path) -> None:
-    """Killed: ``test_orphans.py``."""
+def test_no_process_remains_when_the_launcher_is_stopped(tmp_path: Path) -> None:
+    """``test_orphans.py`` tests a launcher that is killed."""
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 500, "start_members": 2})
     directory = tmp_path / "run"
     launcher = subprocess.Popen(
@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_a_run_cleanly(tmp_path: Path) -> None:
 
 
 def stop_and_compare(run: Swarm, names: list[str]) -> None:
-    """Ctrl-C for everybody; what each node certified is what the coordinator did."""
+    """Ctrl-C ends all processes; every node has certified the same rounds as the coordinator."""
     for name in [*names, "coordinator"]:
         assert run.kill(name, signal.SIGINT) == 130, run.output(name)
     certified = {event.round: event.state_root for event in run.events("coordinator", RoundCertified)}

@@ -32,11 +32,11 @@ NODES, ROUNDS = 4, 4
 DELTA = 1e-6
 TOPICS = ("harbour", "orchard", "foundry", "library")
 LONG = 8
-"""Tokens of a canary that are searched for: by chance they stand nowhere."""
+"""Canary tokens to search for; too many to occur by chance."""
 
 
 def corpus(directory: Path, number: int) -> tuple[list[Path], str]:
-    """Files on a topic of that node's own, each with its canary: text that stands nowhere else."""
+    """Write files on a topic of this node's own, each with a canary: text that occurs nowhere else."""
     directory.mkdir()
     canary = f"canary{number} " + " ".join(f"{word}{number}" for word in ("zyxq", "vlorp", "kwimj", "trufz", "hgnask"))
     topic = TOPICS[number]
@@ -48,7 +48,7 @@ def corpus(directory: Path, number: int) -> tuple[list[Path], str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_nothing_of_the_private_text_is_in_what_was_sent_or_logged(tmp_path: Path) -> None:
+def test_no_private_text_is_sent_or_logged(tmp_path: Path) -> None:
     rounds = {"total": ROUNDS, "inner_steps": 3, "start_members": NODES, "min_members": 1}
     config = write_config(tmp_path, members=NODES, rounds=rounds, federated={"clip": 1.0, "max_share": 1.0})
     corpora = {f"node-{number + 1}": corpus(tmp_path / f"own-{number}", number) for number in range(NODES)}
@@ -89,7 +89,7 @@ def certified(path: Path) -> list:  # type: ignore[type-arg]
 
 
 def check_budgets(directory: Path, logs: dict, records: list) -> None:  # type: ignore[type-arg]
-    """Each node has paid for as many rounds as it took part in, says so, and the one with too little left cleanly."""
+    """Each node spent budget for the rounds it took part in and reports it; the one with too little left cleanly."""
     from opacus.accountants import RDPAccountant
 
     for name, log in logs.items():
@@ -123,13 +123,13 @@ def check_labels(directory: Path, records: list) -> None:  # type: ignore[type-a
 
 
 def sent_and_logged(directory: Path) -> list[Path]:
-    """What the taps heard, and every file of the run but the nodes' own tokens."""
+    """Return what the socket recorders wrote, and every file of the run except the nodes' own tokens."""
     found = [path for folder in ("tap", "run") for path in (directory / folder).rglob("*") if path.is_file()]
     return [path for path in found if path.parent.name != DIRECTORY]
 
 
 def needles(node: Path, files: list[Path], canary: str, encoder: Encoder) -> dict[str, bytes]:
-    """All forms in which the text, or a hash of it, could have gone out."""
+    """Return all forms in which the text, or a hash of it, could have been sent."""
     found = {"a canary": canary.encode(), "a word of it": canary.split()[0].encode()}
     ids = encoder.encode([f" {canary}."])[0]
     for kind in ("<u2", "<u4", "<i8"):

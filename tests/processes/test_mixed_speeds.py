@@ -24,7 +24,7 @@ DEADLINES = {"round_min": 60.0, "round_max": 90.0, "exchange_min": 5.0, "exchang
 
 
 class Paced(Swarm):
-    """A swarm whose nodes take their own time for a step."""
+    """A swarm whose nodes take a fixed time per step."""
 
     def __init__(self, directory: Path, config: Path, seconds: dict[str, float]) -> None:
         super().__init__(directory, config)
@@ -41,7 +41,7 @@ class Paced(Swarm):
 
 @pytest.fixture
 def paced(tmp_path: Path) -> Iterator[Paced]:
-    """A coordinator; H is 20, and the nodes that a test starts take 0.1, 0.2 and 0.4 s for a step."""
+    """A coordinator with H = 20; the nodes that a test starts take 0.1, 0.2 and 0.4 s per step."""
     rounds = {"inner_steps": 20, "total": 8, "start_members": 3, "min_members": 2}
     config = write_config(tmp_path, members=3, rounds=rounds, deadlines=DEADLINES)
     with swarm(tmp_path / "run", config) as plain:
@@ -56,8 +56,8 @@ def quotas(record: Record) -> list[int]:
 
 
 @pytest.mark.slow
-def test_quotas_follow_speeds_and_the_reference_retraces_the_run(paced: Paced) -> None:
-    """In the first round nobody knows; then twice as fast is twice as much, whatever else this machine does."""
+def test_quotas_follow_speeds_and_the_reference_replays_the_run(paced: Paced) -> None:
+    """Quotas are equal in the first round; afterwards a node twice as fast gets twice the steps."""
     for name in paced.seconds:
         paced.node(name, module=PACED)
     paced.wait("coordinator", RunFinished)
@@ -76,7 +76,7 @@ def test_quotas_follow_speeds_and_the_reference_retraces_the_run(paced: Paced) -
 
 
 @pytest.mark.slow
-def test_who_stalls_gives_back_what_it_has_not_done(paced: Paced) -> None:
+def test_a_stalled_node_gives_up_the_steps_it_has_not_done(paced: Paced) -> None:
     paced.seconds = dict.fromkeys(paced.seconds, 0.2)
     for name in paced.seconds:
         paced.node(name, module=PACED)
@@ -101,7 +101,7 @@ def test_who_stalls_gives_back_what_it_has_not_done(paced: Paced) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_whose_machine_is_wanted_hands_in_leaves_and_comes_back(paced: Paced) -> None:
+def test_a_node_on_a_busy_machine_submits_leaves_and_comes_back(paced: Paced) -> None:
     paced.seconds["node-3"] = 1.0
     for name in ("node-1", "node-2"):
         paced.node(name, module=PACED)

@@ -26,20 +26,20 @@ from tests.tiny import write_config
 
 @dataclass(frozen=True)
 class Parent:
-    """Something of psyche that starts processes."""
+    """A program of psyche that starts processes."""
 
     name: str
     start: Callable[[Path], Iterator[subprocess.Popen[bytes]]]
-    """Gives its process, and ends what is beside it afterwards; in an empty folder."""
+    """Starts it in an empty folder, yields its process, and afterwards ends the processes beside it."""
     below: tuple[str, ...]
-    """Names of the programs that must be below it before it is killed, one for each process."""
+    """Names of the programs that must run below it before it is killed, one per process."""
 
     def __str__(self) -> str:
         return self.name
 
 
 def member(name: str) -> Callable[[Path], Iterator[subprocess.Popen[bytes]]]:
-    """One process of a swarm, in which W&B's helper runs, too."""
+    """Start one process of a swarm, with W&B's helper process."""
 
     def start(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         key = standby_key(folder / "run" / "standby")
@@ -56,7 +56,7 @@ def member(name: str) -> Callable[[Path], Iterator[subprocess.Popen[bytes]]]:
 
 
 def command(*arguments: str) -> Callable[[Path], Iterator[subprocess.Popen[bytes]]]:
-    """``psyche`` with arguments, in which CONFIG is a configuration, and FOLDER a place for files."""
+    """Start ``psyche`` with arguments in which CONFIG stands for a configuration and FOLDER for a directory."""
 
     def start(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         rounds = {"total": 500, "inner_steps": 3, "start_members": 2}
@@ -87,7 +87,7 @@ FAST = {"coordinator"}
 
 
 def chosen(parent: Parent) -> object:
-    """A case for pytest. Each takes ten seconds and more."""
+    """Return a parameter for pytest; each case takes ten seconds or more."""
     marks = [] if parent.name in FAST else [pytest.mark.slow]
     return pytest.param(parent, marks=[*marks, needs_namespaces] if parent.name == "bench utilisation" else marks)
 
@@ -103,8 +103,8 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path, parent: Parent) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parent", [one for one in PARENTS if one.name in ("run", "bench exchange")], ids=str)
-def test_nor_does_one_that_is_killed_while_it_starts_them(tmp_path: Path, parent: Parent) -> None:
-    """They have not asked the kernel yet to be ended with it."""
+def test_a_parent_killed_during_startup_leaves_no_process(tmp_path: Path, parent: Parent) -> None:
+    """The children have not yet asked the kernel to end them with their parent."""
     with contextmanager(parent.start)(tmp_path) as process:
         eventually(lambda: len(descendants(process.pid)) > 0, lambda: "it starts nothing")
         below = descendants(process.pid)
@@ -116,8 +116,8 @@ def test_nor_does_one_that_is_killed_while_it_starts_them(tmp_path: Path, parent
 
 
 @pytest.mark.slow
-def test_who_cannot_stop_what_it_does_ends_all_the_same(tmp_path: Path) -> None:
-    """A coordinator that waits for another process's text does so in a thread that nobody can cancel."""
+def test_a_process_that_cannot_cancel_its_work_ends_after_sigterm(tmp_path: Path) -> None:
+    """A coordinator that waits for another process to prepare the data does so in a thread that cannot be cancelled."""
     config = write_config(tmp_path, members=2)
     loaded = load_config(config)
     lock = FileLock(f"{store_path(loaded.node.cache, loaded.run.data)}.lock")
@@ -132,7 +132,7 @@ def test_who_cannot_stop_what_it_does_ends_all_the_same(tmp_path: Path) -> None:
 
 
 def killed(process: subprocess.Popen[bytes]) -> None:
-    """Kill it, and wait until all that was below it is gone."""
+    """Kill the process and wait until all processes below it are gone."""
     below = descendants(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait(PATIENCE)
@@ -140,7 +140,7 @@ def killed(process: subprocess.Popen[bytes]) -> None:
 
 
 def program(pid: int) -> str:
-    """The name of the program that runs as ``pid``."""
+    """Return the name of the program that runs as ``pid``."""
     try:
         name = Path(f"/proc/{pid}/exe").resolve().name
     except OSError:
@@ -149,7 +149,7 @@ def program(pid: int) -> str:
 
 
 def programs(pid: int) -> list[str]:
-    """Of all processes below ``pid``."""
+    """Return the pids of all processes below ``pid``."""
     return sorted(program(child) for child in descendants(pid))
 
 

@@ -92,7 +92,7 @@ class TestChecks:
         assert check_rate(manifest, 1 << 20, 1.0, 1 << 18).level == "warn"
         assert "too little to measure" in check_rate(manifest, 100, 1.0, 1 << 18).found
 
-    def test_needs_go_with_the_model_and_where_it_lies(self, launched: tuple[Manifest, Node]) -> None:
+    def test_requirements_follow_the_model_and_its_device(self, launched: tuple[Manifest, Node]) -> None:
         manifest, node = launched
         elements = manifest.resolved.flat_size
         gpu = EngineChoice(("cuda:0",), None, False, "")
@@ -115,20 +115,20 @@ class TestChecks:
         assert findings["disk: training data"] == "fail"
         assert available_memory() > 0
 
-    def test_what_cannot_work_stops_and_the_rest_is_said(self) -> None:
+    def test_failures_raise_and_warnings_are_reported(self) -> None:
         said: list[str] = []
         report_findings([Finding("a", "ok", "well"), Finding("b", "warn", "so so", "fix b")], said.append)
         assert said == ["b: so so; fix b"]
         with pytest.raises(PsycheError, match="c: bad; fix c"):
             report_findings([Finding("c", "fail", "bad", "fix c")], said.append)
 
-    def test_the_port_is_that_of_a_direct_address(self) -> None:
+    def test_the_port_is_taken_from_a_direct_address(self) -> None:
         relayed = f"/ip4/203.0.113.1/tcp/1/p2p/{PEER}/p2p-circuit/p2p/{PEER}"
         assert port_of([relayed, f"/ip4/10.0.0.1/tcp/77/p2p/{PEER}"]) == 77
         assert port_of([relayed]) == 0
 
 
-def test_peers_tell_the_time_and_dial_back(tmp_path: Path) -> None:
+def test_peers_report_their_clock_and_dial_back(tmp_path: Path) -> None:
     async def node(name: str, bootstrap: Any = ()) -> NetworkNode:
         identity = Identity.load_or_create(tmp_path / f"{name}.key")
         return await NetworkNode.create(
@@ -154,7 +154,7 @@ def test_peers_tell_the_time_and_dial_back(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_peer_that_lies_about_the_time_is_outvoted_and_nonsense_ignored(tmp_path: Path) -> None:
+def test_a_lie_about_the_time_is_outvoted_and_nonsense_is_ignored(tmp_path: Path) -> None:
     class Rpc:
         async def call(self, peer: str, name: str, request: bytes, **_: Any) -> bytes:
             import time
@@ -177,7 +177,7 @@ def test_a_peer_that_lies_about_the_time_is_outvoted_and_nonsense_ignored(tmp_pa
     asyncio.run(main())
 
 
-def test_who_sees_us_from_outside_is_believed_before_the_neighbours(tmp_path: Path) -> None:
+def test_a_peer_outside_the_local_network_is_believed_first(tmp_path: Path) -> None:
     class Rpc:
         async def call(self, peer: str, *_: Any, **__: Any) -> bytes:
             return {"neighbour": b"\x01192.168.1.5", "far": b"\x008.8.8.8", "odd": b"\x02x"}[peer]

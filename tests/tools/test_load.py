@@ -1,4 +1,4 @@
-"""What a run has trained, judged and heard: from a node's directory, and from what it exports."""
+"""Load, evaluate, sample and export trained models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A node that has a checkpoint, and its export."""
+    """A node with a checkpoint, and its export."""
     folder = tmp_path_factory.mktemp("trained")
     config = load_config(write_config(folder, members=1))
     launched = launch(config, peer_id(0))
@@ -58,7 +58,7 @@ def trained(place: Place) -> Trained:
 
 
 def test_a_checkpoint_is_the_model_that_was_launched(place: Place, trained: Trained) -> None:
-    """The launch judged the initial parameters on the run's held-out sequences; so does eval."""
+    """The launch and ``psyche eval`` find the same loss of the initial parameters on the held-out sequences."""
     assert trained.name == f"tiny after round {ROUND}"
     total, tokens = place.launched.heldout
     found = heldout_loss(trained, None)
@@ -71,10 +71,10 @@ def test_a_checkpoint_is_the_model_that_was_launched(place: Place, trained: Trai
     assert said[-1][0] == said[-1][1] == len(place.launched.store.heldout)
 
 
-def test_a_node_judges_on_what_every_node_has_and_says_where_that_is_not_enough(
+def test_evaluation_uses_the_sequences_of_every_node_and_names_missing_ones(
     place: Place, trained: Trained, tmp_path: Path
 ) -> None:
-    """It has the shards of the held-out split that the run judges itself on, and no more."""
+    """A node has only the held-out shards that the run evaluates on."""
     store = prepare(place.launched.manifest.run.data, tmp_path, vocab_limit=512, shard_bytes=1024)
     first, *others = store.heldout.shards
     for shard in others:
@@ -86,7 +86,7 @@ def test_a_node_judges_on_what_every_node_has_and_says_where_that_is_not_enough(
         heldout_loss(partial, first.sequences + 1)
 
 
-def test_what_is_exported_is_the_same_model(place: Place, trained: Trained, tmp_path: Path) -> None:
+def test_an_export_is_the_same_model(place: Place, trained: Trained, tmp_path: Path) -> None:
     exported = load_trained(place.exported, "cpu")
     text = tmp_path / "text"
     text.write_text("def évaluer(self):\n    return 0\n" * 40)
@@ -100,7 +100,7 @@ def test_what_is_exported_is_the_same_model(place: Place, trained: Trained, tmp_
         heldout_loss(exported, None)
 
 
-def test_bits_per_byte_are_of_the_texts_bytes(trained: Trained, tmp_path: Path) -> None:
+def test_bits_per_byte_count_the_bytes_of_the_text(trained: Trained, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("naïve = 1\n" * 100, encoding="utf-8")
     found = text_loss(trained, text)
@@ -111,7 +111,7 @@ def test_bits_per_byte_are_of_the_texts_bytes(trained: Trained, tmp_path: Path) 
     assert found.bits_per_byte == pytest.approx(found.nats / log(2) / found.bytes)
 
 
-def test_text_that_cannot_be_judged_is_refused(trained: Trained, tmp_path: Path) -> None:
+def test_text_that_cannot_be_evaluated_is_rejected(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"na\xefve")
     (tmp_path / "short").write_text("a")
     for name, reason in (("latin", "UTF-8"), ("short", "two tokens"), ("none", "read")):
@@ -119,7 +119,7 @@ def test_text_that_cannot_be_judged_is_refused(trained: Trained, tmp_path: Path)
             text_loss(trained, tmp_path / name)
 
 
-def test_a_directory_that_is_neither_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(PsycheError, match="neither"):
         load_trained(tmp_path, "cpu")
     (tmp_path / "config.json").write_text("{}")
@@ -136,7 +136,7 @@ def said(trained: Trained, prompt: str, sampling: Sampling) -> str:
     return "".join(pieces)
 
 
-def test_it_continues_the_prompt_the_same_way_for_a_seed(trained: Trained) -> None:
+def test_equal_seeds_generate_equal_text(trained: Trained) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -148,7 +148,7 @@ def test_it_continues_the_prompt_the_same_way_for_a_seed(trained: Trained) -> No
     assert torch.equal(torch.rand(1), expected), "the process's own random numbers"
 
 
-def test_at_temperature_0_the_likeliest_token_is_taken(trained: Trained) -> None:
+def test_temperature_0_is_greedy_decoding(trained: Trained) -> None:
     ids = trained.tokenizer("class A", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         best = int(trained.model(input_ids=ids).logits[0, -1].argmax())
@@ -156,7 +156,7 @@ def test_at_temperature_0_the_likeliest_token_is_taken(trained: Trained) -> None
     assert text == trained.tokenizer.decode([*ids[0].tolist(), best], skip_special_tokens=True)
 
 
-def test_a_prompt_without_room_is_refused_and_a_long_answer_cut(trained: Trained) -> None:
+def test_a_prompt_that_fills_the_context_is_rejected_and_long_output_cut(trained: Trained) -> None:
     with pytest.raises(PsycheError, match="context of 64"):
         said(trained, "x = 1\n" * 100, Sampling())
     with pytest.raises(PsycheError, match="empty"):
@@ -182,7 +182,7 @@ def test_the_commands_work_on_an_export(place: Place, tmp_path: Path) -> None:
 
 
 def test_tasks_are_scored_by_the_harness(place: Place, tmp_path: Path) -> None:
-    """A task of our own on local files: which of two words follows."""
+    """A task on local files: which of two words follows."""
     pytest.importorskip("lm_eval", reason="an extra: pip install 'psyche[eval]'")
     rows = [{"q": f"import {n}", "choices": [" os", " xyzzy"], "answer": 0} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
