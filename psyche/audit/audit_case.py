@@ -8,7 +8,7 @@ from functools import partial
 
 from psyche.audit.replay import Blobs, ClaimedWork, ReplayContext, replay
 from psyche.config import Run
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.diloco.audit_bundle import AuditBundle, ThetaProof
 from psyche.diloco.local_data import DataAssignment
 from psyche.diloco.replica import Replica

@@ -24,7 +24,7 @@ from psyche.audit.evidence_store import EVIDENCE_DIRECTORY, EvidenceStore
 from psyche.audit.replay import ReplayStopped, required_blobs
 from psyche.config.manifest import chain_rules
 from psyche.data.shard_prefetch import Supply
-from psyche.data.store import BadShard
+from psyche.data.token_store import BadShard
 from psyche.diloco.audit_bundle import MAX_BUNDLE_BYTES, AuditBundle, AuditBundleStore, BlobUnavailable
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError

@@ -25,7 +25,7 @@ from psyche.audit.calibration_report import IGNORED, plot, snippet, table, to_js
 from psyche.audit.thresholds import thresholds
 from psyche.config import Config, Node, load_config
 from psyche.data.prepare import Report, prepare
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.diloco.launch import check_fit
 from psyche.durable import disk_errors, write_durably
 from psyche.training.models import build

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from psyche.audit.replay_error import NEGLIGIBLE_ERROR, drift_without_gradients, relative_error, tolerant_error
 from psyche.config import Run
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.diloco.trace import trace_point_steps
 from psyche.numerics.outer import OuterState, outer_step
 from psyche.protocol.assignment import sequences

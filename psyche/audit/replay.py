@@ -33,7 +33,7 @@ from psyche.audit.replay_error import (
     tolerant_error,
 )
 from psyche.config import Run
-from psyche.data.store import Split
+from psyche.data.token_store import Split
 from psyche.diloco.audit_bundle import BlobUnavailable
 from psyche.diloco.trace import Trace, TracePoint, trace_point_steps, trace_root
 from psyche.numerics.backends.base import Backend
@@ -279,7 +279,7 @@ class SegmentReplay:
     noise: float
     """The relative difference between this engine's two precisions; infinite if it was not measured."""
     sketch: tuple[int, ...] = ()
-    """The probe's measurement (``probes.py``), if the segment has one."""
+    """The probe's measurement (``audit/probes.py``), if the segment has one."""
 
 
 def replay_segment(

@@ -27,7 +27,7 @@ from psyche.config import BpeTokenizer, Data, HubSource, StdlibSource
 from psyche.data.index import DTYPES
 from psyche.data.prepare import prepare
 from psyche.data.sources import documents
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 
 VOCABULARY = 8192
 BATCHES = 50
@@ -112,7 +112,7 @@ def _prepare(data: Data, cache: Path, text_bytes: int) -> tuple[Path, PreparedRo
 
 
 def _read(store: TokenStore, plain: Path, size: int) -> list[ReadingRow]:
-    """Read the training split through :class:`~psyche.data.store.Split`, and as one memory-mapped file."""
+    """Read the training split through :class:`~psyche.data.token_store.Split`, and as one memory-mapped file."""
     with plain.open("wb") as file:
         for shard in store.index.train:
             file.write((store.path / shard.file).read_bytes())

@@ -20,7 +20,7 @@ from psyche.bench.engine_speed import WARM_UP, Plan
 from psyche.bench.plain_loop import PlainLoop, adamw
 from psyche.config import Config
 from psyche.data.prepare import prepare
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.training.devices import pick_device, pick_precision
 from psyche.training.models import build
 from psyche.training.torch_engine import TorchEngine

@@ -10,7 +10,7 @@ import typer
 from psyche.cli.options import RunConfig
 
 if TYPE_CHECKING:  # `psyche --help` imports this module; heavy imports are made by the command that needs them
-    from psyche.data.store import TokenStore
+    from psyche.data.token_store import TokenStore
 
 app = typer.Typer(help="Prepare, verify and describe token stores.", no_args_is_help=True)
 
@@ -49,7 +49,7 @@ def info_command(config: RunConfig) -> None:
 
 def _open(config: Path) -> TokenStore:
     from psyche.config import load_config
-    from psyche.data.store import TokenStore, store_path
+    from psyche.data.token_store import TokenStore, store_path
 
     loaded = load_config(config)
     return TokenStore.open(store_path(loaded.node.cache, loaded.run.data))

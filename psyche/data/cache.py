@@ -1,11 +1,11 @@
 """Shards fetched from elsewhere: a directory of files named by their roots, bounded, shared by all processes here.
 
-The kernel keeps the peace. A shard that somebody has open is locked, shared, by whoever maps it (``data/store.py``) and
-is not evicted; one that is being fetched is locked by the fetcher, and whoever wants it too waits. The locks of a
-process end with it, so a crash leaves nothing behind but a part, which is taken over or makes way.
+File locks coordinate processes. An open shard is locked, shared, by the process that maps it (``data/token_store.py``),
+and is not evicted. A shard being fetched is locked by the fetcher; other processes that want it wait. Locks end with
+their process, so a crash leaves only a partial file, which the next fetch continues or evicts.
 
-Where a file system has no locks, each process fetches into a part of its own, and what is fetched is no shard before it
-has its name: two may fetch the same, and one may remove what another has open, which goes on reading it.
+On a file system without locks each process fetches into a partial file of its own, which is renamed once complete: two
+may fetch the same shard, and one may delete a file that another has open, which can still be read.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from psyche.data.mixture import Part, interleave
 from psyche.data.shards import SHARD_BYTES, Staged, require_room, write_shards
 from psyche.data.sources import documents, parts_of
 from psyche.data.staging import SplitState, SplitWriter
-from psyche.data.store import INDEX, TOKENIZER, TokenStore, store_path
+from psyche.data.token_store import INDEX, TOKENIZER, TokenStore, store_path
 from psyche.data.tokenizer import Encoder, tokenizer_files
 from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError

@@ -18,7 +18,7 @@ from psyche.config.units import byte_count
 from psyche.data.cache import ShardCache
 from psyche.data.index import MAX_INDEX_BYTES, Shard, TokenizerFile, decode_index
 from psyche.data.shard_sources import ShardSources
-from psyche.data.store import INDEX, TOKENIZER, Place, Split, TokenStore, is_of_size, store_path
+from psyche.data.token_store import INDEX, TOKENIZER, Place, Split, TokenStore, is_of_size, store_path
 from psyche.durable import disk_errors, durable_file, write_durably
 from psyche.errors import PsycheError
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope

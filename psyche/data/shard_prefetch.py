@@ -16,7 +16,7 @@ from psyche.data.cache import CacheFull, Incoming, ShardCache
 from psyche.data.index import Shard
 from psyche.data.provision import ShardOffers
 from psyche.data.shard_sources import ShardSources
-from psyche.data.store import BadShard, Split
+from psyche.data.token_store import BadShard, Split
 from psyche.durable import disk_errors
 from psyche.errors import PsycheError
 from psyche.protocol.assignment import next_position, positions, shards

@@ -9,7 +9,7 @@ import torch
 
 from psyche.config import Config, Manifest, Resolved, Run
 from psyche.data.prepare import Progress, prepare
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.errors import ConfigError
 from psyche.exchange.rules import fragments_of
 from psyche.numerics.outer import OuterState

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from psyche.config import Run
-from psyche.data.store import Split
+from psyche.data.token_store import Split
 from psyche.errors import PsycheError
 from psyche.protocol.assignment import positions, sequences
 from psyche.protocol.messages import Plan
@@ -25,7 +25,7 @@ class DataAssignment:
         """The node's positions in the last round asked for. Finding them sorts the members, so they are kept."""
 
     def round_batch(self, plan: Plan, step: int) -> Batch:
-        """Return the batch of inner step ``step`` in ``plan``'s round. Raises :class:`~psyche.data.store.BadShard`."""
+        """Return the batch of inner step ``step`` in ``plan``'s round. Raises ``BadShard``."""
         size = self._run.inner.batch_size
         if self._positions is None or self._positions[0] is not plan:
             self._positions = plan, positions(plan, self._node, size, self._run.overlap.overlap_steps)

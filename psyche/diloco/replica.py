@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from psyche.config import Manifest
-from psyche.data.store import BadShard, TokenStore
+from psyche.data.token_store import BadShard, TokenStore
 from psyche.diloco.algorithm import DiLoCo, Slices
 from psyche.diloco.local_data import DataAssignment, PrivateData
 from psyche.diloco.trace import PrivateTrace, Trace

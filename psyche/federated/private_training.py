@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from psyche.config import Manifest, Node
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.errors import ConfigError, PsycheError
 from psyche.federated.gaussian_mechanism import privatise
 from psyche.federated.privacy_budget import NAME, Budget, noise_for

@@ -11,7 +11,7 @@ from psyche.config import MANIFEST, Config, Manifest, Node
 from psyche.coordinator.coordinator import Coordinator
 from psyche.data.prepare import Progress, prepare
 from psyche.data.provision import fetch_manifest, serve_file, serve_manifest, serve_provisions, sign_manifest
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.diloco.launch import Launch, launch
 from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
@@ -19,10 +19,10 @@ from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.ledger.writer import writing
 from psyche.network.address import MAX_ADDRESSES, split_address
+from psyche.network.connection_probes import serve_probes
 from psyche.network.identity import IDENTITY, Identity
 from psyche.network.invite import Invite
 from psyche.network.peer_book import PEERS, PeerBook, maintain_peer_book
-from psyche.network.probes import serve_probes
 from psyche.processes.connect import background_tasks, connect, run_started, warn_in
 from psyche.telemetry import events
 from psyche.telemetry.event_log import LOG_NAME, EventLog, Listener, read_events

@@ -14,7 +14,7 @@ from psyche.config.ethereum_address import address_bytes
 from psyche.data.provision import fetch_manifest, find_store, obtain_basis, serve_provisions, shard_cache
 from psyche.data.shard_prefetch import ShardSupply, Supply
 from psyche.data.shard_sources import ShardSources, mirrors_of
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.diloco.checkpoint import load_latest
 from psyche.diloco.replica import Replica
 from psyche.durable import disk_errors, write_durably
@@ -24,11 +24,11 @@ from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.ledger.writer import backfill, writing
 from psyche.network.address import split_address
+from psyche.network.connection_probes import serve_probes
 from psyche.network.identity import IDENTITY, Identity
 from psyche.network.invite import Invite
 from psyche.network.node import BootstrapError, NetworkNode
 from psyche.network.peer_book import PEERS, PeerBook, maintain_peer_book
-from psyche.network.probes import serve_probes
 from psyche.numerics.backends.selection import backend_on
 from psyche.numerics.outer import OuterState
 from psyche.processes.connect import background_tasks, connect, run_started, warn_in

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from psyche.config import Manifest, Node, Run
-from psyche.network.probes import Offset
+from psyche.network.connection_probes import Offset
 from psyche.numerics.codecs.registry import codec
 from psyche.telemetry.formatting import size
 from psyche.training.engine_choice import EngineChoice

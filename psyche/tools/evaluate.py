@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from psyche.data.store import BadShard
+from psyche.data.token_store import BadShard
 from psyche.errors import PsycheError
 from psyche.tools.load import Trained
 from psyche.training.engine import IGNORED, predicted_tokens, target_labels

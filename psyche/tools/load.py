@@ -10,7 +10,7 @@ import torch
 
 from psyche.config import MANIFEST, Manifest, Node
 from psyche.data.provision import local_store
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.diloco.checkpoint import Checkpoint, load_latest
 from psyche.errors import PsycheError
 from psyche.numerics.outer import OuterState

@@ -11,7 +11,7 @@ from psyche.config import Manifest, Node
 from psyche.data.provision import Found
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
-from psyche.network.probes import clock_offset, reachable
+from psyche.network.connection_probes import clock_offset, reachable
 from psyche.network.transport import Network
 from psyche.tools.checks import Finding, check_clock, check_disk, check_memory, check_reach, requirements
 from psyche.training.engine_choice import EngineChoice

@@ -19,7 +19,7 @@ import torch
 
 from psyche.config import Node
 from psyche.data.shard_prefetch import Supply
-from psyche.data.store import BadShard
+from psyche.data.token_store import BadShard
 from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.protocol.messages import Plan, RunStatus
 from psyche.protocol.round_state import Phase

@@ -16,7 +16,7 @@ from pathlib import Path
 from psyche.audit.auditor import Auditor
 from psyche.config import Node
 from psyche.data.shard_prefetch import Supply
-from psyche.data.store import BadShard
+from psyche.data.token_store import BadShard
 from psyche.diloco.local_data import PrivacyBudgetSpent
 from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.diloco.replica import LocalUpdate, Replica, TrainingCancelled

@@ -14,7 +14,7 @@ import psyche.audit.auditor as auditing
 from psyche.audit.auditor import Auditor
 from psyche.audit.evidence_store import EVIDENCE_DIRECTORY, EvidenceStore
 from psyche.data.shard_prefetch import Supply
-from psyche.data.store import BadShard
+from psyche.data.token_store import BadShard
 from psyche.network.transport import Refused
 from psyche.protocol.audit_messages import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
 from psyche.protocol.messages import Record

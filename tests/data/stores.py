@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from psyche.data.shards import order
-from psyche.data.store import Split, TokenStore
+from psyche.data.token_store import Split, TokenStore
 
 
 def staged(store: TokenStore, name: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 
 from psyche.data.cache import CacheFull, ShardCache
 from psyche.data.index import Shard
-from psyche.data.store import BadShard, Split, TokenStore
+from psyche.data.token_store import BadShard, Split, TokenStore
 from psyche.numerics.digest import blob_root
 from tests.data.test_token_store import LENGTH, flip_bit, write_store
 

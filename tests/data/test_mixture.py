@@ -16,7 +16,7 @@ from psyche.config import BpeTokenizer, Data, MixturePart, MixtureSource, TextSo
 from psyche.data.mixture import Part, interleave
 from psyche.data.prepare import prepare
 from psyche.data.sources import documents
-from psyche.data.store import store_path
+from psyche.data.token_store import store_path
 from psyche.errors import PsycheError
 from tests.data.conftest import Spawn
 from tests.data.stores import decoded

@@ -23,7 +23,7 @@ from psyche.config import BpeTokenizer, Data, StdlibSource, TextSource
 from psyche.data import encoding
 from psyche.data.encoding import document_hash
 from psyche.data.prepare import Progress, is_heldout, prepare
-from psyche.data.store import TokenStore, store_path
+from psyche.data.token_store import TokenStore, store_path
 from psyche.durable import disk_errors
 from psyche.errors import PsycheError
 from tests.data.dying import endings

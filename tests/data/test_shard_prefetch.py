@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from psyche.data.prepare import prepare
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.protocol.assignment import shards
 from psyche.telemetry.event_log import LOG_NAME
 from psyche.telemetry.events import MemberMetrics, Notice, RunStarted

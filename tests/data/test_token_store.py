@@ -16,7 +16,7 @@ from psyche.config import Data, HubSource, NamedTokenizer, TextSource
 from psyche.data.index import Index, Shard, TokenizerFile, decode_index
 from psyche.data.prepare import prepare
 from psyche.data.shards import shard_name
-from psyche.data.store import TokenStore, store_path
+from psyche.data.token_store import TokenStore, store_path
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root, digest
 

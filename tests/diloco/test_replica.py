@@ -9,7 +9,7 @@ import torch
 
 from psyche.config import load_config
 from psyche.data.prepare import prepare
-from psyche.data.store import BadShard
+from psyche.data.token_store import BadShard
 from psyche.diloco.launch import launch
 from psyche.network.identity import Identity
 from psyche.protocol.assignment import shards

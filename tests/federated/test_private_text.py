@@ -11,7 +11,7 @@ import pytest
 
 from psyche.config import BpeTokenizer, Data, TextSource
 from psyche.data.prepare import prepare
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.data.tokenizer import Encoder
 from psyche.errors import PsycheError
 from psyche.federated.private_text import TOKENS, PrivateText, prepare_private

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from psyche.bench.harness.shaped_links import remove_stale
 from psyche.config import load_config
-from psyche.data.store import store_path
+from psyche.data.token_store import store_path
 from psyche.network.identity import IDENTITY
 from psyche.telemetry.events import RunStarted
 from tests.bench.test_shaped_links import needs_namespaces

@@ -14,10 +14,10 @@ from psyche.config import MANIFEST, Manifest, Node, load_config
 from psyche.data.provision import Found, local_store
 from psyche.diloco.launch import launch
 from psyche.errors import PsycheError
+from psyche.network.connection_probes import Offset, clock_offset, reachable, serve_probes
 from psyche.network.discovery import KINDS
 from psyche.network.identity import Identity
 from psyche.network.node import NetworkNode
-from psyche.network.probes import Offset, clock_offset, reachable, serve_probes
 from psyche.telemetry.events import RunStarted
 from psyche.tools.checks import (
     RANK_BYTES,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from psyche.config import Run
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.numerics.codecs.base import HEADER_BYTES
 from psyche.numerics.codecs.registry import codec
 from psyche.numerics.codecs.topk2 import TopK2

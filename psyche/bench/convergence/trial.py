@@ -33,7 +33,7 @@ from psyche.config import (
     Run,
 )
 from psyche.config.run_config import Audits
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.diloco.launch import Launch, launch
 from psyche.diloco.reference import simulate_rounds
 from psyche.diloco.replica import Replica

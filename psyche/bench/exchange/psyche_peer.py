@@ -34,7 +34,7 @@ from psyche.bench.exchange.vectors import RelativeError, blocks, checked, draw, 
 from psyche.config import CodecSpec, Deadlines, ExchangeSpec, Inner, Manifest, Model, Node, Outer, Resolved, Rounds, Run
 from psyche.config.run_config import Audits
 from psyche.coordinator.coordinator import Coordinator
-from psyche.data.store import TokenStore
+from psyche.data.token_store import TokenStore
 from psyche.diloco.replica import LocalUpdate, Replica, TrainingCancelled
 from psyche.errors import PsycheError
 from psyche.ledger.store import NAME as LEDGER
