@@ -119,7 +119,7 @@ class CatchUp:
         if self._replica.chain.rounds == began:
             return False
         self._tell(began)
-        await self._client.present()
+        await self._client.send_hello()
         return True
 
     async def _retake(self, record: Record, certificate: bytes, others: Sequence[str] = ()) -> bool:
@@ -163,7 +163,7 @@ class CatchUp:
                 moved=arriving.moved,
             )
         )
-        await self._client.present()
+        await self._client.send_hello()
 
     async def _taken_along(self, goal: Chain, holders: list[str]) -> Arriving:
         """What an attempt before got, with the outer steps since then taken on it; nothing where they are more to

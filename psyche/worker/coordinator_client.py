@@ -1,8 +1,8 @@
-"""A member's line to the coordinator that leads: it watches the board and submits signed messages.
+"""A member's connection to the leading coordinator: follow its status, submit signed messages.
 
-Which of the run's coordinators that is, a member finds out by asking them in turn. It follows the latest term it has
-heard of, promising to take part in nothing of an earlier one, and tells a new leader once more what it has done in the
-round: the one before may have taken it along.
+A member finds the leader by asking the run's coordinators in turn. It follows the latest term it has heard of,
+promises to take part in no earlier one, and sends a new leader its messages of the round again: they may be lost with
+the old one.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from psyche.protocol.wire import (
 
 CALL_SECONDS = 15.0
 RETRY_SECONDS = 1.0
-REPEATED = (Commitment.DOMAIN, Contribution.DOMAIN, Have.DOMAIN)
-"""What is said once more to a new leader, in this order. Votes and reports belong to a term."""
+RESENT = (Commitment.DOMAIN, Contribution.DOMAIN, Have.DOMAIN)
+"""Messages that a new leader gets again, in this order. Votes and reports belong to one term."""
 PATIENCE_SECONDS = 600.0
 """How long a member keeps its work and waits for a coordinator that does not answer."""
 
 
-class Follower(Protocol):
-    """The node whose line this is."""
+class Member(Protocol):
+    """What the client needs from its node."""
 
     @property
     def term(self) -> int:
-        """Of the leader it follows."""
+        """The term of the leader it follows."""
         ...
 
-    def introduce(self) -> Hello:
-        """What it says of itself."""
+    def hello(self) -> Hello:
+        """Return the message that introduces the node."""
         ...
 
     async def promise(self, term: int, claim: bytes) -> Promise:
@@ -58,14 +58,14 @@ class Follower(Protocol):
 
 
 class CoordinatorClient:
-    """Keeps ``status`` up to date and lets a coroutine wait for it to say something."""
+    """Keeps ``status`` up to date, and lets coroutines wait for a status."""
 
     def __init__(
         self,
         manifest: Manifest,
         identity: Identity,
         rpc: Rpc,
-        node: Follower,
+        node: Member,
         warn: Callable[[str], None],
     ) -> None:
         self._manifest, self._identity, self._rpc = manifest, identity, rpc
@@ -75,15 +75,15 @@ class CoordinatorClient:
         self._promised = 0
         """The term of the promise that this process has sent last."""
         self._repeat = 0
-        """The round of which a new leader has to hear yet."""
-        self._said: dict[str, tuple[int, bytes]] = {}
-        """What was submitted last of each kind, and in which round."""
+        """The round whose messages a new leader has not yet received; 0: none."""
+        self._last_sent: dict[str, tuple[int, bytes]] = {}
+        """The last message of each kind, and its round."""
         self._left = False
         self._changed = asyncio.Condition()
         self.status: RunStatus | None = None
 
     async def watch(self) -> None:
-        """Follow the board until cancelled, presenting this node whenever the coordinator does not know it.
+        """Follow the run's status until cancelled; send Hello whenever the coordinator does not know this node.
 
         Raises :class:`PsycheError` after ``PATIENCE_SECONDS`` of silence.
         """
@@ -95,48 +95,48 @@ class CoordinatorClient:
                 except Refused as refusal:
                     if refusal.code != RefusalCode.UNKNOWN_PEER:
                         raise
-                    await self._introduce()
-                    if self._left:  # it will not be known any more, however often it asks
+                    await self._try_hello()
+                    if self._left:  # a node that has left stays unknown
                         await asyncio.sleep(RETRY_SECONDS)
                 if silent_since is not None:
-                    self._warn("the coordinator is back")
+                    self._warn("the coordinator answers again")
                 silent_since = None
             except (Unreachable, Refused, Violation, MalformedMessage, BadSignature, WrongContext) as error:
-                self._ask_another()
+                self._next_coordinator()
                 if silent_since is None:
                     silent_since = time.monotonic()
                     self._warn(
-                        f"the coordinator cannot be reached ({error}); keeping the work and trying again "
+                        f"no coordinator can be reached ({error}); this node keeps its work and retries "
                         f"for {PATIENCE_SECONDS / 60:.0f} minutes"
                     )
                 elif time.monotonic() - silent_since > PATIENCE_SECONDS:
                     raise PsycheError(
                         f"no coordinator answered for {PATIENCE_SECONDS / 60:.0f} minutes; the work is in the last "
-                        "checkpoint: run the same command again when the run is back"
+                        "checkpoint: run the same command to rejoin when a coordinator is back"
                     ) from None
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def until(self, wanted: Callable[[RunStatus], bool]) -> RunStatus:
-        """The first board for which ``wanted`` is true, now or later."""
+        """Wait for a status for which ``wanted`` is true, and return it."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.status is not None and wanted(self.status))
             assert self.status is not None
             return self.status
 
-    async def present(self) -> None:
-        """Tell the coordinator that this node is here, and with which state; not once it has left."""
+    async def send_hello(self) -> None:
+        """Introduce this node and its state to the coordinator, unless it has left."""
         if not self._left:
-            body = self._node.introduce()
+            body = self._node.hello()
             await self.submit(body, body.rounds)
 
     async def leave(self, reason: str, round_number: int) -> None:
-        """Say goodbye. What was begun may still be submitted, but this node does not come back."""
+        """Leave the run. Messages of the round may still be submitted, but the node does not rejoin."""
         self._left = True
         await self.submit(Leave(reason), round_number)
 
     async def submit(self, body: Body, round_number: int) -> None:
-        """Sign and send, again and again while the coordinator is away. Raises ``Refused`` with its reason."""
-        data = self._sealed(body, round_number)
+        """Sign and send a message; retry while the coordinator is unreachable. Raises ``Refused``."""
+        data = self._sign(body, round_number)
         while True:
             try:
                 await self._send(data)
@@ -148,20 +148,20 @@ class CoordinatorClient:
             except (Unreachable, Violation):
                 await asyncio.sleep(RETRY_SECONDS)  # watch() tells people, asks another coordinator, gives up in time
 
-    async def _introduce(self) -> None:
-        """:meth:`present` for :meth:`watch`, which must not wait for a coordinator: only it asks another one."""
+    async def _try_hello(self) -> None:
+        """:meth:`send_hello` for :meth:`watch`, which must not wait for a coordinator: only it asks another one."""
         if not self._left:
-            body = self._node.introduce()
-            await self._send(self._sealed(body, body.rounds))
+            body = self._node.hello()
+            await self._send(self._sign(body, body.rounds))
 
-    def _sealed(self, body: Body, round_number: int) -> bytes:
+    def _sign(self, body: Body, round_number: int) -> bytes:
         data = encode_envelope(self._identity.seal(body.DOMAIN, self._manifest.run_id, round_number, body.encode()))
-        if body.DOMAIN in REPEATED:
-            self._said[body.DOMAIN] = round_number, data
+        if body.DOMAIN in RESENT:
+            self._last_sent[body.DOMAIN] = round_number, data
         return data
 
     async def _send(self, data: bytes) -> None:
-        """To the coordinator of now, once. Raises what :meth:`Rpc.call` does."""
+        """Send to the present coordinator, once. Raises what :meth:`Rpc.call` does."""
         await self._rpc.call(self._coordinator, "submit", data, timeout=CALL_SECONDS, max_reply=64)
 
     async def _refresh(self) -> None:
@@ -177,25 +177,25 @@ class CoordinatorClient:
         open_envelope(envelope, domain=RunStatus.DOMAIN, run_id=self._manifest.run_id)
         status = decode(RunStatus, envelope.body)
         if self._coordinators[status.term % len(self._coordinators)] != envelope.author:
-            raise BadSignature(f"the board is signed by {envelope.author}, who does not lead in term {status.term}")
+            raise BadSignature(f"the status is signed by {envelope.author}, who does not lead in term {status.term}")
         if status.term < self._node.term:
-            await self._introduce()  # so that it hears of the later one
+            await self._try_hello()  # so that it hears of the later one
             raise Refused(f"it leads in term {status.term}, and this node follows the leader of term {self._node.term}")
         if status.term > self._promised:
             await self._follow(status)
         if status.note and status.phase != Phase.FINISHED and status.note != (self.status.note if self.status else ""):
             self._warn(f"the coordinator says: {status.note}")
         if self._repeat and status.phase != Phase.ELECTING:
-            await self._say_again(status)
+            await self._resend(status)
         async with self._changed:
             self.status = status
             self._changed.notify_all()
 
-    async def _say_again(self, status: RunStatus) -> None:
-        """Tell a new leader that goes on with the round what the one before was told of it."""
+    async def _resend(self, status: RunStatus) -> None:
+        """Send this round's messages again to a new leader that continues the round."""
         round_number = self._repeat
-        for domain in REPEATED:
-            said = self._said.get(domain)
+        for domain in RESENT:
+            said = self._last_sent.get(domain)
             if said is None or status.plan is None or (said[0], status.plan.round) != (round_number, round_number):
                 continue
             with contextlib.suppress(Refused):  # of an attempt that is over, say
@@ -203,16 +203,16 @@ class CoordinatorClient:
         self._repeat = 0
 
     async def _follow(self, status: RunStatus) -> None:
-        """Promise the board's author to take part in nothing earlier; what was said in this round is repeated."""
+        """Promise the status's author to take part in no earlier term; this round's messages will be sent again."""
         try:
             promise = await self._node.promise(status.term, status.claim)
         except Refusal as refusal:
-            await self._introduce()  # so that it hears of a later term
+            await self._try_hello()  # so that it hears of a later term
             raise Refused(str(refusal)) from None
-        await self._send(self._sealed(promise, promise.rounds))
+        await self._send(self._sign(promise, promise.rounds))
         self._promised = status.term
         self._repeat = promise.rounds + 1
 
-    def _ask_another(self) -> None:
+    def _next_coordinator(self) -> None:
         place = self._coordinators.index(self._coordinator)
         self._coordinator = self._coordinators[(place + 1) % len(self._coordinators)]

@@ -1,7 +1,7 @@
-"""The worker: a replica, and the network around it.
+"""The worker: a replica and the network around it.
 
-Training runs on one thread of its own, the network on the event loop; they meet where the round says so. The
-way through a round is ``Worker._take_part``, top to bottom.
+Training runs on a thread of its own, the network on the event loop; they meet where a round requires it. One round
+reads top to bottom in ``Worker._take_part``.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ from psyche.worker.voter import Voter
 
 
 def concerns(status: RunStatus, chain: Chain, rules: Rules) -> bool:
-    """Whether there is something to do for a node that holds ``chain``: a state to catch up with, a round to take part
-    in, or the end. A plan that the manifest does not allow is no round: what it asks for would get no vote."""
+    """Return whether a node at ``chain`` has something to do: catch up with a state, take part in a round, or finish.
+
+    A plan that the manifest does not allow is ignored: its record would get no vote.
+    """
     if behind(status, chain) or status.phase == Phase.FINISHED:
         return True
     plan = status.plan
@@ -62,7 +64,7 @@ def concerns(status: RunStatus, chain: Chain, rules: Rules) -> bool:
 
 
 class Worker:
-    """One volunteer node, from its first word to the coordinator to its goodbye."""
+    """One volunteer node in a run, from joining to leaving."""
 
     def __init__(
         self,
@@ -77,8 +79,8 @@ class Worker:
         leave_request: LeaveRequest | None = None,
         supply: Supply | None = None,
     ) -> None:
-        """``certificate`` is that of the last round applied, where the replica comes from a checkpoint;
-        ``leave_request`` will say that this node is to leave; ``supply`` has the text here, unless it all is."""
+        """``certificate``: that of the last round applied, if the replica comes from a checkpoint. ``leave_request``:
+        set when this node is to leave. ``supply``: fetches shards, if they are not all here."""
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
@@ -87,14 +89,12 @@ class Worker:
         self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificate)
         self._client = CoordinatorClient(self.manifest, identity, network.rpc, self, self._warn)
         deadlines = self.manifest.run.deadlines
-        self._graceful_leave = GracefulLeave(
-            leave_request or LeaveRequest(), self._client, deadlines, identity.peer_id, log
-        )
+        self._leave = GracefulLeave(leave_request or LeaveRequest(), self._client, deadlines, identity.peer_id, log)
         journal = PayloadJournal(directory / JOURNAL, self._warn)
         self._payload_store = PayloadStore(network, BlobRetention(network.blobs), journal, self._report_violation)
         self._supply = supply or Supply()
         self._trainer = TrainingThread(
-            replica, settings.threads, self._graceful_leave, lambda: self._client.status, self._supply, log
+            replica, settings.threads, self._leave, lambda: self._client.status, self._supply, log
         )
         self._state = NodeState(
             replica,
@@ -137,9 +137,9 @@ class Worker:
         self._reporter = RoundReporter(replica, network, self._client, self._trainer, log)
 
     async def run(self) -> None:
-        """Take part until the run is finished, or this node is asked to leave and has handed in what it can.
+        """Take part until the run is finished, or until this node was asked to leave and has submitted what it can.
 
-        Cancelling it says goodbye at once.
+        Cancelling it leaves the run at once.
         """
         backend = self.replica.backend
         self.log.emit(events.Notice(level="info", text=f"codecs are computed by {backend.name} ({backend.detail})"))
@@ -148,16 +148,16 @@ class Worker:
         await self._catch_up.recover(self.ledger)
         await serve_chain(self.network, self.ledger)
         await self._auditor.serve()
-        watching = asyncio.create_task(self._present())
+        watching = asyncio.create_task(self._join())
         working = asyncio.create_task(self._rounds())
-        leaving = asyncio.create_task(self._graceful_leave.run(working))
+        leaving = asyncio.create_task(self._leave.run(working))
         try:
             await asyncio.wait({watching, working, leaving}, return_when=asyncio.FIRST_COMPLETED)
             for task in (working, watching):
                 if task.done():
                     task.result()
         except PsycheError:
-            self._graceful_leave.failed = True
+            self._leave.failed = True
             raise
         finally:
             self._stopping = True
@@ -165,16 +165,16 @@ class Worker:
                 task.cancel()
             await asyncio.gather(leaving, watching, working, return_exceptions=True)
             for stop in (self._trainer.stop_overlap, self._trainer.stop_warm_up):
-                with contextlib.suppress(PsycheError):  # of an engine that is gone, which is known by now
+                with contextlib.suppress(PsycheError):  # the engine has failed, which was reported before
                     await stop()
             await self._auditor.close()
             await self._supply.close()
-            await self._graceful_leave.goodbye(self.replica.chain.rounds, finished=self._finished())
-            self._graceful_leave.tell()
+            await self._leave.send_leave(self.replica.chain.rounds, finished=self._finished())
+            self._leave.log_outcome()
             await self._trainer.close()
 
-    async def _present(self) -> None:
-        """Present this node and follow the run. No round waits for what is done before that."""
+    async def _join(self) -> None:
+        """Compile the model, then join the run and follow its status. No round waits for the compilation."""
         await self._trainer.compile(self.settings)
         await self._client.watch()
 
@@ -184,7 +184,7 @@ class Worker:
         replica = self.replica
         if not behind(await self._client.until(lambda status: True), replica.chain):
             self._supply.begin(replica.chain.position)
-        while not self._graceful_leave.asked:
+        while not self._leave.asked:
             if not self._finished():
                 self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
             status = await self._client.until(lambda status: concerns(status, replica.chain, self._voter.rules))
@@ -201,22 +201,22 @@ class Worker:
             elif status.plan is not None:
                 with contextlib.suppress(RoundClosed):
                     await self._take_part(status.plan)
-                self._graceful_leave.end()
+                self._leave.end_round()
         await self._auditor.interrupt()
-        await self._state.save(force=not self._graceful_leave.quickly)
+        await self._state.save(force=not self._leave.quickly)
         if not self._finished():
             return
         self.log.emit(events.RunFinished(rounds=replica.chain.rounds, reason="all rounds are done"))
 
-    # ----------------------------------------------------------------- what BoardClient asks of its node
+    # ----------------------------------------------------------------- what CoordinatorClient asks of the node
 
     @property
     def term(self) -> int:
-        """Of the leader this node follows."""
+        """The term of the leader this node follows."""
         return self._voter.term
 
-    def introduce(self) -> Hello:
-        """What this node says of itself to a coordinator that does not know it."""
+    def hello(self) -> Hello:
+        """Return the message that introduces this node to a coordinator that does not know it."""
         chain = self.replica.chain
         seen = self._voter.certificate
         certificate = None if seen is None else decode(Certificate, seen)
@@ -224,28 +224,28 @@ class Worker:
         return Hello(chain.rounds, chain.head, chain.state_root, device, self._voter.claim, certificate)
 
     async def promise(self, term: int, claim: bytes) -> Promise:
-        """Follow the leader of ``term``."""
+        """Follow the leader of ``term``, who signed ``claim``."""
         return await self._voter.promise(term, claim, self.replica.chain.rounds)
 
     # ------------------------------------------------------------------------------------- a round
 
     async def _take_part(self, plan: Plan) -> None:
-        """One round, from the plan to the attestation. Raises :class:`RoundClosed` where it ended without us.
+        """Take part in one round, from the plan to the attestation. Raises :class:`RoundClosed` if it closes before.
 
-        A node that came too late to be a member follows all the same: it takes the outer step with the others,
-        and so is in step when the next round is planned.
+        A node that joined too late to be a member takes the outer step with the members, and so has the state that the
+        next round starts from.
         """
         self._trainer.timer.start_round()
         self._payload_store.retention.next_round()
-        self._voter.follows(plan)  # from here on: who takes over while members train goes on with the round, too
-        work = None
+        self._voter.follows(plan)  # from here on, a coordinator that takes over continues this round
+        update = None
         if (quota := plan.member(self.identity.peer_id)) is not None:
             members = tuple(member.node for member in plan.members)
             self.log.emit(events.RoundStarted(round=plan.round, members=members, inner_steps=quota.inner_steps))
-            self._graceful_leave.begin(plan)
+            self._leave.begin_round(plan)
             await self._trainer.stop_warm_up()
             await self._auditor.interrupt()
-            work = await self._train(plan)
+            update = await self._train(plan)
             self._trainer.timer.start_exchange()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
         else:
@@ -253,44 +253,43 @@ class Worker:
             if not self._auditor.begin(plan.round):
                 self.log.emit(events.PhaseChanged(round=plan.round, phase="following"))
         try:
-            if work is not None and self.manifest.run.overlap.overlap_steps:
+            if update is not None and self.manifest.run.overlap.overlap_steps:
                 self._trainer.start_overlap(plan)
             exchange = self._exchange(plan)
-            record, gradient = await self._certify(plan, work, exchange)
+            record, gradient = await self._certify(plan, update, exchange)
         except RoundClosed as closed:
             await self._trainer.stop_overlap()
-            if work is not None and not closed.accepted:
-                await self._trainer.do(self.replica.restore_update, work)
+            if update is not None and not closed.accepted:
+                await self._trainer.do(self.replica.restore_update, update)
             await self._trainer.do(self.replica.discard_local_steps)
             raise
         await self._state.apply(record, gradient)
         await self._auditor.follow(record)
-        if work is not None and all(one.node != self.identity.peer_id for one in record.accepted):
-            await self._trainer.do(self.replica.restore_update, work)
+        if update is not None and all(one.node != self.identity.peer_id for one in record.accepted):
+            await self._trainer.do(self.replica.restore_update, update)
         self._trainer.timer.end_exchange()
         self._reporter.announce(record)
-        if (
-            leaves := self._graceful_leave.asked
-        ):  # said before the last attestation, after which the next round is planned
+        leaves = self._leave.asked
+        if leaves:  # before the last attestation, after which the coordinator plans the next round
             if quota is not None:
-                await self._reporter.report(plan, work, evaluate=False)
-            await self._graceful_leave.goodbye(plan.round, finished=self._finished())
+                await self._reporter.report(plan, update, evaluate=False)
+            await self._leave.send_leave(plan.round, finished=self._finished())
         suspects = await self._suspects(record, exchange)
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root, suspects), plan.round)
         except Refused:
-            await self._client.present()  # too late for the round, not for the run
-        self._graceful_leave.end(record)
+            await self._client.send_hello()  # the round is over, the run is not
+        self._leave.end_round(record)
         if quota is not None and not leaves:
-            await self._reporter.report(plan, work)
+            await self._reporter.report(plan, update)
         if not self._auditor.busy:
             await self._state.save()
 
-    async def _certify(self, plan: Plan, work: LocalUpdate | None, exchange: Exchange) -> tuple[Record, Gradient]:
-        """Exchange payloads and vote. Raises :class:`RoundClosed`."""
+    async def _certify(self, plan: Plan, update: LocalUpdate | None, exchange: Exchange) -> tuple[Record, Gradient]:
+        """Exchange payloads and vote. Return the record and its outer gradient, or raise :class:`RoundClosed`."""
         return await RoundExchange(
             plan,
-            work,
+            update,
             self.replica.chain,
             voter=self._voter,
             client=self._client,
@@ -300,58 +299,58 @@ class Worker:
         ).run()
 
     async def _train(self, plan: Plan) -> LocalUpdate | None:
-        """The inner steps, and the commitment to them; None where the round closed before we were done."""
+        """Train and commit. Returns None if the round closed before, or this node could not train."""
         await self._supply.ready(plan, self.identity.peer_id, lambda: self._closed_to_me(plan))
         self.log.emit(events.PhaseChanged(round=plan.round, phase="training"))
         try:
-            work = await self._trainer.train(plan, lambda: self._stopping or self._closed_to_me(plan))
+            update = await self._trainer.train(plan, lambda: self._stopping or self._closed_to_me(plan))
         except TrainingCancelled:
-            self._warn(f"round {plan.round} closed before this node was done; it follows the others")
-            self._graceful_leave.end()
+            self._warn(f"round {plan.round} closed before this node finished training: its steps are lost")
+            self._leave.end_round()
             return None
         except BadShard:
-            self._warn(f"this node takes no part in round {plan.round}: it does not have the text of its part")
-            self._graceful_leave.end()
+            self._warn(f"this node does not train in round {plan.round}: the shards assigned to it are missing here")
+            self._leave.end_round()
             return None
         except PrivacyBudgetSpent as spent:
             self._warn(str(spent))
-            self._graceful_leave.decide()
-            self._graceful_leave.end()
+            self._leave.request_leave()
+            self._leave.end_round()
             return None
         self._account_for(plan)
         self.log.emit(events.PhaseChanged(round=plan.round, phase="committing"))
-        digest = work.contribution.commitment(self.identity.peer_id, self.manifest.run_id, plan.round)
+        digest = update.contribution.commitment(self.identity.peer_id, self.manifest.run_id, plan.round)
         try:
             await self._client.submit(Commitment(digest, plan.term), plan.round)
         except Refused as refusal:
             self._warn(f"contribution rejected: {refusal}; it is kept as error feedback for the next round")
-            self._graceful_leave.end()
-        self._graceful_leave.sealed()
-        return work
+            self._leave.end_round()
+        self._leave.record_commitment()
+        return update
 
     async def _suspects(self, record: Record, exchange: Exchange) -> tuple[str, ...]:
-        """Whose contribution stands out, and so is to be audited, if anybody's is."""
+        """Return the nodes whose contribution is an outlier and should be audited."""
         if self._outlier_detector is None:
             return ()
         counts, seen = exchange.layout.counts, exchange.needed_slices()
         held = {node: exchange.payloads[node] for node in exchange.held if node in exchange.payloads}
         found = await asyncio.to_thread(self._outlier_detector.look, record, counts, held, seen)
         for node, check in found.items():
-            self._inform(f"the work of {node[-6:]} stands out in round {record.plan.round}: {check}")
+            self._inform(f"the contribution of {node[-6:]} to round {record.plan.round} is an outlier: {check}")
         return tuple(found)
 
     def _account_for(self, plan: Plan) -> None:
-        """Say what of a privacy budget is spent. A node that has no round left in it leaves after this one."""
+        """Log the privacy budget spent. A node whose budget allows no further round leaves after this one."""
         if self.replica.private is None:
             return
         account = self.replica.private.account(plan.round)
         self.log.emit(account)
         if not account.rounds_left and plan.round < self.manifest.run.rounds.total:
-            self._warn("the privacy budget has no round left: this node leaves the run after this one")
-            self._graceful_leave.decide()
+            self._warn("the privacy budget allows no further round: this node leaves the run after this one")
+            self._leave.request_leave()
 
     def _exchange(self, plan: Plan) -> Exchange:
-        """This node's part in exchanging the round's payloads."""
+        """Return this node's side of the exchange of a round's payloads."""
         counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
         layout = PayloadLayout(self.replica.codec, counts)
         run = self.manifest.run
@@ -363,7 +362,7 @@ class Worker:
     # -------------------------------------------------------------------------------------- helpers
 
     async def _update_local(self, function: Callable[[], None]) -> None:
-        """Where what trains is somebody else's work, an outer step has nothing to move there, and does not wait."""
+        """Change x on the training thread; at once while an audit has the engine, as there is no x to move then."""
         await (asyncio.to_thread(function) if self._auditor.busy else self._trainer.do(function))
 
     def _closed_to_me(self, plan: Plan) -> bool:
@@ -382,6 +381,6 @@ class Worker:
         self.log.emit(events.Notice(level="info", text=text))
 
     def _warn(self, text: str) -> None:
-        if text != self._warned:  # what is tried again every second is said once
+        if text != self._warned:  # a warning that repeats every second is logged once
             self._warned = text
             self.log.emit(events.Notice(level="warning", text=text))

@@ -39,7 +39,7 @@ class Line:
 class Newcomer:
     term = 0
 
-    def introduce(self) -> Hello:
+    def hello(self) -> Hello:
         return Hello(0, bytes(32), bytes(32), "CPU", None, None)
 
     async def promise(self, term: int, claim: bytes) -> Promise:
