@@ -1,4 +1,4 @@
-"""The codecs section of the convergence bench: real runs at a size where nothing is learned but everything happens."""
+"""The codecs section of the convergence bench, with real runs of a tiny model."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_entropy_coded_rows_have_the_losses_of_their_trial_and_the_bytes_of_topk
     sent: list[int] = []
     real = simulate_rounds
 
-    def watching(manifest, replicas, late, due):  # type: ignore[no-untyped-def]
-        for record, works in real(manifest, replicas, late, due):
+    def watching(manifest, replicas, overlap_steps, quotas):  # type: ignore[no-untyped-def]
+        for record, works in real(manifest, replicas, overlap_steps, quotas):
             sent.append(sum(len(part) for work in works.values() for part in work.payload))
             yield record, works
 

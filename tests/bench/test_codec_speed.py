@@ -1,4 +1,4 @@
-"""The codec bench end to end, on vectors so small that its speeds mean nothing but its rows must be right."""
+"""The codec bench end to end on small vectors: its rows are right; speeds are not asserted."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_codec_has_both_passes_and_every_backend_an_outer_step(everything:
     assert ours == passes + [(None, backend, "outer") for backend in names]
 
 
-def test_rivals_stand_beside_them_in_the_same_run(everything: Result[CodecRow]) -> None:
+def test_rivals_are_measured_in_the_same_run(everything: Result[CodecRow]) -> None:
     found = {(row.system, row.codec, row.pass_) for row in everything.rows}
     for codec in ("Uniform8Bit", "Quantile8Bit", "Float16", "ScaledFloat16"):
         assert {("hivemind", codec, "encode"), ("hivemind", codec, "decode_add")} <= found
@@ -89,7 +89,7 @@ def test_rivals_stand_beside_them_in_the_same_run(everything: Result[CodecRow]) 
     assert {("pytorch", "SGD", "outer"), ("pytorch", "SGD, fused", "outer")} <= found
 
 
-def test_rows_are_flat_finite_and_without_meaningless_numbers(everything: Result[CodecRow]) -> None:
+def test_rows_are_flat_and_finite_and_omit_what_does_not_apply(everything: Result[CodecRow]) -> None:
     for row in to_json(everything.rows):
         assert set(row) == FIELDS
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, (int, float)))
@@ -101,7 +101,7 @@ def test_rows_are_flat_finite_and_without_meaningless_numbers(everything: Result
         assert (row["share_of_copy"] is None) == (is_sparse and row["pass"] == "decode_add")
 
 
-def test_errors_and_sizes_are_those_that_the_codecs_promise(everything: Result[CodecRow]) -> None:
+def test_errors_and_sizes_match_the_codecs(everything: Result[CodecRow]) -> None:
     rows = {row.codec: row for row in everything.rows if row.system == "psyche" and row.pass_ == "encode"}
     assert rows["fp32"].rel_l2_real == rows["fp32"].rel_l2_gaussian == 0.0
     errors = [rows[name].rel_l2_gaussian for name in ("fp32", "int8", "int4-32", "int4", "int2", "topk2")]
@@ -157,7 +157,7 @@ def test_filters_keep_what_they_name(setting: Setting) -> None:
     assert {row.backend for row in rows} == {"torch"}
 
 
-def test_names_that_do_not_exist_are_answered_with_those_that_do(setting: Setting) -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones(setting: Setting) -> None:
     with pytest.raises(PsycheError, match="--codec int9: unknown or unavailable here; choose from fp32, int8, "):
         bench.measure(Plan(codecs=["int8", "int9"]), setting)
     with pytest.raises(PsycheError, match=r"--backend abacus: unknown or unavailable here; choose from .*torch"):
@@ -167,7 +167,7 @@ def test_names_that_do_not_exist_are_answered_with_those_that_do(setting: Settin
 
 
 @pytest.mark.parametrize("system", ["torchao", "bitsandbytes"])
-def test_an_absent_rival_is_left_out_with_a_word(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_rival_is_left_out_with_a_note(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in [name for name in sys.modules if name.split(".")[0] == system]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, system, None)  # what Python itself does to forbid an import
@@ -275,7 +275,7 @@ def test_comparison_with_hivemind_takes_the_fastest_backend() -> None:
     assert against_rival(ours) == []
 
 
-def test_tables_of_psyche_alone_can_be_shown(setting: Setting) -> None:
+def test_tables_without_rivals_can_be_shown(setting: Setting) -> None:
     result = bench.measure(Plan(size=PROBE, codecs=["fp32"], rivals=False), setting)
     console = Console(file=io.StringIO(), width=132)
     bench.show(result, console)
@@ -289,11 +289,11 @@ def test_tables_of_psyche_alone_can_be_shown(setting: Setting) -> None:
     ("text", "count"),
     [("4096", 4096), ("4097", 8192), ("64M", 64_000_000), ("16Mi", 1 << 24), ("1G", 1_000_001_536), ("100k", 102_400)],
 )
-def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
+def test_sizes_are_parsed(text: str, count: int) -> None:
     assert parameters(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "M", "1.5M", "-4096", "16 Mi", "12ki", "many"])
-def test_other_sizes_are_refused(text: str) -> None:
+def test_malformed_sizes_are_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="number of parameters"):
         parameters(text)

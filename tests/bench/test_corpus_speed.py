@@ -1,4 +1,4 @@
-"""The data bench end to end, on so little text that its speeds mean nothing but its rows must be there."""
+"""The data bench end to end on little text: its rows exist; speeds are not asserted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The acceptance of the dense codecs: DiLoCo trained with them ends where fp32 DiLoCo ends."""
+"""Acceptance of the dense codecs: DiLoCo with them reaches the loss of fp32 DiLoCo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine bench: that every way trains the same thing, not how fast it was."""
+"""The engine bench: every way trains on the same batches; speeds are not asserted."""
 
 from __future__ import annotations
 

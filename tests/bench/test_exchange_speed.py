@@ -1,4 +1,4 @@
-"""The exchange bench: its arithmetic, and one run of it small enough that only its rows mean something."""
+"""The exchange bench: its arithmetic, and the rows of one small run."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_unknown_names_are_refused_with_those_that_exist(option: tuple[str, str]
     assert option[1] in str(result.exception)
 
 
-def test_what_does_not_fit_the_memory_is_refused_before_anything_is_started() -> None:
+def test_a_plan_that_exceeds_memory_is_refused_before_processes_start() -> None:
     with pytest.raises(PsycheError, match="name fewer codecs and exchanges, or lower --peers or --params"):
         measure(Plan(peers=2, parameters=1 << 44))
 
@@ -147,7 +147,7 @@ def tiny() -> tuple[Plan, Result[ExchangeRow]]:
 
 
 @pytest.mark.slow
-def test_a_row_tells_the_whole_exchange(tiny: tuple[Plan, Result[ExchangeRow]]) -> None:
+def test_a_row_describes_the_whole_exchange(tiny: tuple[Plan, Result[ExchangeRow]]) -> None:
     (row,) = tiny[1].rows
     assert (row.system, row.exchange, row.codec, row.repeats) == ("psyche", "gather", "int8", 2)
     assert (row.averaged, row.payload_bytes > 1 << 20) == (2, True)
@@ -171,7 +171,7 @@ def test_json_rows_are_flat_and_finite(tiny: tuple[Plan, Result[ExchangeRow]]) -
 
 
 @pytest.mark.slow
-def test_the_table_says_what_was_measured(tiny: tuple[Plan, Result[ExchangeRow]]) -> None:
+def test_the_preface_says_what_was_measured(tiny: tuple[Plan, Result[ExchangeRow]]) -> None:
     screen = io.StringIO()
     show(*tiny, Console(file=screen, width=150))
     assert "2 peers, 1.0M parameters, on the loopback interface, not shaped" in screen.getvalue()

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh must be right the first time somebody has a GPU: all of it but the launch runs here."""
+"""scripts/gpu_check.sh: everything but the launch on a GPU."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ sys.exit(main(["--emulate", "--only", "training", "--out", sys.argv[1]]))
 """
 
 
-def test_it_runs_with_nothing_but_torch_transformers_and_cuda_core(tmp_path: Path) -> None:
+def test_it_runs_with_only_torch_transformers_and_cuda_core(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", RESTRICTED, str(tmp_path), *sorted(ONLY | THEIRS)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ def test_engine_and_loop_train_the_same_and_are_measured_alike() -> None:
     assert (engine.steps, engine.seconds, engine.tokens_per_second) == (2, 1.0, 2 * 4 * 64)
 
 
-def test_slow_steps_are_few() -> None:
+def test_slow_steps_are_limited_in_number() -> None:
     losses: list[float] = []
     clock = Clock()
 
@@ -47,7 +47,7 @@ def test_slow_steps_are_few() -> None:
     assert len(losses) == training.WARM_UP + 2
 
 
-def test_a_loss_that_is_no_number_is_a_failure() -> None:
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         training._measured(training.TINY, torch.device("cpu"), Clock(), lambda: float("nan"))
 

@@ -1,4 +1,4 @@
-"""The join bench's plan and rows; a run of it is among the slow tests."""
+"""Plan and rows of the join bench. A whole run is in tests/slow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_model_is_about_as_large_as_asked_for() -> None:
         assert made.line_seconds == 8 * made.state_bytes / 1e8
 
 
-def test_a_newcomer_comes_after_a_share_of_the_steps_and_before_the_last() -> None:
+def test_a_newcomer_starts_after_a_share_of_the_steps_and_before_the_last() -> None:
     assert [round_steps(TRIAL, share) for share in (0.0, 0.55, 1.0)] == [0, 5, 9]
 
 
@@ -80,6 +80,6 @@ def test_without_a_warm_up_the_first_step_is_that_of_a_round() -> None:
     assert row.first_step == row.member == 21
 
 
-def test_who_took_no_state_is_told_of() -> None:
+def test_a_newcomer_that_fetched_no_state_is_an_error() -> None:
     with pytest.raises(PsycheError, match="no state"):
         row_of(TRIAL, Newcomer(0.0, BEGAN, 2.5, events_of()[:-1]), DONORS)

@@ -1,4 +1,4 @@
-"""The convergence bench end to end, at a size where nothing is learned but everything happens."""
+"""The convergence bench end to end, with real runs of a tiny model."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def test_a_nudged_trial_begins_with_other_parameters(setting: Setting, monkeypat
     begun: list[tuple[str, Tensor]] = []
     real = simulate_rounds
 
-    def watching(manifest, replicas, late, due):  # type: ignore[no-untyped-def]
+    def watching(manifest, replicas, overlap_steps, quotas):  # type: ignore[no-untyped-def]
         begun.extend((manifest.resolved.genesis, one.outer.theta.clone()) for one in replicas.values())
-        return real(manifest, replicas, late, due)
+        return real(manifest, replicas, overlap_steps, quotas)
 
     monkeypatch.setattr("psyche.bench.convergence.trial.simulate_rounds", watching)
     for nudge in (0.0, NUDGE):
@@ -133,8 +133,8 @@ def test_the_payload_counted_is_the_payload_sent(setting: Setting, monkeypatch: 
     sent: list[int] = []
     real = simulate_rounds
 
-    def watching(manifest, replicas, late, due):  # type: ignore[no-untyped-def]
-        for record, works in real(manifest, replicas, late, due):
+    def watching(manifest, replicas, overlap_steps, quotas):  # type: ignore[no-untyped-def]
+        for record, works in real(manifest, replicas, overlap_steps, quotas):
             sent.extend(sum(map(len, work.payload)) for work in works.values())
             yield record, works
 
@@ -156,7 +156,7 @@ def test_trials_repeat_to_the_bit(setting: Setting) -> None:
     assert first == second
 
 
-def test_steps_that_are_no_whole_rounds_are_refused(setting: Setting) -> None:
+def test_steps_that_are_not_whole_rounds_are_refused(setting: Setting) -> None:
     with pytest.raises(ValueError, match="8 steps are not whole rounds of 3"):
         run_of(setting, _diloco(inner_steps=3))
 
@@ -222,7 +222,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_at_any_moment_no_child_is_left(tmp_path: Path, number: signal.Signals) -> None:
+def test_no_child_outlives_a_stopped_run(tmp_path: Path, number: signal.Signals) -> None:
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
     process = subprocess.Popen(
@@ -249,7 +249,7 @@ def test_stopped_at_any_moment_no_child_is_left(tmp_path: Path, number: signal.S
             os.kill(pid, signal.SIGKILL)
 
 
-def test_while_children_are_started_ctrl_c_waits_whichever_thread_hears_it() -> None:
+def test_ctrl_c_is_held_while_children_start_whichever_thread_receives_it() -> None:
     begun, over = threading.Event(), threading.Event()
     other = threading.Thread(target=lambda: (begun.set(), over.wait()))  # blocks nothing
     other.start()

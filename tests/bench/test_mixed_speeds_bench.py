@@ -1,4 +1,4 @@
-"""The mixed bench's plan, rows and comparison of losses; a run of it is among the slow tests."""
+"""Plan, rows and loss comparison of nodes with different speeds. A whole run is in tests/slow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_fastest_takes_the_seconds_that_are_asked_for() -> None:
     assert (rounds.total, rounds.inner_steps, rounds.start_members) == (SKIPPED + 3, 5, 3)
 
 
-def test_rows_are_what_logs_and_ledger_say(tmp_path: Path) -> None:
+def test_rows_follow_from_logs_and_ledger(tmp_path: Path) -> None:
     """Each round begins at 100 × its number; node n commits n seconds later, and is in steps for half of 10 seconds."""
     home = tmp_path / "coordinator"
     home.mkdir()

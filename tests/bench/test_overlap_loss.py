@@ -1,4 +1,4 @@
-"""The overlap section of the convergence bench: real runs at a size where nothing is learned but everything happens."""
+"""The overlap section of the convergence bench, with real runs of a tiny model."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_the_tables_show_every_way_once(section: OverlapLoss, rows: list[Overlap
     assert sum("(nudged)" in line for line in lines) == 1
 
 
-def test_one_section_at_a_time() -> None:
+def test_only_one_section_runs_at_a_time() -> None:
     result = CliRunner().invoke(app, ["convergence", "--overlap", "--codecs"])
     assert result.exit_code == 2
     assert "choose one of them" in result.output

@@ -1,4 +1,4 @@
-"""The federated section of the convergence bench: real runs, too small to learn anything, where all of it happens."""
+"""The federated section of the convergence bench, with real runs of a tiny model."""
 
 from __future__ import annotations
 

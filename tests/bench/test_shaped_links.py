@@ -1,4 +1,4 @@
-"""Shaped links: what they let through, and that nothing of them stays behind."""
+"""Shaped links: their rates, and that no namespace is left behind."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def test_a_burst_is_at_least_a_few_frames_and_never_fakes_a_transfer(bits: int) 
     assert queue_bytes(bits) > burst_bytes(bits)
 
 
-def test_who_is_not_root_hears_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_root_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(PsycheError, match="need root"), shaped([Link()]):
         pass
 
 
-def test_without_tc_one_hears_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tc_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(PsycheError, match="apt-get install iproute2"), shaped([Link()]):

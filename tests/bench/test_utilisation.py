@@ -1,4 +1,4 @@
-"""The utilisation bench's plan and rows; a run of it is among the slow tests."""
+"""Plan and rows of the utilisation bench. A whole run is in tests/slow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_where_the_rate_is_given_the_steps_follow_from_it() -> None:
     assert 8 * moved / 1e7 == pytest.approx(0.3 * computing, rel=0.05)
 
 
-def test_a_parameter_is_synchronised_equally_often_whatever_the_way() -> None:
+def test_a_parameter_is_exchanged_equally_often_in_every_mode() -> None:
     for trial in planned_runs(PLAN):
         run = trial.config.run
         assert run.rounds.inner_steps * run.overlap.fragments == PLAN.inner_steps
@@ -50,7 +50,7 @@ def test_a_parameter_is_synchronised_equally_often_whatever_the_way() -> None:
         assert run.rounds.start_members == 4
 
 
-def test_late_steps_are_more_than_the_wire_takes_and_no_more_than_a_round() -> None:
+def test_overlap_steps_exceed_the_transfer_and_not_the_round() -> None:
     assert overlap_of("none", 40, 0.3)[0].overlap_steps == 0
     for mode in ("tail", "fragments"):
         setting, steps = overlap_of(mode, 40, 0.3)
@@ -79,7 +79,7 @@ def test_rows_are_sums_over_the_rounds_that_count(tmp_path: Path) -> None:
     assert "80.0" in screen.getvalue()
 
 
-def test_a_node_that_took_part_in_nothing_is_named(tmp_path: Path) -> None:
+def test_a_node_without_a_counted_round_is_named(tmp_path: Path) -> None:
     with pytest.raises(PsycheError, match="node-1 took part in no round that counts"):
         rows_of(planned_runs(PLAN)[0], _log(tmp_path / "c.jsonl", 0), [_log(tmp_path / "n.jsonl", SKIPPED)])
 

@@ -1,4 +1,4 @@
-"""The benches on shaped links, with the rivals: that they measure what they say, not how fast it was."""
+"""The benches on shaped links, with the rivals: what they measure is right; speeds are not asserted."""
 
 from __future__ import annotations
 
