@@ -35,7 +35,7 @@ from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules, StatementReceived
 from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.wire import Body, encode_envelope
-from tests.protocol.players import contribution
+from tests.protocol.one_leader import contribution
 
 COORDINATOR = Identity(bytes(31) + b"c", Path("unused"))
 

@@ -33,7 +33,7 @@ from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules
 from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.wire import Body, encode_envelope
-from tests.protocol.players import contribution
+from tests.protocol.one_leader import contribution
 
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
 MEMBERS.sort(key=lambda identity: identity.peer_id)

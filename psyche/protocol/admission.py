@@ -1,6 +1,6 @@
-"""What happens to a run from outside: every event is taken into the state, or refused with a reason.
+"""Applies events to the coordinator's state, or refuses them with a code and a reason.
 
-Nobody's claim sets their own weight, and nothing that a member sends may do more than fill its own place.
+No node sets its own weight, and a message changes only what belongs to its sender.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ V = TypeVar("V")
 
 
 def apply_event(rules: Rules, state: State, event: Event, now: float) -> Step:
-    """The state after ``event``, before anything that follows from it is done."""
+    """Return the state after ``event``, before the transitions that follow from it."""
     match event:
         case Tick():
             return state, []
@@ -91,10 +91,10 @@ def apply_event(rules: Rules, state: State, event: Event, now: float) -> Step:
 
 
 def _hear(rules: Rules, state: State, event: StatementReceived) -> Step:
-    """Keep a statement of an auditor until it is on record. One on an audit that has ended is not needed any more.
+    """Keep an auditor's statement until it is on record. Statements on audits that have ended are dropped.
 
-    A member that has taken the outer step of a certified round speaks from that round's record, which may be a moment
-    before this coordinator has settled it.
+    A member that has applied a certified round refers to that round's record, which may be a moment before this
+    coordinator has counted the attestations.
     """
     audit_state, round_number = state.audit_state, state.rounds + 1
     if (current := state.round) is not None and current.certified and current.proposal is not None:
@@ -113,8 +113,8 @@ def _refusal(rules: Rules, state: State, event: Submission) -> Refusal | None:
     current = state.round
     if current is None or current.plan.round != event.round:
         return RefusalCode.WRONG_ROUND, f"round {event.round} is not open: {state.rounds} rounds are certified"
-    # Who only follows a round may attest, too: that is how a newcomer gets into the next one. And it may vote, if the
-    # record before named it: a voter that was not ready when the round was planned would be missing for a quorum.
+    # Nodes that only follow a round may attest, too: that is how a newcomer gets into the next plan. They may vote, if
+    # the previous record named them: a quorum may need a voter that was not ready when the round was planned.
     follows = isinstance(event, (Attested, Voted)) and event.node in state.peers
     if current.plan.member(event.node) is None and not follows:
         return RefusalCode.NOT_A_MEMBER, f"not a member of round {event.round}"
@@ -224,7 +224,7 @@ def _accept(state: State, event: Submission, now: float) -> State:
 
 
 def _promise(state: State, event: Promised) -> Step:
-    """A voter that is ahead of this coordinator proves it first: what it voted for belongs to a round unknown here."""
+    """Keep a promise. A voter ahead of this coordinator must prove it first: it voted in a round unknown here."""
     if event.term != state.lead_term:
         return state, [
             Rejected(event.node, RefusalCode.WRONG_TERM, f"this coordinator does not lead in term {event.term}")
@@ -237,10 +237,10 @@ def _promise(state: State, event: Promised) -> Step:
 
 
 def _restore(rules: Rules, state: State, record: Record) -> Step:
-    """Take over a certified history longer than ours.
+    """Take over a longer certified history.
 
-    It can only be ours, from before a restart: a round that was opened meanwhile in ignorance of it is dropped. What
-    this coordinator has certified itself stands.
+    It can only be this run's, from before a restart: a round opened meanwhile in ignorance of it is dropped. What this
+    coordinator has certified itself stands.
     """
     if record.plan.round <= state.rounds:
         return state, []
@@ -254,7 +254,7 @@ def _restore(rules: Rules, state: State, record: Record) -> Step:
 
 
 def after_record(rules: Rules, state: State, record: Record, state_root: bytes) -> State:
-    """The state between ``record``'s round and the next one."""
+    """Return the state between ``record``'s round and the next one."""
     current = state.round
     if current is not None and current.plan == record.plan:
         state = replace(state, speeds=measured(state.speeds, current, record, state.peers))
@@ -285,15 +285,15 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
 
 
 def _still_wanted(statement: StatementReceived, audit_state: AuditState) -> bool:
-    """Whether a later record can hold it: it is not on record, and its audit is open."""
+    """Whether a later record can hold the statement: it is not on record, and its audit is open."""
     open_audits = {(audit.accused, audit.round) for audit in audit_state.audits}
     return statement.key in open_audits and statement.proof not in audit_state.statements
 
 
 def suspects_of(current: Round | None, record: Record) -> frozenset[str]:
-    """Whose contribution to a round stood out, as more than half of those say who saw it.
+    """Return the nodes whose contribution more than half of its receivers report as an outlier.
 
-    Of a sharded round each slice was seen by its reducers only. Who is named wrongly is audited, and nothing else.
+    In a sharded round each slice was seen by its reducers only. A node that is named wrongly is audited, no more.
     """
     if current is None or current.plan != record.plan:
         return frozenset()

@@ -1,4 +1,4 @@
-"""What the stages of a round have in common: who counts, what they hold together, how a record is put to the vote."""
+"""Shared by the stages of a round: who takes part, which payloads they have in common, how a ballot is opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def quorum(yes: int, total: int) -> bool:
 
 
 def round_seed(previous: bytes) -> bytes:
-    """The seed of a round follows from the record before it, not from a clock or a proposer's choice."""
+    """Derive the seed of a round from the previous record, not from a clock or a proposer's choice."""
     return digest("seed", previous)
 
 
@@ -48,10 +48,10 @@ def propose(
     results: tuple[bytes, ...] = (),
     dissenters: Collection[str] = (),
 ) -> Step:
-    """Put a record to the vote, in a term of its own. Another ``electorate`` than the one in force takes a roster.
+    """Build a record and open a ballot on it. An ``electorate`` other than the one in force takes a reconfiguration.
 
-    So does another record than the one that an earlier leader may have certified: signing the roster, the coordinators
-    say that it was not.
+    So does a record other than the one that an earlier leader may have certified: by signing the reconfiguration, the
+    coordinators confirm that it was not.
     """
     plan = current.plan
     if (electorate is not None and set(electorate) != set(state.electorate)) or state.maybe_certified:
@@ -99,7 +99,7 @@ def propose(
 
 
 def open_ballot(rules: Rules, state: State, current: Round, record: Record, now: float) -> Step:
-    """``record`` in a term of its own."""
+    """Open a ballot on ``record``, in a new term."""
     term = state.term + rules.coordinators
     proposed = replace(
         current,
@@ -113,7 +113,7 @@ def open_ballot(rules: Rules, state: State, current: Round, record: Record, now:
 
 
 def with_electorate(state: State, electorate: Sequence[str]) -> State:
-    """``electorate`` votes in the round from now on; nothing that another one voted for can be certified any more."""
+    """Reconfigure: ``electorate`` votes in the round from now on, and no record of another one can be certified."""
     before = None if state.maybe_certified or not state.electorate else (state.electorate, state.reconfiguration)
     number = max(state.reconfiguration, state.last_reconfiguration) + 1
     voters = tuple(sorted(electorate))
@@ -128,21 +128,21 @@ def with_electorate(state: State, electorate: Sequence[str]) -> State:
 
 
 def eligible_voters(rules: Rules, state: State, nodes: Iterable[str]) -> list[str]:
-    """Those of ``nodes`` who may be given a vote in the round to come, in ascending order."""
+    """Return those of ``nodes`` that may have a vote in the next round, in ascending order."""
     return voting(nodes, standing=state.standing, electorate=state.electorate, probation=rules.probation)
 
 
 def reconfiguration_electorate(rules: Rules, state: State, nodes: Sequence[str]) -> tuple[str, ...]:
-    """Whom of ``nodes`` a roster names: who is on probation only where nobody else is there to go on with."""
+    """Return the electorate of a reconfiguration; nodes on probation are in it only where there are no others."""
     return tuple(eligible_voters(rules, state, nodes) or sorted(nodes))
 
 
 def common_payloads(
     current: Round, candidates: frozenset[str], among: Sequence[str], enough: Callable[[int, int], bool]
 ) -> tuple[frozenset[str], list[str]]:
-    """Contributions that ``enough`` of the members ``among`` hold every one of, and those members.
+    """Return contributions that ``enough`` of the members ``among`` hold all of, and those members.
 
-    The least held are given up first; without any that would do, both are empty.
+    The least held contributions are given up first; both are empty if no set of them is held by enough.
     """
     votes = {member.node: member.votes for member in current.plan.members}
     total = sum(votes[node] for node in among)
@@ -161,8 +161,7 @@ def at_least_half(yes: int, total: int) -> bool:
 
 
 def draw_seats(rules: Rules, state: State, ready: Sequence[str]) -> list[str]:
-    """As many of ``ready`` as a plan has room for, in ascending order: who has a vote, then the others, each drawn by
-    the round's seed."""
+    """Return as many of ``ready`` as a plan has room for: nodes with a vote first, then others, drawn by the seed."""
     if len(ready) <= MAX_MEMBERS:
         return list(ready)
     seed = round_seed(state.head)
@@ -172,10 +171,10 @@ def draw_seats(rules: Rules, state: State, ready: Sequence[str]) -> list[str]:
 
 
 def members_in_training(rules: Rules, state: State, seats: Sequence[str]) -> list[str]:
-    """Who of ``seats`` trains in the round to come: who has somebody's work to do again does that instead.
+    """Return the nodes of ``seats`` that train in the next round; auditors replay a contribution instead.
 
-    So nobody waits for an audit. But no more than half of them at a time, drawn by the round's seed, and never so many
-    that fewer train than a round needs.
+    So nobody waits for an audit. At most half of the nodes audit at a time, drawn by the round's seed, and never so
+    many that fewer train than a round needs.
     """
     seed, least = round_seed(state.head), max(rules.min_members, (len(seats) + 1) // 2)
     auditing = busy(state.audit_state, state.rounds + 1, rules.audits, state.audit_statements.values()) & set(seats)
@@ -184,7 +183,7 @@ def members_in_training(rules: Rules, state: State, seats: Sequence[str]) -> lis
 
 
 def auditing_voters(rules: Rules, state: State, plan: Plan) -> frozenset[str]:
-    """Voters that are here and audit while ``plan``'s members train: they keep their vote."""
+    """Return voters that are here and audit while ``plan``'s members train: they keep their vote."""
     auditing = busy(state.audit_state, plan.round, rules.audits) & set(state.electorate)
     return frozenset(
         node for node in auditing if node in state.peers and state.peers[node].state_root == plan.base_root
@@ -203,10 +202,10 @@ def exclusion_reason(state: State, current: Round, node: str) -> ExclusionReason
 
 
 def abandon(state: State, current: Round, reason: str) -> Step:
-    """The round ends without a record. Deadlines that could not be kept are forgotten, not set once more; those of an
-    exchange only where there was one: its next would be given ``most`` seconds, for whoever does not take part.
+    """End the round without a record. Durations behind deadlines that could not be kept are forgotten.
 
-    A sharded one is tried again without reducers, for those of the next attempt would be drawn as these were.
+    Those of an exchange are forgotten only if there was one, or its next would be given the longest time for nodes that
+    do not take part. A sharded round is tried again as a gathered one, because the same reducers would be drawn.
     """
     if state.maybe_certified:
         state = with_electorate(state, state.electorate)
@@ -224,7 +223,7 @@ def abandon(state: State, current: Round, reason: str) -> Step:
 
 
 def present_members(state: State, current: Round) -> list[str]:
-    """Members that are here and can still take part: one that came back without the base state cannot."""
+    """Return members that are here and can still take part; one that came back without the base state cannot."""
     return [
         member.node
         for member in current.plan.members
@@ -234,13 +233,13 @@ def present_members(state: State, current: Round) -> list[str]:
 
 
 def mostly_done(state: State, current: Round) -> bool:
-    """Whether who has not committed yet holds up more than half of the other members."""
+    """Whether members that have not committed yet hold up more than half of the others."""
     here = present_members(state, current)
     return 2 * sum(node in current.commitments for node in here) > len(here) - 1
 
 
 def has_quorum(voters: Iterable[str], electorate: Sequence[str]) -> bool:
-    """Whether ``voters`` carry more than two thirds of the electorate's voting weight."""
+    """Whether ``voters`` have more than two thirds of the electorate's voting weight."""
     return quorum(len(set(voters) & set(electorate)), len(electorate))
 
 

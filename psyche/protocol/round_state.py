@@ -13,14 +13,14 @@ from psyche.protocol.wire import RefusalCode
 
 class Phase(StrEnum):
     ELECTING = "electing"
-    """Shown to members only: this coordinator begins to lead, and does not know yet what to go on with."""
+    """Published only: this coordinator begins to lead and does not know yet which round to resume."""
     WAITING = "waiting"
-    """For enough members to open a round."""
+    """Waiting for enough members to plan a round."""
     TRAINING = "training"
     COMMITTING = "committing"
     """The first commitment is in; closes when all living members have committed, or at the deadline."""
     CERTIFYING = "certifying"
-    """Contributions are opened, fetched, proposed, voted on, applied and attested."""
+    """Contributions are revealed, fetched, proposed, voted on, applied and attested."""
     PAUSED = "paused"
     FINISHED = "finished"
 
@@ -34,30 +34,30 @@ class AuditRules:
     patience: int = 1
     window: int = 1
     pass_error: int = 0
-    """In millionths, as a finding has it, and"""
+    """Relative error up to which a finding passes, in millionths."""
     fail_error: int = 1
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the state machine takes from the manifest."""
+    """The settings of the manifest that the state machine uses."""
 
     run_id: bytes
     genesis: bytes
     rounds: int
     inner_steps: int
     overlap_steps: int
-    """The most inner steps that may be taken while the round before is on the wire."""
+    """The most inner steps that may be taken while the previous round is on the wire."""
     batch_size: int
     tokens_per_step: int
     payload_bytes: int
-    """The most bytes a payload may have."""
+    """The largest payload, in bytes."""
     slices: tuple[int, ...]
-    """Slices of each fragment."""
+    """Number of slices of each fragment."""
     reducers: int
     """Nodes that reduce each slice where a round is sharded."""
     sharded_from: int | None
-    """Rounds of so many members and more are sharded."""
+    """Number of members from which rounds are sharded; None: all rounds are gathered."""
     start_members: int
     min_members: int
     round_bounds: tuple[float, float]
@@ -66,17 +66,17 @@ class Rules:
     probation: int
     """Accepted contributions before a node has a vote."""
     private_share: float
-    """Of an outer step's weight, the most that contributions from private data have together; 0: none are taken."""
+    """The largest share of an outer step's weight for all private contributions together; 0: none are accepted."""
     audits: AuditRules
     coordinators: int
-    """Of the manifest. A term belongs to the one at place ``term % coordinators``, so that no two share one."""
+    """Number of coordinators in the manifest. A term belongs to the one at place ``term % coordinators``."""
 
     def reducers_for(self, members: int) -> int:
-        """``Plan.reducers`` of a round of so many members."""
+        """Return ``Plan.reducers`` of a round with so many members."""
         return 0 if self.sharded_from is None or members < self.sharded_from else min(self.reducers, members)
 
     def slices_in(self, round_number: int) -> int:
-        """Slices of what round ``round`` exchanges."""
+        """Return the number of slices that the round exchanges."""
         return self.slices[(round_number - 1) % len(self.slices)]
 
 
@@ -88,7 +88,7 @@ class Peer:
     state_root: bytes
     device: str
     rounds: int
-    """After which it holds that state, as it says."""
+    """The round after which it holds that state, as it claims."""
 
 
 class Stage(StrEnum):
@@ -200,24 +200,24 @@ class Round:
 
 @dataclass(frozen=True)
 class Promised:
-    """A voter's answer to a new leader: it takes part in nothing of an earlier term (DESIGN §6: an acceptor's promise).
+    """A voter's promise to a new leader: it takes part in nothing of an earlier term.
 
-    ``proofs`` after a value are its author's signed envelopes; all signatures were checked by the role.
+    ``bytes`` after a value are its author's signed envelope; all signatures were checked by the coordinator.
     """
 
     node: str
     term: int
     rounds: int
-    """It has applied."""
+    """Rounds it has applied."""
     accepted: Record | None = None
-    """What it voted for last, and in which term."""
+    """The record it voted for last, in term ``accepted_term``."""
     accepted_term: int = 0
     reconfiguration: tuple[bytes, ...] = ()
-    """Signatures under the roster that ``accepted`` names."""
+    """Signatures of the reconfiguration that ``accepted`` names."""
     plan: Plan | None = None
-    """Of the round it is in."""
+    """Plan of the round it is in."""
     commitments: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)
-    """Shown to it when they were closed."""
+    """The commitments published when they closed."""
     contributions: Mapping[str, tuple[Contribution, bytes]] = field(default_factory=dict)
 
 
@@ -227,54 +227,54 @@ class State:
 
     phase: Phase
     rounds: int
-    """Certified and settled."""
+    """Rounds that are certified and whose state is agreed on."""
     head: bytes
     """Hash of the last certified record; the run id before the first."""
     state_root: bytes
-    """What members must hold now. Empty after a restart, until two thirds of the electorate are back and agree."""
+    """State root members must hold now; empty after a restart until two thirds of the electorate are back and agree."""
     position: int
     term: int
     lead_term: int = 1
     promises: Mapping[str, Promised] = field(default_factory=dict)
-    """Of the term ``lead_term``."""
+    """Promises of the term ``lead_term``, by node."""
     resumed: bool = False
-    """What the members voted for, or were in the middle of, under the leader before has been gone on with."""
+    """Whether the round that members were in under the previous leader has been resumed."""
     electorate: tuple[str, ...] = ()
-    """Who votes in the round that comes: the last record's ``voters``, or who the last roster names."""
+    """The voters of the next round: the last record's ``voters``, or those of the last reconfiguration."""
     standing: tuple[Standing, ...] = ()
     """Of the last record."""
     audit_state: AuditState = EMPTY
     """Of the last record."""
     audit_statements: Mapping[tuple[str, str, int, str], StatementReceived] = field(default_factory=dict)
-    """Of audits, what is not on record yet: by author, accused, round and kind."""
+    """Auditors' statements that are not on record yet, by author, accused, round and kind."""
     suspects: frozenset[str] = frozenset()
-    """Whose contribution to the last round stood out."""
+    """Nodes whose contribution to the last round was an outlier."""
     reconfiguration: int = 0
-    """Number of that roster; 0: none."""
+    """Number of the reconfiguration in force; 0: none."""
     last_reconfiguration: int = 0
-    """Highest number of a roster of this round; each is used once."""
+    """Highest number of a reconfiguration of this round; each is used once."""
     replaced: tuple[tuple[str, ...], int] | None = None
-    """The electorate, and the number of its roster, that the last roster takes the place of."""
+    """The electorate, and the number of its reconfiguration, that the last reconfiguration replaces."""
     maybe_certified: bytes = b""
-    """Hash of a record that may have been certified under an earlier leader. Another one takes another roster."""
+    """Hash of a record that may have been certified under an earlier leader. Another record needs a reconfiguration."""
     last_arrival: float | None = None
-    """When somebody was last seen for the first time."""
+    """When the last new node arrived."""
     peers: Mapping[str, Peer] = field(default_factory=dict)
     left_voters: frozenset[str] = frozenset()
-    """Of the electorate, who has said that it leaves, and has not come back: nobody waits for their votes."""
+    """Voters that have left and not come back: nobody waits for their votes."""
     round: Round | None = None
     commit_seconds: tuple[float, ...] = ()
     exchange_seconds: tuple[float, ...] = ()
     reduce_seconds: tuple[float, ...] = ()
-    """From a selection to a reducer's report."""
+    """Seconds from a selection to a reducer's report."""
     result_seconds: tuple[float, ...] = ()
-    """From the results' proposal to a vote: in between they are fetched."""
+    """Seconds from the proposal of results to a vote; in between they are fetched."""
     speeds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Measured ones, of who is here or was in the last round: see ``quotas.py``."""
+    """Measured speeds of nodes that are here or were in the last round (``pacing.py``)."""
     last_steps: Mapping[str, int] = field(default_factory=dict)
     """Inner steps of each member of the last round."""
     force_gather: bool = False
-    """This round was to be sharded and came to nothing: the next attempt at it needs no reducers."""
+    """The sharded attempt at this round failed: the next attempt is gathered."""
     note: str = ""
 
     @classmethod
@@ -283,7 +283,7 @@ class State:
 
 
 # --------------------------------------------------------------------------------------- events
-# Signatures, run id and envelope round were checked by the role before an event is made.
+# The coordinator has checked signatures, run id and envelope round before it makes an event.
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ class Committed:
     node: str
     round: int
     term: int
-    """Of the plan that was worked on."""
+    """Term of the plan that was worked on."""
     digest: bytes
     proof: bytes
 
@@ -362,7 +362,7 @@ class Attested:
 
 @dataclass(frozen=True)
 class StatementReceived:
-    """An auditor's word on a contribution of any round; ``proof`` is its signed envelope."""
+    """An auditor's statement on a contribution of any round; ``proof`` is its signed envelope."""
 
     node: str
     body: AuditStatement
@@ -370,41 +370,41 @@ class StatementReceived:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Accused and round: what an audit is named by."""
+        """Accused node and round, which identify an audit."""
         return self.body.accused, self.body.round
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A member proved a later certified record than this coordinator knows; it started again, say."""
+    """A member proved a later certified record than this coordinator knows, for example after a restart."""
 
     record: Record
 
 
 @dataclass(frozen=True)
 class SignatureConflict:
-    """A coordinator does not sign for ``record``, because of what it has signed before.
+    """A coordinator does not sign for ``record``, because it has signed something that conflicts.
 
-    Either it was a later roster than the one that the record is under, or the seal of another record.
+    Either a later reconfiguration than the one that the record is under, or the seal of another record.
     """
 
     record: bytes
     """Its hash."""
     reconfiguration: int = 0
     sealed: bytes = b""
-    """Hash of the other record. Nothing else can be certified."""
+    """Hash of the other, sealed record. Nothing else can be certified."""
 
 
 @dataclass(frozen=True)
 class CosignersUnreachable:
-    """Too few coordinators can be reached to sign the roster of ``record``; this one has not signed it either."""
+    """Too few coordinators answer to sign the reconfiguration of ``record``; this one has not signed it either."""
 
     record: bytes
     """Its hash."""
 
 
 Submission = Committed | Revealed | Fetched | Reported | Voted | Attested
-"""What a member says of a round it is in."""
+"""Messages of a member about a round in progress."""
 Event = (
     Tick
     | SignatureConflict

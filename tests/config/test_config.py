@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from psyche.config import Config, Manifest, Node, Wandb, load_config, load_node, override_node
 from psyche.errors import ConfigError
-from tests.protocol.players import peer_id
+from tests.protocol.one_leader import peer_id
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 GOOD: dict[str, Any] = {

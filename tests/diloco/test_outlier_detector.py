@@ -16,7 +16,7 @@ from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Plan, Record
 from psyche.telemetry.events import Notice, RoundCertified, RunFinished
 from tests.processes.swarm import swarm
-from tests.protocol.players import contribution
+from tests.protocol.one_leader import contribution
 from tests.protocol.test_acceptor import PLAN, changed
 from tests.tiny import write_config
 

@@ -30,7 +30,7 @@ from psyche.protocol.messages import Accepted, Member, Plan, Record
 from psyche.protocol.proposals import round_seed
 from psyche.tools.costs import costs_of
 from psyche.training.optimizer_state import pack_state
-from tests.protocol.players import nodes
+from tests.protocol.one_leader import nodes
 from tests.tiny import replica, write_config
 
 FP32 = {"codec": {"name": "fp32"}, "aggregation": {"kind": "mean"}}

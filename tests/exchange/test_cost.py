@@ -24,7 +24,7 @@ from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Member, Plan, Record, ReductionStatus
 from psyche.tools.costs import costs_of
 from tests.exchange.plain_mean import PLAIN_MEAN
-from tests.protocol.players import contribution
+from tests.protocol.one_leader import contribution
 from tests.tiny import write_config
 
 COUNTS = (1 << 18,) * 9 + (1 << 16,)

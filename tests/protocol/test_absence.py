@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from psyche.protocol.round_state import Left, Phase
-from tests.protocol.players import RULES, Table, root_after, started
+from tests.protocol.one_leader import RULES, Table, root_after, started
 
 
 def voted_without(seconds: float) -> tuple[Table, list[str], str]:

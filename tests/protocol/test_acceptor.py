@@ -13,7 +13,7 @@ from psyche.protocol.assignment import reducer_order
 from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Member, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
-from tests.protocol.players import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
+from tests.protocol.one_leader import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
 
 A, B, C, D = nodes(4)
 STRANGER = peer_id(70)

@@ -14,7 +14,7 @@ from psyche.protocol.round_state import (
     Tick,
     Voted,
 )
-from tests.protocol.players import (
+from tests.protocol.one_leader import (
     RULES,
     RUN_ID,
     contribution,

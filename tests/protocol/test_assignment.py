@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from psyche.numerics.digest import digest
 from psyche.protocol.assignment import ShardLayout, next_position, permute, positions, sequences, shards
 from psyche.protocol.messages import Member, Plan
-from tests.protocol.players import nodes
+from tests.protocol.one_leader import nodes
 
 COUNTS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 97, 255, 256, 257, 1000, 1023, 1024, 1025, 4093, 65537]
 LIMITS = settings(max_examples=60, deadline=None)

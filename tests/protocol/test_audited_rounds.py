@@ -10,8 +10,8 @@ from psyche.protocol.audit_messages import Audit, DeclinedAudit, SealedVerdict
 from psyche.protocol.audits import busy
 from psyche.protocol.round_state import Rejected, StateAgreed
 from psyche.protocol.wire import Body
-from tests.protocol.courts import PASS, said, verdict
-from tests.protocol.players import Table, root_after, started
+from tests.protocol.audit_scenarios import PASS, said, verdict
+from tests.protocol.one_leader import Table, root_after, started
 from tests.protocol.test_audits import ALWAYS
 
 

@@ -17,8 +17,8 @@ from psyche.protocol.audits import InvalidAudits, asked, busy, statement
 from psyche.protocol.messages import Leave
 from psyche.protocol.round_state import AuditRules, StatementReceived
 from psyche.protocol.wire import MalformedMessage
-from tests.protocol.courts import FAIL, FALSE, PASS, UNSERVED, UNSURE, Court, said, signed, verdict
-from tests.protocol.players import RULES, nodes
+from tests.protocol.audit_scenarios import FAIL, FALSE, PASS, UNSERVED, UNSURE, Court, said, signed, verdict
+from tests.protocol.one_leader import RULES, nodes
 
 ALWAYS = AuditRules(rate=1.0, second=0.0, patience=3, window=20, pass_error=20_000, fail_error=40_000)
 EIGHT = nodes(8)

@@ -26,7 +26,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.messages import Vote as Ballot
 from psyche.protocol.wire import Body, decode_envelope, encode_envelope
-from tests.protocol.players import GENESIS, RUN_ID, contribution
+from tests.protocol.one_leader import GENESIS, RUN_ID, contribution
 
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
 MEMBERS.sort(key=lambda identity: identity.peer_id)

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from psyche.protocol.acceptor import Acceptor
 from psyche.protocol.messages import Plan
 from psyche.protocol.round_state import Seen, Stage
-from tests.protocol.parliament import Parliament, Seat, Voter, with_coordinators
-from tests.protocol.players import RULES, nodes
+from tests.protocol.many_leaders import Parliament, Seat, Voter, with_coordinators
+from tests.protocol.one_leader import RULES, nodes
 
 COUNTS = st.sampled_from([1, 2, 2, 3])
 PROBATIONS = st.sampled_from([0, 2])

@@ -14,7 +14,7 @@ from psyche.protocol.audit_messages import Closed, Outcome
 from psyche.protocol.credits import BONUS, Change, CreditAccounts, RoundWork, Work, fold, private_credit, round_work
 from psyche.protocol.round_state import AuditRules
 from tests.chains import NAMES, RULES, chain
-from tests.protocol.players import nodes
+from tests.protocol.one_leader import nodes
 
 WINDOW, LAST = 3, 20
 TRUST = replace(RULES, rounds=LAST, probation=2, private_share=0.25, audits=AuditRules(window=WINDOW))

@@ -12,7 +12,7 @@ from psyche.protocol.round_state import (
     Departed,
     Seen,
 )
-from tests.protocol.players import (
+from tests.protocol.one_leader import (
     RULES,
     kinds,
     started,

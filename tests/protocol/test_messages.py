@@ -49,7 +49,7 @@ from psyche.protocol.wire import (
     encode_envelope,
     signing_bytes,
 )
-from tests.protocol.players import contribution, nodes
+from tests.protocol.one_leader import contribution, nodes
 
 A, B, C = nodes(3)
 PLAN = Plan(3, 7, b"p" * 32, b"b" * 32, b"s" * 32, 12345, "gather", 0, tuple(Member(node, 5, 1) for node in (A, B, C)))

@@ -19,7 +19,7 @@ from psyche.protocol.messages import Member
 from psyche.protocol.pacing import ALIKE, EXCHANGES, WINDOW, quota_fault, quotas
 from psyche.protocol.proposals import mostly_done
 from psyche.protocol.round_state import Arrived, Left, Promised, Restored, Stage
-from tests.protocol.players import GENESIS, RULES, Table, contribution, nodes, root_after
+from tests.protocol.one_leader import GENESIS, RULES, Table, contribution, nodes, root_after
 from tests.protocol.test_acceptor import PLAN, RECORD, changed, vote
 
 H = 100

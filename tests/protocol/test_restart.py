@@ -7,7 +7,7 @@ from psyche.protocol.round_state import (
     Finished,
     Restored,
 )
-from tests.protocol.players import (
+from tests.protocol.one_leader import (
     Table,
     kinds,
     peer_id,

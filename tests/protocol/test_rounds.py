@@ -27,7 +27,7 @@ from psyche.protocol.round_state import (
     Stage,
     StateAgreed,
 )
-from tests.protocol.players import (
+from tests.protocol.one_leader import (
     GENESIS,
     RULES,
     RUN_ID,

@@ -27,8 +27,8 @@ from psyche.protocol.round_state import (
     Tick,
     Voted,
 )
-from tests.protocol.players import GENESIS, RULES, RUN_ID, Table, contribution, nodes, peer_id, root_after
-from tests.protocol.sharders import reduction_of, report
+from tests.protocol.one_leader import GENESIS, RULES, RUN_ID, Table, contribution, nodes, peer_id, root_after
+from tests.protocol.sharded_members import reduction_of, report
 
 MEMBERS = nodes(4)
 EVERYBODY = [*MEMBERS, peer_id(80), peer_id(81)]

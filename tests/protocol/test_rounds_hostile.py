@@ -20,7 +20,7 @@ from psyche.protocol.round_state import (
     StateAgreed,
 )
 from psyche.protocol.wire import MAX_MEMBERS
-from tests.protocol.players import GENESIS, RULES, Table, nodes, peer_id, rejected, root_after, started
+from tests.protocol.one_leader import GENESIS, RULES, Table, nodes, peer_id, rejected, root_after, started
 
 LONG = 4 * (RULES.round_bounds[1] + 3 * RULES.exchange_bounds[1])
 """Seconds in which every stage of a round can run into its longest deadline, several times over."""

@@ -12,7 +12,7 @@ from psyche.protocol.proposals import draw_seats
 from psyche.protocol.round_state import State
 from psyche.protocol.standing import probation_note, standing_after, voting
 from psyche.protocol.wire import MAX_MEMBERS
-from tests.protocol.players import RULES, Table, nodes, rejected, root_after
+from tests.protocol.one_leader import RULES, Table, nodes, rejected, root_after
 
 FOUNDERS, NEW = nodes(8)[:3], nodes(8)[3:]
 A, B, C = FOUNDERS

@@ -22,7 +22,7 @@ from psyche.protocol.acceptor import Chain
 from psyche.tools.evaluate import heldout_loss, task_scores, text_loss
 from psyche.tools.generate import Sampling, generate
 from psyche.tools.load import Trained, export_node, load_trained
-from tests.protocol.players import peer_id
+from tests.protocol.one_leader import peer_id
 from tests.tiny import write_config
 
 ROUND = 3

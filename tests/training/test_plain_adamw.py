@@ -25,7 +25,7 @@ from psyche.numerics.outer import OuterState
 from psyche.protocol.assignment import sequences
 from psyche.training.schedules import learning_rate
 from psyche.training.torch_engine import TorchEngine
-from tests.protocol.players import peer_id
+from tests.protocol.one_leader import peer_id
 from tests.training.tiny_models import LENGTH, SPEC, MemoryStore, away_from_zero, tiny
 
 torch.set_num_threads(1)

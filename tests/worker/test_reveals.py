@@ -8,7 +8,7 @@ import pytest
 
 from psyche.protocol.messages import Commitment, RunStatus
 from psyche.worker.voter import Reveals
-from tests.protocol.players import RUN_ID, contribution
+from tests.protocol.one_leader import RUN_ID, contribution
 from tests.protocol.test_certificates import MEMBERS, NAMES, PLAN, STRANGER, sealed
 
 AUTHOR, OTHER = MEMBERS[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from psyche.protocol.messages import Plan, RunStatus
 from psyche.protocol.round_state import Phase
 from psyche.worker.worker import concerns
-from tests.protocol.players import RULES
+from tests.protocol.one_leader import RULES
 from tests.protocol.test_acceptor import CHAIN, PLAN, changed
 
 

@@ -18,8 +18,17 @@ from psyche.protocol.round_state import (
     Restored,
     Stage,
 )
-from tests.protocol.players import GENESIS, RULES, Table, root_after, started
-from tests.protocol.sharders import WRONG, Honest, assignment, reduction_of, report, right, right_results, round_of
+from tests.protocol.one_leader import GENESIS, RULES, Table, root_after, started
+from tests.protocol.sharded_members import (
+    WRONG,
+    Honest,
+    assignment,
+    reduction_of,
+    report,
+    right,
+    right_results,
+    round_of,
+)
 
 LONG = 8 * (RULES.round_bounds[1] + 4 * RULES.exchange_bounds[1])
 """Seconds in which every stage of a round can run into its longest deadline, many times over."""

@@ -20,7 +20,7 @@ from psyche.protocol.assignment import (
     verdict,
 )
 from psyche.protocol.round_state import Abandoned, Certified, Effect, Left, Phase, Reported, Stage, StateAgreed
-from tests.protocol.players import Table, nodes, rejected, started
+from tests.protocol.one_leader import Table, nodes, rejected, started
 
 LIMITS = settings(max_examples=150, deadline=None)
 

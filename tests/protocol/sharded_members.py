@@ -9,7 +9,7 @@ from psyche.numerics.digest import digest
 from psyche.protocol.assignment import ReducerAssignment, assignment_of
 from psyche.protocol.messages import Record
 from psyche.protocol.round_state import Phase, Reduction, Reported, Round, Stage
-from tests.protocol.players import Table, root_after
+from tests.protocol.one_leader import Table, root_after
 
 WRONG = b"w" * 32
 

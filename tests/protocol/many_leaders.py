@@ -44,7 +44,7 @@ from psyche.protocol.round_state import (
     Voted,
 )
 from psyche.protocol.rounds import tick
-from tests.protocol.players import GENESIS, RUN_ID, contribution, root_after
+from tests.protocol.one_leader import GENESIS, RUN_ID, contribution, root_after
 
 
 @dataclass

@@ -22,7 +22,7 @@ from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules, StatementReceived
 from psyche.protocol.standing import newly_audited, standing_after
 from psyche.protocol.wire import Body, Envelope, encode_envelope
-from tests.protocol.players import GENESIS, RUN_ID, contribution
+from tests.protocol.one_leader import GENESIS, RUN_ID, contribution
 
 PASS = Finding("measured", 1_000, 0, 5)
 FAIL = Finding("measured", 700_000, 1, 0)
