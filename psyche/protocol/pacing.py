@@ -108,7 +108,7 @@ def quota_fault(plan: Plan, rules: Rules) -> str | None:
     return None
 
 
-WINDOW = 64
+DEADLINE_WINDOW = 64
 """How many recent observations a deadline rests on."""
 SPREAD = 5.0
 """How many MADs above the median a deadline lies. For normally distributed times (MAD = 0.67 σ) this is 3.4 σ: the
@@ -120,7 +120,7 @@ def adaptive(observed: Sequence[float], *, least: float, most: float, deviation:
 
     The MAD counts as ``deviation`` of the median at least.
     """
-    recent = observed[-WINDOW:]
+    recent = observed[-DEADLINE_WINDOW:]
     if not recent:
         return most
     middle = median(recent)
@@ -153,4 +153,4 @@ def training_allowance(rules: Rules, state: State) -> float:
 
 def observed(values: tuple[float, ...], *more: float) -> tuple[float, ...]:
     """``values`` with ``more`` seconds behind them, as many as deadlines rest on."""
-    return (*values, *more)[-WINDOW:]
+    return (*values, *more)[-DEADLINE_WINDOW:]

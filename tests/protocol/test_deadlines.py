@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from psyche.protocol.pacing import WINDOW, adaptive, exchange_allowance
+from psyche.protocol.pacing import DEADLINE_WINDOW, adaptive, exchange_allowance
 from psyche.protocol.round_state import (
     Abandoned,
     Departed,
@@ -39,7 +39,7 @@ def test_exchanges_that_took_the_same_are_no_reason_to_cut_the_next_one_short() 
 
 
 def test_only_recent_observations_count() -> None:
-    assert adaptive((90.0,) * 500 + (20.0,) * WINDOW, least=10.0, most=100.0) == 20.0
+    assert adaptive((90.0,) * 500 + (20.0,) * DEADLINE_WINDOW, least=10.0, most=100.0) == 20.0
 
 
 def test_the_commit_deadline_follows_the_members() -> None:
@@ -62,8 +62,8 @@ def test_observations_do_not_grow_without_bound() -> None:
     table, members = started(rounds=40)
     for _ in range(39):
         table.play_round(members)
-    assert len(table.state.commit_seconds) <= WINDOW
-    assert len(table.state.exchange_seconds) <= WINDOW
+    assert len(table.state.commit_seconds) <= DEADLINE_WINDOW
+    assert len(table.state.exchange_seconds) <= DEADLINE_WINDOW
 
 
 def test_silence_is_counted_from_the_last_word() -> None:

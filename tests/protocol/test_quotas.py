@@ -16,7 +16,7 @@ from psyche.protocol.acceptor import Refusal
 from psyche.protocol.assignment import next_position, positions
 from psyche.protocol.contributions import contribution_fault
 from psyche.protocol.messages import Member
-from psyche.protocol.pacing import ALIKE, EXCHANGES, WINDOW, quota_fault, quotas
+from psyche.protocol.pacing import ALIKE, EXCHANGES, SPEED_WINDOW, quota_fault, quotas
 from psyche.protocol.proposals import mostly_done
 from psyche.protocol.round_state import Arrived, Left, Promised, Restored, Stage
 from tests.protocol.one_leader import GENESIS, RULES, Table, contribution, nodes, root_after
@@ -134,9 +134,9 @@ def test_equal_nodes_on_noisy_machines_keep_h_nearly_always() -> None:
 def test_what_most_of_the_last_rounds_say_is_believed() -> None:
     swarm = Mixed(dict.fromkeys(EVERYBODY[:3], 4.0))
     slow = EVERYBODY[0]
-    for _ in range(WINDOW):
+    for _ in range(SPEED_WINDOW):
         swarm.round()
-    for _ in range(WINDOW // 2):
+    for _ in range(SPEED_WINDOW // 2):
         swarm.round(at={slow: 50.0})
         assert swarm.due()[slow] == H
     swarm.round(at={slow: 50.0})
@@ -146,7 +146,7 @@ def test_what_most_of_the_last_rounds_say_is_believed() -> None:
 def test_who_fell_short_is_asked_for_what_it_can_at_once() -> None:
     """A game started, and it gave the rest back."""
     swarm = Mixed(dict.fromkeys(EVERYBODY[:3], 4.0))
-    for _ in range(WINDOW):
+    for _ in range(SPEED_WINDOW):
         swarm.round()
     swarm.round(did={EVERYBODY[0]: 40}, at={EVERYBODY[0]: 27.5})
     assert swarm.due()[EVERYBODY[0]] == int(40 / 27.5 * 25)
@@ -282,9 +282,9 @@ def test_of_a_newcomer_as_much_is_asked_as_of_the_slowest() -> None:
 
 def test_who_leaves_is_forgotten_and_memory_is_bounded() -> None:
     swarm = Mixed(dict.fromkeys(EVERYBODY[:4], 4.0))
-    for _ in range(3 * WINDOW):
+    for _ in range(3 * SPEED_WINDOW):
         swarm.round()
-    assert all(len(found) == WINDOW for found in swarm.table.state.speeds.values())
+    assert all(len(found) == SPEED_WINDOW for found in swarm.table.state.speeds.values())
     gone = EVERYBODY[3]
     swarm.table.send(Left(gone, "bye"))
     for _ in range(2):
