@@ -1,4 +1,4 @@
-"""How a node that is behind, or holds other bits, gets to where the run is.
+"""Catch up: bring a node that is behind, or whose state differs, to the state of the run.
 
 A record says what its outer step takes, by hash, so that a node needs nobody's word: it takes the same steps as those
 who were there. Only where that is more to fetch than the outer state itself, or cannot be had, is the state fetched;
@@ -57,7 +57,7 @@ class CatchUp:
         """A state that has come in part, and where in the chain it stands."""
 
     async def recover(self, ledger: LedgerWriter) -> None:
-        """Take again the steps that this node took after its last checkpoint, from its own disk."""
+        """Repeat the outer steps after the last checkpoint from this node's own disk."""
         began = self._replica.chain.rounds
         encoded = await ledger.certificates(began + 1, MAX_OWN_HISTORY)
         mine = await asyncio.to_thread(verified_successors, self._replica.manifest, encoded, self._replica.chain)
@@ -68,12 +68,12 @@ class CatchUp:
                 if not await self._retake(record, certificate):
                     break
         except FetchError as error:  # the disk has spoilt it, and nobody else is there yet
-            self._warn(f"the outer steps after the last checkpoint cannot all be taken from this disk: {error}")
+            self._warn(f"not all outer steps after the last checkpoint can be repeated from this disk: {error}")
         if self._replica.chain.rounds > began:
             self._tell(began)
 
     async def synchronise(self, status: RunStatus) -> None:
-        """Get to the state that ``status`` shows, or nearer to it."""
+        """Move to the state that ``status`` names, or closer to it."""
         chain = self._replica.chain
         if status.rounds == chain.rounds and chain.rounds:
             expected, found = status.state_root.hex(), chain.state_root.hex()
@@ -115,7 +115,7 @@ class CatchUp:
                     if not await self._retake(record, certificate, others):
                         return False  # this node's state is not that of the run
         except FetchError as error:
-            self._warn(f"the outer steps of the rounds missed cannot all be taken: {error}")
+            self._warn(f"not all missed outer steps can be taken: {error}")
         if self._replica.chain.rounds == began:
             return False
         self._tell(began)
@@ -209,7 +209,7 @@ class CatchUp:
         try:
             return None if status.certificate is None else self._voter.record_of(status.certificate)
         except BadCertificate as error:
-            self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
+            self._warn(f"invalid certificate from the coordinator: {error}")
             return None
 
     def _tell(self, began: int) -> None:
@@ -218,6 +218,6 @@ class CatchUp:
 
 
 def behind(status: RunStatus, chain: Chain) -> bool:
-    """Whether the run has certified and settled a state that a node at ``chain`` does not hold."""
+    """Return whether the run has certified a state that a node at ``chain`` does not hold."""
     known = status.state_root != bytes(32)  # a coordinator that starts again does not know it yet
     return known and status.rounds >= chain.rounds and status.state_root != chain.state_root

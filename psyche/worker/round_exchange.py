@@ -1,4 +1,4 @@
-"""The second half of a round, as one member lives it: open, fetch, hold, vote, until the record is final."""
+"""The second half of a round on one member: reveal, fetch, reduce and vote, until the record is certified."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from psyche.worker.voter import Voter
 
 
 class RoundClosed(Exception):
-    """The run went on without this node; it must look at the board again."""
+    """The round closed without this node, which has to look at the run's status again."""
 
     def __init__(self, *, accepted: bool = False) -> None:
         super().__init__()
         self.accepted = accepted
-        """Whether this node's own work is in the round's record all the same."""
+        """Whether the round's record accepted this node's contribution nevertheless."""
 
 
 class RoundExchange:
-    """One round of one node. ``work`` is None for a node that has nothing to hand in and only follows."""
+    """One round on one node. ``work`` is None for a node that has nothing to submit and only follows."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class RoundExchange:
         self._gradients: dict[bytes, Gradient] = {}
         self._member = plan.member(self._me) is not None
         self._takes_part = self._member or self._me in chain.voters
-        """A voter that was not ready when the round was planned votes all the same."""
+        """Whether the node votes: a member, or a voter that was not ready when the round was planned."""
         self._told: frozenset[str] = frozenset()
         self._voted = 0
 
@@ -80,7 +80,7 @@ class RoundExchange:
                 if record is not None and record.hash in self._gradients:
                     return record, self._gradients[record.hash]
                 if self._over(status) and (record is None or record.hash in self._failed):
-                    # Either the round came to nothing, or what it accepted is not to be had any more.
+                    # Either the round has no record, or its payloads are no longer available.
                     accepted = record is not None and any(one.node == self._me for one in record.accepted)
                     raise RoundClosed(accepted=accepted)
                 if record is not None:
@@ -94,15 +94,15 @@ class RoundExchange:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _open(self, status: RunStatus) -> None:
-        """Show the contribution that was committed to, and serve its payload."""
+        """Reveal the contribution that was committed to, and serve its payload."""
         if self._work is None or status.plan != self._plan:
             return
         await self._exchange.publish(self._work.payload)
-        with contextlib.suppress(Refused):  # it was not committed to in time; the record will say so
+        with contextlib.suppress(Refused):  # it was committed to too late; the record will say so
             await self._client.submit(self._work.contribution, self._plan.round)
 
     async def _take_part(self, status: RunStatus) -> None:
-        """Fetch what is shown, say what is here, reduce, and vote."""
+        """Fetch the revealed contributions' payloads, report the ones that are here, reduce, and vote."""
         if status.reducing is not None:
             self._exchange.set_reducers(status.reducing)
         for node, given in self._openings.contributions.items():
@@ -117,14 +117,14 @@ class RoundExchange:
         await self._vote(status)
 
     def _based(self, node: str, given: Contribution) -> bool:
-        """Whether it is worth fetching: what was made from another state is held, and so accepted, by nobody."""
+        """Return whether to fetch a payload: one made from another state is accepted by no member."""
         if node not in self._without_base and not self._has_base(node, given):
             self._without_base.add(node)
             self._warn(f"{node[-6:]} does not have the state that round {self._plan.round} starts from: left out")
         return node not in self._without_base
 
     def _reduce(self, reducing: ReductionStatus) -> None:
-        """Start adding up what this node has to, once everything for it is here."""
+        """Start reducing the slices assigned to this node, once all their payloads are here."""
 
         async def reduce() -> None:
             found = await self._exchange.reduce(reducing, self._openings.contributions)
@@ -136,7 +136,7 @@ class RoundExchange:
             self._start(("reduce", reducing.term), reduce)
 
     def _prepare(self, record: Record) -> None:
-        """Start getting what the outer step of ``record`` takes."""
+        """Start fetching what the outer step of ``record`` needs."""
 
         async def prepare() -> None:
             self._gradients[record.hash] = await self._exchange.outer_gradient(record)
@@ -145,27 +145,27 @@ class RoundExchange:
             self._start(record.hash, prepare)
 
     def _start(self, what: object, get: Callable[[], Awaitable[None]]) -> None:
-        """Get something in the background, unless that is under way, or failed on this board."""
+        """Run ``get`` in the background, unless it is under way or failed since the status changed."""
 
         async def run() -> None:
             try:
                 await get()
             except FetchError as error:
                 self._failed.add(what)
-                name = f"the payload of {what[-6:]}" if isinstance(what, str) else "something of this round"
+                name = f"the payload of {what[-6:]}" if isinstance(what, str) else "data of this round"
                 self._warn(f"{name} is missing: {error}")
 
         if what not in self._tasks and what not in self._failed:
             self._tasks[what] = asyncio.create_task(run())
 
     async def _vote(self, status: RunStatus) -> None:
-        """Vote for the proposal, once, as soon as all that its outer step takes is here."""
+        """Vote for the proposal, once, as soon as everything that its outer step needs is here."""
         if status.proposal is None:
             return
         try:
             proposal = verified_proposal(self._voter.manifest, status.proposal, self._plan.round)
         except (MalformedMessage, BadCertificate) as error:
-            self._warn(f"the coordinator shows a proposal that cannot be believed: {error}")
+            self._warn(f"invalid proposal from the coordinator: {error}")
             return
         record = proposal.record
         if proposal.term <= self._voted or record.plan != self._plan or self._me not in record.electorate:
@@ -175,7 +175,7 @@ class RoundExchange:
             self._prepare(record)
             if record.hash not in self._gradients:
                 return
-        # What was not committed to is not fetched, and gets no vote.
+        # A contribution that was not committed to is not fetched, and a record with it gets no vote.
         self._voted = proposal.term
         try:
             await self._voter.vote(
@@ -192,7 +192,7 @@ class RoundExchange:
         await self._submit(Vote(proposal.term, proposal.record.hash))
 
     async def _next(self, status: RunStatus) -> RunStatus:
-        """Wait for another board, or for a task to end; the board then."""
+        """Wait for another status or for a task to end. Returns the latest status."""
         changed = asyncio.create_task(self._client.until(lambda b: b.version != status.version))
         try:
             await asyncio.wait({changed, *self._tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
@@ -201,7 +201,7 @@ class RoundExchange:
             if not changed.done():
                 return status
             if changed.result().plan == self._plan:
-                self._failed.clear()  # others may have by now what could not be had before
+                self._failed.clear()  # another member may serve it by now
             return changed.result()
         finally:
             changed.cancel()
@@ -210,21 +210,21 @@ class RoundExchange:
         try:
             await self._client.submit(body, self._plan.round)
         except Refused as refusal:
-            self._warn(f"{body.DOMAIN} not taken: {refusal}")
+            self._warn(f"the coordinator rejected this node's {body.DOMAIN} message: {refusal}")
 
     def _certified(self, status: RunStatus) -> Record | None:
-        """The record of this round, once the board shows a certificate of it that holds up."""
+        """Return this round's record once the status has a valid certificate of it."""
         if status.certificate is None or status.rounds > self._plan.round:
             return None
         try:
             record = self._voter.record_of(status.certificate)
         except BadCertificate as error:
-            self._warn(f"the coordinator shows a certificate that proves nothing: {error}")
+            self._warn(f"invalid certificate from the coordinator: {error}")
             return None
-        # Without a roster its electorate must be the one this node knows: a certificate alone does not say so.
+        # Without a reconfiguration its electorate must be the one this node knows: a certificate alone does not say so.
         known = record.reconfiguration > 0 or record.electorate == self._chain.voters
         return record if record.plan == self._plan and known else None
 
     def _over(self, status: RunStatus) -> bool:
-        """Whether the run goes on without this round. Who begins to lead does not know yet what it goes on with."""
+        """Return whether the run continues without this round; during an election this is not known yet."""
         return status.phase != Phase.ELECTING and status.plan != self._plan

@@ -20,7 +20,7 @@ BALLOT = "ballot.msgpack"
 
 
 class Voter:
-    """An acceptor with a disk: what it promises and votes is kept before it is said (DESIGN §6)."""
+    """A protocol acceptor with a disk: promises and votes are stored before they are sent."""
 
     def __init__(self, manifest: Manifest, rules: Rules, directory: Path, certificate: bytes | None) -> None:
         self.manifest, self.rules = manifest, rules
@@ -33,7 +33,7 @@ class Voter:
 
     @property
     def term(self) -> int:
-        """Of the leader that this node follows."""
+        """The term of the leader that this node follows."""
         return self._ballot.acceptor.promised
 
     def follows(self, plan: Plan) -> Reveals:
@@ -45,7 +45,7 @@ class Voter:
 
     @property
     def claim(self) -> bytes | None:
-        """Something a coordinator signed in the latest term that this node has taken part in."""
+        """A message that a coordinator signed in the latest term in which this node took part."""
         acceptor = self._ballot.acceptor
         return self._ballot.proposal if acceptor.term > acceptor.promised else self._ballot.claim
 
@@ -71,7 +71,7 @@ class Voter:
         held: frozenset[str],
         reduced: Mapping[int, bytes],
     ) -> None:
-        """Vote for ``proposal``; once this returns it may be said. Raises ``Refusal``."""
+        """Store a vote for ``proposal``; it may be sent once this returns. Raises ``Refusal``."""
         async with self._lock:
             acceptor = consider(
                 self._ballot.acceptor,
@@ -86,10 +86,10 @@ class Voter:
             await self._keep(Ballot(acceptor, self._ballot.claim, proposal.record.plan.round, signed, *shown))
 
     def record_of(self, certificate: Certificate) -> Record:
-        """The record that a certificate makes final; remembered. Raises ``BadCertificate``."""
+        """Verify a certificate, remember it and return its record. Raises ``BadCertificate``."""
         encoded = certificate.encode()
         if self._checked is not None and self._checked[0] == encoded:
-            return self._checked[1]  # every board of a round shows the same one
+            return self._checked[1]  # every status of a round has the same one
         record = certified_record(self.manifest, certificate)
         self._checked = encoded, record
         self.certificate = encoded
@@ -102,7 +102,7 @@ class Voter:
 
 
 class Reveals:
-    """The contributions of one round whose commitment and opening were both checked here."""
+    """The contributions of one round whose commitment and reveal were both checked here."""
 
     def __init__(self, run_id: bytes, plan: Plan) -> None:
         self._run_id, self._plan = run_id, plan
@@ -114,8 +114,8 @@ class Reveals:
         self.contributions_shown: tuple[bytes, ...] = ()
 
     def update(self, status: RunStatus) -> list[str]:
-        """Take in what a board shows; the nodes whose contribution is new. Ignores whatever does not hold up."""
-        if not self._commitments:  # shown all at once; what is added when openings can be seen proves nothing
+        """Add the valid commitments and contributions of a status. Returns the nodes whose contribution is new."""
+        if not self._commitments:  # the first list counts: a commitment added after reveals are visible proves nothing
             for envelope in self._fresh(status.commitments, Commitment.DOMAIN):
                 made = decode(Commitment, envelope.body)
                 if made.term == self._plan.term:
