@@ -1,1 +1,1 @@
-"""Repeat a contribution, compare, and say what was found."""
+"""Audits: replay contributions, compare, and report findings. See README.md."""

@@ -1,8 +1,8 @@
-"""How far apart honest nodes are when they do the same work, and how far off those are that do not do it.
+"""Measure replay errors between honest nodes, and of frauds.
 
 A reference node and a peer train some rounds together. Each segment between two trace points of the reference is then
-done again, from the same state on the same batches, by every kind of node there is here; and claimed by every kind of
-cheat. An error is that of an audit: ``audit/replay.py``.
+replayed from the same state on the same batches by every kind of node available here, and claimed by every kind of
+fraud. An error is that of an audit: ``audit/replay.py``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from psyche.training.schedules import learning_rate
 ONE_STEP, TENTH, HALF = "one step left out", "a tenth left out", "half the steps"
 OTHER, COPY, NOISE = "other data", "a copied peer", "noise"
 FRAUDS = (ONE_STEP, TENTH, HALF, OTHER, COPY, NOISE)
-"""What is claimed instead of the work, in the order of how much of it was done. Steps left out are made up for by
-scaling; noise has the norm of honest work."""
+"""Frauds, by how much of the work was done. Omitted steps are compensated by scaling; noise has the norm of
+honest work."""
 
 
 @dataclass(frozen=True)
 class NodeKind:
-    """A kind of node: what of a machine and its settings changes what a step computes."""
+    """A kind of node: the hardware and settings that change what a step computes."""
 
     name: str
     device: str
@@ -45,8 +45,8 @@ class NodeKind:
 
 
 def available_node_kinds(threads: int | None) -> list[NodeKind]:
-    """Those that can be tried on this machine; the first is the reference, and what it has not said otherwise the
-    others have of it. ``threads`` are a node's usual ones, all cores where None."""
+    """Return the kinds that this machine can run, the reference first. ``threads`` is a node's usual number, or None
+    for all cores."""
     cores = len(os.sched_getaffinity(0))
     usual = threads or cores
     other = cores if usual != cores else max(1, cores // 2)
@@ -76,43 +76,43 @@ class Segment:
 
 @dataclass
 class ReplayErrors:
-    """Relative errors, one for each segment, in their order."""
+    """Relative errors, one per segment, in order."""
 
     kinds: list[str]
     segments: list[Segment]
     errors: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    """By what is claimed (a kind of node's honest work, or a fraud on the reference kind) and the kind that audits."""
+    """By claim (honest work of a kind of node, or a fraud on the reference kind) and the kind that audits."""
 
     @property
     def honest(self) -> dict[str, list[float]]:
-        """Of each pair of kinds."""
+        """Errors of honest work, by pair of kinds."""
         return {f"{one} | {other}": found for (one, other), found in self.errors.items() if one in self.kinds}
 
     @property
     def hostile(self) -> dict[str, list[list[float]]]:
-        """Of each fraud, by auditor."""
+        """Errors of each fraud, by the kind that audits."""
         return {fraud: [self.errors[fraud, kind] for kind in self.kinds] for fraud in FRAUDS}
 
 
 Make = Callable[[NodeKind], Engine | None]
-"""An engine with the run's initial parameters; None where this kind cannot be had here."""
+"""Returns an engine with the run's initial parameters; None if this kind is not available."""
 ReportProgress = Callable[[str, int], None]
-"""What is being done, and how many inner steps of it were just done."""
+"""Called with the current activity and the number of inner steps just done."""
 
 
 class Calibration:
-    """Of one run's model, optimizer and data."""
+    """Measures replay errors with one run's model, optimizer and data."""
 
     def __init__(
         self, run: Run, store: TokenStore, folder: Path, progress: ReportProgress = lambda what, steps: None
     ) -> None:
-        """``folder`` has room for a dozen vectors of the model's size for each segment."""
+        """``folder`` needs space for a dozen vectors of the model's size per segment."""
         self._run, self._store, self._folder, self._progress = run, store, folder, progress
         self._by_muon = muon_parameters(run)
         self._segments: list[Segment] = []
 
     def measure(self, kinds: Sequence[NodeKind], rounds: int, make: Make) -> ReplayErrors:
-        """Errors over the first ``rounds`` of the run, of those kinds that can be had."""
+        """Measure errors over the first ``rounds`` of the run, for the available kinds."""
         done: list[NodeKind] = []
         for kind in kinds:
             engine = make(kind)
@@ -146,7 +146,7 @@ class Calibration:
     # ------------------------------------------------------------------------------- training
 
     def _train(self, engine: Engine, name: str, rounds: int) -> None:
-        """The reference and its peer, and what cheats would claim of each segment."""
+        """Train the reference and its peer, and save what each fraud would claim of each segment."""
         theta = torch.empty(engine.layout.size)
         engine.read(theta)
         outer, run = OuterState.initial(theta), self._run
@@ -167,7 +167,7 @@ class Calibration:
     def _walk(
         self, engine: Engine, name: str, round_number: int, theta: Tensor, state: State, points: Sequence[int]
     ) -> tuple[list[Tensor], State]:
-        """The peer's round: parameters at the points, and the optimizer afterwards."""
+        """Train the peer's round. Return the parameters at the trace points and the final optimizer state."""
         engine.write(theta)
         engine.load_state(state)
         at = [theta.clone()]
@@ -179,7 +179,7 @@ class Calibration:
         return at, _copied(engine)
 
     def _segment(self, engine: Engine, name: str, segment: Segment, copied: Tensor) -> None:
-        """Train the reference through ``segment``, and note everybody's end; ``copied`` is how far the peer moved."""
+        """Train the reference through ``segment`` and save all ends; ``copied`` is the peer's displacement."""
         before, state, at = torch.empty(engine.layout.size), _copied(engine), torch.empty(engine.layout.size)
         engine.read(before)
         steps, length = range(segment.start, segment.stop), segment.stop - segment.start
@@ -210,7 +210,7 @@ class Calibration:
         engine.load_state(after)
 
     def _train_again(self, engine: Engine, name: str) -> None:
-        """Every segment, from where the reference was."""
+        """Replay every segment from the reference's state."""
         at = torch.empty(engine.layout.size)
         for segment in self._segments:
             engine.write(self._get(segment, START))
@@ -221,7 +221,7 @@ class Calibration:
             self._put(segment, name, at)
 
     def _steps(self, engine: Engine, what: str, round_number: int, steps: range, whose: int) -> Iterator[float]:
-        """Take inner steps; their learning rates."""
+        """Take inner steps and yield their learning rates."""
         run = self._run
         for step in steps:
             lr = learning_rate(run.inner, round_number * run.rounds.inner_steps + step, run.total_steps, engine.steps)
@@ -230,7 +230,7 @@ class Calibration:
             yield lr
 
     def _batch(self, round_number: int, step: int, whose: int) -> Batch:
-        """Sequences that nobody else has in this or another round."""
+        """Return sequences that no other node has in any round."""
         size, steps = self._run.inner.batch_size, self._run.rounds.inner_steps
         position = ((round_number * DEALT + whose) * steps + step) * size
         split = self._store.train
@@ -250,18 +250,18 @@ class Calibration:
 
 State = dict[str, Tensor]
 OWN, PEERS, OTHERS = range(3)
-"""Whose part of a round's data."""
+"""Whose share of a round's data a batch comes from."""
 DEALT = 3
 START, OPTIMIZER = "start", "optimizer"
 
 
 def total_steps(run: Run, rounds: int, kinds: int) -> int:
-    """Inner steps that :meth:`Calibration.measure` takes."""
+    """Return the number of inner steps that :meth:`Calibration.measure` takes."""
     return rounds * run.rounds.inner_steps * (DEALT + kinds - 1)
 
 
 def _of_other_precision(name: str, kinds: Sequence[NodeKind]) -> str | None:
-    """What the kind of that name is on its device in the other precision, uncompiled."""
+    """Return the kind on the same device in the other precision, uncompiled; None if there is none."""
     own = next(kind for kind in kinds if kind.name == name)
     wanted = (own.device, own.precision == "fp32", False)
     same = (kind.name for kind in kinds if (kind.device, kind.precision != "fp32", kind.compiled) == wanted)

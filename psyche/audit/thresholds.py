@@ -1,9 +1,9 @@
-"""From some measured errors of replays to thresholds, with a stated confidence.
+"""Derive audit thresholds from measured replay errors, with a stated confidence.
 
-Errors of honest replays have no shape that could be counted on: most are nothing, and where training enlarges rounding
-some are a thousand times the others. So what is said of those that were not measured is free of any distribution: with
-confidence c, the largest of n samples is above a share (1 − c)^(1/n) of all there are (Wilks 1941, "Determination of
-sample sizes for setting tolerance limits"; NIST/SEMATECH e-Handbook, 7.2.6.4). Beyond it there is a margin.
+Honest replay errors follow no convenient distribution: most are zero, and where training amplifies rounding some are a
+thousand times larger. The bound is therefore distribution-free: with confidence c, the largest of n samples exceeds a
+share (1 − c)^(1/n) of the population (Wilks 1941, "Determination of sample sizes for setting tolerance limits";
+NIST/SEMATECH e-Handbook, 7.2.6.4). A margin is added on top.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ from math import ceil, floor, log10, sqrt
 from statistics import median
 
 CONFIDENCE = 0.95
-"""That the share is at least so large."""
+"""Confidence of the tolerance bound."""
 MARGIN = 4.0
-"""How many times the largest honest error the least is that fails; half of that passes."""
+"""``fail_error`` is at least this multiple of the largest honest error."""
 FEWEST = 4
-"""Segments without which nothing is said."""
+"""Fewest segments that thresholds are derived from."""
 SEEN = 0.5
-"""Share of a fraud's replays that have to fail for it to count as told apart: it is found out by the second audit."""
+"""Share of a fraud's replays that must fail for it to count as detected: on average by the second audit."""
 SMALLEST = 2.0**-23
-"""Of an fp32 number's relative rounding: kinds that agree to the bit here may differ by as much elsewhere."""
+"""Relative rounding error of fp32: kinds that agree bit for bit here may differ by this much elsewhere."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What ``run.audits`` is to say, and what it rests on."""
+    """Values for ``run.audits``, and the measurements behind them."""
 
     pass_error: float
     fail_error: float
     honest: float
-    """The largest error between honest nodes, of the pair of kinds that differ most."""
+    """The largest error between honest nodes, over all pairs of kinds."""
     share: float
-    """Of honest replays that are at most so far apart, at least, with ``CONFIDENCE``."""
+    """Share of all honest replays with at most that error: a lower bound with ``CONFIDENCE``."""
     hostile: Mapping[str, float]
-    """Share of the replays of each fraud that fail, by the auditor that sees the fewest."""
+    """Share of each fraud's replays that fail, for the kind of auditor that detects the fewest."""
     missed: tuple[str, ...]
-    """Frauds that are not told from honest work: fewer than ``SEEN`` do."""
+    """Frauds that are not detected: their share is below ``SEEN``."""
 
 
 def covered(count: int, confidence: float = CONFIDENCE) -> float:
-    """Share of all that is at most the largest of ``count`` samples, at least, with ``confidence``."""
+    """Return the share of the population that the largest of ``count`` samples exceeds, with ``confidence``."""
     return float((1 - confidence) ** (1 / count))
 
 
 def thresholds(
     honest: Mapping[str, Sequence[float]], hostile: Mapping[str, Sequence[Sequence[float]]], ignored: Sequence[str]
 ) -> Thresholds:
-    """Thresholds for the honest errors of each pair of kinds, and for each fraud's, by auditor.
+    """Derive thresholds from ``honest`` errors by pair of kinds, and ``hostile`` errors by fraud and auditor.
 
-    ``fail_error`` is ``MARGIN`` times the largest honest error, or more where there is room: in the middle (in
-    logarithms) between that and a usual error of the smallest fraud that is not ``ignored``. Kinds of node that were
-    not measured have as much room then as cheats. ``pass_error`` is half of it.
+    ``fail_error`` is ``MARGIN`` times the largest honest error, or the geometric mean of that error and the median
+    error of the smallest fraud that is not ``ignored``, if that is larger: kinds of node that were not measured then get as
+    much room as frauds. ``pass_error`` is half of it. Raises ``ValueError`` for fewer than ``FEWEST`` segments.
     """
     count = min(map(len, honest.values()))
     if count < FEWEST:
-        raise ValueError(f"{count} segments, where {FEWEST} are the fewest that say anything")
+        raise ValueError(f"{count} segments measured, but thresholds need at least {FEWEST}: measure more rounds")
     largest = max(SMALLEST, *(error for errors in honest.values() for error in errors))
     usual = min(median(errors) for name, found in hostile.items() if name not in ignored for errors in found)
     fail = rounded(max(MARGIN * largest, sqrt(largest * usual)))
@@ -70,7 +70,7 @@ def thresholds(
 
 
 def rounded(value: float, *, down: bool = False) -> float:
-    """To two digits, up; or ``down``."""
+    """Round to two significant digits, up or ``down``."""
     unit = 10.0 ** (floor(log10(value)) - 1)
     digits = floor(value / unit) if down else ceil(value / unit)
     return float(f"{digits * unit:.2g}")

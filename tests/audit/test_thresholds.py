@@ -49,7 +49,7 @@ def test_thresholds_are_between_honest_errors_and_frauds() -> None:
 def test_noise_as_large_as_frauds_is_said_to_be() -> None:
     found = thresholds({"a | b": [0.1, 0.2, 0.3, 0.15]}, {"tenth": [[0.14, 0.15, 0.13, 0.12]]}, [])
     assert found.missed == ("tenth",)
-    with pytest.raises(ValueError, match="fewest"):
+    with pytest.raises(ValueError, match="thresholds need at least 4"):
         thresholds({"a | b": [0.1] * 3}, {"tenth": [[0.14] * 3]}, [])
 
 

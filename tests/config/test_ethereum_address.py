@@ -57,7 +57,7 @@ def test_what_is_no_address(text: str) -> None:
 
 
 def test_nobody_owns_zero() -> None:
-    with pytest.raises(ValueError, match="nobody owns"):
+    with pytest.raises(ValueError, match="belongs to nobody"):
         address_bytes("0x" + "0" * 40)
 
 

@@ -165,7 +165,7 @@ def test_a_run_that_does_not_allow_it_takes_no_private_contribution(tmp_path: Pa
     one = here.private("private")
     plan = plan_for(one)
     fault = contribution_fault(rules_of(here.manifest), plan, plan.members[0], one.train(plan).contribution)
-    assert fault == "this run does not accept contributions from private data"
+    assert fault == "this run takes no contributions from private data"
 
 
 def test_a_private_majority_moves_the_model_by_its_share(tmp_path: Path) -> None:
