@@ -52,8 +52,8 @@ def thresholds(
     """Derive thresholds from ``honest`` errors by pair of kinds, and ``hostile`` errors by fraud and auditor.
 
     ``fail_error`` is ``MARGIN`` times the largest honest error, or the geometric mean of that error and the median
-    error of the smallest fraud that is not ``ignored``, if that is larger: kinds of node that were not measured then get as
-    much room as frauds. ``pass_error`` is half of it. Raises ``ValueError`` for fewer than ``FEWEST`` segments.
+    error of the smallest fraud that is not ``ignored``, if that is larger: kinds of node that were not measured then
+    get as much room as frauds. ``pass_error`` is half of it. Raises ``ValueError`` for fewer than ``FEWEST`` segments.
     """
     count = min(map(len, honest.values()))
     if count < FEWEST:
