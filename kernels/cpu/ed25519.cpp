@@ -1,5 +1,5 @@
 // Arithmetic modulo p = 2^255 - 19, on the curve -x^2 + y^2 = 1 + d x^2 y^2, and Pippenger's way to add many multiples.
-#include "ed25519.h"
+#include "operations.h"
 
 #include <algorithm>
 #include <cstring>

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "operations.h"
-#include "topk2e.h"
 
 using namespace psyche;
 

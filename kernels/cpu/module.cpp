@@ -8,9 +8,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "ed25519.h"
 #include "operations.h"
-#include "topk2e.h"
 
 namespace nb = nanobind;
 

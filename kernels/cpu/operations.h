@@ -8,30 +8,30 @@
 
 namespace psyche {
 
-// Instruction sets that this build has and this machine can run, best first.
+// The instruction sets that both this build and this machine have, best first.
 std::vector<const Level*> available_levels();
 
 // The level of that name, or the best for an empty one; null where it is not available.
 const Level* find_level(const std::string& name);
 
-// What the PyTorch codec says of the first of these faults.
+// The message of the PyTorch codec for the first of these faults.
 const char* reason(u32 faults);
 
 // A codec at one level. All ranges are of `count` values, a multiple of CHUNK, and all bodies of body_bytes(count).
 class RangeCodec {
  public:
-  // `name` as psyche/numerics/codecs/names.py spells it, without topk2e. False from `valid` for any other.
+  // `name` as psyche/numerics/codecs/registry.py spells it, without topk2e. `valid` is false for any other name.
   RangeCodec(const std::string& name, const Level& level);
 
   bool valid() const { return chunks_ != nullptr; }
   int kept() const { return kept_; }
   i64 body_bytes(i64 count) const { return count / CHUNK * chunk_bytes_; }
 
-  // The position of the first value that is not finite, or -1. Otherwise the body is undefined, and the residual too.
+  // Returns -1, or the position of the first value that is not finite; body and residual are then undefined.
   i64 encode(const Input& in, u8* body, i64 count, int threads) const;
-  // Faults of the body, 0 where it is sound.
+  // Returns the faults of the body, 0 where it is valid.
   u32 check(const u8* body, i64 count, int threads) const;
-  // Checks, then adds weight * D(body) to `out`. Where faults are returned nothing was written.
+  // Checks the body, then adds weight * D(body) to `out`. Writes nothing where it returns faults.
   u32 decode_add(const u8* body, i64 count, float weight, float* out, int threads) const;
   // The squared norm of D(body), added in fp64 in block order. Any body of the right size can be read.
   double squared_norm(const u8* body, i64 count) const;
@@ -44,5 +44,18 @@ class RangeCodec {
 
 void outer_step(const Level& level, float* theta, float* momentum, const float* gradient, float* local, i64 count,
                 float lr, float mu, int threads);
+
+// Entropy-code a valid topk2 body of `chunks` chunks to at most `capacity` bytes. Returns their number, or -1 where they
+// do not suffice.
+i64 compress(int kept, const u8* body, i64 chunks, u8* out, i64 capacity);
+
+// Decode a stream to a topk2 body of `chunks` chunks. Returns false for a stream that no encoder writes; the body is then
+// undefined. Does not check levels.
+bool expand(int kept, const u8* data, i64 size, i64 chunks, u8* body);
+
+// Whether 8 * sum(scalar * point) is the identity of the Ed25519 curve (RFC 8032), for checking many signatures at once
+// (psyche/network/signatures.py). `points` are `count` encodings of 32 bytes, `scalars` as many little-endian numbers below
+// 2^256. False also where an encoding is not canonical or not a point. All inputs are public: time depends on them.
+bool vanishes(const u8* points, const u8* scalars, i64 count);
 
 }  // namespace psyche

@@ -1,6 +1,5 @@
-#include "topk2e.h"
-
 #include "kept.h"
+#include "operations.h"
 #include "rangecoder.h"
 
 namespace psyche {
