@@ -1,4 +1,4 @@
-"""Files that are whole or absent, directories that are closed, and disk errors that a person can act on."""
+"""Durable files (complete or absent), private directories, and disk errors with the setting that fixes them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_durably(path: Path, content: Buffer) -> None:
-    """Replace ``path`` in one step: after a crash or power loss it holds the old content or the new, never a mix."""
+    """Replace ``path`` atomically: after a crash or power loss it holds the old content or the new one."""
     with durable_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """The same for content that comes piece by piece: a file that takes the place of ``path`` at the block's end.
-
-    ``path`` stays as it was where the block raises.
-    """
+    """Yield a file that atomically replaces ``path`` at the end of the block; if the block raises, nothing changes."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w+b") as file:
         yield file
@@ -39,7 +36,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_at(descriptor: int, content: bytes, offset: int) -> None:
-    """All of ``content`` into an open file. A disk that fills up takes a part, and raises for the rest."""
+    """Write all of ``content`` at ``offset``, repeating partial writes. Raises ``OSError``."""
     view = memoryview(content)
     while view:
         written = os.pwrite(descriptor, view, offset)
@@ -47,7 +44,7 @@ def write_at(descriptor: int, content: bytes, offset: int) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory: a new name in it is on disk only then."""
+    """Flush a directory: until then a new file name in it may be lost."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -55,37 +52,37 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def close_to_others(directory: Path) -> None:
-    """Have ``directory``, made where it is missing, and nobody but this user able to look into it.
+def make_private_directory(directory: Path) -> None:
+    """Create ``directory`` if it is missing, and make it accessible to this user only.
 
-    Raises ``OSError`` where it is another user's, and :class:`PsycheError` where its file system knows no users.
+    Raises ``OSError`` if it belongs to another user, :class:`PsycheError` if its file system has no permissions.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    directory.chmod(0o700)  # it may have been there, open
+    directory.chmod(0o700)  # it may exist with wider permissions
     if directory.stat().st_mode & 0o077:
         raise PsycheError(
-            f"others on this machine can read {directory}, and its file system cannot keep them out: choose another "
-            "place with --directory"
+            f"other users can read {directory}, and its file system does not support permissions: choose another "
+            "directory with --directory"
         )
 
 
 @contextmanager
 def disk_errors(path: Path, setting: str = "node.cache") -> Iterator[None]:
-    """Turn an :class:`OSError` while writing below ``path`` into a :class:`PsycheError` naming disk and mend.
+    """Turn an :class:`OSError` while writing below ``path`` into a :class:`PsycheError` that says how to fix it.
 
-    ``setting`` is what says where ``path`` is.
+    ``setting`` is the option that determines ``path``.
     """
     try:
         yield
     except OSError as error:
-        mend = f"choose another place with {setting}"
+        fix = f"choose another directory with {setting}"
         if error.errno not in FULL:
-            raise PsycheError(f"cannot write {error.filename or path} ({error.strerror or error}): {mend}") from error
+            raise PsycheError(f"cannot write {error.filename or path} ({error.strerror or error}): {fix}") from error
         disk = _mount(path)
         free = shutil.disk_usage(disk).free / 2**20
         raise PsycheError(
             f"no space left for {path} on the disk mounted at {disk} ({error.strerror}; {free:.0f} MiB free): free "
-            f"some and run the command again, it goes on where it stopped, or {mend}"
+            f"disk space and run the command again to resume, or {fix}"
         ) from error
 
 

@@ -23,7 +23,7 @@ from psyche.audit.audit_case import AuditCase, audit, can_audit, claimed_work, f
 from psyche.audit.evidence_store import EVIDENCE_DIRECTORY, EvidenceStore
 from psyche.audit.replay import ReplayStopped, required_blobs
 from psyche.config.manifest import chain_rules
-from psyche.data.shard_prefetch import Supply
+from psyche.data.shard_prefetch import ShardPrefetcher
 from psyche.data.token_store import BadShard
 from psyche.diloco.audit_bundle import MAX_BUNDLE_BYTES, AuditBundle, AuditBundleStore, BlobUnavailable
 from psyche.diloco.replica import Replica
@@ -102,7 +102,7 @@ class Auditor:
         network: Network,
         client: Client,
         ledger: LedgerWriter,
-        supply: Supply,
+        prefetcher: ShardPrefetcher,
         *,
         do: RunInTrainingThread,
         log: EventLog,
@@ -110,7 +110,7 @@ class Auditor:
     ) -> None:
         """Keep ``replica``'s audit bundles, and evidence against others, in the node's ``directory``."""
         self._replica, self._network, self._client = replica, network, client
-        self._ledger, self._supply, self._do, self._log, self._warn = ledger, supply, do, log, warn
+        self._ledger, self._prefetcher, self._do, self._log, self._warn = ledger, prefetcher, do, log, warn
         self._bundles = AuditBundleStore(directory / AUDITS_DIRECTORY, warn)
         self._evidence = EvidenceStore(directory / EVIDENCE_DIRECTORY)
         replica.trace_recorder.bundles = self._bundles
@@ -333,7 +333,7 @@ class Auditor:
 
         Raises ``BadShard``, :class:`ReplayStopped` and :class:`RetryLater`.
         """
-        await self._supply.ready(case.plan, case.node, stop.is_set)
+        await self._prefetcher.wait_ready(case.plan, case.node, stop.is_set)
         try:
             bundle = await self._fetch_bundle(case)
             blobs = await self._fetch_blobs(case, bundle)

@@ -234,7 +234,7 @@ class Calibration:
         size, steps = self._run.inner.batch_size, self._run.rounds.inner_steps
         position = ((round_number * DEALT + whose) * steps + step) * size
         split = self._store.train
-        return split.batch(sequences(range(position, position + size), split.shape, self._run.seed))
+        return split.batch(sequences(range(position, position + size), split.layout, self._run.seed))
 
     # --------------------------------------------------------------------------------- on disk
 

@@ -14,7 +14,7 @@ from psyche.audit.replay import Mismatch, MismatchCode, replay_segment, verify_e
 from psyche.audit.replay_error import millionths
 from psyche.config import Manifest, Node
 from psyche.config.manifest import chain_rules
-from psyche.data.provision import local_store, shard_cache, shard_places
+from psyche.data.provision import local_store, shard_cache, shard_locations
 from psyche.diloco.audit_bundle import BlobUnavailable
 from psyche.errors import PsycheError
 from psyche.ledger.certificate_check import certified_record
@@ -100,7 +100,7 @@ def replay_from_evidence(
     come from anyone.
     """
     evidence, run, node, round_number = EvidenceStore(directory), manifest.run, case.node, case.plan.round
-    store = local_store(manifest, settings.cache.expanduser(), shard_places(settings, shard_cache(settings)))
+    store = local_store(manifest, settings.cache.expanduser(), shard_locations(settings, shard_cache(settings)))
     engine = TorchEngine(build(run.model, seed=run.seed), run.inner, settings, store.index.pad)
     context = replace(replay_context_for(run, engine, backend_on(engine.device), store, case), measure_noise=True)
     blobs = partial(evidence.read, node, round_number)

@@ -1,11 +1,11 @@
-"""Shards fetched from elsewhere: a directory of files named by their roots, bounded, shared by all processes here.
+"""The shard cache: a bounded directory of fetched shards, named by their roots, shared by all local processes.
 
-File locks coordinate processes. An open shard is locked, shared, by the process that maps it (``data/token_store.py``),
-and is not evicted. A shard being fetched is locked by the fetcher; other processes that want it wait. Locks end with
-their process, so a crash leaves only a partial file, which the next fetch continues or evicts.
+File locks coordinate the processes. A process that maps a shard (``token_store.py``) holds a shared lock, so the shard
+is not evicted; a process that fetches one holds an exclusive lock, and others that want it wait. A process's locks end
+with it, so a crash leaves at most a partial file, which is taken over or evicted.
 
-On a file system without locks each process fetches into a partial file of its own, which is renamed once complete: two
-may fetch the same shard, and one may delete a file that another has open, which can still be read.
+Where a file system does not support locks, each process fetches into a partial file of its own: two processes may fetch
+the same shard, and one may delete a shard that another has open (which can still read it).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from psyche.durable import sync_directory
 from psyche.errors import PsycheError
 
 PART = ".part"
-"""Ends the name of a shard that is being fetched."""
+"""Suffix of a shard that is being fetched."""
 ABANDONED_SECONDS = 3600.0
-"""Since somebody has written into a part, where no lock says whether its fetcher is alive."""
+"""Age at which a partial file counts as abandoned where no lock tells whether its process is alive."""
 
 
 class CacheFull(PsycheError):
-    """All that is in the cache is in use."""
+    """All shards in the cache are in use."""
 
 
 class ShardCache:
@@ -39,46 +39,46 @@ class ShardCache:
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
         self.locks = True
-        """Whether its file system has locks, as far as is known: what was fetched into it has shown."""
+        """Whether the file system supports locks; known after the first fetch."""
 
-    def place(self, shard: Shard) -> Path:
-        """Where a shard is, or would be."""
+    def path_of(self, shard: Shard) -> Path:
+        """The path of a shard, cached or not."""
         return self.directory / shard.root
 
     def room(self) -> int:
-        """Bytes that may be added without anything making way."""
+        """Bytes that can be added without an eviction."""
         return max(0, self.limit - sum(size for _, size, _ in self._found()))
 
     def used(self, shard: Shard) -> None:
-        """A shard is needed now: it will be among the last to make way."""
+        """Mark a shard as recently used: it is evicted late."""
         with contextlib.suppress(OSError):
-            os.utime(self.place(shard))
+            os.utime(self.path_of(shard))
 
     def drop(self, shard: Shard) -> None:
-        """Remove a copy, which is bad."""
-        self.place(shard).unlink(missing_ok=True)
+        """Delete a corrupt copy."""
+        self.path_of(shard).unlink(missing_ok=True)
 
     def claim(self, shard: Shard) -> Incoming | None:
-        """The file to fetch a shard into, with room made for all of it; None while another process fetches it.
+        """Create the file to fetch a shard into, with its space allocated; None while another process fetches it.
 
         Raises :class:`CacheFull`, and ``OSError`` where the disk does not allow it.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        incoming = Incoming.begin(self.place(shard))
+        incoming = Incoming.begin(self.path_of(shard))
         if incoming is None:
             return None
         self.locks = incoming.locked
         try:
             with self._alone():
                 self._make_room(shard.bytes)
-                os.posix_fallocate(incoming.descriptor, 0, shard.bytes)  # a full disk is known now, and others count it
+                os.posix_fallocate(incoming.descriptor, 0, shard.bytes)  # fails now if the disk is full
         except BaseException:
             incoming.close()
             raise
         return incoming
 
     def _make_room(self, size: int) -> None:
-        """Evict what was used longest ago until ``size`` bytes more are within the limit."""
+        """Evict the least recently used files until ``size`` more bytes fit the limit."""
         found = self._found()
         used = sum(taken for _, taken, _ in found)
         for _, taken, path in sorted(found, key=lambda one: (one[2].suffix != PART, one)):  # unfinished ones first
@@ -88,12 +88,12 @@ class ShardCache:
                 used -= taken
         if used + size > self.limit:
             raise CacheFull(
-                f"node.data_cache ({self.limit / 1e9:g} GB) is full of shards that are in use: allow it more, in the "
-                "node: file"
+                f"the shard cache {self.directory} is full of shards in use ({self.limit / 1e9:g} GB): "
+                "raise node.data_cache in the node file"
             )
 
     def _found(self) -> list[tuple[int, int, Path]]:
-        """When each file was last used, its size, and itself."""
+        """Last use (ns), size and path of each file."""
         found = []
         with contextlib.suppress(FileNotFoundError), os.scandir(self.directory) as entries:
             for entry in entries:
@@ -103,10 +103,10 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Of two processes that make room at once, the second counts what the first has taken."""
+        """Serialise processes that make room: the second counts what the first has taken."""
         descriptor = os.open(self.directory, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # not every file system has locks
+            with contextlib.suppress(OSError):  # not every file system supports locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
@@ -114,18 +114,18 @@ class ShardCache:
 
 
 class Incoming:
-    """A shard's file on its way into the cache: a part, until :meth:`keep` gives it its name."""
+    """A shard being fetched into the cache: a partial file until :meth:`keep` renames it."""
 
     def __init__(self, path: Path, part: Path, descriptor: int, *, locked: bool) -> None:
         self._path, self._part, self.descriptor, self.locked = path, part, descriptor, locked
 
     @classmethod
     def begin(cls, path: Path) -> Self | None:
-        """An empty part for ``path``; None where another process has it."""
+        """Create an empty partial file for ``path``; None if another process has it."""
         part = path.with_name(path.name + PART)
         descriptor = _create(part)
         locked = _lock(descriptor)
-        if locked is None:  # whoever opens it under this name would write over what we write
+        if locked is None:  # another process could open it and overwrite our data
             os.close(descriptor)
             part.unlink(missing_ok=True)
             part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
@@ -137,13 +137,13 @@ class Incoming:
         return cls(path, part, descriptor, locked=True)
 
     def keep(self) -> None:
-        """What was written is the shard. Raises ``OSError``."""
+        """Rename the complete, verified file to the shard's name. Raises ``OSError``."""
         os.fsync(self.descriptor)
         os.replace(self._part, self._path)
         sync_directory(self._path.parent)
 
     def close(self) -> None:
-        """Remove the part, if it was not kept."""
+        """Delete the partial file unless it was kept."""
         with contextlib.suppress(FileNotFoundError):
             if _is_still(self.descriptor, self._part):
                 self._part.unlink()
@@ -161,7 +161,7 @@ def _create(part: Path) -> int:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock an open file for this process alone: False where somebody has it, None where it cannot be locked."""
+    """Lock an open file exclusively; False if another process holds a lock, None if locks are not supported."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -172,20 +172,20 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether an open file has not been renamed or removed by whoever had it locked before."""
+    """Whether an open file is still at ``path``, not renamed or deleted by the previous lock holder."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
 
 
 def _evict(path: Path) -> bool:
-    """Remove a file that nobody uses, as far as can be known."""
+    """Delete a file unless it is in use, as far as that is known; return whether it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS locks nothing that is open for reading only
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS cannot lock a file opened read-only
     except FileNotFoundError:
         return True
     except PermissionError:
-        return False  # another user's
+        return False  # the file of another user
     try:
         locked = _lock(descriptor)
         if locked is False or (locked is None and path.suffix == PART and not _abandoned(descriptor)):

@@ -1,4 +1,4 @@
-"""``index.json`` of a token store: the whole on-disk format, and the 32 bytes that fix it.
+"""``index.json`` of a token store: the on-disk format, and the 32-byte root that identifies a store.
 
 A store is a directory::
 
@@ -24,7 +24,7 @@ from psyche.numerics.digest import digest
 
 FORMAT: Final = 2
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
-"""Token types by their name in the index, as NumPy spells them; on disk they are little-endian everywhere."""
+"""NumPy dtypes by their name in the index. Tokens on disk are little-endian."""
 MAX_INDEX_BYTES = 32 << 20
 """Room for some 200,000 shards: 1.6 TiB of tokens."""
 
@@ -63,7 +63,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     train: tuple[Shard, ...]
     heldout: tuple[Shard, ...]
     packing: Literal["pack", "pad"] = "pack"
-    """How documents became sequences, see :class:`~psyche.config.Data`."""
+    """How documents were cut into sequences, see :class:`~psyche.config.Data`."""
 
     @property
     def sequence_bytes(self) -> int:
@@ -71,8 +71,10 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def pad(self) -> int | None:
-        """The token that fills sequences up and of which only a sequence's first is learned; None where
-        none does (``training/labels.py``)."""
+        """The padding token, of which only the first in a sequence is learned; None without padding.
+
+        ``training/labels.py`` masks the others.
+        """
         return self.eos if self.packing == "pad" else None
 
     def encode(self) -> bytes:
@@ -81,7 +83,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def root(self) -> bytes:
-        """32 bytes that fix the store: every shard, the tokenizer, their order."""
+        """The store's identity, 32 bytes: every shard, the tokenizer, their order."""
         return digest("store", self.encode())
 
 
@@ -106,16 +108,16 @@ def decode_index(data: bytes, where: str) -> Index:
 
 
 def _fault(index: Index, data: bytes) -> str | None:
-    """What is wrong with a well-typed index, if anything."""
+    """The fault of a well-typed index, or None."""
     if len(data) > MAX_INDEX_BYTES or index.encode() != data:
         return "not in canonical form"
     if index.dtype != dtype_for(index.vocab_size) or index.eos >= index.vocab_size:
-        return "vocabulary, eos and dtype do not fit together"
+        return "vocab_size, eos and dtype are inconsistent"
     shards = index.train + index.heldout
     for shard in shards:
         if shard.bytes != shard.sequences * index.sequence_bytes:
             return f"{shard.file} cannot hold {shard.sequences} sequences in {shard.bytes} bytes"
-    for split in (index.train, index.heldout):  # what protocol/assignment.py reckons with
+    for split in (index.train, index.heldout):  # protocol/assignment.py relies on it
         if any(shard.sequences != split[0].sequences for shard in split[:-1]) or (
             split and split[-1].sequences > split[0].sequences
         ):

@@ -1,4 +1,4 @@
-"""Copies of a token store elsewhere, by fsspec URL: read as a stream, bounded, believed by hash alone."""
+"""Mirrors: copies of a token store behind fsspec URLs, read as bounded streams and verified by hash."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root
 
 STALL_SECONDS = 30.0
-"""A mirror that does not send :data:`PIECE` bytes in so long is given up."""
+"""A mirror that sends less than :data:`PIECE` bytes in this time is given up."""
 PIECE = 1 << 20
 THROTTLED = 1 << 16
-"""Bytes that are accounted for at once."""
+"""Bytes taken from the download limit at once."""
 _ANONYMOUS: dict[str, dict[str, Any]] = {"s3": {"anon": True}, "gs": {"token": "anon"}, "hf": {"token": False}}
 
 
 class MirrorError(PsycheError):
-    """A mirror did not give what was asked of it."""
+    """A mirror did not provide a file."""
 
 
-class NotThere(MirrorError):
-    """It does not have this file; it may have others."""
+class MissingFile(MirrorError):
+    """The mirror does not have this file; it may have others."""
 
 
 class WrongBytes(MirrorError):
-    """It gave something else."""
+    """The mirror sent bytes with the wrong hash or length."""
 
 
 class Mirror:
-    """A directory with the files of a token store, behind a URL of any scheme that fsspec has."""
+    """A directory with the files of a token store, behind a URL of any scheme that fsspec supports."""
 
     def __init__(self, url: str, *, anonymous: bool, stall: float = STALL_SECONDS) -> None:
-        """``anonymous``: whoever named the mirror is not to have this machine's credentials used for it."""
+        """``anonymous``: do not use this machine's credentials (for mirrors named by the run, not by the owner)."""
         self.url = url.rstrip("/")
         self._anonymous, self._stall = anonymous, stall
 
@@ -54,19 +54,19 @@ class Mirror:
     ) -> None:
         """Write file ``name``, which must be ``wanted``, to the start of the open file ``into``.
 
-        ``progress`` hears the bytes received so far, on a thread of its own. ``throttle`` waits there until so many
-        more, at most THROTTLED, may come; that is not held against the mirror. Raises :class:`MirrorError`:
-        :class:`NotThere`, and :class:`WrongBytes` where the hash is not the one it should be.
+        ``progress`` is called, on a separate thread, with the bytes received so far. ``throttle`` blocks there until
+        that many more bytes (at most THROTTLED) may be received; that time does not count as stalled.
+        Raises :class:`MirrorError`: :class:`MissingFile`, :class:`WrongBytes`, and others.
         """
         url = f"{self.url}/{name}"
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def finished() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever waited
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and so has the caller
                 loop.call_soon_threadsafe(ended.set)
 
         transfer = _Transfer(lambda: self._open(url, wanted.bytes), wanted.bytes, into, progress, throttle, finished)
-        # No thread of a pool: what fsspec's many libraries wait for cannot be interrupted, and a pool waits for it.
+        # Not a pool's thread: fsspec's libraries cannot be interrupted, and a pool would wait for them at exit.
         threading.Thread(target=transfer.run, name="mirror", daemon=True).start()
         try:
             while not ended.is_set():
@@ -75,28 +75,28 @@ class Mirror:
                     await asyncio.wait_for(ended.wait(), self._stall)
                 waited_for_us = transfer.held - held > self._stall / 2
                 if not ended.is_set() and transfer.received // PIECE == before and not waited_for_us:
-                    raise MirrorError(f"{url} has stalled after {transfer.received:,} bytes")
+                    raise MirrorError(f"{url} stalled after {transfer.received:,} bytes")
         finally:
             transfer.abandon()
         if isinstance(transfer.error, FileNotFoundError):
-            raise NotThere(f"{url} is not there") from transfer.error
+            raise MissingFile(f"{url} does not exist") from transfer.error
         if transfer.error is not None:
             reason = " ".join(str(transfer.error).split())[:200] or type(transfer.error).__name__
             raise MirrorError(f"{url}: {reason}") from transfer.error
         if transfer.received != wanted.bytes or await asyncio.to_thread(_root, into, wanted.bytes) != wanted.root:
-            raise WrongBytes(f"{url} is not the run's ({transfer.received:,} bytes, {wanted.bytes:,} expected)")
+            raise WrongBytes(f"{url} has the wrong content ({transfer.received:,} bytes, {wanted.bytes:,} expected)")
 
     def _open(self, url: str, size: int) -> Any:
-        """A file to read from start to end."""
-        import fsspec  # takes a while, and most nodes need none of it
+        """Open a file for reading from start to end."""
+        import fsspec  # slow to import, and most nodes need no mirror
 
         scheme = url.partition("://")[0]
         options = _ANONYMOUS.get(scheme, {}) if self._anonymous else {}
-        how: dict[str, Any] = {"block_size": 8 * PIECE, "cache_type": "readahead"}  # requests, where each is a range
+        how: dict[str, Any] = {"block_size": 8 * PIECE, "cache_type": "readahead"}  # for schemes that request ranges
         if scheme in ("http", "https"):
             from aiohttp import ClientTimeout
 
-            # One stream: for a range fsspec would take all that a server sends, and what a server packs may be a bomb.
+            # One stream, uncompressed: fsspec reads all that a server sends for a range, and packed data may be a bomb.
             timeout = ClientTimeout(total=None, sock_connect=self._stall, sock_read=self._stall)
             options = {"client_kwargs": {"timeout": timeout, "auto_decompress": False}}
             how = {"block_size": 0, "size": size, "headers": {"Accept-Encoding": "identity"}}
@@ -106,7 +106,7 @@ class Mirror:
 
 
 class _Transfer:
-    """One file on its way, on a thread that can be left behind."""
+    """One transfer, on a thread that can be abandoned."""
 
     def __init__(
         self,
@@ -129,18 +129,18 @@ class _Transfer:
     def run(self) -> None:
         try:
             with self._source() as file:
-                # One byte more than there should be tells a longer file.
+                # One byte more than expected reveals a longer file.
                 while left := self._size + 1 - self.received:
                     piece = file.read(min(left, PIECE))
                     if not piece or not self._take(piece[:left]):
                         break
                     self._hold(len(piece))
-        except Exception as error:  # each of fsspec's libraries has its own
+        except Exception as error:  # each of fsspec's libraries raises its own types
             self.error = error
         self._finished()
 
     def abandon(self) -> None:
-        """From now on nothing is written: the file belongs to another transfer, or to nobody."""
+        """Write nothing from now on: the file may belong to another transfer."""
         with self._lock:
             self._abandoned = True
 

@@ -1,9 +1,9 @@
-"""Turn a corpus into a token store: read, mix, encode, pack, shuffle, hash. Killed at any moment, it goes on.
+"""Turning a corpus into a token store: read, mix, encode, pack, shuffle, hash. It resumes after a kill at any moment.
 
-First every document is encoded, and its tokens go to ``staging/`` in the order of the documents; a journal beside them
-says how far they can be believed. Then the staged sequences are shuffled into shards. ``index.json`` is written last,
-and makes the directory a store. Whatever lies beyond the journal is cut off and made again, to the same bytes: every
-step depends on the documents alone.
+First every document is encoded, and its tokens are appended to ``staging/`` in document order; a journal says how much
+of them is on disk. Then the staged sequences are shuffled into shards. ``index.json`` is written last and makes the
+directory a store. Anything beyond the journal is truncated and made again, byte for byte: every step depends on the
+documents alone.
 
 Memory is bounded by a few batches of text and one shard, disk by twice the tokens.
 """
@@ -25,11 +25,9 @@ from filelock import FileLock, Timeout
 from psyche.config import BpeTokenizer, Data, MixturePart, MixtureSource
 from psyche.data.encoding import AHEAD, Document, document_hash, encoded
 from psyche.data.index import DTYPES, FORMAT, Index, Shard, TokenizerFile, dtype_for
-from psyche.data.journal import Journal, PartState, load_journal
-from psyche.data.mixture import Part, interleave
 from psyche.data.shards import SHARD_BYTES, Staged, require_room, write_shards
-from psyche.data.sources import documents, parts_of
-from psyche.data.staging import SplitState, SplitWriter
+from psyche.data.sources import Part, documents, interleave, parts_of
+from psyche.data.staging import PartState, PreparationJournal, SplitState, SplitWriter, load_journal
 from psyche.data.token_store import INDEX, TOKENIZER, TokenStore, store_path
 from psyche.data.tokenizer import Encoder, tokenizer_files
 from psyche.durable import disk_errors, write_durably
@@ -39,24 +37,24 @@ from psyche.numerics.digest import blob_root
 STAGING = "staging"
 
 JOURNAL_BYTES = 64 << 20
-"""Staged tokens between two entries of the journal: what a crash costs at most, half a minute or so."""
+"""Staged bytes between two saves of the journal: the most that a crash costs, about half a minute of work."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the current stage has done."""
+    """The progress of the current stage."""
 
     stage: Literal["waiting", "tokenizer", "merges", "tokens", "shuffle"]
-    """Waiting for another process that prepares the same store; reading for the tokenizer; training it on what was
-    read; encoding; shuffling."""
+    """Waiting for another process that prepares the same store; reading documents for the tokenizer; training the
+    tokenizer; encoding; shuffling."""
     done: int = 0
-    """Documents, those of an interrupted preparation included; sequences where they are shuffled."""
+    """Documents, including those of an interrupted preparation; sequences in the shuffle stage."""
     total: int | None = None
-    """Of the same, where that is known."""
+    """Total number of the same, if known."""
     tokens: int = 0
-    """Encoded, or shuffled, by this process."""
+    """Tokens encoded, or shuffled, by this process."""
     bytes: int = 0
-    """Of text encoded by this process, in UTF-8."""
+    """Bytes of UTF-8 text encoded by this process."""
 
     def after(self, document: Document) -> Progress:
         return replace(
@@ -70,18 +68,18 @@ Report = Callable[[Progress], None]
 def prepare(
     data: Data, cache: Path, *, vocab_limit: int, progress: Report | None = None, shard_bytes: int = SHARD_BYTES
 ) -> TokenStore:
-    """Make the token store of ``data`` under ``cache``, or open it if it is there.
+    """Create the token store of ``data`` under ``cache``, or open the existing one.
 
-    A store that is there is not compared with its source again: delete its directory to prepare changed text anew.
-    Raises :class:`PsycheError` where the source, the tokenizer or the disk does not allow it, or where the
-    vocabulary is larger than ``vocab_limit``, the model's.
+    An existing store is not compared with its source again: delete its directory to prepare changed text.
+    Raises :class:`PsycheError` if the source, the tokenizer or the disk fails, or if the vocabulary is larger than
+    ``vocab_limit``, the size of the model's embeddings.
     """
     if isinstance(data.tokenizer, BpeTokenizer):
         _refuse_large(data.tokenizer.vocab_size, vocab_limit)
     report = progress or (lambda _: None)
     path = store_path(cache, data)
     with disk_errors(path), _alone(path, report):
-        if not ((path / INDEX).exists() and TokenStore.open(path).whole()):
+        if not ((path / INDEX).exists() and TokenStore.open(path).complete()):
             _build(data, path, vocab_limit, report, shard_bytes)
         shutil.rmtree(path / STAGING, ignore_errors=True)
     store = TokenStore.open(path)
@@ -90,13 +88,13 @@ def prepare(
 
 
 def is_heldout(document: bytes, fraction: float) -> bool:
-    """The split of a document, by its :func:`document_hash` alone: copies of it fall on the same side."""
+    """Whether a document is held out, by its :func:`document_hash` alone: copies fall into the same split."""
     return int.from_bytes(document[:8], "little") < int(fraction * 2**64)
 
 
 @contextmanager
 def _alone(path: Path, report: Report) -> Iterator[None]:
-    """Hold the store's lock, which the kernel releases however the holder ends."""
+    """Hold the store's lock, which the kernel releases when the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
@@ -113,7 +111,7 @@ def _alone(path: Path, report: Report) -> Iterator[None]:
 def _refuse_large(vocab_size: int, limit: int) -> None:
     if vocab_size > limit:
         raise PsycheError(
-            f"the tokenizer has {vocab_size} tokens, the model has embeddings for {limit}: set "
+            f"the tokenizer has {vocab_size} tokens, the model has only {limit} embeddings: set "
             f"model.settings.vocab_size to {vocab_size} or more, or choose a smaller data.tokenizer"
         )
 
@@ -126,7 +124,7 @@ def _build(data: Data, path: Path, vocab_limit: int, report: Report, shard_bytes
     journal, streams = load_journal(staging, path / TOKENIZER), _streams(data)
     if journal is None or not (journal.encoded or journal.skip(streams)):
         if path.exists():
-            shutil.rmtree(path)  # unlinked, never overwritten: a process may have mapped the files
+            shutil.rmtree(path)  # delete, never overwrite: a process may have mapped the files
         (path / TOKENIZER).mkdir(parents=True)
         staging.mkdir()
         journal, streams = _make_tokenizer(data, path, report), _streams(data)
@@ -136,7 +134,7 @@ def _build(data: Data, path: Path, vocab_limit: int, report: Report, shard_bytes
         journal = _encode(data, staging, streams, encoder, journal, report)
     if not (journal.train.sequences and journal.heldout.sequences):
         raise PsycheError(
-            f"the {'held-out' if journal.train.sequences else 'training'} split is empty: give more or smaller "
+            f"the {'held-out' if journal.train.sequences else 'training'} split is empty: provide more or smaller "
             "documents (a dataset of kind text makes one of every line), change data.heldout_fraction, or shorten "
             "data.sequence_length"
         )
@@ -149,8 +147,8 @@ def _streams(data: Data) -> list[Iterator[str]]:
     return [documents(part.source, None) for part in parts_of(data.source)[0]]
 
 
-def _make_tokenizer(data: Data, path: Path, report: Report) -> Journal:
-    """Write the tokenizer's files and the first journal."""
+def _make_tokenizer(data: Data, path: Path, report: Report) -> PreparationJournal:
+    """Train or load the tokenizer, write its files, and return the first journal."""
     read, total = 0, data.max_documents
 
     def training_texts() -> Iterator[str]:
@@ -158,36 +156,41 @@ def _make_tokenizer(data: Data, path: Path, report: Report) -> Journal:
         try:
             for text in documents(data.source, data.max_documents):
                 read += 1
-                if not is_heldout(document_hash(text), data.heldout_fraction):  # nor may it shape the tokenizer
+                if not is_heldout(document_hash(text), data.heldout_fraction):  # train only on training text
                     yield text
                 report(Progress("tokenizer", read, data.max_documents))
-            if not isinstance(data.source, MixtureSource):  # which ends elsewhere when tokens are counted
+            if not isinstance(data.source, MixtureSource):  # a mixture ends elsewhere once it is weighed by tokens
                 total = read
-        finally:  # also where a sample of them is enough
+        finally:  # also if the trainer stops after a sample
             report(Progress("merges"))
 
     files = tokenizer_files(data.tokenizer, training_texts())
     for name, content in files.items():
         write_durably(path / TOKENIZER / name, content)
     listed = [TokenizerFile(name, len(files[name]), blob_root(files[name]).hex()) for name in sorted(files)]
-    journal = Journal(tuple(listed), total, tuple(PartState() for _ in parts_of(data.source)[0]))
+    journal = PreparationJournal(tuple(listed), total, tuple(PartState() for _ in parts_of(data.source)[0]))
     journal.save(path / STAGING)
     return journal
 
 
 def _encode(
-    data: Data, staging: Path, streams: list[Iterator[str]], encoder: Encoder, journal: Journal, report: Report
-) -> Journal:
-    """Encode the rest of the corpus into the staging files, saving the journal now and then."""
+    data: Data,
+    staging: Path,
+    streams: list[Iterator[str]],
+    encoder: Encoder,
+    journal: PreparationJournal,
+    report: Report,
+) -> PreparationJournal:
+    """Encode the rest of the corpus into the staging files, saving the journal every JOURNAL_BYTES."""
 
     def writer(split: str, state: SplitState) -> SplitWriter:
         dtype = DTYPES[dtype_for(encoder.vocab_size)]
         return SplitWriter(staging / split, dtype, data.sequence_length, data.packing, state)
 
-    def save(journal: Journal, *, encoded: bool = False) -> Journal:
+    def save(journal: PreparationJournal, *, encoded: bool = False) -> PreparationJournal:
         saved = msgspec.structs.replace(journal, train=train.sync(), heldout=heldout.sync(), encoded=encoded)
         saved.save(staging)
-        require_room(staging, train.bytes + heldout.bytes)  # to shuffle: now, not after hours
+        require_room(staging, train.bytes + heldout.bytes)  # for the shuffle: fail now, not after hours
         return saved
 
     progress = Progress("tokens", journal.documents, journal.total)
@@ -207,11 +210,11 @@ def _encode(
 
 
 def _mixed(
-    data: Data, streams: list[Iterator[str]], journal: Journal, encoder: Encoder, pool: Executor
+    data: Data, streams: list[Iterator[str]], journal: PreparationJournal, encoder: Encoder, pool: Executor
 ) -> Iterator[tuple[int, int, Document]]:
-    """The encoded documents that ``journal`` does not have yet, the parts of the source taking turns by tokens.
+    """Yield the encoded documents that are not in ``journal`` yet, mixed by tokens.
 
-    With each: its part's number, and how often that part had been read to its end.
+    Each comes as (number of its part, complete passes over that part, document).
     """
 
     def part(spec: MixturePart, stream: Iterator[str], state: PartState) -> Part[Document]:
@@ -227,7 +230,9 @@ def _mixed(
     return ((number, parts[number].passes, document) for number, document in islice(turns, left))
 
 
-def _shuffle(data: Data, path: Path, encoder: Encoder, journal: Journal, report: Report, shard_bytes: int) -> Index:
+def _shuffle(
+    data: Data, path: Path, encoder: Encoder, journal: PreparationJournal, report: Report, shard_bytes: int
+) -> Index:
     progress = Progress("shuffle", 0, journal.train.sequences + journal.heldout.sequences)
 
     def done(sequences: int) -> None:

@@ -1,4 +1,4 @@
-"""What a newcomer needs before it can train, fetched from whoever is there and believed by hash alone."""
+"""Provisioning: what a new node needs before it can train, fetched from peers and verified by hash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psyche.config.units import byte_count
 from psyche.data.cache import ShardCache
 from psyche.data.index import MAX_INDEX_BYTES, Shard, TokenizerFile, decode_index
 from psyche.data.shard_sources import ShardSources
-from psyche.data.token_store import INDEX, TOKENIZER, Place, Split, TokenStore, is_of_size, store_path
+from psyche.data.token_store import INDEX, TOKENIZER, ShardLocation, Split, TokenStore, has_size, store_path
 from psyche.durable import disk_errors, durable_file, write_durably
 from psyche.errors import PsycheError
 from psyche.network.identity import BadSignature, Identity, WrongContext, open_envelope
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 async def serve_provisions(network: Network, manifest: bytes, store: TokenStore) -> ShardOffers:
-    """Serve the signed manifest (as received), the token store's index, and as blobs what is here of its files."""
+    """Serve the signed manifest (as received), the token store's index, and the store's local files as blobs."""
 
     async def give_index(peer: str, request: bytes) -> bytes:
         return store.index.encode()
@@ -44,27 +44,27 @@ async def serve_provisions(network: Network, manifest: bytes, store: TokenStore)
     for item in store.index.tokenizer:
         serve_file(network, store.path / TOKENIZER / item.file, bytes.fromhex(item.root))
     for shard in store.index.heldout:
-        serve_file(network, store.place(shard), bytes.fromhex(shard.root))
+        serve_file(network, store.path_of(shard), bytes.fromhex(shard.root))
     offers = ShardOffers(network, store.train)
     await asyncio.to_thread(offers.add_all)
     return offers
 
 
 class ShardOffers:
-    """The training shards that this node gives to others: each as long as a copy of it is here."""
+    """The training shards that this node serves, each while a local copy exists."""
 
     def __init__(self, network: Network, split: Split) -> None:
         self._network, self._split = network, split
         self._offered: set[int] = set()
 
     def add_all(self) -> None:
-        """Offer all that are here now."""
+        """Offer all shards that are on this machine now."""
         for number in range(len(self._split.shards)):
             if self._split.copies(number):
                 self.add(number)
 
     def add(self, number: int) -> None:
-        """Offer a shard; no more than an entry in a table, until somebody asks for it."""
+        """Offer a shard. It is hashed only when a peer asks for it."""
         if number not in self._offered:
             self._offered.add(number)
             root = bytes.fromhex(self._split.shards[number].root)
@@ -81,14 +81,14 @@ async def serve_manifest(network: Network, manifest: bytes) -> None:
 
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> bytes:
-    """The manifest as it travels: in an envelope signed by one of its coordinators."""
+    """Wrap the manifest in an envelope signed by one of its coordinators."""
     return encode_envelope(identity.seal(DOMAIN, manifest.run_id, 0, manifest.encode()))
 
 
 async def fetch_manifest(network: Network, run_id: bytes, sources: Sequence[str]) -> tuple[Manifest, bytes]:
-    """The manifest whose hash is ``run_id``, and the envelope it came in.
+    """Fetch the manifest whose hash is ``run_id``; return it and the envelope it came in.
 
-    Raises :class:`PsycheError` where none of ``sources`` has it: each one's reason is named.
+    Raises :class:`PsycheError`, with every source's reason, where none of ``sources`` has it.
     """
 
     async def ask(peer: str) -> tuple[Manifest, bytes]:
@@ -99,128 +99,129 @@ async def fetch_manifest(network: Network, run_id: bytes, sources: Sequence[str]
 
 
 def check_manifest(data: bytes, run_id: bytes) -> Manifest:
-    """The manifest in an envelope. Raises where it is not that of the run, or not signed by a coordinator of it."""
+    """Decode the manifest in an envelope. Raises unless it is the run's and signed by one of its coordinators."""
     envelope = decode_envelope(data, MAX_MANIFEST)
     manifest = Manifest.decode(envelope.body)
     if manifest.run_id != run_id:
-        raise WrongContext("its hash is not that of the invite: this is another run's manifest, or a forged one")
+        raise WrongContext("the manifest's hash is not the invite's run id: it is another run's, or forged")
     open_envelope(envelope, domain=DOMAIN, run_id=run_id)
     if envelope.author not in manifest.resolved.coordinators:
-        raise BadSignature("it is not signed by a coordinator of the run")
+        raise BadSignature("the manifest is not signed by a coordinator of the run")
     return manifest
 
 
 @dataclass(frozen=True)
-class Found:
-    """The run's token store: what of it is on this machine, and how many bytes of disk the rest may take."""
+class FoundStore:
+    """The run's token store, as far as it is on this machine."""
 
     store: TokenStore
     encoded: bytes | None
-    """Its index as it came, where it was not here."""
+    """The index as received, if it was not on this machine."""
     missing: int
+    """Most bytes of disk that the missing files will take."""
 
 
-async def find_store(network: Network, manifest: Manifest, node: Node, sources: Sequence[str]) -> Found:
-    """The store as far as it is here; its index from ``sources`` where not even that is."""
+async def find_store(network: Network, manifest: Manifest, node: Node, sources: Sequence[str]) -> FoundStore:
+    """Open the run's store on this machine; fetch its index from ``sources`` if that is missing."""
     cache = shard_cache(node)
-    places = shard_places(node, cache)
+    locations = shard_locations(node, cache)
     encoded = None
-    store = _store_here(manifest, node.cache.expanduser(), places)
+    store = _store_here(manifest, node.cache.expanduser(), locations)
     if store is None:
         root = bytes.fromhex(manifest.resolved.store)
         encoded = await _fetch_index(network, root, sources)
         index = decode_index(encoded, "the token store's index")
-        store = TokenStore(_fetched_path(node.cache.expanduser(), root), index, places)
-    return Found(store, encoded, await asyncio.to_thread(_missing, store, manifest, cache))
+        store = TokenStore(_fetched_path(node.cache.expanduser(), root), index, locations)
+    return FoundStore(store, encoded, await asyncio.to_thread(_missing, store, manifest, cache))
 
 
 def _missing(store: TokenStore, manifest: Manifest, cache: ShardCache) -> int:
-    basis = sum(item.bytes for item, path in basis_of(store, manifest) if not is_of_size(path, item.bytes))
+    required = sum(item.bytes for item, path in required_files(store, manifest) if not has_size(path, item.bytes))
     shards = sum(shard.bytes for number, shard in enumerate(store.train.shards) if not store.train.copies(number))
-    return basis + min(shards, cache.room())
+    return required + min(shards, cache.room())
 
 
 async def _fetch_index(network: Network, root: bytes, sources: Sequence[str]) -> bytes:
     async def ask(peer: str) -> bytes:
         data = await network.rpc.call(peer, "store", b"", timeout=CALL_SECONDS, max_reply=MAX_INDEX_BYTES)
         if decode_index(data, f"what {peer} sent").root != root:
-            raise Violation("its token store is not the run's")
+            raise Violation("it serves another token store than the run's")
         return data
 
     return await _first(sources, ask, "the token store's index")
 
 
-def basis_of(store: TokenStore, manifest: Manifest) -> list[tuple[Shard | TokenizerFile, Path]]:
-    """What every node holds of a store, whatever it trains on: the tokenizer, and the held-out text that it judges."""
+def required_files(store: TokenStore, manifest: Manifest) -> list[tuple[Shard | TokenizerFile, Path]]:
+    """The files of a store that every node holds: the tokenizer, and the held-out shards that it evaluates on."""
     files: list[tuple[Shard | TokenizerFile, Path]] = []
     files += [(item, store.path / TOKENIZER / item.file) for item in store.index.tokenizer]
-    count = -(-min(manifest.run.heldout_sequences, len(store.heldout)) // store.heldout.shape.per_shard)
-    return files + [(shard, store.place(shard)) for shard in store.index.heldout[:count]]
+    count = -(-min(manifest.run.heldout_sequences, len(store.heldout)) // store.heldout.layout.per_shard)
+    return files + [(shard, store.path_of(shard)) for shard in store.index.heldout[:count]]
 
 
-async def obtain_basis(
-    found: Found,
+async def fetch_required_files(
+    found: FoundStore,
     manifest: Manifest,
-    suppliers: ShardSources,
+    shard_sources: ShardSources,
     progress: Callable[[int, int], None] = lambda received, total: None,
 ) -> None:
-    """Complete what every node holds of the store; ``progress`` gets bytes received and bytes in all.
+    """Fetch the missing :func:`required_files`; ``progress`` gets bytes received and total bytes.
 
-    What is here and whole is kept. Raises :class:`PsycheError`.
+    Complete local files are kept. Raises :class:`PsycheError`.
     """
     store, received = found.store, 0
-    files = basis_of(store, manifest)
+    files = required_files(store, manifest)
     total = sum(item.bytes for item, _ in files)
 
-    def came(count: int) -> None:
+    def report(count: int) -> None:
         progress(received + count, total)
 
     with disk_errors(store.path):
         store.path.mkdir(parents=True, exist_ok=True)
-        async with AsyncFileLock(f"{store.path}.lock"):  # another node of this machine may want the same
+        async with AsyncFileLock(f"{store.path}.lock"):  # another node of this machine may fetch the same
             for item, path in files:
                 if not await asyncio.to_thread(_is_whole, path, item):
                     path.parent.mkdir(exist_ok=True)
                     with durable_file(path) as file:
-                        await suppliers.fetch(item, path.relative_to(store.path).as_posix(), file.fileno(), came)
+                        await shard_sources.fetch(item, path.relative_to(store.path).as_posix(), file.fileno(), report)
                 received += item.bytes
             if found.encoded is not None:
                 write_durably(store.path / INDEX, found.encoded)
 
 
 def _is_whole(path: Path, item: Shard | TokenizerFile) -> bool:
-    return is_of_size(path, item.bytes) and _index_of(path).root.hex() == item.root
+    return has_size(path, item.bytes) and _index_of(path).root.hex() == item.root
 
 
-def local_store(manifest: Manifest, cache: Path, places: Sequence[Place] = ()) -> TokenStore:
-    """The run's token store on this machine, prepared or fetched: all of it that does not change from round to round.
+def local_store(manifest: Manifest, cache: Path, locations: Sequence[ShardLocation] = ()) -> TokenStore:
+    """Open the run's token store on this machine, prepared or fetched, with all its :func:`required_files`.
 
-    Raises :class:`PsycheError` if that is not here.
+    Raises :class:`PsycheError` if any of them is missing.
     """
-    store = _store_here(manifest, cache, places)
-    if store is None or not all(is_of_size(path, item.bytes) for item, path in basis_of(store, manifest)):
-        raise PsycheError(f"the run's token store is not under {cache}: join the run once to fetch it")
+    store = _store_here(manifest, cache, locations)
+    if store is None or not all(has_size(path, item.bytes) for item, path in required_files(store, manifest)):
+        raise PsycheError(f"the run's token store is not under {cache}: join the run once (psyche join) to fetch it")
     return store
 
 
-def _store_here(manifest: Manifest, cache: Path, places: Sequence[Place]) -> TokenStore | None:
-    """The run's store, however much of it is here; None where not even its index is."""
+def _store_here(manifest: Manifest, cache: Path, locations: Sequence[ShardLocation]) -> TokenStore | None:
+    """The run's store, complete or not; None if its index is not on this machine."""
     root = bytes.fromhex(manifest.resolved.store)
     for path in (store_path(cache, manifest.run.data), _fetched_path(cache, root)):
-        with contextlib.suppress(PsycheError):  # not there, or prepared here from other text than the run's
-            return TokenStore.open(path, root, places)
+        with contextlib.suppress(PsycheError):  # missing, or prepared from other text than the run's
+            return TokenStore.open(path, root, locations)
     return None
 
 
 def shard_cache(node: Node) -> ShardCache:
-    """Where this machine keeps shards that were fetched, of all runs."""
+    """The machine's cache of fetched shards, shared by all runs."""
     return ShardCache(node.cache.expanduser() / "data" / "shards", byte_count(node.data_cache))
 
 
-def shard_places(node: Node, cache: ShardCache) -> tuple[Place, ...]:
-    """Where shards may be on this machine, besides a store that was prepared here."""
+def shard_locations(node: Node, cache: ShardCache) -> tuple[ShardLocation, ...]:
+    """Where shards may be on this machine, besides a store that was prepared on it."""
     directories = [Path(text).expanduser() for text in node.data_mirrors if "://" not in text]
-    return (cache.place, *(partial(_named_in, directory) for directory in directories))
+    return (cache.path_of, *(partial(_named_in, directory) for directory in directories))
 
 
 def _named_in(directory: Path, shard: Shard) -> Path:
@@ -232,7 +233,7 @@ def _fetched_path(cache: Path, root: bytes) -> Path:
 
 
 async def _first(sources: Sequence[str], ask: Callable[[str], Awaitable[T]], what: str) -> T:
-    """The first good answer; a :class:`PsycheError` with everyone's reason if there is none."""
+    """Return the first valid answer. Raises :class:`PsycheError` with every source's reason if there is none."""
     reasons = []
     for peer in dict.fromkeys(sources):
         try:
@@ -241,22 +242,22 @@ async def _first(sources: Sequence[str], ask: Callable[[str], Awaitable[T]], wha
             reasons.append(f"{peer[-6:]}: {error}")
     raise PsycheError(
         f"could not get {what} ({'; '.join(reasons)}): ask the run's operator whether the run is still up, "
-        "and for a new invite"
+        "or for a new invite"
     )
 
 
 def serve_file(network: Network, path: Path, root: bytes) -> None:
-    """Serve a file as a blob without keeping it in memory. One whose content is not ``root`` is not served."""
+    """Serve a file as a blob without loading it into memory; refused while its content does not match ``root``."""
     _serve(network, root, lambda: path)
 
 
 def _serve(network: Network, root: bytes, find: Callable[[], Path]) -> None:
-    """``find`` raises ``LookupError`` where the file is not here now."""
+    """``find`` returns the file's path; it raises ``LookupError`` while the file is missing."""
 
     def load() -> BlobIndex:
         index = _index_of(find())
         if index.root != root:
-            raise LookupError("the file is another, or corrupt")
+            raise LookupError("the file is corrupt or another one")
         return index
 
     def read(number: int) -> bytes:

@@ -1,8 +1,8 @@
-"""The training shards that this node needs, here before it needs them.
+"""Prefetching: the training shards that this node needs are on its disk before it needs them.
 
-Which ones follows from the plan, and which ones come next nearly does: the next round goes on where this one's stretch
-of positions ends (``protocol/assignment.py``). Who gets which part of it is drawn when it is planned, so the whole
-stretch is fetched ahead, if that is a few shards; it often is what is open already.
+The plan determines this round's shards. The next round continues where this round's range of positions ends
+(``protocol/assignment.py``), but which member gets which part is drawn only when it is planned. So the whole range is
+prefetched if it is a few shards, which often are open already.
 """
 
 from __future__ import annotations
@@ -26,74 +26,75 @@ from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.formatting import size
 
 AHEAD = 4
-"""Shards fetched before it is known who needs them. Of a longer stretch, most would be fetched for others."""
+"""Most shards of a range that is prefetched. Of a longer range, this node would use only a small part."""
 AT_ONCE = 2
-"""Shards on their way: the one that is needed and the next."""
+"""Shards fetched concurrently: the one that is needed and the next."""
 POLL_SECONDS = 0.5
 EVENT_SECONDS = 1.0
-"""At most one Downloading event of a shard in so long."""
+"""Minimum time between two Downloading events of a shard."""
 
 
-class Supply:
-    """What a worker asks of its text; where all of it is here, nothing comes of that."""
+class ShardPrefetcher:
+    """Prefetches nothing: for nodes whose training data is all on this disk."""
 
-    def begin(self, position: int) -> None:
-        """The run stands at ``position``: fetch what its next round probably takes."""
+    def prefetch_from(self, position: int) -> None:
+        """Fetch what a round that begins at ``position`` probably needs."""
 
-    def expect(self, plan: Plan) -> None:
-        """Fetch what the round after ``plan`` probably takes."""
+    def prefetch_after(self, plan: Plan) -> None:
+        """Fetch what the round after ``plan`` probably needs."""
 
-    async def begun(self) -> None:
-        """Return once what is fetched ahead is open, or cannot be had."""
+    async def wait_prefetched(self) -> None:
+        """Wait until the prefetched shards are open or unavailable."""
 
-    async def ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
-        """Return once the shards of ``node``'s part of a round are open: all of them, or all before the first that
-        cannot be had, or as many as there are when ``closed()``. Then :meth:`expect` the next round's.
+    async def wait_ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
+        """Wait until the shards of ``node``'s part of a round are open, then :meth:`prefetch_after` that round.
+
+        Stops waiting at the first unavailable shard, and when ``closed()`` is true.
         """
 
     async def close(self) -> None:
-        """Fetch nothing any more."""
+        """Stop fetching."""
 
 
-class ShardSupply(Supply):
-    """Keeps open what is needed now and next, and fetches what of it is not here."""
+class SwarmShardPrefetcher(ShardPrefetcher):
+    """Keeps the shards of this and the next round open, and fetches the missing ones from mirrors and members."""
 
     def __init__(
-        self, run: Run, split: Split, cache: ShardCache, suppliers: ShardSources, offers: ShardOffers, log: EventLog
+        self, run: Run, split: Split, cache: ShardCache, shard_sources: ShardSources, offers: ShardOffers, log: EventLog
     ) -> None:
         self._run, self._split, self._cache = run, split, cache
-        self._suppliers, self._offers, self._log = suppliers, offers, log
+        self._shard_sources, self._offers, self._log = shard_sources, offers, log
         self._now: list[int] = []
         self._fetching: dict[int, asyncio.Task[bool]] = {}
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(AT_ONCE)
         self._prefetching: asyncio.Task[None] | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
-    def begin(self, position: int) -> None:
+    def prefetch_from(self, position: int) -> None:
         rounds, batch = self._run.rounds, self._run.inner.batch_size
         steps = rounds.start_members * (rounds.inner_steps + self._run.overlap.overlap_steps)
         self._prefetch(range(position, position + steps * batch), least=1)  # to warm up on
 
-    async def ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
-        self._suppliers.meet([member.node for member in plan.members])
+    async def wait_ready(self, plan: Plan, node: str, closed: Callable[[], bool]) -> None:
+        self._shard_sources.set_members([member.node for member in plan.members])
         self._now = self._shards(positions(plan, node, self._run.inner.batch_size, self._run.overlap.overlap_steps))
         absent = [number for number in self._now if not self._split.is_open(number)]
         if any(not self._split.copies(number) for number in absent):
             names = ", ".join(self._split.shards[number].file for number in absent)
-            self._inform(f"round {plan.round} waits for {names}, which this node does not have yet")
-        fetches = [self._obtain(number) for number in absent]
+            self._inform(f"round {plan.round} waits for the download of {names}")
+        fetches = [self._start_opening(number) for number in absent]
         for fetch in fetches:
             while not fetch.done() and not closed():
                 await asyncio.wait({fetch}, timeout=POLL_SECONDS)
             if not fetch.done() or not fetch.result():
                 break
-        self.expect(plan)
+        self.prefetch_after(plan)
 
-    def expect(self, plan: Plan) -> None:
+    def prefetch_after(self, plan: Plan) -> None:
         begin = next_position(plan, self._run.inner.batch_size, self._run.overlap.overlap_steps)
         self._prefetch(range(begin, 2 * begin - plan.position))
 
-    async def begun(self) -> None:
+    async def wait_prefetched(self) -> None:
         while (task := self._prefetching) is not None and not task.done():
             await asyncio.wait({task})
 
@@ -104,7 +105,7 @@ class ShardSupply(Supply):
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _shards(self, span: range) -> list[int]:
-        return shards(span, self._split.shape, self._run.seed)
+        return shards(span, self._split.layout, self._run.seed)
 
     def _prefetch(self, span: range, least: int = 0) -> None:
         ahead = self._shards(span)
@@ -112,27 +113,27 @@ class ShardSupply(Supply):
         self._split.close_all_but([*self._now, *ahead])
         if self._prefetching is not None:
             self._prefetching.cancel()
-        self._prefetching = asyncio.create_task(self._obtain_all(ahead))
+        self._prefetching = asyncio.create_task(self._open_all(ahead))
 
-    async def _obtain_all(self, numbers: Sequence[int]) -> None:
+    async def _open_all(self, numbers: Sequence[int]) -> None:
         for number in numbers:
-            if not await asyncio.shield(self._obtain(number)):
+            if not await asyncio.shield(self._start_opening(number)):
                 return
 
-    # --------------------------------------------------------------------------------- one shard
+    # ---------------------------------------------------------------------------------- one shard
 
-    def _obtain(self, number: int) -> asyncio.Task[bool]:
-        """Have a shard open, whatever that takes. False where it cannot be had; that is said."""
+    def _start_opening(self, number: int) -> asyncio.Task[bool]:
+        """Start a task that opens a shard, fetching it if needed; its result is False if the shard is unavailable."""
         task = self._fetching.get(number)
         if task is None:
-            task = self._fetching[number] = asyncio.create_task(self._obtained(number))
+            task = self._fetching[number] = asyncio.create_task(self._open_or_fetch(number))
             task.add_done_callback(lambda _: self._fetching.pop(number, None))
         return task
 
-    async def _obtained(self, number: int) -> bool:
-        if await self._opened(number):
+    async def _open_or_fetch(self, number: int) -> bool:
+        if await self._open(number):
             return True
-        async with self._turns:
+        async with self._slots:
             try:
                 await self._fetch(number)
             except CacheFull as error:
@@ -140,40 +141,40 @@ class ShardSupply(Supply):
                     self._warn(str(error))
                 return False
             except PsycheError as error:
-                self._warn(f"{error}: as long as that is so, this node trains on none of it")
+                self._warn(f"{error}; until this node has it, it cannot train on it")
                 return False
-        if not await self._opened(number):
+        if not await self._open(number):
             return False
         self._offers.add(number)
         return True
 
-    async def _opened(self, number: int) -> bool:
-        """Whether a good copy is here. A bad one is said, and removed if it is the cache's."""
+    async def _open(self, number: int) -> bool:
+        """Open a good local copy and return whether there is one. Deletes corrupt copies from the cache."""
         shard = self._split.shards[number]
         try:
             await asyncio.to_thread(self._split.open, number)
         except BadShard as error:
             for path in error.corrupt:
-                if path == self._cache.place(shard):
+                if path == self._cache.path_of(shard):
                     self._cache.drop(shard)
-                self._warn(f"{path} is corrupt, so {shard.file} is fetched anew")
+                self._warn(f"{path} is corrupt: {shard.file} is fetched again")
             return False
         self._cache.used(shard)
         return True
 
     async def _fetch(self, number: int) -> None:
-        """Put a shard into the cache. Raises :class:`PsycheError`."""
+        """Fetch a shard into the cache. Raises :class:`PsycheError`."""
         began, shard = time.monotonic(), self._split.shards[number]
-        incoming = await self._claimed(number)
+        incoming = await self._claim(number)
         if incoming is None:
             return
         with disk_errors(self._cache.directory), incoming:
-            giver = await self._suppliers.fetch(shard, shard.file, incoming.descriptor, self._progress(shard))
+            source = await self._shard_sources.fetch(shard, shard.file, incoming.descriptor, self._progress(shard))
             await asyncio.to_thread(incoming.keep)
-        self._inform(f"{shard.file} ({size(shard.bytes)}) came from {giver} in {time.monotonic() - began:.1f} s")
+        self._inform(f"{shard.file} ({size(shard.bytes)}) fetched from {source} in {time.monotonic() - began:.1f} s")
 
-    async def _claimed(self, number: int) -> Incoming | None:
-        """The file to fetch a shard into; None where another process of this machine has fetched it meanwhile."""
+    async def _claim(self, number: int) -> Incoming | None:
+        """Return the file to fetch a shard into; None if another process of this machine has fetched it meanwhile."""
         shard = self._split.shards[number]
         while True:
             with disk_errors(self._cache.directory):
@@ -182,14 +183,14 @@ class ShardSupply(Supply):
                 except CacheFull:
                     if number not in self._now:
                         raise
-                    self._split.close_all_but(self._now)  # what may be needed next makes way
+                    self._split.close_all_but(self._now)  # evict what is only prefetched
                     incoming = await asyncio.to_thread(self._cache.claim, shard)
             if not self._cache.locks:
                 self._warn(
-                    f"the file system of {self._cache.directory} has no locks: processes that share it may fetch the "
-                    "same twice, and remove what others use; give each a node.cache of its own"
+                    f"the file system of {self._cache.directory} has no locks: processes that share it may fetch a "
+                    "shard twice and delete shards in use; give each process its own node.cache"
                 )
-            if incoming is not None and not self._cache.place(shard).exists():
+            if incoming is not None and not self._cache.path_of(shard).exists():
                 return incoming
             if incoming is not None:
                 incoming.close()
@@ -197,13 +198,13 @@ class ShardSupply(Supply):
             await asyncio.sleep(POLL_SECONDS)
 
     def _progress(self, shard: Shard) -> Callable[[int], None]:
-        """Tells how far a shard has come, now and then."""
-        told = 0.0
+        """Return a callback that emits Downloading events, at most one per EVENT_SECONDS."""
+        last = 0.0
 
         def progress(received: int) -> None:
-            nonlocal told
-            if time.monotonic() - told >= EVENT_SECONDS or received >= shard.bytes:
-                told = time.monotonic()
+            nonlocal last
+            if time.monotonic() - last >= EVENT_SECONDS or received >= shard.bytes:
+                last = time.monotonic()
                 self._log.emit(events.Downloading(what=shard.file, received=received, total=shard.bytes))
 
         return progress
@@ -212,6 +213,6 @@ class ShardSupply(Supply):
         self._log.emit(events.Notice(level="info", text=text))
 
     def _warn(self, text: str) -> None:
-        if text not in self._told:  # what is tried again each round is said once
-            self._told.add(text)
+        if text not in self._warned:  # a retry in each round warns once
+            self._warned.add(text)
             self._log.emit(events.Notice(level="warning", text=text))

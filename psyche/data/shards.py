@@ -1,7 +1,7 @@
-"""Staged sequences to shards in random order: sequence i of a split is staged sequence π(i).
+"""Writing shards: sequence i of a split is staged sequence π(i).
 
-π is a permutation of all of the split's sequences with a fixed key, so the order is as random as a shuffle in memory,
-needs none, and comes out the same however often it was interrupted. A shard has its name only when it is whole.
+π is a keyed permutation of all sequences of the split: as random as a shuffle in memory, but it needs no memory and
+gives the same order after any interruption. A shard gets its name once it is complete.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from psyche.data.encoding import Tokens
 from psyche.data.index import Shard
-from psyche.data.packing import Tokens
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
 from psyche.numerics.digest import blob_root, digest
 from psyche.protocol.assignment import permute
 
 SHARD_BYTES = 8 << 20
-"""Size of a full shard. A member fetches whole ones, so they should be no larger than its part of a round: with 100
-members and 800 sequences of 1024 tokens each, 64 MiB would be 41 times what it trains on, and 8 MiB are 6 times."""
+"""Size of a full shard. Members fetch whole shards, so one should not be much larger than a member's part of a round:
+with 100 members and 800 sequences of 1024 tokens each, 64 MiB would be 41 times that part, and 8 MiB are 6 times."""
 
 READERS = 16
-"""Threads that read staged sequences: a disk serves random reads well only if it has many to choose from."""
+"""Threads that read staged sequences: a disk serves random reads well only if many are queued."""
 
 PIECE_BYTES = 1 << 20
-"""Read by all of them before the pages are let go again. Reading a row may map 16 pages, which count as ours."""
+"""Bytes read before the mapped pages are released. Reading a row may map 16 pages, which count as our memory."""
 
 
 def shard_name(split: str, number: int) -> str:
@@ -39,7 +39,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 def order(split: str, span: range, count: int) -> NDArray[np.int64]:
-    """π: which of ``count`` staged sequences are at the places ``span`` of a split."""
+    """π: the staged sequences (of ``count``) at the positions ``span`` of a split."""
     return permute(np.arange(span.start, span.stop, dtype=np.uint64), count, digest("shuffle", split.encode()))
 
 
@@ -50,7 +50,7 @@ class Staged:
     path: Path
     sequences: int
     width: int
-    """Tokens of each."""
+    """Tokens per sequence."""
     dtype: str
 
     @property
@@ -61,10 +61,10 @@ class Staged:
 def write_shards(
     directory: Path, split: str, staged: Staged, shard_bytes: int, done: Callable[[int], None]
 ) -> tuple[Shard, ...]:
-    """Shuffle ``staged`` into the shards ``<split>-00000.bin``, … of ``directory``, and say what they are.
+    """Shuffle ``staged`` into the shards ``<split>-00000.bin``, … of ``directory`` and return their entries.
 
-    All but the last hold the same number of sequences, ``shard_bytes`` or less. Shards that are there are kept.
-    ``done`` is told the number of sequences of each. Raises :class:`PsycheError` where the disk has not the room.
+    All but the last hold the same number of sequences, in ``shard_bytes`` or less. Existing shards are kept.
+    ``done`` is called with the number of sequences of each. Raises :class:`PsycheError` if the disk is too full.
     """
     capacity = max(1, shard_bytes // staged.sequence_bytes)
     shards = []
@@ -88,9 +88,9 @@ def require_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise PsycheError(
-            f"shuffling needs {needed:,} bytes more at {directory}, {free:,} are free (tokens are on the disk twice "
-            "until they are shuffled): free some and run the command again, it goes on where it stopped, or choose "
-            "another place with node.cache"
+            f"shuffling needs {needed:,} more bytes in {directory}, {free:,} are free (until then, the disk holds "
+            "the tokens twice): free disk space and run the command again to resume, or choose another directory "
+            "with node.cache"
         )
 
 

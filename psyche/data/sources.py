@@ -1,34 +1,52 @@
-"""Where documents come from. A document is one non-empty string; the order is the same every time."""
+"""Sources of documents: files, datasets with filters, mixtures.
+
+A document is one non-empty string; the order is the same every time.
+"""
 
 from __future__ import annotations
 
 import glob
+import operator
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Generic, Literal, TypeVar
 
-from psyche.config import HubSource, MixturePart, MixtureSource, Source, StdlibSource, TextSource
+from psyche.config import Filter, HubSource, MixturePart, MixtureSource, Source, StdlibSource, TextSource
 from psyche.config.data_config import SPLIT, SingleSource
-from psyche.data.filters import passes
-from psyche.data.mixture import Part, interleave
 from psyche.errors import PsycheError
 
 MAX_FILE_BYTES = 64 << 20
-"""A document is in memory whole while it is encoded."""
+"""Largest document: it is in memory while it is encoded."""
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize", "python-config")
 
+T = TypeVar("T")
+
+_OPERATORS: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "in": lambda found, values: found in values,
+    "not in": lambda found, values: found not in values,
+    "min_length": lambda found, length: len(found) >= length,
+    "max_length": lambda found, length: len(found) <= length,
+}
+
 
 def documents(source: Source, max_documents: int | None) -> Iterator[str]:
-    """The first ``max_documents`` documents of ``source`` (all of them if None), read as they are asked for.
+    """Yield the first ``max_documents`` documents of ``source`` (all if None), read on demand.
 
-    Those of a mixture take turns by characters, since there are no tokens yet. Raises :class:`PsycheError` where
+    A mixture is weighed by characters, since there are no tokens yet. Raises :class:`PsycheError` where
     nothing matches, a file or column cannot be read, or a dataset does not load.
     """
     specs, stop = parts_of(source)
@@ -37,14 +55,14 @@ def documents(source: Source, max_documents: int | None) -> Iterator[str]:
 
 
 def parts_of(source: Source) -> tuple[tuple[MixturePart, ...], Literal["first_exhausted", "all_exhausted"]]:
-    """The parts of a mixture and when it ends; a source that is none is one of a single part."""
+    """The parts of a mixture and its stopping rule; any other source is a mixture of one part."""
     if isinstance(source, MixtureSource):
         return source.parts, source.stop
     return (MixturePart(weight=1.0, source=source),), "first_exhausted"
 
 
-def meant_here(source: Source) -> list[str]:
-    """What the words of ``source`` refer to on this machine: the interpreter, the files behind a relative path."""
+def local_references(source: Source) -> list[str]:
+    """What ``source`` refers to on this machine: the interpreter's version, absolute paths of relative ones."""
     match source:
         case StdlibSource():
             return [platform.python_version()]
@@ -57,11 +75,11 @@ def meant_here(source: Source) -> list[str]:
                 *map(_absolute_pattern, _listed(source.data_files)),
             ]
         case MixtureSource(parts=parts):
-            return [meaning for part in parts for meaning in meant_here(part.source)]
+            return [meaning for part in parts for meaning in local_references(part.source)]
 
 
 def absolute(name: str) -> str:
-    """The absolute path of a directory or file, or the name itself where it is one on a hub."""
+    """The absolute path of an existing file or directory; any other name (on a hub) unchanged."""
     return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
@@ -74,7 +92,7 @@ def _listed(files: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _texts(source: SingleSource) -> Iterator[str]:
-    """Every document that is not empty."""
+    """Yield every non-empty document."""
     match source:
         case StdlibSource():
             texts = _stdlib()
@@ -86,14 +104,14 @@ def _texts(source: SingleSource) -> Iterator[str]:
 
 
 def _stdlib() -> Iterator[str]:
-    """Library modules only: distributions leave the tests out, and build configuration names the machine."""
+    """Library modules only: some distributions omit the tests, and build configuration contains machine names."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in _sorted_below(root, root.rglob("*.py")):
         if _NOT_LIBRARY.isdisjoint(path.relative_to(root).parts) and not path.name.startswith(_LOCAL):
             try:
                 yield path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:
-                continue  # a few modules are in other encodings on purpose
+                continue  # a few modules use other encodings on purpose
 
 
 def _text(source: TextSource) -> Iterator[str]:
@@ -114,7 +132,7 @@ def _text(source: TextSource) -> Iterator[str]:
 
 
 def _files(paths: Iterable[str]) -> list[Path]:
-    """Every file behind ``paths``, once: in the order of ``paths``, sorted below each, wherever the tree is mounted."""
+    """Every file behind ``paths`` once: in the order of ``paths``, sorted by relative path below each."""
     found: dict[Path, None] = {}
     for pattern in paths:
         path = Path(pattern).expanduser()
@@ -148,11 +166,11 @@ def _dataset(source: HubSource) -> Iterator[str]:
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # readers of twenty formats raise what they like
+        except Exception as error:  # the readers of many formats raise their own types
             raise _unreadable(source, error) from error
         if row is None:
             return
-        if not passes(row, source.filters):
+        if not _matches(row, source.filters):
             continue
         text = row.get(source.text_column)
         if source.text_column not in row or not isinstance(text, str | None):
@@ -192,3 +210,66 @@ def _unreadable(source: HubSource, error: Exception) -> PsycheError:
         f"{', '.join(_listed(source.data_files)) or None}) cannot be read: {reason[:300]}; check these fields and the "
         "network"
     )
+
+
+def _matches(row: Mapping[str, Any], filters: Sequence[Filter]) -> bool:
+    """Whether ``row`` meets all conditions. Raises :class:`PsycheError` for a missing or incomparable column."""
+    return all(_meets(row, condition) for condition in filters)
+
+
+def _meets(row: Mapping[str, Any], condition: Filter) -> bool:
+    if condition.column not in row:
+        raise PsycheError(
+            f"data.source.filters: no column {condition.column!r}; the columns are {', '.join(sorted(row))}"
+        )
+    found = row[condition.column]
+    try:
+        return found is not None and bool(_OPERATORS[condition.op](found, condition.value))
+    except TypeError:
+        raise PsycheError(
+            f"data.source.filters: column {condition.column!r} holds {type(found).__name__}, to "
+            f"which {condition.op!r} {condition.value!r} does not apply: correct the filter"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------ mixtures
+
+
+@dataclass
+class Part(Generic[T]):
+    """One part of a mixture, and how far it has been read."""
+
+    weight: float
+    open: Callable[[], Iterator[T]]
+    """Returns its items from the start."""
+    rest: Iterator[T]
+    """The remaining items of this pass."""
+    size: int = 0
+    """Size of all items taken so far, in the unit in which shares are measured."""
+    passes: int = 0
+    """How often the part was read to its end."""
+
+
+def interleave(
+    parts: Sequence[Part[T]], size: Callable[[T], int], stop: Literal["first_exhausted", "all_exhausted"]
+) -> Iterator[tuple[int, T]]:
+    """Yield part number and item, always from the part that is furthest behind its share (the first of equals).
+
+    So ``size / weight`` of two parts never differs by more than one item's size over its part's weight. ``parts``
+    are updated before an item is yielded, and hold all that is needed to resume. ``stop`` is that of
+    :class:`~psyche.config.MixtureSource`. Raises :class:`PsycheError` for a part without items.
+    """
+    while True:
+        number = min(range(len(parts)), key=lambda n: parts[n].size / parts[n].weight)
+        part = parts[number]
+        item = next(part.rest, None)
+        if item is None:
+            part.passes += 1
+            if stop == "first_exhausted" or all(other.passes for other in parts):
+                return
+            part.rest = part.open()
+            item = next(part.rest, None)
+            if item is None:
+                raise PsycheError(f"data.source.parts.{number} has no documents: correct it or remove it")
+        part.size += size(item)
+        yield number, item

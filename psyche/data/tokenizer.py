@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the corpus or named; either way a directory that ``AutoTokenizer.from_pretrained`` loads."""
+"""Tokenizers, trained on the corpus or named: a directory that ``AutoTokenizer.from_pretrained`` loads."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from psyche.errors import PsycheError
 
 END = "<|endoftext|>"
 SAMPLE = 1 << 27
-"""Characters a tokenizer is trained on at most: merges settle long before, and memory stays bounded."""
+"""Most characters that a tokenizer is trained on: merges converge long before, and memory stays bounded."""
 
 PIECE = 1 << 17
-"""Characters of a text that are encoded by one core in one go."""
+"""Characters of a text that one core encodes at once."""
 
 MAX_CHARACTERS = 1 << 19
-"""Of all texts encoded at once: what they take on the way, 100 times their size (measured on Python), is little."""
+"""Characters encoded at once on all cores. Encoding takes 100 times their size in memory (measured on Python code)."""
 
 _OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path")
-"""Keys that ``save_pretrained`` adds to say where the tokenizer came from; they would change the store's root."""
+"""Keys that ``save_pretrained`` adds about the tokenizer's origin; they would change the store's root."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Text to token ids, without the special tokens a chat or a classifier would add around it."""
+    """Encodes text as token ids, without the special tokens of chats or classifiers."""
 
     tokenizer: Tokenizer
     eos: int
@@ -41,7 +41,7 @@ class Encoder:
 
     @classmethod
     def load(cls, directory: Path) -> Encoder:
-        """Read what :func:`tokenizer_files` made. Raises :class:`PsycheError` for a tokenizer without an end token."""
+        """Load the files of :func:`tokenizer_files`. Raises :class:`PsycheError` if there is no end token."""
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -49,16 +49,16 @@ class Encoder:
         end = json.loads((directory / "tokenizer_config.json").read_bytes()).get("eos_token")
         eos = tokenizer.token_to_id(end["content"] if isinstance(end, dict) else end or "")
         if eos is None:
-            raise PsycheError("the tokenizer has no eos_token to end documents with: choose one for causal models")
+            raise PsycheError("data.tokenizer has no eos_token to end documents with: choose one for causal models")
         return cls(tokenizer, eos, 1 + max(tokenizer.get_vocab(with_added_tokens=True).values()))
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Token ids of each text, followed by ``eos``; on all cores unless ``TOKENIZERS_PARALLELISM`` says no.
+        """Token ids of each text, followed by ``eos``; on all cores unless ``TOKENIZERS_PARALLELISM=false``.
 
-        A text longer than ``PIECE`` characters is encoded piece by piece, so that memory and time stay bounded.
+        A text longer than ``PIECE`` characters is encoded in pieces, so that memory and time stay bounded.
         """
         found: list[list[NDArray[np.uint32]]] = [[] for _ in texts]
-        for group in _together(texts):
+        for group in _batched_pieces(texts):
             encodings = self.tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             for (number, _), encoding in zip(group, encodings, strict=True):
                 found[number].append(np.array(encoding.ids, dtype=np.uint32))
@@ -66,8 +66,8 @@ class Encoder:
         return [np.concatenate([*pieces, end]) for pieces in found]
 
 
-def _together(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """The texts' pieces with the number of their text, as many at once as ``MAX_CHARACTERS`` allow."""
+def _batched_pieces(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Group the texts' pieces, each with the number of its text, into batches of at most ``MAX_CHARACTERS``."""
     group, size = [], 0
     for number, text in enumerate(texts):
         for at in range(0, len(text), PIECE):
@@ -81,7 +81,7 @@ def _together(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
 
 
 def tokenizer_files(spec: BpeTokenizer | NamedTokenizer, texts: Iterable[str]) -> dict[str, bytes]:
-    """Name and content of each file of the tokenizer; ``texts`` are read only where one is trained.
+    """Return name and content of each file of the tokenizer; ``texts`` are read only to train one.
 
     Equal texts give equal bytes. Raises :class:`PsycheError` for a name that does not load.
     """
@@ -113,7 +113,7 @@ def _train(vocab_size: int, texts: Iterable[str]) -> dict[str, bytes]:
 
 
 def _trim_heap() -> None:
-    """Give back what training took, some hundred MB of small pieces, which glibc keeps unless it is told."""
+    """Return the heap memory of the training, some hundred MB that glibc would keep, to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -133,10 +133,10 @@ def _named(name: str) -> dict[str, bytes]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a wrong name, no network, a broken file: each its own type
+    except Exception as error:  # a wrong name, no network, a broken file: each raises its own type
         reason = " ".join(str(error).split())[:200]
         raise PsycheError(
-            f"data.tokenizer.name: {name!r} is no directory or hub name that AutoTokenizer loads ({reason}): correct "
+            f"data.tokenizer.name: AutoTokenizer cannot load {name!r} as a directory or hub name ({reason}): correct "
             "it, or copy the tokenizer to this machine and name its directory"
         ) from error
     with tempfile.TemporaryDirectory() as directory:

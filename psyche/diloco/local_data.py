@@ -40,7 +40,7 @@ class DataAssignment:
         return self._batch(range(start, start + self._run.inner.batch_size))
 
     def _batch(self, span: range) -> Batch:
-        return self._split.batch(sequences(span, self._split.shape, self._run.seed))
+        return self._split.batch(sequences(span, self._split.layout, self._run.seed))
 
 
 class PrivacyBudgetSpent(PsycheError):

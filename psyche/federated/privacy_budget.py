@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from psyche.diloco.local_data import PrivacyBudgetSpent
-from psyche.durable import close_to_others, disk_errors, write_durably
+from psyche.durable import disk_errors, make_private_directory, write_durably
 from psyche.errors import PsycheError
 
 NAME = "privacy.json"
@@ -42,7 +42,7 @@ class Budget:
         self.epsilon, self.delta, self.noise_multiplier = epsilon, delta, noise_multiplier
         self._path = directory / NAME
         with disk_errors(directory, "--directory"):
-            close_to_others(directory)
+            make_private_directory(directory)
         there = _read(self._path)
         self._charges = [] if there is None else there
         if there is None:

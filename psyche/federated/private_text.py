@@ -16,7 +16,7 @@ from psyche.data.encoding import batches
 from psyche.data.index import DTYPES, Index
 from psyche.data.staging import SplitState, SplitWriter
 from psyche.data.tokenizer import Encoder
-from psyche.durable import close_to_others, disk_errors, write_durably
+from psyche.durable import disk_errors, make_private_directory, write_durably
 from psyche.errors import PsycheError
 
 TOKENS = "tokens.bin"
@@ -78,7 +78,7 @@ def prepare_private(source: Path, directory: Path, index: Index, tokenizer: Path
     )
     target, description = directory / TOKENS, directory / DESCRIPTION
     with disk_errors(directory, "--directory"):
-        close_to_others(directory)
+        make_private_directory(directory)
         if (
             not target.exists()
             or not description.exists()

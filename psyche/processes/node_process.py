@@ -11,8 +11,8 @@ import torch
 
 from psyche.config import MANIFEST, Manifest, Node
 from psyche.config.ethereum_address import address_bytes
-from psyche.data.provision import fetch_manifest, find_store, obtain_basis, serve_provisions, shard_cache
-from psyche.data.shard_prefetch import ShardSupply, Supply
+from psyche.data.provision import fetch_manifest, fetch_required_files, find_store, serve_provisions, shard_cache
+from psyche.data.shard_prefetch import ShardPrefetcher, SwarmShardPrefetcher
 from psyche.data.shard_sources import ShardSources, mirrors_of
 from psyche.data.token_store import TokenStore
 from psyche.diloco.checkpoint import load_latest
@@ -150,20 +150,20 @@ async def _run_worker(
     def downloading(received: int, total: int) -> None:
         log.emit(events.Downloading(what="the text to train on", received=received, total=total))
 
-    async def obtain_data() -> ShardSupply:
+    async def obtain_data() -> SwarmShardPrefetcher:
         shard_sources = ShardSources(network, mirrors_of(manifest, node), hosts, warn)
-        await obtain_basis(found, manifest, shard_sources, downloading)
+        await fetch_required_files(found, manifest, shard_sources, downloading)
         await serve_probes(network)
         offers = await serve_provisions(network, signed, found.store)
-        return ShardSupply(manifest.run, found.store.train, shard_cache(node), shard_sources, offers, log)
+        return SwarmShardPrefetcher(manifest.run, found.store.train, shard_cache(node), shard_sources, offers, log)
 
     restoring = asyncio.to_thread(_restore_replica, manifest, found.store, node, choice, directory, identity, log)
-    supply: Supply
-    (replica, certificates), supply = await asyncio.gather(restoring, obtain_data())
+    prefetcher: ShardPrefetcher
+    (replica, certificates), prefetcher = await asyncio.gather(restoring, obtain_data())
     if node.payout is not None:
         replica.payout = address_bytes(node.payout)
     if budget is not None:
-        supply = Supply()  # it trains on its own data only
+        prefetcher = ShardPrefetcher()  # it trains on its own data only
         replica.private = await asyncio.to_thread(open_private_training, manifest, node, directory, found.store, budget)
         log.emit(replica.private.account(replica.chain.rounds))
     wandb = own_run(node.wandb, directory, manifest, identity.peer_id, log.emit)
@@ -174,7 +174,9 @@ async def _run_worker(
         async with writing(ledger, warn) as writer:
             await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
             last = certificates[-1] if certificates else None
-            await Worker(replica, node, directory, identity, network, log, writer, last, leave_request, supply).run()
+            await Worker(
+                replica, node, directory, identity, network, log, writer, last, leave_request, prefetcher
+            ).run()
     finally:
         if wandb is not None:
             await asyncio.to_thread(wandb.close)

@@ -14,7 +14,7 @@ import torch
 
 from psyche.config import Manifest, Node
 from psyche.config.units import bytes_per_second
-from psyche.data.provision import Found, basis_of, fetch_manifest, find_store
+from psyche.data.provision import FoundStore, fetch_manifest, find_store, required_files
 from psyche.errors import PsycheError
 from psyche.network.address import check_port_free, split_address
 from psyche.network.bandwidth import MEASURED_BYTES
@@ -135,9 +135,9 @@ def _port(node: Node, running: bool) -> Finding:
     return Finding("port", "ok", f"{', '.join(node.listen)} is free")
 
 
-async def _measure_line(network: NetworkNode, manifest: Manifest, found: Found, hosts: list[str]) -> Finding:
+async def _measure_line(network: NetworkNode, manifest: Manifest, found: FoundStore, hosts: list[str]) -> Finding:
     """Fetch and verify one file that every node has, and discard it."""
-    files = [item for item, _ in basis_of(found.store, manifest) if item.bytes <= FETCH_BYTES]
+    files = [item for item, _ in required_files(found.store, manifest) if item.bytes <= FETCH_BYTES]
     if not files:
         return Finding("transfer", "ok", f"not measured: every file of the training data is above {size(FETCH_BYTES)}")
     largest = max(files, key=lambda item: item.bytes)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from psyche.config import Manifest, Node
-from psyche.data.provision import Found
+from psyche.data.provision import FoundStore
 from psyche.errors import PsycheError
 from psyche.network.address import split_address
 from psyche.network.connection_probes import clock_offset, reachable
@@ -21,7 +21,9 @@ TRIES_SECONDS = (5.0, 15.0, 30.0)
 """Pauses before each attempt: peers that join at the same time take some seconds to answer."""
 
 
-def check_machine(manifest: Manifest, node: Node, choice: EngineChoice, directory: Path, found: Found) -> list[Finding]:
+def check_machine(
+    manifest: Manifest, node: Node, choice: EngineChoice, directory: Path, found: FoundStore
+) -> list[Finding]:
     """Check disk and memory against what the run needs on this node."""
     needs = requirements(manifest, node, choice)
     kept = sum(path.stat().st_size for path in (directory / "checkpoints").glob("round-*"))

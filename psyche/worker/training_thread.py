@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from psyche.config import Node
-from psyche.data.shard_prefetch import Supply
+from psyche.data.shard_prefetch import ShardPrefetcher
 from psyche.data.token_store import BadShard
 from psyche.diloco.replica import LocalUpdate, Replica
 from psyche.protocol.messages import Plan, RunStatus
@@ -44,11 +44,11 @@ class TrainingThread:
         threads: int | None,
         leave: GracefulLeave,
         status: Callable[[], RunStatus | None],
-        supply: Supply,
+        prefetcher: ShardPrefetcher,
         log: EventLog,
     ) -> None:
-        """``threads``: PyTorch's thread count. ``status`` returns the latest run status. ``supply`` has the shards."""
-        self._replica, self._leave, self._supply, self._log = replica, leave, supply, log
+        """``threads``: PyTorch threads. ``status`` returns the latest run status. ``prefetcher`` has the shards."""
+        self._replica, self._leave, self._prefetcher, self._log = replica, leave, prefetcher, log
         self.timer = RoundTimer()
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=_use_threads, initargs=(threads,))
         self._early_stop = EarlyStop(status)
@@ -99,7 +99,7 @@ class TrainingThread:
 
     async def _run_warm_up(self) -> None:
         steps = self._replica.warm_up_steps
-        await self._supply.begun()
+        await self._prefetcher.wait_prefetched()
         if steps:
             self._log.emit(events.PhaseChanged(round=self._replica.chain.rounds + 1, phase="warming"))
         for step in range(steps):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from psyche.audit.auditor import Auditor
 from psyche.config import Node
-from psyche.data.shard_prefetch import Supply
+from psyche.data.shard_prefetch import ShardPrefetcher
 from psyche.data.token_store import BadShard
 from psyche.diloco.local_data import PrivacyBudgetSpent
 from psyche.diloco.outlier_detector import OutlierDetector
@@ -77,10 +77,10 @@ class Worker:
         ledger: LedgerWriter,
         certificate: bytes | None = None,
         leave_request: LeaveRequest | None = None,
-        supply: Supply | None = None,
+        prefetcher: ShardPrefetcher | None = None,
     ) -> None:
         """``certificate``: that of the last round applied, if the replica comes from a checkpoint. ``leave_request``:
-        set when this node is to leave. ``supply``: fetches shards, if they are not all here."""
+        set when this node is to leave. ``prefetcher``: fetches shards, if they are not all here."""
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
@@ -92,9 +92,9 @@ class Worker:
         self._leave = GracefulLeave(leave_request or LeaveRequest(), self._client, deadlines, identity.peer_id, log)
         journal = PayloadJournal(directory / JOURNAL, self._warn)
         self._payload_store = PayloadStore(network, BlobRetention(network.blobs), journal, self._report_violation)
-        self._supply = supply or Supply()
+        self._prefetcher = prefetcher or ShardPrefetcher()
         self._trainer = TrainingThread(
-            replica, settings.threads, self._leave, lambda: self._client.status, self._supply, log
+            replica, settings.threads, self._leave, lambda: self._client.status, self._prefetcher, log
         )
         self._state = NodeState(
             replica,
@@ -129,7 +129,7 @@ class Worker:
             network,
             self._client,
             ledger,
-            self._supply,
+            self._prefetcher,
             do=self._trainer.do,
             log=log,
             warn=self._warn,
@@ -168,7 +168,7 @@ class Worker:
                 with contextlib.suppress(PsycheError):  # the engine has failed, which was reported before
                     await stop()
             await self._auditor.close()
-            await self._supply.close()
+            await self._prefetcher.close()
             await self._leave.send_leave(self.replica.chain.rounds, finished=self._finished())
             self._leave.log_outcome()
             await self._trainer.close()
@@ -183,7 +183,7 @@ class Worker:
     async def _rounds(self) -> None:
         replica = self.replica
         if not behind(await self._client.until(lambda status: True), replica.chain):
-            self._supply.begin(replica.chain.position)
+            self._prefetcher.prefetch_from(replica.chain.position)
         while not self._leave.asked:
             if not self._finished():
                 self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
@@ -193,7 +193,7 @@ class Worker:
             if behind(status, replica.chain):
                 await self._auditor.interrupt()
                 await self._catch_up.synchronise(status)
-                self._supply.begin(replica.chain.position)
+                self._prefetcher.prefetch_from(replica.chain.position)
                 if replica.chain.rounds and not behind(status, replica.chain):
                     self._trainer.start_warm_up()
             elif status.phase == Phase.FINISHED:
@@ -249,7 +249,7 @@ class Worker:
             self._trainer.timer.start_exchange()
             self.log.emit(events.PhaseChanged(round=plan.round, phase="exchanging"))
         else:
-            self._supply.expect(plan)
+            self._prefetcher.prefetch_after(plan)
             if not self._auditor.begin(plan.round):
                 self.log.emit(events.PhaseChanged(round=plan.round, phase="following"))
         try:
@@ -300,7 +300,7 @@ class Worker:
 
     async def _train(self, plan: Plan) -> LocalUpdate | None:
         """Train and commit. Returns None if the round closed before, or this node could not train."""
-        await self._supply.ready(plan, self.identity.peer_id, lambda: self._closed_to_me(plan))
+        await self._prefetcher.wait_ready(plan, self.identity.peer_id, lambda: self._closed_to_me(plan))
         self.log.emit(events.PhaseChanged(round=plan.round, phase="training"))
         try:
             update = await self._trainer.train(plan, lambda: self._stopping or self._closed_to_me(plan))

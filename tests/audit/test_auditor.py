@@ -13,7 +13,7 @@ import pytest
 import psyche.audit.auditor as auditing
 from psyche.audit.auditor import Auditor
 from psyche.audit.evidence_store import EVIDENCE_DIRECTORY, EvidenceStore
-from psyche.data.shard_prefetch import Supply
+from psyche.data.shard_prefetch import ShardPrefetcher
 from psyche.data.token_store import BadShard
 from psyche.network.transport import Refused
 from psyche.protocol.audit_messages import JURY, MOST, SKETCH, Audit, DeclinedAudit, Finding, SealedVerdict
@@ -88,7 +88,7 @@ class Scene:
         network = SimpleNamespace(rpc=SimpleNamespace(call=call), blobs=SimpleNamespace(fetch_bytes=fetch_bytes))
         ledger, client = SimpleNamespace(held=held), SimpleNamespace(submit=submit)
         log = EventLog(self.directory / "events.jsonl", "auditor")
-        parts = (self.court.auditor, self.directory, network, client, ledger, Supply())
+        parts = (self.court.auditor, self.directory, network, client, ledger, ShardPrefetcher())
         return Auditor(*parts, do=do, log=log, warn=self.warned.append)  # type: ignore[arg-type]
 
     def finding(self, auditor: Auditor, node: str) -> Finding:
@@ -196,7 +196,7 @@ def test_work_on_text_that_cannot_be_fetched_is_declined(scene: Scene, monkeypat
     async def gone(*_: object) -> None:
         raise BadShard("nobody has it", ())
 
-    monkeypatch.setattr(Supply, "ready", gone)
+    monkeypatch.setattr(ShardPrefetcher, "wait_ready", gone)
     auditor = scene.auditor()
     asyncio.run(worked(auditor))
     assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])

@@ -35,19 +35,19 @@ def put(cache: ShardCache, store: TokenStore, number: int, used: int = 0) -> Sha
     incoming = cache.claim(shard)
     assert incoming is not None
     with incoming:
-        os.pwrite(incoming.descriptor, store.place(shard).read_bytes(), 0)
+        os.pwrite(incoming.descriptor, store.path_of(shard).read_bytes(), 0)
         incoming.keep()
-    os.utime(cache.place(shard), (used, used))
+    os.utime(cache.path_of(shard), (used, used))
     return shard
 
 
 def partial(cache: ShardCache, store: TokenStore) -> Split:
     """The training split of a node that has nothing but its cache."""
-    return Split(store.index, store.index.train, [cache.place])
+    return Split(store.index, store.index.train, [cache.path_of])
 
 
 def here(cache: ShardCache, store: TokenStore) -> list[int]:
-    return [n for n, shard in enumerate(store.train.shards) if cache.place(shard).exists()]
+    return [n for n, shard in enumerate(store.train.shards) if cache.path_of(shard).exists()]
 
 
 def test_a_split_reads_what_is_here_and_names_what_is_not(tmp_path: Path, store: TokenStore) -> None:
@@ -110,7 +110,7 @@ def test_a_shard_is_fetched_by_one_at_a_time_and_a_part_counts(tmp_path: Path, s
     assert incoming is not None
     assert cache.claim(shard) is None
     assert cache.room() == 2 * 320
-    assert not cache.place(shard).exists()
+    assert not cache.path_of(shard).exists()
     incoming.close()
     assert cache.room() == 3 * 320
     put(cache, store, 0)
@@ -140,12 +140,12 @@ def test_a_corrupt_copy_is_passed_over_for_a_good_one_and_named_where_there_is_n
 ) -> None:
     cache = cached(tmp_path)
     shard = put(cache, store, 0)
-    flip_bit(cache.place(shard))
-    split = Split(store.index, store.index.train, [cache.place, store.place])
+    flip_bit(cache.path_of(shard))
+    split = Split(store.index, store.index.train, [cache.path_of, store.path_of])
     assert split.open(0).shape == (10, LENGTH)
     with pytest.raises(BadShard, match="is corrupt") as caught:
         partial(cache, store).open(0)
-    assert caught.value.corrupt == (cache.place(shard),)
+    assert caught.value.corrupt == (cache.path_of(shard),)
 
 
 def test_names_are_roots(tmp_path: Path, store: TokenStore) -> None:
@@ -170,7 +170,7 @@ def test_without_locks_two_that_fetch_the_same_do_not_spoil_it_for_each_other(
     tmp_path: Path, store: TokenStore
 ) -> None:
     cache, shard = cached(tmp_path), store.train.shards[0]
-    content = store.place(shard).read_bytes()
+    content = store.path_of(shard).read_bytes()
     first, second = cache.claim(shard), cache.claim(shard)
     assert first is not None
     assert second is not None

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from psyche.cli.data_commands import app
 from psyche.config import Data
-from psyche.data import journal, prepare
+from psyche.data import prepare, staging
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
 
@@ -62,7 +62,7 @@ def test_a_stop_says_that_it_goes_on(config: Path, monkeypatch: pytest.MonkeyPat
 
     runner = CliRunner()
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "write_durably", write)
+        patch.setattr(staging, "write_durably", write)
         patch.setattr(prepare, "JOURNAL_BYTES", 4096)
         stopped = runner.invoke(app, ["prepare", str(config)])
     assert stopped.exit_code == 130

@@ -188,7 +188,7 @@ def test_filters(tmp_path: Path, filters: list[tuple[str, str, object]], expecte
     ("condition", "reason"),
     [
         (Filter(column="language", op="==", value="en"), "no column 'language'; the columns are id, text"),
-        (Filter(column="text", op="<", value=3), "column 'text' holds str, which '<' 3 cannot be asked of"),
+        (Filter(column="text", op="<", value=3), "column 'text' holds str, to which '<' 3 does not apply"),
         (Filter(column="id", op="min_length", value=3), "column 'id' holds int"),
     ],
 )

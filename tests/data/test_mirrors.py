@@ -102,13 +102,13 @@ def test_a_copy_over_http_is_one_request() -> None:
 
 @pytest.mark.parametrize("kind", ["other", "short", "endless", "packed"])
 def test_other_bytes_are_the_mirrors_fault(kind: str) -> None:
-    with host() as (url, _), pytest.raises(WrongBytes, match=f"{kind}/train-00000.bin is not the run's"):
+    with host() as (url, _), pytest.raises(WrongBytes, match=f"{kind}/train-00000.bin has the wrong content"):
         copy(f"{url}/{kind}")
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("truncated", "train-00000.bin: "), ("gone", "is not there"), ("missing", "none/train-00000.bin: ")],
+    [("truncated", "train-00000.bin: "), ("gone", "does not exist"), ("missing", "none/train-00000.bin: ")],
 )
 def test_what_breaks_or_is_not_there(kind: str, reason: str) -> None:
     with host() as (url, _):
@@ -151,7 +151,7 @@ def test_after_it_was_given_up_nothing_more_is_written() -> None:
 def test_any_scheme_of_fsspec_that_is_installed(tmp_path: Path) -> None:
     (tmp_path / SHARD.file).write_bytes(CONTENT)
     assert copy(f"file://{tmp_path}") == CONTENT
-    with pytest.raises(MirrorError, match="is not there"):
+    with pytest.raises(MirrorError, match="does not exist"):
         copy(f"file://{tmp_path}/none")
     with pytest.raises(MirrorError, match="Protocol not known: nonsense"):
         copy("nonsense://x")

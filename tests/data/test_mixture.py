@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from psyche.config import BpeTokenizer, Data, MixturePart, MixtureSource, TextSource
-from psyche.data.mixture import Part, interleave
 from psyche.data.prepare import prepare
-from psyche.data.sources import documents
+from psyche.data.sources import Part, documents, interleave
 from psyche.data.token_store import store_path
 from psyche.errors import PsycheError
 from tests.data.conftest import Spawn

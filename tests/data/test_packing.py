@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche.data.packing import pack, pad
+from psyche.data.encoding import pack, pad
 from psyche.training.engine import IGNORED, target_labels
 
 EOS = 0

@@ -133,7 +133,7 @@ def test_vocabulary_larger_than_the_model_is_refused(data: Data, tmp_path: Path)
 def test_one_document_cannot_fill_two_splits(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("all there is " * 100)
     data = Data(source=TextSource(kind="text", paths=(str(tmp_path / "one.txt"),)), sequence_length=8)
-    with pytest.raises(PsycheError, match="split is empty: give more or smaller documents"):
+    with pytest.raises(PsycheError, match="split is empty: provide more or smaller documents"):
         prepare(data, tmp_path / "cache", vocab_limit=4096)
 
 
@@ -286,7 +286,7 @@ def test_full_disk_is_named_and_mended(data: Data, tmp_path: Path, spawn: Spawn)
     child = spawn(data, tmp_path / "full", shard_bytes=1 << 20, file_limit=30_000)
     _, error = child.communicate()
     assert child.returncode == 1, error
-    assert re.search(r"^no space left for .* on the disk mounted at /.*: free some and run the command again", error)
+    assert re.search(r"^no space left for .* mounted at /.*: free disk space and run the command again", error)
     root = prepare(data, tmp_path / "roomy", vocab_limit=400).root
     assert prepare(data, tmp_path / "full", vocab_limit=400).root == root
 
@@ -302,5 +302,5 @@ def test_a_full_device_is_recognised(tmp_path: Path) -> None:
 
 def test_unwritable_cache_is_named(data: Data, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a directory should be")
-    with pytest.raises(PsycheError, match=r"cannot write .*cache.*choose another place with node\.cache"):
+    with pytest.raises(PsycheError, match=r"cannot write .*cache.*choose another directory with node\.cache"):
         prepare(data, tmp_path / "cache", vocab_limit=400)

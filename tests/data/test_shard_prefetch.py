@@ -42,7 +42,7 @@ def launched(run: Swarm, store: TokenStore) -> None:
     run.wait("coordinator", RunStarted)
     (run.directory / "all").mkdir(exist_ok=True)
     for shard in store.train.shards:
-        store.place(shard).rename(run.directory / "all" / shard.file)
+        store.path_of(shard).rename(run.directory / "all" / shard.file)
 
 
 def reference(run: Swarm, store: TokenStore) -> list[str]:
@@ -95,7 +95,7 @@ def test_two_nodes_with_disjoint_halves_and_no_common_disk_finish_the_run(tmp_pa
         assert run.join("node-1") == 0, run.output("node-1")
         assert run.join("node-2") == 0, run.output("node-2")
         got = {name: fetched(run, name) for name in ("node-1", "node-2")}
-        needed = {store.train.shards[n].root for n in shards(range(5 * 80), store.train.shape, SEED)}
+        needed = {store.train.shards[n].root for n in shards(range(5 * 80), store.train.layout, SEED)}
         assert got["node-1"]
         assert got["node-2"]
         assert not got["node-1"] & got["node-2"], "each fetched only what the other had"
@@ -116,7 +116,7 @@ def test_a_node_with_a_small_cache_trains_from_a_mirror_and_is_not_fooled_by_ano
         store = prepared(config)
         with swarm(tmp_path / "run", config) as run:
             launched(run, store)
-            first, second = shards(range(64), store.train.shape, SEED)[:2]
+            first, second = shards(range(64), store.train.layout, SEED)[:2]
             for number in (first, second):
                 shard = store.train.shards[number]
                 (run.directory / "lies" / shard.file).write_bytes(bytes(shard.bytes))
@@ -128,7 +128,7 @@ def test_a_node_with_a_small_cache_trains_from_a_mirror_and_is_not_fooled_by_ano
                 name = store.train.shards[number].file
                 assert any(f"{url}/lies/{name} is not the run's" in text for text in told)
                 assert any(text.startswith(name) and f"came from {url}/all in" in text for text in told)
-            used = shards(range(8 * 40), store.train.shape, SEED)
+            used = shards(range(8 * 40), store.train.layout, SEED)
             assert len(used) > 4
             assert len([text for text in told if "came from" in text]) >= len(used)
             cache = run.directory / "cache-node-1" / "data" / "shards"
@@ -145,7 +145,7 @@ def test_a_corrupt_copy_is_fetched_anew_from_another_member(tmp_path: Path) -> N
         run.wait("coordinator", RunStarted)
         copy = run.directory / "copy"
         shutil.copytree(store.path, copy)
-        shard = store.train.shards[shards(range(40, 41), store.train.shape, SEED)[0]]
+        shard = store.train.shards[shards(range(40, 41), store.train.layout, SEED)[0]]
         flip_bit(copy / shard.file)
         lone_node(run, "node-1", data_mirrors=[str(copy)])
         assert run.join("node-1") == 0, run.output("node-1")
@@ -161,7 +161,7 @@ def test_a_shard_that_nobody_has_costs_its_sequences_and_not_the_run(tmp_path: P
     store = prepared(config)
     with swarm(tmp_path / "run", config) as run:
         launched(run, store)
-        lost = shards(range(100, 101), store.train.shape, SEED)[0]  # of the second round
+        lost = shards(range(100, 101), store.train.layout, SEED)[0]  # of the second round
         rest = [number for number in range(len(store.train.shards)) if number != lost]
         there = some(run, store, "there", rest)
         for name in ("node-1", "node-2"):

@@ -81,6 +81,6 @@ def test_a_disk_without_room_is_named_with_what_is_missing(tmp_path: Path, monke
     staged, _ = stage(tmp_path, 100)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1599))
-    with pytest.raises(PsycheError, match=r"needs 1,600 bytes more at .*, 1,599 are free .*node\.cache"):
+    with pytest.raises(PsycheError, match=r"needs 1,600 more bytes in .*, 1,599 are free .*node\.cache"):
         write_shards(tmp_path, "train", staged, 320, lambda _: None)
     require_room(tmp_path, 1599)

@@ -96,5 +96,5 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_that_does_not_load_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(PsycheError, match=r"data\.tokenizer\.name: .*hollow.* is no directory or hub name"):
+    with pytest.raises(PsycheError, match=r"data\.tokenizer\.name: AutoTokenizer cannot load .*hollow"):
         tokenizer_files(NamedTokenizer(kind="pretrained", name=str(tmp_path / "hollow")), [])

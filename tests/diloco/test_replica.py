@@ -100,14 +100,14 @@ def test_where_the_text_of_a_step_is_not_here_the_steps_before_it_are_handed_in(
     some, whole = (replica(manifest, config.node, identity) for _ in range(2))
     chain, member = some.chain, Member(identity.peer_id, 20, 1)
     plan = Plan(1, 1, chain.head, chain.state_root, round_seed(chain.head), 0, "gather", 0, (member,))
-    first, second = shards(range(40), store.train.shape, config.run.seed)
+    first, second = shards(range(40), store.train.layout, config.run.seed)
     whole_work = whole.train(plan, stop_early=iter([False] * 15 + [True]).__next__)
-    store.place(store.train.shards[second]).unlink()
+    store.path_of(store.train.shards[second]).unlink()
     work = some.train(plan)
     assert work.contribution.inner_steps == 16, "32 sequences are in the first shard, 2 in each step"
     assert work.contribution.data_digest == whole_work.contribution.data_digest
     assert work.payload == whole_work.payload
     assert not some.overlapped_step(plan)
-    store.place(store.train.shards[first]).unlink()
+    store.path_of(store.train.shards[first]).unlink()
     with pytest.raises(BadShard, match=store.train.shards[first].file):
         replica(manifest, config.node, identity).train(plan)

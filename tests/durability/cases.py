@@ -15,9 +15,9 @@ from psyche.config import MANIFEST, BpeTokenizer, Data, TextSource
 from psyche.coordinator.cosigner import SIGNED_STATE
 from psyche.data.cache import PART, ShardCache
 from psyche.data.index import Shard
-from psyche.data.journal import Journal as Preparation
-from psyche.data.journal import load_journal
 from psyche.data.prepare import prepare
+from psyche.data.staging import PreparationJournal as Preparation
+from psyche.data.staging import load_journal
 from psyche.diloco.checkpoint import load_latest, save
 from psyche.durable import write_durably
 from psyche.exchange.payload_journal import PayloadJournal

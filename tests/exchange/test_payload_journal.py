@@ -126,6 +126,8 @@ def test_a_full_disk_is_named_with_the_option_that_says_where_it_is(
 
     made, journal = blob(tmp_path, b"one"), PayloadJournal(tmp_path / "journal", silent)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(PsycheError, match=r"no space left .* free some .*, or choose another place with --directory"):
+    with pytest.raises(
+        PsycheError, match=r"no space left .* free disk space .*, or choose another directory with --directory"
+    ):
         journal.put(1, made)
     assert made.index.root not in journal

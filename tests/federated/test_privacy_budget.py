@@ -91,14 +91,14 @@ def test_where_others_cannot_be_kept_out_it_is_refused(tmp_path: Path, monkeypat
     """A file system without users, where chmod says that all is well; one where it is not allowed."""
     tmp_path.chmod(0o755)
     monkeypatch.setattr(Path, "chmod", lambda path, mode: None)
-    with pytest.raises(PsycheError, match=r"others on this machine can read .*: choose another place with --directory"):
+    with pytest.raises(PsycheError, match=r"other users can read .*: choose another directory with --directory"):
         Budget(tmp_path, 8.0, DELTA, 1.0)
 
     def refused(path: Path, mode: int) -> None:
         raise PermissionError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr(Path, "chmod", refused)
-    with pytest.raises(PsycheError, match=r"Operation not permitted\): choose another place with --directory"):
+    with pytest.raises(PsycheError, match=r"Operation not permitted\): choose another directory with --directory"):
         Budget(tmp_path, 8.0, DELTA, 1.0)
     assert not list(tmp_path.iterdir())
 

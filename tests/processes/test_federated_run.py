@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from psyche.config import MANIFEST, Manifest, load_config
-from psyche.data.journal import document_hash
+from psyche.data.encoding import document_hash
 from psyche.data.provision import local_store
 from psyche.data.tokenizer import Encoder
 from psyche.federated.privacy_budget import Budget

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from psyche.config import MANIFEST, Manifest, Node, load_config
-from psyche.data.provision import Found, local_store
+from psyche.data.provision import FoundStore, local_store
 from psyche.diloco.launch import launch
 from psyche.errors import PsycheError
 from psyche.network.connection_probes import Offset, clock_offset, reachable, serve_probes
@@ -109,7 +109,7 @@ class TestChecks:
 
     def test_this_machine_is_measured(self, launched: tuple[Manifest, Node], tmp_path: Path) -> None:
         manifest, node = launched
-        found = Found(local_store(manifest, node.cache), None, 1 << 60)
+        found = FoundStore(local_store(manifest, node.cache), None, 1 << 60)
         choice = choose_engine(node, manifest.resolved.flat_size, "adamw")
         findings = {one.check: one.level for one in check_machine(manifest, node, choice, tmp_path, found)}
         assert findings["disk: training data"] == "fail"

@@ -78,7 +78,7 @@ def test_evaluation_uses_the_sequences_of_every_node_and_names_missing_ones(
     store = prepare(place.launched.manifest.run.data, tmp_path, vocab_limit=512, shard_bytes=1024)
     first, *others = store.heldout.shards
     for shard in others:
-        store.place(shard).unlink()
+        store.path_of(shard).unlink()
     partial = replace(trained, store=store)
     assert heldout_loss(partial, None) == heldout_loss(trained, None)
     assert heldout_loss(partial, first.sequences).tokens == first.sequences * 31

@@ -86,7 +86,7 @@ def plain(model: nn.Module, given: Manifest, store: MemoryStore) -> list[torch.T
     layout = FlatLayout.of_model(model)
     after = []
     for step in range(given.run.total_steps):
-        indices = sequences(range(step * BATCH, (step + 1) * BATCH), store.train.shape, given.run.seed)
+        indices = sequences(range(step * BATCH, (step + 1) * BATCH), store.train.layout, given.run.seed)
         tokens = torch.from_numpy(store.train.batch(indices))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(inner, step, given.run.total_steps)

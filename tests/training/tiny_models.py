@@ -47,7 +47,7 @@ class Sequences:
         # Skewed, so that there is something to learn.
         draws = np.random.default_rng(seed).geometric(0.02, (count, LENGTH))
         self._tokens = np.minimum(draws, VOCABULARY - 1).astype(np.int64)
-        self.shape = ShardLayout(count, count)
+        self.layout = ShardLayout(count, count)
 
     def __len__(self) -> int:
         return len(self._tokens)

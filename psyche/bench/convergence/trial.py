@@ -311,7 +311,7 @@ def _adamw(setting: Setting, trial: Trial, launched: Launch) -> float:
     engine = _engine(setting, run)
     batch = trial.nodes * run.inner.batch_size
     for step in range(trial.steps):
-        indices = sequences(range(step * batch, (step + 1) * batch), store.train.shape, run.seed)
+        indices = sequences(range(step * batch, (step + 1) * batch), store.train.layout, run.seed)
         engine.step(store.train.batch(indices), learning_rate(run.inner, step, trial.steps))
     return heldout_loss(engine, store, range(setting.heldout_sequences))
 

@@ -263,7 +263,7 @@ class _NoText:
 
     def __init__(self) -> None:
         self.train = self.heldout = self
-        self.shape = ShardLayout(1, 1)
+        self.layout = ShardLayout(1, 1)
 
     def __len__(self) -> int:
         return 1
