@@ -29,6 +29,14 @@ COORDINATOR = "coordinator"
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
 """Time to shut down before a process is killed."""
+PROMPTS = ("def get_", "class Test", "    def __init__(self, ", "import os\n")
+"""What the exported model continues at the end, if the run trained on code; prompts for other data do no harm."""
+FILES = {
+    "model": "the trained model, for transformers.AutoModelForCausalLM",
+    "loss.png": "loss curves",
+    "report.json": "the numbers above, and the state root of every round",
+    "*.log": "the output of each process",
+}
 MARKER = ".psyche-run"
 """File in a directory that a run created, which a fresh run may therefore empty."""
 
@@ -181,6 +189,9 @@ def _with_peers(config: Config, peers: int, directory: Path) -> tuple[Path, Conf
 def _report(config: Config, directory: Path, seconds: float) -> None:
     """Write report.json, the loss plot and the exported model; print a summary and a sample of the model."""
     from rich.console import Console
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
 
     from psyche.telemetry.run_report import build_report, plot_loss, render_summary
     from psyche.tools.exported_model import sample
@@ -194,7 +205,16 @@ def _report(config: Config, directory: Path, seconds: float) -> None:
     export_node(nodes[0], directory / "model", config.node.cache)
     console = Console()
     console.print(render_summary(report))
-    text = sample(directory / "model", "def ")
-    console.print(f"[bold]sample from {directory / 'model'}[/bold] (prompt: 'def ')")
-    console.print(text, markup=False, highlight=False)
-    console.print(f"\nreport {directory / 'report.json'}   loss plot {directory / 'loss.png'}")
+    console.print("\n[bold]What the trained model writes[/bold] (prompts in bold, temperature 0.5)")
+    for prompt, text in zip(PROMPTS, sample(directory / "model", PROMPTS), strict=True):
+        console.print(Rule(style="dim"), Text(prompt, style="bold") + Text(text.rstrip()))
+    console.print(Rule(style="dim"))
+    files = Table.grid(padding=(0, 2))
+    for path, what in FILES.items():
+        files.add_row(f"{directory / path}", what)
+    console.print("\n[bold]Files[/bold]", files)
+    commands = Table.grid(padding=(0, 2))
+    commands.add_row(f'psyche generate {directory / "model"} "def "', "continue a prompt of your own")
+    commands.add_row(f"psyche ledger show {directory / nodes[0].name}", "who contributed what, and the audits")
+    commands.add_row("psyche run CONFIG", "train with your own configuration; others join by its invite")
+    console.print("\n[bold]Next[/bold]", commands)

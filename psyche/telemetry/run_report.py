@@ -158,32 +158,32 @@ def plot_loss(events: Iterable[Event], path: Path) -> None:
 
 
 def render_summary(report: Mapping[str, Any]) -> Panel:
-    """A report as a table for the terminal."""
+    """Draw a report as a table for the terminal."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column()
-    loss = f"{number(report['initial_loss'])} → {number(report['final_loss'])} held out"
+    loss = f"{number(report['initial_loss'])} → {number(report['final_loss'])} nats per token on held-out text"
     steps = plural(report["inner_steps"], "inner step")
-    rounds = f"{plural(report['rounds'], 'round')} of {steps}, {plural(report['peers'], 'peer')}"
+    rounds = f"{plural(report['rounds'], 'round')} of {steps}, {plural(report['peers'], 'node')}"
     sent, ddp = report["bytes_sent_per_peer"], report["ddp_bytes_per_peer"]
-    wire = "–" if sent is None else f"{size(sent)} sent by each member; DDP would have sent {size(ddp)}"
+    less = f"{number(report['ddp_ratio'], '.0f')}× less than the {size(ddp)} of data-parallel training (DDP)"
+    traffic = "–" if sent is None else f"{size(sent)} sent per node, {less}"
     grid.add_row("model", f"{amount(report['parameters'])} parameters, codec {clean(report['codec'], 40)}")
     grid.add_row("run", f"{rounds}, {report['seconds']:.0f} s")
     grid.add_row("loss", f"{loss}, after {amount(report['tokens'])} tokens")
-    grid.add_row("wire", wire)
-    grid.add_row("", f"that is {number(report['ddp_ratio'], '.1f')}× less")
-    grid.add_row("payload", f"{number(report['payload_ratio'], '.2f')}× smaller than fp32")
-    grid.add_row("bytes per token", number(report["bytes_per_token"], ".1f"))
-    grid.add_row("time training", number(report["compute_utilisation"], ".0%"))
-    grid.add_row("same model", _sameness(report), style="green" if report["state_roots_agree"] else "red")
-    return Panel(grid, title=f"{clean(report['name'])}: what came of it", title_align="left", border_style="cyan")
+    grid.add_row("traffic", traffic)
+    per_token = f"{number(report['bytes_per_token'], '.1f')} bytes sent per token"
+    grid.add_row("", f"payloads {number(report['payload_ratio'], '.1f')}× smaller than fp32; {per_token}")
+    grid.add_row("utilisation", f"{number(report['compute_utilisation'], '.0%')} of the nodes' time was spent training")
+    grid.add_row("state roots", _sameness(report), style="green" if report["state_roots_agree"] else "red")
+    return Panel(grid, title=f"{clean(report['name'])}: result", title_align="left", border_style="cyan")
 
 
 def _sameness(report: Mapping[str, Any]) -> str:
     last = root_name(report["state_roots"][-1]) if report["state_roots"] else "–"
     if report["state_roots_agree"]:
-        return f"✓ every member held the same bits after each of the rounds; the last is {last}"
-    return "✗ not shown: attestations are missing or differ"
+        return f"✓ all nodes hold the same model, bit for bit, after every round; the last state root is {last}"
+    return "✗ the nodes' state roots are missing or differ in some round"
 
 
 def _title(report: Mapping[str, Any]) -> str:

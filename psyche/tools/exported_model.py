@@ -1,8 +1,9 @@
-"""From outer parameters to a directory that ``transformers`` loads, and a few words out of it."""
+"""Export outer parameters to a directory that ``transformers`` loads, and sample text from it."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,16 +41,22 @@ def export(spec: Model, theta: Tensor, tokenizer: Path, directory: Path) -> None
         shutil.copy2(file, directory / file.name)
 
 
-def sample(directory: Path, prompt: str, *, tokens: int = 60, seed: int = 0) -> str:
-    """Continue ``prompt`` by up to ``tokens`` tokens with an exported model: top-40, temperature 0.8."""
+def sample(directory: Path, prompts: Sequence[str], *, tokens: int = 60, seed: int = 0) -> list[str]:
+    """Continue each of ``prompts`` by up to ``tokens`` tokens; returns the continuations, without the prompts.
+
+    Top-20 at temperature 0.5: a model as small as the demo's needs its likely tokens to spell names right.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    texts = []
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, top_k=40, temperature=0.8)
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+            out = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, top_k=20, temperature=0.5)
+            texts.append(str(tokenizer.decode(out[0], skip_special_tokens=True)).removeprefix(prompt))
+    return texts

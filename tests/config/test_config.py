@@ -61,7 +61,7 @@ def manifest(**changes: Any) -> Manifest:
 def test_the_demo_loads() -> None:
     config = load_config(DEMO)
     assert config.run.name == "demo"
-    assert config.run.total_steps == 24 * 20
+    assert config.run.total_steps == 14 * 100
     assert config.run.tokens_per_step == 4 * 128
 
 
