@@ -1,6 +1,6 @@
-"""The local JSON-lines log that events are written to, and read from again.
+"""The local log of events in JSON lines: writer, reader and follower.
 
-A line that a crash tore, or that a newer version wrote, costs no other.
+A line that a crash cut short, or that a newer version wrote, does not affect other lines.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ LOG_NAME = "events.jsonl"
 """The log's file name inside a node's run directory."""
 
 Listener = Callable[[Event], None]
-"""Called with every event, in order, one at a time. It must be quick: the emitter waits for it."""
+"""Called with every event, in order, one at a time. It must return quickly: the emitter waits for it."""
 
 
 class EventLog:
-    """Appends events to a file and passes them on to listeners. Thread-safe; :meth:`emit` never raises.
+    """Appends events to a file and passes them to listeners. Thread-safe; :meth:`emit` never raises.
 
-    A listener may itself emit: its event comes after the one it was called with, for every listener.
-    Raises :class:`PsycheError` where the file cannot be opened at all.
+    A listener may emit: its event follows the one that it was called with, for every listener.
+    Raises :class:`PsycheError` if the file cannot be opened.
     """
 
     def __init__(
         self, path: Path, node: str, listeners: tuple[Listener, ...] = (), clock: Callable[[], float] = time.time
     ) -> None:
         self.dropped = 0
-        """Events that listeners saw and the file did not get (disk full)."""
+        """Events that were passed to listeners but not written (disk full)."""
         self._node = node
         self._listeners = list(listeners)
         self._clock = clock
@@ -56,10 +56,10 @@ class EventLog:
             self._listeners.append(listener)
 
     def emit(self, event: Event) -> None:
-        """Stamp, write and fan out ``event``."""
+        """Add time and node to ``event``, write it, and pass it to the listeners."""
         with self._lock:
             self._pending.append(msgspec.structs.replace(event, time=self._clock(), node=self._node))
-            if self._draining:  # a listener of ours emits: the loop below, further up this stack, takes it
+            if self._draining:  # emitted by a listener: the loop below, further up this stack, delivers it
                 return
             self._draining = True
             try:
@@ -78,18 +78,20 @@ class EventLog:
         for listener in tuple(self._listeners):
             try:
                 listener(event)
-            except Exception as error:  # a broken screen must not stop the training behind it
+            except Exception as error:  # a broken terminal must not stop training
                 if id(listener) not in self._failed:
                     self._failed.add(id(listener))
                     name = type(error).__name__
-                    self.emit(Notice("error", f"telemetry: {name} in a listener, at {type(event).__name__}: {error}"))
+                    self.emit(
+                        Notice("error", f"telemetry: a listener raised {name} on {type(event).__name__}: {error}")
+                    )
 
     def _write(self, event: Event) -> None:
         if self._file.closed:
             return
         reason = ""
         try:
-            # A line that was cut short stays a line of its own, so that it costs no other.
+            # A line that was cut short stays a line of its own, so that the next one can be read.
             line = (b"\n" if self._torn else b"") + msgspec.json.encode(event) + b"\n"
             self._torn = self._file.write(line) < len(line)
             reason = "no space left" if self._torn else ""
@@ -100,7 +102,7 @@ class EventLog:
         if reason:
             self.dropped += 1
             if self.dropped == 1:
-                text = f"an event could not be written to the log ({reason}); the run goes on, with gaps in its log"
+                text = f"an event could not be written to the log ({reason}); the run continues with gaps in its log"
                 self.emit(Notice("warning", text))
 
 
@@ -113,11 +115,11 @@ def _ends_torn(path: Path) -> bool:
 
 
 class EventReader(Iterator[Event]):
-    """A log's events, oldest first. Lines that are not events are passed over and counted in ``skipped``."""
+    """Reads a log's events, oldest first. Lines that are not events are skipped and counted in ``skipped``."""
 
     def __init__(self, path: Path) -> None:
         self.skipped = 0
-        """Lines so far that a crash tore or a newer version wrote."""
+        """Lines so far that a crash cut short or a newer version wrote."""
         try:
             self._file = path.open("rb")
         except OSError as error:
@@ -135,12 +137,12 @@ class EventReader(Iterator[Event]):
 
 
 def read_events(path: Path) -> EventReader:
-    """Read a log, also one that is still being written. Raises :class:`PsycheError` where that cannot be done."""
+    """Read a log, also one that is still being written. Raises :class:`PsycheError` if it cannot be read."""
     return EventReader(path)
 
 
 class EventFollower:
-    """Gives each event of a log once, as soon as its line is whole. The file need not exist yet."""
+    """Returns each event of a log once, as soon as its line is complete. The file need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -148,7 +150,7 @@ class EventFollower:
         self._decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
     def new(self) -> Iterator[Event]:
-        """Events written since the last call. Lines that are not events are passed over."""
+        """Yield the events written since the last call. Lines that are not events are skipped."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""How numbers, peers and other people's text are shown to a person."""
+"""Format numbers, peers and text that comes from peers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def clean(text: str, limit: int = 200) -> str:
-    """``text`` on one line without control characters: what a peer sends must not steer a terminal."""
+    """Put ``text`` on one line without control characters, so that a peer cannot control a terminal."""
     printable = "".join(char if char.isprintable() else " " for char in text)
     line = " ".join(printable.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def peer_name(peer: str) -> str:
-    """The end of a PeerID: all of them begin alike."""
+    """The end of a PeerID; all PeerIDs start alike."""
     return "…" + clean(peer)[-6:]
 
 
 def donor_name(donor: str) -> str:
-    """A PeerID's short name; words, such as "the members", as they are."""
+    """The short name of a PeerID; words such as "the members" stay as they are."""
     is_peer = len(donor) >= 40 and donor.isalnum()
     return peer_name(donor) if is_peer else clean(donor)
 
@@ -33,7 +33,7 @@ def root_name(root: str) -> str:
 
 
 def amount(count: float) -> str:
-    """A count to three digits or so: 980, 30.7k, 1.9M, 72.0B."""
+    """A count with about three digits: 980, 30.7k, 1.9M, 72.0B."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= max(scale, 1e4):
             return f"{count / scale:.1f}{unit}"
@@ -46,12 +46,12 @@ def size(count: float) -> str:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A measurement, or a dash where there is none. An absurd one stays short."""
+    """A measurement, or a dash for ``None``. Absurdly large ones stay short."""
     return "–" if value is None else format(value, form if abs(value) < 1e6 else ".1e")
 
 
 def rate(value: float | None) -> str:
-    """Tokens a second."""
+    """Tokens per second."""
     return f"{number(value, '.0f')} tok/s"
 
 

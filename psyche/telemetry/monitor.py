@@ -1,15 +1,15 @@
-"""From members' metrics to one summary a round.
+"""Combine members' metrics into one summary per round.
 
-Metrics are self-reported, so they are treated as claims. Three rules keep a lie from breaking the picture:
+Metrics are self-reported. Three rules bound what a member that lies can change:
 
 1. A report with an impossible value (negative, not finite where it counts, more tokens or bytes than the run
-   allows) is refused as a whole, with a reason: who lies in one number is not believed in the others.
-2. Sums (tokens, bytes) are bounded by those limits; everything that can be a median is one.
+   allows) is refused as a whole, with a reason.
+2. Sums (tokens, bytes) are bounded by those limits; everything else is a median where possible.
 3. Losses are means, weighted by tokens. With three reports or more, a loss is clamped to within a factor
    ``LOSS_SPREAD`` of the median and a held-out weight to twice the median weight, so one member moves the mean
    by a bounded amount and an honest outlier still counts.
 
-Numbers for people, then; nothing here decides about acceptance, credits or weights (DESIGN §8).
+These numbers are for people: acceptance, credits and weights do not depend on them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LOSS_SPREAD = 4.0
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What a run has added up before a round."""
+    """A run's totals before a round."""
 
     tokens: int = 0
     bytes_up: int = 0
@@ -52,7 +52,7 @@ class Totals(msgspec.Struct, frozen=True):
 
     @classmethod
     def after(cls, summary: RoundSummary) -> Totals:
-        """The totals a summary ends with."""
+        """Take the totals from the summary of the last round."""
         return cls(
             tokens=summary.tokens_total,
             bytes_up=summary.bytes_up_total,
@@ -73,7 +73,7 @@ def summarise(
     certified: RoundCertified | None = None,
     totals: Totals | None = None,
 ) -> RoundSummary:
-    """One round in numbers. Pure; reports of other rounds and impossible ones are left out, all may be missing.
+    """Summarise one round. Pure. Reports of other rounds and impossible ones are ignored; all may be missing.
 
     ``train_loss`` is weighted by tokens; ``heldout_loss`` is the sum of sums over the sum of tokens, as members
     each judge a part of the held-out set. ``tokens_per_second`` is the swarm's: all tokens over the round's
@@ -119,9 +119,9 @@ def summarise(
 class Monitor:
     """Collects metrics from the event stream and emits one :class:`RoundSummary` a certified round.
 
-    A round is summarised when every accepted member has reported or left, at the latest when the next one is
-    certified; who has not reported by then is missing in it. The end of the run closes none: members report the
-    last round after it is over, and then leave. A listener: ``log.subscribe(monitor)``.
+    A round is summarised when every accepted member has reported or left, at the latest when the next round is
+    certified, without the members that have not reported by then. The end of the run closes no round: members report
+    the last round after it is over, and then leave. A listener: ``log.subscribe(monitor)``.
     """
 
     def __init__(self, run: Run, parameters: int, emit: Callable[[Event], None]) -> None:
@@ -136,7 +136,7 @@ class Monitor:
         self._gone: set[str] = set()
 
     def resume(self, events: Iterable[Event]) -> None:
-        """Take the totals up from an earlier log of the same run, such as before a restart. Emits nothing."""
+        """Continue the totals of an earlier log of the same run, such as before a restart. Emits nothing."""
         for event in events:
             if isinstance(event, RoundSummary) and event.round > self._closed:
                 self._totals, self._closed = Totals.after(event), event.round
@@ -145,7 +145,7 @@ class Monitor:
         match event:
             case RoundStarted(round=number):
                 self._newest = max(self._newest, number)
-                # Identities are free: those who left are remembered only while somebody waits for them.
+                # Identities are free: peers that left are remembered only while a round waits for them.
                 self._gone &= {peer for certified in self._certified.values() for peer in certified.accepted}
             case PeerJoined(peer=peer):
                 self._gone.discard(peer)
@@ -154,13 +154,13 @@ class Monitor:
                 for waiting in sorted(self._certified):
                     self._close_if_complete(waiting)
             case MemberMetrics(round=number, peer=peer):
-                # Nobody makes us keep reports of rounds that are over or far in the future.
+                # Reports of rounds that are over or far in the future are not kept: memory is bounded.
                 if self._closed < number <= self._newest + 1:
                     self._reports.setdefault(number, {})[peer] = event
                     self._close_if_complete(number)
             case RoundCertified(round=number) if number > self._closed:
                 self._newest = max(self._newest, number)
-                self._close_all()  # earlier rounds have waited long enough
+                self._close_all()  # earlier rounds wait no longer
                 self._certified[number] = event
                 self._close_if_complete(number)
             case Rejected():
@@ -187,8 +187,8 @@ class Monitor:
 
     def _close(self, number: int) -> None:
         certified = self._certified.pop(number)
-        told = self._reports.pop(number, {})
-        reports = [told[peer] for peer in certified.accepted if peer in told]
+        reported = self._reports.pop(number, {})
+        reports = [reported[peer] for peer in certified.accepted if peer in reported]
         limits = Limits.of(self._run, self._parameters, len(certified.accepted) + len(certified.excluded))
         summary = summarise(
             number, reports, parameters=self._parameters, limits=limits, certified=certified, totals=self._totals
@@ -220,14 +220,14 @@ def _heldout_loss(reports: Iterable[MemberMetrics]) -> float | None:
         for r in reports
         if r.heldout_loss_sum is not None and r.heldout_tokens > 0
     ]
-    if len(parts) >= 3:  # parts are of nearly equal size, so this touches none that is honest
+    if len(parts) >= 3:  # shares are nearly equal, so this changes no honest one
         most = 2 * median(weight for _, weight in parts)
         parts = [(loss, min(weight, int(most))) for loss, weight in parts]
     return _weighted_mean(parts)
 
 
 def _weighted_mean(parts: Sequence[tuple[float, int]]) -> float | None:
-    """Mean of (loss, weight) pairs, weights positive; losses clamped as the module says."""
+    """Mean of (loss, weight) pairs with positive weights; losses are clamped by rule 3 above."""
     if not parts:
         return None
     if len(parts) >= 3:

@@ -1,7 +1,6 @@
-"""W&B as a listener of events: one run for the training run, optionally one per node in the same group.
+"""Log events to W&B: one W&B run for the training run, optionally one per node in the same group.
 
-Volunteers need no account: only the coordinator logs the training run (DESIGN §11), offline where no key is
-configured. W&B lives on a thread of its own behind a bounded queue, so that a slow network, a bad key or a full
+Volunteers need no account: only the coordinator logs the training run, offline where no key is configured. W&B lives on a thread of its own behind a bounded queue, so that a slow network, a bad key or a full
 disk can neither stop nor delay the run; such a failure is one :class:`Notice`.
 """
 
@@ -24,14 +23,14 @@ QUEUE_ROWS = 4096
 INIT_TIMEOUT = 15.0
 """Seconds to wait for the server before logging offline instead."""
 FINISH_TIMEOUT = 10.0
-"""Seconds to wait at the end for the rest to be uploaded; what is left stays on disk for ``wandb sync``."""
+"""Seconds to wait for uploads at the end; the remainder stays on disk for ``wandb sync``."""
 
 Mode = Literal["online", "offline", "disabled"]
 Row = dict[str, float]
 
 
 def swarm_run(wandb: Wandb, directory: Path, manifest: Manifest, notify: Callable[[Event], None]) -> WandbRun:
-    """The training run's one W&B run, kept by the coordinator. A restarted coordinator continues it (online)."""
+    """Open the W&B run of the training run, for the coordinator. A restarted coordinator resumes it (online)."""
     run_id = manifest.run_id.hex()
     return WandbRun(
         wandb,
@@ -47,7 +46,7 @@ def swarm_run(wandb: Wandb, directory: Path, manifest: Manifest, notify: Callabl
 def own_run(
     wandb: Wandb, directory: Path, manifest: Manifest, peer: str, notify: Callable[[Event], None]
 ) -> WandbRun | None:
-    """This node's own W&B run, in the training run's group; ``None`` unless ``wandb.own_run`` is set."""
+    """Open this node's own W&B run in the training run's group; ``None`` unless ``wandb.own_run`` is set."""
     if not wandb.own_run:
         return None
     run_id = manifest.run_id.hex()
@@ -72,7 +71,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
 
 
 def resolve_mode(wandb: Wandb) -> Mode:
-    """``auto`` becomes ``WANDB_MODE`` where that is set, else online where a key is configured, else offline."""
+    """Resolve ``auto``: ``WANDB_MODE`` if that is set, else online if a key is configured, else offline."""
     if wandb.mode != "auto":
         return wandb.mode
     match os.environ.get("WANDB_MODE"):
@@ -83,7 +82,7 @@ def resolve_mode(wandb: Wandb) -> Mode:
 
 
 def key_configured() -> bool:
-    """Whether W&B would find credentials: in the environment, its settings file, or netrc. Asks no server."""
+    """Whether W&B finds credentials in the environment, its settings file or netrc. Asks no server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     settings = _silenced().settings
@@ -99,7 +98,7 @@ def key_configured() -> bool:
 
 
 def _silenced() -> Any:
-    """W&B's process-wide state. ``wandb.init(settings=…)`` alone would silence it only after its login has talked."""
+    """Return W&B's process-wide state, silenced. ``wandb.init(settings=…)`` alone silences it only after the login."""
     import wandb
 
     setup = wandb.setup(wandb.Settings(silent=True))
@@ -139,7 +138,7 @@ class WandbRun:
             try:
                 self._queue.put_nowait(row)
             except queue.Full:
-                self._fail("it takes rows more slowly than they come")
+                self._fail("it accepts rows more slowly than they are logged")
 
     def close(self, timeout: float = INIT_TIMEOUT + FINISH_TIMEOUT + 5) -> None:
         """Upload what is left, for at most ``timeout`` seconds."""
@@ -147,7 +146,7 @@ class WandbRun:
             try:
                 self._queue.put(None, timeout=timeout)
             except queue.Full:
-                return  # it has hung, and has said so
+                return  # it hangs; a notice has said so
             self._thread.join(timeout)
 
     def _work(self) -> None:
@@ -168,15 +167,15 @@ class WandbRun:
             try:
                 run = self._open("online", resume="allow")
             except Exception as error:
-                # W&B goes on holding the id of the run that it could not start.
+                # W&B keeps the id of the run that it could not start.
                 self._init["id"] += "-offline"
                 offline = self._open("offline")
-                self._say("warning", f"W&B cannot be used online ({_sentence(error)}); {_kept(offline)}")
+                self._say("warning", f"W&B: cannot log online ({_sentence(error)}); {_offline_note(offline)}")
                 return offline
             self._say("info", f"W&B: {run.url}")
             return run
         run = self._open("offline")
-        self._say("info", f"W&B is offline; {_kept(run)}")
+        self._say("info", f"W&B: {_offline_note(run)}")
         return run
 
     def _open(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None = None) -> Any:
@@ -186,13 +185,13 @@ class WandbRun:
         self._directory.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
             silent=True,
-            console="off",  # a contributor's terminal is nobody's business
+            console="off",  # W&B must not upload a contributor's terminal output
             disable_git=True,
             disable_code=True,
             x_disable_stats=True,
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT,
-            stop_fn=lambda: self._say("warning", "W&B's stop button does not stop psyche; press Ctrl-C here instead"),
+            stop_fn=lambda: self._say("warning", "the stop button of W&B does not stop psyche; press Ctrl-C here"),
         )
         run = wandb.init(
             **self._init, mode=mode, dir=str(self._directory), resume=resume, reinit="create_new", settings=settings
@@ -206,15 +205,14 @@ class WandbRun:
     def _fail(self, reason: str) -> None:
         if not self._failed.is_set():
             self._failed.set()
-            self._say("warning", f"W&B logging has stopped ({reason}); the run goes on without it")
+            self._say("warning", f"W&B: logging has stopped ({reason}); the run continues without it")
 
     def _say(self, level: Literal["info", "warning"], text: str) -> None:
         self._notify(Notice(level, text))
 
 
-def _kept(run: Any) -> str:
-    directory = Path(run.dir).parent
-    return f"the run is kept in {directory} and uploaded with: wandb sync {directory}"
+def _offline_note(run: Any) -> str:
+    return f"logging offline; upload later with: wandb sync {Path(run.dir).parent}"
 
 
 def _sentence(error: Exception) -> str:

@@ -62,7 +62,7 @@ def test_the_demo_loads() -> None:
     config = load_config(DEMO)
     assert config.run.name == "demo"
     assert config.run.total_steps == 14 * 100
-    assert config.run.tokens_per_step == 4 * 128
+    assert config.run.tokens_per_step == 2 * 256
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.name)

@@ -109,7 +109,7 @@ class TestSwarmRun:
         feed(swarm_run(OFFLINE, tmp_path / "file" / "w", MANIFEST, heard.append), list(story(3)))
         (notice,) = heard
         assert isinstance(notice, Notice)
-        assert "goes on without it" in notice.text
+        assert "continues without it" in notice.text
 
     def test_a_bad_key_falls_back_to_offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_API_KEY", "short")
@@ -117,7 +117,7 @@ class TestSwarmRun:
         feed(swarm_run(Wandb(), tmp_path, MANIFEST, heard.append), list(story(2)))
         (notice,) = heard
         assert isinstance(notice, Notice)
-        assert "cannot be used online" in notice.text
+        assert "cannot log online" in notice.text
         assert len(logged(tmp_path)[0]) == 3
 
     def test_the_run_never_waits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
