@@ -18,6 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.table import Table
+from rich.text import Text
+
 from psyche.config import Config, load_config
 from psyche.durable import write_durably
 from psyche.errors import PsycheError
@@ -32,9 +35,9 @@ STOP_SECONDS = 10.0
 PROMPTS = ("def get_", "class Test", "    def __init__(self, ", "import os\n")
 """What the exported model continues at the end, if the run trained on code; prompts for other data do no harm."""
 FILES = {
-    "model": "the trained model, for transformers.AutoModelForCausalLM",
+    "model": "the trained model (transformers, safetensors)",
     "loss.png": "loss curves",
-    "report.json": "the numbers above, and the state root of every round",
+    "report.json": "the numbers above, all state roots",
     "*.log": "the output of each process",
 }
 MARKER = ".psyche-run"
@@ -190,8 +193,6 @@ def _report(config: Config, directory: Path, seconds: float) -> None:
     """Write report.json, the loss plot and the exported model; print a summary and a sample of the model."""
     from rich.console import Console
     from rich.rule import Rule
-    from rich.table import Table
-    from rich.text import Text
 
     from psyche.telemetry.run_report import build_report, plot_loss, render_summary
     from psyche.tools.exported_model import sample
@@ -209,12 +210,18 @@ def _report(config: Config, directory: Path, seconds: float) -> None:
     for prompt, text in zip(PROMPTS, sample(directory / "model", PROMPTS), strict=True):
         console.print(Rule(style="dim"), Text(prompt, style="bold") + Text(text.rstrip()))
     console.print(Rule(style="dim"))
-    files = Table.grid(padding=(0, 2))
-    for path, what in FILES.items():
-        files.add_row(f"{directory / path}", what)
-    console.print("\n[bold]Files[/bold]", files)
-    commands = Table.grid(padding=(0, 2))
-    commands.add_row(f'psyche generate {directory / "model"} "def "', "continue a prompt of your own")
-    commands.add_row(f"psyche ledger show {directory / nodes[0].name}", "who contributed what, and the audits")
-    commands.add_row("psyche run CONFIG", "train with your own configuration; others join by its invite")
-    console.print("\n[bold]Next[/bold]", commands)
+    console.print("\n[bold]Files[/bold]", _columns({str(directory / path): what for path, what in FILES.items()}))
+    commands = {
+        f'psyche generate {directory / "model"} "def "': "continue another prompt",
+        f"psyche ledger show {nodes[0]}": "contributions, audits",
+        "psyche run CONFIG.yaml": "train with others",
+    }
+    console.print("\n[bold]Next[/bold]", _columns(commands))
+
+
+def _columns(rows: dict[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    for left, right in rows.items():
+        grid.add_row(Text(left), right)
+    return grid

@@ -42,7 +42,7 @@ PHASES = {
     "joining": "joining: fetching the model and the training data",
     "compiling": "compiling the model for faster training; this node joins when that is done",
     "warming": "warming up the optimizer until the next round starts",
-    "waiting": "waiting for enough members to start",
+    "waiting": "waiting for the round to start",
     "following": "not training in this round; waiting for the next one",
     "auditing": "auditing: re-running another member's training to check it (earns the same credit as training)",
     "training": "training",

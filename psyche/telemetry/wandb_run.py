@@ -1,7 +1,8 @@
 """Log events to W&B: one W&B run for the training run, optionally one per node in the same group.
 
-Volunteers need no account: only the coordinator logs the training run, offline where no key is configured. W&B lives on a thread of its own behind a bounded queue, so that a slow network, a bad key or a full
-disk can neither stop nor delay the run; such a failure is one :class:`Notice`.
+Volunteers need no account: only the coordinator logs the training run, offline where no key is configured. W&B has its
+own thread behind a bounded queue: a slow network, a bad key or a full disk cannot stop or delay the run, and is reported
+in one :class:`Notice`.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class TestDrawn:
         assert "the same on 4 members" in out.getvalue()
 
     def test_nothing_known_yet(self) -> None:
-        assert "waiting for enough members" in drawn(ContributorView(ME), [])
+        assert "waiting for the round to start" in drawn(ContributorView(ME), [])
         assert "no round is certified yet" in drawn(SwarmView(), [])
 
     def test_absurd_metrics_stay_short(self) -> None:
