@@ -1,7 +1,7 @@
 """Log events to W&B: one W&B run for the training run, optionally one per node in the same group.
 
 Volunteers need no account: only the coordinator logs the training run, offline where no key is configured. W&B has its
-own thread behind a bounded queue: a slow network, a bad key or a full disk cannot stop or delay the run, and is reported
+own thread behind a bounded queue: a slow network, a bad key or a full disk cannot stop or delay the run; it is reported
 in one :class:`Notice`.
 """
 
