@@ -41,7 +41,7 @@ class Chain:
     state_root: bytes
     position: int
     voters: tuple[str, ...] = ()
-    """The electorate of the next round, if no roster names another; nobody before the first."""
+    """The electorate of the next round, if no reconfiguration names another; nobody before the first."""
     standing: tuple[Standing, ...] = ()
     """Of the last record."""
     audit_state: AuditState = EMPTY
@@ -90,7 +90,7 @@ def consider(
     ``chain`` is this member's own; ``opened`` are the contributions whose
     signed commitment and opening it has checked; ``held`` those of whose payload it has fetched and checked what its
     own part of the exchange takes; ``reduced`` the results it found itself, by group. What ``record`` says of results
-    must have been fetched and be decodable before; and a roster that it names been found in force before.
+    must have been fetched and be decodable before; and a reconfiguration that it names been found in force before.
     """
     record, plan = proposal.record, proposal.record.plan
     if proposal.term < max(acceptor.promised, acceptor.term):
@@ -100,7 +100,7 @@ def consider(
     if fault := plan_fault(plan, chain) or quota_fault(plan, rules):
         raise Refusal(fault)
     if not record.reconfiguration and record.electorate != chain.voters:
-        raise Refusal("the electorate is not that of the record before, and no roster names another")
+        raise Refusal("the electorate is not that of the record before, and no reconfiguration names another")
     if fault := _results_fault(record, rules, reduced):
         raise Refusal(fault)
     nodes = [accepted.node for accepted in record.accepted]

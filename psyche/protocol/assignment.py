@@ -197,7 +197,7 @@ def dissenters(reports: Mapping[str, bytes], root: bytes) -> frozenset[str]:
 
 
 def reducer_order_fault(seed: bytes, order: tuple[str, ...], members: Collection[str]) -> str | None:
-    """What is wrong with a ring that a coordinator shows, or None."""
+    """Return what is wrong with the reducer order of a record, or None."""
     if not set(order) <= set(members) or order != reducer_order(seed, set(order)):
-        return "the ring is not members of the round in the order of its seed"
+        return "the reducers are not members of the round in the order of its seed"
     return None

@@ -1,4 +1,4 @@
-"""What a contribution's auditors found, taken together (DESIGN §8: one verdict never convicts). Pure.
+"""What a contribution's auditors found, taken together: one verdict never convicts. Pure.
 
 One auditor is enough to pass a contribution. What one does not pass goes to a jury: all who can do it again, fifteen at
 most, of whom two thirds are believed. Three that are drawn may conspire (of 16 nodes of which 4 do, once in 114 times),

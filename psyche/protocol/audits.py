@@ -1,4 +1,4 @@
-"""Audits: whose contribution is done again, by whom, and what follows from what they find (DESIGN §8). Pure.
+"""Audits: whose contribution is done again, by whom, and what follows from what they find. Pure.
 
     drawn -> one auditor (sometimes two) -> passes: passed
                                             fails: a jury of all who can do it -> two thirds are believed

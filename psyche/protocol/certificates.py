@@ -1,9 +1,9 @@
 """Proof that a record is final: the proposal a coordinator signed, a quorum's votes for it, and the seals.
 
 Seals keep reconfigurations safe, in which those who vote have nothing to do with those who voted before. Of n
-coordinators more than half sign a roster, and ``seals_needed(n)`` a certificate, so that one of them is asked for both;
-and no coordinator gives both, unless the roster was first and the certificate is of its electorate. With one or two
-coordinators a single one can go on certifying; a reconfiguration takes one, or both.
+coordinators more than half sign a reconfiguration, and ``seals_needed(n)`` a certificate, so that one of them is asked
+for both; and no coordinator gives both, unless the reconfiguration was first and the certificate is of its electorate.
+With one or two coordinators a single one can go on certifying; a reconfiguration takes one, or both.
 
 :class:`SignedState` is what a coordinator has signed. It is on the coordinator's disk before anybody sees a signature:
 the only thing that a coordinator must not forget; everything else it reads from the members.
@@ -31,12 +31,12 @@ class BadCertificate(ValueError):
 
 
 def signatures_needed(coordinators: int) -> int:
-    """Under a roster: of more than half."""
+    """Under a reconfiguration: of more than half."""
     return coordinators // 2 + 1
 
 
 def seals_needed(coordinators: int) -> int:
-    """In a certificate: so many that one of those who signed a roster is among them, whoever they are."""
+    """In a certificate: so many that one of those who signed a reconfiguration is among them, whoever they are."""
     return coordinators - signatures_needed(coordinators) + 1
 
 
@@ -70,7 +70,7 @@ def check_proposal(
     open_envelope: Open,
     round_number: int | None = None,
 ) -> Proposal:
-    """The proposal in an envelope: of a coordinator, in a term of its own, under a roster that is in force.
+    """The proposal in an envelope: of a coordinator, in a term of its own, under a reconfiguration in force.
 
     Raises :class:`BadCertificate` or ``MalformedMessage``.
     """
@@ -83,7 +83,7 @@ def check_proposal(
     _open(open_envelope, signed, Proposal.DOMAIN, run_id, plan.round if round_number is None else round_number)
     _check_statements(record, run_id, open_envelope)
     if not record.electorate:
-        raise BadCertificate("nobody votes on the record")
+        raise BadCertificate("the record has no electorate")
     if record.reconfiguration:
         reconfiguration = Reconfiguration(plan.previous, record.reconfiguration, record.electorate)
         count = len(
@@ -165,7 +165,7 @@ class SignedInRound:
     """What was signed of one round."""
 
     reconfiguration: int = 0
-    """The highest number of a roster."""
+    """The highest number of a reconfiguration."""
     electorate: tuple[str, ...] = ()
     """That it named."""
     sealed: bytes = b""
@@ -187,13 +187,13 @@ class ConflictingSignature(ValueError):
     def __init__(self, reason: str, *, reconfiguration: int = 0, sealed: bytes = b"") -> None:
         super().__init__(reason)
         self.reconfiguration = reconfiguration
-        """Number of a roster that stands in the way; a later one would not. 0: there is none."""
+        """Number of a reconfiguration that stands in the way; a later one would not. 0: there is none."""
         self.sealed = sealed
         """Hash of a record that does."""
 
 
 def lead(signed_state: SignedState, place: int, coordinators: int, above: int) -> SignedState:
-    """The oath with a term to lead in: the first of this coordinator's own above ``above`` and all it had before."""
+    """Return the signed state with a new term to lead in: above ``above`` and all terms used before."""
     term = max(signed_state.term, above) + 1
     return replace(signed_state, term=term + (place - term) % coordinators)
 
@@ -201,7 +201,7 @@ def lead(signed_state: SignedState, place: int, coordinators: int, above: int) -
 def sign_reconfiguration(
     signed_state: SignedState, round_number: int, previous: bytes, number: int, electorate: tuple[str, ...]
 ) -> SignedState:
-    """After signing roster ``number`` of ``round``. Raises :class:`ConflictingSignature`."""
+    """Return the signed state after signing reconfiguration ``number``. Raises :class:`ConflictingSignature`."""
     signed = _signed(signed_state, round_number, previous)
     if signed.sealed:
         raise ConflictingSignature(
@@ -211,7 +211,7 @@ def sign_reconfiguration(
         return signed_state
     if number <= signed.reconfiguration:
         raise ConflictingSignature(
-            f"roster {signed.reconfiguration} of round {round_number} was signed before",
+            f"reconfiguration {signed.reconfiguration} of round {round_number} was signed before",
             reconfiguration=signed.reconfiguration,
         )
     return _with(signed_state, round_number, previous, replace(signed, reconfiguration=number, electorate=electorate))
@@ -220,13 +220,13 @@ def sign_reconfiguration(
 def seal(
     signed_state: SignedState, round_number: int, previous: bytes, reconfiguration: int, record: bytes
 ) -> SignedState:
-    """After sealing ``record`` of ``round``. Raises :class:`ConflictingSignature`."""
+    """Return the signed state after sealing ``record``. Raises :class:`ConflictingSignature`."""
     signed = _signed(signed_state, round_number, previous)
     if signed.sealed not in (b"", record):
         raise ConflictingSignature(f"another record of round {round_number} was sealed before", sealed=signed.sealed)
     if reconfiguration < signed.reconfiguration:
         raise ConflictingSignature(
-            f"roster {signed.reconfiguration} of round {round_number} was signed, after {reconfiguration}",
+            f"reconfiguration {signed.reconfiguration} of round {round_number} was signed, after {reconfiguration}",
             reconfiguration=signed.reconfiguration,
         )
     return _with(signed_state, round_number, previous, replace(signed, sealed=record))

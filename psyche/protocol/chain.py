@@ -141,7 +141,11 @@ def _succession_fault(record: Record, last: Record | None, rules: Rules) -> str 
     if last is None:
         if record.plan.round > 1:
             return None
-        return _standing_fault(record, (), EMPTY, rules) if record.reconfiguration else "no roster names its voters"
+        return (
+            _standing_fault(record, (), EMPTY, rules)
+            if record.reconfiguration
+            else "no reconfiguration names its voters"
+        )
     if record.plan.term <= last.plan.term:
         return f"its term {record.plan.term} is not above that of round {last.plan.round}, {last.plan.term}"
     follows = record.plan.round == last.plan.round + 1

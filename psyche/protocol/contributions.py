@@ -33,7 +33,7 @@ def weights(plan: Plan, given: Mapping[str, Contribution], caps: Caps) -> dict[s
     - Whom ``plan`` gives no vote is on probation. Identities are free, so that without this cap anybody would have most
       of the weight with enough of them. (The electorate of the record would say nearly the same, and later than the
       reducers of a sharded round have to know it.)
-    - What comes from private data cannot be audited (DESIGN §9): a majority of such contributions, honest or not, moves
+    - What comes from private data cannot be audited: a majority of such contributions, honest or not, moves
       the model no further than that.
 
     What is taken from some goes to the others by tokens. Where there are no others it is nobody's, as if they had found

@@ -1,4 +1,4 @@
-"""What nodes have earned: a fold over certified records, in integers, that anybody can do again (DESIGN §8).
+"""What nodes have earned: a fold over certified records, in integers, that anybody can do again.
 
 One credit is paid for one token of verified work. Pay is linear in tokens, and nothing else about an identity enters
 into it, so that who comes under many names earns no more than under one:

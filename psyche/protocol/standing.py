@@ -1,8 +1,8 @@
-"""Who has a vote: identities are free, accepted work is not (DESIGN §6: probation).
+"""Who has a vote: identities are free, accepted work is not (probation).
 
 A member votes once ``probation`` of its contributions were accepted; until then its work counts and its word does not.
-Who votes in a round is past it, so that the first members of a run, and those whom a roster names because nobody else
-is left, need no one before them. A record says how far everybody has got, and each voter has checked that.
+Who votes in a round is past it, so that the first members of a run, and those whom a reconfiguration names because
+nobody else is left, need no one before them. A record says how far everybody has got, and each voter has checked that.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def votes_fault(record: Record, *, standing: Sequence[Standing], voters: Collect
     """What is wrong with whom the plan of ``record`` gives a vote, or None: who has none is a newcomer, whose weight is
     capped (``protocol/contributions.py``).
 
-    ``standing`` and ``voters``: what the record before says. A roster may give a vote to those it names.
+    ``standing`` and ``voters``: what the record before says. A reconfiguration may give a vote to those it names.
     """
     members = [member.node for member in record.plan.members]
     given = {member.node for member in record.plan.members if member.votes}

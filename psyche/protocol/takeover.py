@@ -92,9 +92,9 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
     if record.reconfiguration > state.reconfiguration:
         state = replace(state, reconfiguration=record.reconfiguration, electorate=record.electorate)
         if not has_quorum(ready, record.electorate):
-            return replace(state, resumed=False), []  # those whom that roster names are waited for
+            return replace(state, resumed=False), []  # those whom that reconfiguration names are waited for
     elif record.reconfiguration < state.reconfiguration:
-        return state, []  # it can no more be certified: a later roster was needed to get here
+        return state, []  # it can no more be certified: a later reconfiguration was needed to get here
     resumed = Round(
         record.plan,
         opened=now,

@@ -201,4 +201,4 @@ def test_voters_that_nobody_named() -> None:
     second = link(first, mend=usurped)
     assert "its voters are not those" in fault([first.entry, second.entry]).reason
     unfounded = link(None, mend=lambda record: msgspec.structs.replace(record, reconfiguration=0))
-    assert "no roster names its voters" in fault([unfounded.entry]).reason
+    assert "no reconfiguration names its voters" in fault([unfounded.entry]).reason
