@@ -1,4 +1,4 @@
-// What every backend computes, value by value: the arithmetic of DESIGN section 5, written once.
+// What every backend computes, value by value: the arithmetic of psyche/numerics/README.md, written once.
 //
 // CPU code and CUDA kernels both include this file; the PyTorch codecs in psyche/numerics/codecs are its definition.
 // Every float operation below is one IEEE operation with one rounding (to nearest, ties to even) and subnormals kept:
