@@ -34,7 +34,7 @@ SOURCES = sorted(
     if path.is_file() and not {".venv", "runs", "build"} & set(path.relative_to(ROOT).parts)
 )
 CODE = re.compile(
-    r"(?<!`)(`{1,2})(?!`)([^`]+)\1(?!`)|^[#$\s@]*(?:\.venv/bin/|\$\(BIN\)/)?(psyche [a-z].*)$", re.MULTILINE
+    r"(?<!`)(`{1,2})(?!`)([^`]+)\1(?!`)|^[#$ @]+(?:\.venv/bin/|\$\(BIN\)/)?(psyche [a-z].*)$", re.MULTILINE
 )
 """Code in prose, and lines that are a command."""
 OTHERS = {
