@@ -1,1 +1,1 @@
-"""The token store: what a run trains on, prepared once, addressed by index, fixed by one hash (DESIGN §9)."""
+"""The token store: the data of a run, tokenized once, addressed by index, identified by one hash."""

@@ -1,4 +1,4 @@
-"""Who stands out among a round's payloads, as one node sees it: the cheap checks of DESIGN §8, round after round."""
+"""Cheap checks of a round's payloads, as one node sees them: norm, direction and copies, round after round."""
 
 from __future__ import annotations
 

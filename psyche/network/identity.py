@@ -1,8 +1,8 @@
-"""Who a node is: an Ed25519 key, whose PeerID contains the public key.
+"""A node's identity: an Ed25519 key, whose PeerID contains the public key.
 
-So a signature can be checked from the author's name alone (DESIGN §8): no key server, no certificate. The key is
-stored as libp2p stores private keys, because the same file is handed to the libp2p daemon: the peer that a
-connection is authenticated as and the author that signs messages are one.
+A signature can therefore be checked from the author's PeerID alone, without key server or certificate. The key file has
+libp2p's format, because the libp2p daemon uses the same file: the peer that authenticates a connection and the author
+that signs messages are the same.
 """
 
 from __future__ import annotations
