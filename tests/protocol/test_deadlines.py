@@ -100,7 +100,7 @@ def test_a_round_that_is_slow_for_all_is_not_thrown_away() -> None:
         "a quarter more, however regular they were"
     )
     assert table.wait(40) == []
-    assert "nobody has finished it yet" in table.state.note
+    assert "no member has finished yet" in table.state.note
     table.close(members)
     assert table.plan == plan
     table.exchange(members)
