@@ -308,7 +308,7 @@ BUGS: dict[str, tuple[Callable[[], None], Callable[[], ExitStack]]] = {
     "voting before persisting": (CASES[0], patched(**{PARLIAMENT + "Voter.crash": losing_the_vote})),
     "a leader that does not ask what was voted for": (
         CASES[0],
-        patched(psyche__protocol__rounds__take_up=lambda rules, state, ready, now: (replace(state, resumed=True), [])),
+        patched(psyche__protocol__rounds__resume_round=lambda rules, state, ready, now: (replace(state, resumed=True), [])),
     ),
     "a quorum of one half": (
         CASES[1],
