@@ -308,13 +308,13 @@ BUGS: dict[str, tuple[Callable[[], None], Callable[[], ExitStack]]] = {
     "voting before persisting": (CASES[0], patched(**{PARLIAMENT + "Voter.crash": losing_the_vote})),
     "a leader that does not ask what was voted for": (
         CASES[0],
-        patched(psyche__protocol__rounds__resume_round=lambda rules, state, ready, now: (replace(state, resumed=True), [])),
+        patched(
+            psyche__protocol__rounds__resume_round=lambda rules, state, ready, now: (replace(state, resumed=True), [])
+        ),
     ),
     "a quorum of one half": (
         CASES[1],
-        patched(
-            psyche__protocol__proposals__quorum=half_is_enough, psyche__protocol__takeover__quorum=half_is_enough
-        ),
+        patched(psyche__protocol__proposals__quorum=half_is_enough, psyche__protocol__takeover__quorum=half_is_enough),
     ),
     "signing a roster after a seal": (
         CASES[2],
