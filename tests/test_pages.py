@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from psyche.config import load_config
+
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 PAGES = [name for name in TRACKED if name.endswith(".md")]
@@ -39,6 +41,21 @@ def test_links_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("folder", [*ROOMS, ".", "psyche", "configs", "kernels", "scripts", "tests"])
 def test_every_folder_has_a_page(folder: str) -> None:
     assert str(Path(folder) / "README.md") in TRACKED
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_are_named_exist(name: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.M | re.S)
+    for mentioned in re.findall(r"`([\w/]+\.(?:py|cpp|cu|h|sh|yaml))`", text):
+        found = [one for one in TRACKED if one == mentioned or one.endswith(f"/{mentioned}")]
+        assert found or mentioned in ("run.yaml",), f"{name} names {mentioned}"
+
+
+def test_the_configuration_of_the_first_page_is_valid(tmp_path: Path) -> None:
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert block is not None
+    (tmp_path / "run.yaml").write_text(block[1])
+    assert load_config(tmp_path / "run.yaml").run.name == "my-first-run"
 
 
 def test_the_first_page_is_short() -> None:
