@@ -119,7 +119,7 @@ def check_labels(directory: Path, records: list) -> None:  # type: ignore[type-a
     command = [sys.executable, "-m", "psyche", "ledger"]
     shown = subprocess.run([*command, "show", place], capture_output=True, text=True, check=True).stdout
     assert "unaudited" in shown
-    assert "sound" in subprocess.run([*command, "verify", place], capture_output=True, text=True, check=True).stdout
+    assert "valid" in subprocess.run([*command, "verify", place], capture_output=True, text=True, check=True).stdout
 
 
 def sent_and_logged(directory: Path) -> list[Path]:
