@@ -26,7 +26,7 @@ SOURCES = sorted(
         "Makefile",
         "psyche/**/*.py",
         "**/README.md",
-        "configs/*",
+        "configs/*.yaml",
         "scripts/*",
         "pyproject.toml",
     )
