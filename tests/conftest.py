@@ -13,9 +13,9 @@ from psyche.numerics.backends import emulated
 
 torch.set_num_threads(1)  # tests share the machine, and the bits must not depend on it
 
-# How long an example takes says how busy the machine is, nothing about psyche, so there is no deadline. `make test` runs
-# the same examples every time: a change must not fail by chance on a property that it did not touch. `make test-hostile`
-# draws new ones, and many; a failing example prints the line that repeats it.
+# No deadline: how long an example takes says how busy the machine is, and nothing about psyche. `make test` runs the
+# same examples every time, so that no change fails by chance on a property that it did not touch. `make test-hostile`
+# draws many new ones, and prints the line that repeats a failing one.
 settings.register_profile(
     "psyche", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=50
 )

@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,13 @@ from psyche.config.manifest import chain_rules
 from psyche.data.shard_prefetch import ShardPrefetcher
 from psyche.data.token_store import BadShard
 from psyche.diloco.audit_bundle import MAX_BUNDLE_BYTES, AuditBundle, AuditBundleStore, BlobUnavailable
+from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.diloco.replica import Replica
 from psyche.errors import PsycheError
 from psyche.ledger.chain_sync import ChainFetcher
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.transport import BadBlob, FetchError, Network, Refused, Unreachable, Violation
+from psyche.numerics.aggregate import PayloadSlices
 from psyche.protocol.audit_messages import JURY, Audit, AuditStatement, DeclinedAudit, Finding, SealedVerdict, Verdict
 from psyche.protocol.audit_outcome import grade
 from psyche.protocol.audits import asked
@@ -113,6 +115,10 @@ class Auditor:
         self._ledger, self._prefetcher, self._do, self._log, self._warn = ledger, prefetcher, do, log, warn
         self._bundles = AuditBundleStore(directory / AUDITS_DIRECTORY, warn)
         self._evidence = EvidenceStore(directory / EVIDENCE_DIRECTORY)
+        run = replica.run
+        self._outliers = (
+            OutlierDetector(replica.codec, os.urandom(32), run.overlap.fragments) if run.audits.rate else None
+        )
         replica.trace_recorder.bundles = self._bundles
         self._chain_fetcher = ChainFetcher(replica.manifest, network.rpc)
         self._me, self._rules = replica.node, chain_rules(replica.manifest).audits
@@ -176,6 +182,17 @@ class Auditor:
             if verdict is not None and (mine is None or mine.finding is None):
                 sealed = SealedVerdict(one.accused, one.round, verdict.digest)
                 await self._submit(sealed if mine is None else verdict)
+
+    async def find_suspects(
+        self, record: Record, counts: Sequence[int], payloads: Mapping[str, PayloadSlices], seen: Collection[int]
+    ) -> tuple[str, ...]:
+        """Return the nodes whose contribution is an outlier and should be audited; see :class:`OutlierDetector`."""
+        if self._outliers is None:
+            return ()
+        found = await asyncio.to_thread(self._outliers.look, record, counts, payloads, seen)
+        for node, check in found.items():
+            self._notify(f"the contribution of {node[-6:]} to round {record.plan.round} is an outlier: {check}")
+        return tuple(found)
 
     def check(self) -> None:
         """Raise :class:`NodeConvicted` if the chain says that this node is banned."""

@@ -1,8 +1,7 @@
 """Catch up: bring a node that is behind, or whose state differs, to the state of the run.
 
-A record says what its outer step takes, by hash, so that a node needs nobody's word: it takes the same steps as those
-who were there. Only where that is more to fetch than the outer state itself, or cannot be had, is the state fetched;
-first the one of now, and, for a line so slow that this changes before it is here, one that members keep on disk.
+A certified record names the inputs of its outer step by hash, so a node that missed rounds repeats their outer steps
+without trusting anyone. It fetches the outer state itself only if that is less to fetch, or if a payload is gone.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.formatting import plural, size
 from psyche.worker.coordinator_client import RETRY_SECONDS, CoordinatorClient
 from psyche.worker.node_state import NodeState
-from psyche.worker.state_transfer import Arriving
+from psyche.worker.state_transfer import PartialState
 from psyche.worker.voter import Voter
 
 MAX_OWN_HISTORY = 1 << 30
 
 
 class CatchUp:
-    """One node's. ``exchange`` makes its part in the exchange of a plan's round."""
+    """Brings one node up to date. ``exchange`` returns this node's side of the exchange of a plan's round."""
 
     def __init__(
         self,
@@ -51,10 +50,9 @@ class CatchUp:
         self._state, self._exchange, self._log, self._warn = state, exchange, log, warn
         self._chain_fetcher = ChainFetcher(replica.manifest, payload_store.network.rpc)
         self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
-        """Rounds. Others keep what their steps took for about as long; of longer ones not even the records are asked
-        for."""
-        self._arriving: tuple[Arriving, Chain] | None = None
-        """A state that has come in part, and where in the chain it stands."""
+        """Rounds that other members keep payloads for, about. A node that missed more fetches the state at once."""
+        self._partial: tuple[PartialState, Chain] | None = None
+        """A partly fetched state, and its position in the chain."""
 
     async def recover(self, ledger: LedgerWriter) -> None:
         """Repeat the outer steps after the last checkpoint from this node's own disk."""
@@ -65,12 +63,12 @@ class CatchUp:
             for record, certificate in mine:
                 if not all(root in self._payload_store.journal for root in applied_blobs(record)):
                     break
-                if not await self._retake(record, certificate):
+                if not await self._repeat_outer_step(record, certificate):
                     break
-        except FetchError as error:  # the disk has spoilt it, and nobody else is there yet
-            self._warn(f"not all outer steps after the last checkpoint can be repeated from this disk: {error}")
+        except FetchError as error:  # corrupt on this disk, and no other member is connected yet
+            self._warn(f"cannot repeat all outer steps since the last checkpoint from this disk: {error}")
         if self._replica.chain.rounds > began:
-            self._tell(began)
+            self._log_caught_up(began)
 
     async def synchronise(self, status: RunStatus) -> None:
         """Move to the state that ``status`` names, or closer to it."""
@@ -80,11 +78,11 @@ class CatchUp:
             self._log.emit(
                 events.Diverged(peer=self._payload_store.peer_id, round=chain.rounds, expected=expected, found=found)
             )
-        elif 0 < status.rounds - chain.rounds <= self._replayed_at_most and await self._replay(sparingly=True):
+        elif 0 < status.rounds - chain.rounds <= self._replayed_at_most and await self._replay(if_cheaper=True):
             return
         record = None
         if status.rounds:
-            record = self._shown_by(status)
+            record = self._last_record(status)
             if record is None or record.plan.round != status.rounds:
                 await self._client.until(lambda new: new.version != status.version)
                 return
@@ -92,41 +90,41 @@ class CatchUp:
         try:
             await self._fetch(record, status.state_root)
         except FetchError as error:
-            try:  # most likely it has changed
+            try:  # most likely the state has changed
                 async with asyncio.timeout(RETRY_SECONDS):
                     await self._client.until(
-                        lambda new: new.rounds > status.rounds and behind(new, self._replica.chain)
+                        lambda new: new.rounds > status.rounds and is_behind(new, self._replica.chain)
                     )
             except TimeoutError:
                 self._warn(f"{error}; trying again")
 
-    async def _replay(self, *, sparingly: bool) -> bool:
-        """Take the outer steps of the rounds that this node lacks; whether it took any.
+    async def _replay(self, *, if_cheaper: bool) -> bool:
+        """Repeat the outer steps of the rounds that this node missed. Return whether it took any.
 
-        ``sparingly``: unless the state itself would be less to fetch.
+        With ``if_cheaper`` it stops where the outer state would be less to fetch.
         """
         began = self._replica.chain.rounds
         others = await self._others()
         try:
             while missing := await self._chain_fetcher.fetch_after(self._replica.chain, others):
-                if sparingly and self._bytes_of(missing) > self._replica.outer.tensor.nbytes:
+                if if_cheaper and self._bytes_of(missing) > self._replica.outer.tensor.nbytes:
                     break
                 for record, certificate in missing:
-                    if not await self._retake(record, certificate, others):
-                        return False  # this node's state is not that of the run
+                    if not await self._repeat_outer_step(record, certificate, others):
+                        return False  # this node's state differs from the run's
         except FetchError as error:
-            self._warn(f"not all missed outer steps can be taken: {error}")
+            self._warn(f"cannot repeat all missed outer steps: {error}")
         if self._replica.chain.rounds == began:
             return False
-        self._tell(began)
+        self._log_caught_up(began)
         await self._client.send_hello()
         return True
 
-    async def _retake(self, record: Record, certificate: bytes, others: Sequence[str] = ()) -> bool:
-        """The outer step of a round that is over, unless it starts from another state than this node's.
+    async def _repeat_outer_step(self, record: Record, certificate: bytes, others: Sequence[str] = ()) -> bool:
+        """Take the outer step of a past round. Return False if it starts from another state than this node's.
 
-        All members of the round may be gone: ``others`` took its outer step, too, and keep what it takes. Raises
-        ``FetchError``.
+        The round's members may all be gone, so payloads are also fetched from ``others``, who took the same outer step.
+        Raises ``FetchError``.
         """
         if plan_fault(record.plan, self._replica.chain) is not None:
             return False
@@ -138,86 +136,88 @@ class CatchUp:
         return True
 
     async def _fetch(self, record: Record | None, root: bytes) -> None:
-        """Fetch and take over the outer state after ``record``, whose certificate was seen last.
+        """Fetch and adopt the outer state after ``record``, whose certificate the voter saw last.
 
-        Raises ``FetchError``; what has come is taken along to the next attempt.
+        Raises ``FetchError``; the chunks received by then are kept for the next attempt.
         """
         members = [] if record is None else [member.node for member in record.plan.members]
         holders = [*members, *await self._others()]
         goal = self._replica.chain_position(record, root)
-        arriving = await self._taken_along(goal, holders)
+        partial = await self._resume_fetch(goal, holders)
         try:
-            outer = await arriving.fetch(self._payload_store.network, root, holders)
+            outer = await partial.fetch(self._payload_store.network, root, holders)
         except FetchError:
-            self._arriving = arriving, goal
+            self._partial = partial, goal
             raise
-        seconds = arriving.seconds
+        seconds = partial.seconds
         await self._state.adopt(outer, record)
         self._log.emit(
             events.Resynchronised(
                 round=goal.rounds,
                 state_root=root.hex(),
                 donor="the members",
-                gave=tuple(arriving.gave.most_common()),
+                gave=tuple(partial.gave.most_common()),
                 seconds=seconds,
-                moved=arriving.moved,
+                moved=partial.moved,
             )
         )
         await self._client.send_hello()
 
-    async def _taken_along(self, goal: Chain, holders: list[str]) -> Arriving:
-        """What an attempt before got, with the outer steps since then taken on it; nothing where they are more to
-        fetch than that."""
-        begun, self._arriving = self._arriving, None
+    async def _resume_fetch(self, goal: Chain, holders: list[str]) -> PartialState:
+        """Return the partly fetched state of an earlier attempt, moved to ``goal``; an empty one if that costs more."""
+        begun, self._partial = self._partial, None
         if begun is not None:
-            arriving, at = begun
+            partial, at = begun
             try:
-                if at.head == goal.head or await self._move(arriving, at, goal, holders):
-                    return arriving
+                if at.head == goal.head or await self._move(partial, at, goal, holders):
+                    return partial
             except FetchError as error:
-                self._warn(f"the outer steps since the state that was being fetched cannot be taken: {error}")
-        return Arriving(self._replica.outer.theta.numel())
+                self._warn(f"cannot move the partly fetched state to the current round: {error}; fetching it anew")
+        return PartialState(self._replica.outer.theta.numel())
 
-    async def _move(self, arriving: Arriving, at: Chain, goal: Chain, holders: list[str]) -> bool:
-        """Take ``arriving`` from ``at`` to ``goal``, if that is worth it. Raises ``FetchError``."""
+    async def _move(self, partial: PartialState, at: Chain, goal: Chain, holders: list[str]) -> bool:
+        """Take the outer steps from ``at`` to ``goal`` on ``partial``; return False if that is more to fetch.
+
+        An outer step works element by element, so it is right on every chunk that has arrived. Raises ``FetchError``.
+        """
         told = await self._chain_fetcher.fetch_after(at, holders)
         missing = [(record, certificate) for record, certificate in told if record.plan.round <= goal.rounds]
-        if not missing or missing[-1][0].hash != goal.head or self._bytes_of(missing) >= arriving.received:
+        if not missing or missing[-1][0].hash != goal.head or self._bytes_of(missing) >= partial.received:
             return False
         for record, _ in missing:
             exchange = self._exchange(record.plan)
             exchange.followers = holders
             gradient = await exchange.outer_gradient(record)
-            await asyncio.to_thread(self._replica.outer_step, record.plan.round, gradient, arriving.outer)
-        arriving.moved += len(missing)
+            await asyncio.to_thread(self._replica.outer_step, record.plan.round, gradient, partial.outer)
+        partial.moved += len(missing)
         steps = plural(len(missing), "outer step")
-        text = f"the state changed while it was fetched: {steps} taken on the {size(arriving.received)} that had come"
+        text = f"the state changed during the download: took {steps} on the {size(partial.received)} received so far"
         self._log.emit(events.Notice(level="info", text=text))
         return True
 
     def _bytes_of(self, missing: list[CertifiedRecord]) -> int:
-        """That the outer steps of ``missing`` take, and that are not on this disk, about."""
-        there = self._payload_store.journal
-        return sum(size for record, _ in missing for root, size in applied_blobs(record).items() if root not in there)
+        """Estimate the bytes to fetch for the outer steps of ``missing``: those not on this disk."""
+        held = self._payload_store.journal
+        return sum(size for record, _ in missing for root, size in applied_blobs(record).items() if root not in held)
 
     async def _others(self) -> list[str]:
-        """Whom to ask for what is past: those who are connected first."""
+        """Return the peers to ask for past rounds, connected ones first."""
         return await self._payload_store.network.sources(self._replica.manifest.resolved.coordinators)
 
-    def _shown_by(self, status: RunStatus) -> Record | None:
-        """The last certified record, if the board proves it."""
+    def _last_record(self, status: RunStatus) -> Record | None:
+        """Return the last certified record if its certificate is valid, else None."""
         try:
             return None if status.certificate is None else self._voter.record_of(status.certificate)
         except BadCertificate as error:
             self._warn(f"invalid certificate from the coordinator: {error}")
             return None
 
-    def _tell(self, began: int) -> None:
+    def _log_caught_up(self, began: int) -> None:
         now = self._replica.chain.rounds
         self._log.emit(events.CaughtUp(round=now, rounds=now - began))
 
 
-def behind(status: RunStatus, chain: Chain) -> bool:
+def is_behind(status: RunStatus, chain: Chain) -> bool:
     """Return whether the run has certified a state that a node at ``chain`` does not hold."""
-    known = status.state_root != bytes(32)  # a coordinator that starts again does not know it yet
+    known = status.state_root != bytes(32)  # a restarted coordinator does not know it yet
     return known and status.rounds >= chain.rounds and status.state_root != chain.state_root

@@ -37,7 +37,7 @@ RETRY_SECONDS = 1.0
 RESENT = (Commitment.DOMAIN, Contribution.DOMAIN, Have.DOMAIN)
 """Messages that a new leader gets again, in this order. Votes and reports belong to one term."""
 PATIENCE_SECONDS = 600.0
-"""How long a member keeps its work and waits for a coordinator that does not answer."""
+"""How long a member keeps its work while no coordinator answers."""
 
 
 class Member(Protocol):
@@ -73,7 +73,7 @@ class CoordinatorClient:
         self._coordinators = manifest.resolved.coordinators
         self._coordinator = self._coordinators[0]
         self._promised = 0
-        """The term of the promise that this process has sent last."""
+        """The term of the last promise that this process sent."""
         self._repeat = 0
         """The round whose messages a new leader has not yet received; 0: none."""
         self._last_sent: dict[str, tuple[int, bytes]] = {}
@@ -146,10 +146,10 @@ class CoordinatorClient:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
             except (Unreachable, Violation):
-                await asyncio.sleep(RETRY_SECONDS)  # watch() tells people, asks another coordinator, gives up in time
+                await asyncio.sleep(RETRY_SECONDS)  # watch() warns, tries another coordinator, and gives up in time
 
     async def _try_hello(self) -> None:
-        """:meth:`send_hello` for :meth:`watch`, which must not wait for a coordinator: only it asks another one."""
+        """Send Hello without waiting for a coordinator, for :meth:`watch`: only ``watch`` moves to another one."""
         if not self._left:
             body = self._node.hello()
             await self._send(self._sign(body, body.rounds))
@@ -161,7 +161,7 @@ class CoordinatorClient:
         return data
 
     async def _send(self, data: bytes) -> None:
-        """Send to the present coordinator, once. Raises what :meth:`Rpc.call` does."""
+        """Send to the current coordinator, once. Raises what :meth:`Rpc.call` does."""
         await self._rpc.call(self._coordinator, "submit", data, timeout=CALL_SECONDS, max_reply=64)
 
     async def _refresh(self) -> None:
@@ -179,7 +179,7 @@ class CoordinatorClient:
         if self._coordinators[status.term % len(self._coordinators)] != envelope.author:
             raise BadSignature(f"the status is signed by {envelope.author}, who does not lead in term {status.term}")
         if status.term < self._node.term:
-            await self._try_hello()  # so that it hears of the later one
+            await self._try_hello()  # it then learns of the later one
             raise Refused(f"it leads in term {status.term}, and this node follows the leader of term {self._node.term}")
         if status.term > self._promised:
             await self._follow(status)
@@ -198,7 +198,7 @@ class CoordinatorClient:
             said = self._last_sent.get(domain)
             if said is None or status.plan is None or (said[0], status.plan.round) != (round_number, round_number):
                 continue
-            with contextlib.suppress(Refused):  # of an attempt that is over, say
+            with contextlib.suppress(Refused):  # for example, of an attempt that has ended
                 await self._send(said[1])
         self._repeat = 0
 
@@ -207,7 +207,7 @@ class CoordinatorClient:
         try:
             promise = await self._node.promise(status.term, status.claim)
         except Refusal as refusal:
-            await self._try_hello()  # so that it hears of a later term
+            await self._try_hello()  # it then learns of a later term
             raise Refused(str(refusal)) from None
         await self._send(self._sign(promise, promise.rounds))
         self._promised = status.term

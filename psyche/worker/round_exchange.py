@@ -32,16 +32,16 @@ from psyche.worker.voter import Voter
 
 
 class RoundClosed(Exception):
-    """The round closed without this node, which has to look at the run's status again."""
+    """The round closed without this node, which reads the run's status again."""
 
     def __init__(self, *, accepted: bool = False) -> None:
         super().__init__()
         self.accepted = accepted
-        """Whether the round's record accepted this node's contribution nevertheless."""
+        """Whether the round's record accepted this node's contribution all the same."""
 
 
 class RoundExchange:
-    """One round on one node. ``work`` is None for a node that has nothing to submit and only follows."""
+    """One round on one node. ``work`` is None for a node that has nothing to submit and only follows the round."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class RoundExchange:
         has_base: Callable[[str, Contribution], bool],
         warn: Callable[[str], None],
     ) -> None:
-        """``has_base`` says whether a node's contribution proves that it was made from the state of ``plan``."""
+        """``has_base`` returns whether a contribution proves that it was trained from the base state of ``plan``."""
         self._plan, self._work, self._chain, self._me = plan, work, chain, exchange.me
         self._voter, self._client, self._exchange, self._warn = voter, client, exchange, warn
         self._has_base, self._without_base = has_base, set[str]()
-        self._openings = voter.follows(plan)
+        self._reveals = voter.follows(plan)
         self._tasks: dict[object, asyncio.Task[None]] = {}
         self._failed: set[object] = set()
         self._gradients: dict[bytes, Gradient] = {}
@@ -70,13 +70,13 @@ class RoundExchange:
         self._voted = 0
 
     async def run(self) -> tuple[Record, Gradient]:
-        """The certified record, and the outer gradient that follows from it. Raises :class:`RoundClosed`."""
+        """Return the certified record and its outer gradient. Raises :class:`RoundClosed`."""
         status = await self._client.until(lambda b: b.phase == Phase.CERTIFYING or self._over(b))
         try:
             await self._open(status)
             while True:
                 record = self._certified(status)
-                self._openings.update(status)
+                self._reveals.update(status)
                 if record is not None and record.hash in self._gradients:
                     return record, self._gradients[record.hash]
                 if self._over(status) and (record is None or record.hash in self._failed):
@@ -94,21 +94,21 @@ class RoundExchange:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _open(self, status: RunStatus) -> None:
-        """Reveal the contribution that was committed to, and serve its payload."""
+        """Reveal the committed contribution, and serve its payload."""
         if self._work is None or status.plan != self._plan:
             return
         await self._exchange.publish(self._work.payload)
-        with contextlib.suppress(Refused):  # it was committed to too late; the record will say so
+        with contextlib.suppress(Refused):  # committed too late: the record excludes it with that reason
             await self._client.submit(self._work.contribution, self._plan.round)
 
     async def _take_part(self, status: RunStatus) -> None:
-        """Fetch the revealed contributions' payloads, report the ones that are here, reduce, and vote."""
+        """Fetch the payloads of revealed contributions, report those held, reduce, and vote."""
         if status.reducing is not None:
             self._exchange.set_reducers(status.reducing)
-        for node, given in self._openings.contributions.items():
+        for node, given in self._reveals.contributions.items():
             if node not in self._exchange.held and self._based(node, given):
                 self._start(node, partial(self._exchange.fetch_payload, node, given))
-        held = self._exchange.held & frozenset(self._openings.contributions)
+        held = self._exchange.held & frozenset(self._reveals.contributions)
         if held != self._told and self._member:
             self._told = held
             await self._submit(Have(tuple(sorted(held))))
@@ -117,17 +117,17 @@ class RoundExchange:
         await self._vote(status)
 
     def _based(self, node: str, given: Contribution) -> bool:
-        """Return whether to fetch a payload: one made from another state is accepted by no member."""
+        """Return whether to fetch a payload: no member accepts one that was trained from another base state."""
         if node not in self._without_base and not self._has_base(node, given):
             self._without_base.add(node)
             self._warn(f"{node[-6:]} does not have the state that round {self._plan.round} starts from: left out")
         return node not in self._without_base
 
     def _reduce(self, reducing: ReductionStatus) -> None:
-        """Start reducing the slices assigned to this node, once all their payloads are here."""
+        """Start reducing the slices assigned to this node, once all their payloads have arrived."""
 
         async def reduce() -> None:
-            found = await self._exchange.reduce(reducing, self._openings.contributions)
+            found = await self._exchange.reduce(reducing, self._reveals.contributions)
             await self._submit(
                 ReductionReport(reducing.term, tuple(Result(group, found[group]) for group in sorted(found)))
             )
@@ -159,7 +159,7 @@ class RoundExchange:
             self._tasks[what] = asyncio.create_task(run())
 
     async def _vote(self, status: RunStatus) -> None:
-        """Vote for the proposal, once, as soon as everything that its outer step needs is here."""
+        """Vote for the proposal, once, as soon as everything its outer step needs has arrived."""
         if status.proposal is None:
             return
         try:
@@ -170,7 +170,7 @@ class RoundExchange:
         record = proposal.record
         if proposal.term <= self._voted or record.plan != self._plan or self._me not in record.electorate:
             return
-        opened = self._openings.contributions
+        opened = self._reveals.contributions
         if all(opened.get(one.node) == one.contribution for one in record.accepted):
             self._prepare(record)
             if record.hash not in self._gradients:
@@ -182,7 +182,7 @@ class RoundExchange:
                 proposal,
                 status.proposal,
                 chain=self._chain,
-                openings=self._openings,
+                reveals=self._reveals,
                 held=self._exchange.held,
                 reduced=self._exchange.reduced,
             )

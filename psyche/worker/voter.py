@@ -1,4 +1,4 @@
-"""What a member remembers from round to round: the leader it follows, its vote, the last certificate, the reveals."""
+"""A member's voting state across rounds: the leader it follows, its vote, the last certificate, the reveals."""
 
 from __future__ import annotations
 
@@ -37,29 +37,31 @@ class Voter:
         return self._ballot.acceptor.promised
 
     def follows(self, plan: Plan) -> Reveals:
-        """This node is in the round of ``plan``: a new leader is told so. What will be known of the round's openings,
-        the same each time."""
+        """Note that this node takes part in ``plan``'s round, and return the round's reveals.
+
+        A new leader is told of that round. Further calls with the same plan return the same object.
+        """
         if self._round is None or self._round[0] != plan:
             self._round = plan, Reveals(self.manifest.run_id, plan)
         return self._round[1]
 
     @property
     def claim(self) -> bytes | None:
-        """A message that a coordinator signed in the latest term in which this node took part."""
+        """The latest term's claim: a message that its coordinator signed."""
         acceptor = self._ballot.acceptor
         return self._ballot.proposal if acceptor.term > acceptor.promised else self._ballot.claim
 
     async def promise(self, term: int, claim: bytes, rounds: int) -> Promise:
-        """Follow the leader of ``term``, who signed ``claim``. Raises ``Refusal`` where a later one is followed."""
+        """Follow the leader of ``term``, who signed ``claim``. Raises ``Refusal`` if this node follows a later one."""
         async with self._lock:
             await self._keep(replace(self._ballot, acceptor=promise(self._ballot.acceptor, term), claim=claim))
         ballot = self._ballot
         if ballot.round == rounds + 1:  # it comes first: the record may have been certified
             return Promise(term, rounds, ballot.proposal, None, ballot.commitments, ballot.contributions)
-        plan, openings = self._round or (None, None)
-        if plan is None or openings is None or plan.round != rounds + 1:
+        plan, reveals = self._round or (None, None)
+        if plan is None or reveals is None or plan.round != rounds + 1:
             return Promise(term, rounds, ballot.proposal, None, (), ())
-        return Promise(term, rounds, ballot.proposal, plan, openings.commitments_shown, openings.contributions_shown)
+        return Promise(term, rounds, ballot.proposal, plan, reveals.signed_commitments, reveals.signed_contributions)
 
     async def vote(
         self,
@@ -67,7 +69,7 @@ class Voter:
         signed: bytes,
         *,
         chain: Chain,
-        openings: Reveals,
+        reveals: Reveals,
         held: frozenset[str],
         reduced: Mapping[int, bytes],
     ) -> None:
@@ -78,11 +80,11 @@ class Voter:
                 proposal,
                 rules=self.rules,
                 chain=chain,
-                opened=openings.contributions,
+                opened=reveals.contributions,
                 held=held,
                 reduced=reduced,
             )
-            shown = openings.commitments_shown, openings.contributions_shown
+            shown = reveals.signed_commitments, reveals.signed_contributions
             await self._keep(Ballot(acceptor, self._ballot.claim, proposal.record.plan.round, signed, *shown))
 
     def record_of(self, certificate: Certificate) -> Record:
@@ -102,16 +104,16 @@ class Voter:
 
 
 class Reveals:
-    """The contributions of one round whose commitment and reveal were both checked here."""
+    """The contributions of one round whose commitment and reveal this node has both verified."""
 
     def __init__(self, run_id: bytes, plan: Plan) -> None:
         self._run_id, self._plan = run_id, plan
         self._seen: set[bytes] = set()
         self._commitments: dict[str, bytes] = {}
         self.contributions: dict[str, Contribution] = {}
-        self.commitments_shown: tuple[bytes, ...] = ()
-        """Signed, as is each of the next: what a later leader needs to go on with the round."""
-        self.contributions_shown: tuple[bytes, ...] = ()
+        self.signed_commitments: tuple[bytes, ...] = ()
+        """Signed envelopes, which a later leader needs to continue the round."""
+        self.signed_contributions: tuple[bytes, ...] = ()
 
     def update(self, status: RunStatus) -> list[str]:
         """Add the valid commitments and contributions of a status. Returns the nodes whose contribution is new."""
@@ -120,7 +122,7 @@ class Reveals:
                 made = decode(Commitment, envelope.body)
                 if made.term == self._plan.term:
                     self._commitments.setdefault(envelope.author, made.digest)
-            self.commitments_shown = status.commitments
+            self.signed_commitments = status.commitments
         new = []
         for envelope in self._fresh(status.contributions, Contribution.DOMAIN):
             given, node = decode(Contribution, envelope.body), envelope.author
@@ -128,7 +130,7 @@ class Reveals:
                 self.contributions[node] = given
                 new.append(node)
         if new:
-            self.contributions_shown = status.contributions
+            self.signed_contributions = status.contributions
         return new
 
     def _fresh(self, items: Iterable[bytes], domain: str) -> list[Envelope]:

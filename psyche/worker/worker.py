@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from psyche.config import Node
 from psyche.data.shard_prefetch import ShardPrefetcher
 from psyche.data.token_store import BadShard
 from psyche.diloco.local_data import PrivacyBudgetSpent
-from psyche.diloco.outlier_detector import OutlierDetector
 from psyche.diloco.replica import LocalUpdate, Replica, TrainingCancelled
 from psyche.errors import PsycheError
 from psyche.exchange.aggregation import Aggregation
@@ -42,7 +40,7 @@ from psyche.protocol.wire import decode
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.training.engine_choice import describe_device
-from psyche.worker.catchup import CatchUp, behind
+from psyche.worker.catchup import CatchUp, is_behind
 from psyche.worker.coordinator_client import CoordinatorClient
 from psyche.worker.leaving import GracefulLeave, LeaveRequest
 from psyche.worker.node_state import NodeState
@@ -52,12 +50,12 @@ from psyche.worker.training_thread import TrainingThread
 from psyche.worker.voter import Voter
 
 
-def concerns(status: RunStatus, chain: Chain, rules: Rules) -> bool:
+def needs_action(status: RunStatus, chain: Chain, rules: Rules) -> bool:
     """Return whether a node at ``chain`` has something to do: catch up with a state, take part in a round, or finish.
 
     A plan that the manifest does not allow is ignored: its record would get no vote.
     """
-    if behind(status, chain) or status.phase == Phase.FINISHED:
+    if is_behind(status, chain) or status.phase == Phase.FINISHED:
         return True
     plan = status.plan
     return plan is not None and (quota_fault(plan, rules) or plan_fault(plan, chain)) is None
@@ -79,8 +77,11 @@ class Worker:
         leave_request: LeaveRequest | None = None,
         prefetcher: ShardPrefetcher | None = None,
     ) -> None:
-        """``certificate``: that of the last round applied, if the replica comes from a checkpoint. ``leave_request``:
-        set when this node is to leave. ``prefetcher``: fetches shards, if they are not all here."""
+        """Wire the parts of a node together.
+
+        ``certificate`` is the one of the last round applied, if the replica comes from a checkpoint; ``leave_request``
+        is set when this node is to leave; ``prefetcher`` fetches the shards that are not on this disk.
+        """
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
@@ -118,10 +119,6 @@ class Worker:
             exchange=self._exchange,
             log=log,
             warn=self._warn,
-        )
-        run = self.manifest.run
-        self._outlier_detector = (
-            OutlierDetector(replica.codec, os.urandom(32), run.overlap.fragments) if run.audits.rate else None
         )
         self._auditor = Auditor(
             replica,
@@ -182,19 +179,19 @@ class Worker:
 
     async def _rounds(self) -> None:
         replica = self.replica
-        if not behind(await self._client.until(lambda status: True), replica.chain):
+        if not is_behind(await self._client.until(lambda status: True), replica.chain):
             self._prefetcher.prefetch_from(replica.chain.position)
         while not self._leave.asked:
             if not self._finished():
                 self.log.emit(events.PhaseChanged(round=replica.chain.rounds + 1, phase="waiting"))
-            status = await self._client.until(lambda status: concerns(status, replica.chain, self._voter.rules))
+            status = await self._client.until(lambda status: needs_action(status, replica.chain, self._voter.rules))
             await self._trainer.stop_overlap()
             self._auditor.check()
-            if behind(status, replica.chain):
+            if is_behind(status, replica.chain):
                 await self._auditor.interrupt()
                 await self._catch_up.synchronise(status)
                 self._prefetcher.prefetch_from(replica.chain.position)
-                if replica.chain.rounds and not behind(status, replica.chain):
+                if replica.chain.rounds and not is_behind(status, replica.chain):
                     self._trainer.start_warm_up()
             elif status.phase == Phase.FINISHED:
                 break
@@ -274,7 +271,12 @@ class Worker:
             if quota is not None:
                 await self._reporter.report(plan, update, evaluate=False)
             await self._leave.send_leave(plan.round, finished=self._finished())
-        suspects = await self._suspects(record, exchange)
+        suspects = await self._auditor.find_suspects(
+            record,
+            exchange.layout.counts,
+            {node: exchange.payloads[node] for node in exchange.held if node in exchange.payloads},
+            exchange.needed_slices(),
+        )
         try:
             await self._client.submit(Attestation(self.replica.chain.state_root, suspects), plan.round)
         except Refused:
@@ -328,17 +330,6 @@ class Worker:
         self._leave.record_commitment()
         return update
 
-    async def _suspects(self, record: Record, exchange: Exchange) -> tuple[str, ...]:
-        """Return the nodes whose contribution is an outlier and should be audited."""
-        if self._outlier_detector is None:
-            return ()
-        counts, seen = exchange.layout.counts, exchange.needed_slices()
-        held = {node: exchange.payloads[node] for node in exchange.held if node in exchange.payloads}
-        found = await asyncio.to_thread(self._outlier_detector.look, record, counts, held, seen)
-        for node, check in found.items():
-            self._inform(f"the contribution of {node[-6:]} to round {record.plan.round} is an outlier: {check}")
-        return tuple(found)
-
     def _account_for(self, plan: Plan) -> None:
         """Log the privacy budget spent. A node whose budget allows no further round leaves after this one."""
         if self.replica.private is None:
@@ -362,7 +353,7 @@ class Worker:
     # -------------------------------------------------------------------------------------- helpers
 
     async def _update_local(self, function: Callable[[], None]) -> None:
-        """Change x on the training thread; at once while an audit has the engine, as there is no x to move then."""
+        """Change x on the training thread, or here while an audit has the engine: there is no x to move then."""
         await (asyncio.to_thread(function) if self._auditor.busy else self._trainer.do(function))
 
     def _closed_to_me(self, plan: Plan) -> bool:
@@ -376,9 +367,6 @@ class Worker:
 
     def _finished(self) -> bool:
         return self.replica.chain.rounds >= self.manifest.run.rounds.total
-
-    def _inform(self, text: str) -> None:
-        self.log.emit(events.Notice(level="info", text=text))
 
     def _warn(self, text: str) -> None:
         if text != self._warned:  # a warning that repeats every second is logged once

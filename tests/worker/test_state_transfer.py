@@ -18,7 +18,7 @@ from psyche.network.node import NetworkNode
 from psyche.network.transport import FetchError
 from psyche.numerics.digest import CHUNK, BlobIndex, chunked
 from psyche.numerics.outer import OuterSettings, OuterState, outer_step
-from psyche.worker.state_transfer import Arriving, in_pairs, serve_state
+from psyche.worker.state_transfer import PartialState, paired_chunks, serve_state
 from tests.network.swarm import spawn_child, until, with_swarm
 
 SIZE = 5 * CHUNK // 4 + 3 * 4096
@@ -51,7 +51,7 @@ def serve(node: NetworkNode, outer: OuterState, asked: list[int], given: int | N
 
 @pytest.mark.parametrize("size", [4096, CHUNK // 4, SIZE, 2 * SIZE])
 def test_a_parameters_chunks_of_theta_and_of_m_come_together(size: int) -> None:
-    order = in_pairs(size)
+    order = paired_chunks(size)
     chunks = OuterState(torch.zeros(2, size)).index().chunks
     assert sorted(order) == list(range(chunks)), "each once"
     for number, chunk in enumerate(order):
@@ -67,7 +67,7 @@ def test_every_donor_gives_a_part(tmp_path: Path) -> None:
         index = outer.index()
         for donor in donors:
             serve_state(donor, outer, index, b"")
-        arriving = Arriving(SIZE)
+        arriving = PartialState(SIZE)
         found = await arriving.fetch(newcomer, index.root, [donor.peer_id for donor in donors])
         assert torch.equal(found.tensor, outer.tensor)
         assert set(arriving.gave) == {donor.peer_id for donor in donors}
@@ -81,7 +81,7 @@ def test_what_has_come_is_moved_along_and_only_the_rest_fetched(tmp_path: Path) 
         donor, newcomer = nodes
         outer, before, after = state(1), [], []  # type: ignore[var-annotated]
         index = serve(donor, outer, before, given=8)
-        arriving = Arriving(SIZE)
+        arriving = PartialState(SIZE)
         with pytest.raises(FetchError):
             await arriving.fetch(newcomer, index.root, [donor.peer_id])
         assert arriving.received > 7 * CHUNK / 2
@@ -103,7 +103,7 @@ def test_an_attempt_that_failed_goes_on_with_the_same_state(tmp_path: Path) -> N
         donor, newcomer = nodes
         outer, before, after = state(1), [], []  # type: ignore[var-annotated]
         index = serve(donor, outer, before, given=8)
-        arriving = Arriving(SIZE)
+        arriving = PartialState(SIZE)
         with pytest.raises(FetchError):
             await arriving.fetch(newcomer, index.root, [donor.peer_id])
         serve(donor, outer, after)
@@ -119,12 +119,12 @@ def test_where_a_donor_dies_the_others_give_the_rest(tmp_path: Path) -> None:
         dying = Identity.load_or_create(tmp_path / "child.key").peer_id
         outer, asked = state(1), []  # type: ignore[var-annotated]
         index = serve(donor, outer, asked)
-        hangs_at = list(chunk_order(in_pairs(SIZE), newcomer.peer_id, index.root))[-1]
+        hangs_at = list(chunk_order(paired_chunks(SIZE), newcomer.peer_id, index.root))[-1]
         child, daemon, addresses = await asyncio.to_thread(spawn_child, tmp_path, bytes(outer.buffer), hangs_at)
         try:
             assert await newcomer.connect(addresses) == {}
             newcomer.blobs.download_limit = Limiter(4 * CHUNK)  # so that it takes a while
-            arriving = Arriving(SIZE)
+            arriving = PartialState(SIZE)
             fetching = asyncio.create_task(arriving.fetch(newcomer, index.root, [donor.peer_id, dying]))
             peers = newcomer.traffic.peers
             await until(lambda: dying in peers and peers[dying].bytes_down > CHUNK + len(index.encode()))
