@@ -34,8 +34,3 @@ def compress(body: Buffer, kept: int) -> bytes | None:
 
 def expand(header: Buffer, stream: Buffer, kept: int, chunks: int) -> bytes | None:
     """``None`` where the stream is corrupt."""
-
-def vanishes(points: Buffer, scalars: Buffer) -> bool:
-    """Whether 8 · Σ scalar · point is the identity of the curve of Ed25519, for points and scalars of 32 bytes each.
-
-    False, too, where a point is none."""

@@ -162,13 +162,6 @@ std::optional<nb::bytes> expanded(nb::handle header, nb::handle stream, int kept
   return payload;
 }
 
-bool sum_vanishes(nb::handle points, nb::handle scalars) {
-  const Bytes at(points), times(scalars);
-  require(at.size() % 32 == 0 && at.size() == times.size(), "points and scalars are of 32 bytes each, and as many");
-  nb::gil_scoped_release release;
-  return vanishes(at.data(), times.data(), at.size() / 32);
-}
-
 std::vector<std::string> levels() {
   std::vector<std::string> names;
   for (const Level* level : available_levels()) names.emplace_back(level->name);
@@ -192,6 +185,5 @@ NB_MODULE(_native, m) {
   m.def("outer_step", &step, "theta"_a.noconvert(), "momentum"_a.noconvert(), "gradient"_a.noconvert(), "lr"_a, "mu"_a,
         "local"_a.noconvert().none(), "threads"_a, "level"_a);
   m.def("compress", &compressed, "body"_a, "kept"_a);
-  m.def("vanishes", &sum_vanishes, "points"_a, "scalars"_a);
   m.def("expand", &expanded, "header"_a, "stream"_a, "kept"_a, "chunks"_a);
 }

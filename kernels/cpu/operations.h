@@ -53,9 +53,4 @@ i64 compress(int kept, const u8* body, i64 chunks, u8* out, i64 capacity);
 // undefined. Does not check levels.
 bool expand(int kept, const u8* data, i64 size, i64 chunks, u8* body);
 
-// Whether 8 * sum(scalar * point) is the identity of the Ed25519 curve (RFC 8032), for checking many signatures at once
-// (psyche/network/signatures.py). `points` are `count` encodings of 32 bytes, `scalars` as many little-endian numbers below
-// 2^256. False also where an encoding is not canonical or not a point. All inputs are public: time depends on them.
-bool vanishes(const u8* points, const u8* scalars, i64 count);
-
 }  // namespace psyche

@@ -6,7 +6,6 @@ it is known. So long ledgers are cut into stretches, and all cores check them; c
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -26,9 +25,7 @@ from psyche.config import Manifest
 from psyche.config.manifest import chain_rules
 from psyche.ledger.schema import audit_rows, member_rows, round_row
 from psyche.ledger.store import Ledger, LedgerError
-from psyche.network import signatures
 from psyche.network.identity import open_envelope
-from psyche.protocol.certificates import Open
 from psyche.protocol.chain import BadLedger, Verified, prove, verify_chain
 from psyche.protocol.credits import Change, CreditAccounts, RoundWork, round_work
 from psyche.protocol.wire import Message
@@ -130,21 +127,7 @@ def _add(summary: Summary, checked: Checked, wanted: Callable[[Change], bool]) -
 
 
 def check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch) -> Checked:
-    """Verify every signature, vote, hash link and row of a stretch. Raises :class:`BadLedger`.
-
-    Signatures are verified as a batch if this build supports it; if the batch fails, one by one to name the first
-    error.
-    """
-    if signatures.available():
-        batch = signatures.Batch()
-        with contextlib.suppress(BadLedger):
-            checked = _check_stretch(ledger, manifest, stretch, batch.open_envelope)
-            if batch.holds():
-                return checked
-    return _check_stretch(ledger, manifest, stretch, open_envelope)
-
-
-def _check_stretch(ledger: Ledger, manifest: Manifest, stretch: Stretch, open_envelope: Open) -> Checked:
+    """Verify every signature, vote, hash link and row of a stretch. Raises :class:`BadLedger`."""
     rules = chain_rules(manifest)
     before = None if stretch.before is None else ledger.entry(stretch.before)
     done: list[RoundWork] = []

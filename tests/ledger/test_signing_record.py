@@ -34,10 +34,10 @@ def voter(directory: Path) -> Voter:
 
 
 async def vote(one: Voter, record: Record, term: int) -> None:
-    openings = Reveals(RULES.run_id, record.plan)
-    openings.contributions = {accepted.node: accepted.contribution for accepted in record.accepted}
-    held = frozenset(openings.contributions)
-    await one.vote(Proposal(term, record, ()), b"proposal", chain=START, openings=openings, held=held, reduced={})
+    reveals = Reveals(RULES.run_id, record.plan)
+    reveals.contributions = {accepted.node: accepted.contribution for accepted in record.accepted}
+    held = frozenset(reveals.contributions)
+    await one.vote(Proposal(term, record, ()), b"proposal", chain=START, reveals=reveals, held=held, reduced={})
 
 
 def test_a_member_that_starts_again_remembers_its_vote(tmp_path: Path) -> None:

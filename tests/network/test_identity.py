@@ -1,6 +1,7 @@
 """Identities: a signature is checked from the author's name alone, and key files are whole and private."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import base58
@@ -27,6 +28,24 @@ def test_only_the_owner_of_the_name_signs_these_bytes(data: bytes, draw: st.Data
     broken[draw.draw(st.integers(0, 63))] ^= draw.draw(st.integers(1, 255))
     assert not verify(ALICE.peer_id, data, bytes(broken))
     assert not verify(ALICE.peer_id, data, signature[:-1])
+
+
+ORDER = 2**252 + 27742317777372353535851937790883648493
+"""Order of the base point (RFC 8032, §5.1)."""
+FORGERIES: dict[str, Callable[[bytes], bytes]] = {
+    "zeros": lambda good: bytes(64),
+    "R is the identity, s is 0": lambda good: b"\1" + bytes(63),
+    "R is not a point": lambda good: b"\2" + bytes(31) + good[32:],
+    "R is not canonical": lambda good: (2**255 - 18).to_bytes(32, "little") + good[32:],
+    "s is not canonical": lambda good: good[:32] + (int.from_bytes(good[32:], "little") + ORDER).to_bytes(32, "little"),
+    "a byte too many": lambda good: good + b"\0",
+    "empty": lambda good: b"",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_malformed_signature_is_rejected(name: str) -> None:
+    assert not verify(ALICE.peer_id, b"data", FORGERIES[name](ALICE.sign(b"data")))
 
 
 @given(st.text(max_size=80) | st.from_regex(r"\A12D3Koo[1-9A-HJ-NP-Za-km-z]{45}\Z"))

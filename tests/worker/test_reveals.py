@@ -38,11 +38,11 @@ def status(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> RunS
 
 
 def shown(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> dict[str, object]:
-    """What a member believes after a board with these commitments, and one with these openings, too."""
-    openings = Reveals(RUN_ID, PLAN)
-    openings.update(status(commitments, ()))
-    openings.update(status(commitments, contributions))
-    return dict(openings.contributions)
+    """What a member believes after a board with these commitments, and one with these reveals, too."""
+    reveals = Reveals(RUN_ID, PLAN)
+    reveals.update(status(commitments, ()))
+    reveals.update(status(commitments, contributions))
+    return dict(reveals.contributions)
 
 
 def test_what_was_committed_to_and_opened_is_believed() -> None:
@@ -78,9 +78,9 @@ def test_a_board_full_of_others_does_not_hide_an_honest_one() -> None:
 
 
 def test_a_commitment_stands_and_none_is_added_once_others_can_be_seen() -> None:
-    openings = Reveals(RUN_ID, PLAN)
-    openings.update(status([COMMITTED], []))
+    reveals = Reveals(RUN_ID, PLAN)
+    reveals.update(status([COMMITTED], []))
     later = contribution(OTHER.peer_id, PLAN)
     digest = later.commitment(OTHER.peer_id, RUN_ID, PLAN.round)
     changed = [sealed(AUTHOR, Commitment(b"d" * 32, PLAN.term)), sealed(OTHER, Commitment(digest, PLAN.term))]
-    assert openings.update(status([*changed, COMMITTED], [OPENED, sealed(OTHER, later)])) == [AUTHOR.peer_id]
+    assert reveals.update(status([*changed, COMMITTED], [OPENED, sealed(OTHER, later)])) == [AUTHOR.peer_id]
