@@ -33,7 +33,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules, StatementReceived
-from psyche.protocol.standing import newly_audited, standing_after
+from psyche.protocol.standing import founding_weights, standing_after, weights_of
 from psyche.protocol.wire import Body, encode_envelope
 from tests.protocol.one_leader import contribution
 
@@ -72,31 +72,35 @@ def bulk_chain(
     owners = {one.peer_id: one for one in members}
     for round_number in range(1, rules.rounds + 1):
         position = 0 if plan is None else next_position(plan, rules.batch_size, rules.overlap_steps)
-        given = tuple(Member(name, rules.inner_steps, 1) for name in names)
+        weights = weights_of(standing) or founding_weights(names)
+        given = tuple(Member(name, rules.inner_steps, weights[name]) for name in names)
         plan = Plan(round_number, 2 * round_number - 1, head, root, round_seed(head), position, "gather", 0, given)
         accepted = tuple(
             Accepted(name, contribution(name, plan, rules, payload_bytes=1000, payout=named[name])) for name in names
         )
+        audits_before = audit_state
         audit_state = audits_after(
             audit_state,
             standing,
             list(_heard(audit_state, round_number, owners, rules)),
             plan=plan,
             accepted=accepted,
-            electorate=names,
+            electorate=weights,
             suspects=(),
             rules=rules,
         )
         standing = standing_after(
             standing,
-            round_number=round_number,
-            electorate=names,
-            accepted=names,
-            audited=newly_audited(audit_state, round_number),
+            plan=plan,
+            electorate=weights,
+            accepted=accepted,
+            audit_state=audit_state,
+            audits_before=audits_before,
             rules=rules,
         )
         reconfiguration = int(round_number == 1)
-        record = Record(plan, accepted, (), reconfiguration, names, names, standing, audit_state, (), (), ())
+        votes = tuple(weights.values())
+        record = Record(plan, accepted, (), reconfiguration, names, votes, standing, audit_state, (), (), ())
         yield _certify(record, members[: 2 * nodes // 3 + 1], rules), record, digest("root", record.hash)
         head, root = record.hash, digest("root", record.hash)
 

@@ -31,7 +31,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules
-from psyche.protocol.standing import newly_audited, standing_after
+from psyche.protocol.standing import founding_weights, standing_after, weights_of
 from psyche.protocol.wire import Body, encode_envelope
 from tests.protocol.one_leader import contribution
 
@@ -100,31 +100,33 @@ def link(
         last = before.record.plan
         round_number, previous, base = last.round + 1, before.record.hash, before.root
         position = next_position(last, RULES.batch_size, RULES.overlap_steps)
-    members = tuple(Member(name, RULES.inner_steps, 1) for name in NAMES)
+    standing, audits_before = (before.record.standing, before.record.audit_state) if before else ((), EMPTY)
+    weights = weights_of(standing) or founding_weights(NAMES)
+    members = tuple(Member(name, RULES.inner_steps, weights.get(name, 0)) for name in NAMES)
     plan = Plan(
         round_number, 2 * round_number - 1, previous, base, round_seed(previous), position, "gather", 0, members
     )
     out = left_out(round_number)
     accepted, excluded = NAMES[: len(NAMES) - out], NAMES[len(NAMES) - out :]
     given = tuple(Accepted(name, contribution(name, plan, RULES)) for name in accepted)
-    standing, audit_state = (before.record.standing, before.record.audit_state) if before else ((), EMPTY)
     audit_state = audits_after(
-        audit_state, standing, (), plan=plan, accepted=given, electorate=NAMES, suspects=(), rules=RULES
-    )  # fmt: skip
+        audits_before, standing, (), plan=plan, accepted=given, electorate=weights, suspects=(), rules=RULES
+    )
     record = mend(
         Record(
             plan=plan,
             accepted=given,
             excluded=tuple(Excluded(name, REASON) for name in excluded),
             reconfiguration=int(before is None),
-            electorate=NAMES,
-            voters=NAMES,
+            electorate=tuple(weights),
+            voting_weights=tuple(weights.values()),
             standing=standing_after(
                 standing,
-                round_number=round_number,
-                electorate=NAMES,
-                accepted=accepted,
-                audited=newly_audited(audit_state, round_number),
+                plan=plan,
+                electorate=weights,
+                accepted=given,
+                audit_state=audit_state,
+                audits_before=audits_before,
                 rules=RULES,
             ),
             audit_state=audit_state,

@@ -27,7 +27,7 @@ from psyche.protocol.acceptor import Chain
 from psyche.protocol.audit_messages import EMPTY, AuditState
 from psyche.protocol.messages import Standing
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"round-(\d{8})-([0-9a-f]{16})\.safetensors")
 
 
@@ -38,7 +38,6 @@ class _Meta(msgspec.Struct, frozen=True):
     head: str
     state_root: str
     position: int
-    voters: tuple[str, ...]
     standing: tuple[Standing, ...] = ()
     audit_state: AuditState = EMPTY
 
@@ -74,7 +73,6 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
         chain.head.hex(),
         chain.state_root.hex(),
         chain.position,
-        chain.voters,
         chain.standing,
         chain.audit_state,
     )
@@ -131,7 +129,6 @@ def _load(path: Path) -> Checkpoint:
             bytes.fromhex(meta.head),
             bytes.fromhex(meta.state_root),
             meta.position,
-            meta.voters,
             meta.standing,
             meta.audit_state,
         ),

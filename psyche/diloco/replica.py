@@ -234,7 +234,7 @@ class Replica(DiLoCo):
         if record is None:
             return Chain(0, self.manifest.run_id, root, 0)
         position = next_position(record.plan, self.run.inner.batch_size, self.run.overlap.overlap_steps)
-        return Chain(record.plan.round, record.hash, root, position, record.voters, record.standing, record.audit_state)
+        return Chain(record.plan.round, record.hash, root, position, record.standing, record.audit_state)
 
     # --------------------------------------------------------------- commitments and base proofs
 

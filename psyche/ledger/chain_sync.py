@@ -58,10 +58,10 @@ def verified_successors(manifest: Manifest, encoded: Sequence[bytes], chain: Cha
         record = _verified(manifest, item)
         if record is None or (record.plan.round, record.plan.previous) != (chain.rounds + 1, chain.head):
             break
-        if not record.reconfiguration and record.electorate != chain.voters:
+        if not record.reconfiguration and record.weights != chain.weights:
             break
         found.append((record, item))
-        chain = Chain(record.plan.round, record.hash, b"", 0, record.voters, record.standing, record.audit_state)
+        chain = Chain(record.plan.round, record.hash, b"", 0, record.standing, record.audit_state)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 from psyche.protocol.assignment import ReducerAssignment, reducer_order_fault
@@ -18,7 +19,7 @@ from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Stand
 from psyche.protocol.pacing import quota_fault
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules
-from psyche.protocol.standing import standing_fault, votes_fault
+from psyche.protocol.standing import standing_fault, weights_of
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class Chain:
     head: bytes
     state_root: bytes
     position: int
-    voters: tuple[str, ...] = ()
-    """The electorate of the next round, if no reconfiguration names another; nobody before the first."""
     standing: tuple[Standing, ...] = ()
-    """Of the last record."""
+    """Of the last record; nobody's before the first."""
     audit_state: AuditState = EMPTY
     """Of the last record."""
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """Voting weights in the next round; nobody's before the first."""
+        return weights_of(self.standing)
 
 
 def promise(acceptor: Acceptor, term: int) -> Acceptor:
@@ -99,8 +103,6 @@ def consider(
         raise Refusal(f"two different records in term {proposal.term}")
     if fault := plan_fault(plan, chain) or quota_fault(plan, rules):
         raise Refusal(fault)
-    if not record.reconfiguration and record.electorate != chain.voters:
-        raise Refusal("the electorate is not that of the record before, and no reconfiguration names another")
     if fault := _results_fault(record, rules, reduced):
         raise Refusal(fault)
     nodes = [accepted.node for accepted in record.accepted]
@@ -116,12 +118,9 @@ def consider(
             raise Refusal(f"the contribution of {accepted.node[-6:]}: {fault}")
         if accepted.node not in held:
             raise Refusal(f"the payload of {accepted.node[-6:]} has not been fetched and checked here")
-    standing, voters = chain.standing, chain.voters
-    if fault := votes_fault(record, standing=standing, voters=voters, probation=rules.probation):
+    if fault := standing_fault(record, chain.standing, chain.audit_state, rules):
         raise Refusal(fault)
-    if fault := standing_fault(record, standing, chain.audit_state, rules):
-        raise Refusal(fault)
-    if fault := audits_fault(record, chain.audit_state, standing, rules):
+    if fault := audits_fault(record, chain.audit_state, chain.standing, rules):
         raise Refusal(fault)
     return replace(acceptor, term=proposal.term, record=record.hash)
 

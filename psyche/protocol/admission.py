@@ -45,6 +45,7 @@ from psyche.protocol.round_state import (
     Tick,
     Voted,
 )
+from psyche.protocol.standing import restricted, total
 from psyche.protocol.wire import RefusalCode
 
 Step = tuple[State, list[Effect]]
@@ -177,7 +178,8 @@ def _accept(state: State, event: Submission, now: float) -> State:
     match event:
         case Committed():
             if node not in current.commitments:
-                state = replace(state, commit_seconds=observed(state.commit_seconds, now - current.opened))
+                if current.plan.weights.get(node):
+                    state = replace(state, commit_seconds=observed(state.commit_seconds, now - current.opened))
                 if current.begun_here:
                     current = replace(current, committed_at=_put(current.committed_at, node, now))
             current = replace(current, commitments=_put(current.commitments, node, (event.digest, event.proof)))
@@ -293,12 +295,18 @@ def _still_wanted(statement: StatementReceived, audit_state: AuditState) -> bool
 def suspects_of(current: Round | None, record: Record) -> frozenset[str]:
     """Return the nodes whose contribution more than half of its receivers report as an outlier.
 
-    In a sharded round each slice was seen by its reducers only. A node that is named wrongly is audited, no more.
+    Receivers count by voting weight. In a sharded round only the reducers of a slice see it, so there more than half of
+    so many voters must name a node. A node that is named wrongly is audited, no more.
     """
     if current is None or current.plan != record.plan:
         return frozenset()
-    seen_by = record.plan.reducers or len(current.suspected)
-    named = Counter(node for some in current.suspected.values() for node in some)
+    weights = restricted(record.weights, current.suspected)
+    if record.plan.is_sharded:
+        weights = dict.fromkeys(weights, 1)
+    seen_by = record.plan.reducers or total(weights)
+    named: Counter[str] = Counter()
+    for voter, weight in weights.items():
+        named.update(dict.fromkeys(current.suspected[voter], weight))
     return frozenset(one.node for one in record.accepted if 2 * named[one.node] > seen_by)
 
 

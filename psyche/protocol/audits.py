@@ -69,6 +69,11 @@ def busy(
     )
 
 
+def audited_tokens(audit_state: AuditState) -> dict[tuple[str, int], int]:
+    """Return the tokens of each contribution under audit, by accused and round."""
+    return {(audit.accused, audit.round): audit.tokens for audit in audit_state.audits}
+
+
 # --------------------------------------------------------------------------------- who audits whom
 
 

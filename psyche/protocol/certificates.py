@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from psyche.protocol.messages import Certificate, Proposal, Reconfiguration, Record, Seal, Vote
-from psyche.protocol.proposals import has_quorum
+from psyche.protocol.standing import has_quorum, total
 from psyche.protocol.wire import Body, Envelope, MalformedMessage, decode, decode_envelope
 
 
@@ -82,8 +82,10 @@ def check_proposal(
         raise BadCertificate(f"term {proposal.term} is not one of {signed.author}")
     _open(open_envelope, signed, Proposal.DOMAIN, run_id, plan.round if round_number is None else round_number)
     _check_statements(record, run_id, open_envelope)
-    if not record.electorate:
-        raise BadCertificate("the record has no electorate")
+    if not record.electorate or len(record.electorate) != len(record.voting_weights):
+        raise BadCertificate("the record has no electorate, or not one weight for each of its nodes")
+    if list(record.electorate) != sorted(set(record.electorate)):
+        raise BadCertificate("the electorate is not in ascending order")
     if record.reconfiguration:
         reconfiguration = Reconfiguration(plan.previous, record.reconfiguration, record.electorate)
         count = len(
@@ -113,9 +115,9 @@ def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open
             decode(Vote, envelope.body)  # raises where it is none at all
             raise BadCertificate(f"the vote of {envelope.author} is for something else")
         voters.add(envelope.author)
-    if not has_quorum(voters, record.electorate):
-        counted = len(voters & set(record.electorate))
-        raise BadCertificate(f"{counted} votes are not more than two thirds of {len(record.electorate)}")
+    if not has_quorum(voters, record.weights):
+        share = total(record.weights, voters) / total(record.weights)
+        raise BadCertificate(f"{len(voters)} votes have {share:.1%} of the weight; more than two thirds must vote")
 
 
 def _check_seals(

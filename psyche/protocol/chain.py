@@ -149,8 +149,6 @@ def _succession_fault(record: Record, last: Record | None, rules: Rules) -> str 
     if record.plan.term <= last.plan.term:
         return f"its term {record.plan.term} is not above that of round {last.plan.round}, {last.plan.term}"
     follows = record.plan.round == last.plan.round + 1
-    if follows and not record.reconfiguration and record.electorate != last.voters:
-        return f"its voters are not those that round {last.plan.round} named"
     return _standing_fault(record, last.standing, last.audit_state, rules) if follows else None
 
 

@@ -38,6 +38,7 @@ class Member(Message, frozen=True):
     node: NodeId
     inner_steps: Positive
     votes: Natural
+    """Voting weight (``protocol/standing.py``); 0: none yet."""
 
 
 ExchangeKind = Literal["gather", "sharded"]
@@ -63,6 +64,11 @@ class Plan(Message, frozen=True):
     def is_sharded(self) -> bool:
         """Whether reducers add the payloads up."""
         return self.exchange == "sharded"
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Voting weight of each member that has one."""
+        return {member.node: member.votes for member in self.members if member.votes}
 
     def member(self, node: str) -> Member | None:
         """Return the part of ``node`` in the round, or None."""
@@ -139,15 +145,19 @@ class Excluded(Message, frozen=True):
 
 
 class Standing(Message, frozen=True):
-    """A node's progress through probation, and when its work was last drawn for an audit."""
+    """What the chain says of a node that has worked or voted: its probation, its audits, its voting weight."""
 
     node: NodeId
-    rounds: Positive
-    """Rounds in which its contribution was accepted, counted up to the probation."""
-    last: Positive
-    """The last of those rounds."""
+    rounds: Natural
+    """Rounds in which its contribution was accepted with all inner steps of its quota, counted up to the probation."""
+    last: Natural
+    """The last round in which a contribution was accepted; 0: none was."""
     audited: Natural
     """The last round whose contribution was drawn for an audit; 0: none yet."""
+    pending: Natural
+    """Tokens of accepted work that have not yet matured into voting weight (``protocol/standing.py``)."""
+    weight: Natural
+    """Voting weight in the next round."""
 
 
 class Record(Body, frozen=True, dict=True):
@@ -162,11 +172,11 @@ class Record(Body, frozen=True, dict=True):
     """0: the electorate is the ``voters`` of the previous record. Otherwise the number of the reconfiguration that
     named the electorate. The first round of a run always has one."""
     electorate: Nodes
-    """The nodes whose votes are counted."""
-    voters: Nodes
-    """The electorate of the next round."""
+    """The nodes whose votes are counted, ascending."""
+    voting_weights: Annotated[tuple[Positive, ...], Meta(max_length=MAX_MEMBERS)]
+    """The voting weight of each node of the electorate."""
     standing: Annotated[tuple[Standing, ...], Meta(max_length=MAX_MEMBERS)]
-    """Standing of all nodes that have contributed so far; empty where the run has neither probation nor audits."""
+    """Everybody's standing after the round, ascending by node. Those with weight are the next electorate."""
     audit_state: AuditState
     reducer_order: Nodes
     """The reducers in their drawn order (``protocol/assignment.py``); empty in a gathered round."""
@@ -178,6 +188,16 @@ class Record(Body, frozen=True, dict=True):
     @cached_property
     def hash(self) -> bytes:
         return digest("record", self.encode())
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """Voting weight of each node of the electorate."""
+        return dict(zip(self.electorate, self.voting_weights, strict=True))
+
+    @cached_property
+    def voters(self) -> tuple[str, ...]:
+        """The electorate of the next round, if no reconfiguration names another. Ascending."""
+        return tuple(one.node for one in self.standing if one.weight)
 
     @property
     def is_reconfiguration(self) -> bool:

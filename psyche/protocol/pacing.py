@@ -93,11 +93,11 @@ def done_in(record: Record) -> dict[str, int]:
     return {member.node: done.get(member.node, member.inner_steps) for member in record.plan.members}
 
 
-def planned(rules: Rules, state: State, seats: Sequence[str], voters: Collection[str]) -> tuple[Member, ...]:
-    """The members of the next plan, in the order of ``seats``."""
+def planned(rules: Rules, state: State, seats: Sequence[str], weights: Mapping[str, int]) -> tuple[Member, ...]:
+    """Return the members of the next plan, in the order of ``seats``, with their voting weights."""
     exchange = median(state.exchange_seconds or [0.0])
-    owed = quotas(rules.inner_steps, seats, voters, state.speeds, state.last_steps, exchange)
-    return tuple(Member(node, owed[node], int(node in voters)) for node in seats)
+    owed = quotas(rules.inner_steps, seats, weights, state.speeds, state.last_steps, exchange)
+    return tuple(Member(node, owed[node], weights.get(node, 0)) for node in seats)
 
 
 def quota_fault(plan: Plan, rules: Rules) -> str | None:

@@ -9,16 +9,17 @@ from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
 from psyche.protocol.assignment import reducer_order
 from psyche.protocol.audits import admissible, audits_after, busy
-from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Plan, Record
+from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Record
 from psyche.protocol.pacing import exchange_allowance
 from psyche.protocol.round_state import Abandoned, Ballot, Phase, Proposed, Reduction, Round, Rules, Stage, State
-from psyche.protocol.standing import newly_audited, standing_after, voting
+from psyche.protocol.standing import (
+    founding_weights,
+    restricted,
+    standing_after,
+    total,
+    weights_of,
+)
 from psyche.protocol.wire import MAX_MEMBERS
-
-
-def quorum(yes: int, total: int) -> bool:
-    """More than two thirds of the voting weight."""
-    return 3 * yes > 2 * total
 
 
 def round_seed(previous: bytes) -> bytes:
@@ -63,16 +64,18 @@ def propose(
         list(admissible(state.audit_state, state.audit_statements.values(), plan.round, rules.audits)),
         plan=plan,
         accepted=given,
-        electorate=state.electorate,
+        electorate=electorate_weights(state),
         suspects=state.suspects & {one.node for one in state.audit_state.pool.given},
         rules=rules,
     )
+    weights = electorate_weights(state)
     standing = standing_after(
         state.standing,
-        round_number=plan.round,
-        electorate=state.electorate,
-        accepted=accepted,
-        audited=newly_audited(audit_state, plan.round),
+        plan=plan,
+        electorate=weights,
+        accepted=given,
+        audit_state=audit_state,
+        audits_before=state.audit_state,
         rules=rules,
     )
     excluded = tuple(
@@ -80,15 +83,13 @@ def propose(
         for member in plan.members
         if member.node not in accepted
     )
-    may_vote = accepted | set(present_members(state, current)) | auditing_voters(rules, state, plan)
-    may_vote -= set(audit_state.banned)
     record = Record(
         plan=plan,
         accepted=given,
         excluded=excluded,
         reconfiguration=state.reconfiguration,
-        electorate=state.electorate,
-        voters=tuple(voting(may_vote, standing=standing, electorate=state.electorate, probation=rules.probation)),
+        electorate=tuple(weights),
+        voting_weights=tuple(weights.values()),
         standing=standing,
         audit_state=audit_state,
         reducer_order=current.reduction.reducer_order if current.reduction else (),
@@ -127,14 +128,20 @@ def with_electorate(state: State, electorate: Sequence[str]) -> State:
     )
 
 
-def eligible_voters(rules: Rules, state: State, nodes: Iterable[str]) -> list[str]:
-    """Return those of ``nodes`` that may have a vote in the next round, in ascending order."""
-    return voting(nodes, standing=state.standing, electorate=state.electorate, probation=rules.probation)
+def voting_weights(state: State) -> dict[str, int]:
+    """Return the voting weights before the next round, whoever is in its electorate; nobody's before round 1."""
+    return weights_of(state.standing)
 
 
-def reconfiguration_electorate(rules: Rules, state: State, nodes: Sequence[str]) -> tuple[str, ...]:
-    """Return the electorate of a reconfiguration; nodes on probation are in it only where there are no others."""
-    return tuple(eligible_voters(rules, state, nodes) or sorted(nodes))
+def electorate_weights(state: State) -> dict[str, int]:
+    """Return the voting weight of each node of the electorate in force."""
+    return restricted(voting_weights(state) or founding_weights(state.electorate), state.electorate)
+
+
+def reconfiguration_electorate(state: State, nodes: Iterable[str]) -> tuple[str, ...]:
+    """Return the electorate of a reconfiguration: those of ``nodes`` with voting weight. In round 1, all of them."""
+    weights = voting_weights(state)
+    return tuple(restricted(weights, nodes) if weights else sorted(nodes))
 
 
 def common_payloads(
@@ -144,28 +151,22 @@ def common_payloads(
 
     The least held contributions are given up first; both are empty if no set of them is held by enough.
     """
-    votes = {member.node: member.votes for member in current.plan.members}
-    total = sum(votes[node] for node in among)
+    votes = current.plan.weights
     held = {node: current.holdings.get(node, frozenset()) for node in among}
-    reach = {one: sum(votes[node] for node in among if one in held[node]) for one in candidates}
+    reach = {one: total(votes, (node for node in among if one in held[node])) for one in candidates}
     for given_up in sorted(candidates, key=lambda one: (reach[one], one)):
         holders = [node for node in among if candidates <= held[node]]
-        if enough(sum(votes[node] for node in holders), total):
+        if enough(total(votes, holders), total(votes, among)):
             return candidates, holders
         candidates -= {given_up}
     return frozenset(), []
 
 
-def at_least_half(yes: int, total: int) -> bool:
-    return total > 0 and 2 * yes >= total
-
-
-def draw_seats(rules: Rules, state: State, ready: Sequence[str]) -> list[str]:
-    """Return as many of ``ready`` as a plan has room for: nodes with a vote first, then others, drawn by the seed."""
+def draw_seats(state: State, ready: Sequence[str]) -> list[str]:
+    """Return as many of ``ready`` as a plan has room for: voters first, then others, drawn by the round's seed."""
     if len(ready) <= MAX_MEMBERS:
         return list(ready)
-    seed = round_seed(state.head)
-    first = set(eligible_voters(rules, state, ready))
+    seed, first = round_seed(state.head), voting_weights(state)
     drawn = sorted(ready, key=lambda node: (node not in first, digest("seat", seed, node.encode())))
     return sorted(drawn[:MAX_MEMBERS])
 
@@ -173,21 +174,17 @@ def draw_seats(rules: Rules, state: State, ready: Sequence[str]) -> list[str]:
 def members_in_training(rules: Rules, state: State, seats: Sequence[str]) -> list[str]:
     """Return the nodes of ``seats`` that train in the next round; auditors replay a contribution instead.
 
-    So nobody waits for an audit. At most half of the nodes audit at a time, drawn by the round's seed, and never so
-    many that fewer train than a round needs.
+    So nobody waits for an audit. At most half of the voting weight audits at a time, in an order drawn by the round's
+    seed, and never so many nodes that fewer train than a round needs. Audits beyond that wait: newcomers, whose audits
+    take the time of voters, cannot stop a run.
     """
-    seed, least = round_seed(state.head), max(rules.min_members, (len(seats) + 1) // 2)
+    seed, weights = round_seed(state.head), restricted(electorate_weights(state), seats)
     auditing = busy(state.audit_state, state.rounds + 1, rules.audits, state.audit_statements.values()) & set(seats)
-    away = sorted(auditing, key=lambda node: digest("seat", seed, node.encode()))[: max(0, len(seats) - least)]
+    away: set[str] = set()
+    for node in sorted(auditing, key=lambda node: digest("seat", seed, node.encode())):
+        if len(seats) - len(away) > rules.min_members and 2 * total(weights, {*away, node}) <= total(weights):
+            away.add(node)
     return [node for node in seats if node not in away]
-
-
-def auditing_voters(rules: Rules, state: State, plan: Plan) -> frozenset[str]:
-    """Return voters that are here and audit while ``plan``'s members train: they keep their vote."""
-    auditing = busy(state.audit_state, plan.round, rules.audits) & set(state.electorate)
-    return frozenset(
-        node for node in auditing if node in state.peers and state.peers[node].state_root == plan.base_root
-    )
 
 
 def exclusion_reason(state: State, current: Round, node: str) -> ExclusionReason:
@@ -233,14 +230,10 @@ def present_members(state: State, current: Round) -> list[str]:
 
 
 def mostly_done(state: State, current: Round) -> bool:
-    """Whether members that have not committed yet hold up more than half of the others."""
-    here = present_members(state, current)
-    return 2 * sum(node in current.commitments for node in here) > len(here) - 1
-
-
-def has_quorum(voters: Iterable[str], electorate: Sequence[str]) -> bool:
-    """Whether ``voters`` have more than two thirds of the electorate's voting weight."""
-    return quorum(len(set(voters) & set(electorate)), len(electorate))
+    """Return whether a member that has not committed yet holds up more than half of the others' voting weight."""
+    weights = restricted(current.plan.weights, present_members(state, current))
+    missing = (weight for node, weight in weights.items() if node not in current.commitments)
+    return 2 * total(weights, current.commitments) > total(weights) - max(missing, default=0)
 
 
 def nodes_reporting(mapping: Mapping[str, bytes], value: bytes) -> list[str]:

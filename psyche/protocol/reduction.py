@@ -22,12 +22,12 @@ from psyche.protocol.assignment import ReducerAssignment, assignment_of, dissent
 from psyche.protocol.pacing import exchange_allowance, observed
 from psyche.protocol.proposals import (
     abandon,
-    at_least_half,
     present_members,
     propose,
     reconfiguration_electorate,
 )
 from psyche.protocol.round_state import Ballot, Reduction, Round, Rules, Stage, State
+from psyche.protocol.standing import at_least_half, total
 
 
 def select(
@@ -81,11 +81,11 @@ def vote_anew(rules: Rules, state: State, current: Round, ballot: Ballot, now: f
     voted = [node for node in here if node in ballot.votes]
     late = (now - ballot.since for node in here if node in record.electorate and node not in ballot.votes)
     state = replace(state, result_seconds=observed(state.result_seconds, *late))
-    votes = {member.node: member.votes for member in current.plan.members}
-    enough = at_least_half(sum(votes[node] for node in voted), sum(votes[node] for node in here))
+    votes = current.plan.weights
+    enough = at_least_half(total(votes, voted), total(votes, here))
     if not enough and current.ballots > 1:
         return abandon(state, current, "the results did not reach half of the members")
-    electorate = reconfiguration_electorate(rules, state, voted if enough else here)
+    electorate = reconfiguration_electorate(state, voted if enough else here)
     accepted = frozenset(one.node for one in record.accepted)
     return propose(rules, state, current, accepted, electorate, now, record.results, record.dissenters)
 

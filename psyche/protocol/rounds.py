@@ -10,6 +10,7 @@ nothing here reads a clock, so every rule can be tested by replaying events.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from psyche.protocol.admission import Step, after_record, apply_event, without_peer
@@ -17,20 +18,18 @@ from psyche.protocol.messages import Plan, Record
 from psyche.protocol.pacing import exchange_allowance, observed, planned, training_allowance
 from psyche.protocol.proposals import (
     abandon,
-    at_least_half,
     close_commitments,
     common_payloads,
     draw_seats,
-    eligible_voters,
-    has_quorum,
+    electorate_weights,
     members_in_training,
     nodes_reporting,
     present_members,
     propose,
-    quorum,
     reconfiguration_electorate,
     round_seed,
     short_names,
+    voting_weights,
     with_electorate,
 )
 from psyche.protocol.reduction import collect_results, reduce_anew, select, vote_anew
@@ -51,9 +50,19 @@ from psyche.protocol.round_state import (
     State,
     StateAgreed,
 )
+from psyche.protocol.standing import (
+    Weights,
+    at_least_half,
+    founding_weights,
+    has_quorum,
+    keeps_half,
+    quorum,
+    restricted,
+    total,
+)
 from psyche.protocol.takeover import (
     agree_on_state,
-    is_overdue,
+    may_go_on_without,
     ready_members,
     resume_round,
     vote_on_sealed_record,
@@ -61,8 +70,9 @@ from psyche.protocol.takeover import (
 )
 
 GRACE = 0.1
-"""Share of the round's training time that the others wait for a member that was too slow in the exchange. Without it
-the next round loses that member's work; this is what waiting may cost all."""
+"""Share of a round's training time that a stage waits for nodes without voting weight, and for a member that was too
+slow in the exchange. Without it the next round loses their work; this is what waiting may cost all. Keys are free, so
+however many strangers there are, they delay a stage by no more than this."""
 
 
 def tick(rules: Rules, state: State, event: Event, now: float) -> Step:
@@ -124,15 +134,17 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
             f", {syncing} synchronising" * bool(syncing)
         )
         return with_note(state, phase, note)
-    if not has_quorum(ready, state.electorate):
+    if not state.electorate or not has_quorum(ready, electorate_weights(state)):
         missing = set(state.electorate) - set(ready) - state.left_voters
-        if missing and not is_overdue(rules, state, now):
+        if missing and not may_go_on_without(rules, state, ready, now):
             return with_note(state, Phase.PAUSED, f"waiting for votes of {short_names(missing)}")
-        state = with_electorate(state, reconfiguration_electorate(rules, state, draw_seats(rules, state, ready)))
+        electorate = reconfiguration_electorate(state, draw_seats(state, ready))
+        if not electorate:
+            return with_note(state, Phase.PAUSED, "waiting for a node with voting weight: all have left")
+        state = with_electorate(state, electorate)
     if not state.resumed:
         return resume_round(rules, state, ready, now)
-    seats = members_in_training(rules, state, draw_seats(rules, state, ready))
-    voters = set(eligible_voters(rules, state, seats))
+    seats = members_in_training(rules, state, draw_seats(state, ready))
     reducers = 0 if state.force_gather else rules.reducers_for(len(seats))
     plan = Plan(
         round=state.rounds + 1,
@@ -143,17 +155,20 @@ def _open_or_wait(rules: Rules, state: State, now: float) -> Step:
         position=state.position,
         exchange="sharded" if reducers else "gather",
         reducers=reducers,
-        members=planned(rules, state, seats, voters),
+        members=planned(rules, state, seats, voting_weights(state) or founding_weights(seats)),
     )
     opened = Round(plan, opened=now, deadline=now + training_allowance(rules, state), term=plan.term)
     return replace(state, phase=Phase.TRAINING, term=plan.term, round=opened, note=""), [Planned(plan)]
 
 
 def _collect_commitments(rules: Rules, state: State, current: Round, now: float) -> Step:
+    weights = current.plan.weights
     missing = {node for node in present_members(state, current) if node not in current.commitments}
     if now - current.opened < rules.silence:  # a quorum has found the new leader; the others are about to
         missing |= current.awaited - set(state.peers) - state.left_voters
-    if missing and now < current.deadline:
+    voters_missing = missing & weights.keys()
+    waits = voters_missing or not current.commitments or now < _strangers_deadline(current)
+    if missing and waits and now < current.deadline:
         if state.phase is Phase.TRAINING and current.commitments:
             return replace(state, phase=Phase.COMMITTING), []
         return state, []
@@ -162,8 +177,8 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
         later = min(now + (now - current.opened), current.opened + rules.round_bounds[1])
         note = f"round {current.plan.round} takes longer than the previous ones; no member has finished yet"
         return replace(state, note=note, round=replace(current, deadline=later)), []
-    # Members that missed the deadline took at least this long; without them deadlines could only shrink.
-    late = (now - current.opened for _ in missing)
+    # Voters that missed the deadline took at least this long; without them deadlines could only shrink.
+    late = (now - current.opened for _ in voters_missing)
     state = replace(state, commit_seconds=observed(state.commit_seconds, *late))
     if not current.commitments:
         return abandon(state, current, "no member committed before the deadline")
@@ -171,12 +186,19 @@ def _collect_commitments(rules: Rules, state: State, current: Round, now: float)
     return replace(state, phase=Phase.CERTIFYING, round=revealing), []
 
 
+def _strangers_deadline(current: Round) -> float:
+    """Return until when the round waits for members without weight once all voters that are here have committed."""
+    weights = current.plan.weights
+    last = max((at for node, at in current.committed_at.items() if node in weights), default=current.opened)
+    return last + GRACE * (last - current.opened)
+
+
 def _collect_contributions(rules: Rules, state: State, current: Round, now: float) -> Step:
     here = present_members(state, current)
     opened = frozenset(current.contributions)
-    unopened = [node for node in here if node in current.commitments and node not in opened]
-    lacking = [node for node in here if not opened <= current.holdings.get(node, frozenset())]
-    if (unopened or lacking) and now < current.deadline:
+    unopened = {node for node in here if node in current.commitments and node not in opened}
+    lacking = {node for node in here if not opened <= current.holdings.get(node, frozenset())}
+    if _is_waiting(current, unopened | lacking, current.plan.weights, current.closed, now):
         return state, []
     # All members must be able to vote for the record, so it holds what they have in common.
     accepted, holders = common_payloads(current, opened, here, quorum)
@@ -184,7 +206,10 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
         accepted, holders = common_payloads(current, opened, here, at_least_half)
     if not accepted:
         return abandon(state, current, "no payload reached half of the members before the deadline")
-    done = (current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now for node in here)
+    done = (
+        current.held_at[node] if accepted <= current.holdings.get(node, frozenset()) else now
+        for node in restricted(current.plan.weights, here)
+    )
     seconds = observed(state.exchange_seconds, *(at - current.closed for at in done))
     state = replace(state, exchange_seconds=seconds)
     if current.reduction is not None:
@@ -193,10 +218,18 @@ def _collect_contributions(rules: Rules, state: State, current: Round, now: floa
     return propose(rules, state, current, accepted, None, now)
 
 
+def _is_waiting(current: Round, missing: Collection[str], weights: Weights, since: float, now: float) -> bool:
+    """Return whether a stage that began at ``since`` waits for the nodes ``missing``: voters until the deadline, others
+    for the grace period."""
+    if not missing or now >= current.deadline:
+        return False
+    return not weights.keys().isdisjoint(missing) or now < since + GRACE * (current.closed - current.opened)
+
+
 def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> Step:
     assert current.ballot is not None
     record, votes = current.ballot.record, current.ballot.votes
-    if has_quorum(votes, record.electorate):
+    if has_quorum(votes, record.weights):
         deadline = now + exchange_allowance(rules, state.exchange_seconds)
         certified = replace(current, stage=Stage.ATTESTING, certified_at=now, deadline=deadline)
         seconds = now - current.opened
@@ -219,7 +252,15 @@ def _collect_votes(rules: Rules, state: State, current: Round, now: float) -> St
     accepted, holders = common_payloads(current, frozenset(one.node for one in record.accepted), asked, at_least_half)
     if not accepted:
         return abandon(state, current, "nobody voted" if not asked else "the voters hold no payload in common")
-    return propose(rules, state, current, accepted, reconfiguration_electorate(rules, state, holders), now)
+    electorate = reconfiguration_electorate(state, holders)
+    if not keeps_half(electorate, restricted(electorate_weights(state), here)):
+        # Voters that are here are left out only by half of the weight here; who has died is known after silence.
+        if now - current.ballot.since <= rules.silence:
+            return replace(state, round=replace(current, deadline=now + rules.silence)), []
+        if current.ballots > 1:
+            return abandon(state, current, "voters with half of the weight did not vote in time")
+        electorate = reconfiguration_electorate(state, here)
+    return propose(rules, state, current, accepted, electorate, now)
 
 
 def _overrule(rules: Rules, state: State, event: SignatureConflict, now: float) -> Step:
@@ -269,29 +310,22 @@ def _collect_attestations(rules: Rules, state: State, current: Round, now: float
     record = current.proposal
     assert record is not None
     base, late, gone = current.plan.base_root, _left_behind(current, record), set(record.audit_state.banned)
-    waiting = [n for n, p in state.peers.items() if p.state_root == base and n not in {*current.attestations, *gone}]
-    until = current.deadline
-    if set(waiting) <= late:
-        until = min(until, current.certified_at + GRACE * (current.closed - current.opened))
-    if waiting and now < until:
+    weights = {node: weight for node, weight in record.weights.items() if node not in gone}
+    waiting = {n for n, p in state.peers.items() if p.state_root == base and n not in {*current.attestations, *gone}}
+    if _is_waiting(current, waiting, {n: w for n, w in weights.items() if n not in late}, current.certified_at, now):
         return state, []
-    # The state after a round is computed, not chosen: where fewer than half of the members lie, a root that more than
-    # half of them report is right. Attesting members count whether they are in the electorate or not, so that a small
-    # electorate is no shortcut; nodes that only followed the round do not. Where so many members have gone since the
-    # vote that no half is left, those that are here must all report the same root.
-    votes = {member.node: member.votes for member in current.plan.members} | dict.fromkeys(record.electorate, 1)
-    reconfiguration_electorate = {member.node for member in current.plan.members} & set(record.electorate) - gone
-    total = sum(votes.get(node, 0) for node in reconfiguration_electorate | set(current.attestations))
-    weights = {
-        root: sum(votes.get(node, 0) for node in nodes_reporting(current.attestations, root))
-        for root in set(current.attestations.values())
+    # The state after a round is computed, not chosen: where less than half of the weight lies, a root that more than
+    # half of it attests is right. Where so many voters have gone since the vote that no half is left, those that are
+    # here must all attest the same root.
+    support = {
+        root: total(weights, nodes_reporting(current.attestations, root)) for root in set(current.attestations.values())
     }
-    agreed = [root for root, weight in weights.items() if 2 * weight > total]
-    silent = reconfiguration_electorate & set(state.peers) - set(current.attestations)
-    if not agreed and not silent and len(unanimous := [root for root, weight in weights.items() if weight]) == 1:
+    agreed = [root for root, weight in support.items() if 2 * weight > total(weights)]
+    silent = set(weights) & set(state.peers) - set(current.attestations)
+    if not agreed and not silent and len(unanimous := [root for root, weight in support.items() if weight]) == 1:
         agreed = unanimous
     if not agreed:
-        note = f"no half of the members agrees on the state after round {current.plan.round}" + (
+        note = f"no root is attested by half of the voting weight after round {current.plan.round}" + (
             f"; waiting for {short_names(silent)}" if silent else ""
         )
         return with_note(state, Phase.PAUSED, note)

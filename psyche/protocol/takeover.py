@@ -11,7 +11,7 @@ of a proposal that it has replaced.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from psyche.protocol.admission import Step
@@ -19,14 +19,14 @@ from psyche.protocol.messages import Plan, Record
 from psyche.protocol.pacing import quota_fault, training_allowance
 from psyche.protocol.proposals import (
     close_commitments,
-    has_quorum,
+    electorate_weights,
     nodes_reporting,
     open_ballot,
-    quorum,
     round_seed,
     short_names,
 )
 from psyche.protocol.round_state import Phase, Planned, Promised, Reduction, Round, Rules, State
+from psyche.protocol.standing import has_quorum, keeps_half, restricted, total
 
 PLANNED_SINCE = 16
 """The most plans that the previous leader is assumed to have made since the last vote. A plan carries no signature, so
@@ -45,25 +45,35 @@ def with_note(state: State, phase: Phase, note: str) -> Step:
     return (state, []) if (state.phase, state.note) == (phase, note) else (replace(state, phase=phase, note=note), [])
 
 
-def is_overdue(rules: Rules, state: State, now: float) -> bool:
-    """Whether missing voters have had time to come back."""
-    return state.last_arrival is not None and now - state.last_arrival > rules.silence
+MINORITY_SILENCES = 20
+"""Times ``silence`` after which voters with less than half of the weight continue without the rest: 5 minutes
+by default. A volunteer's machine restarts in less, and whoever is left alone with a run decides everything in it."""
+
+
+def may_go_on_without(rules: Rules, state: State, here: Collection[str], now: float) -> bool:
+    """Return whether voters other than ``here`` have had time to come back."""
+    weights = electorate_weights(state)
+    if state.last_arrival is None or not total(weights, here):
+        return False
+    patience = rules.silence * (1 if keeps_half(here, weights) else MINORITY_SILENCES)
+    return now - state.last_arrival > patience
 
 
 def agree_on_state(rules: Rules, state: State, now: float) -> Step:
-    """Take the state that more than two thirds of the electorate hold; of the nodes that are here if voters stay away.
+    """Take the state that more than two thirds of the electorate hold; of the voters that are here if others stay away.
 
-    Only nodes that have applied the last record count; the others are behind, however many they are.
+    Only voters that have applied the last record count, by their weight; strangers never do. A minority is believed
+    only after :data:`MINORITY_SILENCES`.
     """
-    back = {node: peer.state_root for node, peer in state.peers.items() if peer.rounds == state.rounds}
-    voters = {node: root for node, root in back.items() if node in state.electorate}
+    weights = electorate_weights(state)
+    voters = {
+        node: peer.state_root for node, peer in state.peers.items() if peer.rounds == state.rounds and node in weights
+    }
+    here = restricted(weights, voters)
     for root in sorted(set(voters.values())):
-        if quorum(len(nodes_reporting(voters, root)), len(state.electorate)):
+        holders = nodes_reporting(voters, root)
+        if has_quorum(holders, weights) or (may_go_on_without(rules, state, here, now) and has_quorum(holders, here)):
             return replace(state, state_root=root), []
-    if is_overdue(rules, state, now):
-        for root in sorted(set(back.values())):
-            if quorum(len(nodes_reporting(back, root)), len(back)):
-                return replace(state, state_root=root), []
     missing = set(state.electorate) - set(voters)
     behind = missing & set(state.peers)
     note = f"restarted after round {state.rounds}; waiting for members of that round: {short_names(missing or voters)}"
@@ -91,7 +101,7 @@ def _vote_again(rules: Rules, state: State, last: Promised, record: Record, read
     """Open a ballot on ``record``: more than two thirds may have voted for it already, which nobody here can know."""
     if record.reconfiguration > state.reconfiguration:
         state = replace(state, reconfiguration=record.reconfiguration, electorate=record.electorate)
-        if not has_quorum(ready, record.electorate):
+        if not has_quorum(ready, record.weights):
             return replace(state, resumed=False), []  # those whom that reconfiguration names are waited for
     elif record.reconfiguration < state.reconfiguration:
         return state, []  # it can no more be certified: a later reconfiguration was needed to get here

@@ -64,7 +64,7 @@ class RoundExchange:
         self._failed: set[object] = set()
         self._gradients: dict[bytes, Gradient] = {}
         self._member = plan.member(self._me) is not None
-        self._takes_part = self._member or self._me in chain.voters
+        self._takes_part = self._member or self._me in chain.weights
         """Whether the node votes: a member, or a voter that was not ready when the round was planned."""
         self._told: frozenset[str] = frozenset()
         self._voted = 0
@@ -222,7 +222,7 @@ class RoundExchange:
             self._warn(f"invalid certificate from the coordinator: {error}")
             return None
         # Without a reconfiguration its electorate must be the one this node knows: a certificate alone does not say so.
-        known = record.reconfiguration > 0 or record.electorate == self._chain.voters
+        known = record.reconfiguration > 0 or record.weights == self._chain.weights
         return record if record.plan == self._plan and known else None
 
     def _over(self, status: RunStatus) -> bool:

@@ -14,6 +14,7 @@ from psyche.network.transport import Unreachable
 from psyche.protocol.acceptor import Chain
 from psyche.protocol.messages import Record
 from tests.chains import MANIFEST, NAMES, RULES, Link, chain, link
+from tests.protocol.one_leader import with_electorate
 
 CHAIN = chain(6)
 FORGED = chain(6, flavour=b"forged")
@@ -38,7 +39,7 @@ class Others:
 
 
 def at(link: Link) -> Chain:
-    return Chain(link.record.plan.round, link.record.hash, link.root, 0, link.record.voters)
+    return Chain(link.record.plan.round, link.record.hash, link.root, 0, link.record.standing)
 
 
 def after(others: Others, chain: Chain, *asked: str) -> list[int]:
@@ -67,7 +68,7 @@ def test_voters_that_nobody_named_are_not_believed() -> None:
     """They are no fewer, and coordinators sealed what they decided; but the record before named others."""
 
     def usurped(record: Record) -> Record:
-        return msgspec.structs.replace(record, electorate=NAMES[1:], voters=NAMES[1:])
+        return with_electorate(record, NAMES[1:])
 
     third = link(CHAIN[1], mend=usurped)
     assert after(Others(good=[*CHAIN[:2], third]), START, "good") == [1, 2]

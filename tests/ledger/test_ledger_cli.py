@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from psyche.errors import PsycheError
@@ -16,6 +15,7 @@ from psyche.protocol.messages import Record
 from psyche.telemetry.lines import exclusion_sentence
 from tests.chains import MANIFEST, NAMES, REASON, RULES, link, manifest
 from tests.ledgers import CHAIN, EACH, OTHER, change, fill, psyche_ledger
+from tests.protocol.one_leader import with_electorate
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyP
 
 def test_show_marks_reconfigurations_and_what_was_superseded(tmp_path: Path) -> None:
     def survivors(record: Record) -> Record:
-        return msgspec.structs.replace(record, electorate=NAMES[:3], reconfiguration=1)
+        return with_electorate(record, NAMES[:3], reconfiguration=1)
 
     path = fill(tmp_path / NAME, CHAIN[:2])
     with Ledger.open(path, RULES.run_id) as ledger:

@@ -20,7 +20,7 @@ from psyche.protocol.audits import admissible, asked, audits_after
 from psyche.protocol.messages import Accepted, Contribution, Member, Plan, Standing
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules, StatementReceived
-from psyche.protocol.standing import newly_audited, standing_after
+from psyche.protocol.standing import founding_weights, standing_after, weights_of
 from psyche.protocol.wire import Body, Envelope, encode_envelope
 from tests.protocol.one_leader import GENESIS, RUN_ID, contribution
 
@@ -67,8 +67,14 @@ class Court:
     def members(self) -> list[str]:
         return [node for node in self.nodes if node not in self.audit_state.banned and node not in self.silent]
 
+    @property
+    def weights(self) -> dict[str, int]:
+        """Voting weights in the next round."""
+        return weights_of(self.standing) or founding_weights(self.nodes)
+
     def plan(self) -> Plan:
-        members = tuple(Member(node, self.rules.inner_steps, 1) for node in self.members)
+        weights = self.weights
+        members = tuple(Member(node, self.rules.inner_steps, weights.get(node, 0)) for node in self.members)
         return Plan(self.round + 1, self.round + 1, self.head, GENESIS, round_seed(self.head), 0, "gather", 0, members)
 
     def next(self, statements: Sequence[StatementReceived], private: Sequence[str] = ()) -> AuditState:
@@ -81,16 +87,17 @@ class Court:
             statements,
             plan=plan,
             accepted=given,
-            electorate=self.nodes,
+            electorate=self.weights,
             suspects=self.suspects & {one.node for one in self.audit_state.pool.given},
             rules=self.rules,
         )
         self.standing = standing_after(
             self.standing,
-            round_number=plan.round,
-            electorate=self.nodes,
-            accepted=self.members,
-            audited=newly_audited(after, plan.round),
+            plan=plan,
+            electorate=self.weights,
+            accepted=given,
+            audit_state=after,
+            audits_before=self.audit_state,
             rules=self.rules,
         )
         self.round, self.head = plan.round, digest("court", self.head, *after.statements)

@@ -238,7 +238,7 @@ class Parliament:
         """Take the outer step, or the state of those who did."""
         position = next_position(record.plan, self.rules.batch_size, self.rules.overlap_steps)
         root = root_after(record)
-        voter.chain = Chain(record.plan.round, record.hash, root, position, record.voters, record.standing)
+        voter.chain = Chain(record.plan.round, record.hash, root, position, record.standing)
         voter.last, voter.plan, voter.shown, voter.opened = record, None, {}, {}
         current = seat.state.round
         if current is not None and current.certified and current.plan.round == record.plan.round:
@@ -254,7 +254,7 @@ class Parliament:
             return
         plan, node = current.plan, voter.node
         member = plan.member(node) is not None
-        if not member and node not in voter.chain.voters:
+        if not member and node not in voter.chain.weights:
             return
         if voter.plan != plan:
             voter.plan, voter.shown, voter.opened = plan, {}, {}

@@ -13,23 +13,35 @@ from psyche.protocol.assignment import reducer_order
 from psyche.protocol.audit_messages import EMPTY
 from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Member, Plan, Proposal, Record, Standing
 from psyche.protocol.proposals import round_seed
-from tests.protocol.one_leader import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id
+from psyche.protocol.round_state import Rules
+from psyche.protocol.standing import FOUNDER_WEIGHT, standing_after
+from tests.protocol.one_leader import GENESIS, RULES, RUN_ID, contribution, nodes, peer_id, with_electorate
 
 A, B, C, D = nodes(4)
 STRANGER = peer_id(70)
-CHAIN = Chain(0, RUN_ID, GENESIS, 0, (A, B, C, D))
+CHAIN = Chain(0, RUN_ID, GENESIS, 0)
+W = FOUNDER_WEIGHT
 PLAN = Plan(
-    1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, "gather", 0, tuple(Member(node, 5, 1) for node in (A, B, C, D))
+    1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, "gather", 0, tuple(Member(node, 5, W) for node in (A, B, C, D))
 )
 OPENED = {node: contribution(node, PLAN) for node in (A, B, C)}
+ACCEPTED = tuple(Accepted(node, OPENED[node]) for node in (A, B, C))
+
+
+def standing(before: tuple[Standing, ...] = (), rules: Rules = RULES, **changes: Any) -> tuple[Standing, ...]:
+    """What a record of the round says of its nodes."""
+    known = {"plan": PLAN, "electorate": PLAN.weights, "accepted": ACCEPTED} | changes
+    return standing_after(before, audit_state=EMPTY, audits_before=EMPTY, rules=rules, **known)
+
+
 RECORD = Record(
     plan=PLAN,
-    accepted=tuple(Accepted(node, OPENED[node]) for node in (A, B, C)),
+    accepted=ACCEPTED,
     excluded=(Excluded(D, ExclusionReason.NO_COMMITMENT),),
     reconfiguration=0,
     electorate=(A, B, C, D),
-    voters=(A, B, C),
-    standing=(),
+    voting_weights=(W, W, W, W),
+    standing=standing(),
     audit_state=EMPTY,
     reducer_order=(),
     results=(),
@@ -39,10 +51,6 @@ RECORD = Record(
 
 def changed(struct: Any, **fields: object) -> Any:
     return msgspec.structs.replace(struct, **fields)
-
-
-def by_node(one: Standing) -> str:
-    return one.node
 
 
 def by_name(accepted: Accepted) -> str:
@@ -69,6 +77,7 @@ def test_a_higher_term_supersedes() -> None:
         RECORD,
         accepted=RECORD.accepted[:2],
         excluded=(Excluded(C, ExclusionReason.NO_COMMITMENT), Excluded(D, ExclusionReason.NO_COMMITMENT)),
+        standing=standing(accepted=ACCEPTED[:2]),
     )
     assert vote(other, term=3, acceptor=vote(RECORD)) == Acceptor(0, 3, other.hash)
 
@@ -94,11 +103,11 @@ REFUSED: dict[str, tuple[Record, dict[str, Any]]] = {
     "members are not in ascending order": (with_plan(members=PLAN.members[::-1]), {}),
     "in ascending order": (with_plan(members=(PLAN.members[0], *PLAN.members)), {}),
     "this node is in term 3": (RECORD, {"acceptor": promise(Acceptor(), 3)}),
-    "the electorate is not": (changed(RECORD, electorate=(A, B, C)), {}),
-    "no reconfiguration names another": (RECORD, {"chain": replace(CHAIN, voters=(A, B, C))}),
-    "not members of this one": (changed(RECORD, voters=tuple(sorted((A, B, C, STRANGER)))), {}),
-    "voters of the next round": (changed(RECORD, voters=(C, B, A)), {}),
-    "left without a vote": (changed(RECORD, voters=(A, B)), {}),
+    "the electorate is not": (with_electorate(RECORD, (A, B, C)), {}),
+    "no reconfiguration names another": (changed(RECORD, voting_weights=(W, W, W, W + 1)), {}),
+    "names nodes without voting weight": (with_electorate(RECORD, (A, B, STRANGER), reconfiguration=1), {}),
+    "voting weights are not those": (with_plan(members=tuple(Member(n, 5, W + (n == A)) for n in (A, B, C, D))), {}),
+    "the standing of nodes does not follow": (changed(RECORD, standing=RECORD.standing[1:]), {}),
     "not in ascending order of node": (changed(RECORD, accepted=RECORD.accepted[::-1]), {}),
     "accepted contributions are not": (changed(RECORD, accepted=(RECORD.accepted[0], *RECORD.accepted)), {}),
     "is no member of the round": (
@@ -120,7 +129,7 @@ def test_a_bad_record_gets_no_vote(reason: str) -> None:
 
 
 def test_a_reconfiguration_names_survivors_of_the_round() -> None:
-    record = changed(RECORD, electorate=(A, C), reconfiguration=1)
+    record = with_electorate(RECORD, (A, B, C), reconfiguration=1)
     assert vote(record).record == record.hash
 
 
@@ -198,21 +207,29 @@ def test_a_round_that_the_manifest_does_not_shard_is_not_sharded() -> None:
         vote(SHARDED)
 
 
-ON_PROBATION = {
-    "rules": replace(RULES, probation=3),
-    "chain": replace(CHAIN, voters=(A, B), standing=(Standing(A, 3, 1, 0), Standing(B, 3, 1, 0), Standing(C, 1, 1, 0))),
-}
-COUNTED = changed(
-    RECORD,
-    plan=changed(PLAN, members=tuple(Member(node, 5, int(node in (A, B))) for node in (A, B, C, D))),
-    electorate=(A, B),
-    voters=(A, B),
-    standing=(Standing(A, 3, 1, 0), Standing(B, 3, 1, 0), Standing(C, 2, 1, 0)),
+PROBATION = replace(RULES, probation=3)
+BEFORE = (Standing(A, 3, 1, 0, 0, W), Standing(B, 3, 1, 0, 0, W), Standing(C, 1, 1, 0, 200, 0))
+ON_PROBATION: dict[str, Any] = {"rules": PROBATION, "chain": replace(CHAIN, standing=BEFORE)}
+NEWCOMERS_PLAN = changed(PLAN, members=tuple(Member(node, 5, W * (node in (A, B))) for node in (A, B, C, D)))
+COUNTED = with_electorate(
+    changed(
+        RECORD,
+        plan=NEWCOMERS_PLAN,
+        standing=standing(BEFORE, PROBATION, plan=NEWCOMERS_PLAN, electorate={A: W, B: W}),
+    ),
+    (A, B),
 )
 
 
 def test_accepted_contributions_are_counted_by_every_voter() -> None:
     assert vote(COUNTED, **ON_PROBATION).record == COUNTED.hash
+    assert COUNTED.voters == (A, B)
+    assert COUNTED.standing[2] == Standing(C, 2, 1, 0, 400, 0)
+
+
+def with_weight(weight: int) -> tuple[Standing, ...]:
+    """The standing of ``COUNTED``, but C has voting weight."""
+    return (*COUNTED.standing[:2], changed(COUNTED.standing[2], weight=weight))
 
 
 @pytest.mark.parametrize(
@@ -220,17 +237,14 @@ def test_accepted_contributions_are_counted_by_every_voter() -> None:
     [
         ({"standing": ()}, "does not follow"),
         ({"standing": COUNTED.standing[:2]}, "does not follow"),
-        ({"standing": (*COUNTED.standing[:2], Standing(C, 3, 1, 0))}, "does not follow"),
-        (
-            {"standing": tuple(sorted((*COUNTED.standing, Standing(D, 3, 1, 0)), key=by_node))},
-            "not follow",
-        ),
-        ({"voters": (A, B, C)}, "past their probation"),
-        ({"voters": (A, B, D)}, "past their probation"),
-        ({"voters": (A,)}, "left without a vote"),
-        ({"plan": PLAN}, "gives votes to others"),
-        ({"plan": PLAN, "reconfiguration": 1}, "gives votes to others"),
-        ({"plan": changed(PLAN, members=tuple(Member(node, 5, 0) for node in (A, B, C, D)))}, "gives votes to others"),
+        ({"standing": with_weight(1)}, "does not follow"),
+        ({"standing": with_weight(W)}, "does not follow"),
+        ({"electorate": (A, B, C), "voting_weights": (W, W, W)}, "the electorate is not"),
+        ({"electorate": (C,), "voting_weights": (W,), "reconfiguration": 1}, "without voting weight"),
+        ({"plan": PLAN}, "voting weights are not those"),
+        ({"plan": PLAN, "reconfiguration": 1}, "voting weights are not those"),
+        ({"plan": changed(PLAN, members=tuple(Member(n, 5, 0) for n in (A, B, C, D)))}, "voting weights are not"),
+        ({"plan": changed(PLAN, members=(Member(C, 5, 0),)), "accepted": ACCEPTED[2:]}, "leaves out more than half"),
     ],
 )
 def test_a_vote_that_was_not_earned_gets_none(lie: dict[str, Any], reason: str) -> None:

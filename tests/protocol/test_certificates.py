@@ -26,7 +26,7 @@ from psyche.protocol.messages import (
 )
 from psyche.protocol.messages import Vote as Ballot
 from psyche.protocol.wire import Body, decode_envelope, encode_envelope
-from tests.protocol.one_leader import GENESIS, RUN_ID, contribution
+from tests.protocol.one_leader import GENESIS, RUN_ID, contribution, with_electorate
 
 COORDINATOR, STRANGER, *MEMBERS = (Identity(bytes([n]) * 32, Path("unused")) for n in range(1, 7))
 MEMBERS.sort(key=lambda identity: identity.peer_id)
@@ -38,7 +38,7 @@ RECORD = Record(
     excluded=(Excluded(NAMES[3], ExclusionReason.NO_COMMITMENT),),
     reconfiguration=0,
     electorate=NAMES,
-    voters=NAMES,
+    voting_weights=(4, 3, 2, 2),
     standing=(),
     audit_state=EMPTY,
     reducer_order=(),
@@ -102,10 +102,10 @@ def in_the_name_of(item: bytes, name: str) -> bytes:
 TWO = [ballot(member) for member in MEMBERS[:2]]
 FORGERIES: dict[str, tuple[str, list[bytes]]] = {
     "no votes": ("0 votes", []),
-    "two of four": ("2 votes are not more than two thirds of 4", TWO),
-    "one vote three times": ("2 votes", [*TWO, TWO[0], TWO[0]]),
-    "a stranger's vote": ("2 votes", [*TWO, ballot(STRANGER)]),
-    "the coordinator's own vote": ("2 votes", [*TWO, ballot(COORDINATOR)]),
+    "two of four": ("2 votes have 63", TWO),
+    "one vote three times": ("2 votes have 63", [*TWO, TWO[0], TWO[0]]),
+    "a stranger's vote": ("3 votes have 63", [*TWO, ballot(STRANGER)]),
+    "the coordinator's own vote": ("3 votes have 63", [*TWO, ballot(COORDINATOR)]),
     "a broken signature": ("cannot be believed", [*TWO, with_broken_signature(ballot(MEMBERS[2]))]),
     "in another's name": ("cannot be believed", [*TWO, in_the_name_of(TWO[0], NAMES[2])]),
     "of another run": ("cannot be believed", [*TWO, ballot(MEMBERS[2], run_id=b"q" * 32)]),
@@ -156,9 +156,9 @@ def test_another_runs_certificate_proves_nothing() -> None:
 
 
 def test_survivors_of_a_reconfiguration_are_enough() -> None:
-    record = msgspec.structs.replace(RECORD, electorate=NAMES[:2], reconfiguration=1)
+    record = with_electorate(RECORD, NAMES[:2], reconfiguration=1)
     assert check(certificate([ballot(m, record) for m in MEMBERS[:2]], record)) == record
-    with pytest.raises(BadCertificate, match="1 votes are not more than two thirds of 2"):
+    with pytest.raises(BadCertificate, match="3 votes have 42"):
         check(certificate([ballot(m, record) for m in MEMBERS[1:]], record))
 
 

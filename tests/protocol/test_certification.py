@@ -314,7 +314,7 @@ BUGS: dict[str, tuple[Callable[[], None], Callable[[], ExitStack]]] = {
     ),
     "a quorum of one half": (
         CASES[1],
-        patched(psyche__protocol__proposals__quorum=half_is_enough, psyche__protocol__takeover__quorum=half_is_enough),
+        patched(psyche__protocol__standing__quorum=half_is_enough),
     ),
     "signing a roster after a seal": (
         CASES[2],

@@ -14,6 +14,7 @@ from psyche.protocol.chain import BadLedger, Entry, claimed, missing_rounds
 from psyche.protocol.messages import Accepted, Certificate, Excluded, ExclusionReason, Record
 from psyche.protocol.wire import decode, decode_envelope, encode_envelope
 from tests.chains import NAMES, RULES, STRANGER, Link, certify, chain, link, verified, with_plan
+from tests.protocol.one_leader import with_electorate
 
 CHAIN = chain(6)
 ENTRIES = [one.entry for one in CHAIN]
@@ -158,9 +159,12 @@ CONSPIRACIES: dict[str, tuple[str, Callable[[Record], Record]]] = {
         "does not follow",
         lambda record: msgspec.structs.replace(record, standing=record.standing[1:]),
     ),
-    "a vote for the one left out": (
-        "left without a vote",
-        lambda record: msgspec.structs.replace(record, voters=record.voters[1:]),
+    "weight that nobody earned": (
+        "does not follow",
+        lambda record: msgspec.structs.replace(
+            record,
+            standing=tuple(msgspec.structs.replace(one, weight=one.weight + 1) for one in record.standing),
+        ),
     ),
     "a stranger": (
         "no member",
@@ -195,10 +199,10 @@ def test_voters_that_nobody_named() -> None:
     """Without a roster, those vote whom the round before named; the first round's are named by one."""
 
     def usurped(record: Record) -> Record:
-        return msgspec.structs.replace(record, electorate=NAMES[1:], voters=NAMES[1:])
+        return with_electorate(record, NAMES[1:])
 
     first = chain(1)[0]
     second = link(first, mend=usurped)
-    assert "its voters are not those" in fault([first.entry, second.entry]).reason
+    assert "the electorate is not that of the record before" in fault([first.entry, second.entry]).reason
     unfounded = link(None, mend=lambda record: msgspec.structs.replace(record, reconfiguration=0))
     assert "no reconfiguration names its voters" in fault([unfounded.entry]).reason
