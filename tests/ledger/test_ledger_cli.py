@@ -103,7 +103,7 @@ def test_show_as_json_and_of_one_node(directory: Path) -> None:
     assert [(one["round"], len(one["members"])) for one in story["rounds"]] == [(5, 1), (6, 1)]
     assert story["rounds"][0]["members"][0] == {
         "node": NAMES[-1],
-        "votes": 1,
+        "votes": CHAIN[4].record.plan.members[-1].votes,
         "tokens": None,
         "inner_steps": None,
         "payload_bytes": None,

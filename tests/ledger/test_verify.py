@@ -175,7 +175,7 @@ def test_a_changed_vote_is_named(sound: Path) -> None:
         assert fault(path).round == 4
         assert "cannot be believed" in fault(path).reason
         change(path, "UPDATE rounds SET certificate = ? WHERE round = 4", certify(CHAIN[3].record, voters=2))
-        assert "2 votes are not more than two thirds of 4" in fault(path).reason
+        assert "2 votes have 5" in fault(path).reason
 
 
 def test_a_run_that_went_back_is_told_by_its_ledger(sound: Path) -> None:
@@ -235,7 +235,7 @@ def test_votes_count_from_members_only(sound: Path, round_number: int, number: i
         again = signed_again(CHAIN[round_number - 1].certificate, "votes", number, by)
         again = signed_again(again, "votes", number + 1, by)
         change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round_number)
-        assert (fault(path).round, "2 votes are not more than two thirds of 4" in fault(path).reason) == (
+        assert (fault(path).round, "votes have" in fault(path).reason) == (
             round_number,
             True,
         )
@@ -286,7 +286,7 @@ def test_a_coordinator_alone_rewrites_nothing(sound: Path, name: str, rows: bool
             change(path, "UPDATE rounds SET certificate = ? WHERE round = 4", certificate.encode())
         found = fault(path)
         assert found.round == 4
-        assert ("is for something else" if votes else "0 votes are not more than two thirds of 4") in found.reason
+        assert ("is for something else" if votes else "0 votes have 0.0% of the weight") in found.reason
 
 
 @given(st.integers(0, 2**30), st.integers(1, 255))
