@@ -16,7 +16,7 @@ from psyche.config import Manifest
 from psyche.coordinator.cosigner import Cosigner
 from psyche.coordinator.leadership import Leadership
 from psyche.coordinator.promises import Promises
-from psyche.coordinator.status import revealed_count, status_of, visible
+from psyche.coordinator.status import StateAttestations, revealed_count, status_of, visible
 from psyche.exchange.rules import rules_of
 from psyche.ledger.certificate_check import certified_record
 from psyche.ledger.writer import LedgerWriter
@@ -104,6 +104,7 @@ class Coordinator:
         self._proposal: bytes | None = None
         self._certificate: Certificate | None = None
         self._certified: protocol.Certified | None = None
+        self._attestations = StateAttestations()
         self._version = 0
         self._board = b""
         self._changed = asyncio.Condition()
@@ -205,6 +206,8 @@ class Coordinator:
         node, round_number = envelope.author, envelope.round
         match body:
             case Hello():
+                if node in self.state.electorate:
+                    self._attestations.add(node, body.rounds, body.state_root, proof)
                 await self._receive_hello(node, body)
             case Promise():
                 promise = self._promises.check(node, body)
@@ -231,6 +234,7 @@ class Coordinator:
             case Vote():
                 await self._dispatch(protocol.Voted(node, round_number, body.term, body.record, proof))
             case Attestation():
+                self._attestations.add(node, round_number, body.state_root, proof)
                 await self._dispatch(protocol.Attested(node, round_number, body.state_root, frozenset(body.suspects)))
                 self.log.emit(events.Attested(round=round_number, peer=node, state_root=body.state_root.hex()))
 
@@ -388,6 +392,7 @@ class Coordinator:
                 claim=self._claim,
                 proposal=self._proposal,
                 certificate=self._certificate,
+                attestations=self._attestations.proof(self.state),
             )
             self._board = self._seal(status, self.state.rounds)
             self._changed.notify_all()

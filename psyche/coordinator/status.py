@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from psyche.protocol.messages import Certificate, ReductionStatus, RunStatus
-from psyche.protocol.proposals import mostly_done
+from psyche.protocol.proposals import electorate_weights, mostly_done
 from psyche.protocol.round_state import Phase, Reduction, Stage, State
+from psyche.protocol.standing import total
 
 
 def status_of(
-    state: State, *, version: int, claim: bytes, proposal: bytes | None, certificate: Certificate | None
+    state: State,
+    *,
+    version: int,
+    claim: bytes,
+    proposal: bytes | None,
+    certificate: Certificate | None,
+    attestations: tuple[bytes, ...],
 ) -> RunStatus:
-    """Build the run status. ``proposal`` and ``certificate`` have all their signatures."""
+    """Build the run status. ``proposal`` and ``certificate`` have all their signatures; see :class:`RunStatus`."""
     current = state.round
     closed = current is not None and current.stage is not Stage.COMMITTING
     return RunStatus(
@@ -28,8 +35,45 @@ def status_of(
         reducing=_reducing(current.reduction) if current and current.reduction else None,
         proposal=proposal if current and current.proposal else None,
         certificate=certificate,
+        attestations=attestations,
         note=state.note[:500],
     )
+
+
+class StateAttestations:
+    """Collects the voters' signed statements of the state they hold, which prove it to nodes that do not hold it yet.
+
+    A coordinator's word proves no state: a node replaces one that it has computed itself only for more than half of the
+    voting weight.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[int, bytes, bytes]] = {}
+        """Last statement of each voter: round, state root, signed message."""
+        self._complete: tuple[tuple[int, bytes], tuple[bytes, ...]] | None = None
+
+    def add(self, node: str, round_number: int, state_root: bytes, proof: bytes) -> None:
+        """Record that ``node``, a voter or member, holds ``state_root`` after a round."""
+        self._held[node] = round_number, state_root, proof
+
+    def proof(self, state: State) -> tuple[bytes, ...]:
+        """Return statements for the run's current state, by nodes with more than half of the weight if there are."""
+        if not state.rounds or not state.state_root:
+            return ()
+        key = state.rounds, state.state_root
+        if self._complete is not None and self._complete[0] == key:
+            return self._complete[1]
+        weights = electorate_weights(state)
+        self._held = {node: one for node, one in self._held.items() if node in weights and one[0] >= state.rounds}
+        needed, found = total(weights), []
+        for node in sorted(weights, key=lambda node: -weights[node]):
+            if node in self._held and self._held[node][:2] == key:
+                found.append(self._held[node][2])
+                needed -= 2 * weights[node]
+            if needed < 0:
+                self._complete = key, tuple(found)
+                break
+        return tuple(found)
 
 
 def visible(state: State) -> tuple[object, ...]:

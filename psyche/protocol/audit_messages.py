@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -99,11 +100,18 @@ class Audit(Message, frozen=True):
     since: Positive
     """the round in whose record that was last decided."""
     candidates: Annotated[tuple[NodeId, ...], Meta(max_length=JURY)]
-    """Who may be asked, in this order."""
+    """The nodes that may be asked, in this order: drawn by voting weight."""
+    weights: Annotated[tuple[Positive, ...], Meta(max_length=JURY)]
+    """The voting weight of each candidate when it was drawn; a jury decides by it."""
     opinions: Annotated[tuple[Opinion, ...], Meta(max_length=JURY)]
     """In the order in which they came on record."""
     declined: Annotated[tuple[NodeId, ...], Meta(max_length=JURY)] = ()
     """Candidates that cannot do it, in the order in which they said so. They are not asked again."""
+
+    def weight(self, nodes: Iterable[str]) -> int:
+        """Return the voting weight of those of ``nodes`` that are candidates."""
+        known = dict(zip(self.candidates, self.weights, strict=True))
+        return sum(known.get(node, 0) for node in set(nodes))
 
     @property
     def able(self) -> tuple[NodeId, ...]:

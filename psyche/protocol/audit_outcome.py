@@ -80,18 +80,18 @@ def decide(audit: Audit, rules: AuditRules, *, fresh: bool, again: bool, late: b
     if _doubtful(measured) and audit.looks < JURY and not all_heard:
         return JURY
     found = _weighed(audit, grades, fresh=fresh, again=again, all_heard=all_heard)
-    return found if isinstance(found, int) else _without(found, _astray(measured), len(measured))
+    return found if isinstance(found, int) else _without(found, _astray(audit, measured), len(measured))
 
 
 def _weighed(audit: Audit, grades: dict[str, Grade], *, fresh: bool, again: bool, all_heard: bool) -> Judgement:
     """What follows from what auditors say of the contribution."""
     passing, failing, unserved = (_of(grades, one) for one in ("pass", "fail", "unserved"))
     if failing:
-        return _tried(audit, passing, failing, all_heard)
+        return _tried(audit, passing, failing, unserved, all_heard)
     if unserved:
         if audit.looks < MORE and not all_heard:
             return MORE
-        gone = len(unserved) > len(passing) and len(unserved) >= LEAST
+        gone = audit.weight(unserved) > audit.weight(passing) and len(unserved) >= LEAST
         return Ended("unserved", unserved) if gone else Ended("passed" if passing else "inconclusive", passing)
     if audit.looks == 1 and grades and not all_heard and (fresh or again):
         return 1 if fresh else 2
@@ -100,30 +100,39 @@ def _weighed(audit: Audit, grades: dict[str, Grade], *, fresh: bool, again: bool
     return Ended("passed", passing) if passing else Ended("inconclusive", frozenset(grades))
 
 
-def _tried(audit: Audit, passing: frozenset[str], failing: frozenset[str], all_heard: bool) -> Judgement:
-    """At least one fails it."""
-    many, few = sorted((passing, failing), key=len, reverse=True)
-    if not all_heard and (audit.looks < JURY or not _two_thirds(many, audit.able)):
+def _tried(
+    audit: Audit, passing: frozenset[str], failing: frozenset[str], unserved: frozenset[str], all_heard: bool
+) -> Judgement:
+    """At least one auditor fails the contribution: a jury decides, by voting weight.
+
+    Withholding the work from a jury counts as failing it: a node that serves it to one auditor can serve it to all.
+    """
+    against = failing | unserved
+    many, few = (passing, against) if audit.weight(passing) > audit.weight(against) else (against, passing)
+    if not all_heard and (audit.looks < JURY or not _two_thirds(audit, many, audit.able)):
         return JURY
-    voices = passing | failing
-    if not _two_thirds(many, voices):
+    voices = passing | against
+    if not _two_thirds(audit, many, voices) or 2 * audit.weight(voices) < audit.weight(audit.able):
         return Ended("inconclusive")
-    lied = few if len(voices) >= LEAST_JURY else frozenset()
+    contradicted = many is passing or _two_thirds(audit, failing, passing | failing)
+    lied = few - unserved if contradicted and len(voices) >= LEAST_JURY else frozenset()
     if many is passing:
         return Ended("passed", passing, lied)
     least = MORE if passing else LEAST
     if audit.declined:  # those who are left over when many cannot look are not a jury
         least = max(least, (len(audit.candidates) + 1) // 2)
-    return Ended("convicted", failing, lied) if len(failing) >= least else Ended("inconclusive")
+    return Ended("convicted", against, lied) if len(against) >= least else Ended("inconclusive")
 
 
 def _clear(audit: Audit, grades: dict[str, Grade]) -> bool:
     """Whether no other voice can change anything."""
-    return any(_two_thirds(_of(grades, one), audit.able) for one in ("pass", "fail"))
+    failing = _of(grades, "fail")
+    against = failing | _of(grades, "unserved") if failing else failing
+    return any(_two_thirds(audit, some, audit.able) for some in (_of(grades, "pass"), against))
 
 
-def _two_thirds(some: Collection[str], of: Collection[str]) -> bool:
-    return 3 * len(some) >= 2 * len(of)
+def _two_thirds(audit: Audit, some: Collection[str], of: Collection[str]) -> bool:
+    return 3 * audit.weight(some) >= 2 * audit.weight(of)
 
 
 def _of(grades: dict[str, Grade], wanted: Grade) -> frozenset[str]:
@@ -147,11 +156,11 @@ def _doubtful(measured: Mapping[str, Finding]) -> bool:
     return any(unlike(one, other) for one, other in combinations(measured.values(), 2))
 
 
-def _astray(measured: Mapping[str, Finding]) -> frozenset[str]:
+def _astray(audit: Audit, measured: Mapping[str, Finding]) -> frozenset[str]:
     """Who shows another way than two thirds do; nobody where no two thirds show one, or training is noisy."""
     near = ([node for node, one in measured.items() if not unlike(one, middle)] for middle in measured.values())
-    most = max(near, key=len, default=[])
-    if not most or not _two_thirds(most, measured) or median_low(measured[node].noise for node in most) > QUIET:
+    most = max(near, key=audit.weight, default=[])
+    if not most or not _two_thirds(audit, most, measured) or median_low(measured[node].noise for node in most) > QUIET:
         return frozenset()
     return frozenset(measured) - frozenset(most)
 

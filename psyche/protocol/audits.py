@@ -41,6 +41,10 @@ NEW = 2
 OVERDUE = 1
 """Added to that of who has not been audited for twice as many rounds as audits are apart on average: luck is no
 excuse (the chance of it is e⁻² at a constant rate)."""
+MOST_WITHHELD = 3
+"""Audits in a row for which a node does not hand over its work before it is convicted. Each was asked for by three
+auditors, three times each. At the default rate that is some 60 rounds in which a node serves its payloads, without
+which they would not be accepted, and not its audit data."""
 SUSPECT = 20
 """Times the rate at which contributions that stood out are audited: at the usual one of 1 in 20 all of them are."""
 
@@ -109,37 +113,54 @@ def by_suspicion(pool: Pool, suspects: Collection[str], rules: Rules) -> Iterato
             yield node
 
 
-def auditors(accepted: Sequence[Accepted], electorate: Collection[str], out: Collection[str]) -> list[str]:
-    """Who may be asked for an audit that a record opens, ascending: all who vote on it, for they hold what the round
-    was trained from. But nobody of ``out``, and nobody who trains on private data and so lacks the run's text."""
+def auditors(accepted: Sequence[Accepted], electorate: Mapping[str, int], out: Collection[str]) -> dict[str, int]:
+    """Return the nodes that may be asked for an audit that a record opens, and their voting weights.
+
+    They are its electorate, which holds what the round was trained from; but nobody of ``out``, and nobody who trains
+    on private data and so lacks the run's text.
+    """
     private = {one.node for one in accepted if one.contribution.private}
-    return sorted(set(electorate) - private - set(out))
+    return {node: electorate[node] for node in sorted(electorate) if node not in private and node not in out}
 
 
 def opened(
-    pool: Pool, round_number: int, since: int, accused: Iterable[str], auditors: Sequence[str], out: Collection[str]
+    pool: Pool,
+    round_number: int,
+    since: int,
+    accused: Iterable[str],
+    auditors: Mapping[str, int],
+    out: Collection[str],
 ) -> Iterator[Audit]:
-    """Audits of contributions to ``round`` by nodes that are not in ``out``, drawn in the record of ``since``.
+    """Yield audits of contributions to a round by nodes that are not in ``out``, drawn in the record of ``since``.
 
-    Of the ``auditors`` those who contributed come first: to follow rounds without work gives no seat in a large run.
+    ``auditors`` are voting weights. Those who contributed come first, because they are here.
     """
+    contributed = {one.node for one in pool.given}
     for node in accused:
         given = pool.of(node)
-        contributed = {one.node for one in pool.given}
-        first = [one for one in auditors if one != node and one in contributed]
-        rest = [one for one in auditors if one != node and one not in contributed]
-        if given is not None and (first or rest) and node not in out:
-            seats = (*_candidates(first, pool.seed, node), *_candidates(rest, pool.seed, node))[:JURY]
-            yield Audit(node, round_number, given.tokens, 1, since, seats, ())
+        others = {one: weight for one, weight in auditors.items() if one != node}
+        if given is not None and others and node not in out:
+            first = _drawn({one: weight for one, weight in others.items() if one in contributed}, pool.seed, node)
+            rest = _drawn({one: weight for one, weight in others.items() if one not in contributed}, pool.seed, node)
+            seats = (*first, *rest)[:JURY]
+            weights = tuple(others[one] for one in seats)
+            yield Audit(node, round_number, given.tokens, 1, since, seats, weights, ())
 
 
-def _candidates(nodes: list[str], seed: bytes, accused: str) -> tuple[str, ...]:
-    """The first of ``nodes`` as the seed shuffles them: of thousands no more hashes are taken than a jury has seats."""
-    for seat in range(min(JURY, len(nodes))):
-        hash = digest("auditor", seed, accused.encode(), seat.to_bytes(8, "little"))
-        at = seat + int.from_bytes(hash, "little") % (len(nodes) - seat)
-        nodes[seat], nodes[at] = nodes[at], nodes[seat]
-    return tuple(nodes[:JURY])
+def _drawn(weights: Mapping[str, int], seed: bytes, accused: str) -> list[str]:
+    """Draw up to ``JURY`` nodes in order, each with a probability proportional to its weight, without replacement."""
+    left = dict(weights)
+    seats: list[str] = []
+    while left and len(seats) < JURY:
+        hash = digest("auditor", seed, accused.encode(), len(seats).to_bytes(8, "little"))
+        point = int.from_bytes(hash, "little") % sum(left.values())
+        for node, weight in left.items():
+            point -= weight
+            if point < 0:
+                seats.append(node)
+                break
+        del left[seats[-1]]
+    return seats
 
 
 def _risk(standing: Standing | None, round_number: int, rules: Rules) -> int:
@@ -163,7 +184,7 @@ def audits_after(
     *,
     plan: Plan,
     accepted: Sequence[Accepted],
-    electorate: Collection[str],
+    electorate: Mapping[str, int],
     suspects: Collection[str],
     rules: Rules,
 ) -> AuditState:
@@ -177,7 +198,11 @@ def audits_after(
             raise InvalidAudits(f"{one.node[-6:]} speaks of an audit that is not open")
         audits[one.key] = _heard(audits[one.key], one, plan.round, rules.audits)
     fresh = {one.key for one in said if isinstance(one.body, Verdict)}
-    judged = {key: _judged(one, plan, before, rules.audits, fresh=key in fresh) for key, one in audits.items()}
+    withheld = {one.node: one.withheld for one in standing}
+    judged = {
+        key: _repeated(_judged(one, plan, before, rules.audits, fresh=key in fresh), withheld)
+        for key, one in audits.items()
+    }
     closed = [one for one in judged.values() if isinstance(one, Closed)]
     convicted = {one.accused for one in closed if one.outcome == "convicted"} | {n for one in closed for n in one.lied}
     still = [one for one in judged.values() if isinstance(one, Audit) and one.accused not in convicted]
@@ -243,6 +268,15 @@ def _judged(audit: Audit, plan: Plan, before: AuditState, rules: AuditRules, *, 
     )
 
 
+def _repeated(found: Audit | Closed, withheld: Mapping[str, int]) -> Audit | Closed:
+    """Convict a node that has not handed over its work several times in a row, without an audit passed in between."""
+    if not isinstance(found, Closed) or found.outcome != "unserved":
+        return found
+    if withheld.get(found.accused, 0) + 1 >= MOST_WITHHELD:
+        return msgspec.structs.replace(found, outcome="convicted")
+    return found
+
+
 # ----------------------------------------------------------------------------- of records and messages
 
 
@@ -293,7 +327,7 @@ def audits_fault(record: Record, before: AuditState, standing: Sequence[Standing
             statements(record.audit_state),
             plan=record.plan,
             accepted=record.accepted,
-            electorate=record.electorate,
+            electorate=record.weights,
             suspects=record.audit_state.suspects,
             rules=rules,
         )

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from psyche.protocol.messages import Certificate, Proposal, Reconfiguration, Record, Seal, Vote
+from psyche.protocol.messages import Attestation, Certificate, Hello, Proposal, Reconfiguration, Record, Seal, Vote
 from psyche.protocol.standing import has_quorum, total
 from psyche.protocol.wire import Body, Envelope, MalformedMessage, decode, decode_envelope
 
@@ -156,6 +156,35 @@ def _open(open_envelope: Open, envelope: Envelope, domain: str, run_id: bytes, r
         open_envelope(envelope, domain=domain, run_id=run_id, round_number=round_number)
     except Exception as error:  # whatever the reason, it proves nothing
         raise BadCertificate(f"the {domain} of {envelope.author} cannot be believed: {error}") from None
+
+
+def attests_state(
+    items: Iterable[bytes],
+    *,
+    round_number: int,
+    state_root: bytes,
+    weights: Mapping[str, int],
+    run_id: bytes,
+    open_envelope: Open,
+) -> bool:
+    """Return whether nodes with more than half of ``weights`` sign that ``state_root`` is the state after a round.
+
+    ``items`` are signed :class:`Attestation` or :class:`Hello` messages. Those that are malformed, of another round or
+    state, or of nodes without weight, count nothing.
+    """
+    holders: set[str] = set()
+    for item in items:
+        try:
+            envelope = decode_envelope(item)
+            if envelope.author not in weights or envelope.author in holders:
+                continue
+            kind: type[Attestation | Hello] = Attestation if envelope.domain == Attestation.DOMAIN else Hello
+            _open(open_envelope, envelope, kind.DOMAIN, run_id, round_number)
+            if decode(kind, envelope.body).state_root == state_root:
+                holders.add(envelope.author)
+        except (MalformedMessage, BadCertificate):
+            continue
+    return 2 * total(weights, holders) > total(weights)
 
 
 KEPT_ROUNDS = 64

@@ -228,7 +228,7 @@ class CreditAccounts:
     def _close(self, one: Closed) -> None:
         """What follows from how an audit ended, but for convictions."""
         accused, tokens = self.account(one.accused), self._open.get((one.accused, one.round), 0)
-        accused.audited += 1
+        accused.audited += one.outcome != "dropped"
         accused.passed += one.outcome == "passed"
         for auditor in one.paid:
             account = self.account(auditor)

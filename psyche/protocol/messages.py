@@ -154,6 +154,8 @@ class Standing(Message, frozen=True):
     """The last round in which a contribution was accepted; 0: none was."""
     audited: Natural
     """The last round whose contribution was drawn for an audit; 0: none yet."""
+    withheld: Natural
+    """Audits in a row for which it did not hand over its work."""
     pending: Natural
     """Tokens of accepted work that have not yet matured into voting weight (``protocol/standing.py``)."""
     weight: Natural
@@ -426,6 +428,8 @@ class RunStatus(Body, frozen=True):
     proposal: Signed | None
     certificate: Certificate | None
     """Certificate of round ``rounds``."""
+    attestations: Annotated[tuple[Signed, ...], Meta(max_length=MAX_MEMBERS)]
+    """Signed :class:`Attestation` or :class:`Hello` messages of voters who hold ``state_root`` after that round."""
     note: Annotated[str, Meta(max_length=500)]
     """A sentence for people: what the run waits for, or why it is paused or finished."""
 

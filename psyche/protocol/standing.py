@@ -124,7 +124,15 @@ def standing_after(
     }
     weights = _moved({node: weight for node, weight in weights.items() if node not in banned}, matured)
     contributed = {one.node for one in accepted}
-    audited = newly_audited(audit_state, round_number)
+    withheld = {one.node: one.withheld for one in before}
+    audited = dict.fromkeys(newly_audited(audit_state, round_number), round_number)
+    for closed in audit_state.closed:
+        if closed.outcome == "unserved":
+            withheld[closed.accused] = withheld.get(closed.accused, 0) + 1
+        elif closed.outcome == "passed":
+            withheld[closed.accused] = 0
+        elif closed.outcome == "dropped":  # nobody looked, so that the next audit is overdue
+            audited.setdefault(closed.accused, 0)
     found = []
     for node in {*known, *contributed, *weights, *pending}:
         old = known.get(node)
@@ -133,7 +141,8 @@ def standing_after(
                 node,
                 rounds.get(node, 0),
                 round_number if node in contributed else (old.last if old else 0),
-                round_number if node in audited else (old.audited if old else 0),
+                audited.get(node, old.audited if old else 0),
+                withheld.get(node, 0),
                 pending[node] - matured.get(node, 0),
                 weights.get(node, 0),
             )

@@ -15,10 +15,12 @@ from psyche.exchange.base import Exchange, applied_blobs
 from psyche.exchange.payload_store import PayloadStore
 from psyche.ledger.chain_sync import CertifiedRecord, ChainFetcher, verified_successors
 from psyche.ledger.writer import LedgerWriter
+from psyche.network.identity import open_envelope
 from psyche.network.transport import FetchError
 from psyche.protocol.acceptor import Chain, plan_fault
-from psyche.protocol.certificates import BadCertificate
+from psyche.protocol.certificates import BadCertificate, attests_state
 from psyche.protocol.messages import Plan, Record, RunStatus
+from psyche.protocol.takeover import MINORITY_SILENCES
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.telemetry.formatting import plural, size
@@ -51,6 +53,7 @@ class CatchUp:
         self._chain_fetcher = ChainFetcher(replica.manifest, payload_store.network.rpc)
         self._replayed_at_most = settings.checkpoint_every * settings.checkpoints_kept
         """Rounds that other members keep payloads for, about. A node that missed more fetches the state at once."""
+        self._patience = MINORITY_SILENCES * replica.run.deadlines.silence
         self._partial: tuple[PartialState, Chain] | None = None
         """A partly fetched state, and its position in the chain."""
 
@@ -73,6 +76,13 @@ class CatchUp:
     async def synchronise(self, status: RunStatus) -> None:
         """Move to the state that ``status`` names, or closer to it."""
         chain = self._replica.chain
+        if status.rounds == chain.rounds and chain.rounds and not self._is_attested(status):
+            self._warn(
+                f"the coordinator names another state after round {status.rounds} than this node computed, without "
+                "attestations by half of the voting weight: this node keeps its own"
+            )
+            await self._client.until(lambda new: new.version != status.version)
+            return
         if status.rounds == chain.rounds and chain.rounds:
             expected, found = status.state_root.hex(), chain.state_root.hex()
             self._log.emit(
@@ -83,7 +93,7 @@ class CatchUp:
         record = None
         if status.rounds:
             record = self._last_record(status)
-            if record is None or record.plan.round != status.rounds:
+            if record is None or record.plan.round != status.rounds or not self._is_attested(status):
                 await self._client.until(lambda new: new.version != status.version)
                 return
         self._log.emit(events.PhaseChanged(round=status.rounds, phase="joining"))
@@ -211,6 +221,25 @@ class CatchUp:
         except BadCertificate as error:
             self._warn(f"invalid certificate from the coordinator: {error}")
             return None
+
+    def _is_attested(self, status: RunStatus) -> bool:
+        """Return whether more than half of the voting weight attests the state that ``status`` names.
+
+        A node that has been in the run without a break counts the weights it knows: a record that its coordinator made
+        with others cannot replace them.
+        """
+        record = self._last_record(status)
+        if record is None:
+            return False
+        known = self._replica.chain.weights if self._client.contact_seconds > self._patience else {}
+        return attests_state(
+            status.attestations,
+            round_number=status.rounds,
+            state_root=status.state_root,
+            weights=known or record.weights,
+            run_id=self._replica.manifest.run_id,
+            open_envelope=open_envelope,
+        )
 
     def _log_caught_up(self, began: int) -> None:
         now = self._replica.chain.rounds

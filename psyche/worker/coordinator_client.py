@@ -79,6 +79,7 @@ class CoordinatorClient:
         self._last_sent: dict[str, tuple[int, bytes]] = {}
         """The last message of each kind, and its round."""
         self._left = False
+        self._contact_since = self._last_contact = time.monotonic()
         self._changed = asyncio.Condition()
         self.status: RunStatus | None = None
 
@@ -115,6 +116,11 @@ class CoordinatorClient:
                         "checkpoint: run the same command to rejoin when a coordinator is back"
                     ) from None
                 await asyncio.sleep(RETRY_SECONDS)
+
+    @property
+    def contact_seconds(self) -> float:
+        """How long a coordinator has heard from this node without a gap longer than ``silence``."""
+        return self._last_contact - self._contact_since
 
     async def until(self, wanted: Callable[[RunStatus], bool]) -> RunStatus:
         """Wait for a status for which ``wanted`` is true, and return it."""
@@ -173,6 +179,10 @@ class CoordinatorClient:
             timeout=WATCH_SECONDS + CALL_SECONDS,
             max_reply=MAX_STATUS,
         )
+        now = time.monotonic()
+        if now - self._last_contact > self._manifest.run.deadlines.silence:
+            self._contact_since = now
+        self._last_contact = now
         envelope = decode_envelope(data, MAX_STATUS)
         open_envelope(envelope, domain=RunStatus.DOMAIN, run_id=self._manifest.run_id)
         status = decode(RunStatus, envelope.body)

@@ -9,12 +9,15 @@ from pathlib import Path
 from psyche.config import Node
 from psyche.diloco.checkpoint import Checkpoint, save
 from psyche.diloco.replica import Replica
+from psyche.errors import PsycheError
 from psyche.exchange.payload_store import PayloadStore
 from psyche.ledger.writer import LedgerWriter
 from psyche.network.transport import Network
 from psyche.numerics.aggregate import Gradient
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Record
+from psyche.protocol.standing import keeps_half, total
+from psyche.protocol.takeover import MINORITY_SILENCES
 from psyche.telemetry import events
 from psyche.telemetry.event_log import EventLog
 from psyche.worker.state_transfer import Snapshots, serve_state
@@ -23,6 +26,10 @@ from psyche.worker.voter import Voter
 
 RunFunction = Callable[[Callable[[], None]], Awaitable[None]]
 """Runs a function when the replica's engine is free."""
+
+
+class ElectorateReplaced(PsycheError):
+    """The coordinator dropped voters that were connected."""
 
 
 class NodeState:
@@ -43,18 +50,21 @@ class NodeState:
         voter: Voter,
         trainer: TrainingThread,
         update_local: RunFunction,
+        contact_seconds: Callable[[], float],
         log: EventLog,
     ) -> None:
         """``update_local`` runs what changes x; while an audit borrows the engine it need not wait for the trainer."""
         self._replica, self._settings, self._directory = replica, settings, directory / "checkpoints"
         self._network, self._ledger, self._voter, self._log = network, ledger, voter, log
         self._payload_store, self._trainer, self._update_local = payload_store, trainer, update_local
+        self._contact_seconds = contact_seconds
         self._snapshots = Snapshots(network, settings.checkpoints_kept)
         self._saved = replica.chain.rounds
         self._serve(previous=b"")
 
     async def apply(self, record: Record, gradient: Gradient) -> None:
-        """Take the outer step of ``record``."""
+        """Take the outer step of ``record``. Raises :class:`ElectorateReplaced`."""
+        self._check_electorate(record)
         replica, before = self._replica, self._replica.chain.state_root
         await asyncio.to_thread(replica.outer_step, record.plan.round, gradient)
         await self._update_local(lambda: replica.apply_record_update(record))
@@ -69,6 +79,19 @@ class NodeState:
         if record is not None:
             self._record(record)
         self._serve(before)
+
+    def _check_electorate(self, record: Record) -> None:
+        """Refuse a reconfiguration that drops this node, and half of the weight with it, though it was connected."""
+        replica, weights = self._replica, self._replica.chain.weights
+        dropped = replica.node in weights and replica.node not in record.electorate
+        patience = MINORITY_SILENCES * replica.run.deadlines.silence
+        if dropped and not keeps_half(record.electorate, weights) and self._contact_seconds() > patience:
+            share = total(weights, record.electorate) / total(weights)
+            raise ElectorateReplaced(
+                f"round {record.plan.round} was certified by {share:.0%} of the voting weight, without this node, "
+                "which was connected all the time: the coordinator has replaced the voters. Ask its operator; to "
+                "follow it all the same, run the same command again"
+            )
 
     def _record(self, record: Record) -> None:
         assert self._voter.certificate is not None

@@ -107,6 +107,7 @@ class Worker:
             voter=self._voter,
             trainer=self._trainer,
             update_local=self._update_local,
+            contact_seconds=lambda: self._client.contact_seconds,
             log=log,
         )
         self._catch_up = CatchUp(

@@ -49,8 +49,8 @@ class Scene:
         plan = case.plan()
         works = {case.accused.node: train_lazily(case.accused, plan, 15), case.peer.node: case.peer.train(plan)}
         audits = (
-            Audit(case.accused.node, 1, 1, 1, 1, (case.auditor.node,), ()),
-            Audit(case.peer.node, 1, 1, JURY, 1, (case.auditor.node,), ()),
+            Audit(case.accused.node, 1, 1, 1, 1, (case.auditor.node,), (1,), ()),
+            Audit(case.peer.node, 1, 1, JURY, 1, (case.auditor.node,), (1,), ()),
         )
         self.record = case.advance(plan, works, audits)
 

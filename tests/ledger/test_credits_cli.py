@@ -33,7 +33,11 @@ def judged(record: Record) -> Record:
     """Round 2 of the first node goes under audit, and it is convicted in round 4 on the word of two."""
     plan = record.plan
     if plan.round in (2, 3):
-        audit = Audit(**fields(Audit, accused=A, round=2, tokens=EACH, candidates=(B, C), opinions=(), declined=()))
+        audit = Audit(
+            **fields(
+                Audit, accused=A, round=2, tokens=EACH, candidates=(B, C), weights=(1, 1), opinions=(), declined=()
+            )
+        )
         return msgspec.structs.replace(record, audit_state=msgspec.structs.replace(EMPTY, audits=(audit,)))
     if plan.round == 4:
         found = Finding("measured", 310_000, 1, -5), Finding("false", 0, 0, 0)

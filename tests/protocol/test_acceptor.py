@@ -208,7 +208,7 @@ def test_a_round_that_the_manifest_does_not_shard_is_not_sharded() -> None:
 
 
 PROBATION = replace(RULES, probation=3)
-BEFORE = (Standing(A, 3, 1, 0, 0, W), Standing(B, 3, 1, 0, 0, W), Standing(C, 1, 1, 0, 200, 0))
+BEFORE = (Standing(A, 3, 1, 0, 0, 0, W), Standing(B, 3, 1, 0, 0, 0, W), Standing(C, 1, 1, 0, 0, 200, 0))
 ON_PROBATION: dict[str, Any] = {"rules": PROBATION, "chain": replace(CHAIN, standing=BEFORE)}
 NEWCOMERS_PLAN = changed(PLAN, members=tuple(Member(node, 5, W * (node in (A, B))) for node in (A, B, C, D)))
 COUNTED = with_electorate(
@@ -224,7 +224,7 @@ COUNTED = with_electorate(
 def test_accepted_contributions_are_counted_by_every_voter() -> None:
     assert vote(COUNTED, **ON_PROBATION).record == COUNTED.hash
     assert COUNTED.voters == (A, B)
-    assert COUNTED.standing[2] == Standing(C, 2, 1, 0, 400, 0)
+    assert COUNTED.standing[2] == Standing(C, 2, 1, 0, 0, 400, 0)
 
 
 def with_weight(weight: int) -> tuple[Standing, ...]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche.numerics.digest import digest
-from psyche.protocol.audit_messages import Audit, DeclinedAudit, Finding, SealedVerdict
-from psyche.protocol.audit_outcome import unlike
+from psyche.protocol.audit_messages import JURY, Audit, DeclinedAudit, Finding, Opinion, SealedVerdict
+from psyche.protocol.audit_outcome import Ended, decide, unlike
 from psyche.protocol.audits import InvalidAudits, asked, busy, statement
 from psyche.protocol.messages import Leave
 from psyche.protocol.round_state import AuditRules, StatementReceived
@@ -165,11 +165,58 @@ def test_what_is_false_to_the_bit_fails() -> None:
     assert trial.audit_state.banned == (EIGHT[3],)
 
 
-def test_who_hands_nothing_over_is_not_paid_for_it_and_not_banned() -> None:
+def test_a_node_that_withholds_its_work_again_and_again_is_convicted() -> None:
+    """One that served nobody kept 92 % of the pay."""
     trial = court()
     trial.play(10, lambda node, audit: UNSERVED if audit.accused == EIGHT[3] else PASS)
+    outcomes = [one.outcome for one in trial.closed if one.accused == EIGHT[3]]
+    assert outcomes[:3] == ["unserved", "unserved", "convicted"]
+    assert trial.audit_state.banned == (EIGHT[3],)
+
+
+def test_a_node_that_serves_in_between_is_not_convicted_for_withholding() -> None:
+    trial = court()
+    trial.play(20, lambda node, audit: UNSERVED if audit.accused == EIGHT[3] and audit.round % 3 else PASS)
     assert trial.audit_state.banned == ()
-    assert {one.outcome for one in trial.closed if one.accused == EIGHT[3]} == {"unserved"}
+
+
+def test_a_cheat_that_serves_one_auditor_only_is_convicted() -> None:
+    """It never was: one fail beside withheld states was inconclusive."""
+    trial, served = court(), {}
+
+    def find(node: str, audit: Audit) -> Finding:
+        if audit.accused != EIGHT[3]:
+            return PASS
+        return FAIL if served.setdefault(audit.round, node) == node else UNSERVED
+
+    trial.play(10, find)
+    assert EIGHT[3] in trial.audit_state.banned
+
+
+def test_one_auditor_that_fails_honest_work_convicts_nobody() -> None:
+    trial = court()
+    trial.play(20, lambda node, audit: FAIL if node == EIGHT[0] else PASS)
+    assert set(trial.audit_state.banned) <= {EIGHT[0]}
+
+
+def test_names_without_weight_are_outvoted_in_a_jury() -> None:
+    """Eight names with a hundredth of the weight each fail the work of an honest node."""
+    names = nodes(16)[8:]
+    weights = dict.fromkeys(EIGHT, 100) | dict.fromkeys(names, 1)
+    jury = tuple(node for node in weights if node != EIGHT[3])[:JURY]
+    audit = Audit(EIGHT[3], 1, 40, JURY, 1, jury, tuple(weights[node] for node in jury), ())
+    opinions = tuple(Opinion(node, bytes(32), FAIL if node in names else PASS) for node in jury)
+    found = decide(
+        msgspec.structs.replace(audit, opinions=opinions),
+        court().rules.audits,
+        fresh=False,
+        again=False,
+        late=False,
+        expired=True,
+    )
+    assert isinstance(found, Ended)
+    assert found.outcome == "passed"
+    assert found.lied == set(names) & set(jury)
 
 
 def test_an_auditor_who_is_silent_is_replaced() -> None:

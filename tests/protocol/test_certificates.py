@@ -10,13 +10,21 @@ import pytest
 
 from psyche.network.identity import Identity, open_envelope
 from psyche.protocol.audit_messages import EMPTY
-from psyche.protocol.certificates import BadCertificate, check_certificate, seals_needed, signatures_needed
+from psyche.protocol.certificates import (
+    BadCertificate,
+    attests_state,
+    check_certificate,
+    seals_needed,
+    signatures_needed,
+)
 from psyche.protocol.messages import (
     Accepted,
+    Attestation,
     Certificate,
     Commitment,
     Excluded,
     ExclusionReason,
+    Hello,
     Member,
     Plan,
     Proposal,
@@ -160,6 +168,56 @@ def test_survivors_of_a_reconfiguration_are_enough() -> None:
     assert check(certificate([ballot(m, record) for m in MEMBERS[:2]], record)) == record
     with pytest.raises(BadCertificate, match="3 votes have 42"):
         check(certificate([ballot(m, record) for m in MEMBERS[1:]], record))
+
+
+# ------------------------------------------------------------------------------ proof of a state
+
+
+def attested(author: Identity, root: bytes = b"s" * 32, round_number: int = 7, run_id: bytes = RUN_ID) -> bytes:
+    body = Attestation(root, ())
+    return encode_envelope(author.seal(body.DOMAIN, run_id, round_number, body.encode()))
+
+
+def introduced(author: Identity, root: bytes = b"s" * 32) -> bytes:
+    body = Hello(7, b"h" * 32, root, "", None, None)
+    return encode_envelope(author.seal(body.DOMAIN, RUN_ID, 7, body.encode()))
+
+
+WEIGHTS = dict(zip(NAMES, (4, 3, 2, 2), strict=True))
+FIRST, SECOND, THIRD, FOURTH = MEMBERS
+
+
+def proves(*items: bytes) -> bool:
+    return attests_state(
+        items, round_number=7, state_root=b"s" * 32, weights=WEIGHTS, run_id=RUN_ID, open_envelope=open_envelope
+    )
+
+
+def test_more_than_half_of_the_weight_proves_a_state() -> None:
+    assert proves(attested(FIRST), attested(THIRD))
+    assert proves(attested(FIRST), introduced(SECOND))
+    assert not proves(attested(SECOND), attested(THIRD))
+    assert not proves()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        attested(FIRST),
+        attested(SECOND, b"x" * 32),
+        attested(SECOND, round_number=8),
+        attested(SECOND, run_id=b"q" * 32),
+        attested(COORDINATOR),
+        attested(STRANGER),
+        ballot(SECOND),
+        attested(SECOND)[:-1] + b"x",
+        b"noise",
+        b"",
+    ],
+)
+def test_nothing_else_counts_for_a_state(other: bytes) -> None:
+    """A coordinator replaced every node's weights with one signature of its own."""
+    assert not proves(attested(FIRST), other)
 
 
 # ------------------------------------------------------------------------------ several coordinators

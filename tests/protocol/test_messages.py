@@ -60,7 +60,7 @@ RECORD = Record(
     reconfiguration=0,
     electorate=(A, B, C),
     voting_weights=(3, 1, 2),
-    standing=(Standing(A, 3, 3, 2, 40, 7), Standing(B, 1, 2, 0, 20, 0)),
+    standing=(Standing(A, 3, 3, 2, 0, 40, 7), Standing(B, 1, 2, 0, 0, 20, 0)),
     audit_state=EMPTY,
     reducer_order=(),
     results=(),
@@ -107,9 +107,10 @@ EXAMPLES: list[Body] = [
         ReductionStatus(3, (A, B), (C,), (1,), (A,)),
         b"p",
         CERTIFICATE,
+        (b"attestation",),
         "waiting",
     ),
-    RunStatus(0, 1, b"claim", "waiting", 0, b"s" * 32, None, 0.0, False, (), (), None, None, None, ""),
+    RunStatus(0, 1, b"claim", "waiting", 0, b"s" * 32, None, 0.0, False, (), (), None, None, None, (), ""),
 ]
 ENVELOPE = Envelope("vote", b"r" * 32, 3, A, b"body", b"s" * 64)
 KINDS = sorted({type(example) for example in EXAMPLES}, key=lambda kind: kind.__name__)

@@ -282,7 +282,7 @@ def test_a_newcomer_is_told_how_far_it_is() -> None:
 def test_a_crowd_of_newcomers_takes_no_voters_seat() -> None:
     many = nodes(MAX_MEMBERS + 60)
     voters = many[::140]
-    standing = tuple(Standing(node, 3, 1, 0, 0, FOUNDER_WEIGHT) for node in voters)
+    standing = tuple(Standing(node, 3, 1, 0, 0, 0, FOUNDER_WEIGHT) for node in voters)
     seats = draw_seats(replace(State.initial(RUN), standing=standing), many)
     assert len(seats) == MAX_MEMBERS
     assert set(voters) <= set(seats)

@@ -61,7 +61,7 @@ def manifest(coordinators: tuple[Identity, Identity], tmp_path_factory: pytest.T
 
 def leading(identity: Identity, manifest: Manifest, term: int) -> Answer:
     """A coordinator that leads, and takes what it is told."""
-    status = RunStatus(1, term, b"", Phase.WAITING, 0, bytes(32), None, 0.0, False, (), (), None, None, None, "")
+    status = RunStatus(1, term, b"", Phase.WAITING, 0, bytes(32), None, 0.0, False, (), (), None, None, None, (), "")
 
     def answer(name: str) -> bytes:
         if name == "submit":

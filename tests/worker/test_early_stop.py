@@ -10,7 +10,7 @@ from psyche.protocol.messages import RunStatus
 from psyche.worker.training_thread import PATIENCE, EarlyStop
 from tests.protocol.test_acceptor import PLAN
 
-TRAINING = RunStatus(1, 1, b"", "training", 0, PLAN.base_root, PLAN, 1e6, False, (), (), None, None, None, "")
+TRAINING = RunStatus(1, 1, b"", "training", 0, PLAN.base_root, PLAN, 1e6, False, (), (), None, None, None, (), "")
 BEGUN = msgspec.structs.replace(TRAINING, phase="committing")
 MOST = msgspec.structs.replace(BEGUN, mostly_done=True)
 

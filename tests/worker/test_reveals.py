@@ -33,6 +33,7 @@ def status(commitments: Sequence[bytes], contributions: Sequence[bytes]) -> RunS
         reducing=None,
         proposal=None,
         certificate=None,
+        attestations=(),
         note="",
     )
 

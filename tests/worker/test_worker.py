@@ -12,7 +12,7 @@ from tests.protocol.test_acceptor import CHAIN, PLAN, changed
 def showing(
     plan: Plan | None, phase: Phase = Phase.TRAINING, rounds: int = 0, root: bytes = CHAIN.state_root
 ) -> RunStatus:
-    return RunStatus(1, 1, b"", phase, rounds, root, plan, 60.0, False, (), (), None, None, None, "")
+    return RunStatus(1, 1, b"", phase, rounds, root, plan, 60.0, False, (), (), None, None, None, (), "")
 
 
 def test_a_plan_a_later_state_and_the_end_concern_it_and_nothing_else_does() -> None:
