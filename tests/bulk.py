@@ -100,7 +100,7 @@ def bulk_chain(
         )
         reconfiguration = int(round_number == 1)
         votes = tuple(weights.values())
-        record = Record(plan, accepted, (), reconfiguration, names, votes, standing, audit_state, (), (), ())
+        record = Record(plan, accepted, (), reconfiguration, names, votes, standing, audit_state, (), (), (), ())
         yield _certify(record, members[: 2 * nodes // 3 + 1], rules), record, digest("root", record.hash)
         head, root = record.hash, digest("root", record.hash)
 

@@ -130,6 +130,7 @@ def link(
                 rules=RULES,
             ),
             audit_state=audit_state,
+            commitments=(),
             reducer_order=(),
             results=(),
             dissenters=(),

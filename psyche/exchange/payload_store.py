@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from typing_extensions import Buffer
 
@@ -21,6 +22,8 @@ class PayloadLayout:
 
     codec: Codec
     counts: tuple[int, ...]
+    limit: float = inf
+    """The largest root mean square of a slice's values (:func:`~psyche.exchange.rules.update_limit`)."""
 
     @property
     def usual_bytes(self) -> int:
@@ -36,11 +39,15 @@ class PayloadLayout:
                 raise ValueError(f"slice {number} has {size} bytes, {self.codec.name} allows at most {most}")
 
     def check_slice(self, number: int, chunk: bytes) -> None:
-        """Raise ``ValueError`` if slice ``number`` cannot be decoded."""
+        """Raise ``ValueError`` if slice ``number`` cannot be decoded, or is larger than inner steps can make it."""
+        count = self.counts[number]
         try:
-            self.codec.check(chunk, self.counts[number])
+            self.codec.check(chunk, count)
+            square = self.codec.squared_norm(chunk, count) if self.limit < inf else 0.0
         except MalformedPayload as error:
             raise ValueError(str(error)) from None
+        if not square <= count * self.limit**2:
+            raise ValueError(f"slice {number} is larger than {self.limit:g} in the root mean square")
 
 
 class BlobRetention:

@@ -29,6 +29,21 @@ def rules_of(manifest: Manifest) -> Rules:
     )
 
 
+ACCUMULATED_ROUNDS = 20
+"""Rounds of updates that error feedback may send at once: 1/(1 − β) for the largest β in use, .95 (SparseLoCo)."""
+STEP_BOUND = 32.0
+"""Largest ratio of an AdamW step to its learning rate: (1 − β1)/√(1 − β2) (Kingma and Ba 2015, §2.1), which is below
+1/√(1 − .999) = 31.6. Orthogonalised steps (Muon) stay below it for layers up to 25,000 wide."""
+
+
+def update_limit(run: Run) -> float:
+    """Return the largest root mean square that the values of an honest payload or result can have.
+
+    Generous, but it keeps θ finite: without a bound, reducers that agree on a false result write anything into it.
+    """
+    return STEP_BOUND * ACCUMULATED_ROUNDS * run.inner.lr * run.rounds.inner_steps
+
+
 def fragments_of(run: Run, flat: FlatLayout) -> tuple[tuple[slice, ...], ...]:
     """Return the slices of each fragment. Raises :class:`ConfigError` if the model has too few layers."""
     try:

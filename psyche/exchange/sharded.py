@@ -96,7 +96,9 @@ class Sharded(Exchange):
         # A node's position decides which of the k reducers it asks first, so that they share the load.
         first = (self.members.index(self.me) if self.me in self.members else 0) % max(1, self.plan.reducers)
         sources = [*reducers[first : first + 1], *reducers, *self.members, *self.followers]
-        blob = await self.store.fetch(root, sources, PayloadLayout(self._result_codec, counts), range(len(counts)))
+        blob = await self.store.fetch(
+            root, sources, PayloadLayout(self._result_codec, counts, self.layout.limit), range(len(counts))
+        )
         self._results[root] = blob
         await self.store.persist(self.plan.round, blob)
         return blob

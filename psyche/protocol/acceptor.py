@@ -15,7 +15,7 @@ from psyche.protocol.assignment import ReducerAssignment, reducer_order_fault
 from psyche.protocol.audit_messages import EMPTY, AuditState
 from psyche.protocol.audits import audits_fault
 from psyche.protocol.contributions import contribution_fault
-from psyche.protocol.messages import Contribution, Plan, Proposal, Record, Standing
+from psyche.protocol.messages import NO_COMMITMENT, Contribution, Plan, Proposal, Record, Standing
 from psyche.protocol.pacing import quota_fault
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules
@@ -85,16 +85,17 @@ def consider(
     *,
     rules: Rules,
     chain: Chain,
+    committed: Mapping[str, bytes],
     opened: Mapping[str, Contribution],
     held: frozenset[str],
     reduced: Mapping[int, bytes] = MappingProxyType({}),
 ) -> Acceptor:
     """The acceptor after voting for ``proposal``. Raises :class:`Refusal` where it must not.
 
-    ``chain`` is this member's own; ``opened`` are the contributions whose
-    signed commitment and opening it has checked; ``held`` those of whose payload it has fetched and checked what its
-    own part of the exchange takes; ``reduced`` the results it found itself, by group. What ``record`` says of results
-    must have been fetched and be decodable before; and a reconfiguration that it names been found in force before.
+    ``chain`` is this member's own; ``committed`` are the commitments that were published when they closed; ``opened``
+    the contributions whose signed commitment and opening it has checked; ``held`` the nodes of whose payload it has
+    fetched and checked what its own part of the exchange takes; ``reduced`` the results it found itself, by group. The
+    results of the record must have been fetched and checked before, and its reconfiguration found in force.
     """
     record, plan = proposal.record, proposal.record.plan
     if proposal.term < max(acceptor.promised, acceptor.term):
@@ -103,7 +104,7 @@ def consider(
         raise Refusal(f"two different records in term {proposal.term}")
     if fault := plan_fault(plan, chain) or quota_fault(plan, rules):
         raise Refusal(fault)
-    if fault := _results_fault(record, rules, reduced):
+    if fault := _results_fault(record, rules, committed, reduced):
         raise Refusal(fault)
     nodes = [accepted.node for accepted in record.accepted]
     if nodes != sorted(set(nodes)):
@@ -125,18 +126,25 @@ def consider(
     return replace(acceptor, term=proposal.term, record=record.hash)
 
 
-def _results_fault(record: Record, rules: Rules, reduced: Mapping[int, bytes]) -> str | None:
-    """What is wrong with who reduced what, and with what they found, or None."""
+def _results_fault(
+    record: Record, rules: Rules, committed: Mapping[str, bytes], reduced: Mapping[int, bytes]
+) -> str | None:
+    """Return what is wrong with the reducers of a record or their results, or None."""
     plan = record.plan
     if not plan.is_sharded:  # allowed in any round: where everybody aggregates nobody has to be believed
-        found = record.results or record.reducer_order or record.dissenters
+        found = record.results or record.reducer_order or record.dissenters or record.commitments
         return "there are results where everybody aggregates" if found else None
     if plan.reducers != rules.reducers_for(len(plan.members)):
         return "the plan does not choose the exchange as the manifest does"
-    if fault := reducer_order_fault(plan.seed, record.reducer_order, [member.node for member in plan.members]):
+    if fault := reducer_order_fault(record):
         return fault
-    if not {accepted.node for accepted in record.accepted} <= set(record.reducer_order):
-        return "who contributed is left out of those who reduce"
+    for node, commitment in zip(plan.weights, record.commitments, strict=True):
+        if commitment not in (NO_COMMITMENT, committed.get(node)):
+            return f"the commitment of {node[-6:]} is not the one that was published when commitments closed"
+    for one in record.accepted:
+        expected = one.contribution.commitment(one.node, rules.run_id, plan.round)
+        if one.node in plan.weights and expected not in record.commitments:
+            return f"{one.node[-6:]} contributed and is left out of the commitments"
     if list(record.dissenters) != sorted(set(record.dissenters) & set(record.reducer_order)):
         return "who found something else is not named in ascending order, or did not reduce"
     assignment = ReducerAssignment(record.reducer_order, frozenset(), (), plan.reducers, rules.slices_in(plan.round))

@@ -5,8 +5,8 @@
 shards at a time. A round takes the next stretch of positions and cuts it into one piece for each member, in an order
 drawn from the round's seed: nobody chooses data by choosing a name. The position of a sequence takes O(1) to compute.
 
-**Reducers.** The slices of a round are dealt into as many *groups* as there are reducers: the members that committed in
-time, in an order drawn from the round's seed (the *reducer order*). Group g is reduced by the k reducers from place g
+**Reducers.** The slices of a round are dealt into as many *groups* as there are reducers: the voters that committed in
+time, in an order drawn from their commitments (the *reducer order*). Group g is reduced by the k reducers from place g
 on, leaving out those that have *failed*: gone, silent, or without the payloads they need. So every reducer reduces k
 groups.
 """
@@ -14,7 +14,7 @@ groups.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psyche.numerics.digest import digest
-from psyche.protocol.messages import Plan
+from psyche.protocol.messages import NO_COMMITMENT, Plan, Record
 from psyche.protocol.round_state import Reduction, Rules
 
 _FEISTEL_ROUNDS = 4
@@ -135,9 +135,17 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def reducer_order(seed: bytes, nodes: Iterable[str]) -> tuple[str, ...]:
-    """``nodes`` in the order that the round's seed draws: nobody chooses what they reduce by choosing a name."""
-    return tuple(sorted(nodes, key=lambda node: digest("ring", seed, node.encode())))
+def reducer_order(plan: Plan, commitments: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Return the reducers of a round in their drawn order, given all commitments that were in when they closed.
+
+    Only voters reduce, and of those only nodes with half of the average weight or more: a weight that is split over
+    many names gets at most twice its share of the places. The order is drawn from the commitments, each of which has a
+    salt that only its author knows before; so nobody can make a key that fits a place.
+    """
+    weights = {node: weight for node, weight in plan.weights.items() if node in commitments}
+    able = [node for node in sorted(weights) if 2 * len(weights) * weights[node] >= sum(weights.values())]
+    drawn = digest("reducers", plan.seed, *(commitments[node] for node in sorted(weights)))
+    return tuple(sorted(able, key=lambda node: digest("reducer", drawn, node.encode())))
 
 
 def slices_in(group: int, groups: int, slices: int) -> range:
@@ -196,8 +204,12 @@ def dissenters(reports: Mapping[str, bytes], root: bytes) -> frozenset[str]:
     return frozenset(node for node, found in reports.items() if found != root)
 
 
-def reducer_order_fault(seed: bytes, order: tuple[str, ...], members: Collection[str]) -> str | None:
-    """Return what is wrong with the reducer order of a record, or None."""
-    if not set(order) <= set(members) or order != reducer_order(seed, set(order)):
-        return "the reducers are not members of the round in the order of its seed"
+def reducer_order_fault(record: Record) -> str | None:
+    """Return what is wrong with the commitments or the reducer order of a sharded record, or None."""
+    voters = list(record.plan.weights)
+    if len(record.commitments) != len(voters):
+        return "there is not one commitment for each voter in the plan"
+    commitments = {node: one for node, one in zip(voters, record.commitments, strict=True) if one != NO_COMMITMENT}
+    if record.reducer_order != reducer_order(record.plan, commitments):
+        return "the reducers are not the voters that committed, in the order drawn from their commitments"
     return None

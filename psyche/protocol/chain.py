@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from psyche.protocol.acceptor import Chain, plan_fault
-from psyche.protocol.assignment import next_position
+from psyche.protocol.assignment import next_position, reducer_order_fault
 from psyche.protocol.audit_messages import EMPTY, AuditState
 from psyche.protocol.audits import audits_fault
 from psyche.protocol.certificates import BadCertificate, Open, certified
@@ -159,6 +159,8 @@ def _standing_fault(record: Record, standing: Sequence[Standing], audit_state: A
 def _accounts_fault(record: Record, rules: Rules) -> str | None:
     """Why what is accepted and left out cannot be so, or None."""
     if fault := quota_fault(record.plan, rules):
+        return fault
+    if record.plan.is_sharded and (fault := reducer_order_fault(record)):
         return fault
     members = {member.node: member for member in record.plan.members}
     accepted, excluded = [one.node for one in record.accepted], [one.node for one in record.excluded]

@@ -117,6 +117,10 @@ class Contribution(Body, frozen=True):
         return digest("commitment", node.encode(), run_id, round_number.to_bytes(8, "little"), self.encode())
 
 
+NO_COMMITMENT = bytes(32)
+"""Stands in a record for the commitment of a voter that made none in time."""
+
+
 class Accepted(Message, frozen=True):
     """A contribution that takes part in the outer step, weighted by its tokens."""
 
@@ -180,6 +184,9 @@ class Record(Body, frozen=True, dict=True):
     standing: Annotated[tuple[Standing, ...], Meta(max_length=MAX_MEMBERS)]
     """Everybody's standing after the round, ascending by node. Those with weight are the next electorate."""
     audit_state: AuditState
+    commitments: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]
+    """Of a sharded round: what each voter in the plan had committed to when commitments closed, or
+    :data:`NO_COMMITMENT`. The reducer order is drawn from them."""
     reducer_order: Nodes
     """The reducers in their drawn order (``protocol/assignment.py``); empty in a gathered round."""
     results: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]

@@ -9,7 +9,7 @@ from psyche.numerics.digest import digest
 from psyche.protocol.admission import Step
 from psyche.protocol.assignment import reducer_order
 from psyche.protocol.audits import admissible, audits_after, busy
-from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Record
+from psyche.protocol.messages import NO_COMMITMENT, Accepted, Excluded, ExclusionReason, Record
 from psyche.protocol.pacing import exchange_allowance
 from psyche.protocol.round_state import Abandoned, Ballot, Phase, Proposed, Reduction, Round, Rules, Stage, State
 from psyche.protocol.standing import (
@@ -30,12 +30,13 @@ def round_seed(previous: bytes) -> bytes:
 def close_commitments(rules: Rules, state: State, current: Round, now: float) -> Round:
     """Return the round in its next stage: members reveal, and the reducers of a sharded round are known."""
     plan = current.plan
+    closed = {node: commitment for node, (commitment, _) in current.commitments.items()}
     return replace(
         current,
         stage=Stage.REVEALING,
         closed=now,
         deadline=now + exchange_allowance(rules, state.exchange_seconds),
-        reduction=Reduction(reducer_order(plan.seed, current.commitments)) if plan.is_sharded else None,
+        reduction=Reduction(reducer_order(plan, closed)) if plan.is_sharded else None,
     )
 
 
@@ -92,11 +93,17 @@ def propose(
         voting_weights=tuple(weights.values()),
         standing=standing,
         audit_state=audit_state,
+        commitments=_closed_commitments(current) if plan.is_sharded else (),
         reducer_order=current.reduction.reducer_order if current.reduction else (),
         results=results,
         dissenters=tuple(sorted(dissenters)),
     )
     return open_ballot(rules, state, current, record, now)
+
+
+def _closed_commitments(current: Round) -> tuple[bytes, ...]:
+    """Return the commitments of the plan's voters, in its order."""
+    return tuple(current.commitments.get(node, (NO_COMMITMENT, b""))[0] for node in current.plan.weights)
 
 
 def open_ballot(rules: Rules, state: State, current: Round, record: Record, now: float) -> Step:

@@ -80,6 +80,7 @@ class Voter:
                 proposal,
                 rules=self.rules,
                 chain=chain,
+                committed=reveals.commitments,
                 opened=reveals.contributions,
                 held=held,
                 reduced=reduced,
@@ -109,7 +110,7 @@ class Reveals:
     def __init__(self, run_id: bytes, plan: Plan) -> None:
         self._run_id, self._plan = run_id, plan
         self._seen: set[bytes] = set()
-        self._commitments: dict[str, bytes] = {}
+        self.commitments: dict[str, bytes] = {}
         self.contributions: dict[str, Contribution] = {}
         self.signed_commitments: tuple[bytes, ...] = ()
         """Signed envelopes, which a later leader needs to continue the round."""
@@ -117,16 +118,16 @@ class Reveals:
 
     def update(self, status: RunStatus) -> list[str]:
         """Add the valid commitments and contributions of a status. Returns the nodes whose contribution is new."""
-        if not self._commitments:  # the first list counts: a commitment added after reveals are visible proves nothing
+        if not self.commitments:  # the first list counts: a commitment added after reveals are visible proves nothing
             for envelope in self._fresh(status.commitments, Commitment.DOMAIN):
                 made = decode(Commitment, envelope.body)
                 if made.term == self._plan.term:
-                    self._commitments.setdefault(envelope.author, made.digest)
+                    self.commitments.setdefault(envelope.author, made.digest)
             self.signed_commitments = status.commitments
         new = []
         for envelope in self._fresh(status.contributions, Contribution.DOMAIN):
             given, node = decode(Contribution, envelope.body), envelope.author
-            if self._commitments.get(node) == given.commitment(node, self._run_id, self._plan.round):
+            if self.commitments.get(node) == given.commitment(node, self._run_id, self._plan.round):
                 self.contributions[node] = given
                 new.append(node)
         if new:

@@ -25,7 +25,7 @@ from psyche.exchange.gather import Gather
 from psyche.exchange.payload_journal import DIRECTORY as JOURNAL
 from psyche.exchange.payload_journal import PayloadJournal
 from psyche.exchange.payload_store import BlobRetention, PayloadLayout, PayloadStore
-from psyche.exchange.rules import rules_of
+from psyche.exchange.rules import rules_of, update_limit
 from psyche.exchange.sharded import Sharded
 from psyche.ledger.chain_sync import serve_chain
 from psyche.ledger.writer import LedgerWriter
@@ -344,8 +344,8 @@ class Worker:
     def _exchange(self, plan: Plan) -> Exchange:
         """Return this node's side of the exchange of a round's payloads."""
         counts = tuple(part.stop - part.start for part in self.replica.slices_of(plan.round))
-        layout = PayloadLayout(self.replica.codec, counts)
         run = self.manifest.run
+        layout = PayloadLayout(self.replica.codec, counts, update_limit(run))
         aggregation = Aggregation.of(run)
         if plan.is_sharded:
             return Sharded(self._payload_store, plan, layout, aggregation, self.replica.backend.codec(run.result_codec))

@@ -59,7 +59,9 @@ class Court:
         """The round is certified with these contributions, and these audits are open."""
         accepted = tuple(Accepted(node, works[node].contribution) for node in sorted(works))
         nodes = tuple(self.nodes)
-        record = Record(plan, accepted, (), 1, nodes, nodes, (), replace(EMPTY, audits=audits), (), (), ())
+        record = Record(
+            plan, accepted, (), 1, nodes, (1,) * len(nodes), (), replace(EMPTY, audits=audits), (), (), (), ()
+        )
         for one in (self.accused, self.auditor, self.peer):
             one.apply(record, one.gradient_of(record, {node: work.payload for node, work in works.items()}))
         return record

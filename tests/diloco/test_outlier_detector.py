@@ -27,7 +27,7 @@ NODES = tuple(member.node for member in PLAN.members)
 
 def record(plan: Plan, private: frozenset[str] = frozenset()) -> Record:
     accepted = tuple(Accepted(node, contribution(node, plan, private=node in private)) for node in sorted(NODES))
-    return Record(plan, accepted, (), 1, NODES, NODES, (), EMPTY, (), (), ())
+    return Record(plan, accepted, (), 1, NODES, (1,) * len(NODES), (), EMPTY, (), (), (), ())
 
 
 def honest(seed: int) -> dict[str, list[Tensor]]:

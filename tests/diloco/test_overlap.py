@@ -64,7 +64,7 @@ def plan_for(one: Replica) -> Plan:
 
 def record_of(plan: Plan, work: LocalUpdate) -> Record:
     node = plan.members[0].node
-    return Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), EMPTY, (), (), ())
+    return Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (1,), (), EMPTY, (), (), (), ())
 
 
 def trained(one: Replica) -> Tensor:

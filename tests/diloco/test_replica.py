@@ -63,7 +63,7 @@ def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in
         work = there.train(plan, on_step=lambda step, loss, lr: lrs["there"].append(lr))
         if round_number == 1:
             node = identity.peer_id
-            record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (node,), (), EMPTY, (), (), ())
+            record = Record(plan, (Accepted(node, work.contribution),), (), 1, (node,), (1,), (), EMPTY, (), (), (), ())
             there.apply(record, there.gradient_of(record, {node: work.payload}))
             joined.adopt(there.outer.clone(), record)
         else:

@@ -66,7 +66,7 @@ def test_what_a_round_took_is_had_from_who_followed_it_when_its_only_member_is_g
         alone = (author.peer_id,)
         reducer_order, results = (alone, (root,)) if reducers else ((), ())
         record = Record(
-            plan, (Accepted(author.peer_id, given),), (), 1, alone, alone, (), EMPTY, reducer_order, results, ()
+            plan, (Accepted(author.peer_id, given),), (), 1, alone, (1,), (), EMPTY, (), reducer_order, results, ()
         )
 
         def side(store: PayloadStore) -> Exchange:

@@ -87,7 +87,7 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         )
         for node, payload in zip(nodes, payloads, strict=True)
     }
-    order = reducer_order(plan.seed, given) if reducers else ()
+    order = reducer_order(plan, {node: one.salt for node, one in given.items()}) if reducers else ()
     reducing = ReductionStatus(1, order, (), (), tuple(sorted(given)))
     for side, payload in zip(sides, payloads, strict=True):
         await side.publish(payload)
@@ -105,9 +105,10 @@ async def exchanged(directory: Path, nodes: list[NetworkNode], name: str, reduce
         (),
         1,
         tuple(sorted(given)),
-        tuple(sorted(given)),
+        (1,) * len(given),
         (),
         EMPTY,
+        (),
         order,
         tuple(results[group] for group in sorted(results)),
         (),

@@ -240,7 +240,7 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
     plan = Plan(5, 1, zero, zero, zero, 0, "gather", 0, (Member(me.peer_id, 40, 1),))
     contribution = Contribution(*[zero] * 7, 1, 40, 0, 2560, False, b"", zero)
     alone = (me.peer_id,)
-    record = Record(plan, (Accepted(me.peer_id, contribution),), (), 1, alone, alone, (), EMPTY, (), (), ())
+    record = Record(plan, (Accepted(me.peer_id, contribution),), (), 1, alone, (1,), (), EMPTY, (), (), (), ())
     proposal = me.seal("proposal", run, 5, Proposal(2, record, ()).encode())
     vote = me.seal("vote", run, 5, Vote(2, record.hash).encode())
     return Certificate(encode_envelope(proposal), (encode_envelope(vote),), ())

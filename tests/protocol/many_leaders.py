@@ -281,6 +281,7 @@ class Parliament:
                 proposal,
                 rules=self.rules,
                 chain=voter.chain,
+                committed={node: commitment for node, (commitment, _) in voter.shown.items()},
                 opened={node: given for node, (given, _) in voter.opened.items()},
                 held=frozenset(voter.opened),
             )

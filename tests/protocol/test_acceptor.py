@@ -11,7 +11,17 @@ import pytest
 from psyche.protocol.acceptor import Acceptor, Chain, Refusal, consider, plan_fault, promise
 from psyche.protocol.assignment import reducer_order
 from psyche.protocol.audit_messages import EMPTY
-from psyche.protocol.messages import Accepted, Excluded, ExclusionReason, Member, Plan, Proposal, Record, Standing
+from psyche.protocol.messages import (
+    NO_COMMITMENT,
+    Accepted,
+    Excluded,
+    ExclusionReason,
+    Member,
+    Plan,
+    Proposal,
+    Record,
+    Standing,
+)
 from psyche.protocol.proposals import round_seed
 from psyche.protocol.round_state import Rules
 from psyche.protocol.standing import FOUNDER_WEIGHT, standing_after
@@ -43,6 +53,7 @@ RECORD = Record(
     voting_weights=(W, W, W, W),
     standing=standing(),
     audit_state=EMPTY,
+    commitments=(),
     reducer_order=(),
     results=(),
     dissenters=(),
@@ -58,7 +69,14 @@ def by_name(accepted: Accepted) -> str:
 
 
 def vote(record: Record, *, term: int = 2, acceptor: Acceptor | None = None, **situation: Any) -> Acceptor:
-    known = {"rules": RULES, "chain": CHAIN, "opened": OPENED, "held": frozenset((A, B, C))} | situation
+    committed = {node: one.commitment(node, RUN_ID, 1) for node, one in OPENED.items()}
+    known = {
+        "rules": RULES,
+        "chain": CHAIN,
+        "committed": committed,
+        "opened": OPENED,
+        "held": frozenset((A, B, C)),
+    } | situation
     return consider(acceptor or Acceptor(), Proposal(term, record, ()), **known)
 
 
@@ -159,9 +177,21 @@ def test_who_promised_takes_part_in_nothing_earlier() -> None:
 
 SHARDING = replace(RULES, sharded_from=2)
 SHARDED_PLAN = changed(PLAN, exchange="sharded", reducers=2)
-RING = reducer_order(PLAN.seed, (A, B, C))
+COMMITTED = {node: one.commitment(node, RUN_ID, 1) for node, one in OPENED.items()}
+RING = reducer_order(SHARDED_PLAN, COMMITTED)
+COMMITMENTS = (*COMMITTED.values(), NO_COMMITMENT)
 ROOTS = tuple(bytes([group]) * 32 for group in range(3))
-SHARDED = changed(RECORD, plan=SHARDED_PLAN, reducer_order=RING, results=ROOTS)
+SHARDED = changed(RECORD, plan=SHARDED_PLAN, commitments=COMMITMENTS, reducer_order=RING, results=ROOTS)
+
+
+def with_commitments(*commitments: bytes) -> Record:
+    """``SHARDED`` with other commitments of A to D, and the reducers that follow from them."""
+    order = reducer_order(
+        SHARDED_PLAN, {node: one for node, one in zip((A, B, C, D), commitments, strict=True) if one != NO_COMMITMENT}
+    )
+    return changed(SHARDED, commitments=commitments, reducer_order=order, results=ROOTS[:1] * len(order))
+
+
 OTHER_ROOTS = (b"o" * 32, *ROOTS[1:])
 
 
@@ -183,9 +213,16 @@ def test_any_round_may_be_gathered() -> None:
         ("not one result for each group", changed(SHARDED, results=ROOTS[:2])),
         ("not one result for each group", changed(SHARDED, results=(*ROOTS, ROOTS[0]))),
         ("not one result for each group", changed(SHARDED, results=())),
-        ("order of its seed", changed(SHARDED, reducer_order=(*RING[1:], RING[0]))),
-        ("the reducers are not members", changed(SHARDED, reducer_order=(*RING[:2], STRANGER))),
-        ("left out of those who reduce", changed(SHARDED, reducer_order=RING[:2], results=ROOTS[:2])),
+        ("order drawn from", changed(SHARDED, reducer_order=(*RING[1:], RING[0]))),
+        ("the reducers are not", changed(SHARDED, reducer_order=(*RING[:2], STRANGER))),
+        ("the reducers are not", changed(SHARDED, reducer_order=RING[:2], results=ROOTS[:2])),
+        ("not one commitment for each voter", changed(SHARDED, commitments=COMMITMENTS[:3])),
+        (
+            "is not the one that was published",
+            with_commitments(COMMITMENTS[0], COMMITMENTS[1], COMMITMENTS[2], b"d" * 32),
+        ),
+        ("is not the one that was published", with_commitments(COMMITMENTS[1], *COMMITMENTS[1:])),
+        ("is left out of the commitments", with_commitments(NO_COMMITMENT, *COMMITMENTS[1:])),
         ("not named in ascending order", changed(SHARDED, dissenters=(C, B))),
         ("not named in ascending order", changed(SHARDED, dissenters=(B, B))),
         ("did not reduce", changed(SHARDED, dissenters=(D,))),
@@ -194,6 +231,7 @@ def test_any_round_may_be_gathered() -> None:
         ("as the manifest does", changed(SHARDED, plan=changed(PLAN, exchange="sharded", reducers=1))),
         ("where everybody aggregates", changed(RECORD, results=ROOTS)),
         ("where everybody aggregates", changed(RECORD, reducer_order=RING)),
+        ("where everybody aggregates", changed(RECORD, commitments=COMMITMENTS)),
         ("where everybody aggregates", changed(RECORD, dissenters=(A,))),
     ],
 )

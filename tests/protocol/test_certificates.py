@@ -49,6 +49,7 @@ RECORD = Record(
     voting_weights=(4, 3, 2, 2),
     standing=(),
     audit_state=EMPTY,
+    commitments=(),
     reducer_order=(),
     results=(),
     dissenters=(),

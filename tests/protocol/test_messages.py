@@ -62,6 +62,7 @@ RECORD = Record(
     voting_weights=(3, 1, 2),
     standing=(Standing(A, 3, 3, 2, 0, 40, 7), Standing(B, 1, 2, 0, 0, 20, 0)),
     audit_state=EMPTY,
+    commitments=(),
     reducer_order=(),
     results=(),
     dissenters=(),
