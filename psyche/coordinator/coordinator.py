@@ -45,6 +45,7 @@ from psyche.protocol.messages import (
     Seal,
     Vote,
 )
+from psyche.protocol.proposals import voting_weights
 from psyche.protocol.round_state import Phase, State
 from psyche.protocol.rounds import tick
 from psyche.protocol.wire import (
@@ -89,6 +90,7 @@ class Coordinator:
         self.manifest, self.identity, self.network, self.log, self._clock = manifest, identity, network, log, clock
         self.ledger = ledger
         self.rules = rules_of(manifest)
+        network.prefer(lambda peer: peer in manifest.resolved.coordinators or peer in voting_weights(self.state))
         self.state = State.initial(self.rules)
         self._promises = Promises(manifest)
         self._cosigner = Cosigner(manifest, identity, network.rpc, directory)

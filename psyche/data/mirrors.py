@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import mmap
+import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from psyche.data.index import Shard, TokenizerFile
 from psyche.durable import write_at
@@ -91,6 +94,8 @@ class Mirror:
         import fsspec  # slow to import, and most nodes need no mirror
 
         scheme = url.partition("://")[0]
+        if self._anonymous:
+            _check_public(url, scheme)
         options = _ANONYMOUS.get(scheme, {}) if self._anonymous else {}
         how: dict[str, Any] = {"block_size": 8 * PIECE, "cache_type": "readahead"}  # for schemes that request ranges
         if scheme in ("http", "https"):
@@ -100,9 +105,33 @@ class Mirror:
             timeout = ClientTimeout(total=None, sock_connect=self._stall, sock_read=self._stall)
             options = {"client_kwargs": {"timeout": timeout, "auto_decompress": False}}
             how = {"block_size": 0, "size": size, "headers": {"Accept-Encoding": "identity"}}
+            if self._anonymous:  # a redirect could lead to where _check_public does not allow
+                how["allow_redirects"] = False
         elif scheme == "hf":
             how = {"block_size": 0}
         return fsspec.filesystem(scheme, **options).open(url, "rb", **how)
+
+
+def _check_public(url: str, scheme: str) -> None:
+    """Raise :class:`MirrorError` unless a mirror that the run names is on the public internet.
+
+    The author of a run is a stranger: without this its manifest could read files and services of every volunteer's
+    machine and home network.
+    """
+    if scheme in ("s3", "gs", "hf"):
+        return
+    if scheme not in ("http", "https"):
+        raise MirrorError(f"{url}: mirrors named by a run are reached by http, https, s3, gs or hf only")
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port or scheme
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        raise MirrorError(f"{url}: its host is not known ({error.strerror})") from None
+    private = sorted(str(one) for one in found if not ipaddress.ip_address(str(one).partition("%")[0]).is_global)
+    if private:
+        raise MirrorError(
+            f"{url} is at {private[0]}, which is not a public address: to use this mirror, name it in node.data_mirrors"
+        )
 
 
 class _Transfer:

@@ -132,7 +132,7 @@ def _named(name: str) -> dict[str, bytes]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a wrong name, no network, a broken file: each raises its own type
         reason = " ".join(str(error).split())[:200]
         raise PsycheError(

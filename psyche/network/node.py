@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -141,6 +141,9 @@ class NetworkNode:
             await daemon.close()
             raise
         return node
+
+    def prefer(self, preferred: Callable[[str], bool]) -> None:
+        self.streams.preferred = preferred
 
     @property
     def traffic(self) -> Traffic:

@@ -177,7 +177,11 @@ class Streams:
         self.rejections: Counter[str] = Counter()
         self._daemon = daemon
         self._gates: dict[tuple[str, str], asyncio.Semaphore] = {}
-        self._served: Counter[tuple[str, str]] = Counter()
+        self._serving: dict[str, dict[str, list[asyncio.Task[Any]]]] = {}
+        """Streams that are served, by name of the server and PeerID, the oldest first."""
+        self._evicted: set[asyncio.Task[Any]] = set()
+        self.preferred: Callable[[str], bool] = lambda peer_id: False
+        """Returns whether a peer is served before others; the actor that owns this node sets it."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -219,8 +223,10 @@ class Streams:
             return Stream(peer_id, reader, writer, self.traffic, gate.release)
 
     async def serve(self, name: str, handler: Callable[[Stream], Awaitable[None]], *, at_once: int) -> None:
-        """Answer streams opened for ``name``, at most ``at_once`` of them at a time; more are told that we are busy.
+        """Answer streams opened for ``name``, at most ``at_once`` of them at a time.
 
+        When all are taken, the peer with the most streams loses its oldest to a peer with fewer; a preferred peer takes
+        one from any other. So no number of keys shuts preferred peers out. Who gets none is told that we are busy.
         What ``handler`` raises becomes a refusal, and is counted.
         """
 
@@ -236,12 +242,19 @@ class Streams:
                 stream = Stream(info.peer_id.to_base58(), reader, writer, self.traffic)
                 await self._answer(name, stream, handler, at_once)
             except asyncio.CancelledError:
-                if not self._closing:  # asyncio 3.11 prints a traceback for each cancelled handler of a server
+                # asyncio 3.11 prints a traceback for each cancelled handler of a server
+                if not self._closing and task not in self._evicted:
                     raise
             finally:
+                self._evicted.discard(task)
                 writer.close()
 
         await self._daemon.p2p.add_binary_stream_handler(PROTOCOL_PREFIX + name, accept)
+
+    def served(self, name: str, peer_id: str | None = None) -> int:
+        """Return how many streams of the server ``name`` are open now, of one peer or of all."""
+        serving = self._serving.get(name, {})
+        return sum(map(len, serving.values())) if peer_id is None else len(serving.get(peer_id, ()))
 
     def reject(self, reason: str) -> None:
         """Count one rejection. Reasons beyond the first 256 different ones are counted together."""
@@ -255,16 +268,38 @@ class Streams:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def _has_slot(self, serving: dict[str, list[asyncio.Task[Any]]], peer_id: str, at_once: int) -> bool:
+        """Return whether another stream of ``peer_id`` is served; end a stream of another peer for it if needed."""
+        mine = len(serving.get(peer_id, ()))
+        if mine >= SERVED_PER_PEER:
+            return False
+        if sum(map(len, serving.values())) < at_once:
+            return True
+
+        def rank(peer: str, streams: int) -> tuple[bool, int]:
+            return not self.preferred(peer), streams
+
+        victim = max(serving, key=lambda peer: rank(peer, len(serving[peer])))
+        if rank(victim, len(serving[victim])) <= rank(peer_id, mine + 1):
+            return False
+        task = serving[victim][0]
+        _remove(serving, victim, task)
+        self._evicted.add(task)
+        task.cancel()
+        return True
+
     async def _answer(
         self, name: str, stream: Stream, handler: Callable[[Stream], Awaitable[None]], at_once: int
     ) -> None:
-        peer, everyone = (name, stream.peer_id), (name, "")
-        busy = self._served[peer] >= SERVED_PER_PEER or self._served[everyone] >= at_once
+        task = asyncio.current_task()
+        assert task is not None
+        serving = self._serving.setdefault(name, {})
+        busy = not self._has_slot(serving, stream.peer_id, at_once)
         reason, code = None, ""
         if busy:
             reason = "busy"
         else:
-            self._served.update((peer, everyone))
+            serving.setdefault(stream.peer_id, []).append(task)
             try:
                 await handler(stream)
             except Unreachable as error:
@@ -281,14 +316,19 @@ class Streams:
                 log.exception("the handler of %s failed", name)
                 reason = "internal error"
             finally:
-                self._served.subtract((peer, everyone))
-                if not self._served[peer]:
-                    del self._served[peer]
+                if task in serving.get(stream.peer_id, ()):  # an evicted one has been removed before
+                    _remove(serving, stream.peer_id, task)
         with contextlib.suppress(Unreachable):
             if reason is not None:
                 self.reject(f"{name}: {reason}")
                 await stream.refuse(reason, code, busy=busy)
             await stream.linger()
+
+
+def _remove(serving: dict[str, list[asyncio.Task[Any]]], peer_id: str, task: asyncio.Task[Any]) -> None:
+    serving[peer_id].remove(task)
+    if not serving[peer_id]:
+        del serving[peer_id]
 
 
 def refusal_size(sizes: Sequence[int]) -> int:

@@ -186,6 +186,9 @@ class Network(Protocol):
     def traffic(self) -> Traffic:
         """Bytes of calls and blobs, in both directions."""
 
+    def prefer(self, preferred: Callable[[str], bool]) -> None:
+        """Serve peers for which ``preferred`` is true before all others."""
+
     async def addresses(self) -> list[str]:
         """Multiaddresses at which others can reach this node, each ending in ``/p2p/<PeerID>``; loopback last."""
 

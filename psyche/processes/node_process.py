@@ -38,7 +38,7 @@ from psyche.telemetry.event_log import LOG_NAME, EventLog, Listener
 from psyche.telemetry.wandb_run import own_run
 from psyche.tools.preflight import check_machine, report_findings, warn_of_connection
 from psyche.training.engine_choice import EngineChoice, choose_engine, make_engine
-from psyche.training.models import preload
+from psyche.training.models import check_size, preload
 from psyche.worker.coordinator_client import PATIENCE_SECONDS
 from psyche.worker.leaving import LeaveRequest
 from psyche.worker.worker import Worker
@@ -139,6 +139,7 @@ async def _run_worker(
     warn = warn_in(log)
     hosts, manifest, signed = await _fetch_manifest(invite, directory, network, warn)
     log.emit(run_started(manifest))
+    await asyncio.to_thread(check_size, manifest.run.model, manifest.resolved.flat_size)
     choice = await asyncio.to_thread(choose_engine, node, manifest.resolved.flat_size, manifest.run.inner.optimizer)
     log.emit(engine_notice(choice))
     found = await find_store(network, manifest, node, hosts)

@@ -50,8 +50,8 @@ def sample(directory: Path, prompts: Sequence[str], *, tokens: int = 60, seed: i
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, trust_remote_code=False).eval()
     texts = []
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)

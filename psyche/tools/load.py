@@ -55,7 +55,7 @@ def load_trained(directory: Path, device: str = "auto", cache: Path | None = Non
         manifest, checkpoint = newest_checkpoint(directory)
         store = local_store(manifest, (cache or Node().cache).expanduser())
         model = model_of(manifest.run.model, OuterState(checkpoint.outer).theta)
-        tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path, local_files_only=True, trust_remote_code=False)
         name = f"{manifest.run.name} after round {checkpoint.chain.rounds}"
         heldout_sequences = min(manifest.run.heldout_sequences, len(store.heldout))
         return Trained(model.to(where).eval(), tokenizer, name, store, heldout_sequences)
@@ -65,8 +65,9 @@ def load_trained(directory: Path, device: str = "auto", cache: Path | None = Non
             "give a directory made by psyche join or psyche export"
         )
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        local = {"local_files_only": True, "trust_remote_code": False}
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **local)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **local)
     except Exception as error:  # transformers raises a different type for each fault
         reason = " ".join(str(error).split())[:200]
         raise PsycheError(f"transformers cannot load {directory}: {reason}; export it again") from error

@@ -46,6 +46,14 @@ def layout(spec: config.Model) -> FlatLayout:
     return FlatLayout.of_model(build(spec, device="meta"))
 
 
+def check_size(spec: config.Model, flat_size: int) -> None:
+    """Raise :class:`ConfigError` if the model is not as large as the manifest says, before anything is allocated."""
+    if (found := layout(spec).size) != flat_size:
+        raise ConfigError(
+            f"run.model.settings: the model has a flat size of {found:,}, the manifest says {flat_size:,}: do not join"
+        )
+
+
 def initial_parameters(spec: config.Model, seed: int) -> tuple[FlatLayout, Tensor]:
     """Compute the layout and θ before the first round (fp32 ``[layout.size]``, padding zero)."""
     model = build(spec, seed=seed)

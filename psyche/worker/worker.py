@@ -85,6 +85,8 @@ class Worker:
         self.replica, self.settings, self.directory = replica, settings, directory
         self.identity, self.network, self.log, self.ledger = identity, network, log, ledger
         self.manifest = replica.manifest
+        coordinators = set(self.manifest.resolved.coordinators)
+        network.prefer(lambda peer: peer in coordinators or peer in self.replica.chain.weights)
         self._stopping = False
         self._warned = ""
         self._voter = Voter(self.manifest, rules_of(self.manifest), directory, certificate)

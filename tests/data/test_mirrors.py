@@ -89,7 +89,7 @@ def host() -> Iterator[tuple[str, type[Host]]]:
 def copy(url: str, *, stall: float = 10.0) -> bytes:
     """What a mirror gives for the shard, and that nothing is written beyond its end."""
     with tempfile.TemporaryFile() as file:
-        asyncio.run(Mirror(url, anonymous=True, stall=stall).copy(SHARD, SHARD.file, file.fileno()))
+        asyncio.run(Mirror(url, anonymous=False, stall=stall).copy(SHARD, SHARD.file, file.fileno()))
         file.seek(0)
         return file.read()
 
@@ -126,7 +126,7 @@ def test_one_that_makes_no_progress_is_given_up(kind: str) -> None:
 
 def test_a_limit_of_this_node_is_not_held_against_the_mirror() -> None:
     async def limited(url: str, descriptor: int) -> None:
-        mirror = Mirror(url, anonymous=True, stall=2.0)
+        mirror = Mirror(url, anonymous=False, stall=2.0)
         await mirror.copy(SHARD, SHARD.file, descriptor, throttle=lambda count: time.sleep(count / 750_000))
 
     with tempfile.TemporaryFile() as file, host() as (url, _):
@@ -139,7 +139,7 @@ def test_a_limit_of_this_node_is_not_held_against_the_mirror() -> None:
 def test_after_it_was_given_up_nothing_more_is_written() -> None:
     async def give_up(url: str, descriptor: int) -> None:
         with pytest.raises(MirrorError):
-            await Mirror(url, anonymous=True, stall=0.5).copy(SHARD, SHARD.file, descriptor)
+            await Mirror(url, anonymous=False, stall=0.5).copy(SHARD, SHARD.file, descriptor)
 
     with tempfile.TemporaryFile() as file, host() as (url, handler):
         asyncio.run(give_up(f"{url}/trickling", file.fileno()))
@@ -164,3 +164,20 @@ def test_a_run_names_public_places_only(url: str) -> None:
     with pytest.raises(ValueError, match="mirrors"):
         Data(mirrors=(url,))
     Data(mirrors=("https://a.example/store", "s3://bucket/store", "hf://datasets/a/b", "gs://bucket"))
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://127.0.0.1:9/store", "not a public address"),
+        ("http://localhost/store", "not a public address"),
+        ("http://[::1]/store", "not a public address"),
+        ("http://192.168.1.1/store", "not a public address"),
+        ("http://169.254.169.254/latest", "not a public address"),
+        ("file:///etc", "by http, https, s3, gs or hf only"),
+        ("ftp://example.org/store", "by http, https, s3, gs or hf only"),
+    ],
+)
+def test_a_mirror_that_the_run_names_reaches_no_private_host(tmp_path: Path, url: str, reason: str) -> None:
+    with (tmp_path / "part").open("wb") as file, pytest.raises(MirrorError, match=reason):
+        asyncio.run(Mirror(url, anonymous=True).copy(SHARD, SHARD.file, file.fileno()))

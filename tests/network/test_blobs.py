@@ -316,7 +316,7 @@ def test_a_busy_source_is_asked_again(tmp_path: Path, monkeypatch: pytest.Monkey
         a, b = nodes
         root = a.blobs.add_bytes(data := os.urandom(CHUNK))
         async with b.streams.open(a.peer_id, "blob"):
-            await until(lambda: a.streams._served["blob", ""] == 1)
+            await until(lambda: a.streams.served("blob", b.peer_id) == 1)
             transfer = asyncio.create_task(b.blobs.fetch_bytes(root, sources=[a.peer_id], max_size=CHUNK))
             await until(lambda: a.streams.rejections["blob: busy"] >= 2)
         assert await transfer == data

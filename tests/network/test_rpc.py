@@ -149,7 +149,7 @@ def test_one_peer_cannot_hold_all_slots(tmp_path: Path, monkeypatch: pytest.Monk
 
         await b.rpc.serve("wait", wait, max_request=100)
         waiting = [asyncio.create_task(a.rpc.call(b.peer_id, "wait", b"wait", timeout=30, max_reply=9)) for _ in "12"]
-        await until(lambda: b.streams._served["wait", a.peer_id] == 2)
+        await until(lambda: b.streams.served("wait", a.peer_id) == 2)
         async with a.streams.open(b.peer_id, "wait") as third:
             await third.write_frame(b"more")
             with pytest.raises(Busy):
@@ -161,7 +161,7 @@ def test_one_peer_cannot_hold_all_slots(tmp_path: Path, monkeypatch: pytest.Monk
         assert await asyncio.gather(*waiting, retried) == [b"done"] * 3
         a.rpc.close()
         c.rpc.close()
-        await until(lambda: not any(name == "wait" and peer for name, peer in b.streams._served))
+        await until(lambda: not b.streams.served("wait"))
 
     with_swarm(tmp_path, 3, scenario)
 
@@ -229,3 +229,37 @@ def test_callers_that_go_away_free_their_slot(tmp_path: Path) -> None:
         assert await a.rpc.call(b.peer_id, "echo", b"", timeout=10, max_reply=99) == a.peer_id.encode()
 
     with_swarm(tmp_path, 2, scenario)
+
+
+def test_no_number_of_strangers_shuts_out_a_preferred_peer(tmp_path: Path) -> None:
+    """Four free keys shut a member's uploads with 158 bytes a second."""
+    held = asyncio.Event()
+
+    async def hold(stream: streams.Stream) -> None:
+        await stream.accept()
+        await held.wait()
+
+    async def scenario(nodes: list[NetworkNode]) -> None:
+        server, member, *strangers = nodes
+        await server.streams.serve("hold", hold, at_once=4)
+        server.prefer(lambda peer_id: peer_id == member.peer_id)
+
+        async def opened(node: NetworkNode) -> streams.Stream:
+            stream = await node.streams.dial(server.peer_id, "hold")
+            await stream.expect(20.0)
+            return stream
+
+        crowd = [await opened(strangers[0]) for _ in range(4)]
+        fair = await opened(strangers[1])  # a second stranger gets one of the four
+        await until(lambda: server.streams.served("hold", strangers[0].peer_id) == 3)
+        with pytest.raises(Busy):
+            await opened(strangers[0])
+        mine = [await opened(member) for _ in range(4)]  # a member gets them all
+        assert server.streams.served("hold") == server.streams.served("hold", member.peer_id) == 4
+        with pytest.raises(Busy):
+            await opened(strangers[1])
+        for stream in (*crowd, fair, *mine):
+            stream.close()
+        held.set()
+
+    with_swarm(tmp_path, 4, scenario)
