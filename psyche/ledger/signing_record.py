@@ -60,5 +60,6 @@ def load_signed(path: Path, run_id: bytes, fresh: T) -> T:
     except (ValueError, msgspec.MsgspecError) as error:
         raise PsycheError(
             f"{path} cannot be read ({error}). It records what this node has signed and must not contradict: "
-            "restore it from a backup, or join with a new identity (another --directory)"
+            "a node can join with a new identity (another --directory); a coordinator cannot, because the run names "
+            "its key: leave it off, and let the others continue"
         ) from None
