@@ -85,7 +85,7 @@ def _residuals(node: str, audited: int, records: Mapping[int, Record], fragments
 
 
 def can_audit(replica: Replica, round_number: int) -> bool:
-    """Whether this node still has the proof of the round's base state and an engine that can replay.
+    """Return whether this node still has the proof of the round's base state and an engine that can replay.
 
     A node with several ranks is audited but audits nobody: a non-finite gradient terminates its ranks, and an audited
     node can choose a state that produces one.

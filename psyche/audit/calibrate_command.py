@@ -36,7 +36,7 @@ LINE_EVERY = 5.0
 
 
 def prepared(path: Path, report: Report | None) -> tuple[Config, TokenStore]:
-    """A configuration and its text, which is prepared where it is not here. Raises :class:`PsycheError`."""
+    """Return a configuration and its text, which is prepared where it is not here. Raises :class:`PsycheError`."""
     config = load_config(path)
     cache = config.node.cache.expanduser()
     store = prepare(config.run.data, cache, vocab_limit=config.run.model.vocab_size, progress=report)
@@ -69,7 +69,7 @@ def calibrate(
 
 
 def measure(config: Config, store: TokenStore, kinds: Sequence[NodeKind], rounds: int) -> ReplayErrors:
-    """The errors of ``kinds`` on a run's model and data."""
+    """Return the errors of ``kinds`` on a run's model and data."""
     with (
         tempfile.TemporaryDirectory(prefix="psyche-calibrate-") as folder,
         _progress(total_steps(config.run, rounds, len(kinds))) as told,
@@ -97,7 +97,7 @@ def maker(config: Config, store: TokenStore) -> Callable[[NodeKind], TorchEngine
 
 
 def node_of(node: Node, kind: NodeKind) -> Node:
-    """The settings of a node of that kind."""
+    """Return the settings of a node of that kind."""
     changes = {
         "device": kind.device,
         "threads": kind.threads,
@@ -113,7 +113,7 @@ def _say(words: str) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[ReportProgress]:
-    """A bar on a terminal, a line now and then elsewhere; all on stderr."""
+    """Yield a bar on a terminal, a line now and then elsewhere; all on stderr."""
     console, last, said = Console(stderr=True), "", 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())

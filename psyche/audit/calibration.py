@@ -81,7 +81,7 @@ class ReplayErrors:
     kinds: list[str]
     segments: list[Segment]
     errors: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    """By claim (honest work of a kind of node, or a fraud on the reference kind) and the kind that audits."""
+    """Errors by claim (honest work of a kind of node, or a fraud on the reference kind) and by kind of auditor."""
 
     @property
     def honest(self) -> dict[str, list[float]]:
@@ -250,7 +250,7 @@ class Calibration:
 
 State = dict[str, Tensor]
 OWN, PEERS, OTHERS = range(3)
-"""Whose share of a round's data a batch comes from."""
+"""The node whose share of the round's data a batch comes from."""
 DEALT = 3
 START, OPTIMIZER = "start", "optimizer"
 

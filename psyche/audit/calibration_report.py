@@ -16,7 +16,7 @@ IGNORED = (ONE_STEP,)
 
 
 def table(measured: ReplayErrors) -> Table:
-    """Who claims by who audits: the range of the relative errors."""
+    """Return a table of relative errors, claims by auditors."""
     found = Table(title="Relative error of a replay", title_justify="left", title_style="bold", header_style="dim")
     found.add_column("claimed")
     for kind in measured.kinds:
@@ -32,7 +32,7 @@ def _range(errors: Sequence[float]) -> str:
 
 
 def words(measured: ReplayErrors, found: Thresholds) -> str:
-    """What the thresholds rest on, and what they do not tell apart."""
+    """Return what the thresholds rest on, and what they do not tell apart."""
     lines = [
         f"{len(measured.segments)} segments. Honest nodes are at most {found.honest:.2g} apart; with {CONFIDENCE:.0%} "
         f"confidence {found.share:.0%} or more of all replays are (free of distribution: more rounds, more of them).",
@@ -54,7 +54,7 @@ def snippet(found: Thresholds) -> str:
 
 
 def to_json(measured: ReplayErrors, found: Thresholds) -> dict[str, Any]:
-    """Every error, and the thresholds."""
+    """Return every error, and the thresholds."""
     rows = [
         {"claimed": claim, "audited_by": kind, "honest": claim in measured.kinds, "errors": errors}
         for (claim, kind), errors in measured.errors.items()

@@ -60,7 +60,7 @@ class ReplayStopped(Exception):
 
 
 class MismatchCode(StrEnum):
-    """What does not agree with the commitments."""
+    """The part of the work that does not match the commitments."""
 
     TRACE_ROOT = "trace-root"
     TOO_MANY_STEPS = "too-many-steps"

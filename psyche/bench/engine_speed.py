@@ -97,7 +97,7 @@ def main(json: Path | None, plan: Plan, preparing: Callable[[], AbstractContextM
 
 
 def available() -> list[Way]:
-    """The ways that work here: the Trainer needs accelerate."""
+    """Return the ways that work here: the Trainer needs accelerate."""
     if importlib.util.find_spec("accelerate") is not None:
         return list(WAYS)
     say("transformers.Trainer is left out: it needs accelerate (make bench-engine installs it)")

@@ -177,7 +177,7 @@ def planned_join(plan: Plan) -> PlannedJoin:
 
 
 def _config(plan: Plan) -> Config:
-    """A Llama with short sequences: its state is large and a step of it cheap, so that only the line is slow."""
+    """Return a Llama with short sequences: its state is large and a step of it cheap, so that only the line is slow."""
     intermediate = 3 * HIDDEN
     layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * intermediate
     layers = max(1, round((plan.parameters - 512 * HIDDEN) / layer))
@@ -251,7 +251,7 @@ def round_steps(planned: PlannedJoin, at: float) -> int:
 
 
 def _reached(watch: RunWatch, round_number: int, steps: int) -> bool:
-    """Whether the first donor has begun the round and taken ``steps`` steps of it."""
+    """Return whether the first donor has begun the round and taken ``steps`` steps of it."""
     if not steps:
         return any(event.round == round_number for event in watch.of("node-1", RoundStarted))
     return any(event.round == round_number and event.step >= steps for event in watch.of("node-1", StepDone))

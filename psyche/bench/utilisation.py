@@ -137,7 +137,7 @@ def with_modes(plan: Plan, names: Sequence[str]) -> Plan:
 
 
 def exchange_bytes(run: Run, peers: int) -> int:
-    """Bytes that a peer sends, and receives, when the whole model is exchanged at once."""
+    """Return bytes that a peer sends, and receives, when the whole model is exchanged at once."""
     whole = layout(run.model).fragments(1)
     shapes = ExchangeSizes.of(codec(run.codec.name), codec(run.result_codec), [p.stop - p.start for p in whole[0]])
     first = sharded_from(run, whole)

@@ -49,7 +49,8 @@ class Model(Strict):
 
 
 def _is_plain(value: object, depth: int = 8) -> bool:
-    """Whether a value has a single encoding in a manifest and bounded depth. Manifests come from other machines."""
+    """Return whether a value has a single encoding in a manifest and bounded depth. Manifests come from other
+    machines."""
     match value:
         case None | bool() | float() | str():
             return True
@@ -191,12 +192,12 @@ class Overlap(Strict):
 
 
 class Aggregation(Strict):
-    """From many pseudo-gradients to one, where some of them lie."""
+    """How pseudo-gradients are combined when some senders are dishonest."""
 
     kind: Literal["mean", "norm_clip"] = "norm_clip"
     """``norm_clip`` clips each payload slice to the median norm: see ``numerics/aggregate.py``."""
     max_share: Share = 0.25
-    """Of an outer step's weight, the most that one node has; or twice an equal share, where few contribute."""
+    """Largest share of an outer step's weight that one node may have; with few contributors, twice an equal share."""
 
 
 class Audits(Strict):

@@ -42,11 +42,11 @@ class ShardCache:
         """Whether the file system supports locks; known after the first fetch."""
 
     def path_of(self, shard: Shard) -> Path:
-        """The path of a shard, cached or not."""
+        """Return the path of a shard, cached or not."""
         return self.directory / shard.root
 
     def room(self) -> int:
-        """Bytes that can be added without an eviction."""
+        """Return bytes that can be added without an eviction."""
         return max(0, self.limit - sum(size for _, size, _ in self._found()))
 
     def used(self, shard: Shard) -> None:
@@ -172,7 +172,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still at ``path``, not renamed or deleted by the previous lock holder."""
+    """Return whether an open file is still at ``path``, not renamed or deleted by the previous lock holder."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False

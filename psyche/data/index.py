@@ -88,7 +88,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The smallest token type that holds the ids of a vocabulary."""
+    """Return the smallest token type that holds the ids of a vocabulary."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
@@ -108,7 +108,7 @@ def decode_index(data: bytes, where: str) -> Index:
 
 
 def _fault(index: Index, data: bytes) -> str | None:
-    """The fault of a well-typed index, or None."""
+    """Return the fault of a well-typed index, or None."""
     if len(data) > MAX_INDEX_BYTES or index.encode() != data:
         return "not in canonical form"
     if index.dtype != dtype_for(index.vocab_size) or index.eos >= index.vocab_size:

@@ -88,7 +88,7 @@ def prepare(
 
 
 def is_heldout(document: bytes, fraction: float) -> bool:
-    """Whether a document is held out, by its :func:`document_hash` alone: copies fall into the same split."""
+    """Return whether a document is held out, by its :func:`document_hash` alone: copies fall into the same split."""
     return int.from_bytes(document[:8], "little") < int(fraction * 2**64)
 
 
@@ -143,7 +143,7 @@ def _build(data: Data, path: Path, vocab_limit: int, report: Report, shard_bytes
 
 
 def _streams(data: Data) -> list[Iterator[str]]:
-    """The documents of each part of the source."""
+    """Return the documents of each part of the source."""
     return [documents(part.source, None) for part in parts_of(data.source)[0]]
 
 

@@ -152,7 +152,8 @@ async def _fetch_index(network: Network, root: bytes, sources: Sequence[str]) ->
 
 
 def required_files(store: TokenStore, manifest: Manifest) -> list[tuple[Shard | TokenizerFile, Path]]:
-    """The files of a store that every node holds: the tokenizer, and the held-out shards that it evaluates on."""
+    """Return the files of a store that every node holds: the tokenizer, and the held-out shards that it evaluates
+    on."""
     files: list[tuple[Shard | TokenizerFile, Path]] = []
     files += [(item, store.path / TOKENIZER / item.file) for item in store.index.tokenizer]
     count = -(-min(manifest.run.heldout_sequences, len(store.heldout)) // store.heldout.layout.per_shard)
@@ -205,7 +206,7 @@ def local_store(manifest: Manifest, cache: Path, locations: Sequence[ShardLocati
 
 
 def _store_here(manifest: Manifest, cache: Path, locations: Sequence[ShardLocation]) -> TokenStore | None:
-    """The run's store, complete or not; None if its index is not on this machine."""
+    """Return the run's store, complete or not; None if its index is not on this machine."""
     root = bytes.fromhex(manifest.resolved.store)
     for path in (store_path(cache, manifest.run.data), _fetched_path(cache, root)):
         with contextlib.suppress(PsycheError):  # missing, or prepared from other text than the run's
@@ -214,12 +215,12 @@ def _store_here(manifest: Manifest, cache: Path, locations: Sequence[ShardLocati
 
 
 def shard_cache(node: Node) -> ShardCache:
-    """The machine's cache of fetched shards, shared by all runs."""
+    """Return the machine's cache of fetched shards, shared by all runs."""
     return ShardCache(node.cache.expanduser() / "data" / "shards", byte_count(node.data_cache))
 
 
 def shard_locations(node: Node, cache: ShardCache) -> tuple[ShardLocation, ...]:
-    """Where shards may be on this machine, besides a store that was prepared on it."""
+    """Return where shards may be on this machine, besides a store that was prepared on it."""
     directories = [Path(text).expanduser() for text in node.data_mirrors if "://" not in text]
     return (cache.path_of, *(partial(_named_in, directory) for directory in directories))
 

@@ -55,14 +55,14 @@ def documents(source: Source, max_documents: int | None) -> Iterator[str]:
 
 
 def parts_of(source: Source) -> tuple[tuple[MixturePart, ...], Literal["first_exhausted", "all_exhausted"]]:
-    """The parts of a mixture and its stopping rule; any other source is a mixture of one part."""
+    """Return the parts of a mixture and its stopping rule; any other source is a mixture of one part."""
     if isinstance(source, MixtureSource):
         return source.parts, source.stop
     return (MixturePart(weight=1.0, source=source),), "first_exhausted"
 
 
 def local_references(source: Source) -> list[str]:
-    """What ``source`` refers to on this machine: the interpreter's version, absolute paths of relative ones."""
+    """Return what ``source`` refers to on this machine: the interpreter's version, absolute paths of relative ones."""
     match source:
         case StdlibSource():
             return [platform.python_version()]
@@ -79,7 +79,7 @@ def local_references(source: Source) -> list[str]:
 
 
 def absolute(name: str) -> str:
-    """The absolute path of an existing file or directory; any other name (on a hub) unchanged."""
+    """Return the absolute path of an existing file or directory; any other name (on a hub) unchanged."""
     return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
@@ -132,7 +132,7 @@ def _text(source: TextSource) -> Iterator[str]:
 
 
 def _files(paths: Iterable[str]) -> list[Path]:
-    """Every file behind ``paths`` once: in the order of ``paths``, sorted by relative path below each."""
+    """Return every file behind ``paths`` once: in the order of ``paths``, sorted by relative path below each."""
     found: dict[Path, None] = {}
     for pattern in paths:
         path = Path(pattern).expanduser()
@@ -213,7 +213,7 @@ def _unreadable(source: HubSource, error: Exception) -> PsycheError:
 
 
 def _matches(row: Mapping[str, Any], filters: Sequence[Filter]) -> bool:
-    """Whether ``row`` meets all conditions. Raises :class:`PsycheError` for a missing or incomparable column."""
+    """Return whether ``row`` meets all conditions. Raises :class:`PsycheError` for a missing or incomparable column."""
     return all(_meets(row, condition) for condition in filters)
 
 

@@ -36,7 +36,7 @@ class SplitState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def intact(path: Path, state: SplitState) -> bool:
-    """Whether the file is at least as long as ``state`` says."""
+    """Return whether the file is at least as long as ``state`` says."""
     return (path.stat().st_size if path.is_file() else 0) >= state.bytes
 
 
@@ -93,7 +93,7 @@ class PartState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Hash chain over these documents, which detects a source that changed between two runs."""
 
     def after(self, document: Document, passes: int) -> PartState:
-        """The state after one more document, read after ``passes`` complete passes."""
+        """Return the state after one more document, read after ``passes`` complete passes."""
         documents, seen = (self.documents, self.seen) if passes == self.passes else (0, "")
         return PartState(self.tokens + len(document.tokens), passes, documents + 1, _chain(seen, document.key))
 
@@ -106,7 +106,7 @@ class PartState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PreparationJournal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far a preparation has got."""
+    """Progress of a preparation."""
 
     tokenizer: tuple[TokenizerFile, ...]
     total: int | None
@@ -123,7 +123,7 @@ class PreparationJournal(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         write_durably(staging / JOURNAL, msgspec.json.encode(self))
 
     def after(self, number: int, document: Document, passes: int) -> PreparationJournal:
-        """The journal after one more document of part ``number``; the caller updates the splits' states."""
+        """Return the journal after one more document of part ``number``; the caller updates the splits' states."""
         part = self.parts[number].after(document, passes)
         parts = (*self.parts[:number], part, *self.parts[number + 1 :])
         return msgspec.structs.replace(self, parts=parts, documents=self.documents + 1)

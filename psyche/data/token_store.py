@@ -23,7 +23,7 @@ TOKENIZER = "tokenizer"
 
 
 def store_path(cache: Path, data: Data) -> Path:
-    """The directory of a recipe's store on this machine: ``cache/data/<16 hex digits of the recipe's hash>``.
+    """Return the directory of a recipe's store on this machine: ``cache/data/<16 hex digits of the recipe's hash>``.
 
     The same recipe can mean different bytes on different machines, so the hash includes what the source refers to on
     this one (the interpreter's version, the absolute path behind a relative one).
@@ -92,7 +92,7 @@ class Split:
         return opened
 
     def is_open(self, number: int) -> bool:
-        """Whether a shard is open: reading it needs no more checks."""
+        """Return whether a shard is open: reading it needs no more checks."""
         return number in self._opened
 
     def close_all_but(self, numbers: Collection[int]) -> None:
@@ -134,7 +134,7 @@ class TokenStore:
         self._tokenizer_checked = False
 
     def path_of(self, shard: Shard) -> Path:
-        """The path of a shard in this store's directory."""
+        """Return the path of a shard in this store's directory."""
         return self.path / shard.file
 
     @classmethod
@@ -177,7 +177,7 @@ class TokenStore:
             verified(self.path / shard.file)
 
     def complete(self) -> bool:
-        """Whether every file exists with the right size; reads none of them."""
+        """Return whether every file exists with the right size; reads none of them."""
         files = [(self.path / TOKENIZER / item.file, item.bytes) for item in self.index.tokenizer]
         files += [(self.path / shard.file, shard.bytes) for shard in self.index.train + self.index.heldout]
         return all(has_size(file, size) for file, size in files)
@@ -192,7 +192,7 @@ class _Missing(PsycheError):
 
 
 def has_size(path: Path, size: int) -> bool:
-    """Whether a file exists and has this size."""
+    """Return whether a file exists and has this size."""
     return path.is_file() and path.stat().st_size == size
 
 

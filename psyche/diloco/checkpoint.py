@@ -44,7 +44,7 @@ class _Meta(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a node needs to go on after a restart."""
+    """What a node needs to continue after a restart."""
 
     run_id: bytes
     chain: Chain
@@ -100,7 +100,7 @@ def save(checkpoint: Checkpoint, directory: Path, *, keep: int) -> Path:
 
 
 def load_latest(directory: Path, run_id: bytes, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, or None. ``warn`` hears of every file that is passed over."""
+    """Return the newest whole checkpoint of the run, or None. ``warn`` hears of every file that is passed over."""
     for digest, path in _files(directory):
         try:
             if _file_hash(path) != digest:

@@ -1,4 +1,4 @@
-"""Cheap checks of a round's payloads, as one node sees them: norm, direction and copies, round after round."""
+"""One node's cheap checks of every round's payloads: norm, direction and copies."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from psyche.protocol.messages import Record
 
 
 class OutlierDetector:
-    """One node's. Rounds of the same fragment are compared with each other, where the same slice was seen of them."""
+    """Looks for outliers among the payloads that one node sees, also against earlier rounds of the same fragment and
+    slice."""
 
     def __init__(self, codec: Codec, secret: bytes, fragments: int) -> None:
-        """``secret`` draws where payloads are looked at: who knew it would have to look honest there only."""
+        """``secret`` draws the sampled values; a cheat that knew it could look honest there only."""
         self._codec, self._secret, self._fragments = codec, secret, fragments
         self._seen = deque[tuple[int, Sample, Mapping[str, Tensor]]](maxlen=REMEMBERED * fragments)
-        """Fragment, sample, and signs by node, of the last rounds."""
+        """Fragment, sample, and signs by node of the last rounds."""
 
     def look(
         self, record: Record, counts: Sequence[int], payloads: Mapping[str, PayloadSlices], seen: Collection[int]
     ) -> dict[str, str]:
-        """Those whose accepted contribution stood out, and by which check, ascending by node.
+        """Return those whose accepted contribution stood out, and by which check, ascending by node.
 
         ``counts`` are the parameters of the payloads' slices, ``seen`` the numbers of those that are in ``payloads``.
         What nodes with data of their own contribute is not looked at: it is noise on purpose, and nobody can audit it.

@@ -66,7 +66,7 @@ class LocalSteps:
 
 
 class Replica(DiLoCo):
-    """One node's DiLoCo state in a run. x starts from θ only if it has no local steps of its own to keep."""
+    """One node's DiLoCo state in a run. x restarts from θ only if it has no local steps to keep."""
 
     host: OuterState
     """The outer state on the CPU, as it is hashed, served and saved: ``outer`` itself unless that is on a GPU."""

@@ -26,7 +26,7 @@ class Aggregation:
 
     @classmethod
     def of(cls, run: Run) -> Aggregation:
-        """The settings in ``run.aggregation``. Shares are converted from fp64 exactly."""
+        """Return the settings in ``run.aggregation``. Shares are converted from fp64 exactly."""
         spec = run.aggregation
         caps = Caps(Fraction(spec.max_share), NEWCOMERS_SHARE, Fraction(run.private_share))
         return cls(caps, spec.kind)
@@ -34,7 +34,7 @@ class Aggregation:
     def gradient(
         self, codec: Codec, plan: Plan, contributions: Mapping[str, Contribution], payloads: Mapping[str, PayloadSlices]
     ) -> Gradient:
-        """The outer gradient of ``plan``'s round over ``contributions``, computed slice by slice on demand.
+        """Return the outer gradient of ``plan``'s round over ``contributions``, computed slice by slice on demand.
 
         ``payloads`` holds, for each contribution, the slices that will be requested.
         """

@@ -14,7 +14,7 @@ from psyche.protocol.messages import Contribution, Plan, Record, ReductionStatus
 
 
 def applied_blobs(record: Record) -> Mapping[bytes, int]:
-    """The blobs that the outer step of ``record`` applies: root -> approximate bytes."""
+    """Return the blobs that the outer step of ``record`` applies: root -> approximate bytes."""
     size = max(one.contribution.payload_bytes for one in record.accepted)
     if record.results:
         return dict.fromkeys(record.results, size // len(record.results))
@@ -86,7 +86,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def needed_slices(self) -> Sequence[int]:
-        """The slices that this node needs of every payload."""
+        """Return the slices that this node needs of every payload."""
 
     @abstractmethod
     async def outer_gradient(self, record: Record) -> Gradient:

@@ -75,7 +75,8 @@ class ExchangeSizes:
 
 
 def sharded_from(run: Run, fragments: Sequence[Sequence[slice]]) -> int | None:
-    """The smallest number of members at which rounds are sharded: by configuration, or where it costs fewer bytes.
+    """Return the smallest number of members at which rounds are sharded: by configuration, or where it costs fewer
+    bytes.
 
     None: never. Line rates do not matter, because both ways load the two directions of every line equally.
     """

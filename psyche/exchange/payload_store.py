@@ -83,7 +83,7 @@ class BlobRetention:
 
 @dataclass(frozen=True)
 class PayloadStore:
-    """What the exchanges of all rounds share: network, served blobs, and blobs on disk."""
+    """Shared by the exchanges of all rounds: network, served blobs, and blobs on disk."""
 
     network: Network
     retention: BlobRetention

@@ -1,4 +1,4 @@
-"""What a node may say of private text: its pseudo-gradient, clipped and noised before anything else sees it.
+"""The Gaussian mechanism: clips and noises a private pseudo-gradient before anything else sees it.
 
 The mechanism is the Gaussian one (Dwork and Roth, "The Algorithmic Foundations of Differential Privacy", 2014,
 Appendix A), once a round, on the node's own machine: Δ̃ = clip(Δ, C) + N(0, (σ·2C)² I), as in DP-FedAvg (McMahan et
@@ -46,7 +46,7 @@ BLOCK = 1 << 20
 GRID_BITS = 20
 """The grid is 2^20 times finer than the noise's standard deviation, or up to twice that."""
 ROUNDING = 1e-9
-"""What fp64 sums of squares may be wrong by, and more: clipping stays this much below the bound."""
+"""Clipping stays this much below the bound: more than the rounding error of fp64 sums of squares."""
 
 
 def privatise(theta: Tensor, local: Tensor, parts: Sequence[slice], *, clip: float, noise_multiplier: float) -> None:

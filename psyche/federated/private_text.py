@@ -55,7 +55,7 @@ class PrivateText:
         return len(self._sequences)
 
     def batch(self, size: int) -> NDArray[np.int64]:
-        """The next ``size`` sequences, ``[size, sequence_length]``: each is used once before any repeats."""
+        """Return the next ``size`` sequences, ``[size, sequence_length]``: each is used once before any repeats."""
         while len(self._order) < size:
             self._order = np.concatenate([self._order, self._random.permutation(len(self))])
         chosen, self._order = self._order[:size], self._order[size:]

@@ -45,7 +45,7 @@ class CreditReport(msgspec.Struct):
     missing: list[tuple[int, int]]
     """First and last round of each gap; credit earned there is not counted."""
     credits: list[NodeCredit]
-    """By final credit, descending."""
+    """Accounts by final credit, descending."""
 
 
 class CreditHistory(msgspec.Struct):

@@ -290,7 +290,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _is_blank(cursor: sqlite3.Cursor) -> bool:
-    """Whether the file is empty: new, or its creator was killed before the first transaction was committed."""
+    """Return whether the file is empty: new, or its creator was killed before the first transaction was committed."""
     return not any(
         cursor.execute(query).fetchone()[0]
         for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")

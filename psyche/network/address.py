@@ -48,12 +48,12 @@ def split_address(text: str) -> tuple[str, str]:
 
 
 def peer_of(text: str) -> str:
-    """The PeerID that an address ends with. Raises ValueError as :func:`split_address` does."""
+    """Return the PeerID that an address ends with. Raises ValueError as :func:`split_address` does."""
     return split_address(text)[1]
 
 
 def is_loopback(text: str) -> bool:
-    """Whether only this machine can use the address."""
+    """Return whether only this machine can use the address."""
     parts = text.split("/")
     return len(parts) > 2 and parts[1] in ("ip4", "ip6") and ipaddress.ip_address(parts[2]).is_loopback
 

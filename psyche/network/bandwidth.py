@@ -56,7 +56,7 @@ class Limiter:
         return time.monotonic() - began
 
     def _delay(self, peer: str, size: int) -> float:
-        """Seconds until it may be this peer's turn; 0 if it is now."""
+        """Return seconds until it may be this peer's turn; 0 if it is now."""
         assert self.rate is not None
         now = time.monotonic()
         most = max(self.rate * BURST_SECONDS, float(QUANTUM))

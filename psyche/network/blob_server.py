@@ -158,7 +158,7 @@ class BlobServer:
         self._streams.traffic.measured(pipe.peer_id, down=False, count=sent, seconds=seconds)
 
     def _index(self, root: bytes) -> BlobIndex:
-        """The index of a served blob. Raises :class:`Refused`."""
+        """Return the index of a served blob. Raises :class:`Refused`."""
         for entry in reversed(self._entries.get(root, [])):
             with contextlib.suppress(OSError, LookupError):
                 return entry.index

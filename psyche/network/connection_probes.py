@@ -1,7 +1,6 @@
-"""Questions that every node answers for its peers, so that a newcomer learns what is wrong with it: what time it is,
-and whether the newcomer's port can be reached.
+"""Probes that every node answers, so that a newcomer learns whether its clock is right and its port can be reached.
 
-Answers only ever make warnings. A peer's time sets nothing, and a peer dials nobody but the one who asks.
+Answers lead to warnings only. A peer's time sets nothing, and a peer dials nobody but the caller.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ _END = re.compile(r"/ip[46]/([^/]+)/(tcp|udp)/\d+(/quic-v1)?")
 
 @dataclass(frozen=True)
 class Offset:
-    """How far this machine's clock is ahead of the peers' (seconds), by at most how much that may be wrong, and how
-    many peers it is the median of."""
+    """This machine's clock relative to the median of its peers' clocks, in seconds, with the error and number of
+    peers."""
 
     seconds: float
     error: float
@@ -53,9 +52,9 @@ async def serve_probes(network: Network) -> None:
 
 
 async def clock_offset(network: Network, peers: Sequence[str]) -> Offset | None:
-    """This clock against the median of some peers', corrected for half the round trip; None where nobody answers.
+    """Compare this clock with the median of some peers', corrected for half the round trip; None if nobody answers.
 
-    Against liars the median holds as long as most of those asked are honest.
+    The median is right as long as most of the peers asked are honest.
     """
 
     async def ask(peer: str) -> tuple[float, float] | None:
@@ -75,7 +74,8 @@ async def clock_offset(network: Network, peers: Sequence[str]) -> Offset | None:
 
 
 async def reachable(network: Network, peers: Sequence[str], port: int) -> tuple[bool | None, str]:
-    """Whether a peer could open a TCP connection to ``port`` of this machine, and this machine's address as it is seen.
+    """Return whether a peer could open a TCP connection to ``port`` of this machine, and this machine's address as it
+    is seen.
 
     None where no peer could tell: there is none, or all are reached through relays. Peers that see this machine at a
     public address are believed before those in the same local network, who pass no router.
@@ -91,7 +91,7 @@ async def reachable(network: Network, peers: Sequence[str], port: int) -> tuple[
 
 
 def _answer(reply: bytes) -> tuple[bool, str] | None:
-    """What a peer says of ``reach``, if it makes sense."""
+    """Return what a peer says of ``reach``, if it makes sense."""
     with contextlib.suppress(ValueError):
         if reply[:1] in (b"\0", b"\1"):
             return reply[0] == 1, str(ip_address(reply[1:].decode()))

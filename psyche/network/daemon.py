@@ -1,4 +1,4 @@
-"""The libp2p daemon (p2pd): started by us, so that it never outlives us, and spoken to over unix sockets.
+"""The libp2p daemon (p2pd), a child process that never outlives this one, controlled over unix sockets.
 
 hivemind starts p2pd too, but leaves it running when its parent is killed, does not notice a port that is taken,
 and cannot read Ed25519 identities. So the process is ours and hivemind attaches to it (``P2P.replicate``).
@@ -54,7 +54,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class DaemonError(PsycheError):
-    """The daemon refused a request, or is no longer there; the text is its reason."""
+    """The daemon refused a request, or has ended; the text says why."""
 
 
 class Daemon:
@@ -233,7 +233,7 @@ async def _line(reader: StreamReader) -> bytes:
 
 
 def _explain(line: str) -> str:
-    """A person's sentence for p2pd's last words."""
+    """Return a person's sentence for p2pd's last words."""
     reason = re.sub(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ", "", line)
     if "failed to parse multiaddr" in reason or "can only dial TCP" in reason:
         return f"a listen or announce address is not valid ({reason}); write it like /ip4/0.0.0.0/tcp/4001"
@@ -243,9 +243,9 @@ def _explain(line: str) -> str:
 
 
 def _lock(path: Path) -> int:
-    """Hold a key file until the returned descriptor is closed, or the process ends: one key, one node.
+    """Lock a key file until the returned descriptor is closed or the process ends.
 
-    Two nodes with one PeerID would take each other's callers, and sign contradictions.
+    Two nodes with one PeerID would receive each other's calls, and sign conflicting messages.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)

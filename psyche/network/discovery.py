@@ -83,7 +83,7 @@ class Discovery:
 
 
 def encode_addresses(addresses: Sequence[str]) -> bytes:
-    """The body of an announcement: as many of ``addresses`` as fit, without the PeerID that signs it."""
+    """Return the body of an announcement: as many of ``addresses`` as fit, without the PeerID that signs it."""
     transports = [split_address(text)[0] for text in addresses[:MAX_ANNOUNCED]]
     while len(body := msgspec.msgpack.encode(transports)) > MAX_BODY:
         transports.pop()
@@ -91,7 +91,7 @@ def encode_addresses(addresses: Sequence[str]) -> bytes:
 
 
 def decode_addresses(peer_id: str, body: bytes) -> tuple[str, ...]:
-    """The addresses that ``peer_id`` announced (at most MAX_BODY bytes), without those that are malformed.
+    """Return the addresses that ``peer_id`` announced (at most MAX_BODY bytes), without those that are malformed.
 
     A peer can only announce addresses of its own: a caller that dials one expects its PeerID there.
     """

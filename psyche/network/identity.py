@@ -30,7 +30,7 @@ _PRIVATE_HEADER = bytes((0x08, 0x01, 0x12, 64))  # PrivateKey{Ed25519, private â
 _PEER_HEADER = bytes((0x00, 36, 0x08, 0x01, 0x12, 32))  # identity multihash of PublicKey{Ed25519, public}
 
 IDENTITY = "identity.key"
-"""Of the key file, in the directory of a node or coordinator."""
+"""Name of the key file in the directory of a node or coordinator."""
 
 
 _KEYS = 8192
@@ -56,7 +56,8 @@ class Identity:
 
     @classmethod
     def load_or_create(cls, path: Path) -> Self:
-        """Read the key file, or make one (mode 0600, atomically). Raises :class:`PsycheError` with the mend."""
+        """Read the key file, or make one (mode 0600, atomically). Raises :class:`PsycheError` that says how to fix
+        it."""
         path = path.expanduser()
         try:
             if not path.exists():
@@ -71,7 +72,7 @@ class Identity:
         return self._key.sign(data)
 
     def seal(self, domain: str, run_id: bytes, round_number: int, body: bytes) -> Envelope:
-        """A signed envelope around ``body``."""
+        """Return a signed envelope around ``body``."""
         draft = Envelope(domain, run_id, round_number, self.peer_id, body, bytes(64))
         return Envelope(domain, run_id, round_number, self.peer_id, body, self.sign(signing_bytes(draft)))
 
@@ -81,7 +82,7 @@ class Identity:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a node runs with this key file: its daemon holds a lock on it."""
+    """Return whether a node runs with this key file: its daemon holds a lock on it."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -93,7 +94,7 @@ def in_use(path: Path) -> bool:
 
 
 def verify(peer_id: str, data: bytes, signature: bytes) -> bool:
-    """Whether the owner of ``peer_id`` signed ``data``. False too for names that are not Ed25519 PeerIDs."""
+    """Return whether the owner of ``peer_id`` signed ``data``. False too for names that are not Ed25519 PeerIDs."""
     key = public_key(peer_id)
     if key is None:
         return False
@@ -107,7 +108,7 @@ def verify(peer_id: str, data: bytes, signature: bytes) -> bool:
 def open_envelope(envelope: Envelope, *, domain: str, run_id: bytes, round_number: int | None = None) -> None:
     """Check that an envelope is for this purpose, run and round, then that its author signed it.
 
-    Raises :class:`WrongContext` or :class:`BadSignature`. ``round=None`` accepts any round.
+    Raises :class:`WrongContext` or :class:`BadSignature`. ``round_number=None`` accepts any round.
     """
     check_context(envelope, domain=domain, run_id=run_id, round_number=round_number)
     if not verify(envelope.author, signing_bytes(envelope), envelope.signature):
@@ -115,7 +116,8 @@ def open_envelope(envelope: Envelope, *, domain: str, run_id: bytes, round_numbe
 
 
 def check_context(envelope: Envelope, *, domain: str, run_id: bytes, round_number: int | None) -> None:
-    """That an envelope is for this purpose, run and round; its signature is not looked at. Raises as above."""
+    """Check that an envelope is for this purpose, run and round, but not its signature. Raises
+    :class:`WrongContext`."""
     if envelope.domain != domain:
         raise WrongContext(f"domain {envelope.domain!r}, expected {domain!r}")
     if envelope.run_id != run_id:
@@ -137,7 +139,7 @@ def public_key(peer_id: str) -> Ed25519PublicKey | None:
 
 
 def _read(path: Path) -> bytes:
-    """The seed in a key file. Raises :class:`PsycheError` where the file is not exactly one Ed25519 key."""
+    """Return the seed in a key file. Raises :class:`PsycheError` where the file is not exactly one Ed25519 key."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_mode & 0o077:
             raise PsycheError(f"others on this machine can read the identity file {path}; run: chmod 600 {path}")
@@ -164,6 +166,6 @@ def _create(path: Path) -> None:
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):  # another process was first: its key is the one
             os.link(draft, path)
-        sync_directory(path.parent)  # before anything is signed with it: who comes back without its key is another peer
+        sync_directory(path.parent)  # before anything is signed with it: a node that loses its key is another peer
     finally:
         draft.unlink(missing_ok=True)

@@ -50,7 +50,7 @@ class Invite:
                 raise InviteError(f"the invite's address {address[:80]!r} is invalid: {error}") from None
 
     def encode(self) -> str:
-        """The invite as a string to share."""
+        """Return the invite as a string to share."""
         payload = msgspec.msgpack.encode((self.run_id, self.addresses))
         return _PREFIX + base64.urlsafe_b64encode(payload + _checksum(payload)).decode().rstrip("=")
 
@@ -72,7 +72,7 @@ class Invite:
 
 
 def invite_from(directory: Path) -> Invite:
-    """An invite with the addresses of the node in ``directory``, if it is running, and of the peers it met last.
+    """Return an invite with the addresses of the node in ``directory``, if it is running, and of the peers it met last.
 
     Raises :class:`PsycheError` where there is no node, or it has met no peer.
     """
@@ -93,7 +93,8 @@ def invite_from(directory: Path) -> Invite:
 
 
 def only_run_directory(runs: Path) -> Path:
-    """The directory of the only run joined from this machine. Raises :class:`PsycheError` for none or several."""
+    """Return the directory of the only run joined from this machine. Raises :class:`PsycheError` for none or
+    several."""
     found = sorted(path.parent for path in runs.glob(f"*/{MANIFEST}"))
     if len(found) == 1:
         return found[0]

@@ -285,7 +285,7 @@ class BootstrapError(PsycheError):
 
 
 def _no_bootstrap(failures: list[str]) -> str:
-    """The error message for a start that no bootstrap node answered."""
+    """Return the error message for a start that no bootstrap node answered."""
     listed = "; ".join(failures[:REPORTED_FAILURES])
     more = f"; and {len(failures) - REPORTED_FAILURES} more" if len(failures) > REPORTED_FAILURES else ""
     return (

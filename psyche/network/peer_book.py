@@ -77,7 +77,7 @@ class PeerBook:
         return interleaved(self.by_peer())
 
     def by_peer(self) -> list[tuple[str, ...]]:
-        """The addresses of each peer; the most recently seen peer comes first."""
+        """Return the addresses of each peer; the most recently seen peer comes first."""
         return [self.peers[peer_id].addresses for peer_id in self._ranking()]
 
     def update(
@@ -135,7 +135,7 @@ async def maintain_peer_book(network: NetworkNode, book: PeerBook, dialled: Sequ
 
 
 def interleaved(lists: Iterable[Sequence[str]]) -> list[str]:
-    """The first of each list, then the second of each, and so on."""
+    """Return the first of each list, then the second of each, and so on."""
     return [text for rank in zip_longest(*lists) for text in rank if text is not None]
 
 

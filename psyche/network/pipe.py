@@ -1,8 +1,8 @@
-"""Bulk bytes, moved by blocking calls on worker threads: twice as fast as asyncio's streams, and off the event loop.
+"""Bulk transfers by blocking calls on worker threads: twice as fast as asyncio's streams, and off the event loop.
 
-A :class:`Pipe` is the local daemon's unix socket of one libp2p stream. Whoever waits on one is woken by progress, by
-the end of the stream, by ``close`` from any thread, or by the clock: a peer that moves less than PROGRESS bytes in
-``stall`` seconds has stalled, however often it sends a byte.
+A :class:`Pipe` is the local daemon's unix socket of one libp2p stream. A call on it ends with progress, with the
+stream, by ``close`` from any thread, or by the clock: a peer that moves less than PROGRESS bytes in ``stall`` seconds
+has stalled, however often it sends a byte.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from psyche.network.transport import Refused, Unreachable, Violation
 MAX_CONTROL = 1 << 16
 """Bytes of the daemon's answer to a request for a stream."""
 SOCKET_BUFFER = 1 << 20
-"""Of the unix socket to the daemon: fewer, longer turns for both."""
+"""Buffer of the unix socket to the daemon: larger means fewer context switches."""
 
 
 class Pipe:
@@ -53,7 +53,7 @@ class Pipe:
 
     @classmethod
     def open(cls, control: Path, peer_id: str, name: str, traffic: Traffic, down: Limiter) -> Pipe:
-        """A new stream to the server ``name`` at a peer, through the daemon whose control socket is ``control``.
+        """Return a new stream to the server ``name`` at a peer, through the daemon whose control socket is ``control``.
 
         Raises :class:`Unreachable`, or :class:`Refused` where the peer has no such server.
         """
@@ -77,7 +77,7 @@ class Pipe:
 
     @classmethod
     def of_descriptor(cls, peer_id: str, descriptor: int, traffic: Traffic, up: Limiter) -> Pipe:
-        """A second handle of a stream that the event loop holds, for a thread to write to."""
+        """Return a second handle of a stream that the event loop holds, for a thread to write to."""
         return cls(peer_id, socket.socket(fileno=os.dup(descriptor)), traffic, up=up)
 
     def interrupt(self) -> None:
@@ -134,7 +134,7 @@ class Pipe:
             raise Violation(f"status byte {status}")
 
     def _step(self, move: Callable[[], int], deadline: float, stall: float) -> int:
-        """One call that moves at least a byte, within the time that is left."""
+        """Make one call that moves at least a byte, within the time that is left."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise Unreachable(self.peer_id, f"stalled (under {PROGRESS} bytes in {stall:g} s)")
@@ -165,7 +165,7 @@ class Pipe:
             raise Unreachable(self.peer_id, f"cannot be reached: {dial_reason(response.error.msg)}")
 
     def _control_frame(self) -> bytes:
-        """The daemon's length-prefixed answer, and not a byte of what the peer sends after it."""
+        """Return the daemon's length-prefixed answer, and not a byte of what the peer sends after it."""
         size = shift = 0
         while True:
             byte = self._control_bytes(1)[0]

@@ -1,4 +1,4 @@
-"""What our DHT stores: announcements signed by their authors, few, small and for a limited time.
+"""Records in the run's DHT: announcements signed by their authors, few, small and for a limited time.
 
 hivemind's DHT is open: anyone may ask any node to store anything under any key. Three things close it.
 ``RecordValidator`` believes only records that name, under signature, their author, run, kind and end of life, so
@@ -27,7 +27,7 @@ MAX_BODY = 1024
 """Bytes of an announcement's body: addresses, a version, a few numbers."""
 MAX_RECORD = MAX_BODY + 512
 MAX_AUTHORS = 1024
-"""Announcements of one kind a node stores. All travel in one reply, which hivemind's daemon bounds at 4 MiB."""
+"""Announcements of one kind that a node stores. All are in one reply, which hivemind's daemon bounds at 4 MiB."""
 MAX_TTL = 3600.0
 CLOCK_SKEW = 10.0
 """Seconds that two honest clocks may differ by."""
@@ -42,12 +42,12 @@ class Announcement(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 def record_key(run_id: bytes, kind: str) -> str:
-    """The DHT key of all announcements of one kind in one run."""
+    """Return the DHT key of all announcements of one kind in one run."""
     return f"psyche/{run_id.hex()}/{kind}"
 
 
 def sign_record(identity: Identity, run_id: bytes, announcement: Announcement) -> bytes:
-    """The value to store under ``record_key``, subkey PeerID."""
+    """Return the value to store under ``record_key``, subkey PeerID."""
     return encode_envelope(identity.seal(DOMAIN, run_id, 0, msgspec.msgpack.encode(announcement)))
 
 
@@ -129,7 +129,7 @@ class RecordTable:
         return True
 
     def get(self, key: Any) -> ValueWithExpiration | None:
-        """All records of a key as a new dictionary value (a search merges what others have into it)."""
+        """Return all records of a key as a new dictionary value (a search merges what others have into it)."""
         records = self._live(key)
         if not records:
             return None

@@ -1,7 +1,7 @@
 """Request and response between peers, both opaque bytes of bounded length.
 
-A stream serves one call after the other and is kept a while for the next: opening one costs milliseconds of two
-daemons, and on a long line a round trip or two, and a round is made of many small calls to the same peer.
+A stream serves one call after another and is kept for the next: opening one takes both daemons milliseconds, and on a
+long line a round trip or two, and a round consists of many small calls to the same peer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from psyche.network.transport import STALL_SECONDS, Busy, Unreachable
 CALLS_AT_ONCE = 512
 """Streams of calls of one name that are served at once. A member that waits for news from a coordinator holds one."""
 KEPT_SECONDS = STALL_SECONDS / 2
-"""How long an idle stream is kept, one to a peer and name; its server gives it up after STALL_SECONDS."""
+"""How long an idle stream is kept, one for each peer and name; its server closes it after STALL_SECONDS."""
 
 Handler = Callable[[str, bytes], Awaitable[bytes]]
 """(PeerID of the caller, request) -> reply. Raise ``Refused(reason)`` to say no."""
@@ -31,7 +31,7 @@ class Rpc:
         self._kept: dict[tuple[str, str], tuple[Stream, asyncio.TimerHandle]] = {}
 
     def close(self) -> None:
-        """Hang up everywhere."""
+        """Close all streams."""
         for line in list(self._kept):
             if (stream := self._idle(line)) is not None:
                 stream.close()
@@ -62,7 +62,7 @@ class Rpc:
         timeout: float,  # noqa: ASYNC109  # the caller should not have to know that a lost peer is a TimeoutError
         max_reply: int,
     ) -> bytes:
-        """The reply of ``peer_id`` to a request, at most ``max_reply`` bytes, within ``timeout`` seconds in all.
+        """Return the reply of ``peer_id`` to a request, at most ``max_reply`` bytes, within ``timeout`` seconds in all.
 
         A busy peer is asked again until then. Raises Unreachable, Refused, or Violation (a malformed or longer
         reply); the message says who.
@@ -87,7 +87,7 @@ class Rpc:
     async def _ask(
         self, line: tuple[str, str], stream: Stream, request: bytes, max_reply: int, patience: float
     ) -> bytes:
-        """One call over ``stream``, which is then kept if it may be used again, and closed if not."""
+        """Make one call over ``stream``, which is then kept if it can be used again, and closed if not."""
         try:
             await stream.write_frame(request)
             await stream.expect(patience)
@@ -110,7 +110,7 @@ class Rpc:
         self._kept[line] = stream, asyncio.get_running_loop().call_later(KEPT_SECONDS, forget)
 
     def _idle(self, line: tuple[str, str]) -> Stream | None:
-        """A stream that was kept, now the caller's; None where there is none."""
+        """Return a stream that was kept, now the caller's; None where there is none."""
         if line not in self._kept:
             return None
         stream, timer = self._kept.pop(line)

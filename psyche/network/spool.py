@@ -1,4 +1,4 @@
-"""Blobs on disk while they are of use: what is received or sent never has to fit in memory."""
+"""Temporary files for blobs that are being received or served, so that they need not fit in memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from psyche.errors import PsycheError
 from psyche.numerics.digest import BlobIndex, index_chunks
 
 UNFINISHED = ".tmp"
-"""Ends the name of a copy that is being written."""
+"""Suffix of a copy that is being written."""
 
 
 class Blob:
-    """A blob in a file without a name: chunk i is ``blob[i]``, read when asked for; some may not be there yet.
+    """A blob in an unnamed file: chunk i is ``blob[i]``, read on demand; some chunks may be missing.
 
     The file vanishes with the object or the process. Chunks may be written and read on any thread.
     """
@@ -33,7 +33,7 @@ class Blob:
         self._closed = False
 
     def present(self, number: int) -> bool:
-        """Whether chunk ``number`` has been written."""
+        """Return whether chunk ``number`` has been written."""
         return bool(self._present[number])
 
     @property
@@ -60,7 +60,7 @@ class Blob:
             ) from None
 
     def __getitem__(self, number: int) -> bytes:
-        """A chunk. Raises ``LookupError`` where it is not here, or not any more."""
+        """Return a chunk. Raises ``LookupError`` where it is not here, or not any more."""
         if not 0 <= number < self.index.chunks:
             raise IndexError(number)
         with self._lock:
@@ -70,7 +70,7 @@ class Blob:
 
     @classmethod
     def of(cls, index: BlobIndex, descriptor: int) -> Self:
-        """A whole blob, whose chunks are at the start of an open file; the file is the blob's to close."""
+        """Return a whole blob, whose chunks are at the start of an open file; the file is the blob's to close."""
         blob = cls(index, descriptor)
         blob._present = bytearray(b"\1" * index.chunks)
         return blob
@@ -115,7 +115,7 @@ class Spool:
         self._directory = directory
 
     def create(self, index: BlobIndex) -> Blob:
-        """A blob of which nothing is there yet. Raises ``PsycheError`` where no file can be made."""
+        """Return a blob of which nothing is there yet. Raises ``PsycheError`` where no file can be made."""
         try:
             if self._directory is not None:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class Spool:
             raise PsycheError(f"cannot make a file in {where}: {error.strerror}; choose another --directory") from None
 
     def put(self, parts: Sequence[Buffer]) -> Blob:
-        """A whole blob with one chunk for each part. Raises ``PsycheError`` where the disk is full."""
+        """Return a whole blob with one chunk for each part. Raises ``PsycheError`` where the disk is full."""
         blob = self.create(index_chunks(parts))
         for number, part in enumerate(parts):
             blob.write(number, part)
@@ -133,7 +133,8 @@ class Spool:
 
 
 def _nameless(directory: Path) -> int:
-    """An open file without a name in ``directory``: one that can still be given one, where the system has such."""
+    """Return an open file without a name in ``directory``: one that can still be given one, where the system has
+    such."""
     with contextlib.suppress(OSError, AttributeError):  # not on every file system, nor on every system
         return os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
     with tempfile.TemporaryFile(prefix="psyche-", dir=directory) as file:

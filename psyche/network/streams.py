@@ -95,7 +95,7 @@ class Stream:
             raise Unreachable(self.peer_id, "closed the connection") from None
 
     async def read_frame(self, limit: int, stall: float) -> bytes:
-        """A frame of at most ``limit`` bytes; a longer one raises :class:`Violation` before it is read."""
+        """Return a frame of at most ``limit`` bytes; a longer one raises :class:`Violation` before it is read."""
         size = int.from_bytes(await self.read(4, stall), "big")
         if size > limit:
             raise Violation(f"a message over the limit of {limit} bytes")
@@ -157,7 +157,7 @@ class Stream:
 
     @property
     def descriptor(self) -> int:
-        """Of the socket to the daemon. Whoever writes to it must be the only one to."""
+        """Descriptor of the socket to the daemon. It must have one writer only."""
         return int(self._writer.get_extra_info("socket").fileno())
 
     async def linger(self) -> None:
@@ -195,7 +195,7 @@ class Streams:
             stream.close()
 
     async def dial(self, peer_id: str, name: str) -> Stream:
-        """A stream to the server ``name`` at ``peer_id``, which the caller closes.
+        """Return a stream to the server ``name`` at ``peer_id``, which the caller closes.
 
         Waits while CALLS_PER_PEER are open, then at most DIAL_SECONDS for the peer to answer. Raises
         :class:`Unreachable`, or :class:`Refused` where the peer has no such server.
@@ -332,7 +332,7 @@ def _remove(serving: dict[str, list[asyncio.Task[Any]]], peer_id: str, task: asy
 
 
 def refusal_size(sizes: Sequence[int]) -> int:
-    """Bytes of a refusal after its header. ``sizes``: of code and reason, as the header has them."""
+    """Return bytes of a refusal after its header. ``sizes``: of code and reason, as the header has them."""
     code, reason = sizes
     return min(code, MAX_CODE) + min(reason, MAX_REASON)
 
@@ -345,7 +345,7 @@ def refusal(busy: int, sizes: Sequence[int], data: Buffer) -> Refused:
 
 
 def dial_reason(message: str) -> str:
-    """The essence of libp2p's many-line report of a failed dial."""
+    """Return the essence of libp2p's many-line report of a failed dial."""
     for sign, words in (
         ("connection refused", "connection refused"),
         ("peer id mismatch", "another peer answers at its address"),

@@ -203,7 +203,8 @@ class Network(Protocol):
 
 
 def source_order(sources: Sequence[str], caller: str, root: bytes, *, keep_first: bool = False) -> list[str]:
-    """The order in which ``caller`` tries the sources of a blob: each but itself once, from a caller-specific start.
+    """Return the order in which ``caller`` tries the sources of a blob: each but itself once, from a caller-specific
+    start.
 
     So the load of many callers spreads. With ``keep_first`` the first source, a blob's author, stays in front.
     """

@@ -54,7 +54,8 @@ def weighted_sum(codec: Codec, payloads: Iterable[tuple[float, Buffer]], out: Te
 def payload_gradient(
     codec: Codec, weights: Mapping[str, float], payloads: Mapping[str, PayloadSlices], rule: AggregationRule
 ) -> Gradient:
-    """The aggregate of ``payloads`` (by node id): slice i of the gradient from slice i of each, one decoded at a time.
+    """Return the aggregate of ``payloads`` (by node id): slice i of the gradient from slice i of each, one decoded at a
+    time.
 
     ``weights`` are fp32 values from ``capped_shares.py``, for exactly those nodes whose payloads are aggregated.
     """
@@ -71,7 +72,7 @@ def payload_gradient(
 
 
 def result_gradient(codec: Codec, encoded: Callable[[int], Buffer]) -> Gradient:
-    """The gradient whose slice i is decoded from ``encoded(i)``, the result that reducers published for it."""
+    """Return the gradient whose slice i is decoded from ``encoded(i)``, the result that reducers published for it."""
 
     def gradient(number: int, out: Tensor) -> None:
         weighted_sum(codec, [(1.0, encoded(number))], out)
@@ -102,7 +103,7 @@ def clipped_weights(weights: Sequence[float], squared_norms: Sequence[float]) ->
 
 
 def weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
-    """The lower weighted median: the smallest value at which the cumulative weight reaches half of the total."""
+    """Return the lower weighted median: the smallest value at which the cumulative weight reaches half of the total."""
     units = [round(weight * _UNIT) for weight in weights]  # exact in fp64, then rounded once, half to even
     total, below = sum(units), 0
     for value, part in sorted(zip(values, units, strict=True)):

@@ -44,7 +44,7 @@ def digest(domain: str, *parts: bytes) -> bytes:
 
 @lru_cache
 def _hasher(domain: str) -> blake3:
-    """A cached hasher for a domain: there are a few dozen, and absorbing one costs as much as hashing a short
+    """Return a cached hasher for a domain: there are a few dozen, and absorbing one costs as much as hashing a short
     message."""
     from blake3 import blake3  # imported late: scripts/gpu_check.sh uses codecs where it is not installed
 
@@ -94,12 +94,13 @@ class BlobIndex:
         return cls(sizes, bytes(view[4 * chunks :]))
 
     def head(self, whole: int, rest: Buffer) -> BlobIndex:
-        """The index of a blob that consists of the first ``whole`` chunks of this one, then the bytes ``rest``."""
+        """Return the index of a blob that consists of the first ``whole`` chunks of this one, then the bytes
+        ``rest``."""
         tail = index_blob(rest)
         return BlobIndex(self.sizes[:whole] + tail.sizes, self.hashes[: whole * HASH_BYTES] + tail.hashes)
 
     def matches(self, number: int, chunk: Buffer) -> bool:
-        """Whether ``chunk`` equals chunk ``number`` of the blob."""
+        """Return whether ``chunk`` equals chunk ``number`` of the blob."""
         if not 0 <= number < self.chunks or memoryview(chunk).nbytes != self.sizes[number]:
             return False
         return _hash(chunk) == self.hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
@@ -161,7 +162,7 @@ def blob_root(data: Buffer) -> bytes:
 
 
 def chunk_count(size: int) -> int:
-    """The number of chunks of a byte string of ``size`` bytes."""
+    """Return the number of chunks of a byte string of ``size`` bytes."""
     return -(-size // CHUNK)
 
 

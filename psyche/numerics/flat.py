@@ -82,11 +82,12 @@ class FlatLayout:
         return digest("layout", msgspec.msgpack.encode([(s.name, s.shape, s.start) for s in self.spans]))
 
     def slices(self) -> tuple[slice, ...]:
-        """The ranges of payload slices, in order, where the whole model is exchanged at once."""
+        """Return the ranges of payload slices, in order, where the whole model is exchanged at once."""
         return self.fragments(1)[0]
 
     def fragments(self, count: int) -> tuple[tuple[slice, ...], ...]:
-        """The slices of each of ``count`` fragments: strided groups of layers (Streaming DiLoCo, arXiv 2501.18512, §2).
+        """Return the slices of each of ``count`` fragments: strided groups of layers (Streaming DiLoCo, arXiv
+        2501.18512, §2).
 
         Units are each layer, and the parameters before and after the layers; unit i belongs to fragment i mod
         ``count``. Raises ``ValueError`` where there are fewer units than fragments.
@@ -98,7 +99,7 @@ class FlatLayout:
         return tuple(tuple(_cut(_joined(units[number::count]), length)) for number in range(count))
 
     def _units(self) -> list[range]:
-        """The ranges of whole layers and of the parameters between them, in order."""
+        """Return the ranges of whole layers and of the parameters between them, in order."""
         units: list[tuple[str | None, range]] = []
         for span in self.spans:
             found = _LAYER.search(span.name)
@@ -120,11 +121,11 @@ class FlatLayout:
                 yield slice(start, stop)
 
     def name_at(self, position: int) -> str:
-        """The name of the tensor at a position of the flat vector."""
+        """Return the name of the tensor at a position of the flat vector."""
         return self.spans[bisect_right(self.spans, position, key=lambda span: span.start) - 1].name
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Each tensor as a view of ``flat`` (``[size]``, contiguous)."""
+        """Return each tensor as a view of ``flat`` (``[size]``, contiguous)."""
         return {span.name: flat[span.start : span.stop].view(span.shape) for span in self.spans}
 
     def gather(self, tensors: Mapping[str, Tensor], flat: Tensor) -> None:

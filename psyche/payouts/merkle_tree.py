@@ -64,7 +64,7 @@ def claim_tree(claims: Sequence[Claim]) -> ClaimTree:
 
 
 def proves(root: bytes, claim: Claim, proof: Sequence[bytes]) -> bool:
-    """Whether ``proof`` leads from ``claim`` to ``root``, as a distributor contract checks before it pays."""
+    """Return whether ``proof`` leads from ``claim`` to ``root``, as a distributor contract checks before it pays."""
     found = claim.leaf
     for sibling in proof:
         found = _pair(found, sibling)

@@ -1,4 +1,4 @@
-"""What node and coordinator processes share: joining the network, background tasks, the first events of a log."""
+"""Shared by node and coordinator processes: joining the network, background tasks, the first events of a log."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""When a member promises and votes: the rules of an acceptor, pure.
+"""When a member promises and votes: the rules of a Paxos acceptor. Pure.
 
 A member takes part in nothing of a term earlier than the one it promised, never votes for two records in one term, and
-votes only for what it has checked itself. What is returned here is on its disk before anybody hears of it.
+votes only for what it has checked itself. The returned state is on its disk before any message about it is sent.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from psyche.protocol.standing import standing_fault, weights_of
 
 @dataclass(frozen=True)
 class Acceptor:
-    """What a member remembers of its voting, whatever happens to it."""
+    """A member's voting state, which survives restarts."""
 
     promised: int = 0
-    """In which the leader it follows began to lead. It takes part in nothing of an earlier term."""
+    """The term of the leader it follows. It takes part in nothing of an earlier term."""
     term: int = 0
-    """The highest it voted in, and for which record hash."""
+    """The highest term it voted in."""
     record: bytes = b""
+    """Hash of the record it voted for in that term."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Where a member stands: what it has applied, and so what the next plan must build on."""
+    """A member's position in the chain, which the next plan must build on."""
 
     rounds: int
     head: bytes
     state_root: bytes
     position: int
     standing: tuple[Standing, ...] = ()
-    """Of the last record; nobody's before the first."""
+    """Standing in the last record; empty before the first."""
     audit_state: AuditState = EMPTY
-    """Of the last record."""
+    """Audit state of the last record."""
 
     @cached_property
     def weights(self) -> dict[str, int]:
@@ -53,14 +54,14 @@ class Chain:
 
 
 def promise(acceptor: Acceptor, term: int) -> Acceptor:
-    """The acceptor after following the leader of ``term``. Raises :class:`Refusal` where it follows a later one."""
+    """Return the acceptor after following the leader of ``term``. Raises :class:`Refusal` if it follows a later one."""
     if term != acceptor.promised and term < max(acceptor.promised, acceptor.term):
         raise Refusal(f"term {term} is over; this node is in term {max(acceptor.promised, acceptor.term)}")
     return replace(acceptor, promised=term)
 
 
 def plan_fault(plan: Plan, chain: Chain) -> str | None:
-    """Why a plan cannot be the next round for a member standing at ``chain``, or None."""
+    """Return why a plan cannot be the next round for a member at ``chain``, or None."""
     if plan.round != chain.rounds + 1 or plan.previous != chain.head:
         return "the plan does not follow this node's last record"
     if plan.base_root != chain.state_root:
@@ -71,12 +72,12 @@ def plan_fault(plan: Plan, chain: Chain) -> str | None:
         return f"the plan contradicts itself: a {plan.exchange} exchange with {plan.reducers} reducers"
     nodes = [member.node for member in plan.members]
     if banned := set(nodes) & set(chain.audit_state.banned):
-        return f"{min(banned)[-6:]}, who was convicted, is a member of the plan"
+        return f"{min(banned)[-6:]} is a member of the plan and was convicted"
     return None if nodes == sorted(set(nodes)) else "the plan's members are not in ascending order"
 
 
 class Refusal(ValueError):
-    """Why a proposal gets no vote from this member."""
+    """This member does not vote for a proposal; the text says why."""
 
 
 def consider(
@@ -90,7 +91,7 @@ def consider(
     held: frozenset[str],
     reduced: Mapping[int, bytes] = MappingProxyType({}),
 ) -> Acceptor:
-    """The acceptor after voting for ``proposal``. Raises :class:`Refusal` where it must not.
+    """Return the acceptor after voting for ``proposal``. Raises :class:`Refusal` if it must not vote for it.
 
     ``chain`` is this member's own; ``committed`` are the commitments that were published when they closed; ``opened``
     the contributions whose signed commitment and opening it has checked; ``held`` the nodes of whose payload it has
@@ -133,7 +134,7 @@ def _results_fault(
     plan = record.plan
     if not plan.is_sharded:  # allowed in any round: where everybody aggregates nobody has to be believed
         found = record.results or record.reducer_order or record.dissenters or record.commitments
-        return "there are results where everybody aggregates" if found else None
+        return "a gathered round has no results or reducers" if found else None
     if plan.reducers != rules.reducers_for(len(plan.members)):
         return "the plan does not choose the exchange as the manifest does"
     if fault := reducer_order_fault(record):
@@ -146,7 +147,7 @@ def _results_fault(
         if one.node in plan.weights and expected not in record.commitments:
             return f"{one.node[-6:]} contributed and is left out of the commitments"
     if list(record.dissenters) != sorted(set(record.dissenters) & set(record.reducer_order)):
-        return "who found something else is not named in ascending order, or did not reduce"
+        return "dissenters are not named in ascending order, or did not reduce"
     assignment = ReducerAssignment(record.reducer_order, frozenset(), (), plan.reducers, rules.slices_in(plan.round))
     if len(record.results) != assignment.groups or not assignment.groups:
         return "there is not one result for each group"

@@ -287,7 +287,7 @@ def after_record(rules: Rules, state: State, record: Record, state_root: bytes) 
 
 
 def _still_wanted(statement: StatementReceived, audit_state: AuditState) -> bool:
-    """Whether a later record can hold the statement: it is not on record, and its audit is open."""
+    """Return whether a later record can hold the statement: it is not on record, and its audit is open."""
     open_audits = {(audit.accused, audit.round) for audit in audit_state.audits}
     return statement.key in open_audits and statement.proof not in audit_state.statements
 

@@ -1,4 +1,4 @@
-"""What the round's seed assigns: data to members, and in a sharded round groups of slices to reducers. Pure.
+"""Assignment of data to members, and in a sharded round of groups of slices to reducers. Pure.
 
 **Data.** The run has one endless order of sequences, epoch after epoch. An epoch takes the shards in an order keyed by
 (seed, epoch), and within each shard its sequences in an order keyed by (seed, epoch, shard), so that a member needs few
@@ -26,15 +26,14 @@ from psyche.protocol.messages import NO_COMMITMENT, Plan, Record
 from psyche.protocol.round_state import Reduction, Rules
 
 _FEISTEL_ROUNDS = 4
-"""As many as Luby and Rackoff (1988) need for a strong pseudo-random permutation."""
+"""The number that Luby and Rackoff (1988) need for a strong pseudo-random permutation."""
 
 
 def positions(plan: Plan, node: str, batch_size: int, overlap_steps: int) -> range:
-    """The positions of one member's sequences in round ``plan``: ``batch_size`` for each step it may take.
+    """Return the positions of one member's sequences in round ``plan``: ``batch_size`` for each step it may take.
 
-    Step ``s`` of the member takes ``positions[s * batch_size : (s + 1) * batch_size]``. After its inner steps come
-    ``overlap_steps`` that it may take while the round is on the wire; what it does not use is used by nobody. Raises
-    ``KeyError`` for a node that is no member.
+    Step ``s`` takes ``positions[s * batch_size : (s + 1) * batch_size]``. ``overlap_steps`` more follow for steps that
+    it may take during the exchange; unused ones are skipped. Raises ``KeyError`` for a node that is not a member.
     """
     start = plan.position
     for member in sorted(plan.members, key=lambda m: digest("order", plan.seed, m.node.encode())):
@@ -46,18 +45,18 @@ def positions(plan: Plan, node: str, batch_size: int, overlap_steps: int) -> ran
 
 
 def next_position(plan: Plan, batch_size: int, overlap_steps: int) -> int:
-    """Where the round after ``plan`` starts, whoever of its members delivered."""
+    """Return the first data position of the round after ``plan``, whichever members contributed."""
     return plan.position + sum(member.inner_steps + overlap_steps for member in plan.members) * batch_size
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """How the sequences of a split lie in shards."""
+    """How the sequences of a split are stored in shards."""
 
     sequences: int
-    """In all."""
+    """Sequences in all shards."""
     per_shard: int
-    """In each shard but the last, which may have fewer."""
+    """Sequences in each shard; the last may have fewer."""
 
     @property
     def full_shards(self) -> int:
@@ -65,7 +64,7 @@ class ShardLayout:
 
 
 def sequences(span: range, shape: ShardLayout, seed: int) -> NDArray[np.int64]:
-    """The sequence indices, in ``[0, shape.sequences)``, at the positions of ``span``."""
+    """Return the sequence indices, in ``[0, shape.sequences)``, at the positions of ``span``."""
     result = np.empty(len(span), np.int64)
     done = 0
     for epoch, shard, rows in _stretches(span, shape, seed):
@@ -77,14 +76,14 @@ def sequences(span: range, shape: ShardLayout, seed: int) -> NDArray[np.int64]:
 
 
 def shards(span: range, shape: ShardLayout, seed: int) -> list[int]:
-    """The numbers of the shards that hold the sequences of ``span``, each once, in the order they are needed."""
+    """Return the shards that hold the sequences of ``span``, each once, in the order in which they are needed."""
     return list(dict.fromkeys(shard for _, shard, _ in _stretches(span, shape, seed)))
 
 
 def _stretches(span: range, shape: ShardLayout, seed: int) -> Iterator[tuple[int, int, range]]:
-    """``span`` cut where a shard ends: epoch, shard, and which of the shard's places in that epoch's order.
+    """Cut ``span`` at the ends of shards. Yield epoch, shard, and the range of places in the shard's order.
 
-    A shard that is not full comes last in each epoch. Were it drawn like the others, all after it would be shifted.
+    A shard that is not full comes last in each epoch: anywhere else it would shift the shards after it.
     """
     at = span.start
     while at < span.stop:
@@ -104,7 +103,7 @@ def _key(what: str, *numbers: int) -> bytes:
 
 
 def permute(values: NDArray[np.uint64], count: int, key: bytes) -> NDArray[np.int64]:
-    """π of each value: a permutation of ``[0, count)`` keyed by ``key`` (32 bytes), 0 < count ≤ 2^62.
+    """Apply a permutation to each value: of ``[0, count)`` keyed by ``key`` (32 bytes), 0 < count ≤ 2^62.
 
     A balanced Feistel network on the next even number of bits, walked along its cycle until the value is in
     range again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, §3: cycle walking). Less
@@ -129,7 +128,7 @@ def _feistel(values: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint6
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014). Wraps modulo 2^64."""
+    """Return the finaliser of SplitMix64 (Steele, Lea and Flood, 2014). Wraps modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -149,18 +148,18 @@ def reducer_order(plan: Plan, commitments: Mapping[str, bytes]) -> tuple[str, ..
 
 
 def slices_in(group: int, groups: int, slices: int) -> range:
-    """The slices of one group. They are dealt round and round, so that groups differ by one slice at most."""
+    """Return the slices of one group, dealt in turn, so that groups differ by one slice at most."""
     return range(group, slices, groups)
 
 
 @dataclass(frozen=True)
 class ReducerAssignment:
-    """Who reduces what."""
+    """Which nodes reduce which groups."""
 
     reducer_order: tuple[str, ...]
     failed: frozenset[str]
     reassigned: tuple[int, ...]
-    """Groups whose reducers contradict each other; each time one stands here, one more node reduces it."""
+    """Groups whose reducers contradict each other; for each entry one more node reduces the group."""
     reducers: int
     """k"""
     slices: int
@@ -170,17 +169,17 @@ class ReducerAssignment:
         return min(len(self.reducer_order), self.slices)
 
     def reducers_of(self, group: int) -> tuple[str, ...]:
-        """The nodes that reduce a group; fewer than k where no more are left."""
+        """Return the nodes that reduce a group; fewer than k if no more are left."""
         around = (self.reducer_order[place] for place in chain(range(group, len(self.reducer_order)), range(group)))
         wanted = self.reducers + self.reassigned.count(group)
         return tuple(islice((node for node in around if node not in self.failed), wanted))
 
     def duties(self, node: str) -> tuple[int, ...]:
-        """The groups that ``node`` reduces."""
+        """Return the groups that ``node`` reduces."""
         return tuple(group for group in range(self.groups) if node in self.reducers_of(group))
 
     def slices_of(self, group: int) -> range:
-        """The slices of a group, which are the chunks of its result, in order."""
+        """Return the slices of a group, which are the chunks of its result, in order."""
         return slices_in(group, self.groups, self.slices)
 
 
@@ -192,7 +191,7 @@ def assignment_of(rules: Rules, plan: Plan, reduction: Reduction) -> ReducerAssi
 
 
 def verdict(reports: Mapping[str, bytes]) -> bytes | None:
-    """The result that more than half of those who reported agree on, or None."""
+    """Return the result that more than half of the reporting reducers agree on, or None."""
     if not reports:
         return None
     (root, count), *_ = Counter(reports.values()).most_common(1)
@@ -200,7 +199,7 @@ def verdict(reports: Mapping[str, bytes]) -> bytes | None:
 
 
 def dissenters(reports: Mapping[str, bytes], root: bytes) -> frozenset[str]:
-    """Who reported another result than the one that is believed."""
+    """Return the reducers that reported another result than the accepted one."""
     return frozenset(node for node, found in reports.items() if found != root)
 
 

@@ -1,4 +1,4 @@
-"""What auditors say, and what a record says of audits (``protocol/audits.py`` has the rules)."""
+"""Messages of auditors, and the audit state in a record (``protocol/audits.py`` has the rules)."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ from psyche.numerics.digest import digest
 from psyche.protocol.wire import Body, Hash, Message, Natural, NodeId, Nodes, Positive, Signed
 
 JURY = 15
-"""Auditors of one contribution at most, where those before them disagree."""
+"""The most auditors of one contribution."""
 MAX_AUDITS = 4096
 MOST = 10**9
-"""What a :class:`Finding` says of numbers that are larger, or not finite."""
+"""Stands in a :class:`Finding` for larger numbers and those that are not finite."""
 SKETCH = 64
-"""Numbers of the way in a finding, at most: two honest ones' relative distance comes out right to about an eighth."""
+"""The most numbers in a sketch: enough to estimate the relative distance of two to about an eighth."""
 
 
 class Finding(Message, frozen=True):
-    """What an auditor found when it did a contribution's work again (``protocol/audits.py`` says what follows)."""
+    """The result of replaying a contribution (``audit_outcome.py`` decides what follows)."""
 
     outcome: Literal["measured", "false", "unserved"]
-    """``measured``: replayed, and ``error`` says how far apart. ``false``: something that has to agree to the bit does
-    not. ``unserved``: its author did not hand over what it committed to."""
+    """``measured``: replayed, with ``error``. ``false``: something that must agree bit for bit does not. ``unserved``:
+    the audited node did not provide what it committed to."""
     error: Annotated[int, Meta(ge=0, le=MOST)]
     """‖Δ − Δ'‖ / ‖Δ'‖ of the worst segment, in millionths."""
     segment: Natural
-    """Number of that segment: what anybody has to run again who doubts it."""
+    """Number of that segment, for anyone who wants to repeat it."""
     gain: Annotated[int, Meta(ge=-MOST, le=MOST)]
-    """By how much the contribution alone lowers the held-out loss, in millionths of a nat a token. For pay, never for
-    judgement."""
+    """How much the contribution alone lowers the held-out loss, in millionths of a nat per token. Affects pay only."""
     noise: Annotated[int, Meta(ge=0, le=MOST)] = MOST
-    """How far apart two precisions are in the segment where they are farthest, as ``error``; the most where nobody
-    looked: a jury does."""
+    """The difference between two precisions in the worst segment, like ``error``. Juries measure it; ``MOST``
+    otherwise."""
     sketch: Annotated[tuple[Annotated[int, Meta(ge=-MOST, le=MOST)], ...], Meta(max_length=SKETCH)] = ()
-    """How far some parameters had come on the way, in 10⁻⁹ (``audit/probes.py``): who knows has trained. Of an
-    auditor, never of the contribution."""
+    """Displacements of some parameters midway, in 10⁻⁹ (``audit/probes.py``), which only a node that replays can know.
+    It says something about the auditor, not about the contribution."""
 
 
 class Verdict(Body, frozen=True):
-    """An auditor's word on a contribution. Its digest is on record before it is shown, so that none copies another."""
+    """An auditor's verdict. Its digest is on record before it is revealed, so that no auditor can copy another."""
 
     DOMAIN = "verdict"
 
@@ -56,7 +55,7 @@ class Verdict(Body, frozen=True):
 
 
 class SealedVerdict(Body, frozen=True):
-    """That a verdict has been reached, not which."""
+    """The digest of a verdict that will be revealed later."""
 
     DOMAIN = "sealed-verdict"
 
@@ -66,8 +65,8 @@ class SealedVerdict(Body, frozen=True):
 
 
 class DeclinedAudit(Body, frozen=True):
-    """Signed by a node that was asked to audit a contribution and cannot: it no longer holds the base state, say. The
-    next candidate is asked in the round after."""
+    """An auditor cannot do an audit, for example because it no longer holds the base state. The next candidate is asked
+    in the round after."""
 
     DOMAIN = "declined-audit"
 
@@ -76,7 +75,7 @@ class DeclinedAudit(Body, frozen=True):
 
 
 AuditStatement = SealedVerdict | Verdict | DeclinedAudit
-"""What an auditor says of an audit. All have ``accused`` and ``round``."""
+"""A message of an auditor on an audit. All have ``accused`` and ``round``."""
 
 
 class Opinion(Message, frozen=True):
@@ -85,28 +84,28 @@ class Opinion(Message, frozen=True):
     auditor: NodeId
     digest: Hash
     finding: Finding | None
-    """None until it is shown."""
+    """None until it is revealed."""
 
 
 class Audit(Message, frozen=True):
-    """A contribution that is being done again."""
+    """A contribution under audit."""
 
     accused: NodeId
     round: Positive
     tokens: Positive
-    """Of the contribution."""
+    """Tokens of the contribution."""
     looks: Positive
-    """How many auditors are wanted, and"""
+    """The number of auditors needed."""
     since: Positive
-    """the round in whose record that was last decided."""
+    """The round in whose record ``looks`` was last decided."""
     candidates: Annotated[tuple[NodeId, ...], Meta(max_length=JURY)]
     """The nodes that may be asked, in this order: drawn by voting weight."""
     weights: Annotated[tuple[Positive, ...], Meta(max_length=JURY)]
     """The voting weight of each candidate when it was drawn; a jury decides by it."""
     opinions: Annotated[tuple[Opinion, ...], Meta(max_length=JURY)]
-    """In the order in which they came on record."""
+    """Opinions in the order in which they came on record."""
     declined: Annotated[tuple[NodeId, ...], Meta(max_length=JURY)] = ()
-    """Candidates that cannot do it, in the order in which they said so. They are not asked again."""
+    """Candidates that declined, in that order. They are not asked again."""
 
     def weight(self, nodes: Iterable[str]) -> int:
         """Return the voting weight of those of ``nodes`` that are candidates."""
@@ -123,17 +122,17 @@ Outcome = Literal["passed", "inconclusive", "convicted", "unserved", "dropped"]
 
 
 class Closed(Message, frozen=True):
-    """How an audit ended."""
+    """An audit that ended."""
 
     accused: NodeId
     round: Positive
     outcome: Outcome
     paid: Nodes
-    """Auditors whose word agrees with how it ended, ascending: they are paid for the work as if they had done it."""
+    """Auditors whose finding agrees with the outcome, ascending. They earn the tokens of the contribution."""
     lied: Nodes
-    """Auditors who said the opposite of what a jury found, or show another way than it does, ascending."""
+    """Auditors that contradicted a jury, or whose sketch differs from the jury's, ascending. They are convicted."""
     gain: Annotated[int, Meta(ge=-MOST, le=MOST)]
-    """The median of what those who are paid found; 0 where nobody found any."""
+    """The median gain found by the paid auditors; 0 if there is none."""
 
 
 class Auditable(Message, frozen=True):
@@ -144,7 +143,7 @@ class Auditable(Message, frozen=True):
 
 
 class Pool(Message, frozen=True):
-    """A round's contributions, as far as audits are drawn from them."""
+    """The contributions of a round that audits are drawn from."""
 
     seed: Hash
     """See ``protocol/audits.py: seed_of``."""
@@ -152,7 +151,7 @@ class Pool(Message, frozen=True):
     """Ascending by node."""
 
     def of(self, node: str) -> Auditable | None:
-        """That of ``node``."""
+        """Return the contribution of ``node``, or None."""
         return next((one for one in self.given if one.node == node), None)
 
 
@@ -162,16 +161,16 @@ class AuditState(Message, frozen=True):
     statements: Annotated[tuple[Signed, ...], Meta(max_length=MAX_AUDITS)]
     """Signed statements (:data:`AuditStatement`) that came on record here."""
     audits: Annotated[tuple[Audit, ...], Meta(max_length=MAX_AUDITS)]
-    """Open ones, those drawn from this record among them, ascending by round and accused."""
+    """Open audits, including those drawn in this record, ascending by round and accused."""
     closed: Annotated[tuple[Closed, ...], Meta(max_length=MAX_AUDITS)]
-    """Ones that ended here, in the same order."""
+    """Audits that ended in this record, in the same order."""
     suspects: Nodes
-    """Whose contribution to the round before stood out from the others', as their receivers say, ascending. It is
-    audited, probably, and that is all that comes of it."""
+    """Nodes whose contribution to the round before was an outlier, as its receivers report, ascending. It is likely to
+    be audited; nothing else follows."""
     banned: Nodes
-    """Convicted in this run: no plan names them any more. Ascending."""
+    """Nodes convicted in this run, which no plan may name. Ascending."""
     pool: Pool
-    """Of this round: who stood out in it is known when the next record is made."""
+    """The pool of this round, whose outliers are known when the next record is made."""
 
 
 EMPTY = AuditState((), (), (), (), (), Pool(bytes(32), ()))

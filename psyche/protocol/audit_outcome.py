@@ -1,15 +1,15 @@
-"""What a contribution's auditors found, taken together: one verdict never convicts. Pure.
+"""What follows from the findings of a contribution's auditors. One verdict never convicts. Pure.
 
-One auditor is enough to pass a contribution. What one does not pass goes to a jury: all who can do it again, fifteen at
-most, of whom two thirds are believed. Three that are drawn may conspire (of 16 nodes of which 4 do, once in 114 times),
-and an honest node would be gone. A jury is dear, and comes once for each cheat or liar, who is gone afterwards.
+One auditor is enough to pass a contribution. If it does not pass, a jury of up to fifteen replays it, drawn by voting
+weight, of which two thirds of the weight decide. Three drawn auditors may conspire (of 16 nodes of which 4 do, once in
+114 times), and an honest node would be banned. A jury is expensive, and is called once for each cheat or liar.
 
-Replays differ by noise, so that a finding passes, or fails, or says nothing (between the thresholds). The gap between
-those is calibrated to be wider than the noise: of two honest auditors never one passes what the other fails.
+Replays differ by numerical noise, so a finding passes, fails, or is undecided (between the thresholds). The gap is
+calibrated to be wider than the noise: no two honest auditors pass and fail the same contribution.
 
-That an auditor looked at all its sketch says (``audit/probes.py``): where a second one is asked and the two show
-different ways, a jury shows which of them is made up. Noise is what keeps honest auditors of other hardware from being
-taken for liars then, whatever the audited node did to enlarge it.
+The sketch in a finding shows that its auditor did replay (``audit/probes.py``). Where two auditors' sketches differ, a
+jury shows which one is made up. The noise bound keeps honest auditors on other hardware from being taken for liars,
+whatever the audited node did to enlarge the noise.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from psyche.protocol.audit_messages import JURY, Audit, Finding, Outcome
 from psyche.protocol.round_state import AuditRules
 
 MORE = 3
-"""Auditors who ask for what its author did not hand over to the first, before that counts; and who fail a contribution
-before its author is convicted against anybody's word."""
+"""Auditors that must find the work unserved before that counts; and that must fail it to convict a node if another
+auditor passes it."""
 LEAST = 2
-"""Of them where nobody contradicts, and no more can be asked: one verdict never convicts."""
+"""The same where no auditor contradicts and no more can be asked: one verdict never convicts."""
 LEAST_JURY = 5
-"""Voices of a jury from which on those in the minority are taken for liars, and not only outvoted: two that conspire
-are then no two thirds."""
+"""Jurors from which on a minority is convicted of lying, not only outvoted: two conspirators are then less than two
+thirds."""
 APART = 2
-"""Sketches whose distance is more than the smaller one's norm divided by this are not of the same way."""
+"""Two sketches differ if their distance is more than the smaller one's norm divided by this."""
 QUIET = 100_000
-"""Millionths: noise up to which a sketch convicts. A fifth of what it would take for honest auditors to be apart."""
+"""Millionths: noise up to which a sketch convicts. A fifth of the noise at which honest auditors' sketches differ."""
 
 Grade = Literal["pass", "fail", "unsure", "unserved"]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How an audit ended."""
+    """The end of an audit."""
 
     outcome: Outcome
     right: frozenset[str] = frozenset()
@@ -50,11 +50,11 @@ class Ended:
 
 
 Judgement = int | Ended
-"""How many auditors are wanted from now on, or the end."""
+"""The number of auditors needed from now on, or the end."""
 
 
 def grade(finding: Finding, rules: AuditRules) -> Grade:
-    """What one finding says of the contribution."""
+    """Grade one finding by the thresholds."""
     if finding.outcome == "unserved":
         return "unserved"
     if finding.outcome == "false" or finding.error >= rules.fail_error:
@@ -63,12 +63,12 @@ def grade(finding: Finding, rules: AuditRules) -> Grade:
 
 
 def decide(audit: Audit, rules: AuditRules, *, fresh: bool, again: bool, late: bool, expired: bool) -> Judgement:
-    """What follows from what is on record of ``audit``.
+    """Decide what follows from the opinions on record.
 
-    ``fresh``: a verdict was shown in this very record. ``again``: this round's seed wants a second auditor for what the
-    first has not failed; it is asked in the record after, so that nobody knows that when it shows its verdict.
-    ``late``: who is asked had time enough, and a jury that is clear goes on without the others. ``expired``: nobody is
-    waited for any more.
+    ``fresh``: a verdict was revealed in this very record. ``again``: this round's seed asks for a second auditor where
+    the first has not failed the work; it is asked in the record after, so that the first cannot know it in advance.
+    ``late``: the auditors had enough time, so a jury whose majority is clear does not wait for the others. ``expired``:
+    the window is over, and nobody is waited for.
     """
     shown = {one.auditor: one.finding for one in audit.opinions if one.finding is not None}
     grades = {node: grade(one, rules) for node, one in shown.items()}
@@ -84,7 +84,7 @@ def decide(audit: Audit, rules: AuditRules, *, fresh: bool, again: bool, late: b
 
 
 def _weighed(audit: Audit, grades: dict[str, Grade], *, fresh: bool, again: bool, all_heard: bool) -> Judgement:
-    """What follows from what auditors say of the contribution."""
+    """Decide from the grades that the auditors give."""
     passing, failing, unserved = (_of(grades, one) for one in ("pass", "fail", "unserved"))
     if failing:
         return _tried(audit, passing, failing, unserved, all_heard)
@@ -125,7 +125,7 @@ def _tried(
 
 
 def _clear(audit: Audit, grades: dict[str, Grade]) -> bool:
-    """Whether no other voice can change anything."""
+    """Return whether the jurors that are missing cannot change the result."""
     failing = _of(grades, "fail")
     against = failing | _of(grades, "unserved") if failing else failing
     return any(_two_thirds(audit, some, audit.able) for some in (_of(grades, "pass"), against))
@@ -139,11 +139,11 @@ def _of(grades: dict[str, Grade], wanted: Grade) -> frozenset[str]:
     return frozenset(node for node, found in grades.items() if found == wanted)
 
 
-# ----------------------------------------------------------------------------- who did not look
+# ------------------------------------------------------------------- auditors that did not replay
 
 
 def unlike(one: Finding, other: Finding) -> bool:
-    """Whether two auditors show different ways. In integers, so that all nodes agree."""
+    """Return whether two auditors' sketches differ. In integers, so that all nodes agree."""
     a, b = one.sketch, other.sketch
     if len(a) != len(b):
         return True
@@ -152,12 +152,12 @@ def unlike(one: Finding, other: Finding) -> bool:
 
 
 def _doubtful(measured: Mapping[str, Finding]) -> bool:
-    """Whether somebody did not look."""
+    """Return whether some auditor did not replay the work."""
     return any(unlike(one, other) for one, other in combinations(measured.values(), 2))
 
 
 def _astray(audit: Audit, measured: Mapping[str, Finding]) -> frozenset[str]:
-    """Who shows another way than two thirds do; nobody where no two thirds show one, or training is noisy."""
+    """Return the auditors whose sketch differs from that of two thirds; none if there is no majority, or much noise."""
     near = ([node for node, one in measured.items() if not unlike(one, middle)] for middle in measured.values())
     most = max(near, key=audit.weight, default=[])
     if not most or not _two_thirds(audit, most, measured) or median_low(measured[node].noise for node in most) > QUIET:

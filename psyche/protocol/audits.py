@@ -1,12 +1,12 @@
-"""Audits: whose contribution is done again, by whom, and what follows from what they find. Pure.
+"""Audits: which contributions are replayed, by which nodes, and how a record's audit state follows from the last. Pure.
 
     drawn -> one auditor (sometimes two) -> passes: passed
-                                            fails: a jury of all who can do it -> two thirds are believed
+                                            fails: a jury -> two thirds of its weight decide
                                             declines: the next candidate is asked
 
-Everything but which messages came in is computed by everybody, from the record before and from this one: a docket that
-does not follow gets no vote. An auditor puts the digest of its verdict on record, and shows the verdict in a later
-round, so that none can copy another's. Nobody waits for an audit: rounds go on meanwhile.
+Every node computes the audit state from the record before and the auditors' statements; a record whose audit state does
+not follow gets no vote. An auditor first puts the digest of its verdict on record and reveals the verdict in a later
+round, so that no auditor can copy another. Rounds do not wait for audits.
 """
 
 from __future__ import annotations
@@ -37,33 +37,34 @@ from psyche.protocol.round_state import AuditRules, Rules, StatementReceived
 from psyche.protocol.wire import MalformedMessage, decode, decode_envelope
 
 NEW = 2
-"""Added to the risk of who is on probation: an identity costs nothing, and has nothing to lose yet."""
+"""Added to the risk of a node on probation: its identity cost nothing, and it has nothing to lose yet."""
 OVERDUE = 1
-"""Added to that of who has not been audited for twice as many rounds as audits are apart on average: luck is no
-excuse (the chance of it is e⁻² at a constant rate)."""
+"""Added to the risk of a node that was not audited for twice the average interval, which happens by chance with
+probability e⁻² at a constant rate."""
 MOST_WITHHELD = 3
 """Audits in a row for which a node does not hand over its work before it is convicted. Each was asked for by three
 auditors, three times each. At the default rate that is some 60 rounds in which a node serves its payloads, without
 which they would not be accepted, and not its audit data."""
 SUSPECT = 20
-"""Times the rate at which contributions that stood out are audited: at the usual one of 1 in 20 all of them are."""
+"""Factor on the audit rate for outliers: at the default rate of 1 in 20 all of them are audited."""
 
 
 class InvalidAudits(ValueError):
-    """Why the audits in a record do not follow from those in the record before."""
+    """The audits in a record do not follow from those in the record before."""
 
 
 def asked(audit: Audit, round_number: int, rules: AuditRules) -> tuple[str, ...]:
-    """Whose word on ``audit`` can come on record in ``round``: as many as are wanted, and another for each
-    ``patience`` rounds that went by."""
+    """Return the candidates whose statement can come on record in a round: one more for each ``patience`` rounds."""
     return audit.able[: audit.looks + (round_number - audit.since) // rules.patience]
 
 
 def busy(
     audit_state: AuditState, round_number: int, rules: AuditRules, pending: Iterable[StatementReceived] = ()
 ) -> frozenset[str]:
-    """Nodes that are asked to audit while ``round`` is under way and have neither sealed a verdict nor declined, be it
-    on record or ``pending``."""
+    """Return the nodes asked to audit in a round that have neither sealed a verdict nor declined.
+
+    ``pending`` are statements that are not on record yet.
+    """
     answered = {(one.key, one.node) for one in pending}
     return frozenset(
         node
@@ -82,7 +83,7 @@ def audited_tokens(audit_state: AuditState) -> dict[tuple[str, int], int]:
 
 
 def pool_of(plan: Plan, accepted: Sequence[Accepted], rules: Rules) -> Pool:
-    """What audits of a round are drawn from: nothing where the run has none. What is private cannot be audited."""
+    """Return the contributions that audits of a round are drawn from: all but private ones, if the run has audits."""
     if not rules.audits.rate:
         return EMPTY.pool
     given = {one.node: one.contribution for one in accepted if not one.contribution.private}
@@ -91,14 +92,17 @@ def pool_of(plan: Plan, accepted: Sequence[Accepted], rules: Rules) -> Pool:
 
 
 def seed_of(plan: Plan, accepted: Sequence[Accepted], run_id: bytes) -> bytes:
-    """What draws who is audited, and on what: it comes from what was committed to before anybody saw a payload, salts
-    among it, and from the round's own seed. Nobody knew it in time to be honest in that round alone."""
+    """Return the seed that draws who is audited.
+
+    It is a hash of the round's seed and of all commitments, whose salts nobody else knew, so that no node can know in
+    time in which round it has to be honest.
+    """
     given = {one.node: one.contribution for one in accepted}
     return digest("audits", plan.seed, *(given[node].commitment(node, run_id, plan.round) for node in sorted(given)))
 
 
 def by_chance(pool: Pool, round_number: int, standing: Sequence[Standing], rules: Rules) -> Iterator[str]:
-    """Whose contribution to ``round`` is audited for no reason but its turn. ``standing`` is of the record before."""
+    """Yield the nodes whose contribution is drawn at random. ``standing`` is of the record before."""
     known = {one.node: one for one in standing}
     for one in pool.given:
         risk = _risk(known.get(one.node), round_number, rules)
@@ -107,7 +111,7 @@ def by_chance(pool: Pool, round_number: int, standing: Sequence[Standing], rules
 
 
 def by_suspicion(pool: Pool, suspects: Collection[str], rules: Rules) -> Iterator[str]:
-    """Whose contribution is audited because it stood out."""
+    """Yield the nodes whose contribution is drawn because it was an outlier."""
     for node in sorted(suspects):
         if chance(digest("suspected", pool.seed, node.encode()), rules.audits.rate * SUSPECT):
             yield node
@@ -164,13 +168,13 @@ def _drawn(weights: Mapping[str, int], seed: bytes, accused: str) -> list[str]:
 
 
 def _risk(standing: Standing | None, round_number: int, rules: Rules) -> int:
-    """How many times the usual rate a node is audited at."""
+    """Return the factor on the audit rate for a node."""
     rounds, last = (0, 0) if standing is None else (standing.rounds, standing.audited)
     return 1 + NEW * (rounds < rules.probation) + OVERDUE * ((round_number - last) * rules.audits.rate > 2)
 
 
 def chance(hash: bytes, probability: float) -> bool:
-    """True for a share ``probability`` of all hashes."""
+    """Return True for a fraction ``probability`` of all hashes."""
     return int.from_bytes(hash[:8], "little") < int(probability * 2**64)
 
 
@@ -188,14 +192,14 @@ def audits_after(
     suspects: Collection[str],
     rules: Rules,
 ) -> AuditState:
-    """The docket of the record of ``plan``. ``before`` and ``standing`` are of the record before.
+    """Return the audit state of the record of ``plan``. ``before`` and ``standing`` are of the record before.
 
-    Raises :class:`InvalidAudits` where one of ``said`` is out of place.
+    Raises :class:`InvalidAudits` if one of the statements ``said`` is not allowed.
     """
     audits = {(audit.accused, audit.round): audit for audit in before.audits}
     for one in said:
         if one.key not in audits:
-            raise InvalidAudits(f"{one.node[-6:]} speaks of an audit that is not open")
+            raise InvalidAudits(f"{one.node[-6:]} made a statement on an audit that is not open")
         audits[one.key] = _heard(audits[one.key], one, plan.round, rules.audits)
     fresh = {one.key for one in said if isinstance(one.body, Verdict)}
     withheld = {one.node: one.withheld for one in standing}
@@ -225,7 +229,7 @@ def audits_after(
 
 
 def _heard(audit: Audit, said: StatementReceived, round_number: int, rules: AuditRules) -> Audit:
-    """``audit`` with another word on it."""
+    """Return ``audit`` with one more statement on record. Raises :class:`InvalidAudits`."""
     author, body = said.node, said.body
     mine = next((one for one in audit.opinions if one.auditor == author), None)
     if not isinstance(body, Verdict):
@@ -245,7 +249,7 @@ def _heard(audit: Audit, said: StatementReceived, round_number: int, rules: Audi
 
 
 def _judged(audit: Audit, plan: Plan, before: AuditState, rules: AuditRules, *, fresh: bool) -> Audit | Closed:
-    """The audit with as many auditors wanted as it now takes, or how it ended."""
+    """Return the audit with the number of auditors that it now needs, or how it ended."""
     second = digest("second look", plan.previous, audit.accused.encode(), audit.round.to_bytes(8, "little"))
     found: Judgement = decide(
         audit,
@@ -281,26 +285,26 @@ def _repeated(found: Audit | Closed, withheld: Mapping[str, int]) -> Audit | Clo
 
 
 def statement(proof: bytes) -> StatementReceived:
-    """What an envelope says of an audit, its signature not checked. Raises ``MalformedMessage``."""
+    """Decode an auditor's signed statement without checking its signature. Raises ``MalformedMessage``."""
     envelope = decode_envelope(proof)
     kinds: Mapping[str, type[AuditStatement]] = {kind.DOMAIN: kind for kind in get_args(AuditStatement)}
     if (kind := kinds.get(envelope.domain)) is None:
-        raise MalformedMessage(f"{envelope.domain!r} says nothing of an audit")
+        raise MalformedMessage(f"{envelope.domain!r} is not a statement on an audit")
     body = decode(kind, envelope.body)
     if body.round != envelope.round:
-        raise MalformedMessage(f"it speaks of round {body.round}, and is signed for round {envelope.round}")
+        raise MalformedMessage(f"the statement is on round {body.round} and signed for round {envelope.round}")
     return StatementReceived(envelope.author, body, proof)
 
 
 def statements(audit_state: AuditState) -> list[StatementReceived]:
-    """What came on record in ``audit_state``, no signature checked. Raises ``MalformedMessage``."""
+    """Decode the statements on record without checking signatures. Raises ``MalformedMessage``."""
     return [statement(proof) for proof in audit_state.statements]
 
 
 def admissible(
     audit_state: AuditState, said: Iterable[StatementReceived], round_number: int, rules: AuditRules
 ) -> Iterator[StatementReceived]:
-    """Those of ``said`` that can come on record in ``round``, one of each author on each audit."""
+    """Yield those of ``said`` that can come on record in a round, at most one of each author on each audit."""
     audits = {(audit.accused, audit.round): audit for audit in audit_state.audits}
     taken: set[tuple[tuple[str, int], str]] = set()
     for one in sorted(said, key=lambda one: (one.body.round, one.body.accused, one.node, one.body.DOMAIN)):
@@ -315,11 +319,11 @@ def admissible(
 
 
 def audits_fault(record: Record, before: AuditState, standing: Sequence[Standing], rules: Rules) -> str | None:
-    """What is wrong with the audits in ``record``, or None. ``before`` and ``standing`` are of the record before."""
+    """Return what is wrong with the audits in ``record``, or None. The other arguments are of the record before."""
     if {member.node for member in record.plan.members} & set(before.banned):
-        return "who was convicted is a member of the round"
+        return "a convicted node is a member of the round"
     if not set(record.audit_state.suspects) <= {one.node for one in before.pool.given}:
-        return "who stood out did not contribute to the round before"
+        return "an outlier did not contribute to the round before"
     try:
         due = audits_after(
             before,

@@ -1,12 +1,12 @@
-"""Proof that a record is final: the proposal a coordinator signed, a quorum's votes for it, and the seals.
+"""Certificates, which prove that a record is final: the coordinator's signed proposal, a quorum's votes, and seals.
 
-Seals keep reconfigurations safe, in which those who vote have nothing to do with those who voted before. Of n
-coordinators more than half sign a reconfiguration, and ``seals_needed(n)`` a certificate, so that one of them is asked
-for both; and no coordinator gives both, unless the reconfiguration was first and the certificate is of its electorate.
-With one or two coordinators a single one can go on certifying; a reconfiguration takes one, or both.
+Seals keep reconfigurations safe, because the new voters need not overlap with the old ones. Of n coordinators more than
+half sign a reconfiguration and ``seals_needed(n)`` seal a certificate, so one coordinator at least is asked for both;
+and none gives both, unless the reconfiguration came first and the certificate is of its electorate. With one or two
+coordinators a single one can certify; a reconfiguration takes one, or both.
 
-:class:`SignedState` is what a coordinator has signed. It is on the coordinator's disk before anybody sees a signature:
-the only thing that a coordinator must not forget; everything else it reads from the members.
+:class:`SignedState` is what a coordinator has signed. It is on disk before anyone sees a signature. It is the only
+thing that a coordinator must not forget; it learns everything else from the members.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ class Open(Protocol):
 
 
 class BadCertificate(ValueError):
-    """Why a certificate proves nothing."""
+    """A certificate is invalid; the text says why."""
 
 
 def signatures_needed(coordinators: int) -> int:
-    """Under a reconfiguration: of more than half."""
+    """Return how many coordinators must sign a reconfiguration: more than half."""
     return coordinators // 2 + 1
 
 
 def seals_needed(coordinators: int) -> int:
-    """In a certificate: so many that one of those who signed a reconfiguration is among them, whoever they are."""
+    """Return how many must seal a certificate, so that they overlap with those who sign any reconfiguration."""
     return coordinators - signatures_needed(coordinators) + 1
 
 
 def check_certificate(
     certificate: Certificate, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open
 ) -> Record:
-    """The record that ``certificate`` makes final. Raises :class:`BadCertificate`.
+    """Verify a certificate and return its record. Raises :class:`BadCertificate`.
 
-    Whether the electorate is the one that the record before named is for whoever holds that record to say.
+    The caller compares the electorate with the record before, if it holds that.
     """
     return certified(certificate, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope).record
 
 
 def certified(certificate: Certificate, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open) -> Proposal:
-    """The same with the term that it was proposed in."""
+    """Verify a certificate and return its proposal, with the term. Raises :class:`BadCertificate`."""
     try:
         signed = decode_envelope(certificate.proposal)
         proposal = check_proposal(signed, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope)
@@ -70,16 +70,16 @@ def check_proposal(
     open_envelope: Open,
     round_number: int | None = None,
 ) -> Proposal:
-    """The proposal in an envelope: of a coordinator, in a term of its own, under a reconfiguration in force.
+    """Verify a proposal: signed by the coordinator of its term, under a reconfiguration in force.
 
     Raises :class:`BadCertificate` or ``MalformedMessage``.
     """
     if signed.author not in coordinators:
-        raise BadCertificate(f"proposed by {signed.author}, who is no coordinator of this run")
+        raise BadCertificate(f"proposed by {signed.author}, which is not a coordinator of this run")
     proposal = decode(Proposal, signed.body)
     record, plan = proposal.record, proposal.record.plan
     if coordinators[proposal.term % len(coordinators)] != signed.author:
-        raise BadCertificate(f"term {proposal.term} is not one of {signed.author}")
+        raise BadCertificate(f"term {proposal.term} does not belong to {signed.author}")
     _open(open_envelope, signed, Proposal.DOMAIN, run_id, plan.round if round_number is None else round_number)
     _check_statements(record, run_id, open_envelope)
     if not record.electorate or len(record.electorate) != len(record.voting_weights):
@@ -99,7 +99,7 @@ def check_proposal(
 
 
 def _check_statements(record: Record, run_id: bytes, open_envelope: Open) -> None:
-    """What auditors are said to have said."""
+    """Verify the auditors' statements in a record."""
     for item in record.audit_state.statements:
         envelope = decode_envelope(item)
         _open(open_envelope, envelope, envelope.domain, run_id, envelope.round)
@@ -112,7 +112,7 @@ def _check_votes(votes: Iterable[bytes], proposal: Proposal, run_id: bytes, open
         envelope = decode_envelope(item)
         _open(open_envelope, envelope, Vote.DOMAIN, run_id, record.plan.round)
         if envelope.body != vote:
-            decode(Vote, envelope.body)  # raises where it is none at all
+            decode(Vote, envelope.body)  # raises if it is malformed
             raise BadCertificate(f"the vote of {envelope.author} is for something else")
         voters.add(envelope.author)
     if not has_quorum(voters, record.weights):
@@ -127,7 +127,7 @@ def _check_seals(
     count = len(_signers(seals, seal, record.plan.round, run_id, coordinators, open_envelope))
     needed = seals_needed(len(coordinators))
     if count < needed:
-        raise BadCertificate(f"{count} of {len(coordinators)} coordinators sealed it; {needed} must")
+        raise BadCertificate(f"{count} of {len(coordinators)} coordinators sealed it; {needed} needed")
 
 
 def _signers(
@@ -138,15 +138,15 @@ def _signers(
     coordinators: Collection[str],
     open_envelope: Open,
 ) -> set[str]:
-    """Coordinators whose signature under exactly ``body`` is among ``items``."""
+    """Return the coordinators whose signature of exactly ``body`` is among ``items``."""
     signers = set()
     for item in items:
         envelope = decode_envelope(item)
         _open(open_envelope, envelope, body.DOMAIN, run_id, round_number)
         if envelope.author not in coordinators:
-            raise BadCertificate(f"a {body.DOMAIN} signed by {envelope.author}, who is no coordinator of this run")
+            raise BadCertificate(f"a {body.DOMAIN} signed by {envelope.author}, which is not a coordinator of this run")
         if envelope.body != body.encode():
-            raise BadCertificate(f"the {body.DOMAIN} that {envelope.author} signed is another one")
+            raise BadCertificate(f"{envelope.author} signed another {body.DOMAIN}")
         signers.add(envelope.author)
     return signers
 
@@ -154,8 +154,8 @@ def _signers(
 def _open(open_envelope: Open, envelope: Envelope, domain: str, run_id: bytes, round_number: int) -> None:
     try:
         open_envelope(envelope, domain=domain, run_id=run_id, round_number=round_number)
-    except Exception as error:  # whatever the reason, it proves nothing
-        raise BadCertificate(f"the {domain} of {envelope.author} cannot be believed: {error}") from None
+    except Exception as error:  # for whatever reason, the envelope is invalid
+        raise BadCertificate(f"the {domain} of {envelope.author} is invalid: {error}") from None
 
 
 def attests_state(
@@ -188,39 +188,39 @@ def attests_state(
 
 
 KEPT_ROUNDS = 64
-"""Of which a coordinator remembers what it signed. Nobody asks about older ones, and who does is refused."""
+"""Rounds for which a coordinator remembers what it signed. It signs nothing for older ones."""
 
 
 @dataclass(frozen=True)
 class SignedInRound:
-    """What was signed of one round."""
+    """What a coordinator signed for one round."""
 
     reconfiguration: int = 0
-    """The highest number of a reconfiguration."""
+    """The highest number of a reconfiguration that it signed."""
     electorate: tuple[str, ...] = ()
-    """That it named."""
+    """The electorate of that reconfiguration."""
     sealed: bytes = b""
-    """Hash of the record that was sealed."""
+    """Hash of the record that it sealed."""
 
 
 @dataclass(frozen=True)
 class SignedState:
-    """What a coordinator has signed, by hash of the record before the round; and the last term it began to lead in."""
+    """What a coordinator has signed, by hash of the record before the round, and the last term in which it led."""
 
     term: int = 0
     rounds: Mapping[bytes, tuple[int, SignedInRound]] = field(default_factory=dict)
-    """Number of the round, and what was signed of it."""
+    """Number of the round, and what was signed for it."""
 
 
 class ConflictingSignature(ValueError):
-    """Why a signature is refused: it would stand against an earlier one."""
+    """A signature is refused because it would conflict with an earlier one."""
 
     def __init__(self, reason: str, *, reconfiguration: int = 0, sealed: bytes = b"") -> None:
         super().__init__(reason)
         self.reconfiguration = reconfiguration
-        """Number of a reconfiguration that stands in the way; a later one would not. 0: there is none."""
+        """Number of the conflicting reconfiguration; a later number would not conflict. 0: there is none."""
         self.sealed = sealed
-        """Hash of a record that does."""
+        """Hash of the conflicting record."""
 
 
 def lead(signed_state: SignedState, place: int, coordinators: int, above: int) -> SignedState:

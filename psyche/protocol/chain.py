@@ -1,7 +1,7 @@
-"""Whether a chain of certificates is the history of a run: what a ledger proves to somebody who holds only its bytes.
+"""Verifies that a chain of certificates is the history of a run, from its bytes and the manifest alone. Pure.
 
-Pure. A ledger may begin late and have gaps, where its node came late or was away: what is there is checked, each
-round on its own and against the one before it that is there, and what is not is named.
+A ledger may begin late and have gaps, if its node joined late or was away. The rounds that are there are checked, each
+on its own and against the one before it if that is there; the missing ones are named.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from psyche.protocol.wire import MalformedMessage, decode, decode_envelope
 
 
 class BadLedger(ValueError):
-    """Why a chain is not the history of the run. ``round`` is the first one at fault, and stands in the message."""
+    """A chain is not the history of the run. ``round`` is the first invalid one; the message names it."""
 
     def __init__(self, round_number: int, reason: str) -> None:
-        super().__init__(round_number, reason)  # what another process makes it from again
+        super().__init__(round_number, reason)  # the arguments it is unpickled with in another process
         self.round, self.reason = round_number, reason
 
     def __str__(self) -> str:
@@ -40,25 +40,25 @@ class Entry:
     round: int
     certificate: bytes
     state_root: bytes | None
-    """What the ledger says all held after the round; None where its owner did not know. Proven by the round after."""
+    """State root after the round, as the ledger says; None if its owner did not know. The next round proves it."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A round that holds up."""
+    """A verified round."""
 
     record: Record
     missing: range
-    """Rounds before it, and after the last one that was given, that the ledger does not have."""
+    """Rounds missing in the ledger between the previous one and this one."""
 
     @property
     def tokens(self) -> Mapping[str, int]:
-        """Of each node whose contribution was accepted, the tokens it counts for."""
+        """Accepted tokens by node."""
         return {one.node: one.contribution.tokens for one in self.record.accepted}
 
 
 def claimed(certificate: bytes) -> Proposal:
-    """What a certificate says, with no signature checked. Raises :class:`MalformedMessage`."""
+    """Decode a certificate's proposal without checking signatures. Raises :class:`MalformedMessage`."""
     return decode(Proposal, decode_envelope(decode(Certificate, certificate).proposal).body)
 
 
@@ -70,12 +70,12 @@ def verify_chain(
     open_envelope: Open,
     after: Entry | None = None,
 ) -> Iterator[Verified]:
-    """Each entry, in the order given, once it is proven. Raises :class:`BadLedger` at the first that is not.
+    """Yield each entry once it is verified. Raises :class:`BadLedger` at the first invalid one.
 
-    Proven is that a quorum made the record final, that it follows from the record before (hash, seed, position in
-    the data, state_root, term, voters), and that no contribution counts for more than its plan allows. Where the
-    round before is missing the record's own word is taken for what precedes it. The last state_root is its owner's
-    word. ``after`` is the entry before the first of ``entries``, which somebody else proves.
+    Verified is that a quorum certified the record, that it follows from the record before (hash, seed, data position,
+    state root, term, voting weights, audits), and that no contribution counts for more than its plan allows. If the
+    round before is missing, the record's own statement of it is taken. The last state root is not proven. ``after`` is
+    the entry before the first of ``entries``, which the caller verifies elsewhere.
     """
     before = after
     last = None if after is None else _believed(after)
@@ -86,7 +86,7 @@ def verify_chain(
         record = prove(entry, run_id=rules.run_id, coordinators=coordinators, open_envelope=open_envelope)
         missing = range(chain.rounds + 1, entry.round)
         if entry.round <= chain.rounds or entry.round > rules.rounds:
-            raise BadLedger(entry.round, f"it stands after round {chain.rounds} of {rules.rounds}")
+            raise BadLedger(entry.round, f"it follows round {chain.rounds} of {rules.rounds}")
         fault = _link_fault(record.plan, chain, stated=before is None or before.state_root is not None)
         if fault := fault or _accounts_fault(record, rules) or _succession_fault(record, last, rules):
             raise BadLedger(entry.round, fault)
@@ -98,7 +98,7 @@ def _believed(entry: Entry) -> Record:
     try:
         return claimed(entry.certificate).record
     except MalformedMessage as error:
-        raise BadLedger(entry.round, f"its certificate proves nothing: {error}") from None
+        raise BadLedger(entry.round, f"invalid certificate: {error}") from None
 
 
 def _chain_after(entry: Entry, record: Record, rules: Rules) -> Chain:
@@ -107,15 +107,15 @@ def _chain_after(entry: Entry, record: Record, rules: Rules) -> Chain:
 
 
 def prove(entry: Entry, *, run_id: bytes, coordinators: Sequence[str], open_envelope: Open) -> Record:
-    """The record that an entry's certificate makes final. Raises :class:`BadLedger` where it proves nothing."""
+    """Verify an entry's certificate and return its record. Raises :class:`BadLedger`."""
     try:
         certificate = decode(Certificate, entry.certificate)
         proposal = certified(certificate, run_id=run_id, coordinators=coordinators, open_envelope=open_envelope)
     except (MalformedMessage, BadCertificate) as error:
-        raise BadLedger(entry.round, f"its certificate proves nothing: {error}") from None
+        raise BadLedger(entry.round, f"invalid certificate: {error}") from None
     record, term = proposal.record, proposal.term
     if record.plan.round != entry.round:
-        raise BadLedger(entry.round, f"in its place is the certificate of round {record.plan.round}")
+        raise BadLedger(entry.round, f"its certificate is of round {record.plan.round}")
     if term < record.plan.term:
         raise BadLedger(
             entry.round, f"it was proposed in term {term}, and planned in the later term {record.plan.term}"
@@ -124,9 +124,9 @@ def prove(entry: Entry, *, run_id: bytes, coordinators: Sequence[str], open_enve
 
 
 def _link_fault(plan: Plan, chain: Chain, *, stated: bool) -> str | None:
-    """Why ``plan`` does not follow from ``chain``, the last round there is; what is missing cannot contradict it.
+    """Return why ``plan`` does not follow from ``chain``, the last round before it in the ledger, or None.
 
-    ``stated``: the state_root of ``chain`` is known.
+    ``stated``: the state root of ``chain`` is known.
     """
     if plan.round == chain.rounds + 1:
         known = chain if stated else Chain(chain.rounds, chain.head, plan.base_root, chain.position)
@@ -137,7 +137,7 @@ def _link_fault(plan: Plan, chain: Chain, *, stated: bool) -> str | None:
 
 
 def _succession_fault(record: Record, last: Record | None, rules: Rules) -> str | None:
-    """Why ``record`` cannot have been decided after ``last``, or None: terms only grow, and voters are named before."""
+    """Return why ``record`` cannot follow ``last``, or None: terms only grow, and weights and audits follow."""
     if last is None:
         if record.plan.round > 1:
             return None
@@ -157,7 +157,7 @@ def _standing_fault(record: Record, standing: Sequence[Standing], audit_state: A
 
 
 def _accounts_fault(record: Record, rules: Rules) -> str | None:
-    """Why what is accepted and left out cannot be so, or None."""
+    """Return what is wrong with the accepted and excluded contributions, or None."""
     if fault := quota_fault(record.plan, rules):
         return fault
     if record.plan.is_sharded and (fault := reducer_order_fault(record)):
@@ -167,10 +167,10 @@ def _accounts_fault(record: Record, rules: Rules) -> str | None:
     if accepted != sorted(set(accepted)):
         return "accepted contributions are not in ascending order of node"
     if len(set(excluded)) != len(excluded) or set(accepted) & set(excluded):
-        return "a member is left out twice, or accepted and left out"
+        return "a member is excluded twice, or both accepted and excluded"
     for node in (*accepted, *excluded):
         if node not in members:
-            return f"{node[-6:]} is no member of the round"
+            return f"{node[-6:]} is not a member of the round"
     for one in record.accepted:
         if fault := contribution_fault(rules, record.plan, members[one.node], one.contribution):
             return f"the contribution of {one.node[-6:]}: {fault}"
@@ -178,7 +178,7 @@ def _accounts_fault(record: Record, rules: Rules) -> str | None:
 
 
 def missing_rounds(there: Iterable[int]) -> tuple[range, ...]:
-    """The gaps below the last of ``there``, rounds in ascending order: 3, 4, 7 lacks 1–2 and 5–6."""
+    """Return the gaps below the last of ``there``, which ascends: of 3, 4, 7 they are 1–2 and 5–6."""
     gaps, expected = [], 1
     for round_number in there:
         if round_number > expected:

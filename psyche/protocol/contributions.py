@@ -16,28 +16,27 @@ from psyche.protocol.round_state import Rules
 
 @dataclass(frozen=True)
 class Caps:
-    """The most weight that somebody has, of 1: shares of the manifest, exact."""
+    """The largest shares of an outer step's weight, as exact fractions of 1."""
 
     each: Fraction
-    """One node; or twice an equal share, where so few contribute that this is more."""
+    """The share of one node, or twice an equal share if so few contribute that this is more."""
     newcomers: Fraction
-    """All nodes on probation, together."""
+    """The share of all nodes without voting weight together."""
     private: Fraction
-    """All that train on data of their own, together."""
+    """The share of all nodes that train on private data together."""
 
 
 def weights(plan: Plan, given: Mapping[str, Contribution], caps: Caps) -> dict[str, float]:
-    """Of each node its fp32 weight, in ascending order of node id: its share of the tokens, as far as ``caps`` allow.
+    """Return the fp32 weight of each node in the outer step, ascending by node: its share of the tokens within
+    ``caps``.
 
-    - One node: who claims the most tokens, or has the most hardware, does not decide alone.
-    - Whom ``plan`` gives no vote is on probation. Identities are free, so that without this cap anybody would have most
-      of the weight with enough of them. (The electorate of the record would say nearly the same, and later than the
-      reducers of a sharded round have to know it.)
-    - What comes from private data cannot be audited: a majority of such contributions, honest or not, moves
-      the model no further than that.
+    - One node is capped, so that the one with the most hardware does not decide alone.
+    - Nodes without voting weight in ``plan`` are capped together. Identities are free; without this cap enough of them
+      would have most of the weight.
+    - Private contributions are capped together, because nobody can audit them.
 
-    What is taken from some goes to the others by tokens. Where there are no others it is nobody's, as if they had found
-    that nothing is to be changed; a run among private nodes alone sets their share to 1.
+    Weight above a cap goes to the other nodes by tokens. If there are none it is lost, as if they had contributed
+    zeros; a run among private nodes alone sets their share to 1.
     """
     voting = {member.node for member in plan.members if member.votes}
     newcomers = frozenset(given.keys() - voting)
@@ -50,35 +49,39 @@ def weights(plan: Plan, given: Mapping[str, Contribution], caps: Caps) -> dict[s
 
 
 def base_proof(seed: bytes, node: str, chunks: int, read: Callable[[int], Buffer]) -> bytes:
-    """What ``node`` has to show in the round of ``seed``, 32 bytes. ``read(i)`` is chunk i of the outer state's blob,
-    which has ``chunks`` of them."""
+    """Return the proof (32 bytes) that ``node`` holds the base state in the round of ``seed``.
+
+    It hashes one chunk that the seed draws for the node. ``read(i)`` returns chunk i of the outer state's blob, which
+    has ``chunks`` chunks.
+    """
     drawn = digest("base-chunk", seed, node.encode())
     return digest("base-proof", seed, node.encode(), bytes(read(int.from_bytes(drawn, "little") % chunks)))
 
 
 def contribution_fault(rules: Rules, plan: Plan, member: Member, given: Contribution) -> str | None:
-    """What is wrong with a contribution by the plan alone, or None. Nobody sets their own weight."""
+    """Return what is wrong with a contribution by the plan alone, or None. No node sets its own weight."""
     if given.base_root != plan.base_root:
         return "trained from another base state"
     if given.overlap_steps > min(rules.overlap_steps, given.inner_steps):
-        return f"{given.overlap_steps} late steps claimed where {rules.overlap_steps} are allowed"
-    # Late steps were taken before anybody knew how few would be due.
+        return f"{given.overlap_steps} overlap steps claimed, {rules.overlap_steps} allowed"
+    # Overlap steps were taken before the quota was known.
     if given.inner_steps > max(member.inner_steps, given.overlap_steps):
-        return f"{given.inner_steps} inner steps claimed where {member.inner_steps} were due"
+        return f"{given.inner_steps} inner steps claimed, {member.inner_steps} due"
     if given.tokens != given.inner_steps * rules.tokens_per_step:
-        return "the tokens claimed are not those of the inner steps claimed"
+        return "the tokens claimed do not match the inner steps claimed"
     if given.payload_bytes > rules.payload_bytes:
         return "the payload is larger than the codec can make it"
     if len(given.payout) not in (0, 20):
-        return "its payout address is not one of 20 bytes"
+        return "its payout address does not have 20 bytes"
     return _private_fault(rules, given)
 
 
 def _private_fault(rules: Rules, given: Contribution) -> str | None:
-    """Why a contribution's label cannot be right, or None: who shows no hashes cannot be audited, and is capped."""
+    """Return why a contribution cannot be private, or cannot be public, or None: without hashes it cannot be
+    audited."""
     shown = given.data_digest, given.trace_root
     if not given.private:
-        return "it names no data or no trace, and is not labelled as private" if WITHHELD in shown else None
+        return "it has no data digest or no trace, and is not marked private" if WITHHELD in shown else None
     if not rules.private_share:
         return "this run takes no contributions from private data"
-    return "it is from private data, and shows more of them than it may" if {*shown} != {WITHHELD} else None
+    return "it is private, and reveals a hash of its data" if {*shown} != {WITHHELD} else None

@@ -1,23 +1,21 @@
-"""What nodes have earned: a fold over certified records, in integers, that anybody can do again.
+"""What nodes have earned: a fold over certified records, in integers, that anyone can repeat.
 
-One credit is paid for one token of verified work. Pay is linear in tokens, and nothing else about an identity enters
-into it, so that who comes under many names earns no more than under one:
+One credit is paid for one token of verified work. Pay is linear in tokens and depends on nothing else about an
+identity, so that many names earn no more than one:
 
-- An accepted contribution earns its tokens; one from private data, which nobody can audit, the part of them that
+- An accepted contribution earns its tokens. One from private data, which nobody can audit, earns the share of them that
   ``protocol/contributions.py`` lets count (:func:`private_credit`).
-- An auditor whose word agrees with how an audit ended earns the tokens of the contribution, for it has done the work.
+- An auditor whose finding agrees with the outcome of the audit earns the tokens of the contribution it replayed.
 - A contribution that passed its audit earns up to a tenth more (:data:`BONUS`), by how far it alone lowers the held-out
   loss.
-- What is earned is pending for the window of rounds in which it can be challenged, then final. It becomes final in the
-  order in which it was earned; what is under audit holds up what came after it.
-- On probation nothing becomes final: a name that was thrown away before it was past it is paid nothing. A name that
-  stays loses nothing by it.
-- Whoever is convicted, or has lied about another as an auditor, forfeits all that is pending, and earns nothing more.
-- Whose work was not handed over to its auditors forfeits the credit of that round; a reducer that is outvoted on a
-  result, too.
-- After the run's last round nobody can be challenged any more: all becomes final but what is under audit or of a node
-  on probation. So what is cheated in the last few rounds, too late for an audit, is paid; and an audit that the run did
-  not live to see the end of costs an honest node the credit of that round.
+- Credit is pending for the window of rounds in which it can be challenged, then final, in the order in which it was
+  earned. Credit under audit holds up what was earned after it.
+- Nothing becomes final on probation, so an abandoned identity is paid nothing; one that stays loses nothing.
+- A node that is convicted, as a cheat or as a lying auditor, forfeits everything pending and earns nothing more.
+- A node that does not provide its work to auditors forfeits the credit of that round; so does an outvoted reducer.
+- After the last round everything becomes final except what is under audit or belongs to a node on probation. So
+  cheating in the last few rounds, too late for an audit, is paid; and an audit that the run did not live to finish
+  costs an honest node the credit of that round.
 """
 
 from __future__ import annotations
@@ -36,32 +34,32 @@ from psyche.protocol.round_state import Rules
 from psyche.protocol.wire import Message
 
 BONUS = 10
-"""The most that a gain adds to a contribution's credit, as a part of it: a tenth. Loss can be gamed (who has seen the
-held-out set overfits it), so it may make good work a little dearer and never be worth cheating for."""
+"""A gain adds at most 1/``BONUS`` of a contribution's credit. Loss can be gamed by overfitting the held-out set, so the
+bonus must never be worth cheating for."""
 
 Kind = Literal["work", "private", "audit", "gain", "excluded"]
 Status = Literal["pending", "final", "forfeited"]
 
 
 class Change(Message, frozen=True):
-    """A credit that was earned. There is one for each, whatever becomes of it."""
+    """An amount that was earned, and what became of it."""
 
     round: int
-    """Whose record it came with."""
+    """The round of the record that it came with."""
     node: str
     amount: int
     kind: Kind
     reason: str
-    """In words, for the node's owner; of kind ``excluded``, an ``ExclusionReason``."""
+    """A sentence for the node's owner; an ``ExclusionReason`` for the kind ``excluded``."""
     status: Status
     settled: int
-    """Round in which it became final or was forfeited; 0 while it is pending."""
+    """The round in which it became final or was forfeited; 0 while it is pending."""
     because: str
     """Why it was forfeited."""
 
 
 class Work(Message, frozen=True):
-    """An accepted contribution, as far as it is paid."""
+    """What an accepted contribution is paid for."""
 
     node: str
     tokens: int
@@ -70,7 +68,7 @@ class Work(Message, frozen=True):
 
 
 class RoundWork(Message, frozen=True):
-    """All of a record that credits depend on; a small part of its bytes, for they cross from process to process."""
+    """The part of a record that credits depend on, small enough to pass between processes."""
 
     round: int
     work: tuple[Work, ...]
@@ -78,7 +76,7 @@ class RoundWork(Message, frozen=True):
     """Members without credit for the round, and why."""
     dissenters: tuple[str, ...]
     newcomers: tuple[str, ...]
-    """Those who contributed and are still on probation."""
+    """Nodes that contributed and are still on probation."""
     audits: tuple[tuple[str, int, int], ...]
     """Open ones: accused, round and tokens of the contribution."""
     closed: tuple[Closed, ...]
@@ -86,7 +84,7 @@ class RoundWork(Message, frozen=True):
 
 
 def round_work(record: Record, probation: int) -> RoundWork:
-    """What is paid, or not, because of ``record``."""
+    """Return the part of ``record`` that credits depend on."""
     audit_state = record.audit_state
     return RoundWork(
         record.plan.round,
@@ -104,11 +102,10 @@ def round_work(record: Record, probation: int) -> RoundWork:
 
 
 def private_credit(tokens: int, private: int, total: int, share: Fraction) -> int:
-    """What a contribution of ``tokens`` from private data earns: tokens · the weight it was given / the weight it would
-    have had among contributions that can be audited. Rounded down.
+    """Return the credit of a contribution from private data, rounded down.
 
-    ``private`` of the round's ``total`` tokens are of its kind, and have at most ``share`` of the weight together: it
-    was given share · tokens / private where that is less than tokens / total.
+    It is ``tokens`` times the ratio of the weight that the contribution had to the weight it would have had without the
+    cap: ``private`` of the round's ``total`` tokens are private, and have at most ``share`` of the weight together.
     """
     if private <= share * total:
         return tokens
@@ -117,59 +114,59 @@ def private_credit(tokens: int, private: int, total: int, share: Fraction) -> in
 
 @dataclass
 class Account:
-    """A node's credit. ``earned`` is ``final``, ``waiting`` and ``forfeited`` together."""
+    """A node's credit: ``earned`` = ``final`` + ``waiting`` + ``forfeited``."""
 
     node: str
     earned: int = 0
     final: int = 0
     forfeited: int = 0
     pending: deque[Change] = field(default_factory=deque)
-    """In the order in which it was earned."""
+    """Pending credit in the order in which it was earned."""
     private: int = 0
-    """Tokens from private data among those that were accepted: unaudited."""
+    """Accepted tokens from private data, which were not audited."""
     payout: bytes = b""
-    """The last address that came with an accepted contribution; empty: none ever did."""
+    """The payout address of its last accepted contribution that had one; empty if none had."""
     audited: int = 0
-    """Audits of its contributions that have ended, and"""
+    """Audits of its contributions that ended with a finding."""
     passed: int = 0
-    """those among them that it passed."""
+    """Audits of its contributions that it passed."""
     audits: int = 0
-    """Of others' contributions, that it was paid for."""
+    """Audits of others' contributions that it was paid for."""
     banned: int = 0
-    """Round in which it was convicted; 0: never."""
+    """The round in which it was convicted; 0: never."""
     newcomer: bool = False
-    """On probation."""
+    """Whether it is on probation."""
 
     @property
     def waiting(self) -> int:
-        """Credit that is pending."""
+        """Return the pending credit."""
         return sum(change.amount for change in self.pending)
 
 
 class CreditAccounts:
-    """The accounts of a run, as far as its records were entered."""
+    """The accounts of a run after the records entered so far."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self.accounts: dict[str, Account] = {}
         self.round = 0
-        """The last one entered."""
+        """The last round entered."""
         self._open: dict[tuple[str, int], int] = {}
         """Tokens of the contributions under audit, by accused and round."""
         self._audited: dict[str, set[int]] = {}
-        """Of each accused their rounds."""
+        """Rounds under audit, by accused."""
         self._gains: deque[tuple[int, int, int]] = deque()
-        """Round in which an audit closed, gain and tokens of its contribution, where both were positive."""
+        """Round in which an audit closed, gain and tokens of its contribution, if both are positive."""
         self._settled: list[Change] = []
 
     def enter(self, done: RoundWork) -> list[Change]:
-        """Take in the record of a later round than all before. What became final or was forfeited with it."""
+        """Enter the record of a later round than all before. Return what became final or was forfeited with it."""
         self.round, self._settled = done.round, []
         for one in done.closed:
             self._convict(one)
         for node in done.banned:
             if not self.account(node).banned:
-                self._ban(node, "it was convicted in a round that is not at hand here")
+                self._ban(node, "it was convicted in a round that this ledger does not have")
         self._pay_work(done)
         for one in done.closed:
             self._close(one)
@@ -185,7 +182,7 @@ class CreditAccounts:
         return self._settled
 
     def account(self, node: str) -> Account:
-        """Of ``node``; an empty one where it has done nothing so far."""
+        """Return the account of ``node``, empty if it has done nothing so far."""
         if node not in self.accounts:
             self.accounts[node] = Account(node)
         return self.accounts[node]
@@ -207,13 +204,13 @@ class CreditAccounts:
                 reason = "its contribution from private data was accepted; nobody can audit it"
                 if amount < one.tokens:
                     reason += f", and {amount:,} of its {one.tokens:,} tokens count"
-            outvoted = "it reported another result than the one believed" if one.node in dissenters else ""
+            outvoted = "it reported another result than the majority" if one.node in dissenters else ""
             self._earn(account, amount, "private" if one.private else "work", reason, outvoted)
         for other in done.excluded:
             self._settled.append(Change(done.round, other.node, 0, "excluded", other.reason, "final", done.round, ""))
 
     def _earn(self, account: Account, amount: int, kind: Kind, reason: str, lost: str = "") -> None:
-        """``lost``: why it is forfeited at once."""
+        """Add an amount to ``account``; ``lost`` says why it is forfeited at once."""
         if not amount:
             return
         account.earned += amount
@@ -226,32 +223,29 @@ class CreditAccounts:
             account.pending.append(change)
 
     def _close(self, one: Closed) -> None:
-        """What follows from how an audit ended, but for convictions."""
+        """Settle an audit that ended, except for convictions."""
         accused, tokens = self.account(one.accused), self._open.get((one.accused, one.round), 0)
         accused.audited += one.outcome != "dropped"
         accused.passed += one.outcome == "passed"
         for auditor in one.paid:
             account = self.account(auditor)
             account.audits += 1
-            self._earn(
-                account, tokens, "audit", f"it did the work of {_short(one.accused)} in round {one.round:,} again"
-            )
+            self._earn(account, tokens, "audit", f"it audited {_short(one.accused)}, round {one.round:,}")
         if one.outcome == "passed" and one.gain > 0 and tokens:
             self._gains.append((self.round, one.gain, tokens))
             amount = self._bonus(tokens, one.gain)
             nats = f"{one.gain / 1e6:.6f}"
             self._earn(
-                accused, amount, "gain", f"its work of round {one.round:,} lowers the loss by {nats} nats a token"
+                accused, amount, "gain", f"its work of round {one.round:,} lowers the loss by {nats} nats per token"
             )
         if one.outcome == "unserved":
-            self._forfeit_where(accused, one.round, "it did not hand its work over to be audited")
+            self._forfeit_where(accused, one.round, "it did not provide its work to auditors")
 
     def _bonus(self, tokens: int, gain: int) -> int:
-        """A :data:`BONUS` th of ``tokens`` at the median gain and above, less in proportion below.
+        """Return 1/``BONUS`` of ``tokens`` at the median gain and above, and less in proportion below.
 
-        The median is of the audits closed within the last window, each counted as often as it has tokens: who splits
-        work over several names has no more say in it. Gains are not taken for each token: a part of some work gains
-        less than the whole, and more than its part of it.
+        The median is over the audits closed within the last window, weighted by tokens, so that splitting work over
+        several names changes nothing. Gains are not taken per token, because they are not linear in the work.
         """
         while self._gains[0][0] <= self.round - self._rules.audits.window:
             self._gains.popleft()
@@ -265,9 +259,7 @@ class CreditAccounts:
             by = f", by {', '.join(map(_short, one.paid))}" if one.paid else ""
             self._ban(one.accused, f"its work of round {one.round:,} was found to be false{by}")
         for auditor in one.lied:
-            self._ban(
-                auditor, f"it said of round {one.round:,} of {_short(one.accused)} the opposite of what was found"
-            )
+            self._ban(auditor, f"its verdict on {_short(one.accused)}, round {one.round:,}, contradicts the jury")
 
     def _ban(self, node: str, because: str) -> None:
         account = self.account(node)
@@ -286,7 +278,7 @@ class CreditAccounts:
             self._forfeit(account, change, because)
 
     def _mature(self, account: Account) -> None:
-        """Make final what nobody can challenge any more."""
+        """Make final what can no longer be challenged."""
         if account.newcomer:
             return
         over = self.round >= self._rules.rounds
@@ -309,12 +301,12 @@ class CreditAccounts:
 
 
 def _is_for(change: Change, round_number: int) -> bool:
-    """Whether a change pays for the contribution to ``round``."""
+    """Return whether a change pays for the contribution to a round."""
     return change.round == round_number and change.kind in ("work", "private")
 
 
 def _median(weighted: list[tuple[int, int]]) -> int:
-    """The least value that, with those below it, has more than half of the weight; ``weighted`` is not empty."""
+    """Return the weighted median of ``weighted``, which is not empty."""
     half, seen = sum(weight for _, weight in weighted), 0
     for value, weight in sorted(weighted):
         seen += 2 * weight
@@ -324,7 +316,7 @@ def _median(weighted: list[tuple[int, int]]) -> int:
 
 
 def fold(rules: Rules, records: Iterable[Record]) -> CreditAccounts:
-    """The books after ``records``, ascending by round."""
+    """Return the accounts after ``records``, which ascend by round."""
     books = CreditAccounts(rules)
     for record in records:
         books.enter(round_work(record, rules.probation))

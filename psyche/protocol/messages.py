@@ -33,7 +33,7 @@ from psyche.protocol.wire import (
 
 
 class Member(Message, frozen=True):
-    """One node's part in a round: how many inner steps it owes, and how much its vote counts."""
+    """One node's part in a round: its quota of inner steps and its voting weight."""
 
     node: NodeId
     inner_steps: Positive
@@ -185,7 +185,7 @@ class Record(Body, frozen=True, dict=True):
     """Everybody's standing after the round, ascending by node. Those with weight are the next electorate."""
     audit_state: AuditState
     commitments: Annotated[tuple[Hash, ...], Meta(max_length=MAX_MEMBERS)]
-    """Of a sharded round: what each voter in the plan had committed to when commitments closed, or
+    """In a sharded round, the commitment of each voter in the plan when commitments closed, or
     :data:`NO_COMMITMENT`. The reducer order is drawn from them."""
     reducer_order: Nodes
     """The reducers in their drawn order (``protocol/assignment.py``); empty in a gathered round."""
@@ -399,7 +399,7 @@ class Proposal(Body, frozen=True):
 
 
 class ReductionStatus(Message, frozen=True):
-    """Who reduces what in a sharded round, and which contributions once they are selected."""
+    """The reducers of a sharded round, and the contributions once they are selected."""
 
     term: Natural
     reducer_order: Nodes

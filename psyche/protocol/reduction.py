@@ -160,7 +160,8 @@ def _after_deadline(
 
 
 def _is_withheld(reduction: Reduction, group: int, one: str) -> bool:
-    """Whether the contribution of ``one`` is given up: more nodes lack it for a group than have reported on the group.
+    """Return whether the contribution of ``one`` is given up: more nodes lack it for a group than have reported on the
+    group.
 
     The report of its author does not count, and the claim of a single node is not enough.
     """

@@ -108,7 +108,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class Reduction:
-    """Who reduces what in a sharded round, and the results reported so far."""
+    """The reducers of a sharded round, and the results reported so far."""
 
     reducer_order: tuple[str, ...]
     """All reducers of the round, in the order drawn from its seed."""
@@ -242,9 +242,9 @@ class State:
     electorate: tuple[str, ...] = ()
     """The voters of the next round: the last record's ``voters``, or those of the last reconfiguration."""
     standing: tuple[Standing, ...] = ()
-    """Of the last record."""
+    """Standing in the last record."""
     audit_state: AuditState = EMPTY
-    """Of the last record."""
+    """Audit state of the last record."""
     audit_statements: Mapping[tuple[str, str, int, str], StatementReceived] = field(default_factory=dict)
     """Auditors' statements that are not on record yet, by author, accused, round and kind."""
     suspects: frozenset[str] = frozenset()
@@ -389,7 +389,7 @@ class SignatureConflict:
     """
 
     record: bytes
-    """Its hash."""
+    """Hash of the record."""
     reconfiguration: int = 0
     sealed: bytes = b""
     """Hash of the other, sealed record. Nothing else can be certified."""
@@ -400,7 +400,7 @@ class CosignersUnreachable:
     """Too few coordinators answer to sign the reconfiguration of ``record``; this one has not signed it either."""
 
     record: bytes
-    """Its hash."""
+    """Hash of the record."""
 
 
 Submission = Committed | Revealed | Fetched | Reported | Voted | Attested

@@ -147,7 +147,7 @@ def _go_on(rules: Rules, state: State, plan: Plan, promises: Sequence[Promised],
 
 
 def _follows(rules: Rules, state: State, plan: Plan, ready: Sequence[str]) -> bool:
-    """Whether ``plan`` is valid for the next round, and one of its members is here."""
+    """Return whether ``plan`` is valid for the next round, and one of its members is here."""
     return (
         (plan.round, plan.previous, plan.base_root) == (state.rounds + 1, state.head, state.state_root)
         and plan.position == state.position

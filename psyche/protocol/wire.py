@@ -1,4 +1,4 @@
-"""What travels between nodes is made of this: bounded types in canonical msgpack, signed envelopes, refusal codes.
+"""The wire format: bounded types in canonical msgpack, signed envelopes, refusal codes.
 
 An envelope says who claims what, in which run, in which round, and for which purpose (``domain``). All of that is under
 the signature, so that a message replayed in another run, another round or for another purpose is invalid. This module
@@ -60,7 +60,7 @@ MAX_ENVELOPE = 1 << 20
 """Bytes of the largest envelope anyone has to read. Bigger things are blobs, named here by their root."""
 
 _SIGNED = b"psyche 1 envelope\n"
-"""What is signed starts with this, so that a signature made for anything else is never a valid envelope."""
+"""Prefix of signed bytes, so that a signature made for anything else is never a valid envelope."""
 
 
 class MalformedMessage(ValueError):
@@ -83,7 +83,7 @@ _decoder = msgspec.msgpack.Decoder(Envelope)
 
 
 def signing_bytes(envelope: Envelope) -> bytes:
-    """What the author signs: a tag and canonical msgpack of everything but the signature."""
+    """Return what the author signs: a tag and canonical msgpack of everything but the signature."""
     e = envelope
     return _SIGNED + _encoder.encode((e.domain, e.run_id, e.round, e.author, e.body))
 

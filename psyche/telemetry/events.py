@@ -34,7 +34,7 @@ Phase = Literal[
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
-    """What every event carries. :class:`EventLog` fills both fields in."""
+    """The fields of every event, which :class:`EventLog` fills in."""
 
     time: float = 0.0
     """When it was logged, unix seconds."""
@@ -55,7 +55,7 @@ class RunStarted(Event, frozen=True):
     """H: inner steps a round."""
     codec: str
     invite: str = ""
-    """What others type to join; empty on a node that is not to hand it out."""
+    """The invite for others; empty on a node that does not share it."""
 
 
 class GenesisJudged(Event, frozen=True):
@@ -70,7 +70,7 @@ class PeerJoined(Event, frozen=True):
 
     peer: str
     device: str
-    """What it trains on, in its own words."""
+    """The hardware it trains on, as it describes it."""
     round: int
     """The first round it may be part of."""
 
@@ -93,7 +93,7 @@ class PhaseChanged(Event, frozen=True):
 
 
 class Downloading(Event, frozen=True):
-    """How far this node is with a big download (the model's state, a data shard)."""
+    """Progress of a large download (the model's state, a data shard)."""
 
     what: str
     received: int
@@ -132,7 +132,7 @@ class RoundCertified(Event, frozen=True):
     state_root: str
     """Hash of the outer state after this round."""
     seconds: float
-    """From the end of the round before to this one's, on the emitter's clock."""
+    """Seconds from the end of the round before to the end of this one, on the emitter's clock."""
 
 
 class Attested(Event, frozen=True):
@@ -235,7 +235,7 @@ class Rejected(Event, frozen=True):
 
 
 def outvoted(peer: str, round_number: int) -> Rejected:
-    """A reducer whose result was not that of the others."""
+    """Return a reducer whose result was not that of the others."""
     return Rejected(peer, f"the other reducers of round {round_number} agree on another", "result")
 
 
@@ -259,7 +259,7 @@ class Resynchronised(Event, frozen=True):
     gave: tuple[tuple[str, int], ...] = ()
     """Bytes that came from each PeerID, the most first."""
     seconds: Measured = None
-    """From the first request to the last byte."""
+    """Seconds from the first request to the last byte."""
     moved: int = 0
     """Rounds that the run went on meanwhile, whose outer steps were taken on what had come."""
 
@@ -270,7 +270,7 @@ class CaughtUp(Event, frozen=True):
     round: int
     """The last of them."""
     rounds: int
-    """How many."""
+    """Number of rounds."""
 
 
 class Checkpointed(Event, frozen=True):
@@ -284,9 +284,9 @@ class AuditStarted(Event, frozen=True):
     """This node repeats another's work to check it, instead of training in the round that is under way."""
 
     peer: str
-    """Whose work."""
+    """The audited node."""
     round: int
-    """In which it was done."""
+    """The round of the audited contribution."""
     during: int
     """The round under way."""
 
@@ -303,24 +303,24 @@ class Audited(Event, frozen=True):
 
 
 class AuditEnded(Event, frozen=True):
-    """What came of checking a contribution, as the records say."""
+    """The end of an audit, by the records."""
 
     peer: str
-    """Whose contribution it was."""
+    """The audited node."""
     round: int
-    """That it was made in."""
+    """The round of the audited contribution."""
     outcome: Literal["passed", "inconclusive", "convicted", "unserved", "dropped"]
     lied: tuple[str, ...]
     """Auditors who said the opposite of what most found, and are convicted of that."""
 
     @property
     def matters(self) -> bool:
-        """Whether anybody's standing changed: most audits come to nothing."""
+        """Return whether the audit had consequences for a node; most have none."""
         return bool(self.lied) or self.outcome in ("convicted", "unserved")
 
 
 class PrivacySpent(Event, frozen=True):
-    """What this node's private data have cost of their privacy budget, in all rounds so far."""
+    """The privacy budget that this node has spent in all rounds so far."""
 
     round: int
     epsilon: float
@@ -336,7 +336,7 @@ class Leaving(Event, frozen=True):
     round: int
     """The one it has a part in; 0: none."""
     what: str
-    """In words."""
+    """A sentence."""
     seconds: float
     """At most so long; 0: it goes now."""
 
@@ -345,7 +345,7 @@ class Left(Event, frozen=True):
     """This node has said goodbye, as it was asked to."""
 
     outcome: str
-    """What became of the round it was in, in words."""
+    """How its last round ended, as a sentence."""
 
 
 class Notice(Event, frozen=True):

@@ -17,23 +17,23 @@ def clean(text: str, limit: int = 200) -> str:
 
 
 def peer_name(peer: str) -> str:
-    """The end of a PeerID; all PeerIDs start alike."""
+    """Return the end of a PeerID; all PeerIDs start alike."""
     return "…" + clean(peer)[-6:]
 
 
 def donor_name(donor: str) -> str:
-    """The short name of a PeerID; words such as "the members" stay as they are."""
+    """Return the short name of a PeerID; words such as "the members" stay as they are."""
     is_peer = len(donor) >= 40 and donor.isalnum()
     return peer_name(donor) if is_peer else clean(donor)
 
 
 def root_name(root: str) -> str:
-    """The first digits of a hash."""
+    """Return the first digits of a hash."""
     return clean(root)[:4] + "…" if root else "–"
 
 
 def amount(count: float) -> str:
-    """A count with about three digits: 980, 30.7k, 1.9M, 72.0B."""
+    """Return a count with about three digits: 980, 30.7k, 1.9M, 72.0B."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= max(scale, 1e4):
             return f"{count / scale:.1f}{unit}"
@@ -41,12 +41,12 @@ def amount(count: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units."""
+    """Return bytes in decimal units."""
     return str(decimal(int(count)))
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A measurement, or a dash for ``None``. Absurdly large ones stay short."""
+    """Return a measurement, or a dash for ``None``. Absurdly large ones stay short."""
     return "–" if value is None else format(value, form if abs(value) < 1e6 else ".1e")
 
 
@@ -61,7 +61,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """The last ``width`` values as bars, lowest to highest."""
+    """Return the last ``width`` values as bars, lowest to highest."""
     recent = values[-width:]
     low, high = min(recent, default=0.0), max(recent, default=0.0)
     span = (high - low) or 1.0

@@ -172,7 +172,7 @@ def contributor_line(state: ViewState, event: Event) -> str:
 
 
 def message_for(state: ViewState, event: Event) -> str:
-    """As :func:`message`, but an event about the viewer's own node says so."""
+    """Return :func:`message`, worded for the viewer if the event is about its own node."""
     match event:
         case Rejected() if state.is_mine(event.peer):
             return f"this node's {clean(event.what)} was refused: {clean(event.reason)}"

@@ -186,7 +186,7 @@ PLOTS = SWARM_PLOTS + STEP_PLOTS + MEMBER_PLOTS
 
 
 def swarm_row(event: Event) -> dict[str, float]:
-    """The row that the coordinator's W&B run logs for ``event``; empty for events that it does not log."""
+    """Return the row that the coordinator's W&B run logs for ``event``; empty for events that it does not log."""
     match event:
         case GenesisJudged(heldout_loss=loss) if loss is not None:
             return {OUTER_STEP: 0, TOKENS: 0, "heldout/loss": loss, "heldout_by_tokens/loss": loss}
@@ -197,7 +197,7 @@ def swarm_row(event: Event) -> dict[str, float]:
 
 
 def node_row(event: Event) -> dict[str, float]:
-    """The row that a node's own W&B run logs for ``event``; empty for events that it does not log."""
+    """Return the row that a node's own W&B run logs for ``event``; empty for events that it does not log."""
     match event:
         case StepDone():
             return {INNER_STEP: event.global_step} | _row(event, STEP_PLOTS)

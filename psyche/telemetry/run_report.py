@@ -37,7 +37,7 @@ def attestations(events: Iterable[Event]) -> dict[int, dict[str, str]]:
 
 
 def ddp_bytes(members: int, parameters: int, steps: int) -> int:
-    """Bytes that each of ``members`` sends in ``steps`` data-parallel steps of a model of ``parameters``.
+    """Return bytes that each of ``members`` sends in ``steps`` data-parallel steps of a model of ``parameters``.
 
     A ring all-reduce of N members sends 2·(N−1)/N times the vector (reduce-scatter, then all-gather), here
     the fp32 gradient, 4 bytes a parameter, at every inner step. Nothing for a single member.
@@ -46,7 +46,7 @@ def ddp_bytes(members: int, parameters: int, steps: int) -> int:
 
 
 def build_report(events: Iterable[Event], attested: Attestations | None = None) -> dict[str, Any]:
-    """The numbers of a run, ready for JSON; ``None`` where nothing was measured.
+    """Return the numbers of a run, ready for JSON; ``None`` where nothing was measured.
 
     - ``peers``: different peers whose work was accepted in some round; ``members``: the mean number accepted a
       round; ``rounds``: rounds certified; ``inner_steps``: H.
@@ -199,7 +199,7 @@ OfRound = TypeVar("OfRound", RoundSummary, RoundCertified)
 
 
 def _by_round(log: Iterable[Event], kind: type[OfRound]) -> dict[int, OfRound]:
-    """The last event of a kind for each round, in the order of rounds: a restart may log one again."""
+    """Return the last event of a kind for each round, in the order of rounds: a restart may log one again."""
     found = {event.round: event for event in log if isinstance(event, kind)}
     return dict(sorted(found.items()))
 

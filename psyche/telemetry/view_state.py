@@ -96,7 +96,7 @@ class ViewState(msgspec.Struct, frozen=True):
     finished: RunFinished | None = None
 
     def apply(self, event: Event) -> ViewState:
-        """The state after ``event``. Events that no view shows change nothing."""
+        """Return the state after ``event``. Events that no view shows change nothing."""
         changes = _changes(event, self)
         if (
             (isinstance(event, Notice) and event.level != "debug")
@@ -119,11 +119,12 @@ class ViewState(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, **changes)
 
     def shows(self, event: AuditEnded) -> bool:
-        """Whether the view reports how an audit ended: its owner's, one with consequences, or any in a small run."""
+        """Return whether the view reports how an audit ended: its owner's, one with consequences, or any in a small
+        run."""
         return event.matters or self.is_mine(event.peer) or (not self.me and len(self.members) <= FEW_MEMBERS)
 
     def is_mine(self, peer: str) -> bool:
-        """Whether ``peer`` is this machine's node."""
+        """Return whether ``peer`` is this machine's node."""
         return bool(self.me) and peer == self.me
 
     def agreeing(self) -> tuple[int, int]:

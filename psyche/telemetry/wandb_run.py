@@ -83,7 +83,7 @@ def resolve_mode(wandb: Wandb) -> Mode:
 
 
 def key_configured() -> bool:
-    """Whether W&B finds credentials in the environment, its settings file or netrc. Asks no server."""
+    """Return whether W&B finds credentials in the environment, its settings file or netrc. Asks no server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     settings = _silenced().settings

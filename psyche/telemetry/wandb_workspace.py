@@ -17,7 +17,8 @@ from psyche.telemetry import metrics
 
 
 def build(entity: str, project: str, group: str) -> workspaces.Workspace:
-    """The workspace of one training run. ``group`` is the run id in hex, under which all its W&B runs are grouped."""
+    """Return the workspace of one training run. ``group`` is the run id in hex, under which all its W&B runs are
+    grouped."""
     return workspaces.Workspace(
         entity=entity,
         project=project,
@@ -29,7 +30,7 @@ def build(entity: str, project: str, group: str) -> workspaces.Workspace:
 
 
 def layout(workspace: workspaces.Workspace) -> str:
-    """The workspace as the JSON that W&B stores."""
+    """Return the workspace as the JSON that W&B stores."""
     # wandb-workspaces has no public export; this is what its own save() sends.
     view = workspace._to_model()
     return json.dumps(view.model_dump(mode="json", by_alias=True, exclude_none=True), indent=2) + "\n"

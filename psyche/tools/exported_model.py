@@ -15,7 +15,7 @@ from psyche.training.models import build
 
 
 def model_of(spec: Model, theta: Tensor) -> nn.Module:
-    """The model whose parameters are ``theta``, the flat vector of its layout."""
+    """Return the model whose parameters are ``theta``, the flat vector of its layout."""
     model = build(spec)
     layout = FlatLayout.of_model(model)
     with torch.no_grad():

@@ -25,7 +25,7 @@ class Trained:
     model: Any
     tokenizer: Any
     name: str
-    """For people: the run and round, or the directory."""
+    """A label: the run and round, or the directory."""
     store: TokenStore | None
     """The token store it was trained on; None for an exported model."""
     heldout_sequences: int = 0

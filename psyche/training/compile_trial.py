@@ -61,7 +61,7 @@ class Speeds:
     """Duration of the first compiled pass, which compiles."""
 
     def pays(self, passes: int) -> bool:
-        """Whether compiling saves time over ``passes`` passes."""
+        """Return whether compiling saves time over ``passes`` passes."""
         return (self.eager - self.compiled) * passes > self.compiling
 
 

@@ -32,7 +32,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def memory_limit(node: Node) -> int | None:
-    """Bytes of GPU memory that a process of this node may use; None: all of it."""
+    """Return bytes of GPU memory that a process of this node may use; None: all of it."""
     if node.max_gpu_memory is None:
         return None
     from psyche.config.units import byte_count  # scripts/gpu_check.sh trains without pydantic
@@ -49,7 +49,8 @@ def limit_memory(limit: int | None, device: torch.device) -> None:
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of forward and backward; None is plain fp32. ``auto``: bf16 where the GPU supports it."""
+    """Return the autocast dtype of forward and backward; None is plain fp32. ``auto``: bf16 where the GPU supports
+    it."""
     if wanted == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bf16 else None

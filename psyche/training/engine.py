@@ -46,7 +46,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of the inner optimizer by name, for a checkpoint."""
+        """Return the tensors of the inner optimizer by name, for a checkpoint."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -73,5 +73,5 @@ def target_labels(batch: Batch, end: int | None) -> Batch:
 
 
 def predicted_tokens(targets: Batch) -> int:
-    """The number of tokens that the mean loss of these labels covers."""
+    """Return the number of tokens that the mean loss of these labels covers."""
     return int((targets[:, 1:] != IGNORED).sum())

@@ -143,7 +143,7 @@ def _gpus() -> int:
 
 
 def _devices(node: Node, gpus: int) -> tuple[tuple[str, ...], bool]:
-    """The devices to train on, and whether the settings ask for more than the first one."""
+    """Return the devices to train on, and whether the settings ask for more than the first one."""
     ranks = node.deepspeed.ranks if node.deepspeed is not None else None
     if node.device != "auto" and node.gpus != "auto":
         raise ConfigError(f"node.gpus and node.device ({node.device}) are both set: remove one")
@@ -164,7 +164,7 @@ def _devices(node: Node, gpus: int) -> tuple[tuple[str, ...], bool]:
 
 
 def _numbers(wanted: str, gpus: int) -> list[int]:
-    """The indices of the GPUs that ``node.gpus`` selects."""
+    """Return the indices of the GPUs that ``node.gpus`` selects."""
     if "," in wanted:
         return list(dict.fromkeys(int(number) for number in wanted.split(",")))
     return list(range(int(wanted) if wanted.isdigit() else gpus))

@@ -22,7 +22,7 @@ PROBE = 16
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on ``device``, within its own limit."""
+    """Return bytes that this process can still allocate on ``device``, within its own limit."""
     if device.type == "cuda":
         reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         free, total = torch.cuda.mem_get_info(device)
@@ -32,7 +32,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of RAM that programs can still allocate, within the limit of the container, if there is one."""
+    """Return bytes of RAM that programs can still allocate, within the limit of the container, if there is one."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     try:
@@ -44,7 +44,7 @@ def available_memory() -> int:
 
 
 def max_micro_batch(each: int, free: int, once: int = 0) -> int:
-    """The most sequences per forward pass, at least one.
+    """Return the most sequences per forward pass, at least one.
 
     In bytes: a sequence saves ``each`` for the backward pass; ``once`` is independent of their number, such as weights
     cast for autocast.
@@ -59,7 +59,7 @@ def micro_batch_size(rows: int, most: int) -> int:
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that ``forward`` saves for the backward pass, without the storage of ``parameters``.
+    """Return bytes that ``forward`` saves for the backward pass, without the storage of ``parameters``.
 
     Does not advance any random number generator.
     """
@@ -82,7 +82,7 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
 
 
 def activation_bytes(spec: config.Model, length: int, *, recompute: bool) -> int:
-    """Bytes of bf16 activations that one sequence of ``length`` tokens saves; ``recompute``: with checkpointing.
+    """Return bytes of bf16 activations that one sequence of ``length`` tokens saves; ``recompute``: with checkpointing.
 
     Runs the model on the meta device, which allocates nothing. Attention is assumed to be fused: without that, its
     weights alone grow with the square of the length, and they are not counted. (By shape they cannot be told from other
@@ -100,7 +100,7 @@ def activation_bytes(spec: config.Model, length: int, *, recompute: bool) -> int
 
 
 def _sequence_bytes(model: nn.Module, length: int) -> int:
-    """Bytes that a sequence of ``length`` tokens saves for the backward pass."""
+    """Return bytes that a sequence of ``length`` tokens saves for the backward pass."""
     tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
     # without a mask transformers would inspect the values of the positions
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
@@ -113,6 +113,6 @@ def _sequence_bytes(model: nn.Module, length: int) -> int:
 
 
 def _identity(storage: torch.UntypedStorage) -> int:
-    """A number that identifies a storage; on the meta device storages have no address."""
+    """Return a number that identifies a storage; on the meta device storages have no address."""
     identity: int = storage._cdata
     return identity

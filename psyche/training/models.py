@@ -66,8 +66,8 @@ def initial_parameters(spec: config.Model, seed: int) -> tuple[FlatLayout, Tenso
 
 @torch.no_grad()
 def draws_random_numbers(model: nn.Module, tokens: Tensor) -> bool:
-    """Whether a training forward pass on ``tokens`` (int64 ``[sequences, length]``) draws random numbers, as dropout
-    does.
+    """Return whether a training forward pass on ``tokens`` (int64 ``[sequences, length]``) draws random numbers, as
+    dropout does.
 
     Compares the states of the random number generators before and after, then restores them.
     """

@@ -44,7 +44,7 @@ def pack_state(engine: Engine) -> memoryview:
 
 
 def packed_state_bytes(layout: FlatLayout) -> int:
-    """The size in bytes of a packed state after the first step."""
+    """Return the size in bytes of a packed state after the first step."""
     return 8 * layout.size + _TAIL
 
 

@@ -56,7 +56,7 @@ class Optimizers:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """The state tensors, keyed ``<tensor>/<parameter>``; empty before the first step."""
+        """Return the state tensors, keyed ``<tensor>/<parameter>``; empty before the first step."""
         return {
             f"{key}/{self._names[parameter]}": value
             for part in self._parts
@@ -127,7 +127,8 @@ def muon(parameters: list[Tensor], inner: Inner) -> torch.optim.Muon:
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """The hidden layers' matrices, which Muon steps: neither embeddings nor the output head (Jordan et al., 2024).
+    """Return the hidden layers' matrices, which Muon steps: neither embeddings nor the output head (Jordan et al.,
+    2024).
 
     Raises :class:`PsycheError` for a model without any.
     """

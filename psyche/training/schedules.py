@@ -34,7 +34,7 @@ def learning_rate(inner: Inner, step: int, total: int, taken: int | None = None)
 
 
 def _after_warm_up(inner: Inner, step: int, total: int) -> float:
-    """The schedule without its warm-up, during which this is ``inner.lr``."""
+    """Return the schedule without its warm-up, during which this is ``inner.lr``."""
     if step < inner.warmup_steps or inner.schedule == "constant":
         return inner.lr
     start = inner.warmup_steps

@@ -127,7 +127,7 @@ class TorchEngine:
         self.steps = self._optimizers.load_state(state)
 
     def rows(self, batch: Batch) -> int:
-        """The micro-batch size for ``batch``."""
+        """Return the micro-batch size for ``batch``."""
         self._fit_micro_batch(batch)
         return micro_batch_size(len(batch), self._max_rows or len(batch))
 

@@ -116,5 +116,7 @@ def test_a_standby_that_the_launch_did_not_name_is_told_how_it_would_be(tmp_path
         run.coordinator()
         run.standby("standby")
         assert run.join("standby") == 1
-        assert "is no coordinator of the run tiny: its launch names them, under run.standbys" in run.output("standby")
+        assert "is not a coordinator of the run tiny: its launch names them, under run.standbys" in run.output(
+            "standby"
+        )
         run.kill("coordinator", signal.SIGINT)

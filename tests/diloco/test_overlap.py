@@ -291,7 +291,7 @@ def test_more_late_steps_than_the_run_allows_are_refused(tmp_path: Path) -> None
     assert contribution_fault(rules, plan, member, given) is None
     assert contribution_fault(rules, plan, member, replace(given, overlap_steps=2)) is None
     fault = contribution_fault(rules, plan, member, replace(given, overlap_steps=3))
-    assert fault == "3 late steps claimed where 2 are allowed"
+    assert fault == "3 overlap steps claimed, 2 allowed"
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "topk2e"])

@@ -105,7 +105,7 @@ def test_why_gives_each_change_with_its_reason(directory: Path) -> None:
     assert lines[-1].startswith(f"0 final, 0 pending, {6 * EACH:,} forfeited; no payout address")
     assert lines[-1].endswith("convicted in round 4: it earns nothing any more")
     others = psyche_ledger("why", directory, B).stdout
-    assert f"round 4: {EACH:,} earned: it did the work of {SHORT[0]} in round 2 again; pending until round 10" in others
+    assert f"round 4: {EACH:,} earned: it audited {SHORT[0]}, round 2; pending until round 10" in others
     left_out = psyche_ledger("why", directory, D).stdout.splitlines()
     assert left_out[0] == f"round 1: nothing: {exclusion_sentence(REASON)}"
     assert "no member" in str(psyche_ledger("why", directory, "nobody").exception)

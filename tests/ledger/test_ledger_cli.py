@@ -64,7 +64,7 @@ def test_verify_ends_with_one_sentence_and_a_code(directory: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "is not a valid ledger of this run: round 4: its certificate proves nothing" in done.stderr
+    assert "is not a valid ledger of this run: round 4: invalid certificate" in done.stderr
 
 
 def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,10 +229,10 @@ def test_any_round_may_be_gathered() -> None:
         ("contradicts itself", changed(SHARDED, plan=changed(SHARDED_PLAN, reducers=0))),
         ("contradicts itself", changed(SHARDED, plan=changed(SHARDED_PLAN, exchange="gather"))),
         ("as the manifest does", changed(SHARDED, plan=changed(PLAN, exchange="sharded", reducers=1))),
-        ("where everybody aggregates", changed(RECORD, results=ROOTS)),
-        ("where everybody aggregates", changed(RECORD, reducer_order=RING)),
-        ("where everybody aggregates", changed(RECORD, commitments=COMMITMENTS)),
-        ("where everybody aggregates", changed(RECORD, dissenters=(A,))),
+        ("a gathered round has no", changed(RECORD, results=ROOTS)),
+        ("a gathered round has no", changed(RECORD, reducer_order=RING)),
+        ("a gathered round has no", changed(RECORD, commitments=COMMITMENTS)),
+        ("a gathered round has no", changed(RECORD, dissenters=(A,))),
     ],
 )
 def test_a_bad_sharded_record_gets_no_vote(reason: str, record: Record) -> None:

@@ -42,7 +42,7 @@ def test_what_is_refused_while_commitments_are_taken() -> None:
     ("changes", "reason"),
     [
         ({"base_root": b"x" * 32}, "another base state"),
-        ({"inner_steps": 6, "tokens": 240}, "6 inner steps claimed where 5 were due"),
+        ({"inner_steps": 6, "tokens": 240}, "6 inner steps claimed, 5 due"),
         ({"tokens": 201}, "tokens claimed"),
         ({"tokens": 2**60}, "tokens claimed"),
         ({"inner_steps": 4}, "tokens claimed"),

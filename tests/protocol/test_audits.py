@@ -271,7 +271,7 @@ def test_a_statement_is_signed_for_the_round_it_speaks_of() -> None:
     assert statement(signed(EIGHT[1], 3, sealed)).body == sealed
     with pytest.raises(MalformedMessage, match="signed for round 4"):
         statement(signed(EIGHT[1], 4, sealed))
-    with pytest.raises(MalformedMessage, match="says nothing of an audit"):
+    with pytest.raises(MalformedMessage, match="is not a statement on an audit"):
         statement(signed(EIGHT[1], 4, Leave("bye")))
 
 

@@ -100,14 +100,14 @@ def test_an_auditor_that_lied_is_treated_like_a_cheat() -> None:
         deed(2, (B, 100), closed=(ended(1, "passed", paid=(C,), lied=(B,)),), banned=(B,)),
     )
     assert (kept.account(B).forfeited, kept.account(B).banned, kept.account(B).audits) == (200, 2, 0)
-    assert "opposite of what was found" in settled[0].because
+    assert "contradicts the jury" in settled[0].because
     assert kept.account(C).waiting == 100
 
 
 def test_who_was_convicted_where_the_ledger_has_a_gap_is_banned_all_the_same() -> None:
     kept, settled = books(deed(1, (A, 100)), deed(9, (B, 1), banned=(A,)))
     assert (kept.account(A).forfeited, kept.account(A).banned) == (100, 9)
-    assert "not at hand" in settled[0].because
+    assert "does not have" in settled[0].because
 
 
 def test_work_that_is_not_handed_over_forfeits_its_round_only() -> None:
@@ -117,7 +117,7 @@ def test_work_that_is_not_handed_over_forfeits_its_round_only() -> None:
         deed(3, (A, 300), closed=(ended(2, "unserved", paid=(B,)),)),
     )
     assert (kept.account(A).waiting, kept.account(A).forfeited) == (301, 20)
-    assert "did not hand its work over" in settled[0].because
+    assert "did not provide its work" in settled[0].because
 
 
 def test_an_outvoted_reducer_earns_nothing_for_the_round() -> None:

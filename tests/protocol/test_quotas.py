@@ -318,7 +318,7 @@ def test_more_than_h_is_refused_by_every_voter() -> None:
     fewer = changed(PLAN, members=(changed(PLAN.members[0], inner_steps=1), *PLAN.members[1:]))
     assert quota_fault(PLAN, RULES) is None
     assert quota_fault(fewer, RULES) is None
-    with pytest.raises(Refusal, match="is given 6 inner steps where H is 5"):
+    with pytest.raises(Refusal, match="is given 6 inner steps, and H is 5"):
         vote(changed(RECORD, plan=generous))
 
 

@@ -78,7 +78,7 @@ def psyche_coder(backend: Backend, name: str) -> Coder:
 
 
 def psyche_stepper(backend: Backend) -> Stepper:
-    """The outer step of one backend, slice by slice as in a replica."""
+    """Return the outer step of one backend, slice by slice as in a replica."""
 
     def bind(theta: Tensor, momentum: Tensor, gradient: Tensor, local: Tensor) -> Work:
         def work() -> None:

@@ -97,7 +97,7 @@ def time_beside_copy(clock: Clock, work: Work, copy: Copy) -> PassTiming:
 
 
 def bytes_per_parameter(which: Pass, bits: float, *, error_feedback: bool, sparse: bool) -> float | None:
-    """Bytes that a fused pass must move per parameter, with fp32 state and a payload of ``bits``.
+    """Return bytes that a fused pass must move per parameter, with fp32 state and a payload of ``bits``.
 
     - encode: read base and local, write the payload; with error feedback also read and write e.
     - decode_add: read the payload, read and write the sum. ``None`` for a sparse payload, which touches few values.
@@ -200,7 +200,7 @@ class PassBench:
         return count
 
     def _trial(self, coder: Coder, count: int) -> float:
-        """Seconds of the slower pass over ``count`` parameters."""
+        """Return seconds of the slower pass over ``count`` parameters."""
         return max(self._clock.seconds(work) for work in self._passes(coder, count).values())
 
     def _row(

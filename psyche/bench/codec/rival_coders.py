@@ -51,7 +51,8 @@ def _rival(
     dequantize: Dequantize,
     payload_bytes: Callable[[Any], int] | None = None,
 ) -> Coder:
-    """A system's codec. Without ``payload_bytes`` its payload is a sequence of tensors, all of which would be sent."""
+    """Return a system's codec. Without ``payload_bytes`` its payload is a sequence of tensors, all of which would be
+    sent."""
 
     def decode_add(payload: Any, weight: float, out: Tensor) -> None:
         out.add_(dequantize(payload), alpha=weight)
@@ -161,7 +162,7 @@ def plain_int8() -> Coder:
 
 
 def plain_topk() -> Coder:
-    """The 64 largest magnitudes of each 4096 values in plain PyTorch: fp16 with 16-bit indices."""
+    """Return the 64 largest magnitudes of each 4096 values in plain PyTorch: fp16 with 16-bit indices."""
 
     def quantize(values: Tensor) -> Any:
         chunks = values.view(-1, CHUNK)

@@ -53,7 +53,7 @@ def gaussian() -> Tensor:
 
 
 def default_setting(cache_directory: Path | None = None) -> Setting:
-    """A Llama of 0.94M parameters on 200 documents of the standard library."""
+    """Return a Llama of 0.94M parameters on 200 documents of the standard library."""
     return Setting(
         model=llama(128, 384, 4, 4),
         data=Data(tokenizer=BpeTokenizer(vocab_size=512), sequence_length=64, max_documents=200),

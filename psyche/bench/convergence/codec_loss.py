@@ -146,7 +146,7 @@ class CodecLoss(Section[CurveRow]):
                 yield Item(replace(trial, error_feedback=choice.error_feedback, seed=seed))
 
     def rows(self, items: Sequence[Item], outcomes: Outcomes) -> list[CurveRow]:
-        """The curve and the final loss of every trial; sparse trials once more as entropy-coded."""
+        """Return the curve and the final loss of every trial; sparse trials once more as entropy-coded."""
         found: list[CurveRow] = []
         for trial in (item.trial for item in items):
             outcome = outcomes[trial]
@@ -218,7 +218,8 @@ def _entropy_coded(rows: Iterable[CurveRow], points: Iterable[Point]) -> Iterato
 
 
 def final_rows(rows: Sequence[CurveRow]) -> list[FinalRow]:
-    """The final row of every trial, seeds of one setting as neighbours. fp32 is compared with at its first setting."""
+    """Return the final row of every trial, seeds of one setting as neighbours. fp32 is compared with at its first
+    setting."""
     by_setting: dict[tuple[object, ...], list[CurveRow]] = {}
     for row in rows:
         by_setting.setdefault(row.setting, []).append(row)

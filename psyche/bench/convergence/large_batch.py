@@ -126,7 +126,7 @@ class LargeBatch(Section[LargeBatchRow]):
         yield from self._inner_optimizers()
 
     def _compared(self, comparison: str, nodes: int, steps: int) -> Iterator[Item]:
-        """The large batch and both codecs for every seed; at equal tokens also the control for the first seed."""
+        """Yield the large batch and both codecs for every seed; at equal tokens also the control for the first seed."""
         for seed in self.seeds:
             yield _item(comparison, Trial(system="adamw", nodes=nodes, steps=steps, seed=seed))
         for codec in ("fp32", "int8"):
@@ -218,7 +218,7 @@ def default_section(cache: Path | None = None, *, full: bool = False) -> LargeBa
 
 
 def large_batch(trial: Trial) -> Trial:
-    """The AdamW trial with the tokens, steps and seed of ``trial``; ``trial`` itself if it is that."""
+    """Return the AdamW trial with the tokens, steps and seed of ``trial``; ``trial`` itself if it is that."""
     return Trial(system="adamw", nodes=trial.nodes, steps=trial.steps, seed=trial.seed)
 
 

@@ -54,7 +54,7 @@ class Section(ABC, Generic[R]):
 
     @abstractmethod
     def items(self) -> Iterator[Item]:
-        """All rows to measure in the order of the tables; seeds of one setting are neighbours."""
+        """Yield all rows to measure in the order of the tables; seeds of one setting are neighbours."""
 
     def tokens_of(self, steps: int) -> int:
         """Tokens of a trial of ``CENTRE`` nodes that take ``steps`` inner steps each."""

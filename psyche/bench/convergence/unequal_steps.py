@@ -66,7 +66,7 @@ class UnequalSteps(Section[UnequalRow]):
             yield Item(replace(equal, quotas=self.mixed, inner_steps=most, steps=most * self.rounds), equal)
 
     def equal_trial(self, seed: int) -> Trial:
-        """The trial that the others of the same seed are compared with."""
+        """Return the trial that the others of the same seed are compared with."""
         return Trial(  # fp32: a codec's own loss would hide the smaller difference measured here
             nodes=len(self.mixed), steps=self.equal * self.rounds, outer=self.outer, inner_steps=self.equal, seed=seed
         )

@@ -78,7 +78,7 @@ def own_systems(codecs: Sequence[str], exchanges: Sequence[str], reducers: int) 
 
 
 def gather_seconds(payload: int, links: Sequence[Link], served: Sequence[int]) -> float:
-    """Every peer receives every payload (bytes), which any peer that has it may pass on.
+    """Return every peer receives every payload (bytes), which any peer that has it may pass on.
 
     ``links`` are those of all peers, ``served`` the numbers of the peers that are waited for. Each payload leaves its
     author once, each served peer downloads all others, and all uplinks together send these downloads.
@@ -92,7 +92,7 @@ def gather_seconds(payload: int, links: Sequence[Link], served: Sequence[int]) -
 
 
 def sharded_seconds(payload: int, result: int, reducers: int, links: Sequence[Link]) -> float:
-    """Each of n groups of slices goes to ``reducers`` peers (a peer reduces some itself), and its result to all.
+    """Return each of n groups of slices goes to ``reducers`` peers (a peer reduces some itself), and its result to all.
 
     ``payload`` and ``result`` are bytes of the whole vector, encoded.
     """
@@ -101,7 +101,7 @@ def sharded_seconds(payload: int, result: int, reducers: int, links: Sequence[Li
 
 
 def all_reduce_seconds(size: int, links: Sequence[Link]) -> float:
-    """A ring or a butterfly reduces parts of ``size`` bytes in all, and gathers the results."""
+    """Return a ring or a butterfly reduces parts of ``size`` bytes in all, and gathers the results."""
     return _busiest(2 * (len(links) - 1) / len(links) * size, links)
 
 

@@ -198,7 +198,7 @@ def _spec(plan: Plan, system: System, folder: str) -> PeerSpec:
 
 @contextmanager
 def _places(plan: Plan) -> Iterator[tuple[list[Place], Place]]:
-    """A place for each peer, and one without limits for a coordinator."""
+    """Yield a place for each peer, and one without limits for a coordinator."""
     if not plan.shaped:
         *places, lead = on_loopback(plan.peers + 1)
         yield places, lead

@@ -29,7 +29,7 @@ def draw(peer: int, block: slice) -> Tensor:
 
 
 def checked(count: int) -> Iterator[slice]:
-    """The blocks in which a result is compared: spread evenly, with the first and the last."""
+    """Yield the blocks in which a result is compared: spread evenly, with the first and the last."""
     every = blocks(count)
     most = min(CHECKED_BLOCKS, len(every))
     for number in sorted({round(i * (len(every) - 1) / max(most - 1, 1)) for i in range(most)}):

@@ -153,7 +153,7 @@ class Check:
         return torch.device("cpu" if self._emulate else "cuda:0")
 
     def _usable(self) -> bool:
-        """Whether the GPU still works: a kernel that fails can make it unusable in this process."""
+        """Return whether the GPU still works: a kernel that fails can make it unusable in this process."""
         if self._emulate:
             return True
         try:

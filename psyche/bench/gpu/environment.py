@@ -102,7 +102,7 @@ class Budget:
         return self.clock() - self._start
 
     def left(self, part: str) -> float:
-        """Seconds until ``part`` must end; negative if that is over."""
+        """Return seconds until ``part`` must end; negative if that is over."""
         return ENDS[part] * self.seconds - self.used
 
 

@@ -161,7 +161,7 @@ def _line(*cells: str) -> str:
 
 
 def _head(*headings: str, left: int) -> list[str]:
-    """The first two lines of a table; the first ``left`` columns are text."""
+    """Return the first two lines of a table; the first ``left`` columns are text."""
     return [_line(*headings), _line(*["---"] * left, *["---:"] * (len(headings) - left))]
 
 

@@ -97,14 +97,14 @@ def _of_outer_step(machine: Machine, backend: CudaBackend) -> Timing:
 
 
 def _checked_bytes(codec: CudaCodec, count: int) -> int:
-    """Bytes checked: scales or levels; the whole payload if codes can be invalid, too."""
+    """Return bytes checked: scales or levels; the whole payload if codes can be invalid, too."""
     size = codec.payload_bytes(count)
     codes = {"int4": count // 2, "int4-32": count // 2, "int2": count // 4}
     return size - codes.get(codec.name, 0)
 
 
 def _accumulated_bytes(codec: CudaCodec, count: int) -> int:
-    """Bytes of the sum read and written: all of it, or a sector for each kept value."""
+    """Return bytes of the sum read and written: all of it, or a sector for each kept value."""
     defined = definition(codec.name)
     if not isinstance(defined, TopK2):
         return 8 * count

@@ -86,6 +86,6 @@ def reap(process: subprocess.Popen[bytes], deadline: float) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line that a process which has ended wrote to its log."""
+    """Return the last line that a process which has ended wrote to its log."""
     lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
     return lines[-1].removeprefix("psyche: ")

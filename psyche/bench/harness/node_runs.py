@@ -88,7 +88,7 @@ class RunWatch:
         return self.events[name]
 
     def of(self, name: str, kind: type[E]) -> list[E]:
-        """The events of one kind from process ``name``."""
+        """Return the events of one kind from process ``name``."""
         return [event for event in self.events[name] if isinstance(event, kind)]
 
     def until(self, done: Callable[[], bool]) -> None:
@@ -111,7 +111,7 @@ class RunWatch:
 
 
 def llama(hidden: int, intermediate: int, layers: int, heads: int, **more: float) -> Model:
-    """A Llama with a vocabulary of 512, 64 positions and tied embeddings; ``more`` are further settings."""
+    """Return a Llama with a vocabulary of 512, 64 positions and tied embeddings; ``more`` are further settings."""
     settings: dict[str, float | bool] = {
         "vocab_size": 512,
         "hidden_size": hidden,
@@ -126,7 +126,8 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, **more: float
 
 
 def small_config(name: str) -> Config:
-    """A run of a Llama of 0.9M parameters: its payload is much larger than the control messages of an exchange."""
+    """Return a run of a Llama of 0.9M parameters: its payload is much larger than the control messages of an
+    exchange."""
     run = Run(
         name=name,
         model=llama(128, 384, 4, 2),

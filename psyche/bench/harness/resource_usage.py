@@ -86,7 +86,7 @@ def parse_sockets(text: str, pids: frozenset[int]) -> Sockets:
 
 
 def traffic(before: Sockets | None, after: Sockets | None) -> tuple[int, int] | None:
-    """Bytes sent and received between two readings, by the sockets of the second one."""
+    """Return bytes sent and received between two readings, by the sockets of the second one."""
     if before is None or after is None:
         return None
     pairs = [(now, before.get(ends, (0, 0))) for ends, now in after.items()]
@@ -99,7 +99,7 @@ def _number(name: str, line: str) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of ``/proc/PID/stat`` after the name; empty if there is no such process."""
+    """Return the fields of ``/proc/PID/stat`` after the name; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -124,7 +124,7 @@ def _kilobytes(path: Path, name: str) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping."""
+    """Return bytes that can be allocated without swapping."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable") or (
         os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )

@@ -37,7 +37,7 @@ class Column:
     """Whether a rule follows this line of a transposed table."""
 
     def text(self, values: Sequence[Any]) -> str:
-        """The cell for the ``values`` of one group of rows."""
+        """Return the cell for the ``values`` of one group of rows."""
         if self.fold is not None:
             known = [value for value in values if value is not None]
             return self.fold(known) if known else DASH
@@ -73,7 +73,7 @@ class Result(Generic[R]):
 
 
 def columns_of(kind: type[Row]) -> dict[str, Column]:
-    """The columns of a kind of row by attribute name, in the order of the table."""
+    """Return the columns of a kind of row by attribute name, in the order of the table."""
     # globalns: by default the names that a function in an annotation uses are looked up in the class only.
     hints = get_type_hints(kind, globalns=vars(sys.modules[kind.__module__]), include_extras=True)
     found = {name: _column(hints[name]) for name in kind.__struct_fields__}
@@ -169,7 +169,8 @@ def require_folder(path: Path | None) -> None:
 
 
 def wide_console(columns: int = 132) -> Console:
-    """A console on stdout with at least ``columns`` columns: a wrapped line is easier to read than a narrow cell."""
+    """Return a console on stdout with at least ``columns`` columns: a wrapped line is easier to read than a narrow
+    cell."""
     console = Console()
     console.width = max(console.width, columns)
     return console

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def in_turn(ways: Sequence[W], repeat: int) -> list[W]:
-    """Every way once. Another way comes first in each repeat."""
+    """Return every way once. Another way comes first in each repeat."""
     first = repeat % len(ways)
     return [*ways[first:], *ways[:first]]
 
@@ -60,7 +60,7 @@ def percent_above(value: float, reference: float) -> float:
 
 
 def spread(form: str) -> Callable[[Sequence[float]], str]:
-    """A fold: the mean ± half the range. A single value is shown alone."""
+    """Return a fold: the mean ± half the range. A single value is shown alone."""
 
     def fold(values: Sequence[float]) -> str:
         mean = format(fmean(values), form)
@@ -70,7 +70,7 @@ def spread(form: str) -> Callable[[Sequence[float]], str]:
 
 
 def with_error(values: Sequence[float]) -> str:
-    """A fold: the mean ± its standard error. A dash where all values are 0, which is the reference itself."""
+    """Return a fold: the mean ± its standard error. A dash where all values are 0, which is the reference itself."""
     if not any(values):
         return "–"
     mean = f"{fmean(values):+.2f}"

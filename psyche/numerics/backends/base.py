@@ -24,7 +24,8 @@ class Backend(ABC):
 
     @abstractmethod
     def codec(self, name: str) -> Codec:
-        """The codec ``name`` on this backend's device, in PyTorch where this backend has no implementation of its own.
+        """Return the codec ``name`` on this backend's device, in PyTorch where this backend has no implementation of
+        its own.
 
         Raises ``KeyError`` for a name that configuration refuses.
         """

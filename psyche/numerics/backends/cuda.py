@@ -56,7 +56,7 @@ _KERNELS = {
     "topk2-256": _Kernels("topk2_256", ALIGNMENT, 8 * ALIGNMENT, 8 * ALIGNMENT),
     "topk2-512": _Kernels("topk2_512", ALIGNMENT, 8 * ALIGNMENT, 8 * ALIGNMENT),
 }
-"""By codec name. A codec that is not here runs on the host: see :class:`HostCodec`."""
+"""Kernels by codec name. A codec without one runs on the host: see :class:`HostCodec`."""
 
 
 class CudaCodec(Codec):
@@ -121,7 +121,7 @@ class CudaCodec(Codec):
     # ----------------------------------------------------------------------------- the codec interface
 
     def encode(self, base: Tensor, local: Tensor, residual: Tensor | None, beta: float) -> bytes:
-        """As :class:`Codec` says. Payload and status word come back from the device in one copy."""
+        """See :class:`Codec`. Payload and status word come back from the device in one copy."""
         size = self.payload_bytes(local.numel())
         padded = -(-size // WIDE) * WIDE
         result = torch.empty(padded + 8, dtype=torch.uint8, device=self._launcher.device)
@@ -133,7 +133,7 @@ class CudaCodec(Codec):
         return copied[:size].tobytes()
 
     def decode_add(self, payload: Buffer | Tensor, weight: float, out: Tensor) -> None:
-        """As :class:`Codec` says. ``payload`` may be a uint8 tensor on the device."""
+        """See :class:`Codec`. ``payload`` may be a uint8 tensor on the device."""
         malformed = torch.zeros(1, dtype=torch.int32, device=self._launcher.device)
         self.decode_add_into(self._on_device(payload, out.numel()), weight, out, malformed)
         self._raise_if(malformed, out.numel())

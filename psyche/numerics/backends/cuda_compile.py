@@ -45,7 +45,7 @@ def cache_key(*parts: bytes) -> str:
 
 
 def cache_directory() -> Path:
-    """The cache of kernels compiled at first use: ``psyche/kernels`` in the user's cache directory."""
+    """Return the cache of kernels compiled at first use: ``psyche/kernels`` in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "psyche" / "kernels"
 
 
@@ -56,12 +56,12 @@ def source_key(architecture: str, kernels: Path) -> str:
 
 
 def packed_name(architecture: str, kernels: Path) -> str:
-    """The file name of the cubin of these sources in :func:`packed_directory`."""
+    """Return the file name of the cubin of these sources in :func:`packed_directory`."""
     return f"sm_{architecture}-{source_key(architecture, kernels)}.cubin"
 
 
 def packed_directory(kernels: Path) -> Path:
-    """The directory of packed cubins: beside the sources, so that a wheel includes them."""
+    """Return the directory of packed cubins: beside the sources, so that a wheel includes them."""
     return kernels / "cuda" / "cubins"
 
 

@@ -14,7 +14,7 @@ from psyche.numerics.backends.launcher import THREADS, Argument, as_ctype
 
 
 def unavailable_reason() -> str | None:
-    """Why kernels cannot run on a GPU here and how to fix it; ``None`` where they can.
+    """Return why kernels cannot run on a GPU here and how to fix it; ``None`` where they can.
 
     Loads neither cuda.core nor a kernel.
     """

@@ -45,7 +45,7 @@ class NativeBackend(Backend):
         return self._codecs[name]
 
     def _accelerated(self, definition: Codec) -> Codec:
-        """The codec in C++, or in PyTorch where ``kernels/cpu`` does not implement it."""
+        """Return the codec in C++, or in PyTorch where ``kernels/cpu`` does not implement it."""
         if isinstance(definition, TopK2e):
             fixed = self._accelerated(definition.format)
             return NativeTopK2e(definition.format.kept, fixed) if isinstance(fixed, NativeCodec) else definition

@@ -19,12 +19,13 @@ def available_backends() -> list[Backend]:
 
 
 def fastest_backend() -> Backend:
-    """The fastest backend for CPU tensors."""
+    """Return the fastest backend for CPU tensors."""
     return available_backends()[0]
 
 
 def backend_on(device: torch.device) -> Backend:
-    """The fastest backend for tensors on ``device``. Raises :class:`PsycheError` where kernels cannot run on it."""
+    """Return the fastest backend for tensors on ``device``. Raises :class:`PsycheError` where kernels cannot run on
+    it."""
     if device.type == "cpu":
         return fastest_backend()
     from psyche.numerics.backends.cuda import CudaBackend

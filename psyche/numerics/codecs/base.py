@@ -76,10 +76,12 @@ class Codec(ABC):
 
     @abstractmethod
     def payload_bytes(self, count: int) -> int:
-        """The maximum size in bytes of a slice of ``count`` elements, header included. Most codecs always reach it."""
+        """Return the maximum size in bytes of a slice of ``count`` elements, header included. Most codecs always reach
+        it."""
 
     def expected_bytes(self, count: int) -> int:
-        """The typical size in bytes of a slice of ``count`` elements; below ``payload_bytes`` where sizes vary."""
+        """Return the typical size in bytes of a slice of ``count`` elements; below ``payload_bytes`` where sizes
+        vary."""
         return self.payload_bytes(count)
 
     @abstractmethod
@@ -87,7 +89,7 @@ class Codec(ABC):
         """‖D(payload)‖², the same fp64 value on every node. Checks the payload first."""
 
     def header(self, count: int) -> bytes:
-        """The first ``HEADER_BYTES`` of a payload of ``count`` elements."""
+        """Return the first ``HEADER_BYTES`` of a payload of ``count`` elements."""
         return _HEADER.pack(_MAGIC, _VERSION, self.name.encode(), count)
 
 

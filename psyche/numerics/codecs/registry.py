@@ -32,7 +32,7 @@ class CodecEntry:
 
 
 def _in(module: str, class_name: str, *arguments: int) -> Callable[[], Codec]:
-    """A constructor that imports ``psyche.numerics.codecs.<module>`` when it is called."""
+    """Return a constructor that imports ``psyche.numerics.codecs.<module>`` when it is called."""
 
     def make() -> Codec:
         made: Codec = getattr(import_module(f"psyche.numerics.codecs.{module}"), class_name)(*arguments)
@@ -68,7 +68,8 @@ CODECS: dict[str, CodecEntry] = {entry.name: entry for entry in _ENTRIES}
 
 
 def codec(name: str) -> Codec:
-    """The PyTorch implementation of the codec ``name``. Raises ``KeyError`` for a name that configuration refuses."""
+    """Return the PyTorch implementation of the codec ``name``. Raises ``KeyError`` for a name that configuration
+    refuses."""
     return _built(CODECS[name])
 
 

@@ -40,7 +40,7 @@ class SparseChunks(NamedTuple):
         return torch.from_numpy((self.indices + CHUNK * np.arange(len(self.indices))[:, None]).reshape(-1))
 
     def values(self) -> Tensor:
-        """The values, fp32 ``[chunks · kept]``."""
+        """Return the values, fp32 ``[chunks · kept]``."""
         levels = bf16.widened(torch.from_numpy(self.levels.astype(np.int32)))
         values = torch.where(torch.from_numpy(self.high), levels[:, 1:], levels[:, :1])
         return torch.where(torch.from_numpy(self.negative), -values, values).view(-1)

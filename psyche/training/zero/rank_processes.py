@@ -138,7 +138,8 @@ class RankProcesses:
 
 
 def _environment(rank: int, devices: Sequence[str]) -> dict[str, str]:
-    """The variables that DeepSpeed and torch.distributed read. Ranks of one node use the loopback interface only."""
+    """Return the variables that DeepSpeed and torch.distributed read. Ranks of one node use the loopback interface
+    only."""
     kind, _, index = devices[rank].partition(":")
     return {
         "RANK": str(rank),

@@ -103,7 +103,7 @@ class Trainer:
         return total, tokens_in_all
 
     def fit(self, length: int) -> int:
-        """The most sequences of ``length`` tokens per forward pass, estimated without running out of memory.
+        """Return the most sequences of ``length`` tokens per forward pass, estimated without running out of memory.
 
         An out-of-memory error on one rank would leave the others waiting in a collective.
         """
@@ -173,7 +173,8 @@ def _deepspeed_settings(
     elements: int,
     pin: bool,
 ) -> dict[str, Any]:
-    """The configuration for ``deepspeed.initialize``, for a model of ``elements`` parameters; ``pin`` host memory."""
+    """Return the configuration for ``deepspeed.initialize``, for a model of ``elements`` parameters; ``pin`` host
+    memory."""
     bucket = min(BUCKET, elements)
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": 2 * bucket}
     if offload:

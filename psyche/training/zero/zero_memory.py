@@ -24,7 +24,8 @@ class RankBytes:
 
 
 def rank_bytes(elements: int, stage: Stage, ranks: int, *, offload: bool) -> RankBytes:
-    """Bytes per rank for a model of ``elements`` parameters; ``offload`` moves masters, moments and their gradients."""
+    """Return bytes per rank for a model of ``elements`` parameters; ``offload`` moves masters, moments and their
+    gradients."""
     share = -(-elements // ranks)
     model = elements if stage < 3 else share
     optimizer = 3 * share if stage < 3 or offload else 2 * share  # at stage 3 the model's partition is the master
@@ -35,7 +36,8 @@ def rank_bytes(elements: int, stage: Stage, ranks: int, *, offload: bool) -> Ran
 
 
 def unallocated_bytes(elements: int, stage: Stage, ranks: int, *, moments: bool) -> int:
-    """The part of :func:`rank_bytes` that the first step allocates on the device; ``moments``: count those, too."""
+    """Return the part of :func:`rank_bytes` that the first step allocates on the device; ``moments``: count those,
+    too."""
     share = -(-elements // ranks)
     return 4 * (_transient(elements, stage, ranks) + 2 * share * moments)
 
@@ -47,7 +49,7 @@ def _transient(elements: int, stage: Stage, ranks: int) -> int:
 
 
 def least_stage(elements: int, ranks: int, free: int, *, offload: bool) -> Stage:
-    """The stage with the least traffic between ranks that fits into ``free`` bytes per rank; 3 if none fits."""
+    """Return the stage with the least traffic between ranks that fits into ``free`` bytes per rank; 3 if none fits."""
     for stage in STAGES:
         if OVERHEAD * rank_bytes(elements, stage, ranks, offload=offload).device <= free:
             return stage
