@@ -75,7 +75,7 @@ class Leadership:
         envelope = decode_envelope(claim)
         open_envelope(envelope, domain=envelope.domain, run_id=self._manifest.run_id)
         if envelope.author not in self._manifest.resolved.coordinators:
-            raise BadSignature(f"{envelope.author} is no coordinator of this run")
+            raise BadSignature(f"{envelope.author} is not a coordinator of this run")
         term = 0
         if envelope.domain == Heartbeat.DOMAIN:
             term = decode(Heartbeat, envelope.body).term

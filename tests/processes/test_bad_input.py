@@ -197,7 +197,7 @@ EXPECTED = {
     "malformed body": "not a vote message",
     "another round": "round 7 is not open",
     "a stranger's attestation": "round 1 is not open",
-    "a forged history": "no coordinator of this run",
+    "a forged history": "not a coordinator of this run",
 }
 
 
