@@ -38,12 +38,12 @@ def psyche_ledger(*arguments: object) -> Result:
 
 
 def check_one_chain(run: Path, names: Sequence[str], roots: Sequence[str]) -> None:
-    """The ledgers of a run that ended are sound by the command's word, and hold the same records and ``roots``."""
+    """The ledgers of a run that ended are valid by the command's word, and hold the same records and ``roots``."""
     chains = []
     for name in names:
         result = psyche_ledger("verify", run / name)
         assert result.exit_code == 0, result.exception
-        assert result.stdout.startswith(f"sound: {len(roots)} certified rounds up to round {len(roots)}")
+        assert result.stdout.startswith(f"valid: {len(roots)} certified rounds up to round {len(roots)}")
         with Ledger.read(run / name / NAME) as ledger:
             chains.append([ledger.hash_of(round_number) for round_number in ledger.rounds()])
             assert [one.state_root.hex() for one in ledger.entries() if one.state_root] == list(roots)

@@ -38,7 +38,7 @@ def credits_command(
     """Print what each node has earned: one credit per token of accepted work.
 
     Credit is pending until the work's challenge window ends, then final; a conviction forfeits it. Signatures are not
-    verified: run `psyche ledger verify` for that.
+    verified: run `psyche ledger verify` for that. A ledger with missing rounds gives exit code 1.
     """
     from psyche.ledger.credit_report import credit_report
     from psyche.ledger.store import Ledger
@@ -50,13 +50,16 @@ def credits_command(
         import msgspec
 
         typer.echo(msgspec.json.encode(report))
-        return
+        raise typer.Exit(1 if report.missing else 0)
     from rich.console import Console
 
     console = Console()
-    console.print(_table(report))
     if missing := round_ranges(report.missing):
-        console.print(f"missing here and not counted: {missing}", markup=False, highlight=False)
+        text = f"incomplete: this ledger lacks {missing}, whose credits are not counted; start its node to fetch them"
+        console.print(text, markup=False, highlight=False)
+    console.print(_table(report))
+    if missing:
+        raise typer.Exit(1)
 
 
 def why_command(

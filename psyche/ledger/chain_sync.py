@@ -84,6 +84,15 @@ class ChainFetcher:
         They come from the first peer that has all of them; empty if none has. No signature is verified: each record's
         hash is named by the record after it.
         """
+        return {one.plan.round: one for one, _ in await self._linked_before(record, first, peers)}
+
+    async def certified_before(self, record: Record, first: int, peers: Sequence[str]) -> list[CertifiedRecord]:
+        """Fetch the same with certificates, all verified, ascending by round; empty if one is invalid."""
+        found = await self._linked_before(record, first, peers)
+        valid = await asyncio.to_thread(lambda: [_verified(self._manifest, encoded) for _, encoded in found])
+        return [] if None in valid else found
+
+    async def _linked_before(self, record: Record, first: int, peers: Sequence[str]) -> list[CertifiedRecord]:
         for peer in peers:
             received: list[bytes] = []
             size = 0
@@ -94,7 +103,7 @@ class ChainFetcher:
                 size += sum(map(len, more))
             if found := await asyncio.to_thread(_linked, received, first, record):
                 return found
-        return {}
+        return []
 
     async def _replies(self, first: int, peers: Sequence[str]) -> AsyncIterator[tuple[bytes, ...]]:
         for peer in peers:
@@ -112,19 +121,20 @@ class ChainFetcher:
             return ()
 
 
-def _linked(received: Sequence[bytes], first: int, record: Record) -> dict[int, Record]:
+def _linked(received: Sequence[bytes], first: int, record: Record) -> list[CertifiedRecord]:
     """Decode certificates of the rounds from ``first`` on; empty unless their hashes link up to ``record``."""
-    found: dict[int, Record] = {}
+    found: list[CertifiedRecord] = []
     previous = record.plan.previous
     for number in range(record.plan.round - 1, first - 1, -1):
         try:
             one = claimed(received[number - first]).record
         except (IndexError, MalformedMessage):
-            return {}
+            return []
         if one.hash != previous or one.plan.round != number:
-            return {}
-        found[number], previous = one, one.plan.previous
-    return found
+            return []
+        found.append((one, received[number - first]))
+        previous = one.plan.previous
+    return found[::-1]
 
 
 def _verified(manifest: Manifest, encoded: bytes) -> Record | None:

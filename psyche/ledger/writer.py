@@ -43,6 +43,10 @@ class LedgerWriter:
         """Queue a certified round. If the run went back, the contradicting rounds are superseded, with a warning."""
         self._thread.submit(self._enter, certificate, record, state_root)
 
+    def fill(self, certificate: bytes, record: Record) -> None:
+        """Queue a certified round that a peer provided. It never replaces what this node has entered itself."""
+        self._thread.submit(self._fill, certificate, record)
+
     async def certificates(self, first: int, most: int) -> list[bytes]:
         """Return certificates of consecutive rounds from ``first`` on, up to ``most`` bytes but at least one."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._certificates, first, most)
@@ -53,6 +57,13 @@ class LedgerWriter:
         At most ``most`` bytes, but at least one; the latest rounds take precedence.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._held, rounds, most)
+
+    async def extent(self) -> tuple[tuple[range, ...], int]:
+        """Return the gaps of the ledger, and its last round (0 if it is empty)."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._extent)
+
+    def _extent(self) -> tuple[tuple[range, ...], int]:
+        return self._ledger.missing(), max(self._ledger.rounds(), default=0)
 
     def _certificates(self, first: int, most: int) -> list[bytes]:
         found: list[bytes] = []
@@ -83,6 +94,14 @@ class LedgerWriter:
         """Finish all queued writes and close the file."""
         self._thread.shutdown()
         self._ledger.close()
+
+    def _fill(self, certificate: bytes, record: Record) -> None:
+        try:
+            self._ledger.append(certificate, record, None)
+        except Forked as fork:
+            self._warn(f"a round fetched from a peer is not entered: {fork}")
+        except Exception as error:  # see _enter
+            self._failure = error
 
     def _enter(self, certificate: bytes, record: Record, state_root: bytes | None) -> None:
         try:

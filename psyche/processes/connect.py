@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from psyche.config import Manifest, Node
 from psyche.config.units import bytes_per_second
 from psyche.durable import disk_errors
+from psyche.ledger.history import HistoryFetcher
+from psyche.ledger.writer import LedgerWriter
 from psyche.network.address import save_port, with_last_port
 from psyche.network.discovery import KINDS
 from psyche.network.identity import Identity
@@ -66,6 +68,18 @@ async def background_tasks(warn: Callable[[str], None], *work: Coroutine[Any, An
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def keep_history(
+    network: NetworkNode, manifest: Manifest, ledger: LedgerWriter, *, follow: bool
+) -> Coroutine[Any, Any, None]:
+    """Return the background task that completes this process's ledger from its peers; see :class:`HistoryFetcher`."""
+
+    async def peers() -> Sequence[str]:
+        found = await network.sources(manifest.resolved.coordinators)
+        return [peer for peer in found if peer != network.peer_id]
+
+    return HistoryFetcher(manifest, network.rpc, ledger, peers, follow=follow).run()
 
 
 def warn_in(log: EventLog) -> Callable[[str], None]:

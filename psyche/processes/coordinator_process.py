@@ -15,6 +15,7 @@ from psyche.data.token_store import TokenStore
 from psyche.diloco.launch import Launch, launch
 from psyche.durable import disk_errors, write_durably
 from psyche.errors import PsycheError
+from psyche.ledger.chain_sync import serve_chain
 from psyche.ledger.store import NAME as LEDGER
 from psyche.ledger.store import Ledger
 from psyche.ledger.writer import writing
@@ -23,7 +24,7 @@ from psyche.network.connection_probes import serve_probes
 from psyche.network.identity import IDENTITY, Identity
 from psyche.network.invite import Invite
 from psyche.network.peer_book import PEERS, PeerBook, maintain_peer_book
-from psyche.processes.connect import background_tasks, connect, run_started, warn_in
+from psyche.processes.connect import background_tasks, connect, keep_history, run_started, warn_in
 from psyche.telemetry import events
 from psyche.telemetry.event_log import LOG_NAME, EventLog, Listener, read_events
 from psyche.telemetry.monitor import Monitor
@@ -66,7 +67,11 @@ async def coordinate(
             log.emit(events.GenesisJudged(heldout_loss=heldout[0] / heldout[1], heldout_tokens=heldout[1]))
         try:
             ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
-            async with writing(ledger, warn) as writer:
+            async with (
+                writing(ledger, warn) as writer,
+                background_tasks(warn, keep_history(network, manifest, writer, follow=True)),
+            ):
+                await serve_chain(network, writer)
                 await Coordinator(manifest, identity, network, log, writer, directory).run()
         finally:
             await asyncio.to_thread(wandb.close)
@@ -133,4 +138,6 @@ async def stand_by(invite: Invite, node: Node, directory: Path, listener: Listen
 
         ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
         writer = await stack.enter_async_context(writing(ledger, warn))
+        await serve_chain(network, writer)
+        await stack.enter_async_context(background_tasks(warn, keep_history(network, manifest, writer, follow=True)))
         await Coordinator(manifest, identity, network, log, writer, directory, on_leading).run()

@@ -31,7 +31,7 @@ from psyche.network.node import BootstrapError, NetworkNode
 from psyche.network.peer_book import PEERS, PeerBook, maintain_peer_book
 from psyche.numerics.backends.selection import backend_on
 from psyche.numerics.outer import OuterState
-from psyche.processes.connect import background_tasks, connect, run_started, warn_in
+from psyche.processes.connect import background_tasks, connect, keep_history, run_started, warn_in
 from psyche.processes.process_lock import registered
 from psyche.telemetry import events
 from psyche.telemetry.event_log import LOG_NAME, EventLog, Listener
@@ -172,7 +172,10 @@ async def _run_worker(
         log.subscribe(wandb)
     try:
         ledger = await asyncio.to_thread(Ledger.open, directory / LEDGER, manifest.run_id)
-        async with writing(ledger, warn) as writer:
+        async with (
+            writing(ledger, warn) as writer,
+            background_tasks(warn, keep_history(network, manifest, writer, follow=False)),
+        ):
             await asyncio.to_thread(backfill, ledger, manifest, replica.chain, certificates, warn)
             last = certificates[-1] if certificates else None
             await Worker(

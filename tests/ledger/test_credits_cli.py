@@ -91,7 +91,10 @@ def test_credits_as_json(directory: Path) -> None:
 def test_rounds_that_are_missing_are_not_counted(directory: Path) -> None:
     for table in ("rounds", "members", "audits"):
         change(directory / NAME, f"DELETE FROM {table} WHERE round < 3")
-    assert "missing here and not counted: rounds 1–2" in words("credits", directory)
+    found = psyche_ledger("credits", directory)
+    assert found.exit_code == 1
+    assert found.stdout.startswith("incomplete: this ledger lacks rounds 1–2, whose credits are not counted")
+    assert psyche_ledger("credits", directory, "--json").exit_code == 1
 
 
 def test_why_gives_each_change_with_its_reason(directory: Path) -> None:
