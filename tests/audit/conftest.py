@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit.audited import Make, court
+from tests.audit.audited import Make, audited_run
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the text is prepared once for all."""
+    """Directory in which the text is prepared once for all tests."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def make(tmp_path: Path, cache: Path) -> Make:
-    """Makes a run of three nodes."""
-    return partial(court, tmp_path, cache)
+    """Factory of runs of three nodes."""
+    return partial(audited_run, tmp_path, cache)

@@ -1,4 +1,4 @@
-"""An auditor does what it is asked for, whatever those that it looks at do."""
+"""The auditor completes its audits even when audited nodes are silent, hang or cheat."""
 
 from __future__ import annotations
 
@@ -20,43 +20,44 @@ from psyche.protocol.audit_messages import JURY, MOST, SKETCH, Audit, DeclinedAu
 from psyche.protocol.messages import Record
 from psyche.protocol.wire import Body
 from psyche.telemetry.event_log import EventLog
-from tests.audit.audited import Court, court, train_lazily
+from tests.audit.audited import AuditedRun, audited_run, train_lazily
 
 
 @dataclass
 class Scene:
-    """An auditor and two that it looks at, first a lazy one, then one that a jury is asked about and that is honest.
+    """An auditor and two audited nodes.
 
-    They hand it their kits, unless they are ``silent`` or ``hang``.
+    The first trains lazily; the second is honest, and its audit is a jury's. Both serve their bundles unless they are
+    ``silent`` or ``hang``.
     """
 
-    court: Court
+    run: AuditedRun
     directory: Path
     monkeypatch: pytest.MonkeyPatch
     silent: set[str] = field(default_factory=set)
     hang: set[str] = field(default_factory=set)
-    certificates: list[bytes] = field(default_factory=lambda: [b"that of round 1"])
-    """In the auditor's ledger."""
-    said: list[str] = field(default_factory=list)
-    """Nodes on whose work it has sealed a verdict."""
+    certificates: list[bytes] = field(default_factory=lambda: [b"certificate of round 1"])
+    """Certificates in the auditor's ledger."""
+    sealed: list[str] = field(default_factory=list)
+    """Nodes on whose work the auditor has submitted a sealed verdict."""
     declined: list[str] = field(default_factory=list)
-    """Nodes whose work it has declined to audit."""
-    warned: list[str] = field(default_factory=list)
+    """Nodes whose audit it has declined."""
+    warnings: list[str] = field(default_factory=list)
     record: Record = field(init=False)
 
     def __post_init__(self) -> None:
-        case = self.court
-        plan = case.plan()
-        works = {case.accused.node: train_lazily(case.accused, plan, 15), case.peer.node: case.peer.train(plan)}
+        run = self.run
+        plan = run.plan()
+        works = {run.audited.node: train_lazily(run.audited, plan, 15), run.peer.node: run.peer.train(plan)}
         audits = (
-            Audit(case.accused.node, 1, 1, 1, 1, (case.auditor.node,), (1,), ()),
-            Audit(case.peer.node, 1, 1, JURY, 1, (case.auditor.node,), (1,), ()),
+            Audit(run.audited.node, 1, 1, 1, 1, (run.auditor.node,), (1,), ()),
+            Audit(run.peer.node, 1, 1, JURY, 1, (run.auditor.node,), (1,), ()),
         )
-        self.record = case.advance(plan, works, audits)
+        self.record = run.advance(plan, works, audits)
 
     def auditor(self) -> Auditor:
-        """With the network in the hands of this scene; only who certified a record is taken on trust."""
-        by_node = {one.node: one for one in (self.court.accused, self.court.peer)}
+        """Return an auditor on a stubbed network; certificates are not verified."""
+        by_node = {one.node: one for one in (self.run.audited, self.run.peer)}
 
         async def call(node: str, *request: object, **options: object) -> bytes:
             if node in self.silent:
@@ -79,7 +80,7 @@ class Scene:
 
         async def submit(body: Body, round_number: int) -> None:
             assert isinstance(body, SealedVerdict | DeclinedAudit)
-            (self.said if isinstance(body, SealedVerdict) else self.declined).append(body.accused)
+            (self.sealed if isinstance(body, SealedVerdict) else self.declined).append(body.accused)
 
         async def do(function: Callable[..., object], *arguments: object) -> object:
             return function(*arguments)
@@ -88,11 +89,11 @@ class Scene:
         network = SimpleNamespace(rpc=SimpleNamespace(call=call), blobs=SimpleNamespace(fetch_bytes=fetch_bytes))
         ledger, client = SimpleNamespace(held=held), SimpleNamespace(submit=submit)
         log = EventLog(self.directory / "events.jsonl", "auditor")
-        parts = (self.court.auditor, self.directory, network, client, ledger, ShardPrefetcher())
-        return Auditor(*parts, do=do, log=log, warn=self.warned.append)  # type: ignore[arg-type]
+        parts = (self.run.auditor, self.directory, network, client, ledger, ShardPrefetcher())
+        return Auditor(*parts, do=do, log=log, warn=self.warnings.append)  # type: ignore[arg-type]
 
     def finding(self, auditor: Auditor, node: str) -> Finding:
-        """What it will show of ``node``."""
+        """Return the auditor's finding on ``node``."""
         verdict = auditor._attempts[node, 1].verdict
         assert verdict is not None
         return verdict.finding
@@ -100,131 +101,133 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    case = court(tmp_path, tmp_path_factory.mktemp("cache"))
-    case.peer.trace_recorder.bundles = auditing.AuditBundleStore(tmp_path / "peer")
-    return Scene(case, tmp_path / "auditor", monkeypatch)
+    run = audited_run(tmp_path, tmp_path_factory.mktemp("cache"))
+    run.peer.trace_recorder.bundles = auditing.AuditBundleStore(tmp_path / "peer")
+    return Scene(run, tmp_path / "auditor", monkeypatch)
 
 
-async def worked(auditor: Auditor, until: Callable[[], bool] = lambda: False) -> None:
-    """All that it is asked for, or what it does until ``until()``; then it is put off."""
+async def work_until(auditor: Auditor, until: Callable[[], bool] = lambda: False) -> None:
+    """Run the auditor until it is done or ``until()`` holds, then interrupt it."""
     auditor.begin(2)
     working = auditor._working
     assert working is not None
-    while not working.done() and not until():  # noqa: ASYNC110  # what is waited for sets no event
+    while not working.done() and not until():  # noqa: ASYNC110  # the condition sets no event
         await asyncio.sleep(0.001)
     await auditor.interrupt()
 
 
-def test_what_fails_is_kept_and_a_jury_looks_twice(scene: Scene) -> None:
+def test_evidence_of_a_failed_audit_is_saved_and_a_jury_member_replays_twice(scene: Scene) -> None:
     auditor = scene.auditor()
-    asyncio.run(worked(auditor))
-    lazy, honest = (scene.finding(auditor, one.node) for one in (scene.court.accused, scene.court.peer))
+    asyncio.run(work_until(auditor))
+    lazy, honest = (scene.finding(auditor, one.node) for one in (scene.run.audited, scene.run.peer))
     assert (lazy.outcome, honest.outcome, honest.error) == ("measured", "measured", 0)
     assert lazy.error > 40_000
     assert honest.noise < MOST, "a jury measures it"
     assert len(lazy.sketch) == len(honest.sketch) == SKETCH
-    assert EvidenceStore(scene.directory / EVIDENCE_DIRECTORY).cases() == [(scene.court.accused.node, 1)]
-    assert set(scene.said) == {scene.court.accused.node, scene.court.peer.node}
+    assert EvidenceStore(scene.directory / EVIDENCE_DIRECTORY).cases() == [(scene.run.audited.node, 1)]
+    assert set(scene.sealed) == {scene.run.audited.node, scene.run.peer.node}
 
 
-def test_evidence_that_cannot_be_written_costs_no_verdict_and_is_told(scene: Scene) -> None:
+def test_a_verdict_is_reached_and_a_warning_shown_when_evidence_cannot_be_written(scene: Scene) -> None:
     scene.directory.mkdir()
     (scene.directory / EVIDENCE_DIRECTORY).write_text("a file, where a directory should be")
-    asyncio.run(worked(auditor := scene.auditor()))
-    assert scene.finding(auditor, scene.court.accused.node).error > 40_000
-    (warning,) = scene.warned
+    asyncio.run(work_until(auditor := scene.auditor()))
+    assert scene.finding(auditor, scene.run.audited.node).error > 40_000
+    (warning,) = scene.warnings
     assert "cannot save the evidence" in warning
 
 
-def test_who_hands_nothing_over_holds_up_nobody_and_is_asked_in_later_rounds(
+def test_a_node_that_refuses_its_bundle_delays_no_other_audit_and_is_asked_again(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The auditor is put off as soon as it waits: rounds may be shorter than what it waits for."""
+    """The auditor is interrupted as soon as it waits: a round may be shorter than the retry interval."""
     now = [0.0]
     monkeypatch.setattr(auditing, "monotonic", lambda: now[0])
-    scene.silent = {scene.court.accused.node}
+    scene.silent = {scene.run.audited.node}
     auditor = scene.auditor()
-    attempt = auditor._attempts[scene.court.accused.node, 1]
+    attempt = auditor._attempts[scene.run.audited.node, 1]
 
     async def rounds() -> list[int]:
         found = []
         for count in range(1, auditing.MAX_FETCHES + 1):
-            await worked(auditor, lambda count=count: bool(attempt.failed_fetches == count and scene.said))  # type: ignore[misc]
-            found.append(len(scene.said))
+            await work_until(auditor, lambda count=count: bool(attempt.failed_fetches == count and scene.sealed))  # type: ignore[misc]
+            found.append(len(scene.sealed))
             now[0] += auditing.RETRY_SECONDS
         return found
 
     assert asyncio.run(rounds()) == [1, 1, 2]
-    assert scene.finding(auditor, scene.court.peer.node).outcome == "measured"
-    assert scene.finding(auditor, scene.court.accused.node).outcome == "unserved"
+    assert scene.finding(auditor, scene.run.peer.node).outcome == "measured"
+    assert scene.finding(auditor, scene.run.audited.node).outcome == "unserved"
 
 
-def test_who_hangs_is_not_begun_with_again(scene: Scene) -> None:
-    scene.hang = {scene.court.accused.node}
+def test_an_audit_that_hung_is_not_the_first_one_tried_next_time(scene: Scene) -> None:
+    scene.hang = {scene.run.audited.node}
     auditor = scene.auditor()
 
-    attempt = auditor._attempts[scene.court.accused.node, 1]
+    attempt = auditor._attempts[scene.run.audited.node, 1]
 
     async def rounds() -> list[int]:
-        await worked(auditor, lambda: attempt.starts == 1)
-        found = [len(scene.said)]
-        await worked(auditor, lambda: bool(scene.said))
-        return [*found, len(scene.said)]
+        await work_until(auditor, lambda: attempt.starts == 1)
+        found = [len(scene.sealed)]
+        await work_until(auditor, lambda: bool(scene.sealed))
+        return [*found, len(scene.sealed)]
 
     assert asyncio.run(rounds()) == [0, 1]
-    assert scene.finding(auditor, scene.court.peer.node).outcome == "measured"
+    assert scene.finding(auditor, scene.run.peer.node).outcome == "measured"
 
 
 @pytest.mark.parametrize("lacks", ["the record", "the base state"])
-def test_what_a_node_cannot_audit_it_declines_before_the_next_round_is_planned(lacks: str, scene: Scene) -> None:
+def test_an_audit_that_cannot_be_done_is_declined_before_the_next_round_is_planned(lacks: str, scene: Scene) -> None:
     if lacks == "the record":
         scene.certificates = []
-    else:  # it started again meanwhile
-        scene.court.auditor.trace_recorder.theta_proofs.clear()
+    else:  # the auditor restarted
+        scene.run.auditor.trace_recorder.theta_proofs.clear()
     auditor = scene.auditor()
 
     async def declined() -> bool:
         await auditor.follow(scene.record)
-        assert len(scene.declined) == 2, "before anything else is done"
+        assert len(scene.declined) == 2, "declined before anything else"
         return auditor.begin(2)
 
-    assert not asyncio.run(declined()), "it is free to train"
-    assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])
+    assert not asyncio.run(declined()), "the node is free to train"
+    assert sorted(scene.declined) == sorted([scene.run.audited.node, scene.run.peer.node])
 
 
-def test_work_on_text_that_cannot_be_fetched_is_declined(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def gone(*_: object) -> None:
+def test_an_audit_is_declined_when_its_training_data_cannot_be_fetched(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unavailable(*_: object) -> None:
         raise BadShard("nobody has it", ())
 
-    monkeypatch.setattr(ShardPrefetcher, "wait_ready", gone)
+    monkeypatch.setattr(ShardPrefetcher, "wait_ready", unavailable)
     auditor = scene.auditor()
-    asyncio.run(worked(auditor))
-    assert sorted(scene.declined) == sorted([scene.court.accused.node, scene.court.peer.node])
+    asyncio.run(work_until(auditor))
+    assert sorted(scene.declined) == sorted([scene.run.audited.node, scene.run.peer.node])
     assert not auditor.begin(2)
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_rounds_that_its_ledger_lacks_are_fetched_or_the_audit_is_declined(
+def test_rounds_missing_from_the_ledger_are_fetched_or_the_audit_is_declined(
     given: bool, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All auditors look as far back: one that looks less far would pass what another fails."""
+    """All auditors look equally far back: one that looks less far would pass what another fails."""
     asked: list[tuple[int, int]] = []
 
     async def before(record: Record, first: int, sources: list[str]) -> dict[int, Record]:
-        assert scene.court.auditor.node not in sources
+        assert scene.run.auditor.node not in sources
         asked.append((record.plan.round, first))
         return {0: scene.record} if given else {}
 
     monkeypatch.setattr(auditing, "first_round_needed", lambda round_number: 0)
     auditor = scene.auditor()
     auditor._chain_fetcher.fetch_before = before  # type: ignore[method-assign, assignment]
-    asyncio.run(worked(auditor))
+    asyncio.run(work_until(auditor))
     assert set(asked) == {(1, 0)}
-    both = {scene.court.accused.node, scene.court.peer.node}
-    assert (set(scene.said), set(scene.declined)) == ((both, set()) if given else (set(), both))
+    both = {scene.run.audited.node, scene.run.peer.node}
+    assert (set(scene.sealed), set(scene.declined)) == ((both, set()) if given else (set(), both))
 
 
-def test_what_was_declined_under_a_leader_that_is_gone_is_said_to_the_next(scene: Scene) -> None:
+def test_a_declined_audit_is_declined_again_to_the_next_leader(scene: Scene) -> None:
     scene.certificates = []
     auditor = scene.auditor()
 
@@ -233,4 +236,4 @@ def test_what_was_declined_under_a_leader_that_is_gone_is_said_to_the_next(scene
             await auditor.follow(scene.record)
 
     asyncio.run(twice())
-    assert sorted(scene.declined) == sorted(2 * [scene.court.accused.node, scene.court.peer.node])
+    assert sorted(scene.declined) == sorted(2 * [scene.run.audited.node, scene.run.peer.node])

@@ -1,4 +1,4 @@
-"""What an auditor keeps convicts from files alone; and whoever tampers with it is told so."""
+"""Offline audits: saved evidence reproduces a failed audit from files alone; tampered evidence is rejected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psyche.errors import PsycheError
 from psyche.numerics.digest import CHUNK, blob_root
 from psyche.numerics.outer import OuterState
 from psyche.protocol.messages import Plan
-from tests.audit.audited import SEED, Court, Make, at_the_end, cheat, train_lazily
+from tests.audit.audited import SEED, AuditedRun, Make, at_the_end, train_lazily, train_tampered
 
 NUMBERS = CHUNK // 4
 
@@ -39,81 +39,81 @@ def test_theta_is_proven_by_the_chunk_hashes_of_the_state(size: int, seed: int) 
         ThetaProof(base.index[:-1], base.seam).theta_root(index.root)
 
 
-def kept(case: Court, plan: Plan, work: LocalUpdate) -> AuditCase:
-    """The case, and in ``evidence`` what an auditor has of it."""
-    opened, bundle, bundles = (
-        AuditCase(plan, case.accused.node, work.contribution, None, SEED, None),
-        case.bundle(plan),
-        case.accused.trace_recorder.bundles,
+def saved_case(run: AuditedRun, plan: Plan, work: LocalUpdate) -> AuditCase:
+    """Return the audit case, with the auditor's evidence saved under ``evidence``."""
+    case, bundle, bundles = (
+        AuditCase(plan, run.audited.node, work.contribution, None, SEED, None),
+        run.bundle(plan),
+        run.audited.trace_recorder.bundles,
     )
-    base = case.auditor.trace_recorder.theta_proofs[plan.round - 1]
+    base = run.auditor.trace_recorder.theta_proofs[plan.round - 1]
     assert bundles is not None
-    roots = required_blobs(case.auditor.engine, claimed_work(opened, bundle, base))
+    roots = required_blobs(run.auditor.engine, claimed_work(case, bundle, base))
     blobs = {root: bundles.read(plan.round, root, limit) for root, limit in roots.items()}
-    EvidenceStore(case.directory / "evidence").save(case.accused.node, plan.round, bundle, blobs, base)
-    return opened
+    EvidenceStore(run.directory / "evidence").save(run.audited.node, plan.round, bundle, blobs, base)
+    return case
 
 
-def again(case: Court, opened: AuditCase, only: int | None = None) -> OfflineAudit:
-    return replay_from_evidence(case.directory / "evidence", opened, case.manifest, case.settings, only=only)
+def rerun(run: AuditedRun, case: AuditCase, only: int | None = None) -> OfflineAudit:
+    return replay_from_evidence(run.directory / "evidence", case, run.manifest, run.settings, only=only)
 
 
-def test_a_cheat_fails_once_more_from_files(make: Make) -> None:
-    case = make(audits={"trace_steps": 10})
-    found = again(case, kept(case, plan := case.plan(), train_lazily(case.accused, plan, 15)))
+def test_a_cheating_node_fails_again_when_replayed_from_saved_evidence(make: Make) -> None:
+    run = make(audits={"trace_steps": 10})
+    found = rerun(run, saved_case(run, plan := run.plan(), train_lazily(run.audited, plan, 15)))
     assert found.mismatch is None
     assert [(one.start, one.stop) for one in found.segments] == [(0, 10), (10, 20), (20, 30)]
     assert [one.grade for one in found.segments] == ["pass", "fail", "fail"]
-    text = "\n".join(describe(found, case.manifest))
+    text = "\n".join(describe(found, run.manifest))
     assert "inner steps 11 to 20" in text
     assert "FAILS" in text
 
 
-def test_honest_work_passes_and_one_segment_is_enough(make: Make) -> None:
-    case = make(audits={"trace_steps": 10})
-    opened = kept(case, plan := case.plan(), case.accused.train(plan))
-    found = again(case, opened)
+def test_honest_work_passes_and_a_single_segment_can_be_replayed(make: Make) -> None:
+    run = make(audits={"trace_steps": 10})
+    case = saved_case(run, plan := run.plan(), run.audited.train(plan))
+    found = rerun(run, case)
     assert (found.mismatch, {one.grade for one in found.segments}, {one.error for one in found.segments}) == (
         None,
         {"pass"},
         {0},
     )
     assert all(0 < one.noise < 1 for one in found.segments)
-    assert again(case, opened, only=1).segments == found.segments[1:2]
+    assert rerun(run, case, only=1).segments == found.segments[1:2]
     with pytest.raises(PsycheError, match="the round has 3"):
-        again(case, opened, only=3)
+        rerun(run, case, only=3)
 
 
-def test_what_does_not_agree_to_the_bit_is_named(make: Make) -> None:
-    case = make()
-    work = cheat(case.accused, plan := case.plan(), at_the_end(lambda one, moved: -moved))
-    opened = kept(case, plan, work)
+def test_the_report_names_the_commitment_that_does_not_match(make: Make) -> None:
+    run = make()
+    work = train_tampered(run.audited, plan := run.plan(), at_the_end(lambda one, moved: -moved))
+    case = saved_case(run, plan, work)
     lie = replace(work.contribution, payload_root=bytes(32))
-    found = again(case, AuditCase(plan, opened.node, lie, None, SEED, None))
+    found = rerun(run, AuditCase(plan, case.node, lie, None, SEED, None))
     assert found.mismatch is MismatchCode.PAYLOAD
-    assert "the payload does not follow" in "\n".join(describe(found, case.manifest))
+    assert "the payload does not follow" in "\n".join(describe(found, run.manifest))
 
 
 @pytest.mark.parametrize("name", [BUNDLE, THETA_PROOF, "?" * 64])
-def test_evidence_that_was_tampered_with_is_none(make: Make, name: str) -> None:
-    case = make()
-    opened = kept(case, plan := case.plan(), case.accused.train(plan))
-    place = case.directory / "evidence" / f"00000001-{case.accused.node}"
+def test_tampered_evidence_is_rejected_as_incomplete(make: Make, name: str) -> None:
+    run = make()
+    case = saved_case(run, plan := run.plan(), run.audited.train(plan))
+    place = run.directory / "evidence" / f"00000001-{run.audited.node}"
     for file in place.glob(name):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
     with pytest.raises(PsycheError, match="is incomplete"):
-        again(case, opened)
+        rerun(run, case)
 
 
-def test_the_newest_cases_are_kept_whoever_they_are_of(tmp_path: Path, make: Make) -> None:
-    """A disk is bounded by this node, and not by how many identities somebody has to cheat with."""
-    case = make()
-    plan = case.plan()
-    case.accused.train(plan)
+def test_only_the_newest_cases_are_kept_whichever_node_they_concern(tmp_path: Path, make: Make) -> None:
+    """Disk use is bounded by this node, not by the number of identities that cheat."""
+    run = make()
+    plan = run.plan()
+    run.audited.train(plan)
     evidence = EvidenceStore(tmp_path / "e")
-    bundle, base = case.bundle(plan), case.auditor.trace_recorder.theta_proofs[0]
+    bundle, base = run.bundle(plan), run.auditor.trace_recorder.theta_proofs[0]
     for round_number in range(1, MAX_CASES + 3):
         evidence.save(f"12D3{round_number}", round_number, bundle, {bytes(32): b"blob"}, base)
     evidence.save(f"12D3{MAX_CASES}", MAX_CASES, bundle, {}, base)
@@ -125,13 +125,15 @@ def test_the_newest_cases_are_kept_whoever_they_are_of(tmp_path: Path, make: Mak
         select_case(EvidenceStore(tmp_path / "none"), "b", 2)
 
 
-def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is what a process that died left behind; and who reads meanwhile deletes nothing."""
-    case = make()
-    plan = case.plan()
-    case.accused.train(plan)
+def test_a_case_that_is_only_partly_written_is_discarded(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So are the leftovers of a process that died; a concurrent reader deletes nothing."""
+    run = make()
+    plan = run.plan()
+    run.audited.train(plan)
     folder = tmp_path / "e"
-    evidence, bundle, base = EvidenceStore(folder), case.bundle(plan), case.auditor.trace_recorder.theta_proofs[0]
+    evidence, bundle, base = EvidenceStore(folder), run.bundle(plan), run.auditor.trace_recorder.theta_proofs[0]
     evidence.save("12D3a", 1, bundle, {}, base)
     written = Path.write_bytes
 

@@ -1,4 +1,4 @@
-"""What is said of errors that were not measured holds as often as it says, and thresholds leave a margin."""
+"""Thresholds: the stated coverage of unseen errors holds, and a margin separates honest errors from frauds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ERRORS = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0)), min_size=4, max
 
 
 @pytest.mark.parametrize("count", [8, 59, 299])
-def test_the_largest_of_some_samples_is_above_that_share_of_all(count: int) -> None:
-    """59 are the fewest for 95 %, and 299 for 99 %, as tabled."""
+def test_the_largest_sample_exceeds_the_stated_share_of_the_population(count: int) -> None:
+    """59 samples are the fewest for 95 %, and 299 for 99 % (Wilks 1941)."""
     assert covered(59) == pytest.approx(0.95, abs=5e-4)
     assert covered(299) == pytest.approx(0.99, abs=5e-4)
     random, share = Random(1), covered(count)
@@ -24,7 +24,7 @@ def test_the_largest_of_some_samples_is_above_that_share_of_all(count: int) -> N
 
 
 @given(st.lists(ERRORS, min_size=1, max_size=4), st.lists(ERRORS, min_size=1, max_size=3))
-def test_nobody_honest_is_near_to_failing(honest: list[list[float]], hostile: list[list[float]]) -> None:
+def test_honest_errors_are_well_below_the_fail_threshold(honest: list[list[float]], hostile: list[list[float]]) -> None:
     pairs = {f"{number}": errors for number, errors in enumerate(honest)}
     found = thresholds(pairs, {"fraud": hostile}, [])
     largest = max(max(errors) for errors in honest)
@@ -35,7 +35,7 @@ def test_nobody_honest_is_near_to_failing(honest: list[list[float]], hostile: li
     assert found.hostile["fraud"] == min(sum(e >= found.fail_error for e in errors) / len(errors) for errors in hostile)
 
 
-def test_thresholds_are_between_honest_errors_and_frauds() -> None:
+def test_thresholds_lie_between_honest_errors_and_frauds() -> None:
     found = thresholds(
         {"a | b": [0.004, 0.0041, 0.0039, 0.004], "b | a": [0.0] * 4},
         {"tenth": [[0.14, 0.141, 0.139, 0.01]], "step": [[0.004, 0.021, 0.003, 0.002]]},
@@ -46,13 +46,13 @@ def test_thresholds_are_between_honest_errors_and_frauds() -> None:
     assert found.missed == ("step",)
 
 
-def test_noise_as_large_as_frauds_is_said_to_be() -> None:
+def test_frauds_no_larger_than_the_noise_are_reported_as_missed() -> None:
     found = thresholds({"a | b": [0.1, 0.2, 0.3, 0.15]}, {"tenth": [[0.14, 0.15, 0.13, 0.12]]}, [])
     assert found.missed == ("tenth",)
     with pytest.raises(ValueError, match="thresholds need at least 4"):
         thresholds({"a | b": [0.1] * 3}, {"tenth": [[0.14] * 3]}, [])
 
 
-def test_rounding_goes_where_it_is_told() -> None:
+def test_rounding_goes_up_by_default_and_down_on_request() -> None:
     assert rounded(0.0123) == 0.013
     assert rounded(0.0129, down=True) == 0.012
