@@ -147,9 +147,9 @@ def test_it_is_paid_before_there_is_anything_to_send_and_refused_when_spent(tmp_
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"private": False}, "not labelled as private"),
-        ({"data_digest": bytes(32)}, "shows more of them"),
-        ({"trace_root": bytes(32)}, "shows more of them"),
+        ({"private": False}, "not marked private"),
+        ({"data_digest": bytes(32)}, "reveals a hash of its data"),
+        ({"trace_root": bytes(32)}, "reveals a hash of its data"),
     ],
 )
 def test_a_label_that_cannot_be_right_is_refused(tmp_path: Path, changes: Mapping[str, Any], fault: str) -> None:
