@@ -1,4 +1,4 @@
-"""A run under many audits, with members that join late and one that was away: nobody stands idle, no audit lapses."""
+"""A run with many audits, late joiners and a restarted member: all nodes are always busy and no audit lapses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROUNDS = int(os.environ.get("PSYCHE_AUDITED_ROUNDS", "100"))
 FOUNDERS = [f"founder-{number}" for number in range(1, 5)]
 LATE = ["late-1", "late-2"]
 RATE = 0.2
-"""Four times the default."""
+"""Four times the default audit rate."""
 
 
 def test_late_joiners_audit_or_train_in_every_round(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_late_joiners_audit_or_train_in_every_round(tmp_path: Path) -> None:
             _certified(run, at)
             run.node(name)
         _certified(run, ROUNDS // 2)
-        run.kill(FOUNDERS[0])  # what it needs to audit the rounds before is gone with it
+        run.kill(FOUNDERS[0])  # it loses the states it needs to audit earlier rounds
         _certified(run, ROUNDS // 2 + 5)
         run.node(FOUNDERS[0])
         _certified(run, ROUNDS)
@@ -70,12 +70,12 @@ def test_late_joiners_audit_or_train_in_every_round(tmp_path: Path) -> None:
         away = range(ROUNDS // 2 - 1, ROUNDS // 2 + 20) if name == FOUNDERS[0] else range(0)
         assert not set(idle) - set(away), f"{name} did nothing in rounds {idle}"
     assert outcomes["passed"] > ROUNDS * RATE / 2
-    assert not outcomes["dropped"], "somebody could have done it"
+    assert not outcomes["dropped"], "an audit that some node could have done was dropped"
     assert not records[-1].audit_state.banned
 
 
 def _certified(run: Swarm, number: int) -> None:
-    for last in range(min(number, 5), number + 1, 5):  # rounds take as long as they take: each few have their own wait
+    for last in range(min(number, 5), number + 1, 5):  # each 5 rounds have their own timeout
         run.wait("coordinator", RoundCertified, lambda event, last=last: event.round >= last)  # type: ignore[misc]
 
 
@@ -85,8 +85,11 @@ def _records(node: Path) -> list[Record]:
 
 
 def _idle_rounds(peer: str, records: list[Record], logged: list[Event], planned: dict[int, float]) -> list[int]:
-    """Rounds, from its first as a member on, in which a node neither trained nor audited; ``planned`` says when each
-    was planned. An audit that was under way at that moment counts: it may have ended a second later."""
+    """Return the rounds in which a node neither trained nor audited, from its first round as a member.
+
+    ``planned`` maps each round to the time it was planned. An audit still under way at that moment counts for the
+    round.
+    """
     trained = {record.plan.round for record in records if record.plan.member(peer) is not None}
     audited: set[int] = set()
     during = 0
@@ -100,7 +103,7 @@ def _idle_rounds(peer: str, records: list[Record], logged: list[Event], planned:
 
 
 def _seconds(logged: list[Event]) -> dict[str, float]:
-    """How long a node was in each phase."""
+    """Return how long the node spent in each phase, in seconds."""
     spent: Counter[str] = Counter()
     phase, since = "", 0.0
     for event in logged:

@@ -1,6 +1,6 @@
-"""Six nodes and two coordinators, to which everything happens that can: one chain, the same bits, no orphan.
+"""Six nodes and two coordinators under random faults keep one chain and bit-equal states and leave no orphan process.
 
-PSYCHE_CHAOS_SECONDS of faults a seed, 150 by default; PSYCHE_CHAOS_SEED plays the story of one seed.
+PSYCHE_CHAOS_SECONDS is how long faults last for each seed (default 150); PSYCHE_CHAOS_SEED selects the seeds.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from psyche.network.identity import IDENTITY, Identity
 from psyche.telemetry.events import RoundCertified
 from tests.processes.swarm import Swarm, standby_key
 from tests.slow.chaos import summary
-from tests.slow.chaos.conductor import Conductor
+from tests.slow.chaos.fault_injector import FaultInjector
 from tests.slow.chaos.faults import KINDS, PLAIN, schedule
+from tests.slow.chaos.observer import RunObserver
 from tests.slow.chaos.replay import Reference, records_of
-from tests.slow.chaos.watch import Watch
-from tests.slow.chaos.world import COORDINATOR, World, why_not, world
+from tests.slow.chaos.testbed import COORDINATOR, Testbed, make_testbed, missing_requirement
 from tests.tiny import write_config
 
 SECONDS = float(os.environ.get("PSYCHE_CHAOS_SECONDS", "150"))
@@ -33,45 +33,45 @@ SPARE = [f"node-{number}" for number in range(7, 7 + max(2, round(SECONDS / 200)
 STANDBY = "standby"
 COORDINATORS = [COORDINATOR, STANDBY]
 QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0, "lease": 4.0}
-WHOLE_SECONDS = 300.0
-"""Until everybody is in a round again. A guard, not a measurement."""
-WORSE = 0.02
-"""A run's loss may be so much above those of undisturbed ones, relatively."""
+RECOVERY_SECONDS = 300.0
+"""Timeout for every node to take part in a round again: a guard, not a measurement."""
+LOSS_TOLERANCE = 0.02
+"""Allowed relative excess of the run's loss over that of undisturbed runs."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS + 1800)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_swarm_under_random_faults_keeps_one_chain(tmp_path: Path, seed: int) -> None:
-    if (reason := why_not()) is not None:
-        print(f"networks, disks and clocks are left alone: {reason}")
-    story = schedule(seed, SECONDS, NODES, COORDINATORS, SPARE, PLAIN if reason else KINDS)
+    if (reason := missing_requirement()) is not None:
+        print(f"no faults of networks, disks and clocks: {reason}")
+    faults = schedule(seed, SECONDS, NODES, COORDINATORS, SPARE, PLAIN if reason else KINDS)
     names = [*COORDINATORS, *NODES, *SPARE]
-    with world(tmp_path / "run", names, standbys=[STANDBY], strangers=SPARE, plain=reason is not None) as run:
+    with make_testbed(tmp_path / "run", names, standbys=[STANDBY], without_data=SPARE, plain=reason is not None) as run:
         run.config = configure(tmp_path, run.directory)
-        with Watch(run, tmp_path / "payloads") as watch:
-            conductor = Conductor(run, watch.seen)
-            conductor.begin(*COORDINATORS, *NODES)
-            conductor.wait_for_all({name: peer_id(run, name) for name in NODES}, WHOLE_SECONDS)
-            conductor.play(story, SECONDS)
-            nodes = {name: peer_id(run, name) for name in conductor.present if name not in COORDINATORS}
-            whole = conductor.wait_for_all(nodes, WHOLE_SECONDS)
-            conductor.stop_all()
-        print(f"\nseed {seed}, {SECONDS:.0f} s", *story, sep="\n")
-        print(summary.endings(conductor))
-        print(summary.table(conductor, watch.seen, COORDINATORS))
-        print(summary.leaving(conductor))
-        assert not conductor.unexplained()
+        with RunObserver(run, tmp_path / "payloads") as watch:
+            injector = FaultInjector(run, watch.seen)
+            injector.begin(*COORDINATORS, *NODES)
+            injector.wait_for_all({name: peer_id(run, name) for name in NODES}, RECOVERY_SECONDS)
+            injector.run_schedule(faults, SECONDS)
+            nodes = {name: peer_id(run, name) for name in injector.present if name not in COORDINATORS}
+            complete = injector.wait_for_all(nodes, RECOVERY_SECONDS)
+            injector.stop_all()
+        print(f"\nseed {seed}, {SECONDS:.0f} s", *faults, sep="\n")
+        print(summary.endings(injector))
+        print(summary.table(injector, watch.seen, COORDINATORS))
+        print(summary.leaving(injector))
+        assert not injector.unexplained()
         assert not watch.orphans()
         ever = [name for name in names if (run.directory / name / LEDGER).exists()]
         roots = compare(run, ever)
-        assert len({root_in(run, name, whole) for name in nodes}) == 1
-        print(f"{len(roots)} rounds certified; everybody was in round {whole}")
+        assert len({root_in(run, name, complete) for name in nodes}) == 1
+        print(f"{len(roots)} rounds certified; all nodes took part in round {complete}")
         check_against_the_reference(run, ever, roots, tmp_path / "payloads")
 
 
 def configure(directory: Path, run: Path) -> Path:
-    # Whoever were in a round alone could leave for good, and take the run's state along.
+    # A node that is alone in a round could leave for good and take the run's only state with it.
     rounds = {"inner_steps": 20, "total": 20000, "start_members": len(NODES), "min_members": 2}
     return write_config(
         directory,
@@ -87,7 +87,7 @@ def configure(directory: Path, run: Path) -> Path:
 
 
 def compare(run: Swarm, names: Sequence[str]) -> dict[int, str]:
-    """All that anybody holds of a round is the same, and proven; the state_root after each round."""
+    """Check that all nodes hold the same verified chain and states; return the state root after each round."""
     manifest = Manifest.decode((run.directory / names[0] / MANIFEST).read_bytes())
     hashes: dict[int, bytes | None] = {}
     roots: dict[int, str] = {}
@@ -108,8 +108,8 @@ def compare(run: Swarm, names: Sequence[str]) -> dict[int, str]:
     return roots
 
 
-def check_against_the_reference(run: World, names: Sequence[str], roots: dict[int, str], payloads: Path) -> None:
-    """One process, given the records and the payloads they name, comes to the same bits after every round."""
+def check_against_the_reference(run: Testbed, names: Sequence[str], roots: dict[int, str], payloads: Path) -> None:
+    """Check that one process replaying the records and payloads gets the same states."""
     manifest = Manifest.decode((run.directory / names[0] / MANIFEST).read_bytes())
     records = records_of([run.directory / name / LEDGER for name in names])
     keys = tuple(run.directory / name / IDENTITY for name in names if name not in COORDINATORS)
@@ -119,11 +119,11 @@ def check_against_the_reference(run: World, names: Sequence[str], roots: dict[in
     found = reference.losses(records, taker)
     print(summary.losses(found))
     assert found.after < found.before
-    assert found.after <= max(found.undisturbed, *found.dealt) * (1 + WORSE)
+    assert found.after <= max(found.undisturbed, *found.reordered) * (1 + LOSS_TOLERANCE)
 
 
 def root_in(run: Swarm, name: str, round_number: int) -> str:
-    """What a node came to hold after a round it went through."""
+    """Return a node's state root after a round it took part in."""
     return next(event.state_root for event in run.events(name, RoundCertified) if event.round == round_number)
 
 

@@ -1,4 +1,4 @@
-"""Reducers that die, freeze, lie or keep their results to themselves in the middle of a reduction: real processes."""
+"""Reducers that die, freeze, lie or withhold their results in the middle of a reduction, as real processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HONEST = ["node-1", "node-2", "node-3", "node-4"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill", "freeze", "lie", "withhold"])
-def test_the_round_of_a_wayward_reducer_is_finished_by_the_others(tmp_path: Path, fault: str) -> None:
+def test_the_other_reducers_finish_the_round_of_a_faulty_one(tmp_path: Path, fault: str) -> None:
     config = write_config(
         tmp_path,
         members=5,

@@ -1,5 +1,5 @@
-"""A run in a world of its own that can be disturbed: namespaces, small disks, clocks; and what has to hold after it.
+"""Runs on a testbed whose networks, disks and clocks can fail, and the checks afterwards.
 
-``faults`` says what happens when, from a seed alone; ``world`` does it to real processes; ``watch`` sees what the run
-makes of it; ``replay`` computes from the chain what must have come of it; ``summary`` prints it.
+``faults`` schedules faults from a seed; ``testbed`` and ``fault_injector`` apply them to real processes; ``observer``
+records what the run does; ``replay`` computes the expected result from the chain; ``summary`` prints it.
 """

@@ -1,4 +1,4 @@
-"""A wall clock for each process, which can be set: a small library that is preloaded, compiled here."""
+"""A wall clock per process that can be set: a small preloaded library, compiled here."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ VARIABLE = "PSYCHE_TEST_CLOCK"
 
 
 def compiler() -> str | None:
-    """The C++ compiler, if there is one."""
+    """Return the C++ compiler, or None."""
     return next(
         (found for name in (os.environ.get("CXX"), "c++", "g++") if name and (found := shutil.which(name))), None
     )
 
 
 def build(directory: Path) -> Path:
-    """The library to preload."""
+    """Compile the library to preload and return its path."""
     tool, library = compiler(), directory / "clock.so"
     assert tool is not None, "there is no C++ compiler"
     subprocess.run([tool, "-std=c++17", "-O2", "-fPIC", "-shared", str(SOURCE), "-o", str(library), "-ldl"], check=True)
@@ -27,7 +27,10 @@ def build(directory: Path) -> Path:
 
 
 class Clock:
-    """How far a process's wall clock is off. libp2p's daemon, a Go program, asks the kernel and is not fooled."""
+    """The wall-clock offset of one process.
+
+    libp2p's daemon is a Go program that asks the kernel directly, so it is not affected.
+    """
 
     def __init__(self, path: Path, library: Path) -> None:
         self.path = path
@@ -35,6 +38,6 @@ class Clock:
         path.write_bytes(bytes(8))
 
     def set(self, seconds: float) -> None:
-        """Be ``seconds`` ahead of the machine's clock from now on; 0 is right."""
+        """Set the offset from the machine's clock, in seconds."""
         with self.path.open("r+b", buffering=0) as file:
             file.write(round(seconds * 1e9).to_bytes(8, "little", signed=True))

@@ -10,7 +10,7 @@ FILLER = "filler"
 
 
 class Disk:
-    """A file system of its own at ``path``, in memory; ``size`` bytes. Unmounted by :meth:`close`."""
+    """A tmpfs of ``size`` bytes, mounted at ``path``. Unmounted by :meth:`close`."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -22,15 +22,15 @@ class Disk:
         )
 
     def fill(self) -> None:
-        """Take all the space that is left."""
+        """Use all free space."""
         with contextlib.suppress(OSError), (self.path / FILLER).open("ab", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
 
     def free(self) -> None:
-        """Give it back."""
+        """Free the space that :meth:`fill` used."""
         (self.path / FILLER).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Unmount it; what is on it is gone."""
+        """Unmount; the contents are lost."""
         subprocess.run(["umount", "--lazy", str(self.path)], check=False, capture_output=True)

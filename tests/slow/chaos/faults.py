@@ -1,7 +1,6 @@
-"""What is to happen to a run, and when: drawn from a seed alone, so that the same seed is the same story again.
+"""A random schedule of faults, determined by a seed alone.
 
-Only what a fault meets differs from one time to the next. A process suffers one thing at a time, so that a recovery can
-be laid at one fault's door; the network may be in two halves meanwhile.
+A process suffers one fault at a time, so that a recovery can be attributed to it; a partition may overlap.
 """
 
 from __future__ import annotations
@@ -15,24 +14,24 @@ from typing import Literal
 Kind = Literal["kill", "restart", "freeze", "cut", "partition", "disk full", "clock", "leave", "join"]
 KINDS: tuple[Kind, ...] = ("kill", "restart", "freeze", "cut", "partition", "disk full", "clock", "leave", "join")
 PLAIN: tuple[Kind, ...] = ("kill", "restart", "freeze", "leave", "join")
-"""Those that need nothing of the machine."""
+"""Kinds that need no support from the machine."""
 OF_COORDINATORS = frozenset({"kill", "restart", "freeze", "cut", "disk full", "clock"})
 
 GAP = (3.0, 9.0)
-"""Seconds from one fault to the next."""
+"""Seconds between faults."""
 LENGTH = (5.0, 25.0)
-"""Seconds until one is undone."""
+"""Seconds until a fault is undone."""
 SETTLE = 10.0
-"""Seconds afterwards before the same process suffers the next."""
+"""Seconds after a fault before the same process may suffer the next."""
 OFF = (60.0, 600.0)
-"""Seconds that a clock is wrong, forward or back."""
+"""Clock error in seconds, in either direction."""
 UNDISTURBED = 2
-"""Nodes that nothing happens to, at any time; of coordinators one."""
+"""Nodes that are left undisturbed at any time; one coordinator is, too."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``length`` is inf for what is not undone; ``others`` are the second half of a partition."""
+    """``length`` is inf for a fault that is never undone; ``others`` complete the half of ``target`` in a partition."""
 
     at: float
     kind: Kind
@@ -55,15 +54,15 @@ def schedule(
     spare: Sequence[str],
     kinds: Sequence[Kind] = KINDS,
 ) -> list[Fault]:
-    """Faults within the first ``seconds``. ``spare`` are the names of nodes that may join.
+    """Return the faults of the first ``seconds``. ``spare`` names the nodes that may join.
 
-    Kinds come in shuffled sets of all, so that a short story has each of them, too. Of the nodes only as many leave
-    for good as have joined before.
+    Kinds come in shuffled sets of all, so that a short schedule has each of them. No more nodes leave for good than
+    have joined before.
     """
-    return _Draw(seed, nodes, coordinators, spare, kinds).until(seconds)
+    return _Scheduler(seed, nodes, coordinators, spare, kinds).until(seconds)
 
 
-class _Draw:
+class _Scheduler:
     def __init__(
         self,
         seed: int,
@@ -75,7 +74,7 @@ class _Draw:
         self._random, self._kinds = random.Random(seed), kinds
         self._nodes, self._coordinators, self._spare = list(nodes), list(coordinators), list(spare)
         self._busy: dict[str, float] = {}
-        """Until when something happens to a process."""
+        """Time until which each process has a fault."""
         self._united = 0.0
         self._left = 0
         self._joined = 0
@@ -88,7 +87,7 @@ class _Draw:
             if not bag:
                 bag = [kind for kind in self._kinds if kind != "join" or self._spare]
                 self._random.shuffle(bag)
-            for kind in list(bag):  # those that cannot be now come later
+            for kind in list(bag):  # a kind that is not possible now is tried later
                 if (fault := self._of(kind, now)) is not None:
                     found.append(fault)
                     bag.remove(kind)
@@ -97,7 +96,7 @@ class _Draw:
         return found
 
     def _of(self, kind: Kind, now: float) -> Fault | None:
-        """A fault of that kind; None where it cannot be now: all that it could happen to have other worries."""
+        """Return a fault of that kind, or None if every possible target is busy."""
         length = self._random.uniform(*LENGTH)
         if kind == "partition":
             return self._partition(now, length)
@@ -136,5 +135,5 @@ class _Draw:
         name = self._spare.pop(0)
         self._nodes.append(name)
         self._joined += 1
-        self._busy[name] = now + LENGTH[1] + SETTLE  # it has to get there first
+        self._busy[name] = now + LENGTH[1] + SETTLE  # it needs time to join
         return Fault(now, "join", name)

@@ -1,4 +1,4 @@
-"""What must have come of a chain, computed in one process from its records and the payloads that they name."""
+"""The expected outcome of a chain, computed in one process from its records and payloads."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from psyche.protocol.chain import claimed
 from psyche.protocol.messages import Plan, Record
 from tests.tiny import replica
 
-DEALS = (0, 1, 2)
-"""Of an undisturbed run: as the run dealt its data, and otherwise."""
+DATA_ORDERS = (0, 1, 2)
+"""Data assignments of undisturbed runs: 0 is the run's own."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """On the held-out set, nats a token."""
+    """Held-out losses, nats per token."""
 
     before: float
     """Of the model before the first round."""
     after: float
-    """Of the run's model."""
+    """Of the run's final model."""
     undisturbed: float
-    """Of the model that nodes to whom nothing happened make of the same tokens."""
-    dealt: tuple[float, ...]
-    """The same, when each round's data are dealt to its nodes otherwise: what differs there is noise."""
+    """Of a model trained on the same tokens without faults."""
+    reordered: tuple[float, ...]
+    """The same with data assigned differently in each round: the spread is noise."""
 
 
 def records_of(ledgers: Sequence[Path]) -> list[Record]:
-    """The records of all rounds that any of the ledgers holds, in order."""
+    """Return the records of all rounds that any of the ledgers holds, in order."""
     found: dict[int, Record] = {}
     for path in ledgers:
         with Ledger.read(path) as ledger:
@@ -53,16 +53,16 @@ def records_of(ledgers: Sequence[Path]) -> list[Record]:
 
 @dataclass(frozen=True)
 class Reference:
-    """Replicas of a run's nodes, with their data, away from any network. ``keys`` are the nodes' key files."""
+    """Replicas of a run's nodes with their data, without a network. ``keys`` are the nodes' key files."""
 
     manifest: Manifest
     node: Node
     keys: tuple[Path, ...]
 
     def replay(self, records: Sequence[Record], payloads: Path) -> tuple[list[bytes], Replica]:
-        """The outer steps of ``records`` from the genesis: the state_root after each, and who took them.
+        """Apply ``records`` from the genesis; return the state root after each and the replica that applied them.
 
-        ``payloads`` is a folder with all that any node's journal ever held.
+        ``payloads`` is a folder with the payloads of all journals.
         """
         journal = PayloadJournal(payloads, warn=_fail)
         taker = next(iter(self.replicas().values()))
@@ -73,37 +73,37 @@ class Reference:
         return roots, taker
 
     def losses(self, records: Sequence[Record], after: Replica) -> Losses:
-        """``after`` has taken the outer steps of ``records``."""
+        """Return all losses; ``after`` has applied ``records``."""
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            undisturbed = [pool.submit(self.undisturbed, records, deal) for deal in DEALS]
+            undisturbed = [pool.submit(self.undisturbed, records, order) for order in DATA_ORDERS]
             before, now = _loss(next(iter(self.replicas().values()))), _loss(after)
-            same, *dealt = (one.result() for one in undisturbed)
-        return Losses(before, now, same, tuple(dealt))
+            same, *reordered = (one.result() for one in undisturbed)
+        return Losses(before, now, same, tuple(reordered))
 
-    def undisturbed(self, records: Sequence[Record], deal: int) -> float:
-        """The loss after the rounds of ``records`` if nobody had lost anything in between.
+    def undisturbed(self, records: Sequence[Record], order: int) -> float:
+        """Return the loss after the rounds of ``records`` if no node had lost any state.
 
-        In each round the same nodes train on the same tokens, and nobody else; they keep their optimizers and their
-        error feedback, which nodes that crashed have lost some of. ``deal`` is one of DEALS.
+        In each round exactly the accepted nodes train, on the same tokens; they keep their optimizer states and error
+        feedback, of which crashed nodes have lost some. ``order`` is one of DATA_ORDERS.
         """
         trained = {one.node for record in records for one in record.accepted}
         replicas = {node: one for node, one in self.replicas().items() if node in trained}
         for record in records:
-            plan = _dealt(record.plan, deal)
+            plan = _reordered(record.plan, order)
             works = {one.node: replicas[one.node].train(plan).payload for one in record.accepted}
             for one in replicas.values():
                 one.apply(record, one.gradient_of(record, works))
         return _loss(next(iter(replicas.values())))
 
     def replicas(self) -> dict[str, Replica]:
-        """One of each node, by PeerID, as the run began."""
+        """Return a fresh replica for each node, by PeerID."""
         identities = map(Identity.load_or_create, self.keys)
         return {identity.peer_id: replica(self.manifest, self.node, identity) for identity in identities}
 
 
-def _dealt(plan: Plan, deal: int) -> Plan:
-    """``plan`` with its data in another order, and so in other hands."""
-    return msgspec.structs.replace(plan, seed=digest("deal", plan.seed, bytes([deal]))) if deal else plan
+def _reordered(plan: Plan, order: int) -> Plan:
+    """Return ``plan`` with its data assigned to nodes differently."""
+    return msgspec.structs.replace(plan, seed=digest("deal", plan.seed, bytes([order]))) if order else plan
 
 
 def _gradient(taker: Replica, record: Record, journal: PayloadJournal) -> Gradient:
@@ -122,7 +122,7 @@ def _gradient(taker: Replica, record: Record, journal: PayloadJournal) -> Gradie
 
 def _blob(record: Record, root: bytes, journal: PayloadJournal) -> Blob:
     blob = journal.blob(root)
-    assert blob is not None, f"what round {record.plan.round} took was in nobody's journal: {root.hex()}"
+    assert blob is not None, f"no journal has a payload of round {record.plan.round}: {root.hex()}"
     return blob
 
 

@@ -1,4 +1,4 @@
-"""What a story of faults came to, for people to read."""
+"""A readable summary of a chaos run."""
 
 from __future__ import annotations
 
@@ -6,56 +6,56 @@ from collections.abc import Iterable
 from math import inf, isfinite
 from statistics import median
 
-from tests.slow.chaos.conductor import Conductor, Done
+from tests.slow.chaos.fault_injector import AppliedFault, FaultInjector
 from tests.slow.chaos.faults import KINDS
+from tests.slow.chaos.observer import Observations
 from tests.slow.chaos.replay import Losses
-from tests.slow.chaos.watch import Seen
 
 EXPLANATION = """\
-run: seconds from the fault until the next round is certified, by anybody; earlier faults may still be felt.
-itself: until the process that it happened to has gone through a round with the others, from when it was undone; for a
-clock from the fault, for a join from its start. Something else may have happened to it meanwhile; who left for good
-before it was back is not counted."""
+run: seconds from the fault until any process certifies the next round; earlier faults may still have an effect.
+itself: seconds until the affected process completes a round with the others, from the end of the fault (for a clock,
+from the fault; for a join, from its start). Other faults may have hit it meanwhile; a node that left for good before it
+recovered is not counted."""
 
 
-def table(conductor: Conductor, seen: Seen, coordinators: Iterable[str]) -> str:
-    """Faults by kind and how long it took to recover from them, median and maximum."""
+def table(injector: FaultInjector, seen: Observations, coordinators: Iterable[str]) -> str:
+    """Format the number of faults of each kind and the median and maximum recovery times."""
     lines = [f"{'':<12}{'faults':>7}{'run: median':>13}{'max':>7}{'itself: median':>16}{'max':>7}"]
     for kind in KINDS:
-        done = [one for one in conductor.done if one.fault.kind == kind]
+        done = [one for one in injector.done if one.fault.kind == kind]
         run = [_since(one.began, seen.next_after(one.began)) for one in done]
         own = [
             took
             for one in done
             if one.fault.kind != "partition" and one.fault.target not in coordinators
-            if isfinite(took := _own(one, seen)) or one.fault.target not in conductor.left
+            if isfinite(took := _own(one, seen)) or one.fault.target not in injector.left
         ]
         lines.append(f"{kind:<12}{len(done):>7}{_median(run):>13}{_most(run):>7}{_median(own):>16}{_most(own):>7}")
     return "\n".join([*lines, EXPLANATION])
 
 
-def leaving(conductor: Conductor) -> str:
-    """How long it took to leave."""
-    took = conductor.leaving_seconds
+def leaving(injector: FaultInjector) -> str:
+    """Format how long leaving took."""
+    took = injector.leaving_seconds
     return f"Ctrl-C to exit: {_median(took)} s, at most {_most(took)} s ({len(took)} times)"
 
 
-def endings(conductor: Conductor) -> str:
-    """Who ended by itself, and what it said."""
-    told = [f"{one.name} ended by itself ({one.code}): {one.said}" for one in conductor.ended]
-    return "\n".join(told or ["nobody ended by itself"])
+def endings(injector: FaultInjector) -> str:
+    """Format which processes exited on their own, with their last line of output."""
+    told = [f"{one.name} exited on its own ({one.code}): {one.last_line}" for one in injector.ended]
+    return "\n".join(told or ["no process exited on its own"])
 
 
 def losses(found: Losses) -> str:
-    """The run's loss beside that of an undisturbed one, and what is noise."""
-    dealt = ", ".join(f"{loss:.4f} ({loss / found.undisturbed - 1:+.2%})" for loss in found.dealt)
+    """Format the run's loss beside those of undisturbed runs and of reordered data."""
+    reordered = ", ".join(f"{loss:.4f} ({loss / found.undisturbed - 1:+.2%})" for loss in found.reordered)
     return (
-        f"held-out loss {found.before:.4f} -> {found.after:.4f}; undisturbed, from the same tokens: "
-        f"{found.undisturbed:.4f} ({found.after / found.undisturbed - 1:+.2%}); when they are dealt otherwise: {dealt}"
+        f"held-out loss {found.before:.4f} -> {found.after:.4f}; undisturbed, on the same tokens: "
+        f"{found.undisturbed:.4f} ({found.after / found.undisturbed - 1:+.2%}); with reordered data: {reordered}"
     )
 
 
-def _own(one: Done, seen: Seen) -> float:
+def _own(one: AppliedFault, seen: Observations) -> float:
     start = one.began if one.fault.kind in ("clock", "join") else one.undone
     return _since(start, seen.next_after(start, one.fault.target))
 
@@ -65,12 +65,12 @@ def _since(start: float, end: float | None) -> float:
 
 
 def _median(values: list[float]) -> str:
-    return _shown(median(values)) if values else "-"
+    return _formatted(median(values)) if values else "-"
 
 
 def _most(values: list[float]) -> str:
-    return _shown(max(values)) if values else "-"
+    return _formatted(max(values)) if values else "-"
 
 
-def _shown(seconds: float) -> str:
+def _formatted(seconds: float) -> str:
     return f"{seconds:.1f}" if isfinite(seconds) else "never"

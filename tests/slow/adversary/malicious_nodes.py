@@ -1,7 +1,7 @@
-"""Nodes that lie, each in one way: what they hand in instead of a round's work, or say of others'.
+"""Malicious nodes: each forges its contribution, or trains, in one way.
 
-A cheat is a replica whose training is tampered with; everything it commits to follows from what it did, as far as it
-can without doing the work. So each is caught by what it cannot make up, not by a mistake of its own.
+A cheating node is a replica with tampered training; everything it commits to follows from what it did, as far as that
+is possible without doing the work. So it is caught by what it cannot fabricate, not by an inconsistency.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from psyche.training.engine import Batch
 
 
 class Swarm:
-    """What hostile nodes of one run know of each other and of the honest ones."""
+    """What the malicious nodes of one run know of each other and of the honest nodes."""
 
     def __init__(self, from_round: int = 1) -> None:
-        """Before ``from_round`` they are honest."""
+        """Be honest before ``from_round``."""
         self.from_round = from_round
         self.moved: dict[str, Tensor] = {}
-        """x − θ (``[n]`` fp32) of what each honest node has trained last. The simulator trains them first."""
+        """x − θ (``[n]`` fp32) of each honest node's latest round. The simulator trains honest nodes first."""
 
     @property
     def honest(self) -> Tensor:
-        """The same of all, ``[nodes, n]``."""
+        """The updates of all honest nodes, ``[nodes, n]``."""
         return torch.stack([self.moved[node] for node in sorted(self.moved)])
 
 
 class Honest(Replica):
-    """A replica that hostile nodes spy on."""
+    """A replica whose updates malicious nodes can see."""
 
     swarm: Swarm
 
     def train(self, plan: Plan, **hooks: object) -> LocalUpdate:  # type: ignore[override]
-        """The round's work."""
+        """Train the round and publish the update to the swarm."""
         work = super().train(plan, **hooks)  # type: ignore[arg-type]
         self.swarm.moved[self.node] = moved_by(self)
         return work
 
 
 def moved_by(replica: Replica) -> Tensor:
-    """x − θ of what it has trained, ``[n]`` fp32."""
+    """Return x − θ of the replica's last training, ``[n]`` fp32."""
     flat = torch.empty(replica.engine.layout.size)
     replica.engine.read(flat)
     return flat.sub_(replica.outer.theta)
 
 
 Forge = Callable[["Cheat", Plan, Tensor], Tensor]
-"""x − θ that is handed in, given what honest work has moved; both ``[n]`` fp32."""
+"""Given x − θ of honest work, returns the x − θ to submit instead; both ``[n]`` fp32."""
 
 
 class Cheat(Replica):
-    """A replica that hands in ``forge`` of what it has trained, after ``lazy`` of the steps if that is not all."""
+    """A replica that submits ``forge`` of its update, and may skip steps or train on other data."""
 
     swarm: Swarm
     forge: Forge | None = None
     lazy: float = 1.0
     """Share of the inner steps that it takes."""
     before: Tensor | None = None
-    """What it trained last."""
+    """Its update of the previous round."""
     data: Callable[[Batch], Batch] | None = None
-    """What it trains on instead of the sequences it was dealt."""
+    """Maps its assigned batch to the one it trains on."""
 
     def train(self, plan: Plan, **hooks: object) -> LocalUpdate:  # type: ignore[override]
-        """The round's work."""
+        """Train the round, dishonestly from ``swarm.from_round``."""
         if plan.round < self.swarm.from_round:
             return super().train(plan, **hooks)  # type: ignore[arg-type]
         member = plan.member(self.node)
@@ -101,81 +101,81 @@ class Cheat(Replica):
 
 
 def zero(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
-    """Nothing at all."""
+    """Submit no change."""
     return torch.zeros_like(moved)
 
 
 def noise(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
-    """Random numbers of the norm that honest work has."""
+    """Submit random numbers with the norm of the honest update."""
     found = torch.randn(moved.shape, generator=torch.Generator().manual_seed(plan.round))
     return found * (moved.norm() / found.norm())
 
 
 def scaled(factor: float) -> Forge:
-    """Honest work, scaled: −1 is a sign flip."""
+    """Scale the honest update; −1 is a sign flip."""
     return lambda cheat, plan, moved: factor * moved
 
 
-def own_old() -> Forge:
-    """What it handed in first, for ever."""
+def replayed_own() -> Forge:
+    """Submit the first update in every round."""
     first: dict[str, Tensor] = {}
     return lambda cheat, plan, moved: first.setdefault(cheat.node, moved)
 
 
 def stale(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
-    """What it trained for the round before, from an older state."""
+    """Submit the update of the previous round, trained from an older state."""
     before, cheat.before = cheat.before, moved
     return moved if before is None else before
 
 
 def copied(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
-    """A peer's work."""
+    """Submit a peer's update."""
     return cheat.swarm.honest[0].clone()
 
 
 def inner_product(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
-    """Inner-product manipulation (Xie et al., arXiv 1903.03936): against the mean of the honest, at its length."""
+    """Inner-product manipulation (Xie et al., arXiv 1903.03936): the negated mean of the honest updates."""
     return -cheat.swarm.honest.mean(0)
 
 
 def a_little(cheat: Cheat, plan: Plan, moved: Tensor) -> Tensor:
-    """A little is enough (Baruch et al., arXiv 1902.06156): a standard deviation off the mean, everywhere."""
+    """A little is enough (Baruch et al., arXiv 1902.06156): one standard deviation from the honest mean."""
     return cheat.swarm.honest.mean(0) - cheat.swarm.honest.std(0, unbiased=False)
 
 
 def other_data(batch: Batch) -> Batch:
-    """Sequences it was not dealt: those it was, read backwards."""
+    """Return the assigned sequences reversed."""
     return batch[:, ::-1].copy()
 
 
-def hands_nothing_over(cheat: Cheat) -> None:
-    """Honest work that nobody can check."""
+def withhold_bundles(cheat: Cheat) -> None:
+    """Train honestly but serve no audit bundles."""
     cheat.trace_recorder.bundles = None
 
 
-def armed(**how: object) -> Callable[[Cheat], None]:
-    """Sets fields of a :class:`Cheat`."""
+def with_attack(**fields: object) -> Callable[[Cheat], None]:
+    """Return a function that sets fields of a :class:`Cheat`."""
 
-    def arm(cheat: Cheat) -> None:
-        for name, value in how.items():
+    def apply(cheat: Cheat) -> None:
+        for name, value in fields.items():
             setattr(cheat, name, value)
 
-    return arm
+    return apply
 
 
-WAYS: dict[str, Callable[[Cheat], None]] = {
-    "zero update": armed(forge=zero),
-    "noise of the right norm": armed(forge=noise),
-    "sign flip": armed(forge=scaled(-1)),
-    "×10": armed(forge=scaled(10)),
-    "×1.5": armed(forge=scaled(1.5)),
-    "stale base": armed(forge=stale),
-    "27 of 30 steps": armed(lazy=0.9),
-    "half of the steps": armed(lazy=0.5),
-    "other data": armed(data=other_data),
-    "copy of a peer": armed(forge=copied),
-    "own old payload": lambda cheat: armed(forge=own_old())(cheat),
-    "inner-product manipulation": armed(forge=inner_product),
-    "a little is enough": armed(forge=a_little),
+ATTACKS: dict[str, Callable[[Cheat], None]] = {
+    "zero update": with_attack(forge=zero),
+    "noise of the right norm": with_attack(forge=noise),
+    "sign flip": with_attack(forge=scaled(-1)),
+    "×10": with_attack(forge=scaled(10)),
+    "×1.5": with_attack(forge=scaled(1.5)),
+    "stale base": with_attack(forge=stale),
+    "27 of 30 steps": with_attack(lazy=0.9),
+    "half of the steps": with_attack(lazy=0.5),
+    "other data": with_attack(data=other_data),
+    "copy of a peer": with_attack(forge=copied),
+    "own old payload": lambda cheat: with_attack(forge=replayed_own())(cheat),
+    "inner-product manipulation": with_attack(forge=inner_product),
+    "a little is enough": with_attack(forge=a_little),
 }
-"""Ways to lie about one's own work."""
+"""Ways to cheat in one's own work, by name."""

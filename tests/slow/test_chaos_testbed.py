@@ -1,4 +1,4 @@
-"""What the chaos suite is made of does what it says: stories, clocks, cuts, disks."""
+"""The chaos suite's own parts work: schedules, clocks, network cuts, partitions and full disks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from psyche.telemetry.event_log import LOG_NAME
 from tests.slow.chaos.clock import Clock, build
 from tests.slow.chaos.faults import KINDS, UNDISTURBED, schedule
 from tests.slow.chaos.replay import Reference, records_of
-from tests.slow.chaos.world import World, why_not, world
+from tests.slow.chaos.testbed import Testbed, make_testbed, missing_requirement
 from tests.tiny import LARGER, certified_roots, write_config
 
 NODES = [f"node-{number}" for number in range(1, 7)]
@@ -31,35 +31,37 @@ COORDINATORS = ["coordinator", "standby"]
 LISTENER = "import socket, sys; server = socket.create_server((sys.argv[1], 5000)); print(flush=True); sys.stdin.read()"
 CALLER = "import socket, sys; socket.create_connection((sys.argv[1], 5000), timeout=1)"
 
-needs_world = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+needs_testbed = pytest.mark.skipif(missing_requirement() is not None, reason=missing_requirement() or "")
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_seed_is_one_story_and_leaves_some_undisturbed(seed: int) -> None:
-    story = schedule(seed, 300, NODES, COORDINATORS, ["node-7"])
-    assert story == schedule(seed, 300, NODES, COORDINATORS, ["node-7"])
-    assert {fault.kind for fault in story} == set(KINDS)
-    for moment in (fault.at for fault in story):
-        going_on = [
+def test_a_schedule_follows_from_its_seed_and_leaves_some_nodes_undisturbed(seed: int) -> None:
+    faults = schedule(seed, 300, NODES, COORDINATORS, ["node-7"])
+    assert faults == schedule(seed, 300, NODES, COORDINATORS, ["node-7"])
+    assert {fault.kind for fault in faults} == set(KINDS)
+    for moment in (fault.at for fault in faults):
+        disturbed = [
             fault.target
-            for fault in story
+            for fault in faults
             if fault.at <= moment <= fault.at + fault.length and fault.kind not in ("partition", "join")
         ]
-        assert len(going_on) == len(set(going_on)), "one thing at a time"
-        gone = {fault.target for fault in story if fault.kind == "leave" and fault.length == inf}
-        there = {*NODES, *(fault.target for fault in story if fault.kind == "join" and fault.at <= moment)}
-        assert len(there - gone - set(going_on)) >= UNDISTURBED
-        assert set(COORDINATORS) - set(going_on)
-    assert story != schedule(seed + 1, 300, NODES, COORDINATORS, ["node-7"])
+        assert len(disturbed) == len(set(disturbed)), "one fault per process at a time"
+        gone = {fault.target for fault in faults if fault.kind == "leave" and fault.length == inf}
+        there = {*NODES, *(fault.target for fault in faults if fault.kind == "join" and fault.at <= moment)}
+        assert len(there - gone - set(disturbed)) >= UNDISTURBED
+        assert set(COORDINATORS) - set(disturbed)
+    assert faults != schedule(seed + 1, 300, NODES, COORDINATORS, ["node-7"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"exchange": {"kind": "gather"}}, {"exchange": {"kind": "sharded"}, "model": LARGER}]
 )
-def test_the_reference_of_a_run_to_which_nothing_happened_is_that_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_reference_reproduces_a_run_without_faults(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = write_config(tmp_path, members=3, **changes)
-    config.write_text(config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 10"))  # all of the journal
+    config.write_text(
+        config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 10")
+    )  # the journal keeps every payload
     run = tmp_path / "run"
     run_locally(config, None, run, fresh=True, report=False)
     names = [f"node-{number}" for number in range(1, 4)]
@@ -73,12 +75,12 @@ def test_the_reference_of_a_run_to_which_nothing_happened_is_that_run(tmp_path: 
     assert [root.hex() for root in roots] == certified_roots(run / "coordinator" / LOG_NAME)
     found = reference.losses(records, taker)
     assert found.undisturbed == found.after < found.before
-    assert all(0 < abs(loss - found.undisturbed) < 0.1 * found.undisturbed for loss in found.dealt)
+    assert all(0 < abs(loss - found.undisturbed) < 0.1 * found.undisturbed for loss in found.reordered)
 
 
-@needs_world
+@needs_testbed
 @pytest.mark.parametrize("offset", [-3600.5, 90.0])
-def test_a_clock_is_off_by_what_it_was_set_to_while_its_process_runs(tmp_path: Path, offset: float) -> None:
+def test_the_clock_of_a_running_process_can_be_shifted(tmp_path: Path, offset: float) -> None:
     clock = Clock(tmp_path / "clock", build(tmp_path))
     program = "import time\nwhile input():\n    print(time.time(), time.monotonic(), flush=True)"
     with subprocess.Popen(
@@ -103,15 +105,15 @@ def test_a_clock_is_off_by_what_it_was_set_to_while_its_process_runs(tmp_path: P
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Iterator[World]:
-    with world(tmp_path / "run", ["one", "other"]) as made:
+def two(tmp_path: Path) -> Iterator[Testbed]:
+    with make_testbed(tmp_path / "run", ["one", "other"]) as made:
         yield made
 
 
-@needs_world
+@needs_testbed
 @pytest.mark.slow
-def test_who_is_cut_off_or_on_the_other_side_is_not_reached(two: World) -> None:
-    there = two.spots["other"].place
+def test_a_node_that_is_cut_off_or_partitioned_away_is_unreachable(two: Testbed) -> None:
+    there = two.hosts["other"].place
     command = there.command([sys.executable, "-c", LISTENER, there.address])
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as listener:
         assert listener.stdout is not None
@@ -128,9 +130,9 @@ def test_who_is_cut_off_or_on_the_other_side_is_not_reached(two: World) -> None:
         listener.kill()
 
 
-@needs_world
+@needs_testbed
 @pytest.mark.slow
-def test_a_full_disk_takes_nothing_until_it_is_freed(two: World) -> None:
+def test_writes_to_a_full_disk_fail_until_space_is_freed(two: Testbed) -> None:
     path = two.directory / "one" / "file"
     two.fill("one")
     with pytest.raises(OSError, match="No space left"):
@@ -140,11 +142,11 @@ def test_a_full_disk_takes_nothing_until_it_is_freed(two: World) -> None:
     path.write_bytes(bytes(1 << 16))
 
 
-def reaches(two: World) -> bool:
-    """Whether a connection can be made, now or in some seconds: a bridge takes a moment to see that a port is up."""
-    command = [sys.executable, "-c", CALLER, two.spots["other"].place.address]
+def reaches(two: Testbed) -> bool:
+    """Return whether a connection succeeds within a few tries: a bridge notices a port that comes up with a delay."""
+    command = [sys.executable, "-c", CALLER, two.hosts["other"].place.address]
     for _ in range(3):
-        done = subprocess.run(two.spots["one"].place.command(command), capture_output=True, check=False)
+        done = subprocess.run(two.hosts["one"].place.command(command), capture_output=True, check=False)
         if done.returncode == 0:
             return True
     return False

@@ -1,4 +1,4 @@
-"""Runs of real processes, a quarter of which lie: they are found out, nobody else is, and the run goes on."""
+"""Runs of real processes, a quarter of them malicious: only those are convicted, and the run finishes."""
 
 from __future__ import annotations
 
@@ -25,53 +25,57 @@ AUDITS = {"rate": 0.25, "window": 40}
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "shape"),
+    ("first", "second", "size"),
     [
         ("flip", "half", (40, 6)),
         ("noise", "data", (40, 6)),
         ("zero", "tenfold", (40, 6)),
         ("liar", "liar", (40, 6)),
-        ("silent", "half", (40, 40)),  # three have to ask in vain, for seconds each: not in rounds of half a second
+        ("silent", "half", (40, 40)),  # three auditors wait seconds for nothing, so rounds must not be half a second
     ],
 )
-def test_a_quarter_that_lies_is_found_out(tmp_path: Path, first: str, second: str, shape: tuple[int, int]) -> None:
-    """``shape``: how many rounds of how many inner steps."""
-    total, steps = shape
+def test_malicious_processes_are_convicted_and_honest_ones_are_not(
+    tmp_path: Path, first: str, second: str, size: tuple[int, int]
+) -> None:
+    """``size``: number of rounds and inner steps per round."""
+    total, steps = size
     rounds = {"total": total, "inner_steps": steps, "start_members": HONEST + 2}
     config = write_config(tmp_path, members=HONEST + 2, rounds=rounds, audits=AUDITS)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
         for number in range(1, HONEST + 1):
             run.node(f"node-{number}")
-        for name, way in (("first", first), ("second", second)):
-            run.node(name, way, module="tests.slow.adversary.wayward")
+        for name, attack in (("first", first), ("second", second)):
+            run.node(name, attack, module="tests.slow.adversary.malicious_join")
         for number in range(1, HONEST + 1):
             assert run.join(f"node-{number}") == 0, run.output(f"node-{number}")[-2000:]
         assert run.events("coordinator", RunFinished)
     records = records_of(tmp_path / "run" / "node-1")
     banned = set(records[-1].audit_state.banned)
-    liars = {name: Identity.load_or_create(tmp_path / "run" / name / IDENTITY).peer_id for name in ("first", "second")}
-    assert banned <= set(liars.values()), "nobody honest is convicted"
+    malicious = {
+        name: Identity.load_or_create(tmp_path / "run" / name / IDENTITY).peer_id for name in ("first", "second")
+    }
+    assert banned <= set(malicious.values()), "an honest node is convicted"
     unserved = {one.accused for record in records for one in record.audit_state.closed if one.outcome == "unserved"}
-    for name, way in (("first", first), ("second", second)):
-        assert liars[name] in (unserved if way == "silent" else banned), f"{way} was not found out"
+    for name, attack in (("first", first), ("second", second)):
+        assert malicious[name] in (unserved if attack == "silent" else banned), f"{attack} was not detected"
     manifest = Manifest.decode((tmp_path / "run" / "coordinator" / MANIFEST).read_bytes())
     assert verify_ledger(tmp_path / "run" / "node-1" / NAME, manifest).last == total
     if second != "liar":
-        whoever_doubts_it_can_look(tmp_path / "run", liars["second"])
+        check_that_the_audit_can_be_rerun(tmp_path / "run", malicious["second"])
 
 
-def whoever_doubts_it_can_look(run: Path, liar: str) -> None:
-    """Some honest auditors kept what they convicted the liar by; from that and the ledger it fails anywhere."""
+def check_that_the_audit_can_be_rerun(run: Path, node_id: str) -> None:
+    """Check that an honest auditor's evidence and the ledger reproduce the conviction."""
     nodes = [run / f"node-{number}" for number in range(1, HONEST + 1)]
     node, round_number = next(
         (node, round_number)
         for node in nodes
         for name, round_number in EvidenceStore(node / EVIDENCE_DIRECTORY).cases()
-        if name == liar
+        if name == node_id
     )
-    assert f"{liar} {round_number}" in psyche("audit", "rerun", str(node)).stdout
-    done = psyche("audit", "rerun", str(node), liar[-6:], str(round_number), "--cache", str(run.parent / "cache"))
+    assert f"{node_id} {round_number}" in psyche("audit", "rerun", str(node)).stdout
+    done = psyche("audit", "rerun", str(node), node_id[-6:], str(round_number), "--cache", str(run.parent / "cache"))
     assert "FAILS" in done.stdout or "That alone fails" in done.stdout, done.stdout + done.stderr
 
 

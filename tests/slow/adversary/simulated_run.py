@@ -1,4 +1,4 @@
-"""Runs in one process, some of whose nodes lie: rounds, audits, verdicts and credits by the code of real nodes."""
+"""Runs in one process with malicious nodes; rounds, audits, verdicts and credits are those of real nodes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from psyche.numerics.digest import digest
 from psyche.protocol.audit_messages import Closed
 from psyche.protocol.credits import CreditAccounts, fold
 from psyche.protocol.messages import Record
-from tests.slow.adversary.cheats import Cheat, Honest, Swarm
+from tests.slow.adversary.malicious_nodes import Cheat, Honest, Swarm
 from tests.tiny import replica, write_config
 
 STEPS = 10
 AUDITS = {"rate": 0.2, "window": 40}
-"""Four times the usual rate, so that a run of a minute has as many audits as one of an hour."""
+"""Four times the default rate, so that a short run has as many audits as a long one."""
 
 
 @dataclass
-class Ran:
-    """What came of a run."""
+class RunResult:
+    """The outcome of a run."""
 
     records: list[Record] = field(default_factory=list)
     loss: float = 0.0
-    """Of the outer parameters on the held-out set, nats a token."""
+    """Held-out loss of the outer parameters, nats per token."""
     hostile: frozenset[str] = frozenset()
     credits: CreditAccounts | None = None
-    """What everybody is paid in the end, from the records alone."""
+    """Final credits of all nodes, computed from the records alone."""
 
     @property
     def closed(self) -> list[Closed]:
@@ -48,12 +48,12 @@ class Ran:
         return frozenset(self.records[-1].audit_state.banned)
 
     def paid(self, nodes: Iterable[str]) -> int:
-        """Credits of ``nodes`` that are final."""
+        """Return the sum of final credits of ``nodes``."""
         assert self.credits is not None
         return sum(self.credits.account(node).final for node in nodes)
 
-    def named_in(self) -> dict[str, int]:
-        """Round whose payload of each stood out first."""
+    def first_outlier(self) -> dict[str, int]:
+        """Return the round in which each node's payload was first reported as an outlier."""
         found: dict[str, int] = {}
         for record in self.records:
             for node in record.audit_state.suspects:
@@ -61,7 +61,7 @@ class Ran:
         return found
 
     def convicted_in(self) -> dict[str, int]:
-        """Round in whose record each was convicted."""
+        """Return the round whose record convicted each node."""
         found: dict[str, int] = {}
         for record in self.records:
             for node in record.audit_state.banned:
@@ -69,8 +69,8 @@ class Ran:
         return found
 
 
-Arm = Callable[[Cheat], None]
-"""Makes a hostile node what it is."""
+Attack = Callable[[Cheat], None]
+"""Configures a malicious node."""
 
 
 def run(
@@ -80,15 +80,15 @@ def run(
     nodes: int,
     hostile: int,
     rounds: int,
-    arm: Arm | None = None,
-    judge: Callable[[frozenset[str]], VerdictPolicy] = lambda hostile: honest,
+    attack: Attack | None = None,
+    policy: Callable[[frozenset[str]], VerdictPolicy] = lambda hostile: honest,
     from_round: int = 1,
     seed: int = 11,
     **changes: object,
-) -> Ran:
-    """A run of ``nodes``, the last ``hostile`` of which are armed; without ``arm`` they are honest, too."""
-    shape = {"total": rounds, "inner_steps": STEPS, "start_members": nodes, "probation": 3}
-    settings = {"rounds": shape, "audits": AUDITS, "seed": seed} | changes
+) -> RunResult:
+    """Simulate ``nodes``, the last ``hostile`` of which attack. Without ``attack`` they are honest, too."""
+    rounds_config = {"total": rounds, "inner_steps": STEPS, "start_members": nodes, "probation": 3}
+    settings = {"rounds": rounds_config, "audits": AUDITS, "seed": seed} | changes
     config = load_config(write_config(directory, members=nodes, **settings))
     config = config.model_copy(update={"node": config.node.model_copy(update={"cache": cache})})
     identities = sorted(
@@ -97,27 +97,27 @@ def run(
     )
     manifest = launch(config, identities[0].peer_id).manifest
     swarm = Swarm(from_round)
-    liars = frozenset(one.peer_id for one in identities[nodes - hostile :]) if arm else frozenset()
+    malicious = frozenset(one.peer_id for one in identities[nodes - hostile :]) if attack else frozenset()
     replicas: dict[str, Replica] = {}
     for identity in identities:
-        kind = Cheat if identity.peer_id in liars else Honest
+        kind = Cheat if identity.peer_id in malicious else Honest
         one = replica(manifest, config.node, identity, kind=kind)
         one.swarm = swarm  # type: ignore[attr-defined]
         one.trace_recorder.bundles = AuditBundleStore(directory / identity.peer_id / "audits")
-        if arm is not None and isinstance(one, Cheat):
-            arm(one)
+        if attack is not None and isinstance(one, Cheat):
+            attack(one)
         replicas[identity.peer_id] = one
-    ran = Ran(hostile=liars)
-    audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, judge(liars))
+    result = RunResult(hostile=malicious)
+    audits = SimulatedAudits(replicas, manifest.run_id, rules_of(manifest).audits, policy(malicious))
     for record, _ in simulate_rounds(manifest, replicas, audit=audits.statements_after):
-        ran.records.append(record)
-    ran.credits = fold(rules_of(manifest), ran.records)
-    ran.loss = heldout_loss(replicas[identities[0].peer_id])
-    return ran
+        result.records.append(record)
+    result.credits = fold(rules_of(manifest), result.records)
+    result.loss = heldout_loss(replicas[identities[0].peer_id])
+    return result
 
 
 def heldout_loss(one: Replica) -> float:
-    """Nats a token, on the whole held-out set."""
+    """Return the loss on the whole held-out set, nats per token."""
     with torch.no_grad():
         total, tokens = one.heldout_loss(0, 1)
     return total / tokens

@@ -1,4 +1,4 @@
-"""The processes of a run, each in a namespace, on a disk and by a clock of its own, and what can befall them."""
+"""The processes of a run, each with its own network namespace, disk and clock, and the faults that can hit them."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ HALF = "half"
 
 
 @dataclass(frozen=True)
-class Spot:
-    """Where one process lives. Without a disk or a clock it uses the machine's."""
+class Host:
+    """The environment of one process. Without a disk or a clock it uses the machine's."""
 
     place: Place
     disk: Disk | None
     clock: Clock | None
 
 
-class World(Swarm):
-    """A swarm in which everybody has a :class:`Spot`. ``config`` is set before anybody is begun."""
+class Testbed(Swarm):
+    """A swarm in which every process has a :class:`Host`. ``config`` must be set before any process starts."""
 
     def __init__(
-        self, directory: Path, spots: dict[str, Spot], standbys: Sequence[str], strangers: Sequence[str]
+        self, directory: Path, hosts: dict[str, Host], standbys: Sequence[str], without_data: Sequence[str]
     ) -> None:
-        """``strangers`` have no text of the run to begin with."""
+        """``without_data``: nodes that start with an empty data cache."""
         super().__init__(directory, directory)
-        self.spots, self._standbys, self._strangers = spots, standbys, strangers
+        self.hosts, self._standbys, self._without_data = hosts, standbys, without_data
         self.frozen: set[str] = set()
 
     def begin(self, name: str) -> None:
-        """Start what ``name`` is, for the first time or again."""
+        """Start or restart ``name`` in its role."""
         place, config = ["--directory", str(self.directory / name)], str(self._config_of(name))
         if name == COORDINATOR:
             self.start(name, "coordinator", config, *place)
@@ -57,20 +57,20 @@ class World(Swarm):
             self.start(name, "join", self._invite_of(name), *place, "--config", config)
 
     def command(self, name: str, arguments: list[str]) -> list[str]:
-        return self.spots[name].place.command(arguments)
+        return self.hosts[name].place.command(arguments)
 
     def environment(self, name: str) -> dict[str, str]:
-        own = self.spots[name].clock
+        own = self.hosts[name].clock
         return own.environment if own else {}
 
     def end(self) -> None:
-        """Kill and reap whoever is still there."""
+        """Kill and reap all processes."""
         for process in self.processes.values():
             process.kill()
         for process in self.processes.values():
             process.wait()
 
-    # ------------------------------------------------------------------------------ what can befall
+    # -------------------------------------------------------------------------------------- faults
 
     def freeze(self, name: str) -> None:
         os.kill(self.processes[name].pid, signal.SIGSTOP)
@@ -82,62 +82,62 @@ class World(Swarm):
             os.kill(self.processes[name].pid, signal.SIGCONT)
 
     def cut(self, name: str) -> None:
-        """Nothing reaches ``name`` any more, and nothing that it sends arrives."""
+        """Cut all traffic to and from ``name``."""
         self._set_port(name, "down")
 
     def fill(self, name: str) -> None:
-        """No space is left on the disk of ``name``."""
-        if disk := self.spots[name].disk:
+        """Fill the disk of ``name``."""
+        if disk := self.hosts[name].disk:
             disk.fill()
 
     def free(self, name: str) -> None:
-        if disk := self.spots[name].disk:
+        if disk := self.hosts[name].disk:
             disk.free()
 
     def set_clock(self, name: str, seconds: float) -> None:
-        """The clock of ``name`` is ``seconds`` ahead from now on."""
-        if own := self.spots[name].clock:
+        """Set the clock of ``name`` ``seconds`` ahead."""
+        if own := self.hosts[name].clock:
             own.set(seconds)
 
     def heal(self, name: str) -> None:
         self._set_port(name, "up")
 
     def part(self, names: Sequence[str]) -> None:
-        """From now on ``names`` reach only each other, and the others too."""
+        """Partition the network: ``names`` reach only each other, and so do the others."""
         for name in names:
             self._set_port(name, "master", HALF)
 
     def unite(self) -> None:
-        for name in self.spots:
+        for name in self.hosts:
             self._set_port(name, "master", "hub")
 
     def _set_port(self, name: str, *state: str) -> None:
-        place = self.spots[name].place
+        place = self.hosts[name].place
         _ip("-n", place.hub, "link", "set", place.port, *state)
 
     # -------------------------------------------------------------------------------------- helpers
 
     def _config_of(self, name: str) -> Path:
-        """The run's configuration with this process's own address in it."""
+        """Write the run's configuration with this process's own address."""
         tree = yaml.safe_load(self.config.read_text())
-        tree["node"]["listen"] = [f"/ip4/{self.spots[name].place.address}/tcp/0"]
-        if name in self._strangers:
+        tree["node"]["listen"] = [f"/ip4/{self.hosts[name].place.address}/tcp/0"]
+        if name in self._without_data:
             tree["node"]["cache"] = str(self.directory / name / "cache")
         path = self.directory / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
 
     def _invite_of(self, name: str) -> str:
-        """The operator's invite; a newcomer is brought in by a member that runs."""
-        if name in self._strangers and not (self.directory / name / "peers.json").exists():
+        """Return the operator's invite, or for a new node without data one from a running member."""
+        if name in self._without_data and not (self.directory / name / "peers.json").exists():
             for member in sorted(self.processes):
                 with contextlib.suppress(PsycheError):
                     return invite_from(self.directory / member).encode()
         return f"@{self.directory / COORDINATOR / 'invite'}"
 
 
-def why_not() -> str | None:
-    """Why this machine cannot have such a world, or None."""
+def missing_requirement() -> str | None:
+    """Return why this machine cannot host a testbed, or None."""
     if os.geteuid() != 0:
         return "namespaces and mounts need root"
     if clock.compiler() is None:
@@ -150,41 +150,41 @@ def why_not() -> str | None:
 
 
 @contextlib.contextmanager
-def world(
+def make_testbed(
     directory: Path,
     names: Sequence[str],
     *,
     standbys: Sequence[str] = (),
-    strangers: Sequence[str] = (),
+    without_data: Sequence[str] = (),
     plain: bool = False,
-) -> Iterator[World]:
-    """A world for processes of these ``names``. All of it is gone when the block is left; their logs are not.
+) -> Iterator[Testbed]:
+    """Yield a testbed for processes of these ``names``; only their logs remain afterwards.
 
-    ``plain``: network, disk and clock are the machine's, and are not to be touched.
+    ``plain``: use the machine's network, disk and clock, and leave them alone.
     """
     directory.mkdir(parents=True)
     with contextlib.ExitStack() as undo:
-        spots = _plain(names) if plain else _made(directory, names, undo)
-        running = World(directory, spots, standbys, strangers)
+        hosts = _plain_hosts(names) if plain else _isolated_hosts(directory, names, undo)
+        running = Testbed(directory, hosts, standbys, without_data)
         undo.callback(running.end)
         yield running
 
 
-def _plain(names: Sequence[str]) -> dict[str, Spot]:
-    return {name: Spot(place, None, None) for name, place in zip(names, on_loopback(len(names)), strict=True)}
+def _plain_hosts(names: Sequence[str]) -> dict[str, Host]:
+    return {name: Host(place, None, None) for name, place in zip(names, on_loopback(len(names)), strict=True)}
 
 
-def _made(directory: Path, names: Sequence[str], undo: contextlib.ExitStack) -> dict[str, Spot]:
+def _isolated_hosts(directory: Path, names: Sequence[str], undo: contextlib.ExitStack) -> dict[str, Host]:
     library = clock.build(directory)
     places = undo.enter_context(shaped([Link()] * len(names)))
     _ip("-n", places[0].hub, "link", "add", HALF, "type", "bridge")
     _ip("-n", places[0].hub, "link", "set", HALF, "up")
-    spots = {}
+    hosts = {}
     for name, place in zip(names, places, strict=True):
         disk = Disk(directory / name, DISK_BYTES)
         undo.callback(disk.close)
-        spots[name] = Spot(place, disk, Clock(directory / f"{name}.clock", library))
-    return spots
+        hosts[name] = Host(place, disk, Clock(directory / f"{name}.clock", library))
+    return hosts
 
 
 def _ip(*arguments: str) -> None:

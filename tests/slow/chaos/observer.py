@@ -1,7 +1,7 @@
-"""What is seen of a run from outside while it goes on: who certified what when, by this process's clock, and payloads.
+"""Records a run from outside: who certified which round when, on this process's clock, and all payloads.
 
-Event logs have times of their own, from clocks that jump here. Payloads are kept by nodes for some rounds only; all
-that any of them ever took is copied.
+Clocks of the observed processes jump, so the times in event logs are unusable. Nodes keep payloads for a few rounds
+only, so they are copied.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from psyche.exchange.payload_journal import DIRECTORY as JOURNAL
 from psyche.telemetry.event_log import LOG_NAME
 from psyche.telemetry.events import AnyEvent, RoundCertified
 from tests.processes.swarm import alive, descendants
-from tests.slow.chaos.world import World
+from tests.slow.chaos.testbed import Testbed
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 COUNT_SECONDS = 2.0
 
 
 @dataclass
-class Seen:
-    """Times are of ``time.monotonic``, right within ``LOOK_SECONDS`` and what a look takes."""
+class Observations:
+    """Times are of ``time.monotonic``, accurate to ``POLL_SECONDS`` plus the duration of a poll."""
 
     first: dict[int, float] = field(default_factory=dict)
-    """When anybody was first seen to have a round certified."""
+    """When the first process was seen to have a round certified."""
     own: dict[str, dict[int, float]] = field(default_factory=dict)
-    """When each process was seen to have gone through a round with the others."""
+    """When each process was seen to complete a round with the others."""
     accepted: dict[int, frozenset[str]] = field(default_factory=dict)
-    """Whose work a round took, by PeerID."""
+    """PeerIDs whose work each round accepted."""
 
     @property
     def newest(self) -> int:
         return max(self.first, default=0)
 
     def next_after(self, moment: float, name: str | None = None) -> float | None:
-        """When the next round was certified, by anybody or with ``name`` taking part; None where none was."""
+        """Return when the next round was certified (with ``name`` taking part, if given), or None."""
         times = self.first if name is None else self.own.get(name, {})
         return min((at for at in times.values() if at > moment), default=None)
 
 
-class Watch:
-    """Looks on a thread of its own while the block is not left."""
+class RunObserver:
+    """Polls on a thread of its own inside the ``with`` block."""
 
-    def __init__(self, world: World, payloads: Path) -> None:
-        self.seen, self._below = Seen(), set[tuple[int, str]]()
+    def __init__(self, world: Testbed, payloads: Path) -> None:
+        self.seen, self._descendants = Observations(), set[tuple[int, str]]()
         self._world, self._payloads = world, payloads
         self._logs: dict[str, BinaryIO] = {}
         self._decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look_on)
+        self._thread = threading.Thread(target=self._poll)
         self._failure: BaseException | None = None
         payloads.mkdir()
 
@@ -76,29 +76,29 @@ class Watch:
             raise self._failure
 
     def orphans(self) -> list[int]:
-        """Which of all that the run's processes ever started, as far as was seen, is still there."""
-        return [pid for pid, born in self._below if alive(pid) and _born(pid) == born]
+        """Return the observed processes of the run that are still alive."""
+        return [pid for pid, born in self._descendants if alive(pid) and _start_time(pid) == born]
 
-    def _look_on(self) -> None:
+    def _poll(self) -> None:
         try:
             counted = 0.0
             while True:
                 last = self._done.is_set()
-                for name in self._world.spots:
+                for name in self._world.hosts:
                     self._read(name)
                     self._collect(self._world.directory / name / JOURNAL)
                 if time.monotonic() - counted > COUNT_SECONDS:
                     counted = time.monotonic()
                     for process in list(self._world.processes.values()):
-                        self._below |= {(pid, _born(pid)) for pid in descendants(process.pid)}
+                        self._descendants |= {(pid, _start_time(pid)) for pid in descendants(process.pid)}
                 if last:
                     return
-                self._done.wait(LOOK_SECONDS)
+                self._done.wait(POLL_SECONDS)
         except BaseException as error:
             self._failure = error
 
     def _read(self, name: str) -> None:
-        """What is new in a log. A line that is being written is taken the next time."""
+        """Read the new lines of a log. An incomplete line is read next time."""
         path = self._world.directory / name / LOG_NAME
         if name not in self._logs:
             if not path.exists():
@@ -121,7 +121,7 @@ class Watch:
         self.seen.accepted.setdefault(event.round, frozenset(event.accepted))
 
     def _collect(self, journal: Path) -> None:
-        """Copy what is new in a journal. A file has its name there only once it is whole, and may be dropped."""
+        """Copy new files of a journal: a file gets its name only when complete, and may be deleted at any time."""
         with contextlib.suppress(OSError):
             for path in journal.glob("*.blob"):
                 kept = self._payloads / path.name
@@ -131,8 +131,8 @@ class Watch:
                     draft.rename(kept)
 
 
-def _born(pid: int) -> str:
-    """Tells a process from a later one with the same pid; empty where there is none."""
+def _start_time(pid: int) -> str:
+    """Return the start time of a process, to recognise a reused pid; empty if there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

@@ -1,4 +1,4 @@
-"""Plays a schedule of faults on a world, and is the service manager that starts again what has ended by itself."""
+"""Applies a schedule of faults to a testbed, and restarts processes that exit on their own."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from math import inf
 
 from tests.processes.swarm import PATIENCE
 from tests.slow.chaos.faults import Fault
-from tests.slow.chaos.watch import Seen
-from tests.slow.chaos.world import World
+from tests.slow.chaos.observer import Observations
+from tests.slow.chaos.testbed import Testbed
 
-AGAIN_SECONDS = 5.0
-"""After which what has ended by itself is started again."""
+RESTART_SECONDS = 5.0
+"""Delay before a process that exited on its own is restarted."""
 LINGER_SECONDS = 20.0
-"""How long after it was undone a fault may still be why a process ends."""
+"""How long after its end a fault may still explain an exit."""
 STOPPED = 130
 REASONS = {
     "disk full": re.compile(r"no space|disk .*full|disk is full|database or disk|disk: .* free at", re.IGNORECASE),
     "network": re.compile(r"bootstrap nodes could be joined|could not get"),
 }
-"""What a process may say when it ends by itself, by what has to be going on."""
+"""Last lines of output that explain an exit, by cause."""
 
 
 @dataclass
-class Done:
-    """A fault that met a process it could happen to, by ``time.monotonic``."""
+class AppliedFault:
+    """A fault that was applied; times are of ``time.monotonic``."""
 
     fault: Fault
     began: float
@@ -36,36 +36,36 @@ class Done:
 
 
 @dataclass
-class Ended:
-    """A process that ended by itself."""
+class UnpromptedExit:
+    """A process that exited on its own."""
 
     name: str
     code: int
-    said: str
+    last_line: str
     during: tuple[str, ...]
-    """Kinds of faults that it suffered then, or a little before."""
+    """Kinds of faults that were active then or shortly before."""
 
 
 @dataclass
-class Conductor:
-    """``done`` and ``ended`` are what happened."""
+class FaultInjector:
+    """``done`` and ``ended`` record what happened."""
 
-    world: World
-    seen: Seen
-    done: list[Done] = field(default_factory=list)
-    ended: list[Ended] = field(default_factory=list)
+    world: Testbed
+    seen: Observations
+    done: list[AppliedFault] = field(default_factory=list)
+    ended: list[UnpromptedExit] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
-    """Nodes that are gone for good."""
+    """Nodes that left for good."""
     present: list[str] = field(default_factory=list)
-    """Everybody else who was begun."""
+    """All other nodes that were started."""
     leaving_seconds: list[float] = field(default_factory=list)
-    """From Ctrl-C to the exit of each that left in the course of the story."""
+    """Seconds from Ctrl-C to exit of each node that left during the schedule."""
     _leaving: dict[str, float] = field(default_factory=dict)
-    """When each that leaves now was told to."""
+    """When each node that is leaving was told to."""
     _away: set[str] = field(default_factory=set)
-    """Who must not be started now."""
+    """Processes that must not be restarted now."""
     _down: dict[str, float] = field(default_factory=dict)
-    """When who has ended by itself did."""
+    """When each process that exited on its own did so."""
 
     def begin(self, *names: str) -> None:
         """Start processes, for the first time or again."""
@@ -75,66 +75,69 @@ class Conductor:
             if name not in self.present:
                 self.present.append(name)
 
-    def play(self, schedule: Sequence[Fault], seconds: float) -> None:
-        """All of ``schedule``, and what undoes it; then everybody who has not left for good is there again."""
+    def run_schedule(self, schedule: Sequence[Fault], seconds: float) -> None:
+        """Apply ``schedule`` and undo each fault.
+
+        At the end every node that did not leave for good is running.
+        """
         began = time.monotonic()
         steps: list[tuple[float, Fault, bool]] = [(fault.at, fault, False) for fault in schedule]
         steps += [(min(fault.at + fault.length, seconds), fault, True) for fault in schedule if fault.length < inf]
-        open: dict[int, Done] = {}
+        active: dict[int, AppliedFault] = {}
         for at, fault, undo in sorted(steps, key=lambda step: (step[0], step[2])):
             self._wait_until(began + at)
-            if not undo and self._happen(fault):
-                open[id(fault)] = Done(fault, time.monotonic())
-                self.done.append(open[id(fault)])
-            elif undo and id(fault) in open:
+            if not undo and self._apply(fault):
+                active[id(fault)] = AppliedFault(fault, time.monotonic())
+                self.done.append(active[id(fault)])
+            elif undo and id(fault) in active:
                 self._undo(fault)
-                open[id(fault)].undone = time.monotonic()
+                active[id(fault)].undone = time.monotonic()
         self._wait_until(began + seconds)
 
-    def tend(self) -> None:
-        """Reap who has ended, and start again who should be there."""
+    def supervise(self) -> None:
+        """Reap processes that exited, and restart those that should be running."""
         for name, process in list(self.world.processes.items()):
             if (code := process.poll()) is None:
                 continue
             del self.world.processes[name]
             told = self._leaving.pop(name, None)
-            if told is not None and code in (STOPPED, -signal.SIGINT):  # the latter where it had only begun to start
+            if told is not None and code in (STOPPED, -signal.SIGINT):  # the latter if it was still starting
                 self.leaving_seconds.append(time.monotonic() - told)
             else:
                 last = self.world.output(name).strip().splitlines()[-1:]
-                self.ended.append(Ended(name, code, "".join(last), self._going_on(name)))
+                self.ended.append(UnpromptedExit(name, code, "".join(last), self._active_faults(name)))
                 self._down[name] = time.monotonic()
         for name, since in list(self._down.items()):
-            if time.monotonic() - since > AGAIN_SECONDS and name not in self._away:
+            if time.monotonic() - since > RESTART_SECONDS and name not in self._away:
                 self.begin(name)
 
     def wait_for_all(self, nodes: dict[str, str], seconds: float) -> int:
-        """The first round from now on that every one of ``nodes`` (name -> PeerID) contributed to."""
+        """Return the next round that every one of ``nodes`` (name -> PeerID) contributes to."""
         reached, until = self.seen.newest, time.monotonic() + seconds
         while time.monotonic() < until:
             for round_number, accepted in sorted(self.seen.accepted.items()):
                 if round_number > reached and accepted >= set(nodes.values()):
                     return round_number
-            self.tend()
+            self.supervise()
             time.sleep(0.2)
-        raise AssertionError("\n\n".join(f"{name}: {self.world.output(name)[-1500:]}" for name in self.world.spots))
+        raise AssertionError("\n\n".join(f"{name}: {self.world.output(name)[-1500:]}" for name in self.world.hosts))
 
     def stop_all(self) -> None:
-        """Ctrl-C for everybody at once; all leave cleanly."""
+        """Send Ctrl-C to all processes at once, and check that all leave gracefully."""
         for process in self.world.processes.values():
             process.send_signal(signal.SIGINT)
         for name in sorted(self.world.processes):
             code = self.world.join(name)
             assert code == STOPPED, (name, code, self.world.output(name)[-3000:])
 
-    def unexplained(self) -> list[Ended]:
-        """Who ended by itself for another reason than one that was given it."""
+    def unexplained(self) -> list[UnpromptedExit]:
+        """Return the exits that no injected fault explains."""
         return [one for one in self.ended if not _explained(one)]
 
     # ------------------------------------------------------------------------------------ one fault
 
-    def _happen(self, fault: Fault) -> bool:
-        """Whether it could happen: who has ended by itself meanwhile cannot be killed."""
+    def _apply(self, fault: Fault) -> bool:
+        """Apply the fault. Return False if it could not be: a process that has exited cannot be killed."""
         world, name = self.world, fault.target
         match fault.kind:
             case "join":
@@ -185,9 +188,9 @@ class Conductor:
                 world.thaw(name)
             case "kill" | "restart" | "leave":
                 until = time.monotonic() + PATIENCE
-                while name in world.processes:  # it takes its time to leave
+                while name in world.processes:  # leaving takes a while
                     assert time.monotonic() < until, f"{name} did not leave: {world.output(name)[-3000:]}"
-                    self.tend()
+                    self.supervise()
                     time.sleep(0.1)
                 self._away.discard(name)
                 self.begin(name)
@@ -198,18 +201,18 @@ class Conductor:
         self._away.add(name)
         self._down.pop(name, None)
 
-    def _going_on(self, name: str) -> tuple[str, ...]:
+    def _active_faults(self, name: str) -> tuple[str, ...]:
         now = time.monotonic()
-        there = [done.fault for done in self.done if now < done.undone + LINGER_SECONDS]
-        return tuple(fault.kind for fault in there if fault.target == name or fault.kind == "partition")
+        recent = [done.fault for done in self.done if now < done.undone + LINGER_SECONDS]
+        return tuple(fault.kind for fault in recent if fault.target == name or fault.kind == "partition")
 
     def _wait_until(self, moment: float) -> None:
         while (left := moment - time.monotonic()) > 0:
-            self.tend()
+            self.supervise()
             time.sleep(min(left, 0.2))
 
 
-def _explained(one: Ended) -> bool:
-    if "disk full" in one.during and REASONS["disk full"].search(one.said):
+def _explained(one: UnpromptedExit) -> bool:
+    if "disk full" in one.during and REASONS["disk full"].search(one.last_line):
         return True
-    return bool(REASONS["network"].search(one.said))
+    return bool(REASONS["network"].search(one.last_line))
