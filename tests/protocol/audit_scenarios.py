@@ -1,4 +1,4 @@
-"""Rounds in which nothing happens but audits: contributions by name, auditors by what they say."""
+"""Rounds that only contribute and audit: contributions by node name, verdicts by a policy."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ UNSURE = Finding("measured", 30_000, 0, 1)
 FALSE = Finding("false", 0, 0, 0)
 UNSERVED = Finding("unserved", 0, 0, 0)
 
-Says = Callable[[str, Audit], Finding | None]
-"""What an auditor finds; None: it never answers."""
+FindingPolicy = Callable[[str, Audit], Finding | None]
+"""Returns what an auditor finds, or None if it never answers."""
 
 
 def signed(node: str, round_number: int, body: Body) -> bytes:
-    """An envelope with no true signature."""
+    """Return an envelope with a dummy signature."""
     return encode_envelope(Envelope(body.DOMAIN, RUN_ID, round_number, node, body.encode(), bytes(64)))
 
 
@@ -43,13 +43,13 @@ def verdict(node: str, audit: Audit, finding: Finding) -> Verdict:
     return Verdict(audit.accused, audit.round, finding, digest("salt", node.encode(), audit.accused.encode()))
 
 
-def said(node: str, body: AuditStatement) -> StatementReceived:
+def received(node: str, body: AuditStatement) -> StatementReceived:
     return StatementReceived(node, body, signed(node, body.round, body))
 
 
 @dataclass
-class Court:
-    """A run's dockets, round by round."""
+class AuditedRounds:
+    """The audit state of a run, round by round."""
 
     nodes: Sequence[str]
     rules: Rules
@@ -61,7 +61,7 @@ class Court:
     opened: list[Audit] = field(default_factory=list)
     suspects: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
-    """Who contributes nothing."""
+    """Nodes that contribute nothing."""
 
     @property
     def members(self) -> list[str]:
@@ -77,8 +77,8 @@ class Court:
         members = tuple(Member(node, self.rules.inner_steps, weights.get(node, 0)) for node in self.members)
         return Plan(self.round + 1, self.round + 1, self.head, GENESIS, round_seed(self.head), 0, "gather", 0, members)
 
-    def next(self, statements: Sequence[StatementReceived], private: Sequence[str] = ()) -> AuditState:
-        """One round. Raises ``InvalidAudits``."""
+    def run_round(self, statements: Sequence[StatementReceived], private: Sequence[str] = ()) -> AuditState:
+        """Run one round. Raises ``InvalidAudits``."""
         plan = self.plan()
         given = tuple(Accepted(node, self._work(node, plan, node in private)) for node in self.members)
         after = audits_after(
@@ -106,22 +106,22 @@ class Court:
         self.opened += [audit for audit in after.audits if audit.since == plan.round and not audit.opinions]
         return after
 
-    def play(self, rounds: int, says: Says) -> None:
-        """Rounds in which whoever is asked answers at once, and shows its verdict as soon as it may."""
+    def run_rounds(self, rounds: int, policy: FindingPolicy) -> None:
+        """Run rounds in which auditors answer at once and reveal their verdicts as soon as allowed."""
         for _ in range(rounds):
             statements = [
-                said(node, body)
+                received(node, body)
                 for audit in self.audit_state.audits
                 for node in audit.candidates
-                if node not in self.audit_state.banned and (body := self._word(node, audit, says)) is not None
+                if node not in self.audit_state.banned and (body := self._statement(node, audit, policy)) is not None
             ]
-            self.next(list(admissible(self.audit_state, statements, self.round + 1, self.rules.audits)))
+            self.run_round(list(admissible(self.audit_state, statements, self.round + 1, self.rules.audits)))
 
-    def _word(self, node: str, audit: Audit, says: Says) -> SealedVerdict | Verdict | None:
+    def _statement(self, node: str, audit: Audit, policy: FindingPolicy) -> SealedVerdict | Verdict | None:
         mine = next((one for one in audit.opinions if one.auditor == node), None)
         if (mine is None and node not in asked(audit, self.round + 1, self.rules.audits)) or (mine and mine.finding):
             return None
-        finding = says(node, audit)
+        finding = policy(node, audit)
         if finding is None:
             return None
         full = verdict(node, audit, finding)

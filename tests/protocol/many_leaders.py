@@ -1,7 +1,7 @@
-"""Several coordinators and their members, without a network: who talks to whom, and who is down, the test decides.
+"""Several coordinators and their members without a network: the test decides who talks to whom and who is down.
 
-Members have a disk: an acceptor and a chain. Coordinators have one: an oath. All the rest is lost in a crash.
-Signatures are not made: that somebody signed is that its oath allowed it.
+A member's acceptor and chain and a coordinator's signed state survive a crash; all else is lost. Signatures are not
+computed: a coordinator signs whatever its signed state allows.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tests.protocol.one_leader import GENESIS, RUN_ID, contribution, root_after
 
 @dataclass
 class Voter:
-    """A member. What is above the line in ``crash`` is on its disk."""
+    """A member. :meth:`crash` keeps what is on disk: acceptor, accepted proposal, evidence and chain."""
 
     node: str
     acceptor: Acceptor = field(default_factory=Acceptor)
@@ -57,46 +57,46 @@ class Voter:
     evidence: tuple[dict[str, tuple[bytes, bytes]], dict[str, tuple[Contribution, bytes]]] = ({}, {})
     chain: Chain = field(default_factory=lambda: Chain(0, RUN_ID, GENESIS, 0))
     last: Record | None = None
-    """Certified, and applied."""
+    """The last record, certified and applied."""
     plan: Plan | None = None
-    shown: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
-    opened: dict[str, tuple[Contribution, bytes]] = field(default_factory=dict)
+    commitments: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    reveals: dict[str, tuple[Contribution, bytes]] = field(default_factory=dict)
     up: bool = True
 
     def crash(self) -> None:
-        self.plan, self.shown, self.opened, self.up = None, {}, {}, False
+        self.plan, self.commitments, self.reveals, self.up = None, {}, {}, False
 
 
-class Seat:
+class Coordinator:
     """A coordinator."""
 
-    def __init__(self, parliament: Parliament, place: int) -> None:
-        self.parliament, self.place = parliament, place
+    def __init__(self, cluster: Cluster, index: int) -> None:
+        self.cluster, self.index = cluster, index
         self.signed_state = SignedState()
         self.crash()
 
     def crash(self) -> None:
         self.up = self.leads = False
-        self.state = State.initial(self.parliament.rules)
+        self.state = State.initial(self.cluster.rules)
         self.later = 0
         self.proposal: Proposal | None = None
-        """Shown to members."""
+        """The proposal that members see."""
         self.unsigned: tuple[int, Record] | None = None
         self.unsealed: Record | None = None
         self.certificate: Record | None = None
-        self.overruled: SignatureConflict | None = None
-        self.unsigned_by_enough: CosignersUnreachable | None = None
+        self.conflict: SignatureConflict | None = None
+        self.unreachable: CosignersUnreachable | None = None
 
     def begin(self) -> None:
         self.up = self.leads = True
         self.signed_state = lead(
-            self.signed_state, self.place, self.parliament.rules.coordinators, max(self.later, self.state.term)
+            self.signed_state, self.index, self.cluster.rules.coordinators, max(self.later, self.state.term)
         )
-        self.state = State.initial(self.parliament.rules, self.signed_state.term)
+        self.state = State.initial(self.cluster.rules, self.signed_state.term)
         self.proposal = self.unsigned = self.unsealed = self.certificate = None
 
     def send(self, event: Event) -> None:
-        self.state, effects = tick(self.parliament.rules, self.state, event, self.parliament.now)
+        self.state, effects = tick(self.cluster.rules, self.state, event, self.cluster.now)
         for effect in effects:
             match effect:
                 case Planned() | Abandoned():
@@ -108,120 +108,122 @@ class Seat:
         self.sign()
 
     def sign(self) -> None:
-        """Ask the others that can be reached for what is missing."""
+        """Collect missing signatures and seals from the reachable coordinators."""
         if self.unsigned is not None:
             term, record = self.unsigned
-            if not record.reconfiguration or self.parliament.reconfiguration(self, record):
+            if not record.reconfiguration or self.cluster.reconfiguration(self, record):
                 self.proposal, self.unsigned = Proposal(term, record, ()), None
-        if self.unsealed is not None and self.parliament.sealed(self, self.unsealed):
+        if self.unsealed is not None and self.cluster.sealed(self, self.unsealed):
             self.certificate, self.unsealed = self.unsealed, None
 
 
-class Parliament:
-    """Everybody, a clock, and an inspector of the one promise: no round is certified twice."""
+class Cluster:
+    """All members and coordinators and a clock; checks that no round is certified twice."""
 
     def __init__(self, rules: Rules, nodes: Sequence[str]) -> None:
         self.rules, self.now = rules, 1000.0
         self.voters = [Voter(node) for node in nodes]
-        self.seats = [Seat(self, place) for place in range(rules.coordinators)]
+        self.coordinators = [Coordinator(self, index) for index in range(rules.coordinators)]
         self.certified: dict[int, Record] = {}
-        self.rosters: set[tuple[bytes, int, tuple[str, ...]]] = set()
+        self.reconfigurations: set[tuple[bytes, int, tuple[str, ...]]] = set()
         self.cut: set[frozenset[int]] = set()
         """Pairs of coordinators that cannot reach each other."""
-        for seat in self.seats:
-            seat.up = True
-        self.seats[0].begin()
+        for coordinator in self.coordinators:
+            coordinator.up = True
+        self.coordinators[0].begin()
 
     # ------------------------------------------------------------------------------ coordinators
 
-    def reached(self, seat: Seat) -> list[Seat]:
-        return [seat] + [
+    def reached(self, coordinator: Coordinator) -> list[Coordinator]:
+        return [coordinator] + [
             one
-            for one in self.seats
-            if one is not seat and one.up and frozenset((one.place, seat.place)) not in self.cut
+            for one in self.coordinators
+            if one is not coordinator and one.up and frozenset((one.index, coordinator.index)) not in self.cut
         ]
 
-    def reconfiguration(self, seat: Seat, record: Record) -> bool:
-        """Whether the roster that ``record`` is under is in force, now that ``seat`` has asked for signatures."""
+    def reconfiguration(self, coordinator: Coordinator, record: Record) -> bool:
+        """Collect signatures for the record's reconfiguration; return whether it is in force."""
         key = (record.plan.previous, record.reconfiguration, record.electorate)
-        if key in self.rosters:
+        if key in self.reconfigurations:
             return True
         number, previous = record.plan.round, record.plan.previous
         needed = signatures_needed(self.rules.coordinators)
-        seat.unsigned_by_enough = None
-        if len(self.reached(seat)) < needed:  # so it does not sign itself, either
-            seat.unsigned_by_enough = CosignersUnreachable(record.hash)
+        coordinator.unreachable = None
+        if len(self.reached(coordinator)) < needed:  # so it does not sign itself
+            coordinator.unreachable = CosignersUnreachable(record.hash)
             return False
         signed = self.gather(
-            seat,
+            coordinator,
             record,
             lambda signed_state: sign_reconfiguration(
                 signed_state, number, previous, record.reconfiguration, record.electorate
             ),
         )
         if signed >= needed:
-            self.rosters.add(key)
-            seat.overruled = None
-        return key in self.rosters
+            self.reconfigurations.add(key)
+            coordinator.conflict = None
+        return key in self.reconfigurations
 
-    def sealed(self, seat: Seat, record: Record) -> bool:
+    def sealed(self, coordinator: Coordinator, record: Record) -> bool:
         number, previous = record.plan.round, record.plan.previous
         given = self.gather(
-            seat, record, lambda signed_state: seal(signed_state, number, previous, record.reconfiguration, record.hash)
+            coordinator,
+            record,
+            lambda signed_state: seal(signed_state, number, previous, record.reconfiguration, record.hash),
         )
         if given < seals_needed(self.rules.coordinators):
             return False
-        seat.overruled = None
+        coordinator.conflict = None
         known = self.certified.setdefault(number, record)
         assert known.hash == record.hash, f"round {number} was certified twice"
         return True
 
-    def gather(self, seat: Seat, record: Record, swear: Callable[[SignedState], SignedState]) -> int:
-        """How many sign; why others do not is told to ``seat``'s machine with the next tick."""
+    def gather(self, coordinator: Coordinator, record: Record, sign: Callable[[SignedState], SignedState]) -> int:
+        """Return how many coordinators sign. Conflicts are reported to ``coordinator`` with the next tick."""
         signed = 0
-        for one in self.reached(seat):
+        for one in self.reached(coordinator):
             try:
-                one.signed_state = swear(one.signed_state)
+                one.signed_state = sign(one.signed_state)
                 signed += 1
             except ConflictingSignature as reason:
-                known = seat.overruled.reconfiguration if seat.overruled else 0
-                if seat.overruled is None or reason.reconfiguration > known:
-                    seat.overruled = SignatureConflict(
+                known = coordinator.conflict.reconfiguration if coordinator.conflict else 0
+                if coordinator.conflict is None or reason.reconfiguration > known:
+                    coordinator.conflict = SignatureConflict(
                         record.hash, reason.reconfiguration, b"" if reason.reconfiguration else reason.sealed
                     )
         return signed
 
     # ----------------------------------------------------------------------------------- members
 
-    def talk(self, voter: Voter, seat: Seat) -> None:
-        """One turn of a member that has this coordinator's board in front of it."""
-        if not (voter.up and seat.up and seat.leads):
+    def talk(self, voter: Voter, coordinator: Coordinator) -> None:
+        """Let a member take one turn with this coordinator's run status."""
+        if not (voter.up and coordinator.up and coordinator.leads):
             return
-        state = seat.state
+        state = coordinator.state
         try:
             acceptor = promise(voter.acceptor, state.lead_term)
         except Refusal:
-            seat.later = max(seat.later, voter.acceptor.promised, voter.acceptor.term)
+            coordinator.later = max(coordinator.later, voter.acceptor.promised, voter.acceptor.term)
             return
         if voter.node not in state.peers:
             if voter.last is not None:
-                seat.send(Restored(voter.last))
-                if seat.state.head == voter.last.hash and seat.certificate is None:
-                    seat.certificate = voter.last
-            seat.send(Arrived(voter.node, voter.chain.state_root, "cpu", voter.chain.rounds))
-        seat.send(Seen(voter.node))
-        if voter.node not in seat.state.promises:
+                coordinator.send(Restored(voter.last))
+                if coordinator.state.head == voter.last.hash and coordinator.certificate is None:
+                    coordinator.certificate = voter.last
+            coordinator.send(Arrived(voter.node, voter.chain.state_root, "cpu", voter.chain.rounds))
+        coordinator.send(Seen(voter.node))
+        if voter.node not in coordinator.state.promises:
             voter.acceptor = acceptor
-            seat.send(self.promised(voter, seat.state.lead_term))
-        if seat.certificate is not None and seat.certificate.plan.round > voter.chain.rounds:
-            self.apply(voter, seat, seat.certificate)
-        elif (known := seat.state.round) is None or known.plan.previous == voter.chain.head:
-            self.take_part(voter, seat)
+            coordinator.send(self.promised(voter, coordinator.state.lead_term))
+        if coordinator.certificate is not None and coordinator.certificate.plan.round > voter.chain.rounds:
+            self.apply(voter, coordinator, coordinator.certificate)
+        elif (known := coordinator.state.round) is None or known.plan.previous == voter.chain.head:
+            self.take_part(voter, coordinator)
 
     def promised(self, voter: Voter, term: int) -> Promised:
         accepted = voter.accepted
         recent = accepted is not None and accepted.record.plan.round == voter.chain.rounds + 1
-        evidence = voter.evidence if recent else (voter.shown, voter.opened)
+        evidence = voter.evidence if recent else (voter.commitments, voter.reveals)
         plan = voter.plan if voter.plan and voter.plan.round == voter.chain.rounds + 1 else None
         return Promised(
             node=voter.node,
@@ -234,89 +236,93 @@ class Parliament:
             contributions=evidence[1] if recent or plan else {},
         )
 
-    def apply(self, voter: Voter, seat: Seat, record: Record) -> None:
-        """Take the outer step, or the state of those who did."""
+    def apply(self, voter: Voter, coordinator: Coordinator, record: Record) -> None:
+        """Apply the record, or fetch the resulting state."""
         position = next_position(record.plan, self.rules.batch_size, self.rules.overlap_steps)
         root = root_after(record)
         voter.chain = Chain(record.plan.round, record.hash, root, position, record.standing)
-        voter.last, voter.plan, voter.shown, voter.opened = record, None, {}, {}
-        current = seat.state.round
+        voter.last, voter.plan, voter.commitments, voter.reveals = record, None, {}, {}
+        current = coordinator.state.round
         if current is not None and current.certified and current.plan.round == record.plan.round:
-            seat.send(Attested(voter.node, record.plan.round, root))
+            coordinator.send(Attested(voter.node, record.plan.round, root))
         else:
-            seat.send(Arrived(voter.node, root, "cpu", voter.chain.rounds))
+            coordinator.send(Arrived(voter.node, root, "cpu", voter.chain.rounds))
 
-    def take_part(self, voter: Voter, seat: Seat) -> None:
-        current = seat.state.round
+    def take_part(self, voter: Voter, coordinator: Coordinator) -> None:
+        current = coordinator.state.round
         if current is None:
-            if seat.state.peers[voter.node].state_root != voter.chain.state_root:
-                seat.send(Arrived(voter.node, voter.chain.state_root, "cpu", voter.chain.rounds))
+            if coordinator.state.peers[voter.node].state_root != voter.chain.state_root:
+                coordinator.send(Arrived(voter.node, voter.chain.state_root, "cpu", voter.chain.rounds))
             return
         plan, node = current.plan, voter.node
         member = plan.member(node) is not None
         if not member and node not in voter.chain.weights:
             return
         if voter.plan != plan:
-            voter.plan, voter.shown, voter.opened = plan, {}, {}
+            voter.plan, voter.commitments, voter.reveals = plan, {}, {}
         given = contribution(node, plan, self.rules)
         commitment = given.commitment(node, RUN_ID, plan.round)
         if current.stage is Stage.COMMITTING:
             if member and node not in current.commitments:
-                seat.send(Committed(node, plan.round, plan.term, commitment, b""))
+                coordinator.send(Committed(node, plan.round, plan.term, commitment, b""))
             return
-        if not voter.shown:
-            voter.shown = dict(current.commitments)
-        voter.opened |= {one: shown for one, shown in current.contributions.items() if one in voter.shown}
+        if not voter.commitments:
+            voter.commitments = dict(current.commitments)
+        voter.reveals |= {one: reveal for one, reveal in current.contributions.items() if one in voter.commitments}
         if node in current.commitments and node not in current.contributions:
-            seat.send(Revealed(node, plan.round, given, b""))
+            coordinator.send(Revealed(node, plan.round, given, b""))
         elif member and (current.proposal is None or not current.holdings.get(node)):
-            seat.send(Fetched(node, plan.round, frozenset(current.contributions)))
-        if seat.proposal is not None and seat.state.round is not None and not seat.state.round.certified:
-            self.vote(voter, seat, seat.proposal)
+            coordinator.send(Fetched(node, plan.round, frozenset(current.contributions)))
+        if (
+            coordinator.proposal is not None
+            and coordinator.state.round is not None
+            and not coordinator.state.round.certified
+        ):
+            self.vote(voter, coordinator, coordinator.proposal)
 
-    def vote(self, voter: Voter, seat: Seat, proposal: Proposal) -> None:
+    def vote(self, voter: Voter, coordinator: Coordinator, proposal: Proposal) -> None:
         try:
             acceptor = consider(
                 voter.acceptor,
                 proposal,
                 rules=self.rules,
                 chain=voter.chain,
-                committed={node: commitment for node, (commitment, _) in voter.shown.items()},
-                opened={node: given for node, (given, _) in voter.opened.items()},
-                held=frozenset(voter.opened),
+                committed={node: commitment for node, (commitment, _) in voter.commitments.items()},
+                opened={node: given for node, (given, _) in voter.reveals.items()},
+                held=frozenset(voter.reveals),
             )
         except Refusal:
             return
         voter.acceptor, voter.accepted = acceptor, proposal
-        voter.evidence = dict(voter.shown), dict(voter.opened)
-        seat.send(Voted(voter.node, proposal.record.plan.round, proposal.term, proposal.record.hash, b""))
+        voter.evidence = dict(voter.commitments), dict(voter.reveals)
+        coordinator.send(Voted(voter.node, proposal.record.plan.round, proposal.term, proposal.record.hash, b""))
 
-    # ---------------------------------------------------------------------------------- the world
+    # ------------------------------------------------------------------------------------- faults
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        for seat in self.seats:
-            if seat.up and seat.leads:
-                if seat.overruled is not None:
-                    event, seat.overruled = seat.overruled, None
-                    seat.send(event)
-                if seat.unsigned_by_enough is not None:
-                    unsigned, seat.unsigned_by_enough = seat.unsigned_by_enough, None
-                    seat.send(unsigned)
-                seat.send(Tick())
+        for coordinator in self.coordinators:
+            if coordinator.up and coordinator.leads:
+                if coordinator.conflict is not None:
+                    event, coordinator.conflict = coordinator.conflict, None
+                    coordinator.send(event)
+                if coordinator.unreachable is not None:
+                    unsigned, coordinator.unreachable = coordinator.unreachable, None
+                    coordinator.send(unsigned)
+                coordinator.send(Tick())
 
-    def calm(self, seat: Seat, turns: int) -> None:
-        """Everybody is up and talks to ``seat``."""
+    def run_undisturbed(self, coordinator: Coordinator, turns: int) -> None:
+        """Bring all nodes up, and let all members talk to ``coordinator``."""
         self.cut.clear()
-        for one in self.seats:
+        for one in self.coordinators:
             one.up = True
         for voter in self.voters:
             voter.up = True
         for _ in range(turns):
             for voter in self.voters:
-                self.talk(voter, seat)
-            if seat.later > seat.state.term:
-                seat.begin()
+                self.talk(voter, coordinator)
+            if coordinator.later > coordinator.state.term:
+                coordinator.begin()
             self.wait(1.0)
 
 

@@ -1,4 +1,4 @@
-"""Nodes by name, and a coordinator's state machine that keeps an eye on its own promises."""
+"""PeerIDs, honest contributions, and a coordinator's state machine that checks its own invariants."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ RULES = Rules(
 
 
 def peer_id(number: int) -> str:
-    """A well-formed PeerID; numbers are in the order of the names."""
+    """Return a well-formed PeerID. PeerIDs sort like their numbers."""
     tail = "".join(random.Random(number).choices(ALPHABET, k=42))
     return f"12D3Koo{ALPHABET[number // 58 % 58]}{ALPHABET[number // 58 // 58 % 58]}{ALPHABET[number % 58]}{tail}"
 
@@ -79,7 +79,7 @@ def nodes(count: int) -> list[str]:
 
 
 def contribution(node: str, plan: Plan, rules: Rules = RULES, **changes: object) -> Contribution:
-    """What an honest ``node`` would contribute to ``plan``; ``changes`` replace fields of it."""
+    """Return the contribution of an honest ``node`` to ``plan``; ``changes`` replace fields."""
     member = plan.member(node)
     steps = member.inner_steps if member else rules.inner_steps
     tag = digest("work", node.encode(), plan.seed, plan.base_root)
@@ -104,18 +104,18 @@ def contribution(node: str, plan: Plan, rules: Rules = RULES, **changes: object)
 
 
 def root_after(record: Record) -> bytes:
-    """The state every honest node holds after ``record``."""
+    """Return the state root that every honest node has after ``record``."""
     return digest("outer", record.hash, record.plan.base_root)
 
 
 def with_electorate(record: Record, names: Sequence[str], **changes: object) -> Record:
-    """``record`` under another electorate, whose nodes have the weights that the record gives them, or a founder's."""
+    """Return ``record`` under another electorate, with the record's weights where it has any, else a founder's."""
     weights = tuple(record.weights.get(name, FOUNDER_WEIGHT) for name in names)
     return msgspec.structs.replace(record, electorate=tuple(names), voting_weights=weights, **changes)
 
 
-class Table:
-    """A coordinator's state machine, a clock, and an inspector who objects to whatever must never happen."""
+class Leader:
+    """A coordinator's state machine and a clock; every transition is checked against the invariants."""
 
     def __init__(self, rules: Rules = RULES, state: State | None = None, now: float = 1000.0) -> None:
         self.rules, self.now = rules, now
@@ -132,16 +132,16 @@ class Table:
         state, effects = tick(self.rules, self.state, event, self.now)
         again, same_effects = tick(self.rules, self.state, event, self.now)
         assert self.state == before, "tick changed the state it was given"
-        assert (again, same_effects) == (state, effects), "tick gave two answers to one question"
+        assert (again, same_effects) == (state, effects), "tick is not deterministic"
         self._inspect(self.state, event, state, effects)
         self.state = state
         self.effects += effects
-        if isinstance(event, Arrived) and self.promising:  # whoever comes follows the leader
+        if isinstance(event, Arrived) and self.promising:  # a node that arrives promises to follow the leader
             effects = effects + self.send(Promised(event.node, state.lead_term, state.rounds))
         return effects
 
     def wait(self, seconds: float, alive: Iterable[str] | None = None, step: float = 1.0) -> list[Effect]:
-        """Let time pass; ``alive`` (everybody, if not said) are heard from all the while."""
+        """Let time pass. ``alive`` nodes (default: all peers) send heartbeats meanwhile."""
         alive = list(self.state.peers) if alive is None else list(alive)
         effects: list[Effect] = []
         until = self.now + seconds
@@ -161,10 +161,10 @@ class Table:
         digest_ = contribution(node, plan, self.rules, **changes).commitment(node, RUN_ID, plan.round)
         return self.send(Committed(node, plan.round, plan.term, digest_, f"commitment {node}".encode()))
 
-    def open(self, node: str, **changes: object) -> list[Effect]:
+    def reveal(self, node: str, **changes: object) -> list[Effect]:
         plan = self.plan
         given = contribution(node, plan, self.rules, **changes)
-        return self.send(Revealed(node, plan.round, given, f"opening {node}".encode()))
+        return self.send(Revealed(node, plan.round, given, f"reveal {node}".encode()))
 
     def hold(self, node: str, held: Iterable[str]) -> list[Effect]:
         return self.send(Fetched(node, self.plan.round, frozenset(held)))
@@ -183,15 +183,15 @@ class Table:
 
     # ------------------------------------------------------------------------------ whole stages
 
-    def close(self, members: Sequence[str]) -> None:
-        """All of ``members`` commit."""
+    def commit_all(self, members: Sequence[str]) -> None:
+        """Commit for all of ``members``."""
         for node in members:
             self.commit(node)
 
     def exchange(self, members: Sequence[str]) -> None:
-        """All of ``members`` open, fetch everything and say so."""
+        """Reveal for all of ``members``, and report that each holds everything."""
         for node in members:
-            self.open(node)
+            self.reveal(node)
         for node in members:
             self.hold(node, members)
 
@@ -200,15 +200,15 @@ class Table:
             if self.state.round is not None and not self.state.round.certified:
                 self.vote(node)
 
-    def settle(self, members: Sequence[str]) -> None:
+    def attest_all(self, members: Sequence[str]) -> None:
         root = root_after(self.proposal)
         for node in members:
             if self.state.round is not None and self.state.round.plan == self.plan:
                 self.attest(node, root)
 
-    def play_round(self, members: Sequence[str]) -> Record:
+    def run_round(self, members: Sequence[str]) -> Record:
         number = self.plan.round
-        self.close(members)
+        self.commit_all(members)
         self.exchange(members)
         self.certify(members)
         root = root_after(self.proposal)
@@ -227,7 +227,7 @@ class Table:
         assert self.state.round.proposal is not None
         return self.state.round.proposal
 
-    # ------------------------------------------------------------------------------- the promises
+    # ----------------------------------------------------------------------------- the invariants
 
     def _inspect(self, before: State, event: Event, after: State, effects: list[Effect]) -> None:
         for effect in effects:
@@ -262,7 +262,7 @@ class Table:
         if after.round is not None:
             members = {member.node for member in after.round.plan.members}
             for mapping in (after.round.commitments, after.round.contributions):
-                assert set(mapping) <= members, "somebody from outside the plan got in"
+                assert set(mapping) <= members, "a node outside the plan takes part"
             assert set(after.round.votes) <= members | set(after.electorate)
         assert (after.phase is Phase.FINISHED) == (after.rounds >= self.rules.rounds) or after.round is None
 
@@ -271,7 +271,7 @@ class Table:
         members = [member.node for member in plan.members]
         accepted, excluded = [a.node for a in record.accepted], [e.node for e in record.excluded]
         assert accepted == sorted(set(accepted))
-        assert sorted(accepted + excluded) == members, "everybody is accepted, or left out with a reason"
+        assert sorted(accepted + excluded) == members, "a member is neither accepted nor excluded"
         assert all(e.reason for e in record.excluded)
         assert record.electorate == state.electorate
         able = {one.node for one in record.accepted if not one.contribution.private} - set(record.audit_state.banned)
@@ -287,7 +287,7 @@ class Table:
         self._inspect_results(state, record)
 
     def _inspect_results(self, state: State, record: Record) -> None:
-        """What a sharded record says is what more than half of the reports on each group say."""
+        """Check that the results of a sharded record are those of the majority of reports on each group."""
         current, plan = state.round, record.plan
         assert current is not None
         if not plan.is_sharded:
@@ -299,12 +299,12 @@ class Table:
         assert reducer_order_fault(record) is None
         assert {one.node for one in record.accepted} == reduction.selected
         assert len(record.results) == min(len(record.reducer_order), self.rules.slices_in(plan.round)) > 0
-        losers = set()
+        dissenters_found = set()
         for group, root in enumerate(record.results):
             reports = reduction.reports[group]
             assert 2 * sum(found == root for found in reports.values()) > len(reports)
-            losers |= {node for node, found in reports.items() if found != root}
-        assert record.dissenters == tuple(sorted(losers))
+            dissenters_found |= {node for node, found in reports.items() if found != root}
+        assert record.dissenters == tuple(sorted(dissenters_found))
 
     def _inspect_certified(self, before: State, event: Event, record: Record, votes: tuple[bytes, ...]) -> None:
         number = record.plan.round
@@ -319,22 +319,22 @@ class Table:
 
 
 def rejected(effects: list[Effect]) -> str:
-    """Code and reason of the one refusal among ``effects``: ``code: reason``."""
+    """Return ``code: reason`` of the only rejection among ``effects``."""
     (refusal,) = (effect for effect in effects if isinstance(effect, Rejected))
     return f"{refusal.code}: {refusal.reason}"
 
 
-def started(count: int = 4, **changes: object) -> tuple[Table, list[str]]:
-    """A table at which ``count`` members have just been given the plan of round 1."""
+def started(count: int = 4, **changes: object) -> tuple[Leader, list[str]]:
+    """Return a leader whose ``count`` members have just received the plan of round 1."""
     members = nodes(count)
-    table = Table(replace(RULES, start_members=count, min_members=1, **changes))
-    table.arrive(members, GENESIS)
-    assert table.plan.round == 1
-    return table, members
+    leader = Leader(replace(RULES, start_members=count, min_members=1, **changes))
+    leader.arrive(members, GENESIS)
+    assert leader.plan.round == 1
+    return leader, members
 
 
 def kinds(effects: list) -> list[type]:
     return [type(effect) for effect in effects]
 
 
-__all__ = ["Left", "Table", "contribution", "kinds", "nodes", "peer_id", "rejected", "root_after", "started"]
+__all__ = ["Leader", "Left", "contribution", "kinds", "nodes", "peer_id", "rejected", "root_after", "started"]

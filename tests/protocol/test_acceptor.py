@@ -1,4 +1,4 @@
-"""When a member votes, and every reason for which it does not."""
+"""When a member votes for a record, and every reason for which it refuses."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ W = FOUNDER_WEIGHT
 PLAN = Plan(
     1, 1, RUN_ID, GENESIS, round_seed(RUN_ID), 0, "gather", 0, tuple(Member(node, 5, W) for node in (A, B, C, D))
 )
-OPENED = {node: contribution(node, PLAN) for node in (A, B, C)}
-ACCEPTED = tuple(Accepted(node, OPENED[node]) for node in (A, B, C))
+REVEALED = {node: contribution(node, PLAN) for node in (A, B, C)}
+ACCEPTED = tuple(Accepted(node, REVEALED[node]) for node in (A, B, C))
 
 
 def standing(before: tuple[Standing, ...] = (), rules: Rules = RULES, **changes: Any) -> tuple[Standing, ...]:
-    """What a record of the round says of its nodes."""
+    """Return the standing that a record of the round must have."""
     known = {"plan": PLAN, "electorate": PLAN.weights, "accepted": ACCEPTED} | changes
     return standing_after(before, audit_state=EMPTY, audits_before=EMPTY, rules=rules, **known)
 
@@ -69,28 +69,28 @@ def by_name(accepted: Accepted) -> str:
 
 
 def vote(record: Record, *, term: int = 2, acceptor: Acceptor | None = None, **situation: Any) -> Acceptor:
-    committed = {node: one.commitment(node, RUN_ID, 1) for node, one in OPENED.items()}
+    committed = {node: one.commitment(node, RUN_ID, 1) for node, one in REVEALED.items()}
     known = {
         "rules": RULES,
         "chain": CHAIN,
         "committed": committed,
-        "opened": OPENED,
+        "opened": REVEALED,
         "held": frozenset((A, B, C)),
     } | situation
     return consider(acceptor or Acceptor(), Proposal(term, record, ()), **known)
 
 
-def test_a_good_record_gets_the_vote() -> None:
+def test_a_valid_record_gets_the_vote() -> None:
     assert vote(RECORD) == Acceptor(0, 2, RECORD.hash)
     assert vote(RECORD, held=frozenset((A, B, C, D))) == Acceptor(0, 2, RECORD.hash)
 
 
-def test_the_same_vote_again_is_no_harm() -> None:
+def test_voting_twice_for_the_same_record_is_idempotent() -> None:
     first = vote(RECORD)
     assert vote(RECORD, acceptor=first) == first
 
 
-def test_a_higher_term_supersedes() -> None:
+def test_a_proposal_in_a_higher_term_supersedes_an_earlier_vote() -> None:
     other = changed(
         RECORD,
         accepted=RECORD.accepted[:2],
@@ -129,18 +129,18 @@ REFUSED: dict[str, tuple[Record, dict[str, Any]]] = {
     "not in ascending order of node": (changed(RECORD, accepted=RECORD.accepted[::-1]), {}),
     "accepted contributions are not": (changed(RECORD, accepted=(RECORD.accepted[0], *RECORD.accepted)), {}),
     "is no member of the round": (
-        changed(RECORD, accepted=tuple(sorted((Accepted(STRANGER, OPENED[A]), *RECORD.accepted), key=by_name))),
+        changed(RECORD, accepted=tuple(sorted((Accepted(STRANGER, REVEALED[A]), *RECORD.accepted), key=by_name))),
         {},
     ),
     "not the one it committed to": (other_contribution(salt=b"o" * 32), {}),
-    "the contribution of": (RECORD, {"opened": {A: OPENED[A], C: OPENED[C]}}),
-    "tokens claimed": (other_contribution(tokens=1), {"opened": OPENED | {B: SHORT}}),
+    "the contribution of": (RECORD, {"opened": {A: REVEALED[A], C: REVEALED[C]}}),
+    "tokens claimed": (other_contribution(tokens=1), {"opened": REVEALED | {B: SHORT}}),
     "has not been fetched": (RECORD, {"held": frozenset((A, C))}),
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_a_bad_record_gets_no_vote(reason: str) -> None:
+def test_an_invalid_record_gets_no_vote(reason: str) -> None:
     record, situation = REFUSED[reason]
     with pytest.raises(Refusal, match=reason):
         vote(record, **situation)
@@ -151,7 +151,7 @@ def test_a_reconfiguration_names_survivors_of_the_round() -> None:
     assert vote(record).record == record.hash
 
 
-def test_a_plan_that_follows_has_no_fault() -> None:
+def test_a_plan_that_follows_from_the_chain_is_valid() -> None:
     assert plan_fault(PLAN, CHAIN) is None
     later = Chain(4, b"h" * 32, b"s" * 32, 80)
     assert plan_fault(PLAN, later) is not None
@@ -159,11 +159,11 @@ def test_a_plan_that_follows_has_no_fault() -> None:
     assert plan_fault(following, later) is None
 
 
-def test_who_promised_takes_part_in_nothing_earlier() -> None:
-    """The coordinator got its quorum and died; the next one hears of the votes before it proposes anything."""
+def test_a_member_that_promised_a_term_refuses_earlier_ones() -> None:
+    """If the coordinator dies with its quorum, the next one learns of the votes before it proposes."""
     voted = vote(RECORD)
     following = promise(voted, 6)
-    assert (following.term, following.record) == (2, RECORD.hash), "what it voted for is not forgotten"
+    assert (following.term, following.record) == (2, RECORD.hash), "the earlier vote is kept"
     assert promise(following, 6) == following
     for term in (1, 2, 5):
         with pytest.raises(Refusal, match="is over"):
@@ -177,15 +177,15 @@ def test_who_promised_takes_part_in_nothing_earlier() -> None:
 
 SHARDING = replace(RULES, sharded_from=2)
 SHARDED_PLAN = changed(PLAN, exchange="sharded", reducers=2)
-COMMITTED = {node: one.commitment(node, RUN_ID, 1) for node, one in OPENED.items()}
-RING = reducer_order(SHARDED_PLAN, COMMITTED)
+COMMITTED = {node: one.commitment(node, RUN_ID, 1) for node, one in REVEALED.items()}
+ORDER = reducer_order(SHARDED_PLAN, COMMITTED)
 COMMITMENTS = (*COMMITTED.values(), NO_COMMITMENT)
 ROOTS = tuple(bytes([group]) * 32 for group in range(3))
-SHARDED = changed(RECORD, plan=SHARDED_PLAN, commitments=COMMITMENTS, reducer_order=RING, results=ROOTS)
+SHARDED = changed(RECORD, plan=SHARDED_PLAN, commitments=COMMITMENTS, reducer_order=ORDER, results=ROOTS)
 
 
 def with_commitments(*commitments: bytes) -> Record:
-    """``SHARDED`` with other commitments of A to D, and the reducers that follow from them."""
+    """Return ``SHARDED`` with other commitments of A to D, and the reducers that follow from them."""
     order = reducer_order(
         SHARDED_PLAN, {node: one for node, one in zip((A, B, C, D), commitments, strict=True) if one != NO_COMMITMENT}
     )
@@ -195,14 +195,14 @@ def with_commitments(*commitments: bytes) -> Record:
 OTHER_ROOTS = (b"o" * 32, *ROOTS[1:])
 
 
-def test_a_good_sharded_record_gets_the_vote() -> None:
+def test_a_valid_sharded_record_gets_the_vote() -> None:
     for dissenters in ((), (B,)):
         record = changed(SHARDED, dissenters=dissenters)
         assert vote(record, rules=SHARDING, reduced={1: ROOTS[1]}).record == record.hash
 
 
-def test_any_round_may_be_gathered() -> None:
-    """It is what a sharded one falls back to, and trusts nobody."""
+def test_any_round_may_use_gather() -> None:
+    """A sharded round falls back to it, and it trusts no reducer."""
     assert vote(RECORD, rules=SHARDING).record == RECORD.hash
 
 
@@ -213,9 +213,9 @@ def test_any_round_may_be_gathered() -> None:
         ("not one result for each group", changed(SHARDED, results=ROOTS[:2])),
         ("not one result for each group", changed(SHARDED, results=(*ROOTS, ROOTS[0]))),
         ("not one result for each group", changed(SHARDED, results=())),
-        ("order drawn from", changed(SHARDED, reducer_order=(*RING[1:], RING[0]))),
-        ("the reducers are not", changed(SHARDED, reducer_order=(*RING[:2], STRANGER))),
-        ("the reducers are not", changed(SHARDED, reducer_order=RING[:2], results=ROOTS[:2])),
+        ("order drawn from", changed(SHARDED, reducer_order=(*ORDER[1:], ORDER[0]))),
+        ("the reducers are not", changed(SHARDED, reducer_order=(*ORDER[:2], STRANGER))),
+        ("the reducers are not", changed(SHARDED, reducer_order=ORDER[:2], results=ROOTS[:2])),
         ("not one commitment for each voter", changed(SHARDED, commitments=COMMITMENTS[:3])),
         (
             "is not the one that was published",
@@ -230,17 +230,17 @@ def test_any_round_may_be_gathered() -> None:
         ("contradicts itself", changed(SHARDED, plan=changed(SHARDED_PLAN, exchange="gather"))),
         ("as the manifest does", changed(SHARDED, plan=changed(PLAN, exchange="sharded", reducers=1))),
         ("a gathered round has no", changed(RECORD, results=ROOTS)),
-        ("a gathered round has no", changed(RECORD, reducer_order=RING)),
+        ("a gathered round has no", changed(RECORD, reducer_order=ORDER)),
         ("a gathered round has no", changed(RECORD, commitments=COMMITMENTS)),
         ("a gathered round has no", changed(RECORD, dissenters=(A,))),
     ],
 )
-def test_a_bad_sharded_record_gets_no_vote(reason: str, record: Record) -> None:
+def test_an_invalid_sharded_record_gets_no_vote(reason: str, record: Record) -> None:
     with pytest.raises(Refusal, match=reason):
         vote(record, rules=SHARDING, reduced={0: ROOTS[0]})
 
 
-def test_a_round_that_the_manifest_does_not_shard_is_not_sharded() -> None:
+def test_a_sharded_record_is_refused_unless_the_manifest_allows_it() -> None:
     with pytest.raises(Refusal, match="as the manifest does"):
         vote(SHARDED)
 
@@ -248,33 +248,33 @@ def test_a_round_that_the_manifest_does_not_shard_is_not_sharded() -> None:
 PROBATION = replace(RULES, probation=3)
 BEFORE = (Standing(A, 3, 1, 0, 0, 0, W), Standing(B, 3, 1, 0, 0, 0, W), Standing(C, 1, 1, 0, 0, 200, 0))
 ON_PROBATION: dict[str, Any] = {"rules": PROBATION, "chain": replace(CHAIN, standing=BEFORE)}
-NEWCOMERS_PLAN = changed(PLAN, members=tuple(Member(node, 5, W * (node in (A, B))) for node in (A, B, C, D)))
-COUNTED = with_electorate(
+NEW_NODES_PLAN = changed(PLAN, members=tuple(Member(node, 5, W * (node in (A, B))) for node in (A, B, C, D)))
+WITH_NEW_NODES = with_electorate(
     changed(
         RECORD,
-        plan=NEWCOMERS_PLAN,
-        standing=standing(BEFORE, PROBATION, plan=NEWCOMERS_PLAN, electorate={A: W, B: W}),
+        plan=NEW_NODES_PLAN,
+        standing=standing(BEFORE, PROBATION, plan=NEW_NODES_PLAN, electorate={A: W, B: W}),
     ),
     (A, B),
 )
 
 
-def test_accepted_contributions_are_counted_by_every_voter() -> None:
-    assert vote(COUNTED, **ON_PROBATION).record == COUNTED.hash
-    assert COUNTED.voters == (A, B)
-    assert COUNTED.standing[2] == Standing(C, 2, 1, 0, 0, 400, 0)
+def test_every_voter_checks_the_standing_of_new_nodes() -> None:
+    assert vote(WITH_NEW_NODES, **ON_PROBATION).record == WITH_NEW_NODES.hash
+    assert WITH_NEW_NODES.voters == (A, B)
+    assert WITH_NEW_NODES.standing[2] == Standing(C, 2, 1, 0, 0, 400, 0)
 
 
 def with_weight(weight: int) -> tuple[Standing, ...]:
-    """The standing of ``COUNTED``, but C has voting weight."""
-    return (*COUNTED.standing[:2], changed(COUNTED.standing[2], weight=weight))
+    """Return the standing of ``WITH_NEW_NODES`` with voting weight for C."""
+    return (*WITH_NEW_NODES.standing[:2], changed(WITH_NEW_NODES.standing[2], weight=weight))
 
 
 @pytest.mark.parametrize(
     ("lie", "reason"),
     [
         ({"standing": ()}, "does not follow"),
-        ({"standing": COUNTED.standing[:2]}, "does not follow"),
+        ({"standing": WITH_NEW_NODES.standing[:2]}, "does not follow"),
         ({"standing": with_weight(1)}, "does not follow"),
         ({"standing": with_weight(W)}, "does not follow"),
         ({"electorate": (A, B, C), "voting_weights": (W, W, W)}, "the electorate is not"),
@@ -285,6 +285,6 @@ def with_weight(weight: int) -> tuple[Standing, ...]:
         ({"plan": changed(PLAN, members=(Member(C, 5, 0),)), "accepted": ACCEPTED[2:]}, "leaves out more than half"),
     ],
 )
-def test_a_vote_that_was_not_earned_gets_none(lie: dict[str, Any], reason: str) -> None:
+def test_a_record_that_grants_unearned_weight_gets_no_vote(lie: dict[str, Any], reason: str) -> None:
     with pytest.raises(Refusal, match=reason):
-        vote(changed(COUNTED, **lie), **ON_PROBATION)
+        vote(changed(WITH_NEW_NODES, **lie), **ON_PROBATION)

@@ -1,4 +1,4 @@
-"""What the round machine refuses, with the reason its sender hears."""
+"""Messages that the round state machine rejects, with the reason sent to the sender."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tests.protocol.one_leader import (
 )
 
 
-def test_what_is_refused_while_commitments_are_taken() -> None:
-    table, members = started()
-    one, plan = members[0], table.plan
-    assert "wrong-round:" in rejected(table.send(Committed(one, 2, table.plan.term, b"d" * 32, b"")))
-    assert "too-early:" in rejected(table.open(one))
-    assert "too-early:" in rejected(table.hold(one, members))
-    assert "too-early:" in rejected(table.send(Voted(one, 1, 1, b"r" * 32, b"")))
-    assert "too-early:" in rejected(table.send(Attested(one, 1, b"r" * 32)))
-    table.commit(one)
-    assert table.commit(one) == [], "the same commitment again is not an error"
-    assert "conflict:" in rejected(table.send(Committed(one, 1, table.plan.term, b"d" * 32, b"")))
-    assert table.state.round.commitments[one][0] == contribution(one, plan).commitment(one, RUN_ID, 1)
+def test_only_commitments_are_accepted_while_the_round_trains() -> None:
+    leader, members = started()
+    one, plan = members[0], leader.plan
+    assert "wrong-round:" in rejected(leader.send(Committed(one, 2, leader.plan.term, b"d" * 32, b"")))
+    assert "too-early:" in rejected(leader.reveal(one))
+    assert "too-early:" in rejected(leader.hold(one, members))
+    assert "too-early:" in rejected(leader.send(Voted(one, 1, 1, b"r" * 32, b"")))
+    assert "too-early:" in rejected(leader.send(Attested(one, 1, b"r" * 32)))
+    leader.commit(one)
+    assert leader.commit(one) == [], "the same commitment again is not an error"
+    assert "conflict:" in rejected(leader.send(Committed(one, 1, leader.plan.term, b"d" * 32, b"")))
+    assert leader.state.round.commitments[one][0] == contribution(one, plan).commitment(one, RUN_ID, 1)
 
 
 @pytest.mark.parametrize(
@@ -49,77 +49,77 @@ def test_what_is_refused_while_commitments_are_taken() -> None:
         ({"payload_bytes": RULES.payload_bytes + 1}, "larger than the codec"),
     ],
 )
-def test_nobody_sets_their_own_weight_or_size(changes: dict[str, object], reason: str) -> None:
-    table, members = started()
-    table.close(members[1:])
-    table.commit(members[0], **changes)
-    assert reason in rejected(table.open(members[0], **changes))
-    assert "not the one committed to" in rejected(table.open(members[0]))
+def test_a_contribution_cannot_claim_other_tokens_steps_or_size(changes: dict[str, object], reason: str) -> None:
+    leader, members = started()
+    leader.commit_all(members[1:])
+    leader.commit(members[0], **changes)
+    assert reason in rejected(leader.reveal(members[0], **changes))
+    assert "not the one committed to" in rejected(leader.reveal(members[0]))
 
 
-def test_fewer_steps_than_due_count_for_less() -> None:
-    table, members = started()
+def test_fewer_steps_than_assigned_count_for_less() -> None:
+    leader, members = started()
     less = {"inner_steps": 2, "tokens": 2 * RULES.tokens_per_step}
-    table.close(members[1:])
-    table.commit(members[0], **less)
-    table.open(members[0], **less)
+    leader.commit_all(members[1:])
+    leader.commit(members[0], **less)
+    leader.reveal(members[0], **less)
     for node in members[1:]:
-        table.open(node)
+        leader.reveal(node)
     for node in members:
-        table.hold(node, members)
-    assert table.proposal.accepted[0].contribution.tokens == 80
+        leader.hold(node, members)
+    assert leader.proposal.accepted[0].contribution.tokens == 80
 
 
-def test_an_opening_without_a_commitment_is_refused() -> None:
-    table, members = started()
-    table.close(members[:3])
-    table.wait(101)
-    assert "too-late:" in rejected(table.open(members[3]))
+def test_a_reveal_without_a_commitment_is_rejected() -> None:
+    leader, members = started()
+    leader.commit_all(members[:3])
+    leader.wait(101)
+    assert "too-late:" in rejected(leader.reveal(members[3]))
 
 
-def test_the_contribution_of_another_is_refused() -> None:
-    """The name is in the hash: nobody can commit to, or open, the work of somebody else as their own."""
-    table, members = started()
-    stolen = contribution(members[1], table.plan).commitment(members[1], RUN_ID, 1)
-    table.send(Committed(members[0], 1, table.plan.term, stolen, b""))
-    table.close(members[1:])
-    opened = Revealed(members[0], 1, contribution(members[1], table.plan), b"")
-    assert "not the one committed to" in rejected(table.send(opened))
+def test_a_node_cannot_reveal_the_contribution_of_another() -> None:
+    """The commitment hashes the PeerID, so copied work cannot be committed to or revealed."""
+    leader, members = started()
+    stolen = contribution(members[1], leader.plan).commitment(members[1], RUN_ID, 1)
+    leader.send(Committed(members[0], 1, leader.plan.term, stolen, b""))
+    leader.commit_all(members[1:])
+    revealed = Revealed(members[0], 1, contribution(members[1], leader.plan), b"")
+    assert "not the one committed to" in rejected(leader.send(revealed))
 
 
-def test_votes_that_do_not_count() -> None:
-    table, members = started()
-    table.close(members)
-    table.exchange(members)
-    term, record = table.state.round.term, table.proposal.hash
+def test_votes_of_another_term_record_or_node_and_repeated_votes_do_not_count() -> None:
+    leader, members = started()
+    leader.commit_all(members)
+    leader.exchange(members)
+    term, record = leader.state.round.term, leader.proposal.hash
     one = members[0]
-    assert "wrong-term:" in rejected(table.send(Voted(one, 1, term - 1, record, b"")))
-    assert "wrong-term:" in rejected(table.send(Voted(one, 1, term + 1, record, b"")))
-    assert "another record" in rejected(table.send(Voted(one, 1, term, b"x" * 32, b"")))
+    assert "wrong-term:" in rejected(leader.send(Voted(one, 1, term - 1, record, b"")))
+    assert "wrong-term:" in rejected(leader.send(Voted(one, 1, term + 1, record, b"")))
+    assert "another record" in rejected(leader.send(Voted(one, 1, term, b"x" * 32, b"")))
     stranger = peer_id(99)
-    assert "not-a-member:" in rejected(table.send(Voted(stranger, 1, term, record, b"")))
+    assert "not-a-member:" in rejected(leader.send(Voted(stranger, 1, term, record, b"")))
     for _ in range(5):
-        table.vote(one)
-    assert not table.state.round.certified, "one vote five times is one vote"
+        leader.vote(one)
+    assert not leader.state.round.certified, "one vote five times is one vote"
 
 
-def test_a_word_from_somebody_unknown_is_nothing() -> None:
-    table, _ = started()
-    assert table.send(Seen(peer_id(99))) == []
-    assert table.send(Left(peer_id(99), "bye")) == []
-    assert peer_id(99) not in table.state.peers
-    assert table.send(Tick()) == []
-    assert rejected(table.send(Fetched(peer_id(99), 1, frozenset())))
+def test_messages_from_unknown_nodes_change_nothing() -> None:
+    leader, _ = started()
+    assert leader.send(Seen(peer_id(99))) == []
+    assert leader.send(Left(peer_id(99), "bye")) == []
+    assert peer_id(99) not in leader.state.peers
+    assert leader.send(Tick()) == []
+    assert rejected(leader.send(Fetched(peer_id(99), 1, frozenset())))
 
 
-def test_a_round_that_is_begun_again_takes_no_commitment_to_the_first_attempt() -> None:
-    """Its author trains again, could not open it, and would be waited for."""
-    table, members = started()
-    first = table.plan
-    table.wait(RULES.round_bounds[1] + 1)
-    assert table.plan.round == first.round
-    assert table.plan.term > first.term
+def test_a_restarted_round_rejects_commitments_to_the_first_attempt() -> None:
+    """The author trains again, so it could not reveal the first commitment and would be waited for."""
+    leader, members = started()
+    first = leader.plan
+    leader.wait(RULES.round_bounds[1] + 1)
+    assert leader.plan.round == first.round
+    assert leader.plan.term > first.term
     stale = contribution(members[0], first).commitment(members[0], RUN_ID, first.round)
-    assert "wrong-term:" in rejected(table.send(Committed(members[0], first.round, first.term, stale, b"")))
-    table.play_round(members)
-    assert len(table.certified[1].accepted) == len(members)
+    assert "wrong-term:" in rejected(leader.send(Committed(members[0], first.round, first.term, stale, b"")))
+    leader.run_round(members)
+    assert len(leader.certified[1].accepted) == len(members)

@@ -1,4 +1,4 @@
-"""Who trains on what: a keyed permutation that is one, and pieces that never overlap."""
+"""Data assignment: the keyed permutation is a bijection, and the ranges of members never overlap."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_the_order_is_keyed_by_seed_and_epoch() -> None:
     assert tuple(range(257)) not in orders
 
 
-def test_the_order_mixes() -> None:
-    """Neighbours go far apart, and each sequence is as likely early as late."""
+def test_the_permutation_mixes_well() -> None:
+    """Neighbours move far apart, and each sequence is equally likely early and late."""
     count = 4096
     order = np.array(permutation(count, 1, 0))
     assert np.abs(np.diff(order)).mean() == pytest.approx(count / 3, rel=0.1)
@@ -55,61 +55,61 @@ def test_large_counts_stay_in_range(count: int, value: st.DataObject, seed: int)
     assert 0 <= int(permute(np.array([at], np.uint64), count, key)[0]) < count
 
 
-SHAPES = st.builds(ShardLayout, st.integers(1, 300), st.integers(1, 400).map(lambda n: min(n, 300)))
+LAYOUTS = st.builds(ShardLayout, st.integers(1, 300), st.integers(1, 400).map(lambda n: min(n, 300)))
 
 
 @LIMITS
 @given(
-    shape=SHAPES,
+    layout=LAYOUTS,
     start=st.integers(0, 2000),
     length=st.integers(0, 700),
     cut=st.floats(0, 1),
     seed=st.integers(0, 9),
 )
-def test_a_piece_of_a_longer_range_is_the_same(
-    shape: ShardLayout, start: int, length: int, cut: float, seed: int
+def test_a_sub_range_yields_the_same_sequences(
+    layout: ShardLayout, start: int, length: int, cut: float, seed: int
 ) -> None:
-    whole = sequences(range(start, start + length), shape, seed)
+    whole = sequences(range(start, start + length), layout, seed)
     middle = start + int(length * cut)
-    pieces = [sequences(range(start, middle), shape, seed), sequences(range(middle, start + length), shape, seed)]
+    pieces = [sequences(range(start, middle), layout, seed), sequences(range(middle, start + length), layout, seed)]
     assert np.concatenate(pieces).tolist() == whole.tolist()
-    one_by_one = [int(sequences(range(p, p + 1), shape, seed)[0]) for p in range(start, start + min(length, 30))]
+    one_by_one = [int(sequences(range(p, p + 1), layout, seed)[0]) for p in range(start, start + min(length, 30))]
     assert one_by_one == whole[:30].tolist()
 
 
 @LIMITS
-@given(shape=SHAPES, seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**20))
-def test_an_epoch_has_every_sequence_once(shape: ShardLayout, seed: int, epoch: int) -> None:
-    first = epoch * shape.sequences
-    got = sequences(range(first, first + shape.sequences), shape, seed).tolist()
-    assert sorted(got) == list(range(shape.sequences))
+@given(layout=LAYOUTS, seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**20))
+def test_an_epoch_has_every_sequence_once(layout: ShardLayout, seed: int, epoch: int) -> None:
+    first = epoch * layout.sequences
+    got = sequences(range(first, first + layout.sequences), layout, seed).tolist()
+    assert sorted(got) == list(range(layout.sequences))
 
 
 @LIMITS
-@given(shape=SHAPES, start=st.integers(0, 2000), length=st.integers(0, 700), seed=st.integers(0, 9))
-def test_the_shards_of_a_stretch_are_those_of_its_sequences_in_order(
-    shape: ShardLayout, start: int, length: int, seed: int
+@given(layout=LAYOUTS, start=st.integers(0, 2000), length=st.integers(0, 700), seed=st.integers(0, 9))
+def test_the_shards_of_a_range_are_those_of_its_sequences_in_order(
+    layout: ShardLayout, start: int, length: int, seed: int
 ) -> None:
     span = range(start, start + length)
-    needed = [int(one) // shape.per_shard for one in sequences(span, shape, seed)]
-    assert shards(span, shape, seed) == list(dict.fromkeys(needed))
+    needed = [int(one) // layout.per_shard for one in sequences(span, layout, seed)]
+    assert shards(span, layout, seed) == list(dict.fromkeys(needed))
 
 
 @LIMITS
-@given(shape=SHAPES, seed=st.integers(0, 9))
-def test_an_epoch_is_done_with_a_shard_before_it_takes_up_the_next(shape: ShardLayout, seed: int) -> None:
-    needed = sequences(range(shape.sequences), shape, seed) // shape.per_shard
-    assert np.count_nonzero(np.diff(needed)) == -(-shape.sequences // shape.per_shard) - 1
+@given(layout=LAYOUTS, seed=st.integers(0, 9))
+def test_an_epoch_reads_each_shard_completely_before_the_next(layout: ShardLayout, seed: int) -> None:
+    needed = sequences(range(layout.sequences), layout, seed) // layout.per_shard
+    assert np.count_nonzero(np.diff(needed)) == -(-layout.sequences // layout.per_shard) - 1
 
 
-def test_a_stretch_no_longer_than_a_shard_is_in_two_of_them() -> None:
-    shape = ShardLayout(40 * 64, 64)
-    assert max(len(shards(range(at, at + 64), shape, 3)) for at in range(6000)) == 2
+def test_a_range_no_longer_than_a_shard_spans_at_most_two() -> None:
+    layout = ShardLayout(40 * 64, 64)
+    assert max(len(shards(range(at, at + 64), layout, 3)) for at in range(6000)) == 2
 
 
-def test_each_epoch_has_another_order_of_shards_and_in_each_shard_another() -> None:
-    shape = ShardLayout(64 * 16, 64)
-    epochs = [sequences(range(n * 1024, (n + 1) * 1024), shape, 5).reshape(16, 64) for n in range(2)]
+def test_each_epoch_shuffles_the_shards_and_the_sequences_within_each() -> None:
+    layout = ShardLayout(64 * 16, 64)
+    epochs = [sequences(range(n * 1024, (n + 1) * 1024), layout, 5).reshape(16, 64) for n in range(2)]
     assert (epochs[0][:, 0] // 64).tolist() != (epochs[1][:, 0] // 64).tolist()
     within = {tuple((row % 64).tolist()) for epoch in epochs for row in epoch}
     assert len(within) == 32
@@ -132,7 +132,7 @@ def test_epochs_follow_each_other(count: int) -> None:
     position=st.integers(0, 10**9),
     seed=st.binary(min_size=32, max_size=32),
 )
-def test_members_share_out_the_stretch_without_overlap(
+def test_members_get_adjacent_ranges_without_overlap(
     quotas: dict[str, int], batch: int, late: int, position: int, seed: bytes
 ) -> None:
     plan = plan_of(quotas, seed, position)
@@ -146,15 +146,15 @@ def test_members_share_out_the_stretch_without_overlap(
     assert everything[-1].stop == next_position(plan, batch, late)
 
 
-def test_within_an_epoch_no_sequence_goes_to_two_members() -> None:
+def test_within_an_epoch_no_sequence_is_assigned_to_two_members() -> None:
     members = nodes(8)
     plan = plan_of(dict.fromkeys(members, 5), position=1000)
     got = [sequences(positions(plan, node, 4, 0), ShardLayout(4096, 100), 3).tolist() for node in members]
     assert len({one for piece in got for one in piece}) == 8 * 5 * 4
 
 
-def test_the_order_of_members_is_drawn_from_the_seed() -> None:
-    """Nobody chooses data by choosing a name."""
+def test_the_order_of_members_follows_from_the_seed() -> None:
+    """A node cannot choose its data by choosing a PeerID."""
     members = nodes(5)
     first = set()
     for seed in range(40):
@@ -163,6 +163,6 @@ def test_the_order_of_members_is_drawn_from_the_seed() -> None:
     assert first == set(members)
 
 
-def test_a_stranger_has_no_positions() -> None:
+def test_a_node_outside_the_plan_has_no_positions() -> None:
     with pytest.raises(KeyError):
         positions(plan_of(dict.fromkeys(nodes(2), 1)), nodes(3)[2], 1, 0)

@@ -1,4 +1,4 @@
-"""What proves that a record is final: real keys, and everything a forger might try with them."""
+"""Certificates that prove a record is final, with real keys, and forgeries that do not."""
 
 from __future__ import annotations
 
@@ -57,29 +57,29 @@ RECORD = Record(
 TERM = 2
 
 
-def sealed(
+def signed_message(
     author: Identity, body: Body, *, run_id: bytes = RUN_ID, round_number: int = 1, domain: str | None = None
 ) -> bytes:
     return encode_envelope(author.seal(domain or body.DOMAIN, run_id, round_number, body.encode()))
 
 
 def ballot(author: Identity, record: Record = RECORD, *, term: int = TERM, run_id: bytes = RUN_ID) -> bytes:
-    return sealed(author, Ballot(term, record.hash), run_id=run_id)
+    return signed_message(author, Ballot(term, record.hash), run_id=run_id)
 
 
 def seal_by(author: Identity, record: Record = RECORD) -> bytes:
-    return sealed(author, Seal(record.plan.previous, record.reconfiguration, record.hash))
+    return signed_message(author, Seal(record.plan.previous, record.reconfiguration, record.hash))
 
 
-def roster_by(author: Identity, record: Record) -> bytes:
-    return sealed(author, Reconfiguration(record.plan.previous, record.reconfiguration, record.electorate))
+def reconfiguration_by(author: Identity, record: Record) -> bytes:
+    return signed_message(author, Reconfiguration(record.plan.previous, record.reconfiguration, record.electorate))
 
 
 def certificate(
     votes: Sequence[bytes] | None = None, record: Record = RECORD, proposer: Identity = COORDINATOR
 ) -> Certificate:
-    reconfiguration = (roster_by(COORDINATOR, record),) if record.reconfiguration else ()
-    proposal = sealed(proposer, Proposal(TERM, record, reconfiguration))
+    reconfiguration = (reconfiguration_by(COORDINATOR, record),) if record.reconfiguration else ()
+    proposal = signed_message(proposer, Proposal(TERM, record, reconfiguration))
     cast = [ballot(m, record) for m in MEMBERS[:3]] if votes is None else votes
     return Certificate(proposal, tuple(cast), (seal_by(COORDINATOR, record),))
 
@@ -93,7 +93,7 @@ def test_a_quorum_of_real_signatures_proves_the_record() -> None:
     assert check(certificate([ballot(member) for member in MEMBERS])) == RECORD
 
 
-def test_a_certificate_survives_the_wire() -> None:
+def test_a_certificate_round_trips_through_its_encoding() -> None:
     given = certificate()
     assert msgspec.msgpack.decode(given.encode(), type=Certificate) == given
 
@@ -104,7 +104,7 @@ def with_broken_signature(item: bytes) -> bytes:
     return encode_envelope(msgspec.structs.replace(envelope, signature=signature))
 
 
-def in_the_name_of(item: bytes, name: str) -> bytes:
+def with_author(item: bytes, name: str) -> bytes:
     return encode_envelope(msgspec.structs.replace(decode_envelope(item), author=name))
 
 
@@ -116,16 +116,16 @@ FORGERIES: dict[str, tuple[str, list[bytes]]] = {
     "a stranger's vote": ("3 votes have 63", [*TWO, ballot(STRANGER)]),
     "the coordinator's own vote": ("3 votes have 63", [*TWO, ballot(COORDINATOR)]),
     "a broken signature": ("is invalid", [*TWO, with_broken_signature(ballot(MEMBERS[2]))]),
-    "in another's name": ("is invalid", [*TWO, in_the_name_of(TWO[0], NAMES[2])]),
+    "in another's name": ("is invalid", [*TWO, with_author(TWO[0], NAMES[2])]),
     "of another run": ("is invalid", [*TWO, ballot(MEMBERS[2], run_id=b"q" * 32)]),
-    "of another round": ("is invalid", [*TWO, sealed(MEMBERS[2], Ballot(TERM, RECORD.hash), round_number=2)]),
-    "of another domain": ("is invalid", [*TWO, sealed(MEMBERS[2], Commitment(b"c" * 32, 3))]),
+    "of another round": ("is invalid", [*TWO, signed_message(MEMBERS[2], Ballot(TERM, RECORD.hash), round_number=2)]),
+    "of another domain": ("is invalid", [*TWO, signed_message(MEMBERS[2], Commitment(b"c" * 32, 3))]),
     "a commitment passed off as a vote": (
         "not a vote message",
-        [*TWO, sealed(MEMBERS[2], Commitment(b"c" * 32, 3), domain="vote")],
+        [*TWO, signed_message(MEMBERS[2], Commitment(b"c" * 32, 3), domain="vote")],
     ),
     "of another term": ("something else", [*TWO, ballot(MEMBERS[2], term=TERM + 1)]),
-    "for another record": ("something else", [*TWO, sealed(MEMBERS[2], Ballot(TERM, b"o" * 32))]),
+    "for another record": ("something else", [*TWO, signed_message(MEMBERS[2], Ballot(TERM, b"o" * 32))]),
     "not an envelope": ("not an envelope", [*TWO, b"vote"]),
 }
 
@@ -147,12 +147,12 @@ def test_a_proposal_must_be_signed_for_this_run_and_round() -> None:
     votes = certificate().votes
     body = Proposal(TERM, RECORD, ())
     for proposal in (
-        sealed(COORDINATOR, body, run_id=b"q" * 32),
-        sealed(COORDINATOR, body, round_number=2),
-        with_broken_signature(sealed(COORDINATOR, body)),
-        in_the_name_of(sealed(STRANGER, body), COORDINATOR.peer_id),
-        sealed(COORDINATOR, body, domain="run-status"),
-        sealed(COORDINATOR, Commitment(b"c" * 32, 3), domain="proposal"),
+        signed_message(COORDINATOR, body, run_id=b"q" * 32),
+        signed_message(COORDINATOR, body, round_number=2),
+        with_broken_signature(signed_message(COORDINATOR, body)),
+        with_author(signed_message(STRANGER, body), COORDINATOR.peer_id),
+        signed_message(COORDINATOR, body, domain="run-status"),
+        signed_message(COORDINATOR, Commitment(b"c" * 32, 3), domain="proposal"),
         b"",
     ):
         with pytest.raises(BadCertificate):
@@ -216,8 +216,8 @@ def test_more_than_half_of_the_weight_proves_a_state() -> None:
         b"",
     ],
 )
-def test_nothing_else_counts_for_a_state(other: bytes) -> None:
-    """A coordinator replaced every node's weights with one signature of its own."""
+def test_other_messages_do_not_attest_a_state(other: bytes) -> None:
+    """Before this check a coordinator could replace every node's weights with one signature of its own."""
     assert not proves(attested(FIRST), other)
 
 
@@ -235,20 +235,20 @@ def of_three(
     signers: Sequence[Identity], sealers: Sequence[Identity], *, reconfiguration: int = 0, term: int = 3
 ) -> Certificate:
     record = msgspec.structs.replace(RECORD, reconfiguration=reconfiguration)
-    signed = tuple(roster_by(one, record) for one in signers)
-    proposal = sealed(THREE[term % 3], Proposal(term, record, signed))
+    signed = tuple(reconfiguration_by(one, record) for one in signers)
+    proposal = signed_message(THREE[term % 3], Proposal(term, record, signed))
     votes = tuple(ballot(member, record, term=term) for member in MEMBERS[:3])
     return Certificate(proposal, votes, tuple(seal_by(one, record) for one in sealers))
 
 
-def test_every_roster_and_every_certificate_have_a_coordinator_in_common() -> None:
+def test_every_reconfiguration_and_every_certificate_share_a_coordinator() -> None:
     for count in range(1, 17):
         assert signatures_needed(count) + seals_needed(count) > count
         assert seals_needed(count) <= signatures_needed(count)
     assert [seals_needed(count) for count in (1, 2, 3)] == [1, 1, 2]
 
 
-def test_two_of_three_seal_and_sign_a_roster() -> None:
+def test_two_of_three_coordinators_can_seal_and_sign_a_reconfiguration() -> None:
     for seals in (THREE[:2], THREE[1:], THREE):
         assert check_three(of_three((), seals)).reconfiguration == 0
         assert check_three(of_three(seals, seals, reconfiguration=1)).reconfiguration == 1
@@ -263,10 +263,10 @@ def test_two_of_three_seal_and_sign_a_roster() -> None:
         ("1 of 3 coordinators signed the reconfiguration", of_three(THREE[:1], THREE, reconfiguration=1)),
         ("0 of 3 coordinators signed the reconfiguration", of_three((), THREE, reconfiguration=1)),
         ("term 3 does not belong to", msgspec.structs.replace(
-            of_three((), THREE), proposal=sealed(THREE[1], Proposal(3, RECORD, ()))
+            of_three((), THREE), proposal=signed_message(THREE[1], Proposal(3, RECORD, ()))
         )),
         ("signed another seal", msgspec.structs.replace(
-            of_three((), THREE), seals=tuple(sealed(one, Seal(RUN_ID, 0, b"o" * 32)) for one in THREE)
+            of_three((), THREE), seals=tuple(signed_message(one, Seal(RUN_ID, 0, b"o" * 32)) for one in THREE)
         )),
     ],
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""No round is certified twice, whoever crashes, is cut off, comes back or leads beside another; and the run goes on.
+"""No round is certified twice under crashes, cuts, restarts and concurrent leaders, and the run continues.
 
-The inspector sits in ``Parliament.sealed``. That it sees what it should is shown by bugs that are planted.
+``Cluster.sealed`` checks this; planted bugs show that the check works.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from psyche.protocol.acceptor import Acceptor
 from psyche.protocol.messages import Plan
 from psyche.protocol.round_state import Seen, Stage
-from tests.protocol.many_leaders import Parliament, Seat, Voter, with_coordinators
+from tests.protocol.many_leaders import Cluster, Coordinator, Voter, with_coordinators
 from tests.protocol.one_leader import RULES, nodes
 
 COUNTS = st.sampled_from([1, 2, 2, 3])
@@ -33,69 +33,69 @@ STEPS = st.lists(st.tuples(st.sampled_from(VERBS), st.integers(0, 15), st.intege
 MEMBERS = nodes(4)
 
 
-def happen(world: Parliament, verb: str, who: int, which: int) -> None:
-    seat = world.seats[which % len(world.seats)]
-    voter = world.voters[who % len(world.voters)]
+def apply_step(cluster: Cluster, verb: str, who: int, which: int) -> None:
+    coordinator = cluster.coordinators[which % len(cluster.coordinators)]
+    voter = cluster.voters[who % len(cluster.voters)]
     match verb:
         case "talk":
-            world.talk(voter, seat)
-        case "session":  # most of them, for as many turns as a round takes, or fewer
+            cluster.talk(voter, coordinator)
+        case "session":  # most members, for at most as many turns as a round takes
             for _ in range(1 + who % 8):
-                for place, one in enumerate(world.voters):
+                for place, one in enumerate(cluster.voters):
                     if place != who // 4 or who % 2:
-                        world.talk(one, seat)
+                        cluster.talk(one, coordinator)
         case "half":
             for _ in range(6):
-                for one in world.voters[2 * (who % 2) :][:2]:
-                    world.talk(one, seat)
+                for one in cluster.voters[2 * (who % 2) :][:2]:
+                    cluster.talk(one, coordinator)
         case "blackout":
-            for place, one in enumerate(world.voters):
+            for place, one in enumerate(cluster.voters):
                 if place != who % 4:
                     one.crash()
         case "wait":
-            world.wait(1.0 + who)
+            cluster.wait(1.0 + who)
         case "long":
-            world.wait(RULES.round_bounds[1] + who)
+            cluster.wait(RULES.round_bounds[1] + who)
         case "begin":
-            seat.begin()
+            coordinator.begin()
         case "stop":
-            seat.crash()
+            coordinator.crash()
         case "down":
             voter.crash()
         case "up":
             voter.up = True
-        case "cut" if len(world.seats) > 1:
-            world.cut.add(frozenset((which % len(world.seats), (which + 1) % len(world.seats))))
+        case "cut" if len(cluster.coordinators) > 1:
+            cluster.cut.add(frozenset((which % len(cluster.coordinators), (which + 1) % len(cluster.coordinators))))
         case "heal":
-            world.cut.clear()
+            cluster.cut.clear()
 
 
-def play(count: int, probation: int, steps: list[tuple[str, int, int]]) -> Parliament:
-    world = Parliament(with_coordinators(RULES, count, probation), MEMBERS)
+def run_steps(count: int, probation: int, steps: list[tuple[str, int, int]]) -> Cluster:
+    cluster = Cluster(with_coordinators(RULES, count, probation), MEMBERS)
     for verb, who, which in steps:
-        happen(world, verb, who, which)
-    return world
+        apply_step(cluster, verb, who, which)
+    return cluster
 
 
 @settings(max_examples=150, deadline=None)
 @given(count=COUNTS, probation=PROBATIONS, steps=STEPS)
 def test_no_round_is_certified_twice(count: int, probation: int, steps: list[tuple[str, int, int]]) -> None:
-    play(count, probation, steps)
+    run_steps(count, probation, steps)
 
 
 @settings(max_examples=25, deadline=None)
 @given(count=COUNTS, probation=PROBATIONS, steps=STEPS, which=st.integers(0, 2))
-def test_once_all_talk_to_one_coordinator_the_run_goes_on(
+def test_the_run_continues_once_all_members_follow_one_coordinator(
     count: int, probation: int, steps: list[tuple[str, int, int]], which: int
 ) -> None:
-    world = play(count, probation, steps)
-    seat = world.seats[which % count]
-    for one in world.seats:
+    cluster = run_steps(count, probation, steps)
+    coordinator = cluster.coordinators[which % count]
+    for one in cluster.coordinators:
         one.leads = False
-    seat.begin()
-    before = max(world.certified, default=0)
-    world.calm(seat, 700)
-    assert max(world.certified, default=0) > before + 1, seat.state.note
+    coordinator.begin()
+    before = max(cluster.certified, default=0)
+    cluster.run_undisturbed(coordinator, 700)
+    assert max(cluster.certified, default=0) > before + 1, coordinator.state.note
 
 
 def schedule(seed: int, length: int = 160) -> list[tuple[str, int, int]]:
@@ -104,24 +104,24 @@ def schedule(seed: int, length: int = 160) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.slow
-def test_twenty_thousand_schedules() -> None:
+def test_twenty_thousand_random_schedules_certify_no_round_twice() -> None:
     certified = 0
     for seed in range(20_000):
-        certified += len(play(seed % 3 + 1, 2 * (seed % 2), schedule(seed)).certified)
-    assert certified > 20_000, "the schedules get somewhere"
+        certified += len(run_steps(seed % 3 + 1, 2 * (seed % 2), schedule(seed)).certified)
+    assert certified > 20_000, "the schedules make progress"
 
 
 # ------------------------------------------------------------------------------------ planted bugs
 
 
 def forgetting_the_promise(self: Voter) -> None:
-    self.plan, self.shown, self.opened, self.up = None, {}, {}, False
+    self.plan, self.commitments, self.reveals, self.up = None, {}, {}, False
     self.acceptor, self.accepted = Acceptor(), None
 
 
 def losing_the_vote(self: Voter) -> None:
-    """It was said before it was on disk."""
-    self.plan, self.shown, self.opened, self.up = None, {}, {}, False
+    """The vote was sent before it was persisted."""
+    self.plan, self.commitments, self.reveals, self.up = None, {}, {}, False
     self.acceptor, self.accepted = replace(self.acceptor, term=0, record=b""), None
 
 
@@ -129,169 +129,169 @@ def half_is_enough(yes: int, total: int) -> bool:
     return total > 0 and 2 * yes >= total
 
 
-def certified_unheard(count: int) -> Parliament:
-    """The third of four members has just voted, and nobody has heard yet that the round is certified."""
-    world = Parliament(with_coordinators(RULES, count), MEMBERS)
+def certified_but_unknown(count: int) -> Cluster:
+    """Return a cluster in which a quorum has just voted, and no member knows that the round is certified."""
+    cluster = Cluster(with_coordinators(RULES, count), MEMBERS)
     for _ in range(40):
-        if world.certified:  # the other coordinator was asked for the first roster, and hears of nothing after it
-            world.cut.add(frozenset((0, 1)))
-        for voter in world.voters[:3]:
-            world.talk(voter, world.seats[0])
-            if 2 in world.certified:
-                return world
-        if max(world.certified, default=0) == world.voters[3].chain.rounds or world.voters[3].chain.rounds == 0:
-            world.talk(world.voters[3], world.seats[0])
+        if cluster.certified:  # the other coordinator signed the first reconfiguration only
+            cluster.cut.add(frozenset((0, 1)))
+        for voter in cluster.voters[:3]:
+            cluster.talk(voter, cluster.coordinators[0])
+            if 2 in cluster.certified:
+                return cluster
+        if max(cluster.certified, default=0) == cluster.voters[3].chain.rounds or cluster.voters[3].chain.rounds == 0:
+            cluster.talk(cluster.voters[3], cluster.coordinators[0])
     raise AssertionError("nothing was certified")
 
 
-def go_on(world: Parliament, seat: Seat, voters: list[Voter], turns: int = 40) -> None:
+def keep_talking(cluster: Cluster, coordinator: Coordinator, voters: list[Voter], turns: int = 40) -> None:
     for _ in range(turns):
         for voter in voters:
             voter.up = True
-            world.talk(voter, seat)
-        if seat.later > seat.state.term:
-            seat.begin()
-        world.wait(1.0)
+            cluster.talk(voter, coordinator)
+        if coordinator.later > coordinator.state.term:
+            coordinator.begin()
+        cluster.wait(1.0)
 
 
-def the_leader_dies_and_its_voters_start_again() -> None:
-    world = certified_unheard(2)
-    world.seats[0].crash()
-    a, b, c, d = world.voters
+def the_leader_dies_and_its_voters_restart() -> None:
+    cluster = certified_but_unknown(2)
+    cluster.coordinators[0].crash()
+    a, b, c, d = cluster.voters
     for voter in (a, b, c):
         voter.crash()
-    world.seats[1].begin()
-    go_on(world, world.seats[1], [a, b, d])
-    assert max(world.certified) > 2
+    cluster.coordinators[1].begin()
+    keep_talking(cluster, cluster.coordinators[1], [a, b, d])
+    assert max(cluster.certified) > 2
 
 
 def two_leaders_with_two_members_each() -> None:
-    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
-    go_on(world, world.seats[0], world.voters, 3)
-    world.seats[1].later = world.seats[0].state.term
-    while not world.certified:
-        go_on(world, world.seats[0], world.voters, 1)
-    go_on(world, world.seats[0], world.voters, 2)
-    world.seats[1].begin()
-    world.cut.add(frozenset((0, 1)))
+    cluster = Cluster(with_coordinators(RULES, 2), MEMBERS)
+    keep_talking(cluster, cluster.coordinators[0], cluster.voters, 3)
+    cluster.coordinators[1].later = cluster.coordinators[0].state.term
+    while not cluster.certified:
+        keep_talking(cluster, cluster.coordinators[0], cluster.voters, 1)
+    keep_talking(cluster, cluster.coordinators[0], cluster.voters, 2)
+    cluster.coordinators[1].begin()
+    cluster.cut.add(frozenset((0, 1)))
     for _ in range(20):
-        go_on(world, world.seats[0], world.voters[:2], 1)
-        go_on(world, world.seats[1], world.voters[2:], 1)
+        keep_talking(cluster, cluster.coordinators[0], cluster.voters[:2], 1)
+        keep_talking(cluster, cluster.coordinators[1], cluster.voters[2:], 1)
 
 
-def the_voters_leave_for_good_with_a_sealed_record() -> None:
-    world = certified_unheard(1)
-    for voter in world.voters[:3]:
+def the_voters_of_a_sealed_record_leave_for_good() -> None:
+    cluster = certified_but_unknown(1)
+    for voter in cluster.voters[:3]:
         voter.crash()
-    world.seats[0].crash()
-    world.seats[0].begin()
-    go_on(world, world.seats[0], world.voters[3:], 400)
+    cluster.coordinators[0].crash()
+    cluster.coordinators[0].begin()
+    keep_talking(cluster, cluster.coordinators[0], cluster.voters[3:], 400)
 
 
 def a_slow_voter_while_the_other_coordinator_is_away() -> None:
-    """All three votes are needed. Without the third a roster is, which takes both coordinators."""
-    world = Parliament(replace(with_coordinators(RULES, 2), start_members=3), MEMBERS[:3])
-    slow = world.voters[2]
-    while len(world.certified) < 2:
-        go_on(world, world.seats[0], world.voters, 1)
-    world.cut.add(frozenset((0, 1)))
-    seat = world.seats[0]
+    """All three votes are needed: a reconfiguration without the third needs both coordinators."""
+    cluster = Cluster(replace(with_coordinators(RULES, 2), start_members=3), MEMBERS[:3])
+    slow = cluster.voters[2]
+    while len(cluster.certified) < 2:
+        keep_talking(cluster, cluster.coordinators[0], cluster.voters, 1)
+    cluster.cut.add(frozenset((0, 1)))
+    coordinator = cluster.coordinators[0]
     for _ in range(400):
-        go_on(world, seat, world.voters[:2], 1)
-        if (known := seat.state.round) is None or known.proposal is None or known.certified:
-            world.talk(slow, seat)
-        seat.send(Seen(slow.node))
-    last = max(world.certified)
-    go_on(world, seat, world.voters, 200)
-    assert max(world.certified) > last, seat.state.note
+        keep_talking(cluster, coordinator, cluster.voters[:2], 1)
+        if (known := coordinator.state.round) is None or known.proposal is None or known.certified:
+            cluster.talk(slow, coordinator)
+        coordinator.send(Seen(slow.node))
+    last = max(cluster.certified)
+    keep_talking(cluster, coordinator, cluster.voters, 200)
+    assert max(cluster.certified) > last, coordinator.state.note
 
 
-def training(world: Parliament) -> Plan:
-    """The first coordinator leads, and its members begin a round that it has planned; its plan."""
-    first = world.seats[0]
-    while len(world.certified) < 2:
-        go_on(world, first, world.voters, 1)
+def training(cluster: Cluster) -> Plan:
+    """Let the first coordinator lead until its members have begun a planned round; return its plan."""
+    first = cluster.coordinators[0]
+    while len(cluster.certified) < 2:
+        keep_talking(cluster, first, cluster.voters, 1)
     for turn in range(400):
-        world.talk(world.voters[turn % len(world.voters)], first)
+        cluster.talk(cluster.voters[turn % len(cluster.voters)], first)
         known = first.state.round
         if known is not None and known.stage is Stage.COMMITTING and not known.commitments:
             return known.plan
     raise AssertionError("no round was planned")
 
 
-def taken_over(world: Parliament, plan: Plan, voters: list[Voter] | None = None) -> Seat:
-    """The second coordinator leads in place of the first, whose members train for ``plan``; ``voters`` know it."""
-    second = world.seats[1]
-    world.seats[0].crash()
-    for voter in world.voters:
+def take_over(cluster: Cluster, plan: Plan, voters: list[Voter] | None = None) -> Coordinator:
+    """Replace the first coordinator, whose members train for ``plan``, by the second; ``voters`` follow it."""
+    second = cluster.coordinators[1]
+    cluster.coordinators[0].crash()
+    for voter in cluster.voters:
         voter.plan = plan
-    second.later = max(voter.acceptor.term for voter in world.voters)
+    second.later = max(voter.acceptor.term for voter in cluster.voters)
     second.begin()
-    for voter in voters or world.voters:
-        world.talk(voter, second)
+    for voter in voters or cluster.voters:
+        cluster.talk(voter, second)
     return second
 
 
 def a_leader_dies_while_its_members_train() -> None:
-    """They have voted in no term as late as that of the plan; what they are doing is not thrown away."""
-    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
-    plan = training(world)
-    second = taken_over(world, plan)
-    go_on(world, second, world.voters, 20)
-    assert world.certified[plan.round].plan == plan
+    """Members have not voted in a term as late as the plan's, but their training must not be lost."""
+    cluster = Cluster(with_coordinators(RULES, 2), MEMBERS)
+    plan = training(cluster)
+    second = take_over(cluster, plan)
+    keep_talking(cluster, second, cluster.voters, 20)
+    assert cluster.certified[plan.round].plan == plan
 
 
-def one_of_the_members_finds_the_new_leader_last() -> None:
-    """The three others are a quorum, and have done their work; its own is not left out for a second's delay."""
-    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
-    plan = training(world)
-    second = taken_over(world, plan, world.voters[:3])
-    go_on(world, second, world.voters[:3], 3)
-    go_on(world, second, world.voters, 20)
-    assert len(world.certified[plan.round].accepted) == 4
+def one_member_finds_the_new_leader_late() -> None:
+    """The three others are a quorum and have finished; the fourth must not be excluded for being a second late."""
+    cluster = Cluster(with_coordinators(RULES, 2), MEMBERS)
+    plan = training(cluster)
+    second = take_over(cluster, plan, cluster.voters[:3])
+    keep_talking(cluster, second, cluster.voters[:3], 3)
+    keep_talking(cluster, second, cluster.voters, 20)
+    assert len(cluster.certified[plan.round].accepted) == 4
 
 
-def a_member_shows_a_plan_of_the_far_future() -> None:
-    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
-    plan = training(world)
-    second = taken_over(world, msgspec.structs.replace(plan, term=2**61))
-    go_on(world, second, world.voters, 20)
-    assert plan.round in world.certified
+def a_member_sends_a_plan_with_a_huge_term() -> None:
+    cluster = Cluster(with_coordinators(RULES, 2), MEMBERS)
+    plan = training(cluster)
+    second = take_over(cluster, msgspec.structs.replace(plan, term=2**61))
+    keep_talking(cluster, second, cluster.voters, 20)
+    assert plan.round in cluster.certified
     assert second.state.term < 1000
 
 
-def a_member_shows_a_plan_that_gives_it_more_than_h() -> None:
-    """A plan carries no signature. Nobody would vote for the record, so the new leader makes a plan of its own."""
-    world = Parliament(with_coordinators(RULES, 2), MEMBERS)
-    plan = training(world)
+def a_member_sends_a_plan_with_more_than_h_steps() -> None:
+    """A plan has no signature. No member would vote for its record, so the new leader plans the round itself."""
+    cluster = Cluster(with_coordinators(RULES, 2), MEMBERS)
+    plan = training(cluster)
     first, *others = plan.members
     more = msgspec.structs.replace(first, inner_steps=RULES.inner_steps + 1)
-    second = taken_over(world, msgspec.structs.replace(plan, members=(more, *others)))
+    second = take_over(cluster, msgspec.structs.replace(plan, members=(more, *others)))
     assert second.state.round is not None
     assert all(member.inner_steps <= RULES.inner_steps for member in second.state.round.plan.members)
-    go_on(world, second, world.voters, 20)
-    assert plan.round in world.certified
+    keep_talking(cluster, second, cluster.voters, 20)
+    assert plan.round in cluster.certified
 
 
 CASES = (
-    the_leader_dies_and_its_voters_start_again,
+    the_leader_dies_and_its_voters_restart,
     two_leaders_with_two_members_each,
-    the_voters_leave_for_good_with_a_sealed_record,
+    the_voters_of_a_sealed_record_leave_for_good,
     a_slow_voter_while_the_other_coordinator_is_away,
     a_leader_dies_while_its_members_train,
-    one_of_the_members_finds_the_new_leader_last,
-    a_member_shows_a_plan_of_the_far_future,
-    a_member_shows_a_plan_that_gives_it_more_than_h,
+    one_member_finds_the_new_leader_late,
+    a_member_sends_a_plan_with_a_huge_term,
+    a_member_sends_a_plan_with_more_than_h_steps,
 )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_most_likely_to_go_wrong_does_not(case: Callable[[], None]) -> None:
+def test_a_likely_failure_is_survived(case: Callable[[], None]) -> None:
     case()
 
 
 def patched(**places: object) -> Callable[[], ExitStack]:
-    """A context in which the names at ``places`` (with __ for .) are something else."""
+    """Return a context manager that patches the names in ``places`` (``__`` stands for a dot)."""
 
     def enter() -> ExitStack:
         stack = ExitStack()
@@ -302,10 +302,10 @@ def patched(**places: object) -> Callable[[], ExitStack]:
     return enter
 
 
-PARLIAMENT = "tests__protocol__many_leaders__"
+MODULE = "tests__protocol__many_leaders__"
 BUGS: dict[str, tuple[Callable[[], None], Callable[[], ExitStack]]] = {
-    "forgetting the promise on restart": (CASES[0], patched(**{PARLIAMENT + "Voter.crash": forgetting_the_promise})),
-    "voting before persisting": (CASES[0], patched(**{PARLIAMENT + "Voter.crash": losing_the_vote})),
+    "forgetting the promise on restart": (CASES[0], patched(**{MODULE + "Voter.crash": forgetting_the_promise})),
+    "voting before persisting": (CASES[0], patched(**{MODULE + "Voter.crash": losing_the_vote})),
     "a leader that does not ask what was voted for": (
         CASES[0],
         patched(
@@ -316,12 +316,12 @@ BUGS: dict[str, tuple[Callable[[], None], Callable[[], ExitStack]]] = {
         CASES[1],
         patched(psyche__protocol__standing__quorum=half_is_enough),
     ),
-    "signing a roster after a seal": (
+    "signing a reconfiguration after a seal": (
         CASES[2],
         patched(
             **{
-                PARLIAMENT + "sign_reconfiguration": lambda signed_state, *_: signed_state,
-                PARLIAMENT + "seal": lambda signed_state, *_: signed_state,
+                MODULE + "sign_reconfiguration": lambda signed_state, *_: signed_state,
+                MODULE + "seal": lambda signed_state, *_: signed_state,
             }
         ),
     ),

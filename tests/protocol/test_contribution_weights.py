@@ -1,4 +1,4 @@
-"""Who counts how much in an outer step, whatever somebody says of themselves and however many they are."""
+"""The weight of each contribution in an outer step, with caps that hold against false claims and Sybil identities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NODES = st.dictionaries(
     min_size=1,
     max_size=12,
 )
-"""Tokens, whether it has a vote, whether its data are private."""
+"""Tokens, whether the node has a vote, whether its data is private."""
 
 
 def plan_of(votes: Mapping[str, bool]) -> Plan:
@@ -42,7 +42,7 @@ def together(counts: Mapping[str, float], nodes: set[str]) -> Fraction:
 
 
 @given(nodes=NODES)
-def test_no_cap_is_passed(nodes: dict[str, tuple[int, bool, bool]]) -> None:
+def test_no_cap_is_exceeded(nodes: dict[str, tuple[int, bool, bool]]) -> None:
     counts = found(nodes)
     assert list(counts) == sorted(nodes)
     assert together(counts, set(nodes)) <= 1 + ROUNDING
@@ -57,10 +57,10 @@ def test_no_cap_is_passed(nodes: dict[str, tuple[int, bool, bool]]) -> None:
     tokens=st.integers(1, 10**6),
     pieces=st.integers(1, 30),
 )
-def test_who_splits_into_many_new_identities_gains_no_weight_beyond_what_all_of_them_may_have(
+def test_a_node_that_splits_into_many_new_identities_stays_below_their_joint_cap(
     others: list[int], tokens: int, pieces: int
 ) -> None:
-    """Neither by the same work in parts, nor by as much work again for every one of them."""
+    """Whether they split the same work or each do as much again."""
     honest = {f"honest {number}": (given, True, False) for number, given in enumerate(others)}
     for each in (max(1, tokens // pieces), tokens):
         burst = {f"sybil {number}": (each, False, False) for number in range(pieces)}
@@ -69,17 +69,17 @@ def test_who_splits_into_many_new_identities_gains_no_weight_beyond_what_all_of_
 
 
 @given(tokens=st.integers(1, 10**6), pieces=st.integers(1, 8))
-def test_a_member_that_splits_has_no_more_than_one_that_does_not(tokens: int, pieces: int) -> None:
-    """Past their probation, too: of work that is the same altogether, weight is the same altogether."""
+def test_splitting_work_over_identities_with_votes_gains_no_weight(tokens: int, pieces: int) -> None:
+    """Also after probation: the same total work has the same total weight."""
     honest = {f"honest {number}": (pieces * tokens, True, False) for number in range(8)}
     whole = found(honest | {"one": (pieces * tokens, True, False)})["one"]
     parts = {f"part {number}": (tokens, True, False) for number in range(pieces)}
     assert together(found(honest | parts), set(parts)) == pytest.approx(whole, rel=1e-6)
 
 
-def test_nobody_is_capped_where_there_are_few() -> None:
+def test_a_few_members_are_not_capped() -> None:
     assert found({"a": (3, True, False), "b": (1, True, False)}) == {"a": 0.75, "b": 0.25}
 
 
-def test_newcomers_are_left_with_their_share_where_nobody_else_contributed() -> None:
+def test_new_nodes_keep_their_cap_when_nobody_else_contributes() -> None:
     assert found({"a": (3, False, False), "b": (1, False, False)}) == {"a": 0.1875, "b": 0.0625}

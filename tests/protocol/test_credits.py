@@ -1,4 +1,4 @@
-"""What is paid for what: the rules of ``protocol/credits.py``, and that no credit is made or lost."""
+"""The payment rules of ``protocol/credits.py``; no credit is created or lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRUST = replace(RULES, rounds=LAST, probation=2, private_share=0.25, audits=Audi
 A, B, C, D = nodes(4)
 
 
-def deed(
+def round_with(
     round_number: int,
     *work: tuple[str, int],
     private: tuple[str, ...] = (),
@@ -36,7 +36,7 @@ def deed(
     return RoundWork(round_number, done, (), dissenters, newcomers, audits, closed, banned)
 
 
-def ended(
+def closed_audit(
     round_number: int,
     outcome: Outcome,
     *,
@@ -48,145 +48,151 @@ def ended(
     return Closed(accused, round_number, outcome, paid, lied, gain)
 
 
-def books(*done: RoundWork) -> tuple[CreditAccounts, list[Change]]:
-    """After ``done``, and all that was settled meanwhile."""
-    kept = CreditAccounts(TRUST)
-    return kept, [change for one in done for change in kept.enter(one)]
+def accounts_after(*done: RoundWork) -> tuple[CreditAccounts, list[Change]]:
+    """Return the accounts after ``done``, and the changes that became final or forfeited."""
+    accounts = CreditAccounts(TRUST)
+    return accounts, [change for one in done for change in accounts.enter(one)]
 
 
 def test_tokens_are_pending_for_the_window_and_then_final() -> None:
-    kept = CreditAccounts(TRUST)
-    kept.enter(deed(1, (A, 100)))
+    accounts = CreditAccounts(TRUST)
+    accounts.enter(round_with(1, (A, 100)))
     for round_number in range(2, 1 + WINDOW):
-        assert kept.enter(deed(round_number, (B, 7))) == []
-        assert (kept.account(A).final, kept.account(A).waiting) == (0, 100)
-    (change,) = kept.enter(deed(1 + WINDOW, (B, 7)))
+        assert accounts.enter(round_with(round_number, (B, 7))) == []
+        assert (accounts.account(A).final, accounts.account(A).waiting) == (0, 100)
+    (change,) = accounts.enter(round_with(1 + WINDOW, (B, 7)))
     assert (change.node, change.amount, change.round, change.status, change.settled) == (A, 100, 1, "final", 4)
-    assert (kept.account(A).final, kept.account(A).waiting) == (100, 0)
+    assert (accounts.account(A).final, accounts.account(A).waiting) == (100, 0)
     assert "accepted" in change.reason
 
 
-def test_what_is_under_audit_holds_up_what_came_after_it() -> None:
-    kept, settled = books(
-        deed(1, (A, 100)),
-        deed(2, (A, 50), audits=((A, 1, 100),)),
-        deed(6, (B, 1), audits=((A, 1, 100),)),
+def test_credit_after_an_audited_round_waits_for_the_audit() -> None:
+    accounts, settled = accounts_after(
+        round_with(1, (A, 100)),
+        round_with(2, (A, 50), audits=((A, 1, 100),)),
+        round_with(6, (B, 1), audits=((A, 1, 100),)),
     )
     assert settled == []
-    kept.enter(deed(7, (B, 1), closed=(ended(1, "inconclusive"),)))
-    assert (kept.account(A).final, kept.account(A).waiting) == (150, 0)
+    accounts.enter(round_with(7, (B, 1), closed=(closed_audit(1, "inconclusive"),)))
+    assert (accounts.account(A).final, accounts.account(A).waiting) == (150, 0)
 
 
-def test_a_conviction_takes_all_that_is_pending_and_all_that_would_come() -> None:
-    kept, settled = books(
-        deed(1, (A, 10)),
-        deed(4, (A, 100), (B, 100), audits=((A, 3, 100),)),
-        deed(5, (A, 100), closed=(ended(3, "convicted", paid=(B, C)),), banned=(A,)),
-        deed(6, (A, 100), (B, 1), banned=(A,)),
+def test_a_conviction_forfeits_all_pending_and_future_credit() -> None:
+    accounts, settled = accounts_after(
+        round_with(1, (A, 10)),
+        round_with(4, (A, 100), (B, 100), audits=((A, 3, 100),)),
+        round_with(5, (A, 100), closed=(closed_audit(3, "convicted", paid=(B, C)),), banned=(A,)),
+        round_with(6, (A, 100), (B, 1), banned=(A,)),
     )
-    account = kept.account(A)
+    account = accounts.account(A)
     assert (account.final, account.waiting, account.forfeited, account.banned) == (10, 0, 300, 5)
     reasons = [change.because for change in settled if change.status == "forfeited"]
     assert "its work of round 3 was found to be false" in reasons[0]
-    assert f"…{B[-6:]}, …{C[-6:]}" in reasons[0], "and by whom"
+    assert f"…{B[-6:]}, …{C[-6:]}" in reasons[0], "the reason names the auditors"
     assert reasons[1:] == ["it was convicted in round 5"] * 2
-    assert kept.account(B).earned == 100 + 100 + 1, "an auditor is paid the tokens of what it did again"
-    assert kept.account(C).earned == 100
+    assert accounts.account(B).earned == 100 + 100 + 1, "an auditor is paid the tokens it replays"
+    assert accounts.account(C).earned == 100
 
 
-def test_an_auditor_that_lied_is_treated_like_a_cheat() -> None:
-    kept, settled = books(
-        deed(1, (A, 100), (B, 100), audits=((A, 1, 100),)),
-        deed(2, (B, 100), closed=(ended(1, "passed", paid=(C,), lied=(B,)),), banned=(B,)),
+def test_an_auditor_that_lied_is_treated_like_a_cheating_node() -> None:
+    accounts, settled = accounts_after(
+        round_with(1, (A, 100), (B, 100), audits=((A, 1, 100),)),
+        round_with(2, (B, 100), closed=(closed_audit(1, "passed", paid=(C,), lied=(B,)),), banned=(B,)),
     )
-    assert (kept.account(B).forfeited, kept.account(B).banned, kept.account(B).audits) == (200, 2, 0)
+    assert (accounts.account(B).forfeited, accounts.account(B).banned, accounts.account(B).audits) == (200, 2, 0)
     assert "contradicts the jury" in settled[0].because
-    assert kept.account(C).waiting == 100
+    assert accounts.account(C).waiting == 100
 
 
-def test_who_was_convicted_where_the_ledger_has_a_gap_is_banned_all_the_same() -> None:
-    kept, settled = books(deed(1, (A, 100)), deed(9, (B, 1), banned=(A,)))
-    assert (kept.account(A).forfeited, kept.account(A).banned) == (100, 9)
+def test_a_conviction_in_a_gap_of_the_ledger_still_bans() -> None:
+    accounts, settled = accounts_after(round_with(1, (A, 100)), round_with(9, (B, 1), banned=(A,)))
+    assert (accounts.account(A).forfeited, accounts.account(A).banned) == (100, 9)
     assert "does not have" in settled[0].because
 
 
-def test_work_that_is_not_handed_over_forfeits_its_round_only() -> None:
-    kept, settled = books(
-        deed(1, (A, 1)),
-        deed(2, (A, 20), audits=((A, 2, 20),)),
-        deed(3, (A, 300), closed=(ended(2, "unserved", paid=(B,)),)),
+def test_withheld_work_forfeits_only_its_round() -> None:
+    accounts, settled = accounts_after(
+        round_with(1, (A, 1)),
+        round_with(2, (A, 20), audits=((A, 2, 20),)),
+        round_with(3, (A, 300), closed=(closed_audit(2, "unserved", paid=(B,)),)),
     )
-    assert (kept.account(A).waiting, kept.account(A).forfeited) == (301, 20)
+    assert (accounts.account(A).waiting, accounts.account(A).forfeited) == (301, 20)
     assert "did not provide its work" in settled[0].because
 
 
 def test_an_outvoted_reducer_earns_nothing_for_the_round() -> None:
-    kept, settled = books(deed(1, (A, 5), (B, 5), dissenters=(B,)), deed(2, (B, 5)))
-    assert (kept.account(B).forfeited, kept.account(B).waiting) == (5, 5)
+    accounts, settled = accounts_after(round_with(1, (A, 5), (B, 5), dissenters=(B,)), round_with(2, (B, 5)))
+    assert (accounts.account(B).forfeited, accounts.account(B).waiting) == (5, 5)
     assert "another result" in settled[0].because
 
 
 def test_nothing_is_final_on_probation() -> None:
-    kept, _ = books(deed(1, (A, 5), newcomers=(A,)), deed(10, (B, 5), newcomers=(A,)))
-    assert (kept.account(A).final, kept.account(A).waiting, kept.account(A).newcomer) == (0, 5, True)
-    kept.enter(deed(11, (A, 5)))
-    assert (kept.account(A).final, kept.account(A).waiting) == (5, 5)
+    accounts, _ = accounts_after(round_with(1, (A, 5), newcomers=(A,)), round_with(10, (B, 5), newcomers=(A,)))
+    assert (accounts.account(A).final, accounts.account(A).waiting, accounts.account(A).newcomer) == (0, 5, True)
+    accounts.enter(round_with(11, (A, 5)))
+    assert (accounts.account(A).final, accounts.account(A).waiting) == (5, 5)
 
 
-def test_with_the_last_round_all_is_final_but_what_is_under_audit_or_of_a_newcomer() -> None:
-    kept, _ = books(
-        deed(LAST - 1, (A, 5), (C, 7), (D, 7)),
-        deed(LAST, (A, 5), (B, 5), (C, 5), (D, 5), newcomers=(B,), audits=((C, LAST, 5), (D, LAST - 1, 7))),
+def test_after_the_last_round_all_credit_is_final_except_of_open_audits_and_new_nodes() -> None:
+    accounts, _ = accounts_after(
+        round_with(LAST - 1, (A, 5), (C, 7), (D, 7)),
+        round_with(LAST, (A, 5), (B, 5), (C, 5), (D, 5), newcomers=(B,), audits=((C, LAST, 5), (D, LAST - 1, 7))),
     )
-    found = [(kept.account(node).final, kept.account(node).waiting) for node in (A, B, C, D)]
+    found = [(accounts.account(node).final, accounts.account(node).waiting) for node in (A, B, C, D)]
     assert found == [(10, 0), (0, 5), (7, 5), (5, 7)]
 
 
-def test_gains_are_paid_in_proportion_up_to_the_median_and_never_over_a_tenth() -> None:
+def test_the_bonus_grows_with_the_gain_up_to_the_median_and_is_at_most_a_tenth() -> None:
     audits = ((A, 1, 1000), (B, 1, 1000), (C, 1, 1000), (D, 1, 1000))
-    kept, _ = books(
-        deed(1, audits=audits),
-        deed(
+    accounts, _ = accounts_after(
+        round_with(1, audits=audits),
+        round_with(
             2,
             closed=tuple(
-                ended(1, "passed", accused=node, gain=gain) for node, gain in ((A, 100), (B, 900), (C, 200), (D, -50))
+                closed_audit(1, "passed", accused=node, gain=gain)
+                for node, gain in ((A, 100), (B, 900), (C, 200), (D, -50))
             ),
         ),
     )
-    # In the order in which they are closed, so that each counts for those after it: the medians are 100, 900, 200.
-    assert [kept.account(node).earned for node in (A, B, C, D)] == [100, 100, 100, 0]
-    kept.enter(deed(3, audits=((A, 2, 1000),)))
-    kept.enter(deed(4, closed=(ended(2, "passed", gain=100),)))
-    assert kept.account(A).earned == 100 + 50, "half the median"
-    kept.enter(deed(5, audits=((A, 4, 1000),)))
-    kept.enter(deed(9, closed=(ended(4, "passed", gain=1),)))
-    assert kept.account(A).earned == 250, "what was closed before the window is forgotten"
+    # Each closed audit counts for the median of those after it: 100, 900, 200.
+    assert [accounts.account(node).earned for node in (A, B, C, D)] == [100, 100, 100, 0]
+    accounts.enter(round_with(3, audits=((A, 2, 1000),)))
+    accounts.enter(round_with(4, closed=(closed_audit(2, "passed", gain=100),)))
+    assert accounts.account(A).earned == 100 + 50, "half the median"
+    accounts.enter(round_with(5, audits=((A, 4, 1000),)))
+    accounts.enter(round_with(9, closed=(closed_audit(4, "passed", gain=1),)))
+    assert accounts.account(A).earned == 250, "audits closed before the window do not count for the median"
 
 
 def test_other_outcomes_have_no_bonus() -> None:
     for outcome in ("inconclusive", "unserved", "dropped"):
-        kept, _ = books(deed(1, audits=((A, 1, 1000),)), deed(2, closed=(ended(1, outcome, gain=9),)))
-        assert kept.account(A).earned == 0
+        accounts, _ = accounts_after(
+            round_with(1, audits=((A, 1, 1000),)), round_with(2, closed=(closed_audit(1, outcome, gain=9),))
+        )
+        assert accounts.account(A).earned == 0
 
 
-def test_the_last_address_given_counts() -> None:
-    kept, _ = books(
-        deed(1, (A, 5), payout=b"a" * 20), deed(2, (A, 5), payout=b"b" * 20), deed(3, (A, 5)), deed(4, (B, 5))
+def test_the_latest_payout_address_counts() -> None:
+    accounts, _ = accounts_after(
+        round_with(1, (A, 5), payout=b"a" * 20),
+        round_with(2, (A, 5), payout=b"b" * 20),
+        round_with(3, (A, 5)),
+        round_with(4, (B, 5)),
     )
-    assert kept.account(A).payout == b"b" * 20
-    assert kept.account(B).payout == b""
+    assert accounts.account(A).payout == b"b" * 20
+    assert accounts.account(B).payout == b""
 
 
 @given(st.dictionaries(st.sampled_from([A, B, C, D]), st.tuples(st.integers(1, 10**6), st.booleans()), min_size=1))
-def test_private_work_is_paid_as_its_weight_is_capped(given_: dict[str, tuple[int, bool]]) -> None:
+def test_private_work_is_paid_by_its_capped_weight(given_: dict[str, tuple[int, bool]]) -> None:
     total, private = sum(t for t, _ in given_.values()), sum(t for t, hidden in given_.values() if hidden)
-    kept, _ = books(
-        deed(1, *((n, t) for n, (t, _) in given_.items()), private=tuple(n for n in given_ if given_[n][1]))
+    accounts, _ = accounts_after(
+        round_with(1, *((n, t) for n, (t, _) in given_.items()), private=tuple(n for n in given_ if given_[n][1]))
     )
     parts, hidden = {n: t for n, (t, _) in given_.items()}, frozenset(n for n in given_ if given_[n][1])
     weighed = exact_capped_shares(parts, [Cap(hidden, Fraction(TRUST.private_share))])
     for node, tokens in parts.items():
-        earned = kept.account(node).earned
+        earned = accounts.account(node).earned
         if node not in hidden:
             assert earned == tokens
         else:
@@ -194,7 +200,7 @@ def test_private_work_is_paid_as_its_weight_is_capped(given_: dict[str, tuple[in
             assert earned == private_credit(tokens, private, total, Fraction(TRUST.private_share))
 
 
-# ------------------------------------------------------------------------------ nothing by splitting
+# ----------------------------------------------------------------- no gain from splitting work
 
 
 SPLIT = nodes(12)
@@ -209,17 +215,17 @@ SPLIT = nodes(12)
     private=st.booleans(),
     throwaway=st.booleans(),
 )
-def test_the_same_work_under_many_names_earns_no_more(
+def test_the_same_work_under_many_identities_earns_no_more(
     rounds: list[tuple[list[int], int]], private: bool, throwaway: bool
 ) -> None:
-    """Of each round the parts, and what others do. ``throwaway``: new names in each round."""
+    """``rounds``: parts of the work and the tokens of others. ``throwaway``: new identities in each round."""
     whole, parted = CreditAccounts(TRUST), CreditAccounts(TRUST)
     me, other, names = SPLIT[0], SPLIT[1], SPLIT[2:]
     for round_number, (parts, others) in enumerate(rounds, 1):
         mine = [(names[(at + 4 * throwaway * round_number) % len(names)], tokens) for at, tokens in enumerate(parts)]
         rest = [(other, others)] if others else []
-        whole.enter(deed(round_number, (me, sum(parts)), *rest, private=(me,) if private else ()))
-        parted.enter(deed(round_number, *mine, *rest, private=tuple(names) if private else ()))
+        whole.enter(round_with(round_number, (me, sum(parts)), *rest, private=(me,) if private else ()))
+        parted.enter(round_with(round_number, *mine, *rest, private=tuple(names) if private else ()))
     for paid in ("earned", "final", "waiting"):
         assert sum(getattr(parted.account(name), paid) for name in names) <= getattr(whole.account(me), paid)
 
@@ -232,18 +238,20 @@ def test_the_same_work_under_many_names_earns_no_more(
 def test_a_bonus_is_bounded_however_work_is_split(
     parts: list[tuple[int, float]], gain: int, others: list[tuple[int, int]]
 ) -> None:
-    """A part of some work gains at most what the whole does. Others' gains are on record before."""
+    """A part of some work gains at most what the whole does. Other nodes' gains are recorded before."""
 
     def earned(mine: list[tuple[int, int]]) -> int:
-        kept = CreditAccounts(TRUST)
+        accounts = CreditAccounts(TRUST)
         owners = SPLIT[len(mine) :]
-        kept.enter(deed(1, audits=tuple((owners[at], 1, tokens) for at, (tokens, _) in enumerate(others))))
-        closed = tuple(ended(1, "passed", accused=owners[at], gain=one) for at, (_, one) in enumerate(others))
-        kept.enter(deed(2, audits=tuple((SPLIT[at], 2, tokens) for at, (tokens, _) in enumerate(mine)), closed=closed))
-        before = {name: kept.account(name).earned for name in SPLIT}
-        found = tuple(ended(2, "passed", accused=SPLIT[at], gain=one) for at, (_, one) in enumerate(mine))
-        kept.enter(deed(3, closed=found))
-        return sum(kept.account(name).earned - before[name] for name in SPLIT[: len(mine)])
+        accounts.enter(round_with(1, audits=tuple((owners[at], 1, tokens) for at, (tokens, _) in enumerate(others))))
+        closed = tuple(closed_audit(1, "passed", accused=owners[at], gain=one) for at, (_, one) in enumerate(others))
+        accounts.enter(
+            round_with(2, audits=tuple((SPLIT[at], 2, tokens) for at, (tokens, _) in enumerate(mine)), closed=closed)
+        )
+        before = {name: accounts.account(name).earned for name in SPLIT}
+        found = tuple(closed_audit(2, "passed", accused=SPLIT[at], gain=one) for at, (_, one) in enumerate(mine))
+        accounts.enter(round_with(3, closed=found))
+        return sum(accounts.account(name).earned - before[name] for name in SPLIT[: len(mine)])
 
     total = sum(tokens for tokens, _ in parts)
     assert earned([(tokens, max(1, int(gain * part))) for tokens, part in parts]) <= total // BONUS
@@ -283,12 +291,12 @@ SUBSET = st.sets(NODES, max_size=2).map(lambda found: tuple(sorted(found)))
         max_size=LAST,
     )
 )  # fmt: skip
-def test_every_credit_has_one_change_and_none_is_made_or_lost(history: list[tuple]) -> None:  # type: ignore[type-arg]
-    kept, settled = CreditAccounts(TRUST), []
+def test_every_credit_is_settled_once_and_none_is_created_or_lost(history: list[tuple]) -> None:  # type: ignore[type-arg]
+    accounts, settled = CreditAccounts(TRUST), []
     for round_number, (work, private, dissenters, newcomers, audits, closed) in enumerate(history, 1):
-        before = {name: one.final for name, one in kept.accounts.items()}
-        settled += kept.enter(
-            deed(
+        before = {name: one.final for name, one in accounts.accounts.items()}
+        settled += accounts.enter(
+            round_with(
                 round_number,
                 *work.items(),
                 private=private,
@@ -298,28 +306,28 @@ def test_every_credit_has_one_change_and_none_is_made_or_lost(history: list[tupl
                 closed=closed,
             )
         )
-        assert all(kept.account(name).final >= final for name, final in before.items()), "final is final"
+        assert all(accounts.account(name).final >= final for name, final in before.items()), "final is final"
     by: Counter[tuple[str, str]] = Counter()
     for change in settled:
         assert change.status in ("final", "forfeited")
         assert change.round <= change.settled
         assert bool(change.because) == (change.status == "forfeited")
         by[change.node, change.status] += change.amount
-    for name, account in kept.accounts.items():
+    for name, account in accounts.accounts.items():
         assert all(change.status == "pending" for change in account.pending)
         assert (by[name, "final"], by[name, "forfeited"]) == (account.final, account.forfeited)
         assert account.final + account.waiting + account.forfeited == account.earned
-        assert not (account.banned and account.pending), "whoever is convicted has nothing to wait for"
+        assert not (account.banned and account.pending), "a convicted node has pending credit"
 
 
-def test_records_are_read_as_they_are_paid() -> None:
+def test_records_are_paid_in_order() -> None:
     records = [one.record for one in chain(6)]
-    kept = fold(replace(RULES, rounds=6), records)
+    accounts = fold(replace(RULES, rounds=6), records)
     each = RULES.inner_steps * RULES.tokens_per_step
-    earned = {name: account.earned for name, account in kept.accounts.items()}
+    earned = {name: account.earned for name, account in accounts.accounts.items()}
     assert earned == dict.fromkeys(NAMES[:-1], 6 * each) | {NAMES[-1]: 3 * each}
     audited = Counter(one.accused for one in records[-1].audit_state.audits)
-    assert {name: account.waiting for name, account in kept.accounts.items()} == {
+    assert {name: account.waiting for name, account in accounts.accounts.items()} == {
         name: each * audited[name] for name in NAMES
     }
     done = round_work(records[0], RULES.probation)

@@ -1,4 +1,4 @@
-"""How long members are waited for."""
+"""Deadlines that adapt to the observed durations of rounds and exchanges."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_deadline_is_median_plus_spread_times_mad(observed: tuple[float, ...],
     assert adaptive(observed, least=10.0, most=100.0) == expected
 
 
-def test_exchanges_that_took_the_same_are_no_reason_to_cut_the_next_one_short() -> None:
+def test_the_exchange_deadline_leaves_slack_even_if_all_exchanges_took_the_same() -> None:
     assert exchange_allowance(replace(RULES, exchange_bounds=(1.0, 600.0)), (12.0,) * 8) == pytest.approx(18.0)
 
 
@@ -43,66 +43,66 @@ def test_only_recent_observations_count() -> None:
 
 
 def test_the_commit_deadline_follows_the_members() -> None:
-    table, members = started(rounds=99)
-    assert table.state.round.deadline - table.state.round.opened == 100.0
+    leader, members = started(rounds=99)
+    assert leader.state.round.deadline - leader.state.round.opened == 100.0
     for _ in range(3):
-        table.wait(18)
-        table.close(members[:2])
-        table.wait(4)
-        table.close(members[2:])
-        table.exchange(members)
-        table.certify(members)
-        table.settle(members)
+        leader.wait(18)
+        leader.commit_all(members[:2])
+        leader.wait(4)
+        leader.commit_all(members[2:])
+        leader.exchange(members)
+        leader.certify(members)
+        leader.attest_all(members)
     # 18, 18, 22, 22, ...: median 20, MAD 2
-    assert table.state.round.deadline - table.state.round.opened == 30.0
-    assert len(table.state.commit_seconds) == 12
+    assert leader.state.round.deadline - leader.state.round.opened == 30.0
+    assert len(leader.state.commit_seconds) == 12
 
 
 def test_observations_do_not_grow_without_bound() -> None:
-    table, members = started(rounds=40)
+    leader, members = started(rounds=40)
     for _ in range(39):
-        table.play_round(members)
-    assert len(table.state.commit_seconds) <= DEADLINE_WINDOW
-    assert len(table.state.exchange_seconds) <= DEADLINE_WINDOW
+        leader.run_round(members)
+    assert len(leader.state.commit_seconds) <= DEADLINE_WINDOW
+    assert len(leader.state.exchange_seconds) <= DEADLINE_WINDOW
 
 
-def test_silence_is_counted_from_the_last_word() -> None:
-    table, members = started()
-    table.wait(14, alive=members[1:])
-    table.send(Seen(members[0]))
-    table.wait(15, alive=members[1:])
-    assert members[0] in table.state.peers
-    effects = table.wait(1, alive=members[1:])
+def test_silence_is_counted_from_the_last_message() -> None:
+    leader, members = started()
+    leader.wait(14, alive=members[1:])
+    leader.send(Seen(members[0]))
+    leader.wait(15, alive=members[1:])
+    assert members[0] in leader.state.peers
+    effects = leader.wait(1, alive=members[1:])
     assert effects == [Departed(members[0], "not heard from for 15 s")]
 
 
-def test_a_round_nobody_committed_to_forgets_no_exchange() -> None:
-    """Else whoever goes away in the next one is waited for as long as the manifest allows at all."""
-    table, members = started()
-    table.play_round(members)
-    seconds = table.state.exchange_seconds
+def test_a_round_without_commitments_keeps_the_observed_exchange_times() -> None:
+    """Otherwise a node lost in the next round would be waited for as long as the manifest allows."""
+    leader, members = started()
+    leader.run_round(members)
+    seconds = leader.state.exchange_seconds
     assert seconds
-    assert Abandoned in kinds(table.wait(2 * RULES.round_bounds[1]))
-    assert table.state.exchange_seconds == seconds
+    assert Abandoned in kinds(leader.wait(2 * RULES.round_bounds[1]))
+    assert leader.state.exchange_seconds == seconds
 
 
-def test_a_round_that_is_slow_for_all_is_not_thrown_away() -> None:
-    """A machine under load: rounds took 15 s, and now nobody has finished one after 40."""
-    table, members = started(rounds=99)
+def test_a_round_that_is_slow_for_all_members_is_not_restarted() -> None:
+    """A machine under load: rounds took 15 s, and after 40 s no member has finished."""
+    leader, members = started(rounds=99)
     for _ in range(3):
-        table.wait(15)
-        table.close(members)
-        table.exchange(members)
-        table.certify(members)
-        table.settle(members)
-    plan = table.plan
-    assert table.state.round.deadline - table.state.round.opened == pytest.approx(15.0 * 1.25), (
-        "a quarter more, however regular they were"
+        leader.wait(15)
+        leader.commit_all(members)
+        leader.exchange(members)
+        leader.certify(members)
+        leader.attest_all(members)
+    plan = leader.plan
+    assert leader.state.round.deadline - leader.state.round.opened == pytest.approx(15.0 * 1.25), (
+        "a quarter more than the median"
     )
-    assert table.wait(40) == []
-    assert "no member has finished yet" in table.state.note
-    table.close(members)
-    assert table.plan == plan
-    table.exchange(members)
-    table.certify(members)
-    assert len(table.certified[plan.round].accepted) == len(members)
+    assert leader.wait(40) == []
+    assert "no member has finished yet" in leader.state.note
+    leader.commit_all(members)
+    assert leader.plan == plan
+    leader.exchange(members)
+    leader.certify(members)
+    assert len(leader.certified[plan.round].accepted) == len(members)

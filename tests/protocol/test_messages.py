@@ -1,4 +1,4 @@
-"""Bytes from strangers: the message they should be, or MalformedMessage and nothing else."""
+"""Decoding of untrusted bytes: a valid message, or ``MalformedMessage`` and nothing else."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_every_message_has_an_example_and_a_domain_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=ids)
-def test_round_trip(example: Body) -> None:
+def test_every_message_round_trips_through_its_encoding(example: Body) -> None:
     data = example.encode()
     assert decode(type(example), data) == example
     assert decode(type(example), data).encode() == data
@@ -144,7 +144,7 @@ def test_a_sketch_is_bounded(sketch: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=ids)
-def test_no_truncation_or_extension_is_a_message(example: Body) -> None:
+def test_truncated_or_extended_messages_are_rejected(example: Body) -> None:
     data = example.encode()
     for length in {*range(min(len(data), 40)), *range(max(0, len(data) - 40), len(data)), len(data) // 2}:
         with pytest.raises(MalformedMessage):
@@ -157,7 +157,7 @@ def test_no_truncation_or_extension_is_a_message(example: Body) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @LIMITS
 @given(data=st.binary(max_size=200))
-def test_arbitrary_bytes(kind: type[Body], data: bytes) -> None:
+def test_arbitrary_bytes_are_rejected_or_canonical(kind: type[Body], data: bytes) -> None:
     try:
         body = decode(kind, data)
     except MalformedMessage as error:
@@ -171,8 +171,8 @@ def test_arbitrary_bytes(kind: type[Body], data: bytes) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=ids)
 @MUTATIONS
 @given(data=st.data())
-def test_mutated_messages(example: Body, data: st.DataObject) -> None:
-    """Whatever still decodes is canonical: two byte strings are never the same message."""
+def test_mutated_messages_are_rejected_or_canonical(example: Body, data: st.DataObject) -> None:
+    """No two byte strings decode to the same message."""
     changed = bytearray(example.encode())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(changed) - 1))
@@ -202,7 +202,7 @@ NESTED = st.recursive(
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @MUTATIONS
 @given(tree=st.lists(NESTED, max_size=14))
-def test_well_formed_msgpack_of_the_wrong_shape(kind: type[Body], tree: list[object]) -> None:
+def test_well_formed_msgpack_of_another_structure_is_rejected(kind: type[Body], tree: list[object]) -> None:
     data = msgspec.msgpack.encode(tree)
     try:
         body = decode(kind, data)
@@ -215,8 +215,8 @@ def test_well_formed_msgpack_of_the_wrong_shape(kind: type[Body], tree: list[obj
 @pytest.mark.parametrize(
     "data",
     [
-        b"\xdd\xff\xff\xff\xff",  # an array that claims 4 billion elements
-        b"\xdf\xff\xff\xff\xff",  # a map that does
+        b"\xdd\xff\xff\xff\xff",  # an array of claimed 4 billion elements
+        b"\xdf\xff\xff\xff\xff",  # a map of claimed 4 billion entries
         b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes
         b"\xdb\xff\xff\xff\xff",  # 4 GiB of text
         b"\xc9\xff\xff\xff\xff\x01",  # an extension of 4 GiB
@@ -228,7 +228,7 @@ def test_well_formed_msgpack_of_the_wrong_shape(kind: type[Body], tree: list[obj
         b"\x95\xdd\xff\xff\xff\xff",
     ],
 )
-def test_bytes_that_claim_the_earth(kind: type, data: bytes) -> None:
+def test_huge_claimed_lengths_are_rejected(kind: type, data: bytes) -> None:
     with pytest.raises(MalformedMessage):
         decode_envelope(data) if kind is Envelope else decode(kind, data)
 
@@ -274,7 +274,7 @@ def test_bounds_are_part_of_the_format(kind: type[Body], fields: list[object]) -
         (Leave, b"\x91\xd9\x02hi"),
     ],
 )
-def test_other_spellings_of_a_message_are_refused(kind: type[Body], data: bytes) -> None:
+def test_non_canonical_encodings_are_rejected(kind: type[Body], data: bytes) -> None:
     with pytest.raises(MalformedMessage, match="canonical"):
         decode(kind, data)
 
@@ -308,12 +308,12 @@ def test_commitments_bind_node_run_round_and_every_field() -> None:
 # ----------------------------------------------------------------------------------------- envelopes
 
 
-def test_envelope_round_trip() -> None:
+def test_an_envelope_round_trips_through_its_encoding() -> None:
     data = encode_envelope(ENVELOPE)
     assert decode_envelope(data) == ENVELOPE
 
 
-def test_oversize_envelopes_are_refused_before_they_are_read() -> None:
+def test_oversize_envelopes_are_rejected_before_decoding() -> None:
     data = encode_envelope(msgspec.structs.replace(ENVELOPE, body=bytes(1000)))
     assert decode_envelope(data, len(data)).body == bytes(1000)
     with pytest.raises(MalformedMessage, match="over the limit"):
@@ -324,14 +324,14 @@ def test_oversize_envelopes_are_refused_before_they_are_read() -> None:
 
 @LIMITS
 @given(data=st.binary(max_size=300))
-def test_arbitrary_bytes_as_envelope(data: bytes) -> None:
+def test_arbitrary_bytes_are_not_an_envelope(data: bytes) -> None:
     with pytest.raises(MalformedMessage):
         decode_envelope(data)
 
 
 @settings(max_examples=300, deadline=None)
 @given(at=st.integers(0, len(encode_envelope(ENVELOPE)) - 1), value=st.integers(0, 255))
-def test_a_mutated_envelope_is_refused_or_says_something_else(at: int, value: int) -> None:
+def test_a_mutated_envelope_is_rejected_or_decodes_differently(at: int, value: int) -> None:
     data = bytearray(encode_envelope(ENVELOPE))
     data[at] = value
     try:
