@@ -1,4 +1,4 @@
-"""Two coordinators: one dies, the other goes on with the round, and nothing is certified twice."""
+"""Two coordinators: when one dies, the other continues the round, and nothing is certified twice."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ QUICK = {
     "lease": LEASE,
 }
 NAMES = ("node-1", "node-2", "node-3", "node-4")
-"""One of four may be slow to vote: with one coordinator away, nobody can be left out of the electorate."""
+"""One of four may be slow to vote; with one coordinator gone, the electorate cannot be reduced."""
 
 
 def two_coordinators(directory: Path, members: int = len(NAMES), inner_steps: int = 40, **deadlines: float) -> Path:
-    """A configuration of a run with a standby."""
+    """Write a configuration with a standby."""
     key = standby_key(directory / "run" / "standby")
     rounds = {"inner_steps": inner_steps, "min_members": 1, "total": 500, "start_members": members}
     return write_config(directory, members=members, rounds=rounds, deadlines=QUICK | deadlines, standbys=[key])
 
 
 @pytest.mark.slow
-def test_what_members_train_while_their_leader_dies_is_not_begun_again(tmp_path: Path) -> None:
+def test_a_round_in_training_is_not_restarted_when_the_leader_dies(tmp_path: Path) -> None:
     with swarm(tmp_path / "run", two_coordinators(tmp_path, inner_steps=3000, round_max=600.0)) as run:
         start(run)
         for name in NAMES:
@@ -48,7 +48,7 @@ def test_what_members_train_while_their_leader_dies_is_not_begun_again(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_standby_takes_over_and_the_first_one_comes_back_as_standby(tmp_path: Path) -> None:
+def test_a_standby_takes_over_and_the_first_coordinator_returns_as_standby(tmp_path: Path) -> None:
     config = two_coordinators(tmp_path)
     with swarm(tmp_path / "run", config) as run:
         start(run)
@@ -56,11 +56,11 @@ def test_a_standby_takes_over_and_the_first_one_comes_back_as_standby(tmp_path: 
         run.kill("coordinator")
         last = run.events("coordinator", RoundCertified)[-1].round
         first = run.wait("standby", RoundCertified)
-        assert first.round in (last, last + 1), "the round that was under way goes on"
+        assert first.round in (last, last + 1), "the round in progress was lost"
         run.start("coordinator", "coordinator", str(config), "--directory", str(tmp_path / "run" / "coordinator"))
         run.wait("coordinator", Notice, lambda event: "standing by" in event.text)
         run.wait("standby", RoundCertified, lambda event: event.round > first.round + 1)
-        os.kill(run.processes["standby"].pid, signal.SIGSTOP)  # it does not know that time goes on
+        os.kill(run.processes["standby"].pid, signal.SIGSTOP)  # a frozen leader does not notice that its lease ends
         cut = run.events("standby", RoundCertified)[-1].round
         run.wait("coordinator", RoundCertified, lambda event: event.round > cut + 1)
         os.kill(run.processes["standby"].pid, signal.SIGCONT)
@@ -69,7 +69,7 @@ def test_a_standby_takes_over_and_the_first_one_comes_back_as_standby(tmp_path: 
         run.wait("coordinator", RoundCertified, lambda event: event.round > seen + 1)
         for name in (*NAMES, "coordinator", "standby"):
             run.kill(name, signal.SIGINT)
-    one_chain(tmp_path / "run")
+    check_one_chain(tmp_path / "run")
 
 
 def start(run: Swarm) -> None:
@@ -79,8 +79,8 @@ def start(run: Swarm) -> None:
         run.node(name)
 
 
-def one_chain(directory: Path) -> None:
-    """All ledgers hold up, and tell of no round anything else than the others."""
+def check_one_chain(directory: Path) -> None:
+    """Check that all ledgers are valid and agree."""
     manifest = Manifest.decode((directory / "coordinator" / MANIFEST).read_bytes())
     roots: dict[int, set[str]] = {}
     for name in (*NAMES, "coordinator", "standby"):
@@ -91,7 +91,7 @@ def one_chain(directory: Path) -> None:
     assert all(len(found) == 1 for found in roots.values())
 
 
-def test_a_standby_goes_on_with_the_round_of_a_coordinator_that_was_killed(tmp_path: Path) -> None:
+def test_a_standby_continues_the_round_of_a_killed_coordinator(tmp_path: Path) -> None:
     config = two_coordinators(tmp_path, members=2)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
@@ -102,7 +102,7 @@ def test_a_standby_goes_on_with_the_round_of_a_coordinator_that_was_killed(tmp_p
         run.kill("coordinator")
         last = run.events("coordinator", RoundCertified)[-1].round
         first = run.wait("standby", RoundCertified)
-        assert first.round in (last, last + 1), "no round was lost"
+        assert first.round in (last, last + 1), "a round was lost"
         for name in (*NAMES[:2], "standby"):
             run.kill(name, signal.SIGINT)
         roots = [certified_roots(tmp_path / "run" / name / "events.jsonl")[: first.round] for name in NAMES[:2]]
@@ -110,7 +110,7 @@ def test_a_standby_goes_on_with_the_round_of_a_coordinator_that_was_killed(tmp_p
 
 
 @pytest.mark.slow
-def test_a_standby_that_the_launch_did_not_name_is_told_how_it_would_be(tmp_path: Path) -> None:
+def test_a_standby_that_the_launch_did_not_name_is_refused_with_instructions(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=1)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()

@@ -1,4 +1,4 @@
-"""``psyche join`` of a node whose θ changes in one place during the outer step of round 2."""
+"""Run ``psyche join`` as a node in which one value of θ changes during the outer step of round 2."""
 
 from __future__ import annotations
 

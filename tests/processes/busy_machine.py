@@ -1,4 +1,4 @@
-"""``psyche join`` with a paced engine, on a machine that counts as busy while a file of the test exists."""
+"""Run ``psyche join`` with a paced engine on a machine that counts as busy while a file exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psyche.processes import availability
 from psyche.training import engine_choice
 
 IN_USE = "PSYCHE_TEST_IN_USE"
-"""Environment variable: path of that file."""
+"""Environment variable with the path of that file."""
 
 
 class BusyWhileFileExists(availability.Availability):

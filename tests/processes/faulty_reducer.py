@@ -1,4 +1,4 @@
-"""``psyche join`` of a node that fails as a reducer from round 3 on; the first argument says how.
+"""Run ``psyche join`` as a node that fails as a reducer from round 3 on; the first argument names the fault.
 
 ``kill``, ``freeze``: the process kills or stops itself while reducing. ``lie``: it reports wrong results. ``withhold``:
 it reports its results but does not serve them.
@@ -24,10 +24,10 @@ FIRST = 3
 add_up, put = Sharded._reduce_slices, BlobRetention.put
 
 
-def turn(fault: str) -> None:
-    """Make this process's reductions fail that way."""
+def install_fault(fault: str) -> None:
+    """Make the reductions of this process fail."""
 
-    def wayward(self: Sharded, gradient: Gradient, slices: range) -> list[bytes]:
+    def faulty_reduce_slices(self: Sharded, gradient: Gradient, slices: range) -> list[bytes]:
         parts = add_up(self, gradient, slices)
         if self.plan.round < FIRST:
             return parts
@@ -56,12 +56,12 @@ def turn(fault: str) -> None:
 
     adding: list[int] = []
     honest = Sharded.reduce
-    Sharded._reduce_slices = wayward  # type: ignore[method-assign]
+    Sharded._reduce_slices = faulty_reduce_slices  # type: ignore[method-assign]
     if fault == "withhold":
         Sharded.reduce, BlobRetention.put = reduce, unserved  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    turn(sys.argv.pop(1))
+    install_fault(sys.argv.pop(1))
     sys.argv[0:1] = ["psyche", "join"]
     main()

@@ -1,4 +1,4 @@
-"""``psyche join`` of a node whose proof of the base state is invalid."""
+"""Run ``psyche join`` as a node whose proof of the base state is invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``psyche join`` on a machine whose random numbers, and so initial parameters, differ from the launcher's."""
+"""Run ``psyche join`` with initial parameters that differ from the launcher's."""
 
 from __future__ import annotations
 

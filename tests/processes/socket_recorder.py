@@ -1,7 +1,7 @@
-"""``psyche join`` that records every byte which its process writes to a socket, before encryption.
+"""Run ``psyche join`` and record every byte its process writes to a socket, before encryption.
 
 The libp2p daemon encrypts what this process gives it over local sockets. The bytes of each socket go to one file, in
-the order sent, in the directory of the first argument; a text sent in two pieces is therefore found.
+the order sent, in the directory of the first argument, so that a text sent in two parts is found, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from psyche.cli import main
 
 
 def tap(directory: Path) -> None:
-    """Listen from now on."""
+    """Record from now on."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = threading.Lock()
 

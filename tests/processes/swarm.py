@@ -1,4 +1,4 @@
-"""Real processes of a run, one by one: started, watched through their event logs, killed and reaped."""
+"""Real processes of a run: start them, watch their event logs, kill and reap them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from psyche.telemetry.events import Event
 E = TypeVar("E", bound=Event)
 
 PATIENCE = 120.0
-"""Seconds after which a wait counts as a hang. A guard, not a measurement."""
+"""Seconds after which a wait counts as a hang: a guard, not a measurement."""
 
 
 class Swarm:
-    """The processes of one run in ``directory``, each in a folder of its own name."""
+    """The processes of one run in ``directory``, each with a folder of its name."""
 
     def __init__(self, directory: Path, config: Path) -> None:
         self.directory, self.config = directory, config
@@ -33,20 +33,20 @@ class Swarm:
         self.start("coordinator", "coordinator", str(self.config), "--directory", str(self.directory / "coordinator"))
 
     def standby(self, name: str) -> None:
-        """Start a standby; the configuration names its key, which :func:`standby_key` made."""
+        """Start a standby; the configuration names its key, made by :func:`standby_key`."""
         invite = f"@{self.directory / 'coordinator' / 'invite'}"
         place = ["--directory", str(self.directory / name)]
         self.start(name, "coordinator", str(self.config), "--standby", invite, *place)
 
     def node(self, name: str, *arguments: str, module: str = "psyche", config: Path | None = None) -> None:
-        """Start ``psyche join``, or a ``module`` of the tests that runs it with something that ``arguments`` change."""
+        """Start ``psyche join``, or a test ``module`` that wraps it and takes ``arguments``."""
         invite = f"@{self.directory / 'coordinator' / 'invite'}"
         place = ["--directory", str(self.directory / name), "--config", str(config or self.config)]
         command = ["join"] if module == "psyche" else arguments
         self.start(name, *command, invite, *place, module=module)
 
     def start(self, name: str, *arguments: str, module: str = "psyche") -> None:
-        """Start a process of psyche, or of ``module``, with its output in ``name``.log."""
+        """Start a psyche command, or ``module``; its output goes to ``name``.log."""
         with (self.directory / f"{name}.log").open("ab") as output:
             self.processes[name] = subprocess.Popen(
                 self.command(name, [sys.executable, "-m", module, *arguments]),
@@ -58,11 +58,11 @@ class Swarm:
             )
 
     def command(self, name: str, arguments: list[str]) -> list[str]:
-        """``arguments``, so that they run where ``name`` lives."""
+        """Return the command that runs ``arguments`` in the environment of ``name``."""
         return arguments
 
     def environment(self, name: str) -> dict[str, str]:
-        """What ``name`` gets of an environment of its own."""
+        """Return additional environment variables of ``name``."""
         return {}
 
     def output(self, name: str) -> str:
@@ -73,7 +73,7 @@ class Swarm:
         return [event for event in read_events(log) if isinstance(event, kind)] if log.exists() else []
 
     def wait(self, name: str, kind: type[E], wanted: Callable[[E], bool] = lambda event: True) -> E:
-        """The first event of that kind in the log of ``name`` that is ``wanted``."""
+        """Return the first event of that kind in ``name``'s log that satisfies ``wanted``."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             for event in self.events(name, kind):
@@ -85,13 +85,13 @@ class Swarm:
         raise AssertionError(f"no {kind.__name__} from {name}: {self.output(name)[-2000:]}")
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:
-        """Send a signal and reap; the exit code."""
+        """Send a signal, reap the process and return its exit code."""
         process = self.processes.pop(name)
         process.send_signal(number)
         return process.wait(PATIENCE)
 
     def cut_power(self) -> None:
-        """Kill all processes at once. Nodes that start again wait for the coordinator's new invite."""
+        """Kill all processes at once and delete the invite, so that restarted nodes wait for a new one."""
         for process in self.processes.values():
             process.kill()
         for process in self.processes.values():
@@ -100,24 +100,24 @@ class Swarm:
         (self.directory / "coordinator" / "invite").unlink()
 
     def join(self, name: str) -> int:
-        """Wait for a process to end by itself; its exit code."""
+        """Wait for a process to end and return its exit code."""
         return self.processes.pop(name).wait(PATIENCE)
 
 
 def _inherited() -> dict[str, str]:
-    """What a shell would give: without the address of a W&B helper that another test has started in this process."""
+    """Return this process's environment without the address of a W&B helper started by another test."""
     return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
 
 
 def standby_key(directory: Path) -> str:
-    """The PeerID of the standby in ``directory``, made now."""
+    """Create the key of the standby in ``directory`` and return its PeerID."""
     directory.mkdir(parents=True, exist_ok=True)
     return Identity.load_or_create(directory / IDENTITY).peer_id
 
 
 @contextmanager
 def swarm(directory: Path, config: Path) -> Iterator[Swarm]:
-    """A swarm whose processes are gone when the block is left."""
+    """Yield a swarm; its processes are killed afterwards."""
     directory.mkdir(parents=True, exist_ok=True)
     running = Swarm(directory, config)
     try:
@@ -130,7 +130,7 @@ def swarm(directory: Path, config: Path) -> Iterator[Swarm]:
 
 
 def descendants(pid: int) -> set[int]:
-    """All processes below ``pid`` now."""
+    """Return the pids of all processes below ``pid``."""
     found: set[int] = set()
     parents = {}
     for entry in Path("/proc").iterdir():

@@ -51,7 +51,7 @@ def psyche(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
     )  # fmt: skip
 
 
-def said(result: subprocess.CompletedProcess[str]) -> str:
+def error_of(result: subprocess.CompletedProcess[str]) -> str:
     """Return the one sentence that a failed command printed."""
     assert result.returncode not in (0, None)
     assert "Traceback" not in result.stderr + result.stdout, result.stderr
@@ -62,18 +62,18 @@ def said(result: subprocess.CompletedProcess[str]) -> str:
 
 class TestJoining:
     def test_garbage_is_not_an_invite(self) -> None:
-        assert "this is not an invite" in said(psyche("join", "garbage"))
+        assert "this is not an invite" in error_of(psyche("join", "garbage"))
 
     def test_a_mistyped_invite_is_rejected(self) -> None:
         good = Invite(bytes(32), ("/ip4/127.0.0.1/tcp/1/p2p/12D3KooWGZcT2tqGoMmSTDp7KqRwJJ63mDHvFBGKt5FTcPTJGdvA",))
         text = good.encode()
         swapped = text[:20] + ("A" if text[20] != "A" else "B") + text[21:]
-        assert "cut off or mistyped" in said(psyche("join", swapped))
+        assert "cut off or mistyped" in error_of(psyche("join", swapped))
 
     def test_no_peer_answers_at_the_invites_address(self, tmp_path: Path) -> None:
         peer = Identity.load_or_create(tmp_path / "other.key").peer_id
         invite = Invite(bytes(32), (f"/ip4/127.0.0.1/tcp/9/p2p/{peer}",)).encode()
-        words = said(psyche("join", invite, "--directory", str(tmp_path / "node")))
+        words = error_of(psyche("join", invite, "--directory", str(tmp_path / "node")))
         assert "/ip4/127.0.0.1/tcp/9" in words
         assert "invite" in words
 
@@ -85,7 +85,7 @@ class TestJoining:
             run.coordinator()
             run.wait("coordinator", RunStarted)
             manifest = Manifest.decode((run.directory / "coordinator" / MANIFEST).read_bytes())
-            assert "not that of the invite" in asyncio.run(_join_a_liar(tmp_path, manifest))
+            assert "not that of the invite" in asyncio.run(_join_impostor(tmp_path, manifest))
 
     def test_a_port_in_use_is_named(self, tmp_path: Path) -> None:
         config = write_config(tmp_path, members=1)
@@ -93,13 +93,13 @@ class TestJoining:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = str(taken.getsockname()[1])
-            words = said(psyche("coordinator", str(config), "--port", port, "--directory", str(tmp_path / "c")))
+            words = error_of(psyche("coordinator", str(config), "--port", port, "--directory", str(tmp_path / "c")))
         assert f"port {port} is in use" in words
         assert "--port" in words
 
 
 class TestDisks:
-    @pytest.mark.slow  # what the check finds is tested with the doctor's
+    @pytest.mark.slow  # the check itself is tested with the doctor
     def test_too_little_disk_for_checkpoints_is_reported_before_training(
         self, tmp_path: Path, small_disk: Path
     ) -> None:
@@ -131,7 +131,7 @@ class TestDisks:
         config = write_config(tmp_path, members=1)
         (small_disk / "filler").write_bytes(bytes(900_000))
         config.write_text(config.read_text().replace(str(tmp_path / "cache"), str(small_disk)))
-        words = said(psyche("coordinator", str(config), "--directory", str(tmp_path / "c")))
+        words = error_of(psyche("coordinator", str(config), "--directory", str(tmp_path / "c")))
         assert "no space left" in words
 
     @pytest.mark.slow
@@ -179,7 +179,7 @@ class TestMessages:
             run.node("node-1")
             run.wait("coordinator", RunFinished)
             refused = [event.reason for event in run.events("coordinator", Rejected)]
-            # the oversized one is stopped by its length, before it is a message at all
+            # the oversized one is rejected by its length, before it is decoded
             assert len(refused) >= len(EXPECTED) - 1
             assert run.join("node-1") == 0
             roots = certified_roots(run.directory / "coordinator" / "events.jsonl")
@@ -246,11 +246,11 @@ def _forged_certificate(me: Identity, run: bytes) -> object:
     return Certificate(encode_envelope(proposal), (encode_envelope(vote),), ())
 
 
-async def _join_a_liar(directory: Path, manifest: Manifest) -> str:
+async def _join_impostor(directory: Path, manifest: Manifest) -> str:
     """Return what ``psyche join`` prints if the host serves ``manifest`` under an invite to another run."""
     from psyche.data.provision import local_store
 
-    identity = Identity.load_or_create(directory / "liar.key")
+    identity = Identity.load_or_create(directory / "impostor.key")
     invited = bytes(reversed(manifest.run_id))
     host = await NetworkNode.create(identity, run_id=invited, kinds=KINDS, listen=["/ip4/127.0.0.1/tcp/0"])
     async with host:
@@ -258,7 +258,7 @@ async def _join_a_liar(directory: Path, manifest: Manifest) -> str:
         await serve_provisions(host, sign_manifest(manifest, identity), store)
         invite = Invite(invited, tuple(await host.addresses())).encode()
         result = await asyncio.to_thread(psyche, "join", invite, "--directory", str(directory / "victim"))
-        return said(result)
+        return error_of(result)
 
 
 async def _client(identity: Identity, invite: Invite) -> NetworkNode:

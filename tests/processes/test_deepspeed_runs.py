@@ -1,4 +1,4 @@
-"""A node of several ranks in a run, as real processes: equal to others to the bit, and gone as a whole if one is."""
+"""Nodes of several ranks, as real processes: bit-equal to other nodes, and stopped as a whole if a rank dies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_node_with_two_ranks_and_one_without_hold_the_same_state(
         run.coordinator()
         run.node("node-1")
         run.node("node-2", config=ranked(config, stage=stage))
-        run.wait("node-2", RoundStarted)  # ranks take their time to start
+        run.wait("node-2", RoundStarted)  # ranks start slowly
         for name in ("node-1", "node-2", "coordinator"):
             assert run.join(name) == 0, run.output(name)
         roots = certified_roots(run.directory / "coordinator" / "events.jsonl")
@@ -62,7 +62,9 @@ def test_a_node_with_two_ranks_and_one_without_hold_the_same_state(
         engines = {name: engine_of(run, name) for name in ("node-1", "node-2")}
         assert engines["node-1"].startswith("TorchEngine on cpu")
         assert engines["node-2"].startswith(f"DeepSpeedEngine on 2 CPU ranks, ZeRO {stage}")
-        assert "DeepSpeed" not in run.output("node-2").replace(engines["node-2"], ""), "its own words go elsewhere"
+        assert "DeepSpeed" not in run.output("node-2").replace(engines["node-2"], ""), (
+            "DeepSpeed's own output is not in the log"
+        )
 
 
 @pytest.fixture

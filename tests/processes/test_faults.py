@@ -1,4 +1,4 @@
-"""Nodes die, come back, diverge and lie; the run goes on, and everyone is told what concerns them."""
+"""Nodes die, restart, diverge and lie; the run continues, and each affected node is told."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.processes.swarm import PATIENCE, Swarm, alive, descendants, swarm
 from tests.tiny import certified_roots, write_config
 
 ROUNDS = {"inner_steps": 40, "min_members": 1}
-"""Rounds of about a second, enough of them that a node that comes back finds the run still going."""
+"""Rounds of about a second, enough of them that a restarted node finds the run in progress."""
 QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max": 10.0, "silence": 5.0}
 
 
@@ -44,12 +44,12 @@ def test_rounds_close_without_a_killed_node_and_it_rejoins(tmp_path: Path) -> No
         assert gone.peer not in later.accepted
         run.node("node-4")
         run.wait("coordinator", RoundCertified, lambda e: e.round > later.round and gone.peer in e.accepted)
-        assert run.events("node-4", CaughtUp) or run.events("node-4", Resynchronised), "it had missed rounds"
+        assert run.events("node-4", CaughtUp) or run.events("node-4", Resynchronised), "it did not catch up"
         stop_and_compare(run, names)
 
 
 @pytest.mark.slow
-def test_one_of_two_nodes_dies_and_the_other_goes_on(tmp_path: Path) -> None:
+def test_when_one_of_two_nodes_dies_the_other_continues(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"total": 8, "start_members": 2}, deadlines=QUICK)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
@@ -190,7 +190,7 @@ def stop_and_compare(run: Swarm, names: list[str]) -> None:
 def _eventually(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not true():
-        assert time.monotonic() < deadline, "it never came true"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
 
 

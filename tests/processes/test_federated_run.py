@@ -1,4 +1,4 @@
-"""Four real nodes with private corpora of their own: what they sent and logged has nothing of the text in it."""
+"""Four real nodes with private corpora: nothing they send or log contains the text."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_no_private_text_is_sent_or_logged(tmp_path: Path) -> None:
     sent = b"".join(content for path, content in haystack.items() if "tap" in path.parts)
     for record in records:
         for one in record.accepted:
-            assert one.contribution.payload_root in sent, "the tap hears what is sent"
+            assert one.contribution.payload_root in sent, "the recorder misses sent bytes"
     assert len(sent) > sum(one.contribution.payload_bytes for record in records for one in record.accepted)
     manifest = Manifest.decode((directory / "coordinator" / MANIFEST).read_bytes())
     encoder = Encoder.load(local_store(manifest, load_config(config).node.cache).tokenizer_path)
@@ -89,7 +89,7 @@ def certified(path: Path) -> list:  # type: ignore[type-arg]
 
 
 def check_budgets(directory: Path, logs: dict, records: list) -> None:  # type: ignore[type-arg]
-    """Each node spent budget for the rounds it took part in and reports it; the one with too little left cleanly."""
+    """Check that each node spent budget for the rounds it took part in; the one with too little left gracefully."""
     from opacus.accountants import RDPAccountant
 
     for name, log in logs.items():

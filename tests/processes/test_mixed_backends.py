@@ -1,4 +1,4 @@
-"""Nodes that compute with different backends, in one run, hold the same bits after every round."""
+"""Nodes with different backends in one run have bit-equal states after every round."""
 
 from __future__ import annotations
 

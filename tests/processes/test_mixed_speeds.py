@@ -1,4 +1,4 @@
-"""Real nodes of different speeds, one that stalls, and one whose machine is wanted for something else."""
+"""Real nodes of different speeds, one that stalls, and one whose machine becomes busy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def paced(tmp_path: Path) -> Iterator[Paced]:
     config = write_config(tmp_path, members=3, rounds=rounds, deadlines=DEADLINES)
     with swarm(tmp_path / "run", config) as plain:
         running = Paced(plain.directory, config, {"node-1": 0.1, "node-2": 0.2, "node-3": 0.4})
-        running.processes = plain.processes  # reaped with them
+        running.processes = plain.processes  # so that they are reaped
         running.coordinator()
         yield running
 
@@ -76,7 +76,7 @@ def test_quotas_follow_speeds_and_the_reference_replays_the_run(paced: Paced) ->
 
 
 @pytest.mark.slow
-def test_a_stalled_node_gives_up_the_steps_it_has_not_done(paced: Paced) -> None:
+def test_a_stalled_node_returns_the_steps_it_has_not_done(paced: Paced) -> None:
     paced.seconds = dict.fromkeys(paced.seconds, 0.2)
     for name in paced.seconds:
         paced.node(name, module=PACED)
@@ -90,7 +90,7 @@ def test_a_stalled_node_gives_up_the_steps_it_has_not_done(paced: Paced) -> None
     record, me = paced.record(3), paced.wait("node-2", RoundStarted).node
     due = record.plan.member(me)
     done = {one.node: one.contribution for one in record.accepted}
-    assert set(done) == {member.node for member in record.plan.members}, "nobody is left out"
+    assert set(done) == {member.node for member in record.plan.members}, "a member was excluded"
     assert due is not None
     assert 0 < done[me].inner_steps < due.inner_steps
     assert done[me].tokens == done[me].inner_steps * 64
@@ -115,7 +115,7 @@ def test_a_node_on_a_busy_machine_submits_leaves_and_comes_back(paced: Paced) ->
     done = {one.node: one.contribution.inner_steps for one in paced.record(1).accepted}
     assert 0 < done[asked.node] < 20
     started = paced.wait("coordinator", RoundStarted, lambda event: event.round == 3)
-    assert asked.node not in started.members, "no plan counts on it"
+    assert asked.node not in started.members, "the plan includes a node that left"
     assert paced.processes["node-3"].poll() is None
     flag.unlink()
     paced.wait("coordinator", PeerJoined, lambda event: event.peer == asked.node and event.time > gone.time)

@@ -1,4 +1,4 @@
-"""Whatever kills a process of ours, and whenever: those that it started end with it."""
+"""When a process of psyche is killed, the processes it started end with it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.tiny import write_config
 
 @dataclass(frozen=True)
 class Parent:
-    """A program of psyche that starts processes."""
+    """A psyche program that starts processes."""
 
     name: str
     start: Callable[[Path], Iterator[subprocess.Popen[bytes]]]
-    """Starts it in an empty folder, yields its process, and afterwards ends the processes beside it."""
+    """Starts it in an empty folder, yields its process, and ends the other processes afterwards."""
     below: tuple[str, ...]
-    """Names of the programs that must run below it before it is killed, one per process."""
+    """Programs that must run below it before it is killed, one per process."""
 
     def __str__(self) -> str:
         return self.name
@@ -106,7 +106,7 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path, parent: Parent) -> No
 def test_a_parent_killed_during_startup_leaves_no_process(tmp_path: Path, parent: Parent) -> None:
     """The children have not yet asked the kernel to end them with their parent."""
     with contextmanager(parent.start)(tmp_path) as process:
-        eventually(lambda: len(descendants(process.pid)) > 0, lambda: "it starts nothing")
+        eventually(lambda: len(descendants(process.pid)) > 0, lambda: "it starts no process")
         below = descendants(process.pid)
         process.send_signal(signal.SIGKILL)
         process.wait(PATIENCE)
@@ -123,8 +123,8 @@ def test_a_process_that_cannot_cancel_its_work_ends_after_sigterm(tmp_path: Path
     lock = FileLock(f"{store_path(loaded.node.cache, loaded.run.data)}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True)
     with lock, contextmanager(command("run", "CONFIG", "--directory", "FOLDER"))(tmp_path) as process:
-        said = tmp_path / "run" / "coordinator" / IDENTITY
-        eventually(said.exists, lambda: (tmp_path / "output").read_text())
+        identity = tmp_path / "run" / "coordinator" / IDENTITY
+        eventually(identity.exists, lambda: (tmp_path / "output").read_text())
         killed(process)
 
 
@@ -149,7 +149,7 @@ def program(pid: int) -> str:
 
 
 def programs(pid: int) -> list[str]:
-    """Return the pids of all processes below ``pid``."""
+    """Return the program names of all processes below ``pid``."""
     return sorted(program(child) for child in descendants(pid))
 
 

@@ -1,4 +1,4 @@
-"""A node that is behind takes the steps it missed; a run that lost its power goes on where it was."""
+"""A node that is behind applies the steps it missed; a run resumes after all its processes are killed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max
 
 
 @pytest.mark.slow
-def test_a_node_that_missed_rounds_takes_their_outer_steps(tmp_path: Path) -> None:
-    """Its payloads are small and its rounds long enough that the state would be more to fetch."""
+def test_a_node_that_missed_rounds_applies_their_outer_steps(tmp_path: Path) -> None:
+    """Payloads are small and rounds long, so fetching the state would cost more."""
     rounds = ROUNDS | {"start_members": 3, "inner_steps": 200}
     config = write_config(tmp_path, members=3, rounds=rounds, deadlines=QUICK, codec={"name": "topk2"})
-    config.write_text(config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 10"))  # what is kept, too
+    config.write_text(
+        config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 10")
+    )  # also sets how many rounds of payloads are kept
     names = ["node-1", "node-2", "node-3"]
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
@@ -38,7 +40,7 @@ def test_a_node_that_missed_rounds_takes_their_outer_steps(tmp_path: Path) -> No
         run.wait("coordinator", RoundCertified, lambda event: event.round > gone.round + 1)
         run.node("node-3")
         own = run.wait("node-3", CaughtUp)
-        assert own.round >= 3, "its own steps, from its own disk"
+        assert own.round >= 3, "it replays its own rounds from its disk"
         back = run.wait("node-3", CaughtUp, lambda event: event.round > own.round)
         run.wait("coordinator", RoundCertified, lambda event: event.round > back.round and gone.peer in event.accepted)
         assert not run.events("node-3", Resynchronised), "no state was fetched"
@@ -53,8 +55,8 @@ def test_a_node_that_missed_rounds_takes_their_outer_steps(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_run_that_lost_its_power_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Checkpoints are of earlier rounds; what came after is on every node's disk."""
+def test_a_run_whose_processes_are_all_killed_resumes_where_it_was(tmp_path: Path) -> None:
+    """Checkpoints are of earlier rounds; later payloads are in every node's journal."""
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"start_members": 2}, deadlines=QUICK)
     names = ["node-1", "node-2", "coordinator"]
     with swarm(tmp_path / "run", config) as run:
@@ -81,16 +83,16 @@ def test_a_run_that_lost_its_power_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_state_that_changes_on_the_way_is_fetched_all_the_same(
+def test_a_state_that_changes_during_the_transfer_is_still_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes four rounds or more. What has come is moved along, and so the newcomer gets to where the run is."""
+    """The transfer takes four rounds or more; chunks that have arrived are advanced by each outer step."""
     monkeypatch.setenv(PACE, "0.3")
     settings = MODEL | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
     rounds = ROUNDS | {"start_members": 2, "inner_steps": 10}
     changes = {"rounds": rounds, "deadlines": QUICK, "codec": {"name": "topk2"}}
     config = write_config(tmp_path, members=2, model={"architecture": "llama", "settings": settings}, **changes)
-    text = config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 1000")  # nothing is kept on disks
+    text = config.read_text().replace("checkpoint_every: 2", "checkpoint_every: 1000")  # no checkpoints
     config.write_text(text)
     slow = tmp_path / "slow.yaml"
     slow.write_text(
@@ -107,8 +109,8 @@ def test_a_state_that_changes_on_the_way_is_fetched_all_the_same(
         run.wait("coordinator", RoundCertified, lambda event: me in event.accepted)
         assert got.moved > 0, "rounds were shorter than the transfer"
         state = 2 * 4 * Manifest.decode((tmp_path / "run" / "node-3" / MANIFEST).read_bytes()).resolved.flat_size
-        assert state <= sum(count for _, count in got.gave) < 1.5 * state, "little came twice"
-        assert len(got.gave) == 2, "from both"
+        assert state <= sum(count for _, count in got.gave) < 1.5 * state, "few chunks were fetched twice"
+        assert len(got.gave) == 2, "from both donors"
         for name in ("node-1", "node-2", "node-3", "coordinator"):
             run.kill(name, signal.SIGINT)
     roots = dict(enumerate(certified_roots(tmp_path / "run" / "node-1" / "events.jsonl"), 1))

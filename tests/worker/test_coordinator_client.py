@@ -1,4 +1,4 @@
-"""A member's line to its coordinators: it never waits for one that does not lead."""
+"""A member's connection to its coordinators: it never waits for one that does not lead."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ GUARD_SECONDS = 20.0
 Answer = Callable[[str], bytes]
 
 
-class Line:
-    """Stands for the network: each coordinator answers as it is told to."""
+class FakeNetwork:
+    """A fake network in which each coordinator answers as configured."""
 
     def __init__(self, answers: dict[str, Answer]) -> None:
         self.answers = answers
@@ -36,7 +36,7 @@ class Line:
         return self.answers[peer_id](name)
 
 
-class Newcomer:
+class NewNode:
     term = 0
 
     def hello(self) -> Hello:
@@ -60,7 +60,7 @@ def manifest(coordinators: tuple[Identity, Identity], tmp_path_factory: pytest.T
 
 
 def leading(identity: Identity, manifest: Manifest, term: int) -> Answer:
-    """A coordinator that leads, and takes what it is told."""
+    """Return the answers of a coordinator that leads and accepts every message."""
     status = RunStatus(1, term, b"", Phase.WAITING, 0, bytes(32), None, 0.0, False, (), (), None, None, None, (), "")
 
     def answer(name: str) -> bytes:
@@ -83,7 +83,7 @@ def silent(name: str) -> bytes:
 
 
 async def followed(client: CoordinatorClient) -> RunStatus:
-    """The first board that it shows of a leader it has promised to follow."""
+    """Return the first run status of a leader that the client has promised to follow."""
     watching = asyncio.create_task(client.watch())
     try:
         async with asyncio.timeout(GUARD_SECONDS):
@@ -97,13 +97,13 @@ async def followed(client: CoordinatorClient) -> RunStatus:
     [
         refusing(
             {"watch": RefusalCode.UNKNOWN_PEER, "submit": RefusalCode.NOT_LEADING}
-        ),  # it stood down between the two
+        ),  # it stood down between the two calls
         refusing({"watch": RefusalCode.NOT_LEADING, "submit": RefusalCode.NOT_LEADING}),
         silent,
     ],
-    ids=["stands down", "stands by", "is gone"],
+    ids=["stands down", "stands by", "unreachable"],
 )
-def test_it_goes_on_to_who_leads(
+def test_a_client_moves_on_to_the_coordinator_that_leads(
     first: Answer,
     coordinators: tuple[Identity, Identity],
     manifest: Manifest,
@@ -112,18 +112,18 @@ def test_it_goes_on_to_who_leads(
 ) -> None:
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
     one, other = coordinators
-    line = Line({one.peer_id: first, other.peer_id: leading(other, manifest, 3)})
+    network = FakeNetwork({one.peer_id: first, other.peer_id: leading(other, manifest, 3)})
     own = Identity.load_or_create(tmp_path / "own")
-    client = CoordinatorClient(manifest, own, line, Newcomer(), lambda text: None)  # type: ignore[arg-type]
+    client = CoordinatorClient(manifest, own, network, NewNode(), lambda text: None)  # type: ignore[arg-type]
 
     assert asyncio.run(followed(client)).term == 3
-    assert (other.peer_id, "submit") in line.asked, "its promise"
+    assert (other.peer_id, "submit") in network.asked, "the promise was not sent"
 
 
-def test_what_a_leader_does_not_hear_for_its_end_is_told_the_next(
+def test_a_message_that_a_dying_leader_misses_is_sent_to_the_next(
     coordinators: tuple[Identity, Identity], manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A promise that the leader cannot take any more holds up nobody."""
+    """A promise that the leader cannot receive does not block the client."""
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
     one, other = coordinators
     status = leading(one, manifest, 2)
@@ -131,8 +131,8 @@ def test_what_a_leader_does_not_hear_for_its_end_is_told_the_next(
     def dying(name: str) -> bytes:
         return status(name) if name == "watch" else silent(name)
 
-    line = Line({one.peer_id: dying, other.peer_id: leading(other, manifest, 3)})
+    network = FakeNetwork({one.peer_id: dying, other.peer_id: leading(other, manifest, 3)})
     own = Identity.load_or_create(tmp_path / "own")
-    client = CoordinatorClient(manifest, own, line, Newcomer(), lambda text: None)  # type: ignore[arg-type]
+    client = CoordinatorClient(manifest, own, network, NewNode(), lambda text: None)  # type: ignore[arg-type]
 
     assert asyncio.run(followed(client)).term == 3

@@ -21,7 +21,7 @@ SILENCE = 15.0
 
 
 def node(name: str, contact_seconds: float) -> NodeState:
-    """A node with the weights of RECORD that has been connected for so long."""
+    """Return the state of a node with RECORD's weights that has been connected for ``contact_seconds``."""
     state = NodeState.__new__(NodeState)
     run = SimpleNamespace(deadlines=SimpleNamespace(silence=SILENCE))
     state._replica = SimpleNamespace(node=name, chain=SimpleNamespace(weights=WEIGHTS), run=run)  # type: ignore[assignment]
@@ -29,22 +29,26 @@ def node(name: str, contact_seconds: float) -> NodeState:
     return state
 
 
-def friend_alone() -> Record:
-    """The coordinator names its friend A the only voter: five honest voters voted for such a plan once."""
+def one_voter_only() -> Record:
+    """Return a record in which the coordinator makes its friend A the only voter."""
     return with_electorate(RECORD, (A,), reconfiguration=1)
 
 
 def test_a_connected_voter_does_not_follow_a_minority_that_drops_it() -> None:
     with pytest.raises(ElectorateReplaced, match=r"certified by 25% of the voting weight, without this node"):
-        node(B, MINORITY_SILENCES * SILENCE + 1)._check_electorate(friend_alone())
+        node(B, MINORITY_SILENCES * SILENCE + 1)._check_electorate(one_voter_only())
 
 
 @pytest.mark.parametrize(
     ("name", "contact", "record"),
     [
-        (B, 60.0, friend_alone()),  # it was away, so the others may have waited for it in vain
-        (A, 1e6, friend_alone()),  # it is not dropped
-        (B, 1e6, with_electorate(RECORD, (A, C), reconfiguration=1)),  # half of the weight goes on; B keeps its weight
+        (B, 60.0, one_voter_only()),  # it was away, so the others may have waited for it
+        (A, 1e6, one_voter_only()),  # it is not dropped
+        (
+            B,
+            1e6,
+            with_electorate(RECORD, (A, C), reconfiguration=1),
+        ),  # half of the weight continues; B keeps its weight
         (B, 1e6, RECORD),
     ],
 )
@@ -52,7 +56,7 @@ def test_other_electorates_are_followed(name: str, contact: float, record: Recor
     node(name, contact)._check_electorate(record)
 
 
-def test_a_status_proves_the_state_with_as_few_statements_as_it_takes() -> None:
+def test_a_status_carries_just_enough_attestations_to_prove_the_state() -> None:
     state = replace(State.initial(RULES), rounds=1, state_root=GENESIS, electorate=(A, B, C, D), standing=())
     held = StateAttestations()
     assert held.proof(state) == ()

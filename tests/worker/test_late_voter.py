@@ -1,4 +1,4 @@
-"""A voter that was not ready when a round was planned follows it, and its vote makes up for one that is missing."""
+"""A voter that missed the plan of a round follows it, and its vote replaces a missing one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ PATIENT = {"round_min": 12.0, "round_max": 30.0, "exchange_min": 6.0, "exchange_
 
 @pytest.mark.slow
 def test_a_voter_outside_the_plan_votes(tmp_path: Path) -> None:
-    """Three of four votes are needed. One voter is frozen in one round, another in the next: without the first one's
-    vote there would be two, and the round would take a reconfiguration."""
+    """Three of four votes are needed.
+
+    One voter is frozen in one round, another in the next. Without the first one's vote there would be two, and the
+    round would need a reconfiguration.
+    """
     rounds = {"inner_steps": 20, "min_members": 1, "total": 500, "start_members": 4}
     with swarm(tmp_path / "run", write_config(tmp_path, members=4, rounds=rounds, deadlines=PATIENT)) as run:
         run.coordinator()
@@ -38,7 +41,9 @@ def test_a_voter_outside_the_plan_votes(tmp_path: Path) -> None:
         run.wait("node-1", RoundStarted, lambda event: event.round == without + 1)
         freeze(run.processes["node-4"].pid)
         os.kill(run.processes["node-3"].pid, signal.SIGCONT)
-        run.wait("coordinator", RoundCertified, lambda event: event.round > without + 1)  # so that it is written down
+        run.wait(
+            "coordinator", RoundCertified, lambda event: event.round > without + 1
+        )  # the ledger then has the round
     with Ledger.read(run.directory / "coordinator" / LEDGER) as ledger:
         entry = next(entry for entry in ledger.entries() if entry.round == without + 1)
     record = claimed(entry.certificate).record

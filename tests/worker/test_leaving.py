@@ -1,4 +1,4 @@
-"""A node that is asked to leave hands in what it can, says how it went, and nobody else's process hears of it."""
+"""A node that leaves submits what it can and reports the outcome, and signals reach no other process."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ DEADLINES = {"round_min": 60.0, "round_max": 90.0, "exchange_min": 5.0, "exchang
 
 
 @pytest.fixture
-def some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swarm]:
-    """A coordinator, node-1, which is done with a round at once, and a slow node that takes a minute, if it is not
-    the only one that the others wait for: a test starts another slow one."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swarm]:
+    """A coordinator, node-1, which finishes a round at once, and a slow node that takes a minute.
+
+    The slow node stops early when the others wait only for it, so a test starts a second slow one.
+    """
     monkeypatch.setenv(PACE, "1.0")
     rounds = {"inner_steps": 60, "total": 500, "start_members": 3, "min_members": 1}
     config = write_config(tmp_path, members=3, rounds=rounds, deadlines=DEADLINES)
@@ -52,7 +54,7 @@ def leave(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def contribution(run: Swarm, round_number: int, node: str) -> Contribution | None:
-    """What the coordinator's ledger has of ``node``'s work in a round."""
+    """Return ``node``'s contribution to a round from the coordinator's ledger, or None."""
     peer = run.events(node, Leaving)[0].node
     with Ledger.read(run.directory / "coordinator" / LEDGER) as ledger:
         (entry,) = (entry for entry in ledger.entries() if entry.round == round_number)
@@ -60,71 +62,71 @@ def contribution(run: Swarm, round_number: int, node: str) -> Contribution | Non
 
 
 @pytest.mark.slow
-def test_who_leaves_while_it_trains_hands_in_the_steps_it_has(some: Swarm) -> None:
-    some.node("node-2", module=SLOW)
-    some.wait("node-2", StepDone)
-    assert "is no node that has joined: a coordinator or a standby" in refusal(some.directory / "coordinator")
-    done = leave(some.directory / "node-2")
+def test_a_node_that_leaves_while_training_submits_the_steps_it_has_done(run: Swarm) -> None:
+    run.node("node-2", module=SLOW)
+    run.wait("node-2", StepDone)
+    assert "is no node that has joined: a coordinator or a standby" in refusal(run.directory / "coordinator")
+    done = leave(run.directory / "node-2")
     assert done.returncode == 0, done.stderr
-    assert some.join("node-2") == 0, "a node that left as it was asked to has not failed"
-    given = contribution(some, 1, "node-2")
+    assert run.join("node-2") == 0, "a node that left gracefully has failed"
+    given = contribution(run, 1, "node-2")
     assert given is not None
     assert 0 < given.inner_steps < 60
-    gone = some.wait("coordinator", PeerLeft)
-    assert (gone.peer, gone.reason) == (some.events("node-2", Left)[0].node, "it leaves, as it was asked to")
+    gone = run.wait("coordinator", PeerLeft)
+    assert (gone.peer, gone.reason) == (run.events("node-2", Left)[0].node, "it leaves, as it was asked to")
     assert "leaving (at most" in done.stdout
     assert "round 1 is certified, with this node's work" in done.stdout
-    some.wait("node-1", RoundCertified, lambda event: event.round == 3)
-    assert [len(event.members) for event in some.events("coordinator", RoundStarted)][:3] == [3, 2, 2]
+    run.wait("node-1", RoundCertified, lambda event: event.round == 3)
+    assert [len(event.members) for event in run.events("coordinator", RoundStarted)][:3] == [3, 2, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", ["--now", "Ctrl-C"])
-def test_ctrl_c_hands_in_what_the_others_wait_for(some: Swarm, asked: str) -> None:
-    some.node("node-2", module=SLOW)
-    some.wait("node-1", PhaseChanged, lambda event: event.phase == "committing")
-    some.wait("node-2", StepDone, lambda event: event.step > 1)
+def test_ctrl_c_submits_work_that_the_others_wait_for(run: Swarm, asked: str) -> None:
+    run.node("node-2", module=SLOW)
+    run.wait("node-1", PhaseChanged, lambda event: event.phase == "committing")
+    run.wait("node-2", StepDone, lambda event: event.step > 1)
     if asked == "--now":
-        assert leave(some.directory / "node-2", "--now").returncode == 0
-        assert some.join("node-2") == 130
+        assert leave(run.directory / "node-2", "--now").returncode == 0
+        assert run.join("node-2") == 130
     else:
-        assert some.kill("node-2", signal.SIGINT) == 130
-    assert contribution(some, 1, "node-2") is not None
-    assert "Traceback" not in some.output("node-2")
+        assert run.kill("node-2", signal.SIGINT) == 130
+    assert contribution(run, 1, "node-2") is not None
+    assert "Traceback" not in run.output("node-2")
 
 
 @pytest.mark.slow
-def test_ctrl_c_does_not_wait_for_who_has_a_round_to_train(some: Swarm) -> None:
-    """And what is waited for is waited for no longer, once Ctrl-C is pressed again."""
-    some.node("node-2", module=SLOW)
-    some.wait("node-1", PhaseChanged, lambda event: event.phase == "exchanging")
-    node = some.processes["node-1"]
+def test_a_second_ctrl_c_stops_waiting_for_the_round(run: Swarm) -> None:
+    """The first Ctrl-C waits for the round in the exchange; the slow node, which still trains, waits 5 s at most."""
+    run.node("node-2", module=SLOW)
+    run.wait("node-1", PhaseChanged, lambda event: event.phase == "exchanging")
+    node = run.processes["node-1"]
     node.send_signal(signal.SIGINT)
-    assert some.wait("node-1", Leaving).seconds > 0
+    assert run.wait("node-1", Leaving).seconds > 0
     node.send_signal(signal.SIGINT)
-    assert some.join("node-1") == 128 + signal.SIGINT
-    assert not some.events("node-1", Left)
-    assert some.kill("node-2", signal.SIGINT) == 130
-    (asked,) = some.events("node-2", Leaving)
-    assert asked.seconds in (0.0, 5.0)  # the other one's commitment may still count
+    assert run.join("node-1") == 128 + signal.SIGINT
+    assert not run.events("node-1", Left)
+    assert run.kill("node-2", signal.SIGINT) == 130
+    (asked,) = run.events("node-2", Leaving)
+    assert asked.seconds in (0.0, 5.0)  # node-1's commitment may still count
 
 
 @pytest.mark.slow
-def test_leaving_can_be_hurried(some: Swarm) -> None:
-    some.node("node-2", module=SLOW)
-    some.wait("node-1", PhaseChanged, lambda event: event.phase == "exchanging")
-    asking = subprocess.Popen([sys.executable, "-m", "psyche", "leave", str(some.directory / "node-1")])
-    some.wait("node-1", Leaving)
-    assert asking.poll() is None, "it shows what it waits for"
-    assert some.kill("node-1", signal.SIGINT) == 130
+def test_ctrl_c_ends_a_graceful_leave_at_once(run: Swarm) -> None:
+    run.node("node-2", module=SLOW)
+    run.wait("node-1", PhaseChanged, lambda event: event.phase == "exchanging")
+    asking = subprocess.Popen([sys.executable, "-m", "psyche", "leave", str(run.directory / "node-1")])
+    run.wait("node-1", Leaving)
+    assert asking.poll() is None, "the command ended before the node left"
+    assert run.kill("node-1", signal.SIGINT) == 130
     assert asking.wait(PATIENCE) == 0
-    assert [event.seconds > 10 for event in some.events("node-1", Leaving)] == [True, False]
+    assert [event.seconds > 10 for event in run.events("node-1", Leaving)] == [True, False]
 
 
-# --------------------------------------------------------------------------------- what is handed in
+# ------------------------------------------------------------------------------ what is submitted
 
 
-def test_fewer_inner_steps_than_due_are_a_contribution_all_the_same(tmp_path: Path) -> None:
+def test_a_contribution_with_fewer_inner_steps_than_assigned_is_valid(tmp_path: Path) -> None:
     one = alone(tmp_path, rounds={"total": 4, "inner_steps": 8, "start_members": 1})
     plan, taken = plan_for(one), []
     work = one.train(plan, on_step=lambda step, loss, lr: taken.append(step), stop_early=lambda: len(taken) >= 3)
@@ -133,12 +135,12 @@ def test_fewer_inner_steps_than_due_are_a_contribution_all_the_same(tmp_path: Pa
     assert contribution_fault(rules_of(one.manifest), plan, plan.members[0], work.contribution) is None
 
 
-def test_who_has_taken_no_step_takes_one(tmp_path: Path) -> None:
+def test_a_node_that_stops_before_its_first_step_takes_one(tmp_path: Path) -> None:
     one = alone(tmp_path)
     assert one.train(plan_for(one), stop_early=lambda: True).contribution.inner_steps == 1
 
 
-# ---------------------------------------------------------------------------------- who is signalled
+# ------------------------------------------------------------------------- which process is signalled
 
 
 def refusal(directory: Path) -> str:
@@ -147,9 +149,9 @@ def refusal(directory: Path) -> str:
     return str(caught.value)
 
 
-def test_where_no_node_runs_nobody_is_signalled(tmp_path: Path) -> None:
+def test_no_process_is_signalled_when_no_node_runs(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"no node runs in {tmp_path}: it has left, or it was joined")
-    (tmp_path / LOCK).write_text(str(os.getpid()))  # whatever stands in it: only the lock counts
+    (tmp_path / LOCK).write_text(str(os.getpid()))  # the content does not matter, only the lock
     assert refusal(tmp_path).startswith(f"no node runs in {tmp_path}")
 
     async def once() -> None:
@@ -163,15 +165,15 @@ def test_where_no_node_runs_nobody_is_signalled(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"psyche: no node runs in {tmp_path}")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change its user")
 @pytest.mark.parametrize("mode", [0o700, 0o755])
-def test_another_users_node_is_named_with_its_user(mode: int) -> None:
+def test_the_refusal_for_another_users_node_names_a_way_to_signal_it(mode: int) -> None:
     directory = Path(tempfile.mkdtemp())
     directory.chmod(mode)
 
     async def ask() -> str:
         async with registered(directory):
-            return refused_to_nobody(directory)
+            return refusal_for_nobody(directory)
 
     try:
         text = asyncio.run(ask())
@@ -181,8 +183,8 @@ def test_another_users_node_is_named_with_its_user(mode: int) -> None:
     assert text.endswith("run this command as root")
 
 
-def refused_to_nobody(directory: Path) -> str:
-    """What a process of the user nobody is told that would signal the node in ``directory``."""
+def refusal_for_nobody(directory: Path) -> str:
+    """Return the error for a process of the user nobody that tries to signal the node in ``directory``."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""An address that a node's owner named goes with its contributions, and a made-up one is refused."""
+"""The payout address of a node's owner is part of its contributions; an invalid one is rejected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psyche.protocol.proposals import round_seed
 from tests.tiny import replica, write_config
 
 
-def test_a_contribution_says_where_it_is_to_be_paid(tmp_path: Path) -> None:
+def test_a_contribution_carries_a_valid_payout_address(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, members=1))
     identity = Identity.load_or_create(tmp_path / "node.key")
     manifest = launch(config, identity.peer_id).manifest

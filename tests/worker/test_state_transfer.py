@@ -1,4 +1,4 @@
-"""A state on its way: from all who have it, and what has come stays of use when the run goes on."""
+"""State transfer: from all donors in parallel, and chunks stay useful while the run continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from psyche.worker.state_transfer import PartialState, paired_chunks, serve_stat
 from tests.network.swarm import spawn_child, until, with_swarm
 
 SIZE = 5 * CHUNK // 4 + 3 * 4096
-"""Parameters: of θ and of m a little more than five chunks, so that m begins within one."""
+"""Parameters: θ and m are a little more than five chunks each, so that m begins within a chunk."""
 
 
 def state(seed: int) -> OuterState:
@@ -30,13 +30,13 @@ def state(seed: int) -> OuterState:
 
 
 def step(outer: OuterState) -> None:
-    """The outer step of a round."""
+    """Apply the outer step of a round."""
     gradient = torch.randn(SIZE, generator=torch.Generator().manual_seed(7))
     outer_step(outer.theta, outer.momentum, gradient, OuterSettings(0.7, 0.9))
 
 
 def serve(node: NetworkNode, outer: OuterState, asked: list[int], given: int | None = None) -> BlobIndex:
-    """Serve a state that is gone after ``given`` chunks; ``asked`` hears of each."""
+    """Serve a state that becomes unavailable after ``given`` chunks; ``asked`` records each chunk."""
     index, pieces = outer.index(), list(chunked(outer.clone().buffer))
 
     def read(number: int) -> memoryview:
@@ -50,25 +50,25 @@ def serve(node: NetworkNode, outer: OuterState, asked: list[int], given: int | N
 
 
 @pytest.mark.parametrize("size", [4096, CHUNK // 4, SIZE, 2 * SIZE])
-def test_a_parameters_chunks_of_theta_and_of_m_come_together(size: int) -> None:
+def test_chunks_of_theta_and_momentum_for_the_same_parameters_are_fetched_together(size: int) -> None:
     order = paired_chunks(size)
     chunks = OuterState(torch.zeros(2, size)).index().chunks
-    assert sorted(order) == list(range(chunks)), "each once"
+    assert sorted(order) == list(range(chunks)), "each chunk once"
     for number, chunk in enumerate(order):
         partner = (chunk * CHUNK + 4 * size) // CHUNK
         if chunk * CHUNK < 4 * size - CHUNK:
             assert abs(order.index(partner) - number) <= 3
 
 
-def test_every_donor_gives_a_part(tmp_path: Path) -> None:
+def test_every_donor_sends_a_part(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
-        *donors, newcomer = nodes
+        *donors, joining = nodes
         outer = state(1)
         index = outer.index()
         for donor in donors:
             serve_state(donor, outer, index, b"")
         arriving = PartialState(SIZE)
-        found = await arriving.fetch(newcomer, index.root, [donor.peer_id for donor in donors])
+        found = await arriving.fetch(joining, index.root, [donor.peer_id for donor in donors])
         assert torch.equal(found.tensor, outer.tensor)
         assert set(arriving.gave) == {donor.peer_id for donor in donors}
         assert arriving.received == index.size
@@ -76,63 +76,63 @@ def test_every_donor_gives_a_part(tmp_path: Path) -> None:
     with_swarm(tmp_path, 4, scenario)
 
 
-def test_what_has_come_is_moved_along_and_only_the_rest_fetched(tmp_path: Path) -> None:
+def test_received_chunks_are_advanced_and_only_the_rest_is_fetched(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
-        donor, newcomer = nodes
+        donor, joining = nodes
         outer, before, after = state(1), [], []  # type: ignore[var-annotated]
         index = serve(donor, outer, before, given=8)
         arriving = PartialState(SIZE)
         with pytest.raises(FetchError):
-            await arriving.fetch(newcomer, index.root, [donor.peer_id])
+            await arriving.fetch(joining, index.root, [donor.peer_id])
         assert arriving.received > 7 * CHUNK / 2
         donor.blobs.remove(index.root)
         step(outer)
         step(arriving.outer)
         index = serve(donor, outer, after)
-        found = await arriving.fetch(newcomer, index.root, [donor.peer_id])
+        found = await arriving.fetch(joining, index.root, [donor.peer_id])
         assert torch.equal(found.tensor, outer.tensor)
         assert len(before) == 8
-        assert len(after) <= index.chunks - 4, "most of what had come is there"
+        assert len(after) <= index.chunks - 4, "received chunks were fetched again"
         assert arriving.received == sum(index.sizes[number] for number in [*before, *after])
 
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_an_attempt_that_failed_goes_on_with_the_same_state(tmp_path: Path) -> None:
+def test_a_failed_transfer_resumes_with_the_same_state(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
-        donor, newcomer = nodes
+        donor, joining = nodes
         outer, before, after = state(1), [], []  # type: ignore[var-annotated]
         index = serve(donor, outer, before, given=8)
         arriving = PartialState(SIZE)
         with pytest.raises(FetchError):
-            await arriving.fetch(newcomer, index.root, [donor.peer_id])
+            await arriving.fetch(joining, index.root, [donor.peer_id])
         serve(donor, outer, after)
-        assert torch.equal((await arriving.fetch(newcomer, index.root, [donor.peer_id])).tensor, outer.tensor)
+        assert torch.equal((await arriving.fetch(joining, index.root, [donor.peer_id])).tensor, outer.tensor)
         assert sorted(before + after) == list(range(index.chunks))
 
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_where_a_donor_dies_the_others_give_the_rest(tmp_path: Path) -> None:
+def test_when_a_donor_dies_the_others_send_the_rest(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
-        donor, newcomer = nodes
+        donor, joining = nodes
         dying = Identity.load_or_create(tmp_path / "child.key").peer_id
         outer, asked = state(1), []  # type: ignore[var-annotated]
         index = serve(donor, outer, asked)
-        hangs_at = list(chunk_order(paired_chunks(SIZE), newcomer.peer_id, index.root))[-1]
+        hangs_at = list(chunk_order(paired_chunks(SIZE), joining.peer_id, index.root))[-1]
         child, daemon, addresses = await asyncio.to_thread(spawn_child, tmp_path, bytes(outer.buffer), hangs_at)
         try:
-            assert await newcomer.connect(addresses) == {}
-            newcomer.blobs.download_limit = Limiter(4 * CHUNK)  # so that it takes a while
+            assert await joining.connect(addresses) == {}
+            joining.blobs.download_limit = Limiter(4 * CHUNK)  # slow enough to kill a donor meanwhile
             arriving = PartialState(SIZE)
-            fetching = asyncio.create_task(arriving.fetch(newcomer, index.root, [donor.peer_id, dying]))
-            peers = newcomer.traffic.peers
+            fetching = asyncio.create_task(arriving.fetch(joining, index.root, [donor.peer_id, dying]))
+            peers = joining.traffic.peers
             await until(lambda: dying in peers and peers[dying].bytes_down > CHUNK + len(index.encode()))
             for pid in (daemon, child.pid):
                 os.kill(pid, signal.SIGKILL)
             assert torch.equal((await fetching).tensor, outer.tensor)
             assert arriving.gave[dying] >= CHUNK
-            assert arriving.gave[dying] + arriving.gave[donor.peer_id] == index.size, "nothing came twice"
+            assert arriving.gave[dying] + arriving.gave[donor.peer_id] == index.size, "a chunk was fetched twice"
         finally:
             child.kill()
             child.wait()
