@@ -1,4 +1,4 @@
-"""Chains of certificates with real signatures, and a manifest that they can be checked against."""
+"""Chains of certificates with real signatures, and the manifest to verify them against."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REASON = ExclusionReason.NO_COMMITMENT
 
 
 def manifest(name: str = "ledger") -> Manifest:
-    """Of a run of ten rounds; another name is another run."""
+    """Return the manifest of a run of ten rounds; another name is another run."""
     digests = {key: f"{number:064x}" for number, key in enumerate(("store", "layout", "genesis"), 1)}
     return Manifest(
         run=Run(
@@ -61,7 +61,7 @@ RULES = rules_of(MANIFEST)
 
 @dataclass(frozen=True)
 class Link:
-    """A certified round: proof, record, and the state after it."""
+    """A certified round: certificate, record, and the state root after it."""
 
     certificate: bytes
     record: Record
@@ -76,24 +76,27 @@ def chain(
     rounds: int,
     *,
     left_out: Callable[[int], int] = lambda round_number: round_number % 2,
-    mend: Callable[[Record], Record] = lambda record: record,
+    edit: Callable[[Record], Record] = lambda record: record,
     flavour: bytes = b"",
 ) -> list[Link]:
-    """So many rounds, each with its last ``left_out(round)`` members excluded. ``mend`` changes a record before it is
-    signed by all: what a coordinator in league with its members could do. ``flavour`` gives other states."""
+    """Return a chain of ``rounds`` rounds, in each of which the last ``left_out(round)`` members are excluded.
+
+    ``edit`` changes a record before all sign it, as a coordinator colluding with its members could. ``flavour`` yields
+    other states.
+    """
     links: list[Link] = []
     for _ in range(rounds):
-        links.append(link(links[-1] if links else None, left_out, mend, flavour))
+        links.append(link(links[-1] if links else None, left_out, edit, flavour))
     return links
 
 
 def link(
     before: Link | None,
     left_out: Callable[[int], int] = lambda round_number: 0,
-    mend: Callable[[Record], Record] = lambda record: record,
+    edit: Callable[[Record], Record] = lambda record: record,
     flavour: bytes = b"",
 ) -> Link:
-    """The round after ``before``, or the first."""
+    """Return the round after ``before``, or the first."""
     if before is None:
         round_number, previous, base, position = 1, RULES.run_id, RULES.genesis, 0
     else:
@@ -112,7 +115,7 @@ def link(
     audit_state = audits_after(
         audits_before, standing, (), plan=plan, accepted=given, electorate=weights, suspects=(), rules=RULES
     )
-    record = mend(
+    record = edit(
         Record(
             plan=plan,
             accepted=given,
@@ -140,7 +143,7 @@ def link(
 
 
 def certify(record: Record, voters: int = len(NAMES)) -> bytes:
-    """The certificate of ``record`` with the votes of the first ``voters`` members."""
+    """Return the certificate of ``record`` with the votes of the first ``voters`` members."""
     round_number, term = record.plan.round, record.plan.term + 1
     ballots = tuple(sealed(member, Vote(term, record.hash), round_number) for member in MEMBERS[:voters])
     previous, reconfiguration = record.plan.previous, ()
@@ -159,16 +162,16 @@ def sealed(author: Identity, body: Body, round_number: int) -> bytes:
 
 
 def with_plan(**changes: object) -> Callable[[Record], Record]:
-    """For ``mend``: the plan of round 3 with ``changes``."""
+    """Return an ``edit`` that changes the plan of round 3."""
 
-    def mend(record: Record) -> Record:
+    def edit(record: Record) -> Record:
         if record.plan.round != 3:
             return record
         return msgspec.structs.replace(record, plan=msgspec.structs.replace(record.plan, **changes))
 
-    return mend
+    return edit
 
 
 def verified(entries: list[Entry], rules: Rules = RULES) -> list[Verified]:
-    """All of them. Raises :class:`BadLedger`."""
+    """Verify all entries. Raises :class:`BadLedger`."""
     return list(verify_chain(entries, rules=rules, coordinators=(COORDINATOR.peer_id,), open_envelope=open_envelope))

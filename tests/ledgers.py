@@ -1,4 +1,4 @@
-"""Ledger files to look at, to tamper with, and the command that looks at them."""
+"""Ledger files to read and tamper with, and ``psyche ledger``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fill(path: Path, links: list[Link] = CHAIN) -> Path:
 
 
 def change(path: Path, statement: str, *values: object) -> int:
-    """Rows that a forger's statement changed."""
+    """Execute a statement on the file and return the number of changed rows."""
     with sqlite3.connect(path) as forger:
         changed = forger.execute(statement, values).rowcount
     forger.close()
@@ -38,7 +38,7 @@ def psyche_ledger(*arguments: object) -> Result:
 
 
 def check_one_chain(run: Path, names: Sequence[str], roots: Sequence[str]) -> None:
-    """The ledgers of a run that ended are valid by the command's word, and hold the same records and ``roots``."""
+    """Check that the ledgers of a finished run are valid and hold the same records and ``roots``."""
     chains = []
     for name in names:
         result = psyche_ledger("verify", run / name)

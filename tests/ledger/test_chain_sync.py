@@ -1,4 +1,4 @@
-"""What others tell of the past is believed for its proofs alone, and one who tells nonsense hides nobody else."""
+"""Certificates from peers are accepted only if they are proven; an invalid peer does not hide valid ones."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FORGED = chain(6, flavour=b"forged")
 START = Chain(0, RULES.run_id, RULES.genesis, 0)
 
 
-class Others:
-    """Peers by name: the certificates each has, or what it says instead."""
+class Peers:
+    """Peers by name: the certificates each has, or the bytes it answers instead."""
 
     def __init__(self, **peers: Sequence[Link] | bytes) -> None:
         self.peers = peers
@@ -42,13 +42,13 @@ def at(link: Link) -> Chain:
     return Chain(link.record.plan.round, link.record.hash, link.root, 0, link.record.standing)
 
 
-def after(others: Others, chain: Chain, *asked: str) -> list[int]:
-    found = asyncio.run(ChainFetcher(MANIFEST, cast(Rpc, others)).fetch_after(chain, asked))
+def after(peers: Peers, chain: Chain, *asked: str) -> list[int]:
+    found = asyncio.run(ChainFetcher(MANIFEST, cast(Rpc, peers)).fetch_after(chain, asked))
     return [record.plan.round for record, _ in found]
 
 
-def test_who_tells_nonsense_or_is_away_hides_nobody_else() -> None:
-    others = Others(
+def test_invalid_or_absent_peers_do_not_hide_a_valid_one() -> None:
+    peers = Peers(
         noise=b"\xff" * 50,
         empty=(),
         forger=FORGED,
@@ -56,37 +56,35 @@ def test_who_tells_nonsense_or_is_away_hides_nobody_else() -> None:
         good=CHAIN,
     )
     asked = ("away", "noise", "empty", "forger", "late", "good")
-    assert after(others, at(CHAIN[1]), *asked) == [3, 4, 5, 6]
-    assert after(others, at(CHAIN[1]), *asked[:-1]) == []
+    assert after(peers, at(CHAIN[1]), *asked) == [3, 4, 5, 6]
+    assert after(peers, at(CHAIN[1]), *asked[:-1]) == []
 
 
-def test_a_gap_ends_what_is_believed() -> None:
-    assert after(Others(good=[*CHAIN[:2], *CHAIN[3:]]), START, "good") == [1, 2]
+def test_rounds_after_a_gap_are_not_accepted() -> None:
+    assert after(Peers(good=[*CHAIN[:2], *CHAIN[3:]]), START, "good") == [1, 2]
 
 
-def test_voters_that_nobody_named_are_not_believed() -> None:
-    """They are no fewer, and coordinators sealed what they decided; but the record before named others."""
+def test_an_electorate_that_the_previous_record_does_not_name_is_not_accepted() -> None:
+    """Coordinators sealed its decision, and it is no smaller; but the previous record names others."""
 
-    def usurped(record: Record) -> Record:
+    def with_other_electorate(record: Record) -> Record:
         return with_electorate(record, NAMES[1:])
 
-    third = link(CHAIN[1], mend=usurped)
-    assert after(Others(good=[*CHAIN[:2], third]), START, "good") == [1, 2]
+    third = link(CHAIN[1], edit=with_other_electorate)
+    assert after(Peers(good=[*CHAIN[:2], third]), START, "good") == [1, 2]
 
 
-def before(others: Others, link: Link, first: int, *asked: str) -> list[int]:
-    """Rounds of the records that are believed to lead up to ``link``."""
-    fetcher = ChainFetcher(MANIFEST, cast(Rpc, others))
+def before(peers: Peers, link: Link, first: int, *asked: str) -> list[int]:
+    """Return the accepted rounds that lead up to ``link``."""
+    fetcher = ChainFetcher(MANIFEST, cast(Rpc, peers))
     found = asyncio.run(fetcher.fetch_before(link.record, first, asked))
     assert all(found[round_number] == CHAIN[round_number - 1].record for round_number in found)
     return sorted(found)
 
 
-def test_older_rounds_are_believed_where_each_is_named_by_the_one_after_it() -> None:
-    others = Others(
-        forged=FORGED, gap=[*CHAIN[:1], *CHAIN[2:]], late=CHAIN[2:], nonsense=b"\xc1", empty=[], honest=CHAIN
-    )
-    liars = ("forged", "gap", "late", "nonsense", "empty", "away")
-    assert before(others, CHAIN[4], 1, *liars) == []
-    assert before(others, CHAIN[4], 1, *liars, "honest") == [1, 2, 3, 4]
-    assert before(others, CHAIN[4], 3, "late") == [3, 4]
+def test_older_rounds_are_accepted_if_each_is_named_by_its_successor() -> None:
+    peers = Peers(forged=FORGED, gap=[*CHAIN[:1], *CHAIN[2:]], late=CHAIN[2:], nonsense=b"\xc1", empty=[], honest=CHAIN)
+    invalid = ("forged", "gap", "late", "nonsense", "empty", "away")
+    assert before(peers, CHAIN[4], 1, *invalid) == []
+    assert before(peers, CHAIN[4], 1, *invalid, "honest") == [1, 2, 3, 4]
+    assert before(peers, CHAIN[4], 3, "late") == [3, 4]

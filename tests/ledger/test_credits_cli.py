@@ -1,4 +1,4 @@
-"""``psyche ledger credits``, ``why``, ``claims`` and ``proof``, and what ``show`` says of audits."""
+"""``psyche ledger credits``, ``why``, ``claims`` and ``proof``, and the audits in ``show``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ A, B, C, D = NAMES
 SHORT = [f"…{name[-6:]}" for name in NAMES]
 
 
-def judged(record: Record) -> Record:
-    """Round 2 of the first node goes under audit, and it is convicted in round 4 on the word of two."""
+def with_conviction(record: Record) -> Record:
+    """Put round 2 of the first node under audit; two auditors convict it in round 4."""
     plan = record.plan
     if plan.round in (2, 3):
         audit = Audit(
@@ -41,12 +41,12 @@ def judged(record: Record) -> Record:
         return msgspec.structs.replace(record, audit_state=msgspec.structs.replace(EMPTY, audits=(audit,)))
     if plan.round == 4:
         found = Finding("measured", 310_000, 1, -5), Finding("false", 0, 0, 0)
-        said = tuple(
+        statements = tuple(
             chains.sealed(auditor, Verdict(A, 2, one, bytes(32)), 2)
             for auditor, one in zip(MEMBERS[1:3], found, strict=True)
         )
         ended = Closed(A, 2, "convicted", (B, C), (), 0)
-        audit_state = msgspec.structs.replace(EMPTY, statements=said, closed=(ended,), banned=(A,))
+        audit_state = msgspec.structs.replace(EMPTY, statements=statements, closed=(ended,), banned=(A,))
         return msgspec.structs.replace(record, audit_state=audit_state)
     if plan.round > 4:
         return msgspec.structs.replace(record, audit_state=msgspec.structs.replace(EMPTY, banned=(A,)))
@@ -54,14 +54,14 @@ def judged(record: Record) -> Record:
 
 
 def fields(kind: type[Audit], **known: object) -> dict[str, object]:
-    """Of a message's fields those that are ``known``, and 1 for all others."""
+    """Return all fields of a message: the ``known`` ones, 1 for the others."""
     return {name: known.get(name, 1) for name in kind.__struct_fields__}
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A node's, of a run of six rounds that convicted somebody."""
-    fill(tmp_path / NAME, chain(6, mend=judged))
+    """A node's directory of a run of six rounds with a conviction."""
+    fill(tmp_path / NAME, chain(6, edit=with_conviction))
     (tmp_path / MANIFEST).write_bytes(chains.MANIFEST.encode())
     return tmp_path
 
@@ -77,15 +77,15 @@ def test_credits_are_a_table(directory: Path, monkeypatch: pytest.MonkeyPatch) -
     table = words("credits", directory)
     assert "credits after round 6" in table
     assert f"{SHORT[0]} 0 0 {6 * EACH:,} 0/1 convicted in round 4" in table
-    assert f"{SHORT[1]} 0 {7 * EACH:,} 1" in table, "an audit is paid like the work that was done again"
+    assert f"{SHORT[1]} 0 {7 * EACH:,} 1" in table, "an audit is paid like the work it replays"
     assert SHORT[2] not in words("credits", directory, "--node", SHORT[1])
 
 
 def test_credits_as_json(directory: Path) -> None:
-    story = json.loads(psyche_ledger("credits", directory, "--json", "--node", A[-6:]).stdout)
-    (credit,) = story["credits"]
+    report = json.loads(psyche_ledger("credits", directory, "--json", "--node", A[-6:]).stdout)
+    (credit,) = report["credits"]
     assert (credit["node"], credit["forfeited"], credit["banned"], credit["payout"]) == (A, 6 * EACH, 4, None)
-    assert (story["round"], story["missing"]) == (6, [])
+    assert (report["round"], report["missing"]) == (6, [])
 
 
 def test_rounds_that_are_missing_are_not_counted(directory: Path) -> None:
@@ -97,7 +97,7 @@ def test_rounds_that_are_missing_are_not_counted(directory: Path) -> None:
     assert psyche_ledger("credits", directory, "--json").exit_code == 1
 
 
-def test_why_gives_each_change_with_its_reason(directory: Path) -> None:
+def test_why_lists_each_change_with_its_reason(directory: Path) -> None:
     lines = psyche_ledger("why", directory, A[-6:]).stdout.splitlines()
     assert lines[0] == (
         f"round 1: {EACH:,} earned: its contribution was accepted; forfeited in round 4, because its work of round 2 "
@@ -120,13 +120,13 @@ def test_why_as_json(directory: Path) -> None:
     assert len(history["changes"]) == 6
 
 
-def test_show_says_who_was_convicted_and_on_what_evidence(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_names_convicted_nodes_and_the_evidence(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     shown = words("show", directory)
     evidence = f"{SHORT[1]}: relative error 0.3100 in segment 1; {SHORT[2]}: false"
     assert f"{SHORT[0]}, round 2: convicted ({evidence})" in shown
-    story = json.loads(psyche_ledger("show", directory, "--json", "--node", B).stdout)
-    (ending,) = story["rounds"][3]["audits"]
+    report = json.loads(psyche_ledger("show", directory, "--json", "--node", B).stdout)
+    (ending,) = report["rounds"][3]["audits"]
     assert [one["auditor"] for one in ending["findings"]] == [B, C]
 
 
@@ -139,14 +139,14 @@ EACH_BULK = (lambda rules: rules.inner_steps * rules.tokens_per_step)(chain_rule
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A node's directory of a run that has ended: five nodes, of which one named no address, and two the same."""
+    """A node's directory of a finished run of five nodes: one has no payout address, two share one."""
     directory = tmp_path_factory.mktemp("finished")
     a, b, c = (digest(name)[:20] for name in "abc")
     bulk.bulk_ledger(directory, 8, 5, payouts=[b"", a, b, a, c])
     return directory
 
 
-def test_claims_are_a_tree_with_a_proof_for_each_address(finished: Path, tmp_path: Path) -> None:
+def test_claims_are_a_merkle_tree_with_a_proof_for_each_address(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "claims.json"
     result = psyche_ledger("claims", finished, "--out", out)
     assert result.exit_code == 0, result.exception
@@ -184,7 +184,7 @@ def test_a_proof_is_checked_offline(finished: Path, tmp_path: Path) -> None:
     assert "was not written by" in str(psyche_ledger("proof", out, one["address"]).exception)
 
 
-def test_weights_are_by_node(finished: Path, tmp_path: Path) -> None:
+def test_weights_are_exported_by_node(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights.json"
     assert "weights of 5 nodes" in psyche_ledger("claims", finished, "--out", out, "--format", "weights").stdout
     content = json.loads(out.read_text())
@@ -192,7 +192,9 @@ def test_weights_are_by_node(finished: Path, tmp_path: Path) -> None:
     assert [one["node"] for one in content["weights"]] == sorted(one["node"] for one in content["weights"])
 
 
-def test_claims_are_of_whole_ledgers_with_something_to_claim(directory: Path, finished: Path, tmp_path: Path) -> None:
+def test_claims_need_a_complete_ledger_with_final_credit_and_an_address(
+    directory: Path, finished: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "claims.json"
     fill(tmp_path / "pending" / NAME, chain(2))
     manifest = directory / MANIFEST
@@ -208,7 +210,7 @@ def test_claims_are_of_whole_ledgers_with_something_to_claim(directory: Path, fi
     assert not out.exists()
 
 
-def test_a_long_ledger_is_checked_by_several_processes(tmp_path: Path) -> None:
+def test_a_long_ledger_is_verified_by_several_processes(tmp_path: Path) -> None:
     rounds = 2 * STRETCH + 5
     manifest = bulk.bulk_ledger(tmp_path, rounds, 2)
     seen: list[tuple[int, int]] = []

@@ -20,13 +20,13 @@ from tests.protocol.one_leader import with_electorate
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A node's, with rounds 3 to 6."""
+    """A node's directory with rounds 3 to 6."""
     fill(tmp_path / NAME, CHAIN[2:])
     (tmp_path / "manifest.msgpack").write_bytes(MANIFEST.encode())
     return tmp_path
 
 
-def test_verify_says_what_is_sound_and_what_is_missing(directory: Path) -> None:
+def test_verify_reports_valid_and_missing_rounds(directory: Path) -> None:
     result = psyche_ledger("verify", directory)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == (
@@ -36,8 +36,8 @@ def test_verify_says_what_is_sound_and_what_is_missing(directory: Path) -> None:
     assert result.stdout.splitlines()[1:] == [
         f"credits: 0 final, {14 * EACH:,} pending, 0 forfeited; 0 nodes convicted"
     ]
-    sound = fill(directory / "elsewhere" / NAME)
-    result = psyche_ledger("verify", sound, "--manifest", directory / "manifest.msgpack")
+    complete = fill(directory / "elsewhere" / NAME)
+    result = psyche_ledger("verify", complete, "--manifest", directory / "manifest.msgpack")
     assert "6 certified rounds" in result.stdout
     assert "no round is missing" in result.stdout
 
@@ -49,7 +49,7 @@ def test_verify_names_the_round_and_the_reason(directory: Path) -> None:
     assert "round 5: its rows in members do not match its certificate" in str(result.exception)
 
 
-def test_verify_says_what_it_needs(directory: Path) -> None:
+def test_verify_names_a_missing_or_wrong_manifest(directory: Path) -> None:
     (directory / "manifest.msgpack").write_bytes(manifest("another").encode())
     assert "but the manifest is of" in str(psyche_ledger("verify", directory).exception)
     (directory / "manifest.msgpack").unlink()
@@ -57,7 +57,7 @@ def test_verify_says_what_it_needs(directory: Path) -> None:
     assert "there is no ledger at" in str(psyche_ledger("show", directory / "nowhere").exception)
 
 
-def test_verify_ends_with_one_sentence_and_a_code(directory: Path) -> None:
+def test_verify_fails_with_one_sentence_and_an_exit_code(directory: Path) -> None:
     change(directory / NAME, "UPDATE rounds SET certificate = x'00' WHERE round = 4")
     done = subprocess.run(
         [sys.executable, "-m", "psyche", "ledger", "verify", str(directory)], capture_output=True, text=True
@@ -67,7 +67,7 @@ def test_verify_ends_with_one_sentence_and_a_code(directory: Path) -> None:
     assert "is not a valid ledger of this run: round 4: invalid certificate" in done.stderr
 
 
-def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_prints_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     result = psyche_ledger("show", directory)
     assert result.exit_code == 0, result.output
@@ -81,27 +81,27 @@ def test_show_is_a_table_and_totals(directory: Path, monkeypatch: pytest.MonkeyP
     latest = psyche_ledger("show", directory, "--last", 1).stdout
     assert CHAIN[5].record.hash.hex()[:8] in latest
     assert CHAIN[4].record.hash.hex()[:8] not in latest
-    assert f"…{NAMES[-1][-6:]}" in latest, "totals are of all rounds"
+    assert f"…{NAMES[-1][-6:]}" in latest, "totals must cover all rounds"
 
 
-def test_show_marks_reconfigurations_and_what_was_superseded(tmp_path: Path) -> None:
+def test_show_marks_reconfigurations_and_superseded_records(tmp_path: Path) -> None:
     def survivors(record: Record) -> Record:
         return with_electorate(record, NAMES[:3], reconfiguration=1)
 
     path = fill(tmp_path / NAME, CHAIN[:2])
     with Ledger.open(path, RULES.run_id) as ledger:
         ledger.supersede(OTHER[0].certificate, OTHER[0].record, OTHER[0].root)
-        again = link(OTHER[0], mend=survivors)
+        again = link(OTHER[0], edit=survivors)
         ledger.append(again.certificate, again.record, again.root)
     words = " ".join(psyche_ledger("show", path).stdout.split())
     assert words.count("reconfiguration") == 1
     assert "certified twice, an earlier record was superseded: round 1, 2" in words
 
 
-def test_show_as_json_and_of_one_node(directory: Path) -> None:
-    story = json.loads(psyche_ledger("show", directory, "--json", "--node", NAMES[-1][-6:], "--last", 2).stdout)
-    assert [(one["round"], len(one["members"])) for one in story["rounds"]] == [(5, 1), (6, 1)]
-    assert story["rounds"][0]["members"][0] == {
+def test_show_prints_json_and_filters_by_node(directory: Path) -> None:
+    report = json.loads(psyche_ledger("show", directory, "--json", "--node", NAMES[-1][-6:], "--last", 2).stdout)
+    assert [(one["round"], len(one["members"])) for one in report["rounds"]] == [(5, 1), (6, 1)]
+    assert report["rounds"][0]["members"][0] == {
         "node": NAMES[-1],
         "votes": CHAIN[4].record.plan.members[-1].votes,
         "tokens": None,
@@ -111,14 +111,14 @@ def test_show_as_json_and_of_one_node(directory: Path) -> None:
         "reason": REASON,
         "dissenter": False,
     }
-    assert story["rounds"][1]["members"][0]["tokens"] == EACH
-    assert list(story["totals"]) == [NAMES[-1]]
-    assert (story["missing"], story["held"], story["run_id"]) == ([[1, 2]], 4, RULES.run_id.hex())
+    assert report["rounds"][1]["members"][0]["tokens"] == EACH
+    assert list(report["totals"]) == [NAMES[-1]]
+    assert (report["missing"], report["held"], report["run_id"]) == ([[1, 2]], 4, RULES.run_id.hex())
     assert "no member" in str(psyche_ledger("show", directory, "--node", "nobody").exception)
     assert "4 members" in str(psyche_ledger("show", directory, "--node", "").exception)
 
 
-def test_show_says_which_certificate_it_cannot_read(directory: Path) -> None:
+def test_show_names_a_certificate_it_cannot_read(directory: Path) -> None:
     change(directory / NAME, "UPDATE rounds SET certificate = x'00' WHERE round = 4")
     assert "the certificate of round 4" in str(psyche_ledger("show", directory).exception)
 

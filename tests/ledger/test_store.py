@@ -1,4 +1,4 @@
-"""A ledger file: one chain of one run, whatever happened to the process, and nothing else is taken for it."""
+"""Ledger files hold one chain of one run, survive crashes, and are not confused with other files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "node" / "ledger.sqlite"
 
 
-def test_what_is_appended_is_there_after_opening_again(path: Path) -> None:
+def test_appended_rounds_are_there_after_reopening(path: Path) -> None:
     filled(path)
     with Ledger.open(path, RUN) as ledger:
         assert holds(ledger, CHAIN)
@@ -72,7 +72,7 @@ def test_what_is_appended_is_there_after_opening_again(path: Path) -> None:
     verified([one.entry for one in CHAIN])
 
 
-def test_it_can_be_asked_in_sql(path: Path) -> None:
+def test_a_ledger_can_be_queried_in_sql(path: Path) -> None:
     query = "SELECT sum(tokens), sum(inner_steps), count(reason), max(reason) FROM members WHERE node = ?"
     with sqlite3.connect(filled(path)) as reader:
         tokens, steps, left_out, reason = reader.execute(query, (NAMES[-1],)).fetchone()
@@ -80,7 +80,7 @@ def test_it_can_be_asked_in_sql(path: Path) -> None:
     assert (left_out, reason) == (3, REASON)
 
 
-def test_many_rounds_are_read_page_by_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_read_page_by_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psyche.ledger.store._PAGE", 2)
     with Ledger.read(filled(path)) as ledger:
         assert holds(ledger, CHAIN)
@@ -88,7 +88,7 @@ def test_many_rounds_are_read_page_by_page(path: Path, monkeypatch: pytest.Monke
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=14))
 @settings(deadline=None, max_examples=30)
-def test_in_any_order_and_as_often_as_one_likes(order: list[int]) -> None:
+def test_rounds_can_be_appended_in_any_order_and_repeatedly(order: list[int]) -> None:
     with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "ledger.sqlite", RUN) as ledger:
         for at in order:
             append(ledger, CHAIN[at])
@@ -101,32 +101,32 @@ def test_in_any_order_and_as_often_as_one_likes(order: list[int]) -> None:
 
 @given(st.integers(0, 5), st.integers(0, 5))
 @settings(deadline=None, max_examples=25)
-def test_what_contradicts_the_chain_is_refused_and_changes_nothing(upto: int, at: int) -> None:
-    """Another record of a round that is there, or one that is built on another than the last one."""
+def test_a_record_that_contradicts_the_chain_is_refused_and_changes_nothing(upto: int, at: int) -> None:
+    """It is another record of a known round, or follows from another record than the last one."""
     with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "ledger.sqlite", RUN) as ledger:
         for one in CHAIN[: upto + 1]:
             append(ledger, one)
         other = chain(at + 1, left_out=lambda round_number: 2)[at]
         if at > upto + 1:
-            append(ledger, other)  # after a gap nothing says which chain it is of
+            append(ledger, other)  # after a gap it cannot be told which chain it belongs to
             return
         with pytest.raises(Forked, match=r"certified twice.*keep this file as proof"):
             append(ledger, other)
         assert holds(ledger, CHAIN[: upto + 1])
 
 
-def test_the_first_record_must_be_built_on_the_run(path: Path) -> None:
-    (astray,) = chain(
-        1, mend=lambda r: msgspec.structs.replace(r, plan=msgspec.structs.replace(r.plan, previous=GENESIS))
+def test_the_first_record_must_follow_from_the_run(path: Path) -> None:
+    (foreign,) = chain(
+        1, edit=lambda r: msgspec.structs.replace(r, plan=msgspec.structs.replace(r.plan, previous=GENESIS))
     )
     with Ledger.open(path, RUN) as ledger:
         for use in (ledger.append, ledger.supersede):
             with pytest.raises(Forked, match="round 1 belongs to run"):
-                use(astray.certificate, astray.record, None)
+                use(foreign.certificate, foreign.record, None)
         assert ledger.rounds() == []
 
 
-def test_what_comes_before_must_be_what_the_next_is_built_on(path: Path) -> None:
+def test_an_earlier_record_must_be_the_one_its_successor_follows(path: Path) -> None:
     with Ledger.open(path, RUN) as ledger:
         append(ledger, CHAIN[1])
         with pytest.raises(Forked):
@@ -135,13 +135,13 @@ def test_what_comes_before_must_be_what_the_next_is_built_on(path: Path) -> None
         assert holds(ledger, CHAIN[:2])
 
 
-def test_a_certificate_of_another_record_is_a_mistake_of_the_caller(path: Path) -> None:
+def test_a_certificate_of_another_record_raises_value_error(path: Path) -> None:
     with Ledger.open(path, RUN) as ledger, pytest.raises(ValueError, match="another record"):
         ledger.append(CHAIN[1].certificate, CHAIN[0].record, None)
 
 
-def test_state_roots_are_what_the_next_round_builds_on(path: Path) -> None:
-    """A node that found something else was wrong; one that did not know it then does."""
+def test_a_state_root_is_corrected_by_the_next_rounds_base(path: Path) -> None:
+    """A node's own root may be wrong or unknown; the next round's plan decides."""
     with Ledger.open(path, RUN) as ledger:
         append(ledger, CHAIN[0], None)
         append(ledger, CHAIN[1], b"w" * 32)
@@ -158,14 +158,16 @@ def test_state_roots_are_what_the_next_round_builds_on(path: Path) -> None:
     ("at", "keeps", "moved"),
     [(5, 4, 2), (3, 2, 4), (2, 1, 5), (1, 1, 5), (0, 0, 6)],
 )
-def test_a_run_that_goes_back_is_followed_and_the_proof_of_it_kept(path: Path, at: int, keeps: int, moved: int) -> None:
+def test_a_record_that_supersedes_others_is_accepted_and_the_others_are_kept_as_proof(
+    path: Path, at: int, keeps: int, moved: int
+) -> None:
     """``OTHER`` has other states from round 1 on, and so other records from round 2 on."""
     filled(path)
     other = OTHER[at] if at else chain(1, left_out=lambda round_number: 3)[0]
     with Ledger.open(path, RUN) as ledger:
         assert ledger.supersede(other.certificate, other.record, other.root) == moved
         kept = [one.entry for one in CHAIN[:keeps]]
-        if at == 1:  # built on the same record and another state after it
+        if at == 1:  # follows from the same record but another state
             kept = [replace(CHAIN[0].entry, state_root=OTHER[0].root)]
         assert list(ledger.entries()) == [*kept, other.entry]
         assert ledger.superseded() == [one.entry for one in CHAIN[6 - moved :]]
@@ -175,7 +177,7 @@ def test_a_run_that_goes_back_is_followed_and_the_proof_of_it_kept(path: Path, a
             assert ledger.missing() == (range(5, 6),)
 
 
-def test_threads_share_it(path: Path) -> None:
+def test_threads_share_a_ledger(path: Path) -> None:
     with Ledger.open(path, RUN) as ledger:
         threads = [threading.Thread(target=append, args=(ledger, one)) for one in CHAIN for _ in range(3)]
         for thread in threads:
@@ -185,7 +187,7 @@ def test_threads_share_it(path: Path) -> None:
         assert holds(ledger, CHAIN)
 
 
-def test_a_reader_looks_on_while_it_is_written(path: Path) -> None:
+def test_a_ledger_can_be_read_while_it_is_written(path: Path) -> None:
     with Ledger.open(path, RUN) as ledger:
         append(ledger, CHAIN[0])
         with Ledger.read(path) as reader:
@@ -218,7 +220,7 @@ def test_another_formats_ledger_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", ["text", "database", "folder"])
-def test_what_is_no_ledger_is_refused_and_left_alone(path: Path, make: str) -> None:
+def test_other_files_are_refused_and_left_unchanged(path: Path, make: str) -> None:
     path.parent.mkdir()
     if make == "folder":
         path.mkdir()
@@ -235,7 +237,7 @@ def test_what_is_no_ledger_is_refused_and_left_alone(path: Path, make: str) -> N
 
 
 def test_an_empty_file_becomes_a_ledger(path: Path) -> None:
-    """Whoever made it was killed before it said what it was to be."""
+    """Its creator was killed before it wrote the header."""
     path.parent.mkdir()
     path.touch()
     with pytest.raises(LedgerError, match="not a psyche ledger"):
@@ -245,13 +247,13 @@ def test_an_empty_file_becomes_a_ledger(path: Path) -> None:
         assert holds(ledger, CHAIN)
 
 
-def test_there_may_be_none(path: Path) -> None:
+def test_reading_a_missing_ledger_is_an_error(path: Path) -> None:
     with pytest.raises(LedgerError, match="there is no ledger at"):
         Ledger.read(path)
     assert not path.exists()
 
 
-def test_a_full_disk_is_said_with_the_mend(path: Path) -> None:
+def test_a_full_disk_is_reported_with_a_remedy(path: Path) -> None:
     with Ledger.open(path, RUN) as ledger:
         append(ledger, CHAIN[0])
         pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
@@ -263,7 +265,7 @@ def test_a_full_disk_is_said_with_the_mend(path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_noticed(path: Path, share: float) -> None:
+def test_a_truncated_file_is_detected(path: Path, share: float) -> None:
     filled(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
@@ -271,7 +273,7 @@ def test_a_truncated_file_is_noticed(path: Path, share: float) -> None:
         examine(path)
 
 
-def test_a_record_hash_that_is_none_is_damage(path: Path) -> None:
+def test_an_invalid_record_hash_is_reported_as_damage(path: Path) -> None:
     filled(path)
     with sqlite3.connect(path) as forger:
         forger.execute("UPDATE rounds SET record_hash = 'six' WHERE round = 6")
@@ -282,29 +284,29 @@ def test_a_record_hash_that_is_none_is_damage(path: Path) -> None:
 # ------------------------------------------------------------------------------------------- kills
 
 
-def test_a_killed_writer_leaves_a_chain(tmp_path: Path) -> None:
-    """SIGKILL at many moments: of making the file, of a transaction, between two of them."""
+def test_a_killed_writer_leaves_a_valid_chain(tmp_path: Path) -> None:
+    """SIGKILL at many moments: while creating the file, during a transaction and between two."""
     for turn in range(40):
         folder = tmp_path / str(turn)
         folder.mkdir()
         wait = 0.002 + 0.0037 * turn
-        said = _killed_after(folder, wait)
+        committed = _killed_after(folder, wait)
         for file in sorted(folder.glob("*.sqlite")):
-            if turn % 2:  # what was half done is undone for a reader, too
-                found = looked_at(file)
+            if turn % 2:  # a reader rolls back unfinished transactions, too
+                found = readable_entries(file)
                 assert found == [one.entry for one in CHAIN[: len(found)]]
             with Ledger.open(file, RUN) as ledger:
                 rounds = ledger.rounds()
                 assert holds(ledger, CHAIN[: len(rounds)])
                 ledger.check_pages()
-                assert len(rounds) >= said.get(int(file.stem), 0), "a round that was in is lost"
+                assert len(rounds) >= committed.get(int(file.stem), 0), "a committed round is lost"
                 for one in CHAIN:
                     append(ledger, one)
                 assert holds(ledger, CHAIN)
 
 
-def looked_at(path: Path) -> list[Entry]:
-    """What a reader finds; nothing where the file was never begun."""
+def readable_entries(path: Path) -> list[Entry]:
+    """Return the entries that a reader finds; none if the file was never initialised."""
     try:
         with Ledger.read(path) as ledger:
             return list(ledger.entries())
@@ -315,7 +317,7 @@ def looked_at(path: Path) -> list[Entry]:
 
 
 def _killed_after(folder: Path, wait: float) -> dict[int, int]:
-    """Of each file in ``folder`` the last round that a writer, killed ``wait`` seconds after it began, said was in."""
+    """Return the last round committed to each file in ``folder`` by a writer killed after ``wait`` seconds."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -332,9 +334,9 @@ def _killed_after(folder: Path, wait: float) -> dict[int, int]:
     time.sleep(wait)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    said: dict[int, int] = {}
+    committed: dict[int, int] = {}
     with os.fdopen(read) as pipe:
         for line in pipe:
             number, round_number = line.split()
-            said[int(number)] = int(round_number)
-    return said
+            committed[int(number)] = int(round_number)
+    return committed

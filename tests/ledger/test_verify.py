@@ -1,4 +1,4 @@
-"""The check that anyone can make of a ledger file: whatever is tampered with is named."""
+"""Verification of a ledger file: any tampering is detected and located."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.ledgers import CHAIN, EACH, OTHER, change, fill
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fill(tmp_path_factory.mktemp("ledger") / NAME)
 
 
 @contextmanager
-def copied(sound: Path) -> Iterator[Path]:
+def copied(valid: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        yield Path(shutil.copy(sound, Path(folder) / NAME))
+        yield Path(shutil.copy(valid, Path(folder) / NAME))
 
 
 def fault(path: Path) -> BadLedger:
@@ -43,15 +43,15 @@ def fault(path: Path) -> BadLedger:
 
 
 def held(path: Path, query: str, *values: object) -> object:
-    """The one value that a query finds."""
+    """Return the single value that a query finds."""
     with sqlite3.connect(path) as reader:
         (found,) = reader.execute(query, values).fetchone()
     reader.close()
     return found
 
 
-def test_a_sound_ledger(sound: Path) -> None:
-    found = verify_ledger(sound, MANIFEST)
+def test_a_valid_ledger_is_verified(valid: Path) -> None:
+    found = verify_ledger(valid, MANIFEST)
     assert (found.rounds, found.last, found.missing, found.reconfigurations) == (6, 6, [], 0)
     assert found.tokens == dict.fromkeys(NAMES[:-1], 6 * EACH) | {NAMES[-1]: 3 * EACH}
 
@@ -65,15 +65,15 @@ VALUES = st.one_of(
 
 @given(st.integers(1, 6), st.sampled_from(COLUMNS), VALUES)
 @settings(deadline=None, max_examples=40)
-def test_a_changed_round_is_named(sound: Path, round_number: int, column: str, value: object) -> None:
-    with copied(sound) as path:
+def test_a_changed_round_is_located(valid: Path, round_number: int, column: str, value: object) -> None:
+    with copied(valid) as path:
         before = held(path, f"SELECT {column} FROM rounds WHERE round = ?", round_number)
         try:
             change(path, f"UPDATE rounds SET {column} = ? WHERE round = ?", value, round_number)
         except sqlite3.IntegrityError:
-            return  # SQLite itself would not have it
+            return  # SQLite rejects it
         if held(path, f"SELECT {column} FROM rounds WHERE round = ?", round_number) == before:
-            return  # a text of digits is a number in a column of numbers
+            return  # SQLite stores a text of digits as the same number
         if column == "certificate" and not isinstance(value, bytes):
             with pytest.raises(LedgerError, match=f"round {round_number} has no certificate"):
                 verify_ledger(path, MANIFEST)
@@ -83,10 +83,10 @@ def test_a_changed_round_is_named(sound: Path, round_number: int, column: str, v
 
 @given(st.integers(1, 6), st.sampled_from(NAMES), st.sampled_from([*COUNTS, "reason", "node"]), VALUES)
 @settings(deadline=None, max_examples=60)
-def test_a_changed_member_is_named_with_its_round(
-    sound: Path, round_number: int, node: str, column: str, value: object
+def test_a_changed_member_row_is_located_by_its_round(
+    valid: Path, round_number: int, node: str, column: str, value: object
 ) -> None:
-    with copied(sound) as path:
+    with copied(valid) as path:
         where = "WHERE round = ? AND node = ?"
         before = held(path, f"SELECT {column} FROM members {where}", round_number, node)
         try:
@@ -99,26 +99,26 @@ def test_a_changed_member_is_named_with_its_round(
 
 @given(st.integers(1, 6), st.sampled_from(NAMES))
 @settings(deadline=None, max_examples=10)
-def test_a_member_that_is_gone_is_named_with_its_round(sound: Path, round_number: int, node: str) -> None:
-    with copied(sound) as path:
+def test_a_deleted_member_row_is_located_by_its_round(valid: Path, round_number: int, node: str) -> None:
+    with copied(valid) as path:
         assert change(path, "DELETE FROM members WHERE round = ? AND node = ?", round_number, node) == 1
         assert fault(path).round == round_number
 
 
 @given(st.integers(1, 5), st.binary(min_size=32, max_size=32))
 @settings(deadline=None, max_examples=10)
-def test_a_changed_state_root_is_contradicted_by_the_next_round(sound: Path, round_number: int, root: bytes) -> None:
-    with copied(sound) as path:
+def test_a_changed_state_root_is_contradicted_by_the_next_round(valid: Path, round_number: int, root: bytes) -> None:
+    with copied(valid) as path:
         change(path, "UPDATE rounds SET state_root = ? WHERE round = ?", root, round_number)
         assert fault(path).round == round_number + 1
 
 
 @given(st.integers(1, 6), st.integers(1, 6))
 @settings(deadline=None, max_examples=15)
-def test_swapped_rounds_are_named(sound: Path, one: int, other: int) -> None:
+def test_swapped_rounds_are_located(valid: Path, one: int, other: int) -> None:
     if one == other:
         return
-    with copied(sound) as path:
+    with copied(valid) as path:
         for table in ("rounds", "members"):
             for old, new in ((one, 99), (other, one), (99, other)):
                 change(path, f"UPDATE {table} SET round = ? WHERE round = ?", new, old)
@@ -127,9 +127,9 @@ def test_swapped_rounds_are_named(sound: Path, one: int, other: int) -> None:
 
 @given(st.integers(1, 6))
 @settings(deadline=None, max_examples=6)
-def test_another_record_in_the_place_of_one_breaks_the_chain(sound: Path, round_number: int) -> None:
-    """Every column of the row is that of a record that was certified, too, by the same members."""
-    with copied(sound) as path:
+def test_a_record_from_another_chain_breaks_the_chain(valid: Path, round_number: int) -> None:
+    """Its row is that of a record that the same members certified."""
+    with copied(valid) as path:
         for table in ("rounds", "members"):
             change(path, f"DELETE FROM {table} WHERE round = ?", round_number)
         with tempfile.TemporaryDirectory() as folder:
@@ -139,13 +139,13 @@ def test_another_record_in_the_place_of_one_breaks_the_chain(sound: Path, round_
                 for table in ("rounds", "members"):
                     forger.execute(f"INSERT INTO {table} SELECT * FROM foreign_ledger.{table}")
             forger.close()
-        assert fault(path).round == max(round_number, 2), "the first is only contradicted by the second"
+        assert fault(path).round == max(round_number, 2), "the second record contradicts a replaced first"
 
 
 @given(st.sets(st.integers(1, 6), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=15)
-def test_missing_rounds_are_named(sound: Path, gone: set[int]) -> None:
-    with copied(sound) as path:
+def test_missing_rounds_are_listed(valid: Path, gone: set[int]) -> None:
+    with copied(valid) as path:
         for round_number in gone:
             change(path, "DELETE FROM rounds WHERE round = ?", round_number)
         assert "members or audits but no certificate" in fault(path).reason
@@ -160,15 +160,15 @@ def test_missing_rounds_are_named(sound: Path, gone: set[int]) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.9999])
-def test_a_truncated_file_is_no_ledger(sound: Path, share: float) -> None:
-    with copied(sound) as path:
+def test_a_truncated_file_is_rejected(valid: Path, share: float) -> None:
+    with copied(valid) as path:
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
         with pytest.raises(LedgerError, match=str(path)):
             verify_ledger(path, MANIFEST)
 
 
-def test_a_changed_vote_is_named(sound: Path) -> None:
-    with copied(sound) as path:
+def test_a_changed_vote_is_located(valid: Path) -> None:
+    with copied(valid) as path:
         (certificate,) = [one.certificate for one in CHAIN if one.record.plan.round == 4]
         forged = certificate[:-3] + bytes([certificate[-3] ^ 1]) + certificate[-2:]
         change(path, "UPDATE rounds SET certificate = ? WHERE round = 4", forged)
@@ -178,8 +178,8 @@ def test_a_changed_vote_is_named(sound: Path) -> None:
         assert "2 votes have 5" in fault(path).reason
 
 
-def test_a_run_that_went_back_is_told_by_its_ledger(sound: Path) -> None:
-    with copied(sound) as path:
+def test_a_ledger_proves_that_a_round_was_certified_twice(valid: Path) -> None:
+    with copied(valid) as path:
         with Ledger.open(path, RULES.run_id) as ledger:
             other = chain(5, left_out=lambda round_number: round_number % 2 if round_number < 5 else 2)[4]
             ledger.supersede(other.certificate, other.record, other.root)
@@ -195,11 +195,11 @@ def test_a_run_that_went_back_is_told_by_its_ledger(sound: Path) -> None:
         assert "invalid certificate" in fault(path).reason
 
 
-# ------------------------------------------------------------- signed again, by whoever has a key
+# ---------------------------------------------------------------- signatures by other keys
 
 
-def signed_again(certificate: bytes, what: str, number: int, by: Identity) -> bytes:
-    """A certificate with one of its envelopes signed by another key, in that key's name."""
+def resigned(certificate: bytes, what: str, number: int, by: Identity) -> bytes:
+    """Return the certificate with one envelope signed by another key, in that key's name."""
     content = decode(Certificate, certificate)
     if what == "proposal":
         return msgspec.structs.replace(content, proposal=forged(content.proposal, by)).encode()
@@ -217,11 +217,11 @@ def forged(envelope: bytes, by: Identity) -> bytes:
     st.integers(1, 6), st.sampled_from(["proposal", "seals"]), st.integers(0, 9), st.sampled_from([STRANGER, *MEMBERS])
 )
 @settings(deadline=None, max_examples=30)
-def test_what_a_coordinator_signs_counts_from_nobody_else(
-    sound: Path, round_number: int, what: str, number: int, by: Identity
+def test_proposals_and_seals_signed_by_other_keys_are_rejected(
+    valid: Path, round_number: int, what: str, number: int, by: Identity
 ) -> None:
-    with copied(sound) as path:
-        again = signed_again(CHAIN[round_number - 1].certificate, what, number, by)
+    with copied(valid) as path:
+        again = resigned(CHAIN[round_number - 1].certificate, what, number, by)
         change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round_number)
         found = fault(path)
         assert found.round == round_number
@@ -230,10 +230,10 @@ def test_what_a_coordinator_signs_counts_from_nobody_else(
 
 @given(st.integers(1, 6), st.integers(0, 3), st.sampled_from([STRANGER, COORDINATOR]))
 @settings(deadline=None, max_examples=15)
-def test_votes_count_from_members_only(sound: Path, round_number: int, number: int, by: Identity) -> None:
-    with copied(sound) as path:
-        again = signed_again(CHAIN[round_number - 1].certificate, "votes", number, by)
-        again = signed_again(again, "votes", number + 1, by)
+def test_votes_signed_by_other_keys_do_not_count(valid: Path, round_number: int, number: int, by: Identity) -> None:
+    with copied(valid) as path:
+        again = resigned(CHAIN[round_number - 1].certificate, "votes", number, by)
+        again = resigned(again, "votes", number + 1, by)
         change(path, "UPDATE rounds SET certificate = ? WHERE round = ?", again, round_number)
         assert (fault(path).round, "votes have" in fault(path).reason) == (
             round_number,
@@ -245,11 +245,11 @@ CHANGES: dict[str, Callable[[Record], Record]] = {
     "more tokens": lambda record: with_contribution(record, tokens=EACH + 1),
     "another payout": lambda record: with_contribution(record, payout=b"p" * 20),
     "another root": lambda record: with_contribution(record, trace_root=b"t" * 32),
-    "an audit": lambda record: with_docket(record, closed=(Closed(NAMES[0], 1, "passed", (NAMES[1],), (), 9),)),
-    "a conviction": lambda record: with_docket(record, closed=(Closed(NAMES[0], 1, "convicted", (), (), 0),)),
-    "a ban": lambda record: with_docket(record, banned=(NAMES[1],)),
-    "a grudge": lambda record: msgspec.structs.replace(record, dissenters=(NAMES[1],)),
-    "an excuse": lambda record: msgspec.structs.replace(
+    "an audit": lambda record: with_audit_state(record, closed=(Closed(NAMES[0], 1, "passed", (NAMES[1],), (), 9),)),
+    "a conviction": lambda record: with_audit_state(record, closed=(Closed(NAMES[0], 1, "convicted", (), (), 0),)),
+    "a ban": lambda record: with_audit_state(record, banned=(NAMES[1],)),
+    "a false dissenter": lambda record: msgspec.structs.replace(record, dissenters=(NAMES[1],)),
+    "a false exclusion": lambda record: msgspec.structs.replace(
         record, excluded=(Excluded(NAMES[-1], ExclusionReason.NOT_HELD),)
     ),
 }
@@ -261,22 +261,22 @@ def with_contribution(record: Record, **changes: object) -> Record:
     return msgspec.structs.replace(record, accepted=(mine, *others))
 
 
-def with_docket(record: Record, **changes: object) -> Record:
+def with_audit_state(record: Record, **changes: object) -> Record:
     return msgspec.structs.replace(record, audit_state=msgspec.structs.replace(record.audit_state, **changes))
 
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("rows", [False, True], ids=["certificate", "and rows"])
 @pytest.mark.parametrize("votes", [True, False], ids=["old votes", "no votes"])
-def test_a_coordinator_alone_rewrites_nothing(sound: Path, name: str, rows: bool, votes: bool) -> None:
-    """It has its own key, and the file: it proposes and seals another record, with the votes for the first, or none."""
+def test_a_coordinator_alone_cannot_rewrite_a_record(valid: Path, name: str, rows: bool, votes: bool) -> None:
+    """With its key and the file it proposes and seals another record, with the votes for the first one or none."""
     old = CHAIN[3]
     record = CHANGES[name](old.record)
     assert record.hash != old.record.hash
     certificate = decode(Certificate, certify(record, voters=0))
     if votes:
         certificate = msgspec.structs.replace(certificate, votes=decode(Certificate, old.certificate).votes)
-    with copied(sound) as path:
+    with copied(valid) as path:
         if rows:
             with Ledger.open(path, RULES.run_id) as ledger:
                 for table in ("rounds", "members", "audits"):
@@ -291,27 +291,29 @@ def test_a_coordinator_alone_rewrites_nothing(sound: Path, name: str, rows: bool
 
 @given(st.integers(0, 2**30), st.integers(1, 255))
 @settings(deadline=None, max_examples=60)
-def test_a_changed_byte_of_the_file_is_found_or_says_nothing(sound: Path, at: int, flip: int) -> None:
-    """Wherever it is; but for what nobody reads, as what SQLite has not overwritten of earlier pages, and the root that
-    the last round led to: the next record is what will prove it."""
-    with copied(sound) as path:
+def test_a_changed_byte_of_the_file_is_detected_or_has_no_effect(valid: Path, at: int, flip: int) -> None:
+    """Undetected bytes are unused.
+
+    They are leftovers of earlier SQLite pages, or the state root of the last round, which only the next record proves.
+    """
+    with copied(valid) as path:
         content = bytearray(path.read_bytes())
         content[at % len(content)] ^= flip
         path.write_bytes(content)
-        before = verify_ledger(sound, MANIFEST)
+        before = verify_ledger(valid, MANIFEST)
         try:
             found = verify_ledger(path, MANIFEST)
         except (LedgerError, BadLedger):
             return
-        with Ledger.read(path) as ledger, Ledger.read(sound) as untouched:
+        with Ledger.read(path) as ledger, Ledger.read(valid) as untouched:
             (*proven, last), (*others, end) = list(ledger.entries()), list(untouched.entries())
             assert (proven, last.certificate) == (others, end.certificate)
         assert found.credits.accounts == before.credits.accounts
 
 
 @pytest.mark.parametrize("round_number", [1, 4, 6])
-def test_an_audit_that_never_was_is_named(sound: Path, round_number: int) -> None:
-    with copied(sound) as path:
+def test_an_invented_audit_is_located(valid: Path, round_number: int) -> None:
+    with copied(valid) as path:
         change(path, "INSERT INTO audits VALUES (?, 0, ?, 1, 'passed', 5, '', '')", round_number, NAMES[0])
         assert (fault(path).round, "its rows in audits do not match" in fault(path).reason) == (round_number, True)
         change(path, "UPDATE audits SET round = 99")

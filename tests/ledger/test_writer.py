@@ -1,4 +1,4 @@
-"""How ledgers are written, and what those of a real run hold."""
+"""The ledger writer, and the ledgers of real runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.processes.swarm import swarm
 from tests.tiny import write_config
 
 
-def test_the_writer_writes_what_was_entered_before_it_is_closed(tmp_path: Path) -> None:
+def test_closing_the_writer_flushes_entered_records(tmp_path: Path) -> None:
     warnings: list[str] = []
 
     async def work() -> None:
@@ -37,8 +37,8 @@ def test_the_writer_writes_what_was_entered_before_it_is_closed(tmp_path: Path) 
     assert warnings == []
 
 
-def test_rounds_that_are_missing_hide_none_of_those_that_are_there(tmp_path: Path) -> None:
-    """A node that joined late, or was away, looks back over a gap."""
+def test_missing_rounds_do_not_hide_present_ones(tmp_path: Path) -> None:
+    """A node that joined late, or was away, has a gap."""
     one, two, *_, five, six = (entry.certificate for entry in CHAIN[:6])
 
     async def work() -> None:
@@ -48,14 +48,14 @@ def test_rounds_that_are_missing_hide_none_of_those_that_are_there(tmp_path: Pat
             assert await writer.held(range(1, 7), 1 << 20) == [one, two, five, six]
             assert await writer.held(range(3, 6), 1 << 20) == [five]
             assert await writer.held(range(3, 5), 1 << 20) == []
-            assert await writer.held(range(1, 7), 1) == [six], "the latest ones are what is needed most"
+            assert await writer.held(range(1, 7), 1) == [six], "the latest rounds are returned first"
             assert await writer.certificates(1, 1 << 20) == [one, two]
 
     asyncio.run(work())
 
 
-def test_the_writer_follows_a_run_that_went_back_and_says_so(tmp_path: Path) -> None:
-    """All of a run's nodes were killed, say, and started again from checkpoints older than their ledgers."""
+def test_the_writer_follows_a_run_that_rolled_back_and_warns(tmp_path: Path) -> None:
+    """For instance, all nodes were killed and restarted from checkpoints older than their ledgers."""
     warnings: list[str] = []
     writer = LedgerWriter(Ledger.open(fill(tmp_path / NAME), RULES.run_id), warnings.append)
     again = chain(6, left_out=lambda round_number: round_number % 2 if round_number < 5 else 2)
@@ -71,7 +71,7 @@ def test_the_writer_follows_a_run_that_went_back_and_says_so(tmp_path: Path) -> 
     assert "2 rounds of this ledger are superseded" in warning
 
 
-def test_what_cannot_be_written_is_raised_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_write_error_is_raised_to_the_caller(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / NAME, RULES.run_id)
     ledger._connection.execute("PRAGMA query_only = ON")
 
@@ -84,8 +84,8 @@ def test_what_cannot_be_written_is_raised_where_it_is_asked_for(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("there", [0, 2, 6])
-def test_a_checkpoint_fills_a_ledger_that_is_younger(tmp_path: Path, there: int) -> None:
-    """Of an earlier version: with the whole chain, here up to round 5. And one of this: with the last certificate."""
+def test_a_checkpoint_backfills_an_older_ledger(tmp_path: Path, there: int) -> None:
+    """Checkpoints of an earlier version hold the whole chain; those of this version hold the last certificate."""
     fill(tmp_path / NAME, CHAIN[:there])
     warnings: list[str] = []
     at = Chain(5, CHAIN[4].record.hash, CHAIN[4].root, 0)
@@ -99,7 +99,7 @@ def test_a_checkpoint_fills_a_ledger_that_is_younger(tmp_path: Path, there: int)
     assert "invalid certificate" in warnings[0]
 
 
-# --------------------------------------------------------------------------------- of a real run
+# ---------------------------------------------------------------------------------- real runs
 
 
 ROUNDS = {"inner_steps": 40, "min_members": 1, "total": 500, "start_members": 3}
@@ -107,7 +107,7 @@ QUICK = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 3.0, "exchange_max
 
 
 @pytest.mark.slow
-def test_a_killed_node_comes_back_from_an_older_checkpoint_to_the_same_chain(tmp_path: Path) -> None:
+def test_a_node_restarted_from_an_older_checkpoint_rejoins_the_same_chain(tmp_path: Path) -> None:
     config = write_config(tmp_path, members=3, rounds=ROUNDS, deadlines=QUICK)
     names = ["node-1", "node-2", "node-3"]
     with swarm(tmp_path / "run", config) as run:
@@ -139,8 +139,8 @@ def _hashes(path: Path) -> dict[int, bytes | None]:
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_back_against_its_word_is_told_of_by_its_ledgers(tmp_path: Path) -> None:
-    """All lose what they kept of round 3, and what they had promised: as if their disks were older copies."""
+def test_ledgers_prove_that_a_run_certified_a_round_twice(tmp_path: Path) -> None:
+    """All processes lose round 3 and their signing records, as if their disks were restored from older copies."""
     config = write_config(tmp_path, members=2, rounds=ROUNDS | {"start_members": 2}, deadlines=QUICK)
     names = ["node-1", "node-2", "coordinator"]
     with swarm(tmp_path / "run", config) as run:
@@ -151,8 +151,8 @@ def test_a_run_that_goes_back_against_its_word_is_told_of_by_its_ledgers(tmp_pat
         run.cut_power()
         for name in names:
             shutil.rmtree(run.directory / name / JOURNAL, ignore_errors=True)
-            for pledge in (BALLOT, SIGNED_STATE):
-                (run.directory / name / pledge).unlink(missing_ok=True)
+            for record in (BALLOT, SIGNED_STATE):
+                (run.directory / name / record).unlink(missing_ok=True)
         run.coordinator()
         for name in names[:2]:
             run.node(name)

@@ -1,4 +1,4 @@
-"""Real nodes on 127.0.0.1 for the tests. Run as a script, it is a node in a process of its own, to be killed."""
+"""Real nodes on 127.0.0.1. Run as a script, one node in a process of its own that can be killed."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ async def start(directory: Path, name: str, bootstrap: Sequence[str] = (), **opt
 
 @contextlib.asynccontextmanager
 async def swarm(directory: Path, size: int) -> AsyncIterator[list[NetworkNode]]:
-    """``size`` nodes; the others joined through the first."""
+    """Yield ``size`` nodes; all others joined through the first."""
     async with contextlib.AsyncExitStack() as stack:
         nodes: list[NetworkNode] = []
         for number in range(size):
@@ -44,7 +44,7 @@ def with_swarm(directory: Path, size: int, scenario: Callable[[list[NetworkNode]
 
 
 def spawn_child(directory: Path, data: bytes, hang_at: int = -1) -> tuple[subprocess.Popen[str], int, list[str]]:
-    """A node serving a blob, where it hangs on one chunk: (process, pid of its libp2p daemon, its addresses)."""
+    """Start a node that serves a blob but hangs on one chunk; return process, daemon pid and addresses."""
     file = directory / "child.blob"
     file.write_bytes(data)
     command = [sys.executable, __file__, str(directory), str(file), str(hang_at)]
@@ -55,13 +55,13 @@ def spawn_child(directory: Path, data: bytes, hang_at: int = -1) -> tuple[subpro
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that happens on its own; the test's timeout ends a wait in vain."""
-    while not condition():  # noqa: ASYNC110  # what is watched has no event
+    """Wait for a condition; the test's timeout ends an endless wait."""
+    while not condition():  # noqa: ASYNC110  # the condition sets no event
         await asyncio.sleep(0.01)
 
 
 async def be_child(directory: Path, data: bytes, hang_at: int) -> None:
-    """What ``spawn_child`` starts."""
+    """Run the node that ``spawn_child`` starts."""
 
     def read(number: int) -> bytes:
         if number == hang_at:

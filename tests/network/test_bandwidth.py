@@ -1,4 +1,4 @@
-"""Rate limits: kept over any stretch of time, and shared fairly by peers however many streams they open."""
+"""Rate limits hold over any period and are shared fairly by peers, however many streams they open."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from psyche.network import bandwidth
 from psyche.network.bandwidth import BURST_SECONDS, QUANTUM, Limiter
 
 
-def test_no_limit_takes_no_turn() -> None:
+def test_without_a_limit_nothing_waits() -> None:
     Limiter(None).take("a", 1 << 40)
 
 
@@ -20,7 +20,7 @@ def take_all(limiter: Limiter, peer: str, quanta: int, taken: list[str]) -> None
         taken.append(peer)
 
 
-def test_no_more_passes_than_the_limit_allows() -> None:
+def test_the_rate_never_exceeds_the_limit() -> None:
     rate = 50.0 * QUANTUM
     limiter = Limiter(rate)
     began = time.monotonic()
@@ -31,8 +31,8 @@ def test_no_more_passes_than_the_limit_allows() -> None:
     assert rate * passed + burst >= 40 * QUANTUM
 
 
-def test_many_streams_of_one_peer_get_no_more_than_the_one_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time passes only while all threads wait: which of them the machine runs first makes no difference."""
+def test_many_streams_of_one_peer_get_no_more_than_a_single_stream_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes only while all threads wait, so the thread schedule does not matter."""
     now = [0.0]
     monkeypatch.setattr(bandwidth, "time", SimpleNamespace(monotonic=lambda: now[0]))
     limiter = Limiter(float(QUANTUM))
@@ -51,4 +51,6 @@ def test_many_streams_of_one_peer_get_no_more_than_the_one_of_another(monkeypatc
     for thread in threads:
         thread.join()
     last = max(at for at, peer in enumerate(taken) if peer == "modest")
-    assert 19 <= taken[:last].count("greedy") <= 20, "by the time that one had its 20, the other four had as many"
+    assert 19 <= taken[:last].count("greedy") <= 20, (
+        "when the single stream had its 20, the other four together had as many"
+    )

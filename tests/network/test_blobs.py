@@ -1,4 +1,4 @@
-"""Blobs: the bytes that were asked for, or an error that says who failed and how."""
+"""Blob transfers yield the requested bytes, or an error that names the failing peer and the cause."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from psyche.numerics.digest import CHUNK, BlobIndex, chunked, index_blob, index_
 
 
 def data_for(caller: NetworkNode, order: list[str], size: int) -> bytes:
-    """Random bytes for which ``caller`` tries the sources in this order."""
+    """Return random bytes for which ``caller`` tries the sources in this order."""
     while True:
         data = os.urandom(size)
         if source_order(order, caller.peer_id, index_blob(data).root) == order:
@@ -32,7 +32,7 @@ def data_for(caller: NetworkNode, order: list[str], size: int) -> bytes:
 
 
 def recorded(data: bytes, asked: list[int]) -> Callable[[int], bytes]:
-    """A reader of chunks that notes which were asked for."""
+    """Return a chunk reader that records the requested chunks."""
 
     def read(number: int) -> bytes:
         asked.append(number)
@@ -61,7 +61,7 @@ def test_a_blob_arrives_whole(tmp_path: Path, size: int) -> None:
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_many_blobs_load_at_once(tmp_path: Path) -> None:
+def test_many_blobs_are_fetched_at_once(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b, c = nodes
         data = [os.urandom(CHUNK + number) for number in range(40)]
@@ -77,7 +77,7 @@ def test_many_blobs_load_at_once(tmp_path: Path) -> None:
     with_swarm(tmp_path, 3, scenario)
 
 
-def test_state_that_moved_on_is_gone(tmp_path: Path) -> None:
+def test_chunks_of_a_changed_state_are_not_served(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         state = bytearray(os.urandom(3 * CHUNK))
@@ -93,15 +93,15 @@ def test_state_that_moved_on_is_gone(tmp_path: Path) -> None:
 Serve = Callable[[Stream], Awaitable[None]]
 
 
-async def start_liar(tmp_path: Path, at: NetworkNode, serve: Serve) -> NetworkNode:
-    """A node that joined through ``at`` and serves blobs in its own way."""
+async def start_faulty(tmp_path: Path, at: NetworkNode, serve: Serve) -> NetworkNode:
+    """Start a node that joined through ``at`` and serves blobs with ``serve``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blob_server.BlobServer, "_serve", lambda self, stream: serve(stream))
-        return await start(tmp_path, "liar", await at.addresses())
+        return await start(tmp_path, "malicious", await at.addresses())
 
 
 async def answer(stream: Stream, claimed: bytes, data: bytes) -> None:
-    """Serve any root: this index, and chunks of these bytes."""
+    """Serve any root with this index and chunks of these bytes."""
     frame = await stream.read_request(blob_server.REQUEST_BYTES)
     while frame is not None:
         request = Request.decode(frame)
@@ -123,7 +123,7 @@ LIES: dict[str, Callable[[BlobIndex], bytes]] = {
 }
 
 
-def test_liars_are_named_and_the_next_source_goes_on(tmp_path: Path) -> None:
+def test_malicious_sources_are_named_and_the_next_source_continues(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         honest, caller = nodes
         size = 3 * CHUNK + 17
@@ -132,8 +132,8 @@ def test_liars_are_named_and_the_next_source_goes_on(tmp_path: Path) -> None:
         async def lie(stream: Stream) -> None:
             await answer(stream, claimed, bytes(size))
 
-        async with await start_liar(tmp_path, honest, lie) as liar:
-            sources = [liar.peer_id, honest.peer_id]
+        async with await start_faulty(tmp_path, honest, lie) as malicious:
+            sources = [malicious.peer_id, honest.peer_id]
             data = data_for(caller, sources, size)
             index = index_blob(data)
             lies: list[tuple[str, str]] = []
@@ -144,17 +144,17 @@ def test_liars_are_named_and_the_next_source_goes_on(tmp_path: Path) -> None:
                     index.root, sources=sources, max_size=size, on_violation=lambda *lie: lies.append(lie)
                 )
                 assert fetched == data
-                assert lies == [(liar.peer_id, told)]
+                assert lies == [(malicious.peer_id, told)]
                 lies.clear()
 
     with_swarm(tmp_path, 2, scenario)
 
 
 @pytest.mark.parametrize("limit", [None, 1e8])
-def test_a_slow_source_is_given_up(tmp_path: Path, limit: float | None) -> None:
+def test_a_stalled_source_is_abandoned(tmp_path: Path, limit: float | None) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         honest, caller = nodes
-        caller.blobs.download_limit = Limiter(limit)  # the time that it takes is not the source's
+        caller.blobs.download_limit = Limiter(limit)  # waiting for the local limit must not count as a stall
 
         async def drip(stream: Stream) -> None:
             await stream.read_request(blob_server.REQUEST_BYTES)
@@ -167,7 +167,7 @@ def test_a_slow_source_is_given_up(tmp_path: Path, limit: float | None) -> None:
                 await stream.write(data[at : at + 1])
                 await asyncio.sleep(0.2)
 
-        async with await start_liar(tmp_path, honest, drip) as slow:
+        async with await start_faulty(tmp_path, honest, drip) as slow:
             both = [slow.peer_id, honest.peer_id]
             data = data_for(caller, both, CHUNK)
             index = index_blob(data)
@@ -180,7 +180,7 @@ def test_a_slow_source_is_given_up(tmp_path: Path, limit: float | None) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_source_that_dies_or_freezes_is_replaced_where_it_stopped(tmp_path: Path, number: signal.Signals) -> None:
+def test_another_source_continues_where_a_dead_or_frozen_one_stopped(tmp_path: Path, number: signal.Signals) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         honest, caller = nodes
         child_id = Identity.load_or_create(tmp_path / "child.key").peer_id
@@ -196,14 +196,14 @@ def test_a_source_that_dies_or_freezes_is_replaced_where_it_stopped(tmp_path: Pa
             blob = asyncio.create_task(
                 caller.blobs.fetch_blob(index.root, sources=sources, max_chunks=6, chunks=range(6), stall=3.0)
             )
-            given = len(index.encode()) + CHUNK  # and hangs on the next
+            given = len(index.encode()) + CHUNK  # it hangs on the next chunk
             await until(lambda: child_id in caller.traffic.peers and caller.traffic.peers[child_id].bytes_down > given)
             for pid in (daemon, child.pid):
                 os.kill(pid, number)
             whole = await blob
             assert b"".join([whole[chunk] for chunk in range(6)]) == data
-            assert asked.count(second) == 1, "what was missing came from the other"
-            assert len(asked) < 6, "what had arrived was not asked for again"
+            assert asked.count(second) == 1, "a missing chunk came from the other source"
+            assert len(asked) < 6, "a received chunk was requested again"
         finally:
             child.kill()
             child.wait()
@@ -213,7 +213,7 @@ def test_a_source_that_dies_or_freezes_is_replaced_where_it_stopped(tmp_path: Pa
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_holders_of_parts_make_a_whole(tmp_path: Path) -> None:
+def test_a_blob_is_assembled_from_sources_with_parts_of_it(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         author, one, other, caller = nodes
         parts = [os.urandom(CHUNK + number) for number in range(6)]
@@ -229,12 +229,12 @@ def test_holders_of_parts_make_a_whole(tmp_path: Path) -> None:
         one_more = await one.blobs.fetch_blob(root, sources=[caller.peer_id], max_chunks=6, chunks=(5,))
         assert one_more[5] == parts[5]
         received = caller.traffic.bytes_down
-        assert sum(map(len, parts)) < received < 1.02 * sum(map(len, parts)), "nothing came twice"
+        assert sum(map(len, parts)) < received < 1.02 * sum(map(len, parts)), "a chunk was sent twice"
 
     with_swarm(tmp_path, 4, scenario)
 
 
-def test_what_was_fetched_in_part_is_served_and_gone_on_with(tmp_path: Path) -> None:
+def test_a_partial_blob_is_served_and_resumed(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         author, caller, third = nodes
         parts = [os.urandom(CHUNK + number) for number in range(6)]
@@ -256,7 +256,7 @@ def test_what_was_fetched_in_part_is_served_and_gone_on_with(tmp_path: Path) -> 
         whole = await caller.blobs.fetch_blob(root, sources=[author.peer_id], into=partial, **wanted)
         assert whole is partial
         assert [whole[number] for number in range(6)] == parts
-        assert caller.traffic.bytes_down < 1.02 * sum(map(len, parts)), "nothing came twice"
+        assert caller.traffic.bytes_down < 1.02 * sum(map(len, parts)), "a chunk was sent twice"
 
     with_swarm(tmp_path, 3, scenario)
 
@@ -285,7 +285,7 @@ def test_a_limit_holds_for_all_transfers_together(tmp_path: Path, limited: str) 
     asyncio.run(main())
 
 
-def test_content_that_is_not_acceptable_is_the_authors_fault(tmp_path: Path) -> None:
+def test_invalid_content_is_attributed_to_the_author(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         parts = [b"good", b"bad!"]
@@ -324,12 +324,12 @@ def test_a_busy_source_is_asked_again(tmp_path: Path, monkeypatch: pytest.Monkey
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_what_was_added_twice_is_removed_twice(tmp_path: Path) -> None:
+def test_a_blob_added_twice_must_be_removed_twice(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         root = a.blobs.add_bytes(b"same")
         a.blobs.add_bytes(b"same")
-        a.blobs.add(index_blob(b"same"), lambda number: b"else")  # no longer what it was: skipped
+        a.blobs.add(index_blob(b"same"), lambda number: b"else")  # its content no longer matches, so it is skipped
         for _ in range(2):
             assert await b.blobs.fetch_bytes(root, sources=[a.peer_id], max_size=4) == b"same"
             a.blobs.remove(root)
@@ -339,7 +339,7 @@ def test_what_was_added_twice_is_removed_twice(tmp_path: Path) -> None:
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_what_nobody_has_hashed_is_served_if_it_is_what_it_should_be(tmp_path: Path) -> None:
+def test_an_unhashed_blob_is_served_only_if_it_matches_its_root(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         asked: list[int] = []
@@ -364,7 +364,7 @@ def test_what_nobody_has_hashed_is_served_if_it_is_what_it_should_be(tmp_path: P
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_every_caller_starts_elsewhere() -> None:
+def test_callers_start_with_different_sources() -> None:
     sources = [f"source{number}" for number in range(8)]
     orders = [source_order(sources, f"caller{number}", b"root") for number in range(100)]
     assert len({order[0] for order in orders}) == 8
@@ -372,7 +372,7 @@ def test_every_caller_starts_elsewhere() -> None:
     assert source_order([*sources, *sources], "source3", b"root").count("source3") == 0
 
 
-def test_no_sources_is_an_error_too(tmp_path: Path) -> None:
+def test_a_fetch_without_sources_is_an_error(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         with pytest.raises(FetchError, match="no peer is known to have it"):
             await nodes[0].blobs.fetch_bytes(bytes(32), sources=[nodes[0].peer_id], max_size=1)

@@ -1,4 +1,4 @@
-"""Announcements: signed ones are found, forged ones are stored nowhere and believed by nobody."""
+"""Announcements: signed ones are found; forged ones are neither stored nor accepted."""
 
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ from psyche.network.records import MAX_AUTHORS, MAX_TTL, Announcement, RecordTab
 
 
 async def store(
-    thief: NetworkNode,
+    attacker: NetworkNode,
     at: NetworkNode,
     value: bytes,
     expires_ms: int,
@@ -25,7 +25,7 @@ async def store(
 ) -> bool:
     """Ask one node to store a record, as any peer may."""
     key = DHTID.generate(record_key(RUN, kind))
-    stored = await thief.dht.protocol.call_store(
+    stored = await attacker.dht.protocol.call_store(
         PeerID.from_base58(at.peer_id), [key], [msgspec.msgpack.encode(value)], expires_ms / 1000, [subkey], **options
     )
     assert len(stored) == 1
@@ -54,11 +54,11 @@ def test_forged_records_are_refused(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         assert await a.discovery.announce("member", b"a", 60)
-        thief = b.discovery._identity
+        attacker = b.discovery._identity
         soon = int((time.time() + 50) * 1000)
 
         def record(kind: str = "member", run: bytes = RUN, body: bytes = b"forged") -> bytes:
-            return sign_record(thief, run, Announcement(kind, soon, body))
+            return sign_record(attacker, run, Announcement(kind, soon, body))
 
         tampered = bytearray(record())
         tampered[-1] ^= 1
@@ -81,13 +81,13 @@ def test_forged_records_are_refused(tmp_path: Path) -> None:
         assert await store(b, a, record(), soon, b.peer_id)
         assert await a.discovery.lookup("member") == {a.peer_id: b"a", b.peer_id: b"forged"}
         assert not await store(
-            b, a, sign_record(thief, RUN, Announcement("member", soon - 1, b"old")), soon - 1, b.peer_id
+            b, a, sign_record(attacker, RUN, Announcement("member", soon - 1, b"old")), soon - 1, b.peer_id
         )
 
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_a_node_that_stores_forgeries_convinces_nobody(tmp_path: Path) -> None:
+def test_forged_records_that_a_node_stores_are_ignored_by_others(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b, c = nodes
         assert await a.discovery.announce("member", b"a", 60)
@@ -100,7 +100,7 @@ def test_a_node_that_stores_forgeries_convinces_nobody(tmp_path: Path) -> None:
     with_swarm(tmp_path, 3, scenario)
 
 
-def test_the_table_is_bounded_and_forgets() -> None:
+def test_the_record_table_is_bounded_and_expires_entries() -> None:
     table, key, now = RecordTable(), DHTID.generate("key"), time.time()
     assert not table.store(key, b"no author", now + 60)
     assert not table.store_subkey(key, "late", b"", now - 1)

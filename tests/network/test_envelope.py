@@ -1,4 +1,4 @@
-"""Envelopes: one canonical form, and no bytes that break the decoder."""
+"""Envelopes: one canonical form, and no input breaks the decoder."""
 
 import contextlib
 
@@ -25,7 +25,7 @@ envelopes = st.builds(
 
 
 @given(envelopes)
-def test_what_is_encoded_is_decoded(envelope: Envelope) -> None:
+def test_envelopes_round_trip_through_their_encoding(envelope: Envelope) -> None:
     assert decode_envelope(encode_envelope(envelope)) == envelope
 
 
@@ -69,7 +69,7 @@ def test_fields_out_of_bounds_are_refused(fields: tuple[object, ...]) -> None:
         decode_envelope(msgspec.msgpack.encode(fields))
 
 
-def test_a_second_form_of_the_same_message_is_refused() -> None:
+def test_non_canonical_encodings_are_refused() -> None:
     canonical = encode_envelope(ENVELOPE)
     at = canonical.index(bytes(32) + b"\x07") + 32
     longer = canonical[:at] + b"\xcc\x07" + canonical[at + 1 :]

@@ -1,4 +1,4 @@
-"""Identities: a signature is checked from the author's name alone, and key files are whole and private."""
+"""Identities: signatures are verified from the author's PeerID alone; key files are complete and private."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ RUN = bytes(32)
 
 
 @given(st.binary(max_size=200), st.data())
-def test_only_the_owner_of_the_name_signs_these_bytes(data: bytes, draw: st.DataObject) -> None:
+def test_a_signature_is_valid_only_for_its_key_and_bytes(data: bytes, draw: st.DataObject) -> None:
     signature = ALICE.sign(data)
     assert verify(ALICE.peer_id, data, signature)
     assert not verify(BOB.peer_id, data, signature)
@@ -49,11 +49,11 @@ def test_a_malformed_signature_is_rejected(name: str) -> None:
 
 
 @given(st.text(max_size=80) | st.from_regex(r"\A12D3Koo[1-9A-HJ-NP-Za-km-z]{45}\Z"))
-def test_other_names_sign_nothing(name: str) -> None:
+def test_a_signature_is_invalid_under_other_names(name: str) -> None:
     assert not verify(name, b"data", ALICE.sign(b"data"))
 
 
-def test_a_name_has_one_form() -> None:
+def test_a_peer_id_has_only_one_valid_form() -> None:
     signature = ALICE.sign(b"data")
     raw = base58.b58decode(ALICE.peer_id)
     secp256k1 = base58.b58encode(raw[:3] + b"\x02" + raw[4:]).decode()
@@ -61,7 +61,7 @@ def test_a_name_has_one_form() -> None:
         assert not verify(name, b"data", signature)
 
 
-def test_an_envelope_is_good_in_its_own_context_only() -> None:
+def test_an_envelope_is_valid_only_in_its_own_context() -> None:
     envelope = ALICE.seal("commit", RUN, 7, b"body")
     open_envelope(envelope, domain="commit", run_id=RUN, round_number=7)
     open_envelope(envelope, domain="commit", run_id=RUN)
@@ -84,7 +84,7 @@ def test_secret_digests_depend_on_the_key_and_every_part() -> None:
     assert len({ALICE.secret_digest(b"a", b"b"), *others}) == 4
 
 
-def test_a_key_file_is_made_once_and_is_private(tmp_path: Path) -> None:
+def test_a_key_file_is_created_once_and_is_private(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "node.key"
     first = Identity.load_or_create(path)
     assert first.peer_id.startswith("12D3Koo")
@@ -110,7 +110,7 @@ def test_a_key_file_others_can_read_is_refused(tmp_path: Path) -> None:
         Identity.load_or_create(path)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_key_path_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PsycheError, match="cannot use the identity file"):
         Identity.load_or_create(tmp_path / "file" / "node.key")

@@ -1,4 +1,4 @@
-"""Invites: one string in, the same run and addresses out; anything else is refused in one sentence."""
+"""Invites: an encoded invite yields the same run and addresses; anything else is refused in one sentence."""
 
 import subprocess
 import sys
@@ -16,13 +16,13 @@ INVITE = Invite(bytes(range(32)), (f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER}", f"/d
 TEXT = INVITE.encode()
 
 
-def test_an_invite_survives_its_text() -> None:
+def test_an_invite_round_trips_through_its_text() -> None:
     assert TEXT.startswith("psyche1")
     assert Invite.parse(f"  {TEXT}\n") == INVITE
 
 
 @given(st.integers(8, len(TEXT) - 1), st.characters(codec="ascii"))
-def test_a_mistyped_character_is_noticed(at: int, typed: str) -> None:
+def test_a_mistyped_character_is_detected(at: int, typed: str) -> None:
     text = TEXT[:at] + typed + TEXT[at + 1 :]
     if text.strip() != TEXT:
         with pytest.raises(PsycheError):
@@ -30,7 +30,7 @@ def test_a_mistyped_character_is_noticed(at: int, typed: str) -> None:
 
 
 @given(st.integers(0, len(TEXT) - 1))
-def test_a_cut_invite_is_noticed(length: int) -> None:
+def test_a_truncated_invite_is_detected(length: int) -> None:
     with pytest.raises(PsycheError):
         Invite.parse(TEXT[:length])
 

@@ -1,4 +1,4 @@
-"""Starting, joining and dying: what goes wrong is one sentence, and no daemon is left behind."""
+"""Starting, joining and stopping nodes: failures are one sentence, and no daemon is left behind."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ STRANGER = "12D3KooWFSX9rPxi5p8zYYzETNrXG8a7d7bHTxcQW3SGSkKiB9Qh"
 
 
 def running(pid: int) -> bool:
-    """Whether a process is there and not a zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def test_a_killed_node_takes_its_daemon_along(tmp_path: Path) -> None:
+def test_the_daemon_of_a_killed_node_ends_with_it(tmp_path: Path) -> None:
     child, daemon, _ = spawn_child(tmp_path, b"blob")
     assert running(daemon)
     child.send_signal(signal.SIGKILL)
@@ -56,8 +56,8 @@ def test_a_closed_node_leaves_nothing_behind(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_search_that_is_given_up_says_nothing_in_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
-    """hivemind forgets a task of it, which asyncio reports when it is collected."""
+def test_an_abandoned_dht_search_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """hivemind leaves a task unawaited, which asyncio would report when it is collected."""
 
     async def silent(peer: DHTID, queries: Collection[DHTID]) -> dict[DHTID, tuple[list[DHTID], bool]]:
         await asyncio.sleep(3600)
@@ -97,13 +97,13 @@ def failure_of(tmp_path: Path, name: str, **options: object) -> str:
 
     made: list[str] = []
 
-    def made_here(*where: object, **how: object) -> str:
-        made.append(mkdtemp(*where, **how))  # type: ignore[call-overload]
+    def recording_mkdtemp(*arguments: object, **options: object) -> str:
+        made.append(mkdtemp(*arguments, **options))  # type: ignore[call-overload]
         return made[-1]
 
     mkdtemp = tempfile.mkdtemp
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "mkdtemp", made_here)
+        patch.setattr(tempfile, "mkdtemp", recording_mkdtemp)
         text = asyncio.run(main())
     assert not any(map(os.path.exists, made))
     return text
@@ -140,7 +140,7 @@ def test_unreachable_bootstrap_nodes_are_named(tmp_path: Path) -> None:
     assert "ask the run's operator" in text
 
 
-def test_a_bootstrap_node_that_is_silent_does_not_hang_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_bootstrap_node_does_not_block_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psyche.network.node.BOOTSTRAP_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = f"/ip4/127.0.0.1/tcp/{mute.getsockname()[1]}/p2p/{STRANGER}"
@@ -169,7 +169,7 @@ def test_one_good_bootstrap_node_is_enough(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_the_first_bootstrap_node_may_go_for_good(tmp_path: Path) -> None:
+def test_a_node_rejoins_after_its_first_bootstrap_node_is_gone(tmp_path: Path) -> None:
     child, _, first = spawn_child(tmp_path, b"blob")
 
     async def main() -> None:
@@ -188,7 +188,7 @@ def test_the_first_bootstrap_node_may_go_for_good(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_how_many_were_tried_in_vain_is_told(tmp_path: Path) -> None:
+def test_the_number_of_unreachable_bootstrap_nodes_is_reported(tmp_path: Path) -> None:
     peers = [Identity.load_or_create(tmp_path / f"{number}.key").peer_id for number in range(6)]
     dead = [f"/ip4/127.0.0.1/tcp/1/p2p/{peer_id}" for peer_id in peers]
     text = failure_of(tmp_path, "a", bootstrap=dead[:1], remembered=dead[1:])
@@ -197,7 +197,7 @@ def test_how_many_were_tried_in_vain_is_told(tmp_path: Path) -> None:
     assert "psyche invite" in text
 
 
-def test_a_node_that_needs_nobody_starts_though_no_remembered_peer_answers(tmp_path: Path) -> None:
+def test_a_node_without_bootstrap_nodes_starts_even_if_no_remembered_peer_answers(tmp_path: Path) -> None:
     async def main() -> None:
         async with await start(tmp_path, "a", remembered=[f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER}"]) as node:
             assert await node.connected() == {}
@@ -214,7 +214,7 @@ def test_a_node_can_be_its_own_first_bootstrap_node(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_connect_says_who_cannot_be_reached(tmp_path: Path) -> None:
+def test_connect_names_unreachable_peers(tmp_path: Path) -> None:
     async def main() -> None:
         async with swarm(tmp_path, 2) as (a, b):
             reached = await a.connect([*await b.addresses(), f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER}"])
@@ -223,7 +223,7 @@ def test_connect_says_who_cannot_be_reached(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_one_key_is_one_node(tmp_path: Path) -> None:
+def test_one_key_can_run_only_one_node(tmp_path: Path) -> None:
     async def main() -> None:
         async with await start(tmp_path, "a"):
             assert in_use(tmp_path / "a.key")
@@ -236,7 +236,7 @@ def test_one_key_is_one_node(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_lost_daemon_is_noticed(tmp_path: Path) -> None:
+def test_a_lost_daemon_is_reported(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         os.kill(a._daemon.process.pid, signal.SIGKILL)

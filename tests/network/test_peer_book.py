@@ -1,4 +1,4 @@
-"""Peers are remembered, bounded, and enough to come back by; any member can invite."""
+"""The peer book remembers a bounded number of peers, enough to rejoin; any member can invite."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def at(peer_id: str, port: int, host: str = "203.0.113.7") -> str:
 
 
 class TestTheBook:
-    def test_what_was_saved_is_read(self, tmp_path: Path) -> None:
+    def test_a_saved_book_is_read_back(self, tmp_path: Path) -> None:
         one, two = peer(tmp_path, 1), peer(tmp_path, 2)
         book = PeerBook(tmp_path / PEERS)
         book.own = (at(one, 1),)
@@ -45,13 +45,13 @@ class TestTheBook:
         assert (again.own, again.peers) == (book.own, book.peers)
         assert again.addresses() == [at(two, 1), at(two, 2)]
 
-    def test_only_those_that_are_connected_are_remembered(self, tmp_path: Path) -> None:
+    def test_only_connected_peers_are_remembered(self, tmp_path: Path) -> None:
         one, two = peer(tmp_path, 1), peer(tmp_path, 2)
         book = PeerBook(tmp_path / PEERS)
         book.update({one: []}, {two: (at(two, 1),)}, (at(two, 3),))
         assert not book.peers
 
-    def test_the_address_that_works_comes_first_and_an_invites_one_is_kept(self, tmp_path: Path) -> None:
+    def test_the_working_address_comes_first_and_the_invites_address_is_kept(self, tmp_path: Path) -> None:
         one = peer(tmp_path, 1)
         private = tuple(at(one, port, "10.0.0.9") for port in range(1, 9))
         public = at(one, 4001)
@@ -63,7 +63,7 @@ class TestTheBook:
         assert public in book.addresses()
         assert len(book.addresses()) <= ANNOUNCED + DIALLED
 
-    def test_newcomers_do_not_push_out_those_that_are_still_there(self, tmp_path: Path) -> None:
+    def test_new_peers_do_not_push_out_connected_ones(self, tmp_path: Path) -> None:
         peers = [peer(tmp_path, number) for number in range(MAX_PEERS + 8)]
         where = {peer_id: (at(peer_id, 1),) for peer_id in peers}
         book = PeerBook(tmp_path / PEERS)
@@ -74,11 +74,11 @@ class TestTheBook:
         assert set(first) <= set(book.peers)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"own": 1, "peers": {}}', b"\xff" * 100, b"[" * 100_000])
-    def test_a_damaged_file_is_no_more_than_forgetting(self, tmp_path: Path, content: bytes) -> None:
+    def test_a_damaged_file_is_treated_as_empty(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / PEERS).write_bytes(content)
         assert not PeerBook(tmp_path / PEERS).peers
 
-    def test_what_is_not_valid_in_it_is_left_out(self, tmp_path: Path) -> None:
+    def test_invalid_entries_are_skipped(self, tmp_path: Path) -> None:
         one, two = peer(tmp_path, 1), peer(tmp_path, 2)
         entry = {"first_seen": 1.0, "last_seen": 2.0}
         peers = {
@@ -93,12 +93,12 @@ class TestTheBook:
 
 
 class TestAnnouncements:
-    def test_addresses_survive(self, tmp_path: Path) -> None:
+    def test_addresses_round_trip(self, tmp_path: Path) -> None:
         one = peer(tmp_path, 1)
         addresses = [at(one, port) for port in range(1, 5)]
         assert decode_addresses(one, encode_addresses(addresses)) == tuple(addresses)
 
-    def test_they_fit(self, tmp_path: Path) -> None:
+    def test_many_long_addresses_fit_into_an_announcement(self, tmp_path: Path) -> None:
         one, two = peer(tmp_path, 1), peer(tmp_path, 2)
         long = [f"/dns4/{'a' * 60}.{number}.example/tcp/1/p2p/{two}/p2p-circuit/p2p/{one}" for number in range(20)]
         body = encode_addresses(long)
@@ -106,7 +106,7 @@ class TestAnnouncements:
         assert 0 < len(decode_addresses(one, body)) <= MAX_ANNOUNCED
 
     @pytest.mark.parametrize("body", [b"", b"\x91", b"\xc1", b"\x01", b"\x91\x01", b"\x91\xa3abc"])
-    def test_nonsense_is_nothing(self, tmp_path: Path, body: bytes) -> None:
+    def test_invalid_bytes_decode_to_no_addresses(self, tmp_path: Path, body: bytes) -> None:
         assert decode_addresses(peer(tmp_path, 1), body) == ()
 
 
@@ -119,13 +119,13 @@ class TestInviting:
 
 
 @pytest.mark.slow
-def test_the_first_bootstrap_node_may_go_for_good(tmp_path: Path) -> None:
-    """One joins through it and comes back without it; another joins through a member, by an invite of that member."""
+def test_a_run_continues_after_its_first_bootstrap_node_is_gone(tmp_path: Path) -> None:
+    """One node joins through it and rejoins without it; another joins through a member, by that member's invite."""
     config = write_config(tmp_path, members=1, rounds=FOREVER)
     with swarm(tmp_path / "run", config) as run:
         run.coordinator()
         run.wait("coordinator", RunStarted)
-        run.node("keeper")  # holds the state while the others come and go
+        run.node("keeper")  # keeps the state while the others join and leave
         run.node("first")
         run.wait("first", RoundCertified)
         wait_for_peers(run.directory / "first")
@@ -164,7 +164,7 @@ def join(run: Swarm, name: str, invite: Invite) -> None:
 
 
 def wait_for_peers(directory: Path, count: int = 1) -> set[str]:
-    """PeerIDs in a node's book, once there are ``count``; the test's timeout ends a wait in vain."""
+    """Return the PeerIDs in a node's book once there are ``count``; the test's timeout ends an endless wait."""
     while len(met := PeerBook(directory / PEERS).peers) < count:
         time.sleep(0.2)
     return set(met)

@@ -1,4 +1,4 @@
-"""A node that starts again listens where it did; one that is gone is waited for by those that were with it."""
+"""A restarted node listens on its last port, so that other nodes find it again."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ADDRESSES = [
 ]
 
 
-def test_the_port_of_last_time_is_taken_where_any_would_do(tmp_path: Path) -> None:
-    assert with_last_port(ANY, tmp_path) == ANY, "there was no last time"
+def test_the_last_port_is_reused_when_any_port_is_allowed(tmp_path: Path) -> None:
+    assert with_last_port(ANY, tmp_path) == ANY, "there is no saved port"
     save_port(ADDRESSES, tmp_path)
     assert with_last_port(ANY, tmp_path) == ("/ip4/127.0.0.1/tcp/32801", ANY[1])
     chosen = ("/ip4/127.0.0.1/tcp/9000",)
     assert with_last_port(chosen, tmp_path) == chosen
 
 
-def test_nor_is_one_that_is_not_free_or_no_port(tmp_path: Path) -> None:
+def test_an_occupied_or_invalid_last_port_is_not_reused(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -42,7 +42,7 @@ def test_nor_is_one_that_is_not_free_or_no_port(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_after_a_power_cut_an_old_invite_does_and_who_is_first_waits(tmp_path: Path) -> None:
+def test_after_a_power_cut_old_invites_work_and_nodes_wait_for_the_coordinator(tmp_path: Path) -> None:
     rounds = {"total": 500, "inner_steps": 5, "start_members": 2}
     with swarm(tmp_path / "run", write_config(tmp_path, members=2, rounds=rounds)) as run:
         run.coordinator()
@@ -65,7 +65,7 @@ def test_after_a_power_cut_an_old_invite_does_and_who_is_first_waits(tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_newcomer_whose_invite_leads_nowhere_is_told_at_once(tmp_path: Path) -> None:
+def test_a_new_node_with_a_dead_invite_fails_at_once(tmp_path: Path) -> None:
     with swarm(tmp_path / "run", write_config(tmp_path, members=1)) as run:
         run.coordinator()
         run.wait("coordinator", Notice)

@@ -1,6 +1,7 @@
-"""A node that nobody can dial is reached through the member it joined by. Each node has a network namespace of its own.
+"""A node that nobody can dial is reached through the member it joined by; each node has its own network namespace.
 
-The addresses look public, because libp2p asks nobody to dial a private one back; they exist in the namespaces only.
+The addresses look public because libp2p does not ask peers to dial private ones back; they exist only in the
+namespaces.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from swarm import start
 
 NETWORK = "11.0.0"
 UNREACHABLE = "/ip4/127.0.0.1/tcp/4001"
-"""Where a node listens that is behind a NAT: it can dial, and others have nothing to dial."""
+"""Listening address of a node behind a NAT: it can dial, but cannot be dialled."""
 
 
 def ip(*arguments: str) -> None:
@@ -25,7 +26,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def namespaces() -> Iterator[list[str]]:
-    """Three namespaces on one bridge, the bridge in a fourth."""
+    """Three namespaces on one bridge in a fourth."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     hub, *names = [f"psyche-test-{os.getpid()}-{number}" for number in range(4)]
@@ -80,7 +81,7 @@ def test_two_nodes_that_nobody_can_dial_meet_through_a_relay(tmp_path: Path, nam
 
 
 async def be_child(directory: Path, name: str, listen: str, bootstrap: list[str], target: list[str]) -> None:
-    """The relay prints its address, the hidden node the one it has through the relay, the caller what it heard."""
+    """Print an address (the relay its own, the hidden node the relayed one), or as the caller what it received."""
     async with await start(directory, name, bootstrap, listen=(listen,)) as node:
 
         async def echo(peer: str, request: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Calls: what arrives, what is refused and why, and what a bad peer cannot do."""
+"""RPC: calls, refusals with their reasons, and limits on malicious peers."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ async def echo(peer_id: str, request: bytes) -> bytes:
     return peer_id.encode() + request
 
 
-def test_the_caller_is_known_and_the_bytes_are_whole(tmp_path: Path) -> None:
+def test_a_call_carries_the_callers_peer_id_and_all_bytes(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b, c = nodes
         await b.rpc.serve("echo", echo, max_request=1 << 20)
@@ -80,17 +80,17 @@ def test_a_reply_is_bounded(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
 
-        async def boast(stream: streams.Stream) -> None:
+        async def oversized(stream: streams.Stream) -> None:
             await stream.read_request(10)
             await stream.accept()
             await stream.write(b"\xff\xff\xff\xff")
 
         await b.rpc.serve("echo", echo, max_request=10)
-        await b.streams.serve("boast", boast, at_once=1)
+        await b.streams.serve("oversized", oversized, at_once=1)
         with pytest.raises(Violation, match="over the limit of 51"):
             await a.rpc.call(b.peer_id, "echo", b"", timeout=10, max_reply=51)
         with pytest.raises(Violation, match="over the limit of 99"):
-            await a.rpc.call(b.peer_id, "boast", b"", timeout=10, max_reply=99)
+            await a.rpc.call(b.peer_id, "oversized", b"", timeout=10, max_reply=99)
 
     with_swarm(tmp_path, 2, scenario)
 
@@ -116,15 +116,14 @@ def test_peers_that_do_not_answer_are_named(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_caller_that_dawdles_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_caller_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "REQUEST_SECONDS", 0.3)
 
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         await b.rpc.serve("echo", echo, max_request=1 << 20)
         async with a.streams.open(b.peer_id, "echo") as stream:
-            # Of a request too long to be complete before it is given up, on whatever machine: one that is complete is
-            # answered, and the next may take its time.
+            # The request must be too long to complete before the timeout on any machine: a complete one is answered.
             await stream.write((1 << 20).to_bytes(4, "big"))
             with contextlib.suppress(Unreachable):  # a byte now and then does not help
                 while True:
@@ -166,7 +165,7 @@ def test_one_peer_cannot_hold_all_slots(tmp_path: Path, monkeypatch: pytest.Monk
     with_swarm(tmp_path, 3, scenario)
 
 
-def test_calls_one_after_the_other_share_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_calls_share_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc, "KEPT_SECONDS", 600.0)
 
     async def scenario(nodes: list[NetworkNode]) -> None:
@@ -189,11 +188,11 @@ def test_calls_one_after_the_other_share_a_stream(tmp_path: Path, monkeypatch: p
             await call()
         assert dialled == 1
         (serving,) = b.streams._tasks
-        serving.cancel()  # the server ends what the caller wanted to use again
+        serving.cancel()  # the server closes the stream that the caller kept
         monkeypatch.setattr(rpc, "KEPT_SECONDS", 0.1)
         await call()
         assert dialled == 2
-        await until(lambda: not b.streams._tasks)  # nobody keeps a stream for ever
+        await until(lambda: not b.streams._tasks)  # kept streams expire
         monkeypatch.setattr(rpc, "KEPT_SECONDS", 600.0)
         await call()
         assert dialled == 3
@@ -205,8 +204,8 @@ def test_calls_one_after_the_other_share_a_stream(tmp_path: Path, monkeypatch: p
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_who_is_leaving_answers_nobody(tmp_path: Path) -> None:
-    """Its daemon hands over streams until it ends, when the threads that would serve them are gone."""
+def test_a_closing_node_answers_no_calls(tmp_path: Path) -> None:
+    """Its daemon still accepts streams when the threads that would serve them are gone."""
 
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
@@ -219,7 +218,7 @@ def test_who_is_leaving_answers_nobody(tmp_path: Path) -> None:
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_callers_that_go_away_free_their_slot(tmp_path: Path) -> None:
+def test_a_caller_that_disconnects_frees_its_slot(tmp_path: Path) -> None:
     async def scenario(nodes: list[NetworkNode]) -> None:
         a, b = nodes
         await b.rpc.serve("echo", echo, max_request=1 << 20)
@@ -231,8 +230,8 @@ def test_callers_that_go_away_free_their_slot(tmp_path: Path) -> None:
     with_swarm(tmp_path, 2, scenario)
 
 
-def test_no_number_of_strangers_shuts_out_a_preferred_peer(tmp_path: Path) -> None:
-    """Four free keys shut a member's uploads with 158 bytes a second."""
+def test_other_peers_cannot_shut_out_a_preferred_peer(tmp_path: Path) -> None:
+    """Before, four free keys blocked a member's uploads with 158 bytes a second."""
     held = asyncio.Event()
 
     async def hold(stream: streams.Stream) -> None:
@@ -240,7 +239,7 @@ def test_no_number_of_strangers_shuts_out_a_preferred_peer(tmp_path: Path) -> No
         await held.wait()
 
     async def scenario(nodes: list[NetworkNode]) -> None:
-        server, member, *strangers = nodes
+        server, member, *others = nodes
         await server.streams.serve("hold", hold, at_once=4)
         server.prefer(lambda peer_id: peer_id == member.peer_id)
 
@@ -249,15 +248,15 @@ def test_no_number_of_strangers_shuts_out_a_preferred_peer(tmp_path: Path) -> No
             await stream.expect(20.0)
             return stream
 
-        crowd = [await opened(strangers[0]) for _ in range(4)]
-        fair = await opened(strangers[1])  # a second stranger gets one of the four
-        await until(lambda: server.streams.served("hold", strangers[0].peer_id) == 3)
+        crowd = [await opened(others[0]) for _ in range(4)]
+        fair = await opened(others[1])  # a second stranger gets one of the four
+        await until(lambda: server.streams.served("hold", others[0].peer_id) == 3)
         with pytest.raises(Busy):
-            await opened(strangers[0])
+            await opened(others[0])
         mine = [await opened(member) for _ in range(4)]  # a member gets them all
         assert server.streams.served("hold") == server.streams.served("hold", member.peer_id) == 4
         with pytest.raises(Busy):
-            await opened(strangers[1])
+            await opened(others[1])
         for stream in (*crowd, fair, *mine):
             stream.close()
         held.set()

@@ -1,4 +1,4 @@
-"""Blobs on disk: what is not there is not given, what is closed is gone, and a full disk counts no chunk."""
+"""Blobs on disk: missing chunks are not returned, closed blobs are gone, and a full disk is reported."""
 
 import errno
 import os
@@ -13,15 +13,15 @@ from psyche.numerics.digest import index_chunks, payload_root
 PARTS = [b"one", b"", b"three and more", bytes(10_000)]
 
 
-def test_what_is_put_is_there_and_leaves_no_name(tmp_path: Path) -> None:
+def test_a_stored_blob_is_readable_and_has_no_file_name(tmp_path: Path) -> None:
     blob = Spool(tmp_path / "new").put(PARTS)
     assert blob.complete
     assert blob.index.root == payload_root(PARTS)
     assert [blob[number] for number in range(len(PARTS))] == PARTS
-    assert os.listdir(tmp_path / "new") == [], "it vanishes with the process, however that ends"
+    assert os.listdir(tmp_path / "new") == [], "the file must vanish with the process"
 
 
-def test_chunks_come_in_any_order_and_only_what_came_is_given(tmp_path: Path) -> None:
+def test_chunks_arrive_in_any_order_and_only_those_are_readable(tmp_path: Path) -> None:
     blob = Spool(tmp_path).create(index_chunks(PARTS))
     blob.write(2, PARTS[2])
     assert blob.present(2)
@@ -35,11 +35,11 @@ def test_chunks_come_in_any_order_and_only_what_came_is_given(tmp_path: Path) ->
             blob[number]
 
 
-def test_a_closed_blob_gives_and_takes_nothing(tmp_path: Path) -> None:
+def test_a_closed_blob_can_be_neither_read_nor_written(tmp_path: Path) -> None:
     blob = Spool(tmp_path).create(index_chunks(PARTS))
     blob.write(0, PARTS[0])
     blob.close()
-    with (tmp_path / "another").open("wb+") as file:  # which gets the descriptor that is free now
+    with (tmp_path / "another").open("wb+") as file:  # it gets the freed descriptor
         blob.write(2, PARTS[2])
         blob.close()
         assert not blob.present(2)
@@ -48,14 +48,16 @@ def test_a_closed_blob_gives_and_takes_nothing(tmp_path: Path) -> None:
         blob[0]
 
 
-def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: whole(descriptor, data[:7], offset))
     blob = Spool(tmp_path).put(PARTS)
     assert [blob[number] for number in range(len(PARTS))] == PARTS
 
 
-def test_a_full_disk_counts_no_chunk_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_marks_no_chunk_as_present_and_names_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, left = os.pwrite, [5]
 
     def fills_up(descriptor: int, data: memoryview, offset: int) -> int:
@@ -74,7 +76,7 @@ def test_a_full_disk_counts_no_chunk_and_says_what_to_do(tmp_path: Path, monkeyp
     assert not blob.present(2)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PsycheError, match=f"cannot make a file in {tmp_path}/file/below"):
         Spool(tmp_path / "file" / "below").create(index_chunks(PARTS))

@@ -177,8 +177,8 @@ INVALID_RECORDS: dict[str, tuple[str, Callable[[Record], Record]]] = {
 
 @pytest.mark.parametrize("name", INVALID_RECORDS)
 def test_a_quorum_cannot_certify_an_invalid_record(name: str) -> None:
-    reason, mend = INVALID_RECORDS[name]
-    third = link(CHAIN[1], mend=lambda record: mend(record))
+    reason, edit = INVALID_RECORDS[name]
+    third = link(CHAIN[1], edit=lambda record: edit(record))
     found = fault([*ENTRIES[:2], third.entry])
     assert found.round == 3
     assert reason in found.reason
@@ -186,7 +186,7 @@ def test_a_quorum_cannot_certify_an_invalid_record(name: str) -> None:
 
 def test_a_gap_does_not_hide_data_that_is_used_twice() -> None:
     later: Link = link(
-        CHAIN[3], mend=lambda r: msgspec.structs.replace(r, plan=msgspec.structs.replace(r.plan, position=0))
+        CHAIN[3], edit=lambda r: msgspec.structs.replace(r, plan=msgspec.structs.replace(r.plan, position=0))
     )
     assert "its data begin before" in fault([ENTRIES[0], later.entry]).reason
 
@@ -202,7 +202,7 @@ def test_voters_that_no_record_names_are_rejected() -> None:
         return with_electorate(record, NAMES[1:])
 
     first = chain(1)[0]
-    second = link(first, mend=usurped)
+    second = link(first, edit=usurped)
     assert "the electorate is not that of the record before" in fault([first.entry, second.entry]).reason
-    unfounded = link(None, mend=lambda record: msgspec.structs.replace(record, reconfiguration=0))
+    unfounded = link(None, edit=lambda record: msgspec.structs.replace(record, reconfiguration=0))
     assert "no reconfiguration names its voters" in fault([unfounded.entry]).reason
