@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --shuffle, put the tests into an order that depends on nothing but its seed: all workers need the same."""
+    """With --shuffle, order the tests by the seed alone: all workers need the same order."""
     seed = config.getoption("--shuffle")
     if seed is not None:
         order = random.Random(seed)
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Every test begins with the same random numbers, whichever came before it in its process."""
+    """Start every test from the same random numbers, whichever ran before it in its process."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this run that all its workers share, for what is dear to make; a lock is to be held meanwhile."""
+    """A folder that all workers of a run share, for results that are expensive to make; hold a lock meanwhile."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)

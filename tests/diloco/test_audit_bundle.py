@@ -1,4 +1,4 @@
-"""What a node keeps for auditors: there as long as it is needed, whole or not at all, never in training's way."""
+"""Audit bundles: stored as long as needed, complete or not at all, and never blocking training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def full(bundles: AuditBundleStore, round_number: int) -> bytes:
     return root
 
 
-def test_what_was_kept_is_served_also_by_the_next_process(tmp_path: Path) -> None:
+def test_stored_blobs_are_served_after_a_restart(tmp_path: Path) -> None:
     root = full(AuditBundleStore(tmp_path), 3)
     assert root == blob_root(BLOB)
     bundles = AuditBundleStore(tmp_path)
@@ -40,7 +40,7 @@ def test_what_was_kept_is_served_also_by_the_next_process(tmp_path: Path) -> Non
             bundles.read(*wrong)
 
 
-def test_a_blob_that_was_cut_off_is_not_served(tmp_path: Path) -> None:
+def test_a_truncated_blob_is_not_served(tmp_path: Path) -> None:
     bundles = AuditBundleStore(tmp_path)
     root = full(bundles, 1)
     (path,) = tmp_path.glob("*/" + root.hex())
@@ -52,7 +52,7 @@ def test_a_blob_that_was_cut_off_is_not_served(tmp_path: Path) -> None:
         load()
 
 
-def test_rounds_are_forgotten_but_those_that_are_audited(tmp_path: Path) -> None:
+def test_old_rounds_are_deleted_except_audited_ones(tmp_path: Path) -> None:
     bundles = AuditBundleStore(tmp_path)
     for round_number in range(1, 6):
         full(bundles, round_number)
@@ -62,7 +62,7 @@ def test_rounds_are_forgotten_but_those_that_are_audited(tmp_path: Path) -> None
     assert bundles.read(5, blob_root(BLOB), len(BLOB)) == BLOB
 
 
-def test_a_round_that_was_left_half_way_is_gone(tmp_path: Path) -> None:
+def test_an_unfinished_round_is_deleted(tmp_path: Path) -> None:
     bundles = AuditBundleStore(tmp_path)
     bundles.begin(1)
     bundles.store(1, BLOB)
@@ -71,7 +71,7 @@ def test_a_round_that_was_left_half_way_is_gone(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_costs_the_proof_and_not_the_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_the_bundle_but_not_the_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     bundles = AuditBundleStore(tmp_path, said.append)
     earlier = full(bundles, 1)
@@ -90,7 +90,7 @@ def test_a_full_disk_costs_the_proof_and_not_the_round(tmp_path: Path, monkeypat
     assert bundles.rounds == [1, 3], "there is room again"
 
 
-def test_kits_are_bounded_and_canonical() -> None:
+def test_bundles_are_bounded_and_canonical() -> None:
     most = AuditBundle(tuple(TracePoint(2**62, b"p" * 32, b"o" * 32) for _ in range(4096)))
     assert len(most.encode()) <= MAX_BUNDLE_BYTES
     assert decode(AuditBundle, most.encode()) == most
@@ -106,7 +106,7 @@ def test_kits_are_bounded_and_canonical() -> None:
             decode(AuditBundle, data)
 
 
-def test_the_points_of_a_round() -> None:
+def test_trace_points_are_the_start_every_interval_and_the_end() -> None:
     assert trace_point_steps(0, 30, None) == [0, 30]
     assert trace_point_steps(0, 30, 10) == [0, 10, 20, 30]
     assert trace_point_steps(3, 7, 3) == [3, 6, 7]
@@ -114,7 +114,7 @@ def test_the_points_of_a_round() -> None:
     assert trace_point_steps(0, 1, 5) == [0, 1]
 
 
-def test_a_trace_is_of_its_points_in_their_order() -> None:
+def test_the_trace_root_depends_on_the_points_and_their_order() -> None:
     traces = [Trace(), Trace(), Trace()]
     for trace, order in zip(traces, ((b"a", b"b"), (b"b", b"a"), (b"a", b"b")), strict=True):
         for step, blob in enumerate(order):

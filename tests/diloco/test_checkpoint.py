@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is passed over with a word: whatever happened to the disk or the process."""
+"""Checkpoints: a damaged or foreign one is skipped with a warning, whatever happened to the disk or the process."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_round_trip(tmp_path: Path, residual: bool) -> None:
     assert warnings == []
 
 
-def test_there_may_be_none(tmp_path: Path) -> None:
+def test_loading_without_checkpoints_returns_none(tmp_path: Path) -> None:
     assert newest(tmp_path) == (None, [])
     assert newest(tmp_path / "absent") == (None, [])
 
 
-def test_the_newest_is_loaded_and_only_so_many_are_kept(tmp_path: Path) -> None:
+def test_the_newest_is_loaded_and_old_ones_are_deleted(tmp_path: Path) -> None:
     for rounds in (1, 2, 9, 10, 100):
         save(checkpoint(rounds), tmp_path, keep=3)
     assert finished(tmp_path) == ["round-00000009", "round-00000010", "round-00000100"]
@@ -78,7 +78,7 @@ def test_saving_the_same_twice_is_one_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_anywhere_is_detected(tmp_path: Path) -> None:
     save(checkpoint(1, size=16), tmp_path, keep=5)
     path = save(checkpoint(2, size=16), tmp_path, keep=5)
     content = path.read_bytes()
@@ -94,7 +94,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 8, 100, 1000, -1])
-def test_a_truncated_file_is_passed_over(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_file_is_skipped(tmp_path: Path, kept: int) -> None:
     save(checkpoint(1), tmp_path, keep=5)
     path = save(checkpoint(2), tmp_path, keep=5)
     os.truncate(path, kept if kept >= 0 else path.stat().st_size - 1)
@@ -103,7 +103,7 @@ def test_a_truncated_file_is_passed_over(tmp_path: Path, kept: int) -> None:
     assert path.name in warnings[0]
 
 
-def test_all_corrupt_is_none_and_every_one_is_named(tmp_path: Path) -> None:
+def test_when_all_are_corrupt_each_is_named_and_none_is_loaded(tmp_path: Path) -> None:
     paths = [save(checkpoint(rounds), tmp_path, keep=5) for rounds in (1, 2, 3)]
     for path in paths:
         os.truncate(path, 50)
@@ -112,7 +112,7 @@ def test_all_corrupt_is_none_and_every_one_is_named(tmp_path: Path) -> None:
     assert [path.name in warning for path, warning in zip(reversed(paths), warnings, strict=True)] == [True] * 3
 
 
-def test_another_runs_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_the_checkpoint_of_another_run_is_skipped(tmp_path: Path) -> None:
     save(checkpoint(1), tmp_path, keep=5)
     save(checkpoint(2, run_id=OTHER_RUN), tmp_path, keep=5)
     found, warnings = newest(tmp_path)
@@ -121,7 +121,7 @@ def test_another_runs_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert newest(tmp_path, b"x" * 32)[0] is None
 
 
-def test_what_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
     save(checkpoint(1), tmp_path, keep=1)
     (tmp_path / "round-1.safetensors").write_bytes(b"mine")
     (tmp_path / "notes.txt").write_bytes(b"mine")
@@ -134,7 +134,7 @@ def test_what_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "round-1.safetensors").exists()
 
 
-def test_a_hash_in_the_name_does_not_make_a_checkpoint(tmp_path: Path) -> None:
+def test_a_file_with_a_valid_name_but_invalid_content_is_skipped(tmp_path: Path) -> None:
     from blake3 import blake3
 
     for number, content in enumerate((b"", b"\x08\0\0\0\0\0\0\0{}      ", os.urandom(500)), start=5):
@@ -147,7 +147,7 @@ def test_a_hash_in_the_name_does_not_make_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_corrupt_or_foreign_files_of_later_rounds_do_not_cost_good_ones(tmp_path: Path, keep: int) -> None:
+def test_corrupt_or_foreign_files_of_later_rounds_do_not_displace_valid_ones(tmp_path: Path, keep: int) -> None:
     """A node fell back to round 1 because rounds 5 and 6 are corrupt: what it saves next must survive."""
     save(checkpoint(1), tmp_path, keep=9)
     for rounds in (5, 6):
@@ -160,7 +160,7 @@ def test_corrupt_or_foreign_files_of_later_rounds_do_not_cost_good_ones(tmp_path
 # ---------------------------------------------------------------------------- disks that let us down
 
 
-def test_a_place_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_an_unwritable_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(PsycheError, match="cannot write a checkpoint"):
         save(checkpoint(1), tmp_path / "file", keep=3)
@@ -195,7 +195,7 @@ def child(code: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_file_that_may_not_grow_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+def test_a_file_size_limit_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     process = child(LIMITED, str(tmp_path))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -257,7 +257,7 @@ def test_a_process_killed_while_saving_leaves_a_directory_that_loads(tmp_path: P
     assert same(found, checkpoint(found.chain.rounds, size=300_000))
 
 
-def test_what_killed_processes_left_behind_does_not_pile_up(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     process = child(SAVING, str(tmp_path))
     assert process.stdout is not None
     assert int(process.stdout.readline()) == 1

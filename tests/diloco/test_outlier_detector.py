@@ -1,4 +1,4 @@
-"""The cheap checks of a node: what it sees of a round's payloads, and what nobody takes in without them."""
+"""A node's checks of every payload, and refusal of payloads without a valid base proof."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def look(
     )
 
 
-def test_who_hands_in_an_earlier_round_of_the_same_fragment_stands_out() -> None:
+def test_resubmitting_an_earlier_update_of_the_same_fragment_is_an_outlier() -> None:
     outlier_detector = OutlierDetector(CODEC, b"secret", fragments=2)
     last, first = NODES[-1], honest(1)
     assert look(outlier_detector, 1, first) == {}
@@ -59,7 +59,7 @@ def test_who_hands_in_an_earlier_round_of_the_same_fragment_stands_out() -> None
     assert look(outlier_detector, 3, honest(3) | {last: first[last]}) == {last: "stale"}
 
 
-def test_what_is_private_is_not_looked_at() -> None:
+def test_private_payloads_are_not_checked() -> None:
     last = NODES[-1]
     values = honest(1)
     values[last] = [-9 * part for part in values[last]]
@@ -67,7 +67,7 @@ def test_what_is_private_is_not_looked_at() -> None:
     assert look(OutlierDetector(CODEC, b"secret", 1), 1, values, private=frozenset({last})) == {}
 
 
-def test_only_what_is_here_is_looked_at() -> None:
+def test_only_received_payloads_are_checked() -> None:
     values = encoded(honest(1))
     only = {node: {1: parts[1]} for node, parts in values.items()}
     assert OutlierDetector(CODEC, b"secret", 1).look(record(PLAN), COUNTS, only, [1]) == {}  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def test_only_what_is_here_is_looked_at() -> None:
 
 
 @pytest.mark.slow
-def test_nobody_takes_the_work_of_who_does_not_have_the_state_it_starts_from(tmp_path: Path) -> None:
+def test_a_contribution_without_a_valid_base_proof_is_refused(tmp_path: Path) -> None:
     quick = {"round_min": 3.0, "round_max": 20.0, "exchange_min": 2.0, "exchange_max": 4.0, "silence": 10.0}
     shape = {"total": 3, "inner_steps": 3, "start_members": 4}
     with swarm(tmp_path / "run", write_config(tmp_path, members=4, rounds=shape, deadlines=quick)) as run:

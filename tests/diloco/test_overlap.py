@@ -1,4 +1,4 @@
-"""Fragments and late steps: what is kept, what is exchanged, and that all nodes end with the same bits."""
+"""Fragments and overlapped steps: local state, exchanged updates, and bit-equal replicas."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def trained(one: Replica) -> Tensor:
 # ------------------------------------------------------------------------------------- the algorithm
 
 
-def test_without_overlap_it_is_diloco_to_the_bit(tmp_path: Path) -> None:
+def test_without_overlap_it_is_plain_diloco_to_the_bit(tmp_path: Path) -> None:
     """Plain formulas, all parameters at once: every round starts from θ, and the outer step is Nesterov's."""
     replicas = swarm(tmp_path, 2, **FP32)
     run = replicas[min(replicas)].run
@@ -105,9 +105,7 @@ def test_without_overlap_it_is_diloco_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["int8", "topk2"])
 @pytest.mark.parametrize("overlap", [{"overlap_steps": 2}, {"fragments": 2, "overlap_steps": 3}, {"fragments": 4}])
-def test_replicas_agree_whatever_each_of_them_does_meanwhile(
-    tmp_path: Path, codec: str, overlap: dict[str, int]
-) -> None:
+def test_replicas_agree_however_many_steps_each_overlaps(tmp_path: Path, codec: str, overlap: dict[str, int]) -> None:
     changes = {"codec": {"name": codec}, "rounds": {"total": 6, "inner_steps": 4, "start_members": 3}}
     replicas = swarm(tmp_path, 3, overlap=overlap, **changes)
     order, most = sorted(replicas), overlap.get("overlap_steps", 0)
@@ -132,7 +130,7 @@ def test_replicas_agree_whatever_each_of_them_does_meanwhile(
     assert sum(work.contribution.overlap_steps for work in works.values()) > 0 or not most
 
 
-def test_late_steps_are_kept_on_top_of_what_the_others_found(tmp_path: Path) -> None:
+def test_overlapped_steps_are_kept_on_top_of_the_outer_update(tmp_path: Path) -> None:
     one = alone(tmp_path, **FP32, overlap={"overlap_steps": 3})
     plan = plan_for(one)
     work = one.train(plan)
@@ -146,7 +144,7 @@ def test_late_steps_are_kept_on_top_of_what_the_others_found(tmp_path: Path) -> 
     assert one.train(plan_for(one)).contribution.overlap_steps == 3
 
 
-def test_what_trains_becomes_the_outer_parameters_where_no_step_was_taken(tmp_path: Path) -> None:
+def test_the_engine_holds_the_outer_parameters_exactly_when_no_step_overlapped(tmp_path: Path) -> None:
     """x + (θ' − x) is not θ' in floating point; nothing may be left of x all the same."""
     one = alone(tmp_path, overlap={"fragments": 2, "overlap_steps": 3})
     plan = plan_for(one)
@@ -163,7 +161,7 @@ def test_what_trains_becomes_the_outer_parameters_where_no_step_was_taken(tmp_pa
     assert torch.equal(one.outer.theta[~exchanged], before[~exchanged])
 
 
-def test_no_late_steps_are_taken_for_a_round_that_will_not_be(tmp_path: Path) -> None:
+def test_no_steps_overlap_when_there_is_no_next_round(tmp_path: Path) -> None:
     rounds = {"total": 1, "inner_steps": 4, "start_members": 1}
     one = alone(tmp_path, rounds=rounds, overlap={"overlap_steps": 3})
     plan = plan_for(one)
@@ -172,7 +170,7 @@ def test_no_late_steps_are_taken_for_a_round_that_will_not_be(tmp_path: Path) ->
     assert not one.overlapped_step(plan)
 
 
-def test_a_round_may_be_all_late_steps(tmp_path: Path) -> None:
+def test_a_round_may_consist_of_overlapped_steps_only(tmp_path: Path) -> None:
     one = alone(tmp_path, **FP32, overlap={"overlap_steps": 3})
     plan = plan_for(one)
     record = record_of(plan, work := one.train(plan))
@@ -184,7 +182,7 @@ def test_a_round_may_be_all_late_steps(tmp_path: Path) -> None:
     assert work.lr > 0
 
 
-def test_whoever_takes_over_a_state_starts_from_it(tmp_path: Path) -> None:
+def test_a_replica_that_adopts_a_state_starts_from_it(tmp_path: Path) -> None:
     one = alone(tmp_path, overlap={"fragments": 2, "overlap_steps": 3})
     genesis, plan = one.outer.clone(), plan_for(one)
     first = one.train(plan)
@@ -195,7 +193,7 @@ def test_whoever_takes_over_a_state_starts_from_it(tmp_path: Path) -> None:
     assert again.contribution.data_digest == first.contribution.data_digest
 
 
-def test_judging_the_outer_parameters_leaves_what_trains_alone(tmp_path: Path) -> None:
+def test_evaluating_the_outer_parameters_leaves_the_engine_unchanged(tmp_path: Path) -> None:
     one = alone(tmp_path, overlap={"fragments": 2, "overlap_steps": 3})
     fresh = one.heldout_loss(0, 1)
     plan = plan_for(one)
@@ -209,7 +207,7 @@ def test_judging_the_outer_parameters_leaves_what_trains_alone(tmp_path: Path) -
     assert torch.equal(trained(one), before)
 
 
-def test_work_that_was_not_accepted_is_given_back_to_its_own_fragment(tmp_path: Path) -> None:
+def test_rejected_work_returns_to_the_residual_of_its_own_fragment(tmp_path: Path) -> None:
     one = alone(tmp_path, overlap={"fragments": 2})
     record = record_of(plan := plan_for(one), work := one.train(plan))
     one.apply(record, one.gradient_of(record, {one.node: work.payload}))
@@ -226,7 +224,7 @@ def test_work_that_was_not_accepted_is_given_back_to_its_own_fragment(tmp_path: 
 
 
 @pytest.mark.parametrize("late", [0, 2])
-def test_a_trace_says_where_the_steps_that_are_not_late_begin(tmp_path: Path, late: int) -> None:
+def test_a_trace_marks_where_the_steps_after_the_overlap_begin(tmp_path: Path, late: int) -> None:
     one = alone(tmp_path, overlap={"overlap_steps": late}, audits={"rate": 0.05}, **FP32)
     for number in range(2):
         plan, expected = plan_for(one), Trace()
@@ -242,7 +240,7 @@ def test_a_trace_says_where_the_steps_that_are_not_late_begin(tmp_path: Path, la
         one.apply(record, one.gradient_of(record, {one.node: work.payload}))
 
 
-def test_a_parameter_that_explodes_in_a_fragment_is_named(tmp_path: Path) -> None:
+def test_a_non_finite_parameter_in_a_fragment_is_named(tmp_path: Path) -> None:
     one = alone(tmp_path, overlap={"fragments": 2})
     (span,) = (s for s in one.engine.layout.spans if s.name == "model.layers.1.mlp.up_proj.weight")
     broken = one.outer.theta.clone()
@@ -265,7 +263,7 @@ def test_a_parameter_that_explodes_in_a_fragment_is_named(tmp_path: Path) -> Non
     ),
     seed=st.binary(min_size=32, max_size=32),
 )
-def test_no_sequence_is_used_twice_whoever_was_late_with_what(
+def test_no_sequence_is_used_twice_whichever_steps_overlapped(
     most: int, batch: int, history: list[dict[str, int]], seed: bytes
 ) -> None:
     """Members come and go; each takes some late steps, as many as it likes up to τ, for the round after."""
@@ -283,7 +281,7 @@ def test_no_sequence_is_used_twice_whoever_was_late_with_what(
     assert len(set(used)) == len(used)
 
 
-def test_more_late_steps_than_the_run_allows_are_refused(tmp_path: Path) -> None:
+def test_more_overlapped_steps_than_the_run_allows_are_refused(tmp_path: Path) -> None:
     one = alone(tmp_path, overlap={"overlap_steps": 2})
     rules, plan = rules_of(one.manifest), plan_for(one)
     given = one.train(plan).contribution
@@ -295,7 +293,7 @@ def test_more_late_steps_than_the_run_allows_are_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "topk2e"])
-def test_the_bound_of_payloads_holds_for_every_fragment(tmp_path: Path, codec: str) -> None:
+def test_the_payload_bound_holds_for_every_fragment(tmp_path: Path, codec: str) -> None:
     one = alone(tmp_path, codec={"name": codec}, overlap={"fragments": 3})
     rules = rules_of(one.manifest)
     bounds = [sum(one.codec.payload_bytes(p.stop - p.start) for p in one.slices_of(r)) for r in (1, 2, 3)]
@@ -304,7 +302,7 @@ def test_the_bound_of_payloads_holds_for_every_fragment(tmp_path: Path, codec: s
     assert costs_of(one.run).payload_bytes <= max(bounds)
 
 
-def test_more_fragments_than_the_model_has_parts_are_refused_in_words(tmp_path: Path) -> None:
+def test_more_fragments_than_the_model_can_be_split_into_are_refused(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, members=1, overlap={"fragments": 5}))
     for refuse in (
         lambda: launch(config, Identity.load_or_create(tmp_path / "key").peer_id),
@@ -326,6 +324,8 @@ def test_more_fragments_than_the_model_has_parts_are_refused_in_words(tmp_path: 
         ({"merge": 0.5}, "run.overlap.merge: unknown key"),
     ],
 )
-def test_an_overlap_that_cannot_be_is_refused_by_name(tmp_path: Path, overlap: dict[str, object], message: str) -> None:
+def test_an_impossible_overlap_is_refused_with_the_field(
+    tmp_path: Path, overlap: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write_config(tmp_path, members=1, overlap=overlap))

@@ -1,4 +1,4 @@
-"""A distributed run and the single-process reference of the same manifest hold the same bits after every round."""
+"""A distributed run and the single-process reference of its manifest have bit-equal states after every round."""
 
 from __future__ import annotations
 

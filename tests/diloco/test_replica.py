@@ -1,4 +1,4 @@
-"""What a replica does with work that the round did not take."""
+"""Rejected work, warm-up of a new optimizer, and missing data in a replica."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_contribution_that_was_not_accepted_is_kept_for_the_next_round(tmp_pat
     assert one.chain == chain, "nothing of the outer state moved"
 
 
-def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in_the_schedule(tmp_path: Path) -> None:
+def test_a_new_optimizer_is_warmed_up_and_keeps_its_place_in_the_schedule(tmp_path: Path) -> None:
     inner = {"lr": 0.003, "batch_size": 2, "warmup_steps": 3, "fresh_warmup_steps": 2, "schedule": "constant"}
     rounds = {"total": 4, "inner_steps": 4, "start_members": 1}
     config = load_config(write_config(tmp_path, members=1, inner=inner, rounds=rounds))
@@ -72,7 +72,7 @@ def test_an_optimizer_that_is_new_to_the_run_is_warmed_up_and_keeps_its_place_in
     assert lrs["joined"] == [0.0015, *[0.003] * 3]
 
 
-def test_warming_up_teaches_the_inner_optimizer_and_nothing_else(tmp_path: Path) -> None:
+def test_warming_up_changes_only_the_inner_optimizer(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, members=1))
     identity = Identity.load_or_create(tmp_path / "node.key")
     manifest = launch(config, identity.peer_id).manifest
@@ -92,7 +92,7 @@ def test_warming_up_teaches_the_inner_optimizer_and_nothing_else(tmp_path: Path)
     assert works[1].norm < works[0].norm, "steps of a size that the gradients ask for, not all as large as can be"
 
 
-def test_where_the_text_of_a_step_is_not_here_the_steps_before_it_are_handed_in(tmp_path: Path) -> None:
+def test_steps_before_missing_data_are_submitted(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, members=1, rounds={"total": 2, "inner_steps": 20, "start_members": 1}))
     store = prepare(config.run.data, config.node.cache, vocab_limit=512, shard_bytes=2048)
     identity = Identity.load_or_create(tmp_path / "node.key")

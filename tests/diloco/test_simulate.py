@@ -1,4 +1,4 @@
-"""The simulation for notebooks is the algorithm of distributed runs, on anybody's module and batches."""
+"""``psyche.simulate`` runs the algorithm of distributed runs on any module and batches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["int4", "topk2"])
-def test_it_equals_the_reference_bit_for_bit(tmp_path: Path, name: str) -> None:
+def test_the_simulation_equals_the_reference_bit_for_bit(tmp_path: Path, name: str) -> None:
     config = load_config(write_config(tmp_path, members=2, codec={"name": name}))
     identities = [Identity.load_or_create(tmp_path / f"{number}.key") for number in range(2)]
     manifest, run = launch(config, identities[0].peer_id).manifest, config.run
@@ -140,7 +140,7 @@ def test_one_node_without_compression_and_momentum_is_plain_local_training() -> 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_source_that_is_no_iterator_starts_again_and_an_iterator_that_ends_is_an_error() -> None:
+def test_an_iterable_restarts_and_an_exhausted_iterator_is_an_error() -> None:
     class Loader:
         def __iter__(self):  # type: ignore[no-untyped-def]
             return iter(regression(3))
@@ -153,7 +153,7 @@ def test_a_source_that_is_no_iterator_starts_again_and_an_iterator_that_ends_is_
         simulate(mlp(), [iter(regression(3))] * 3, loss=squared_error, nodes=2, inner_steps=1, rounds=1)
 
 
-def test_a_batch_that_needs_a_loss_says_so() -> None:
+def test_a_module_without_a_loss_is_an_error() -> None:
     with pytest.raises(PsycheError, match="pass loss="):
         simulate(mlp(), iter(regression(1)), nodes=1, inner_steps=1, rounds=1)
 
